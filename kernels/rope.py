@@ -1,0 +1,14 @@
+"""Rotary position embedding (Su et al., 2021) in the half-split layout that Qwen3 uses."""
+
+from torch import Tensor
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [rows, heads, head_dim] by per-row angles.
+
+    cos [rows, 1, head_dim] repeats its first half; sin [rows, 1, head_dim] has its first half negated, which turns
+    rotate_half into a swap of halves. Returns x's shape and dtype.
+    """
+    rows, heads, dim = x.shape
+    swapped = x.view(rows, heads, 2, dim // 2).flip(2).view(rows, heads, dim)
+    return (x * cos).addcmul_(swapped, sin)
