@@ -1,0 +1,283 @@
+"""`orthrus bench`: tokens per second of our schedules beside Hugging Face generate, on the same prompts in one run.
+
+Contestants take turns: every round runs each of them once per batch size, and what is reported is the median over rounds
+of the ratio to the first contestant in the same round. A machine that slows down half way slows all of them down.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orthrus.checkpoint import resolve
+from orthrus.config import ModelConfig
+from orthrus.engine import Engine, choose_device
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import ConfigError
+from orthrus.prompts import encode_prompts
+from orthrus.request import SamplingParams
+from orthrus.text import load_tokenizer
+
+WARM_UP_TOKENS = 8
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure: greedy decoding of `new_tokens` per request, at each of `batches` requests, `rounds` times."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    batches: tuple[int, ...] = (1, 4, 16)
+    new_tokens: int = 128
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a contestant made of the prompts: new token ids of each, cycles and forward passes all prompts took part in."""
+
+    token_ids: list[list[int]]
+    cycles: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that decodes greedily: `run(prompts, new_tokens)` gives exactly that many new tokens for every prompt."""
+
+    name: str
+    run: Callable[[list[list[int]], int], Output]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contestant at one batch size: medians over rounds. tokens_per_second: of all requests together.
+
+    ratio: speed over the first contestant's, with the lowest and highest round. agreement: share of tokens before the first
+    difference from the first contestant's text.
+    """
+
+    contestant: str
+    batch: int
+    tokens_per_second: float
+    ratio: float
+    ratio_range: tuple[float, float]
+    tokens_per_cycle: float
+    tokens_per_pass: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All measurements of a run and what they were taken on. `exact`: every schedule of ours gave the same tokens."""
+
+    model: str
+    device: str
+    dtype: str
+    hardware: str
+    torch: str
+    threads: int
+    new_tokens: int
+    rounds: int
+    exact: bool
+    measurements: tuple[Measurement, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def to_text(self) -> str:
+        lines = [
+            f"{self.model}, {self.dtype}, {self.hardware}, torch {self.torch}: greedy, {self.new_tokens} new tokens, "
+            f"medians of {self.rounds} rounds",
+            "",
+            f"{'batch':>5}  {'':<14}{'tok/s':>9}{'ratio':>8}{'(range)':>15}{'tok/cycle':>11}{'tok/pass':>10}{'agrees':>8}",
+        ]
+        for m in self.measurements:
+            low, high = m.ratio_range
+            lines.append(
+                f"{m.batch:>5}  {m.contestant:<14}{m.tokens_per_second:>9.1f}{m.ratio:>7.2f}x{f'({low:.2f}-{high:.2f})':>15}"
+                f"{m.tokens_per_cycle:>11.2f}{m.tokens_per_pass:>10.2f}{m.agreement:>8.1%}"
+            )
+        return "\n".join(
+            [*lines, "", "ar and orthrus gave the same tokens" if self.exact else "AR AND ORTHRUS DIFFER"]
+        )
+
+
+def bench(options: BenchOptions, progress: Progress = lambda line: None) -> BenchReport:
+    """Measure; `progress` is told one line per round. Raises ConfigError for a model or setting that can't be loaded."""
+    path = resolve(options.model)
+    model = ModelConfig.from_dir(path)
+    device = choose_device(options.device)
+    prompts = bench_prompts(path, model, max(options.batches))
+    if max(map(len, prompts)) + options.new_tokens > model.max_position_embeddings:
+        raise ConfigError(
+            f"--new-tokens {options.new_tokens} does not fit a context of {model.max_position_embeddings} with the prompts"
+        )
+    ours = [
+        _engine(path, options, schedule)
+        for schedule in (("ar", "orthrus") if model.has_diffusion else ("ar",))
+    ]
+    dtype = ours[0].forward.dtype
+    contestants = [hugging_face(path, device, dtype), *(engine_contestant(engine) for engine in ours)]
+    for batch in options.batches:
+        for contestant in contestants:
+            contestant.run(prompts[:batch], min(WARM_UP_TOKENS, options.new_tokens))
+
+    seconds: dict[tuple[str, int], list[float]] = {
+        (c.name, b): [] for c in contestants for b in options.batches
+    }
+    outputs: dict[tuple[str, int], Output] = {}
+    for number in range(options.rounds):
+        for batch in options.batches:
+            for contestant in contestants:
+                started = time.perf_counter()
+                output = contestant.run(prompts[:batch], options.new_tokens)
+                seconds[contestant.name, batch].append(time.perf_counter() - started)
+                outputs[contestant.name, batch] = output
+        progress(f"round {number + 1} of {options.rounds}")
+
+    names = [contestant.name for contestant in contestants]
+    measurements = [
+        _measurement(
+            name,
+            batch,
+            seconds[name, batch],
+            seconds[names[0], batch],
+            outputs[name, batch],
+            outputs[names[0], batch],
+        )
+        for batch in options.batches
+        for name in names
+    ]
+    exact = all(
+        outputs[name, batch].token_ids == outputs[names[1], batch].token_ids
+        for batch in options.batches
+        for name in names[2:]
+    )
+    return BenchReport(
+        model=options.model,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        hardware=hardware(device),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        new_tokens=options.new_tokens,
+        rounds=options.rounds,
+        exact=exact,
+        measurements=tuple(measurements),
+    )
+
+
+def bench_prompts(path: Path, model: ModelConfig, count: int) -> list[list[int]]:
+    """`count` prompts as token ids: text where the checkpoint has a tokenizer, else pseudo-random ids."""
+    if (path / "tokenizer.json").exists():
+        texts = encode_prompts(load_tokenizer(path))
+    else:
+        generator = torch.Generator().manual_seed(0)
+        texts = [torch.randint(model.vocab_size, (24,), generator=generator).tolist() for _ in range(16)]
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def engine_contestant(engine: Engine) -> Contestant:
+    """Our engine, all prompts submitted at once."""
+
+    def run(prompts: list[list[int]], new_tokens: int) -> Output:
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        completions = [choices[0] for choices in engine.generate(prompts, params)]
+        return Output(
+            [list(c.token_ids) for c in completions],
+            cycles=sum(c.stats.cycles for c in completions),
+            passes=sum(c.stats.passes for c in completions),
+        )
+
+    return Contestant(engine.schedule_name, run)
+
+
+def hugging_face(path: Path, device: torch.device, dtype: torch.dtype) -> Contestant:
+    """transformers' own `generate` of the same checkpoint's AR view: eager, growing cache, one left-padded batch."""
+    from transformers import Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
+    logging.disable_progress_bar()
+    model: Any = Qwen3ForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model.generation_config.eos_token_id = None  # Every request runs to its length, as ours do.
+
+    def run(prompts: list[list[int]], new_tokens: int) -> Output:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        with torch.inference_mode():
+            rows = model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
+            )
+        steps = len(prompts) * (new_tokens - 1)
+        return Output(rows[:, width:].tolist(), cycles=steps, passes=steps)
+
+    return Contestant("hugging face", run)
+
+
+def hardware(device: torch.device) -> str:
+    """The processor that the numbers belong to, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def _engine(path: Path, options: BenchOptions, schedule: str) -> Engine:
+    # Without the prefix cache: a repeated prompt would cost nothing from the second round on.
+    return Engine.from_pretrained(
+        EngineConfig.model_validate(
+            {
+                "model": str(path),
+                "device": options.device,
+                "dtype": options.dtype,
+                "schedule": schedule,
+                "prefix_caching": False,
+                "max_num_seqs": max(options.batches),
+            }
+        )
+    )
+
+
+def _measurement(
+    name: str, batch: int, seconds: list[float], base_seconds: list[float], output: Output, base: Output
+) -> Measurement:
+    ratios = [theirs / ours for ours, theirs in zip(seconds, base_seconds, strict=True)]
+    tokens = sum(map(len, output.token_ids))
+    after_first = tokens - len(output.token_ids)
+    agreeing = sum(_agreeing(a, b) for a, b in zip(output.token_ids, base.token_ids, strict=True))
+    return Measurement(
+        contestant=name,
+        batch=batch,
+        tokens_per_second=tokens / statistics.median(seconds),
+        ratio=statistics.median(ratios),
+        ratio_range=(min(ratios), max(ratios)),
+        tokens_per_cycle=after_first / max(1, output.cycles),
+        tokens_per_pass=after_first / max(1, output.passes),
+        agreement=agreeing / tokens,
+    )
+
+
+def _agreeing(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

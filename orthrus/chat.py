@@ -1,0 +1,126 @@
+"""Text in the terminal: one streamed completion, and a conversation of them."""
+
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orthrus.engine import Engine
+from orthrus.errors import ConfigError, RequestError
+from orthrus.request import Request, RequestStats, SamplingParams
+from orthrus.text import TextStream
+
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer."
+
+_request_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished completion. stats: None when Ctrl-C stopped it. seconds: in all, and up to the first token."""
+
+    text: str
+    stats: RequestStats | None
+    greedy: bool
+    seconds: float
+    first_token_seconds: float
+
+
+def tokenizer_of(engine: Engine) -> Any:
+    """The engine's tokenizer. Raises ConfigError if its checkpoint has none."""
+    if engine.tokenizer is None:
+        raise ConfigError(f"{engine.config.model} has no tokenizer.json: text needs one")
+    return engine.tokenizer
+
+
+def stream_text(
+    engine: Engine, prompt: Sequence[int], params: SamplingParams, write: Callable[[str], object]
+) -> Answer:
+    """Complete `prompt` (token ids) on an otherwise idle engine; `write` gets the text piece by piece as it is final.
+
+    Ctrl-C cancels the request and returns what there is. Raises RequestError.
+    """
+    request = Request(f"terminal-{next(_request_numbers)}", prompt, params)
+    text = TextStream(tokenizer_of(engine), params.stop)
+    pieces: list[str] = []
+    stats: RequestStats | None = None
+
+    def show(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            write(piece)
+
+    started = time.perf_counter()
+    first = 0.0
+    engine.submit(request)
+    try:
+        while engine.has_work:
+            for chunk in engine.step():
+                first = first or time.perf_counter() - started
+                for token in chunk.token_ids:
+                    show(text.push(token))
+                stats = chunk.stats or stats
+    except KeyboardInterrupt:
+        engine.cancel(request.request_id)
+    show(text.finish())
+    return Answer("".join(pieces), stats, params.greedy, time.perf_counter() - started, first)
+
+
+def describe(answer: Answer) -> str:
+    """One line on what an answer cost."""
+    if (stats := answer.stats) is None:
+        return "stopped"
+    tokens = stats.completion_tokens
+    line = (
+        f"{tokens} tokens in {answer.seconds:.2f} s ({tokens / answer.seconds:.0f} tok/s), "
+        f"first after {answer.first_token_seconds:.2f} s, {stats.tokens_per_cycle:.2f} tokens per cycle"
+    )
+    return line if answer.greedy else f"{line}, seed {stats.seed}"
+
+
+def run_chat(engine: Engine, params: SamplingParams, *, system: str | None = None) -> None:
+    """Read messages from stdin and answer them until /exit or the end of input."""
+    tokenizer = tokenizer_of(engine)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"{engine.config.model} has no chat template: use `orthrus generate`")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # Gives input() line editing and history, where there is one.
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            message = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if message == "/exit":
+            return
+        if message == "/reset":
+            messages = list(opening)
+        elif message.startswith("/"):
+            print(HELP, file=sys.stderr)
+        elif message:
+            messages.append({"role": "user", "content": message})
+            try:
+                answer = stream_text(engine, _render(tokenizer, messages), params, _write)
+            except RequestError as error:
+                print(f"{error}; /reset makes room", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": answer.text})
+            _write("\n")
+            print(f"[{describe(answer)}]", file=sys.stderr)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,269 @@
+"""The `orthrus` command: generate, chat, serve, verify, bench, train.
+
+Imports that cost time (torch, Ray) happen inside the command that needs them, so that `--help` and a mistyped option
+answer at once. An error the user can act on is one line on stderr and exit status 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orthrus.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from orthrus.engine import Engine
+    from orthrus.request import SamplingParams
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+SCHEDULES = ("auto", "ar", "orthrus")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0 done, 1 the command found a problem (verify), 2 wrong input, 130 Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser(with_training=argv[:1] == ["train"]).parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (ConfigError, RequestError) as error:
+        print(f"orthrus: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser(*, with_training: bool = False) -> argparse.ArgumentParser:
+    """The whole command line. `with_training` imports the options of `train`, and torch with them."""
+    parser = argparse.ArgumentParser(
+        prog="orthrus", description="Qwen3, several tokens per forward pass, exact."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_serve(commands)
+    _add_verify(commands)
+    _add_bench(commands)
+    if with_training:
+        from orthrus.training.cli import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("train", help="train diffusion heads for a frozen Qwen3")
+    return parser
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "generate", help="complete one prompt, streaming to stdout; statistics on stderr"
+    )
+    _add_engine_options(parser)
+    parser.add_argument("--prompt", help="the text to continue; without it, stdin")
+    _add_sampling_options(parser, max_tokens=128)
+    parser.set_defaults(run=_generate)
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("chat", help="talk to a model in the terminal")
+    _add_engine_options(parser)
+    parser.add_argument("--system", help="system message")
+    _add_sampling_options(parser, max_tokens=None)
+    parser.set_defaults(run=_chat)
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("serve", help="serve a config on this machine, Ctrl-C stops")
+    parser.add_argument(
+        "config", metavar="CONFIG", type=Path, help="a Ray Serve YAML file, such as configs/tiny-cpu.yaml"
+    )
+    parser.add_argument("--address", help="of a running Ray cluster to deploy on; default: start one here")
+    parser.set_defaults(run=_serve)
+
+
+def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "verify", help="check that the text and logprobs of a model don't depend on schedule or batch"
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=str(DEFAULT_MODEL),
+        help="directory or hub id (default: models/orthrus-tiny)",
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, default=20_000, help="tokens to compare (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=192, help="most tokens of one request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-batch", type=_positive, default=16, help="most requests in flight (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the prompts, batches and samples (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's on a GPU, float32 on a CPU"
+    )
+    parser.add_argument(
+        "--no-hf", action="store_true", help="skip the comparison with Hugging Face's forward"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_verify)
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "bench", help="tokens per second beside Hugging Face generate, in one interleaved run"
+    )
+    parser.add_argument(
+        "--model", default=str(DEFAULT_MODEL), help="directory or hub id (default: models/orthrus-tiny)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's on a GPU, float32 on a CPU"
+    )
+    parser.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 4, 16], help="batch sizes (default: 1 4 16)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=128, help="per request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, help="interleaved rounds (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_bench)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=str(DEFAULT_MODEL), help="directory or hub id (default: models/orthrus-tiny)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's on a GPU, float32 on a CPU"
+    )
+    parser.add_argument(
+        "--schedule", default="auto", choices=SCHEDULES, help="changes the speed, never the text"
+    )
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    default = "the context limit" if max_tokens is None else max_tokens
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, help=f"most tokens to generate (default: {default})"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, help="same seed, same text; drawn and printed when not given")
+    parser.add_argument("--stop", action="append", default=[], help="stop before this text; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _sampling(arguments: argparse.Namespace) -> "SamplingParams":
+    from orthrus.request import SamplingParams
+
+    return SamplingParams(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+        ignore_eos=arguments.ignore_eos,
+        max_tokens=arguments.max_tokens,
+    )
+
+
+def _engine(arguments: argparse.Namespace) -> "Engine":
+    from orthrus.engine import Engine
+    from orthrus.engine_config import EngineConfig
+
+    return Engine.from_pretrained(
+        EngineConfig(
+            model=arguments.model, device=arguments.device, dtype=arguments.dtype, schedule=arguments.schedule
+        )
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    params = _sampling(arguments)
+    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    engine = _engine(arguments)
+    from orthrus.chat import describe, stream_text, tokenizer_of
+
+    answer = stream_text(engine, tokenizer_of(engine).encode(prompt), params, write=_write)
+    _write("\n")
+    print(describe(answer), file=sys.stderr)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    params = _sampling(arguments)
+    engine = _engine(arguments)
+    from orthrus.chat import run_chat
+
+    run_chat(engine, params, system=arguments.system)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from deployments.serve import serve_config
+
+    serve_config(arguments.config, address=arguments.address)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from orthrus.verify import VerifyOptions, verify
+
+    report = verify(
+        VerifyOptions(
+            model=arguments.model,
+            tokens=arguments.tokens,
+            max_tokens=arguments.max_tokens,
+            max_batch=arguments.max_batch,
+            seed=arguments.seed,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            compare_hf=not arguments.no_hf,
+        ),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_json() if arguments.json else report.to_text())
+    return 0 if report.ok else 1
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from orthrus.bench import BenchOptions, bench
+
+    report = bench(
+        BenchOptions(
+            model=arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            batches=tuple(arguments.batch),
+            new_tokens=arguments.new_tokens,
+            rounds=arguments.rounds,
+        ),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_json() if arguments.json else report.to_text())
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""How many rows a draft block is worth: expected tokens per second under measured costs and measured acceptance.
+
+A cycle of K rows costs two passes of batch * K rows and commits 1 + sum over d < K of P(the first d drafts are accepted) tokens a
+sequence; an AR step costs one pass of batch rows and commits one. The planner takes the K with the best rate, 1 included,
+which is what keeps Orthrus from being slower than AR where rows are dear. Its choice never changes the text.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+_PRIOR_ACCEPTANCE = 0.85
+_PRIOR_WEIGHT = 2.0
+_DECAY = 0.99
+"""Weight of the past at each observation: about the last hundred cycles count."""
+_MARGIN = 1.03
+"""A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
+_PROBE_EVERY = 256
+"""Where AR wins, every so many decisions draft all the same, to notice when the text becomes predictable."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Measured seconds of a pass: `seconds[i]` at `rows[i]` rows of one sequence, `per_group` more for every further one."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_group: float = 0.0
+
+    def __call__(self, rows: int, groups: int) -> float:
+        """Seconds for a pass, interpolated; beyond the last measurement in proportion to it."""
+        extra = self.per_group * (groups - 1)
+        if rows >= self.rows[-1]:
+            return self.seconds[-1] * rows / self.rows[-1] + extra
+        right = max(1, bisect_left(self.rows, rows))
+        (r0, r1), (s0, s1) = self.rows[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
+        return s0 + (s1 - s0) * max(0, rows - r0) / (r1 - r0) + extra
+
+
+class _Acceptance:
+    """Decayed counts of how often the draft at each depth agreed, given that all before it did."""
+
+    def __init__(self, depths: int) -> None:
+        self._tried = [_PRIOR_WEIGHT] * depths
+        self._agreed = [_PRIOR_WEIGHT * _PRIOR_ACCEPTANCE] * depths
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        for depth in range(min(drafted, accepted + 1)):
+            self._tried[depth] = self._tried[depth] * _DECAY + 1
+            self._agreed[depth] = self._agreed[depth] * _DECAY + (depth < accepted)
+
+    def expected_tokens(self) -> list[float]:
+        """Tokens per cycle of a block of 1, 2, ... rows."""
+        expected, reach = [1.0], 1.0
+        for tried, agreed in zip(self._tried, self._agreed, strict=True):
+            reach *= agreed / tried
+            expected.append(expected[-1] + reach)
+        return expected
+
+
+class DraftPlanner:
+    """Picks the rows of each block. `cost` None fixes them at `max_rows`."""
+
+    def __init__(self, max_rows: int, cost: PassCost | None) -> None:
+        self._max_rows = max_rows
+        self._cost = cost
+        self._acceptance = {greedy: _Acceptance(max_rows - 1) for greedy in (True, False)}
+        self._ar_steps = 0
+
+    def observe(self, greedy: bool, drafted: int, accepted: int) -> None:
+        """Note one verified draft."""
+        self._acceptance[greedy].observe(drafted, accepted)
+
+    def block_rows(self, greedy: bool, batch: int) -> int:
+        """Rows of the next block of a sequence while `batch` sequences decode; 1 means an AR step."""
+        if self._cost is None:
+            return self._max_rows
+        expected = self._acceptance[greedy].expected_tokens()
+        cost = self._cost
+        rates = [expected[k - 1] / (2 * cost(batch * k, batch)) for k in range(2, self._max_rows + 1)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        if rates[best] >= _MARGIN / cost(batch, batch):
+            return best + 2
+        self._ar_steps += 1
+        return best + 2 if self._ar_steps % (_PROBE_EVERY * batch) == 0 else 1

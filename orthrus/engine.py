@@ -1,0 +1,451 @@
+"""The engine: requests in, chunks of committed tokens out, one forward pass a step. It knows nothing of threads or Ray."""
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthrus.checkpoint import load_weights, resolve
+from orthrus.config import ModelConfig
+from orthrus.draft_planner import DraftPlanner, PassCost
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import ConfigError, RequestError
+from orthrus.forward import LayerParallelForward
+from orthrus.kv_cache import KVCache, PagePool
+from orthrus.plan import PassPlan, RowGroup, View
+from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob
+from orthrus.sampling import PickRows, pick, token_logprobs
+from orthrus.scheduler import Scheduler
+from orthrus.schedules import Schedule
+from orthrus.schedules.ar import ARSchedule
+from orthrus.schedules.orthrus import OrthrusSchedule
+from orthrus.sequence import Sequence
+from orthrus.text import TextStream, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATION_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
+_CALIBRATION_SECONDS = 2.0
+_DEFAULT_CPU_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start (passes to prefix_hit_tokens) and the state now (the rest).
+
+    cycles, committed: decode commits of all sequences and the tokens they brought; tokens per cycle is their ratio.
+    """
+
+    passes: int
+    cycles: int
+    committed: int
+    preemptions: int
+    prefix_hit_tokens: int
+    running: int
+    waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        return self.committed / self.cycles if self.cycles else 1.0
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a setting names; "auto" is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+class Engine:
+    """Serves one model. `submit` requests, call `step` while `has_work`; or `generate` for a blocking batch."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: dict[str, Tensor],
+        tokenizer: Any = None,
+    ) -> None:
+        """`weights`: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied.
+
+        tokenizer: a Hugging Face one, needed for stop strings only. Raises ConfigError.
+        """
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.forward = LayerParallelForward(model_config, weights)
+        self.device = self.forward.device
+
+        num_pages = self._num_pages()
+        self.max_model_len = self._context_limit(num_pages * config.page_size)
+        self.cache = KVCache.allocate(
+            model_config, num_pages + 1, config.page_size, self.device, self.forward.dtype
+        )
+        self._pool = PagePool(num_pages + 1, config.prefix_caching)
+        self._scheduler = Scheduler(
+            self._make_schedule(),
+            self._pool,
+            page_size=config.page_size,
+            max_num_seqs=config.max_num_seqs,
+            prefill_chunk=config.prefill_chunk,
+        )
+        self._by_request: dict[str, list[Sequence]] = {}
+        self._passes = self._cycles = self._committed = self._prefix_hits = 0
+
+    @classmethod
+    def from_pretrained(cls, config: EngineConfig) -> "Engine":
+        """Load the checkpoint (directory or hub id) and tokenizer that `config.model` names. Raises ConfigError."""
+        path = resolve(config.model)
+        model_config = ModelConfig.from_dir(path)
+        weights = load_weights(path, model_config, choose_device(config.device), config.dtype)
+        has_tokenizer = any(
+            (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+        )
+        return cls(config, model_config, weights, load_tokenizer(path) if has_tokenizer else None)
+
+    @property
+    def schedule_name(self) -> str:
+        """The schedule in use: "ar" or "orthrus"."""
+        if self.config.schedule != "auto":
+            return self.config.schedule
+        return "orthrus" if self.model_config.has_diffusion else "ar"
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_request)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            passes=self._passes,
+            cycles=self._cycles,
+            committed=self._committed,
+            preemptions=self._scheduler.preemptions,
+            prefix_hit_tokens=self._prefix_hits,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_pages_used=self._pool.used,
+            kv_pages_total=self._pool.capacity,
+        )
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether some choice of the request is unfinished."""
+        return request_id in self._by_request
+
+    # --- requests
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises RequestError for one that can never be served."""
+        self.check(request)
+        params = request.params.with_seed()
+        assert params.seed is not None
+        prompt = list(request.prompt)
+        limit = self.max_model_len
+        max_length = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids) | frozenset(
+            () if params.ignore_eos else self.model_config.eos_token_ids
+        )
+        choices: list[Sequence] = []
+        for index in range(params.n):
+            choices.append(
+                Sequence(
+                    request_id=request.request_id,
+                    index=index,
+                    params=params,
+                    # Choice 0 is what n = 1 gives; the others are keyed by their index.
+                    seed=(params.seed + index * 0x9E3779B97F4A7C15) % (1 << 63),
+                    tokens=prompt.copy(),
+                    num_prompt=len(prompt),
+                    max_length=max_length,
+                    stop_ids=stop_ids,
+                    text=TextStream(self.tokenizer, params.stop) if params.stop else None,
+                    leader=choices[0] if choices else None,
+                )
+            )
+        self._by_request[request.request_id] = choices
+        for sequence in choices:
+            self._scheduler.add(sequence)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, naming the field, if `submit` would refuse the request."""
+        prompt, params, vocab = request.prompt, request.params, self.model_config.vocab_size
+        if request.request_id in self._by_request:
+            raise RequestError(f"a request with id {request.request_id!r} is already running", "request_id")
+        if not prompt:
+            raise RequestError("the prompt must have at least one token", "prompt")
+        if len(prompt) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, and the context limit of {self.max_model_len} must hold it and at "
+                "least one new token: shorten the prompt",
+                "prompt",
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise RequestError(f"prompt token ids must be between 0 and {vocab - 1}", "prompt")
+        if any(not 0 <= token < vocab for token in params.logit_bias):
+            raise RequestError(f"logit_bias token ids must be between 0 and {vocab - 1}", "logit_bias")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model was loaded without one", "stop")
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request's unfinished choices and free their pages; unknown and finished ids are ignored."""
+        for sequence in self._by_request.pop(request_id, ()):
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "cancelled"
+                self._scheduler.remove(sequence)
+
+    # --- passes
+
+    def step(self) -> list[Chunk]:
+        """Run one pass over what is due. Returns the chunks it committed, in order of arrival."""
+        planned = self._scheduler.plan()
+        if not planned:
+            return []
+        logits = self._run([group for _, group in planned])
+        self._passes += 1
+        wanted = [(sequence, group) for sequence, group in planned if group.num_logits]
+        picks = (
+            pick(logits, [self._pick_rows(sequence, group) for sequence, group in wanted]) if wanted else []
+        )
+        chunks = []
+        row = 0
+        results = iter(picks)
+        for sequence, group in planned:
+            if not group.num_logits:
+                self._scheduler.computed(sequence, len(group.tokens))
+                continue
+            rows = logits[row : row + group.num_logits]
+            row += group.num_logits
+            chunk = self._commit(sequence, group, next(results), rows)
+            if chunk is not None:
+                chunks.append(chunk)
+        return chunks
+
+    def generate(
+        self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[list[Completion]]:
+        """Complete prompts (token ids) and wait: for each prompt, its `n` completions. Other requests go on meanwhile.
+
+        params: one for all or one per prompt; defaults to greedy. Raises RequestError before anything runs.
+        """
+        each = (
+            [params or SamplingParams(temperature=0.0)] * len(prompts)
+            if not isinstance(params, Seq)
+            else list(params)
+        )
+        requests = [
+            Request(f"generate-{next(_request_numbers)}", prompt, p)
+            for prompt, p in zip(prompts, each, strict=True)
+        ]
+        for request in requests:
+            self.check(request)
+        collected: dict[tuple[str, int], list[Chunk]] = {
+            (r.request_id, i): [] for r in requests for i in range(r.params.n)
+        }
+        for request in requests:
+            self.submit(request)
+        open_choices = set(collected)
+        while open_choices:
+            for chunk in self.step():
+                key = (chunk.request_id, chunk.index)
+                if key in collected:
+                    collected[key].append(chunk)
+                    if chunk.finish_reason is not None:
+                        open_choices.discard(key)
+        return [[_completion(collected[r.request_id, i]) for i in range(r.params.n)] for r in requests]
+
+    def score(self, tokens: Seq[int]) -> Tensor:
+        """The AR view's logits after every prefix of `tokens`: [len(tokens), vocab_size]. Raises RequestError if too long."""
+        self.check(Request(f"score-{next(_request_numbers)}", tokens))
+        pages = self._pool.allocate(-(-len(tokens) // self.config.page_size))
+        if pages is None:
+            raise RequestError(
+                "the KV cache has no room to score these tokens now: wait for running requests", "prompt"
+            )
+        chunk = self.config.prefill_chunk
+        try:
+            spans = [(start, list(tokens[start : start + chunk])) for start in range(0, len(tokens), chunk)]
+            return torch.cat(
+                [self._run([RowGroup(View.AR, span, at, pages, 0, len(span))]) for at, span in spans]
+            )
+        finally:
+            self._pool.release(pages)
+
+    def _run(self, groups: list[RowGroup]) -> Tensor:
+        plan = PassPlan.build(
+            groups,
+            page_size=self.config.page_size,
+            heads_per_kv=self.forward.heads_per_kv,
+            device=self.device,
+        )
+        return self.forward(plan, self.cache)
+
+    def _pick_rows(self, sequence: Sequence, group: RowGroup) -> PickRows:
+        penalised = sequence.params.has_penalties
+        return PickRows(
+            params=sequence.params,
+            seed=sequence.seed,
+            position=group.start + group.logits_from + 1,
+            count=group.num_logits,
+            prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
+            generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
+            ahead=group.tokens[1:] if group.view is View.AR and sequence.draft is not None else (),
+        )
+
+    def _commit(self, sequence: Sequence, group: RowGroup, picks: list[int], logits: Tensor) -> Chunk | None:
+        """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it."""
+        decoding = sequence.decoding
+        tokens = self._scheduler.schedule.commit(sequence, group, picks) if decoding else picks
+        first = sequence.num_generated == 0
+        sequence.passes += not first
+        if not tokens:
+            return None
+        before = sequence.num_generated
+        for token in tokens:
+            sequence.append(token)
+            if sequence.finish_reason is not None:
+                break
+        taken = sequence.tokens[sequence.num_prompt + before :]
+        if first:
+            self._prefix_hits += sequence.cached_tokens
+        else:
+            sequence.cycles += 1
+            self._cycles += 1
+            self._committed += len(taken)
+        # Every row whose input was committed is final: x_n and the accepted drafts, or the whole prefill chunk.
+        self._scheduler.computed(sequence, len(taken) if decoding else len(group.tokens))
+        top = sequence.params.logprobs
+        logprobs: tuple[TokenLogprob, ...] | None = None
+        if top is not None:
+            logprobs = token_logprobs(logits[: len(taken)], taken, top)
+        finished = sequence.finish_reason is not None
+        if finished:
+            self._finish(sequence)
+        return Chunk(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=tuple(taken),
+            logprobs=logprobs,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            stats=sequence.stats() if finished else None,
+        )
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        choices = self._by_request[sequence.request_id]
+        if all(s.finish_reason is not None for s in choices):
+            del self._by_request[sequence.request_id]
+
+    # --- set-up
+
+    def _num_pages(self) -> int:
+        """Pages of the KV cache, without the padding page."""
+        config, model = self.config, self.model_config
+        tokens = config.kv_cache_tokens
+        if tokens is None:
+            width = (
+                model.num_hidden_layers
+                * model.num_key_value_heads
+                * model.head_dim
+                * self.forward.dtype.itemsize
+                * 2
+            )
+            full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
+            tokens = min(full, max(self._cache_bytes() // width, config.page_size))
+        return -(-tokens // config.page_size)
+
+    def _cache_bytes(self) -> int:
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return int(free * 0.85)
+        return _DEFAULT_CPU_CACHE_BYTES
+
+    def _context_limit(self, cache_tokens: int) -> int:
+        """The context limit in tokens: as set, else the model's, as far as the cache holds one such sequence."""
+        wanted = self.config.max_model_len
+        trained = self.model_config.max_position_embeddings
+        if wanted is not None and wanted > trained:
+            raise ConfigError(
+                f"max_model_len {wanted} is over the {trained} positions of {self.model_config.name}: lower it, or "
+                "give the checkpoint YaRN rope_parameters"
+            )
+        if wanted is not None and wanted > cache_tokens:
+            raise ConfigError(
+                f"the KV cache holds {cache_tokens} tokens, fewer than max_model_len {wanted}: raise kv_cache_tokens "
+                f"to {wanted} or lower max_model_len"
+            )
+        if wanted is None and trained > cache_tokens:
+            logger.warning("context limit lowered from %d to the KV cache's %d tokens", trained, cache_tokens)
+        return wanted or min(trained, cache_tokens)
+
+    def _make_schedule(self) -> Schedule:
+        model = self.model_config
+        if self.schedule_name == "ar":
+            return ARSchedule()
+        if model.block_size is None or model.mask_token_id is None:
+            raise ConfigError(
+                f"schedule 'orthrus' needs diffusion weights, and {model.name} has none: use schedule 'ar' or an "
+                "Orthrus checkpoint"
+            )
+        rows = self.config.draft_length or model.block_size
+        if rows > model.block_size:
+            raise ConfigError(
+                f"draft_length {rows} is over the checkpoint's block_size {model.block_size}: lower it"
+            )
+        cost = self._measure_pass_cost() if self.config.adaptive_draft else None
+        return OrthrusSchedule(DraftPlanner(rows, cost), model.mask_token_id)
+
+    def _measure_pass_cost(self) -> PassCost:
+        """Time passes of growing row counts on page 0; a second or two, less for a small model."""
+        size = self.config.page_size
+        room = min(self.max_model_len, 256)
+        pages = [0] * -(-room // size)
+
+        def seconds(rows: int, groups: int) -> float:
+            start = max(0, room - rows)
+            group = RowGroup(View.AR, [0] * min(rows, room), start, pages, 0, min(rows, room))
+            times: list[float] = []
+            while len(times) < 2 or (len(times) < 6 and sum(times) < _CALIBRATION_SECONDS / 8):
+                begin = time.perf_counter()
+                self._run([group] * groups).argmax(-1).tolist()
+                times.append(time.perf_counter() - begin)
+            # The best, not the middle: what else the machine does only ever adds time.
+            return min(times)
+
+        measured: list[tuple[int, float]] = []
+        begin = time.perf_counter()
+        for rows in _CALIBRATION_ROWS:
+            if rows > room or (len(measured) > 2 and time.perf_counter() - begin > _CALIBRATION_SECONDS):
+                break
+            measured.append((rows, seconds(rows, 1)))
+        # A pass of more rows never costs less: what says otherwise is noise.
+        measured = [(rows, min(later for _, later in measured[i:])) for i, (rows, _) in enumerate(measured)]
+        eight = seconds(1, 8)
+        base = PassCost(tuple(r for r, _ in measured), tuple(s for _, s in measured))
+        cost = replace(base, per_group=max(0.0, (eight - base(8, 1)) / 7))
+        logger.info("pass cost: %s", cost)
+        return cost
+
+
+_request_numbers = itertools.count()
+
+
+def _completion(chunks: list[Chunk]) -> Completion:
+    """Join one choice's chunks; the last has its finish reason and stats."""
+    last = chunks[-1]
+    assert last.finish_reason is not None and last.stats is not None
+    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    return Completion(
+        index=last.index,
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(item for part in scored for item in part) if scored else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        stats=last.stats,
+    )

@@ -1,0 +1,123 @@
+"""The paged KV cache: its memory (`KVCache`) and who owns which page (`PagePool`).
+
+A page holds `page_size` consecutive positions of one sequence in all layers. Full pages of committed positions are named by a
+hash of all tokens up to their end, so that a later request with the same prefix takes them over. Sharing is exact:
+keys and values of a position are the same bits however they were computed.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthrus.config import ModelConfig
+
+PageHash = bytes
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one engine: [layers, kv_heads, pages, page_size, head_dim], zero where never written."""
+
+    keys: Tensor
+    values: Tensor
+
+    @staticmethod
+    def allocate(
+        config: ModelConfig, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+    ) -> "KVCache":
+        """Memory for `num_pages` pages; page 0 is the one that padding rows write to."""
+        shape = (config.num_hidden_layers, config.num_key_value_heads, num_pages, page_size, config.head_dim)
+        return KVCache(
+            torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        )
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[3]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [rows, kv_heads, head_dim] of one layer at `slots` int64 [rows]."""
+        self.keys[layer].flatten(1, 2).index_copy_(1, slots, keys.transpose(0, 1))
+        self.values[layer].flatten(1, 2).index_copy_(1, slots, values.transpose(0, 1))
+
+
+def page_hashes(tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = ()) -> list[PageHash]:
+    """Hashes of the full pages of `tokens`, continuing from those of its first pages where they are known."""
+    hashes = list(known)
+    for end in range((len(hashes) + 1) * page_size, len(tokens) + 1, page_size):
+        digest = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
+        digest.update(array("q", tokens[end - page_size : end]).tobytes())
+        hashes.append(digest.digest())
+    return hashes
+
+
+class PagePool:
+    """Hands out pages 1 to num_pages - 1, counts who shares them, and keeps freed named pages until space is short."""
+
+    def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
+        self._prefix_caching = prefix_caching
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._owners = [0] * num_pages
+        self._by_hash: dict[PageHash, int] = {}
+        self._hash_of: dict[int, PageHash] = {}
+        # Named pages that nobody owns, least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self.capacity = num_pages - 1
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can hand out, idle named ones included."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Pages that some sequence owns."""
+        return self.capacity - self.available
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages of the caller's own, or None when there are too few; evicts the idle pages used longest ago."""
+        if count > self.available:
+            return None
+        pages = []
+        for _ in range(count):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._idle.popitem(last=False)
+                del self._by_hash[self._hash_of.pop(page)]
+            self._owners[page] = 1
+            pages.append(page)
+        return pages
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up ownership. Pages are idled last first: of a prefix, its end is evicted before its beginning."""
+        for page in reversed(pages):
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                if page in self._hash_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def name(self, page: int, page_hash: PageHash) -> None:
+        """Make a full page of committed positions findable. The first page of a name keeps it."""
+        if self._prefix_caching and page not in self._hash_of and page_hash not in self._by_hash:
+            self._by_hash[page_hash] = page
+            self._hash_of[page] = page_hash
+
+    def match(self, hashes: Sequence[PageHash]) -> list[int]:
+        """Pages of the longest known prefix, now shared with the caller."""
+        pages = []
+        for page_hash in hashes:
+            page = self._by_hash.get(page_hash)
+            if page is None:
+                break
+            self._owners[page] += 1
+            self._idle.pop(page, None)
+            pages.append(page)
+        return pages

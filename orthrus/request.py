@@ -1,0 +1,168 @@
+"""What goes into the engine and what comes out: sampling parameters, requests, chunks, completions."""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from orthrus.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 1024
+SEED_BITS = 63
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens. Names and defaults are OpenAI's and vLLM's; every combination is exact under every schedule.
+
+    temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
+    max_tokens: None means up to the context limit. logprobs: number of top alternatives per token (0: the chosen
+    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1.
+    Raises RequestError naming the field for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("repetition_penalty", 0.0, 100.0),
+        ):
+            value = getattr(self, name)
+            if not math.isfinite(value) or not low <= value <= high:
+                raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", name)
+        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
+            name = "top_p" if self.top_p == 0.0 else "repetition_penalty"
+            raise RequestError(f"{name} must be greater than 0", name)
+        if 0 < self.temperature < 1e-3:
+            raise RequestError(
+                f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature}", "temperature"
+            )
+        if self.top_k < 0:
+            raise RequestError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}", "top_k")
+        if self.seed is not None and not 0 <= self.seed < 1 << SEED_BITS:
+            raise RequestError(f"seed must be between 0 and 2**{SEED_BITS} - 1, got {self.seed}", "seed")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, got {self.max_tokens}", "max_tokens")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise RequestError(
+                f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}", "logprobs"
+            )
+        if not 1 <= self.n <= 128:
+            raise RequestError(f"n must be between 1 and 128, got {self.n}", "n")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"at most {MAX_STOP_STRINGS} stop strings are allowed, got {len(self.stop)}", "stop"
+            )
+        if any(not s for s in self.stop):
+            raise RequestError("a stop string must not be empty", "stop")
+        for token, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError(
+                    f"logit_bias[{token}] must be between -100 and 100, got {bias}", "logit_bias"
+                )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the distribution at a position depends on which tokens came before it, beyond the model's logits."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    def with_seed(self) -> "SamplingParams":
+        """These parameters with a seed: the given one, or a fresh random one."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(SEED_BITS))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt (token ids) to complete `params.n` times. `request_id` is the caller's, unique among live requests."""
+
+    request_id: str
+    prompt: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (nats) of a generated token and of the `top` alternatives, best first, as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """What one sequence cost. Sent with its last chunk.
+
+    cycles: committing steps after the first token (a draft + verify pair, or one AR pass).
+    passes: forward passes the sequence had decode rows in, drafts included. Both are what tokens per cycle
+    and TPF (tokens per forward pass) are made of; see `tokens_per_cycle`.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cycles: int
+    passes: int
+    seed: int
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Tokens committed per cycle; the first token comes from the prefill and is not counted. 1.0 before any cycle."""
+        return (self.completion_tokens - 1) / self.cycles if self.cycles else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens that one pass committed for choice `index` of a request.
+
+    The last chunk of a choice has `finish_reason` and `stats`; it may hold no tokens. `stop_reason` is the stop
+    string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error".
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    stats: RequestStats | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """All of one choice: what its chunks add up to."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    stats: RequestStats

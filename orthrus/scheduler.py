@@ -1,0 +1,143 @@
+"""Continuous batching: who takes part in the next pass, with which rows, on which pages.
+
+Decoding sequences come first, then prompts in chunks, then newcomers while there is room. When pages run out, the sequence
+that arrived last gives up its own and is computed again later: what it had committed stays, so its text does not change.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from orthrus.kv_cache import PagePool, page_hashes
+from orthrus.plan import RowGroup, View
+from orthrus.schedules import Schedule
+from orthrus.sequence import Sequence
+
+
+class Scheduler:
+    """Owns the waiting and running sequences, both in order of arrival, and their pages."""
+
+    def __init__(
+        self, schedule: Schedule, pool: PagePool, *, page_size: int, max_num_seqs: int, prefill_chunk: int
+    ) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.schedule = schedule
+        self.pool = pool
+        self._page_size = page_size
+        self._max_num_seqs = max_num_seqs
+        self._prefill_chunk = prefill_chunk
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting
+
+    def plan(self) -> list[tuple[Sequence, RowGroup]]:
+        """The next pass, empty when there is nothing to do."""
+        planned: list[tuple[Sequence, RowGroup]] = []
+        budget = self._prefill_chunk
+        decoding = sum(s.decoding for s in self.running)
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # preempted by one before it
+            if sequence.decoding:
+                group = self.schedule.group(sequence, decoding)
+            elif budget:
+                group = self._prefill_group(sequence, budget)
+            else:
+                continue
+            if not self._reserve(sequence, group):
+                continue
+            if not sequence.decoding:
+                budget -= len(group.tokens)
+            planned.append((sequence, group))
+        while budget and self.waiting and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting[0]
+            leader = sequence.leader
+            if leader is not None and leader.num_generated == 0 and leader.finish_reason is None:
+                break  # its prompt's pages are about to be shared
+            admitted = self._admit(sequence, budget)
+            if admitted is None:
+                break
+            budget -= len(admitted.tokens)
+            planned.append((sequence, admitted))
+        return planned
+
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """Note that `count` more positions of the sequence are final in the cache, and name the pages this filled."""
+        sequence.computed += count
+        full = sequence.computed // self._page_size
+        if full > len(sequence.hashes):
+            known = len(sequence.hashes)
+            sequence.hashes = page_hashes(
+                sequence.tokens[: full * self._page_size], self._page_size, sequence.hashes
+            )
+            for page, page_hash in zip(sequence.pages[known:full], sequence.hashes[known:], strict=True):
+                self.pool.name(page, page_hash)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or cancelled sequence and free its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.hashes = [], []
+        sequence.computed, sequence.draft = 0, None
+
+    def _prefill_group(self, sequence: Sequence, budget: int) -> RowGroup:
+        """The next rows of a prompt (or of a preempted sequence's tokens); logits for the newest token's row only."""
+        start = sequence.computed
+        tokens = sequence.tokens[start : start + budget]
+        last = start + len(tokens) == len(sequence.tokens)
+        return RowGroup(View.AR, tokens, start, sequence.pages, len(tokens) - last, len(tokens))
+
+    def _reserve(self, sequence: Sequence, group: RowGroup) -> bool:
+        """Give the sequence pages for the group's AR rows, preempting from the last arrival; False if it fell itself."""
+        while (missing := self._missing_pages(sequence, group)) > 0:
+            pages = self.pool.allocate(missing)
+            if pages is not None:
+                sequence.pages.extend(pages)
+                break
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _missing_pages(self, sequence: Sequence, group: RowGroup) -> int:
+        if group.view is View.DIFFUSION:
+            return 0
+        return -(-(group.start + len(group.tokens)) // self._page_size) - len(sequence.pages)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _admit(self, sequence: Sequence, budget: int) -> RowGroup | None:
+        """Start the first waiting sequence if its first chunk fits beside the running ones' next pages."""
+        # The newest token is always computed: its row gives the logits.
+        hashes = page_hashes(sequence.tokens[: sequence.newest], self._page_size)
+        sequence.pages = self.pool.match(hashes)
+        sequence.computed = len(sequence.pages) * self._page_size
+        sequence.hashes = hashes[: len(sequence.pages)]
+        group = self._prefill_group(sequence, budget)
+        missing = self._missing_pages(sequence, group)
+        pages = self.pool.allocate(missing) if missing + len(self.running) <= self.pool.available else None
+        if pages is None:
+            self._release(sequence)
+            return None
+        if sequence.num_generated == 0:
+            sequence.cached_tokens = sequence.computed
+        sequence.pages.extend(pages)
+        self.waiting.popleft()
+        self.running.append(sequence)
+        return group

@@ -1,0 +1,14 @@
+"""Plain autoregressive decoding: one row in, one token out."""
+
+from orthrus.plan import RowGroup, View
+from orthrus.sequence import Sequence
+
+
+class ARSchedule:
+    """The yardstick: every other schedule must commit exactly these tokens."""
+
+    def group(self, sequence: Sequence, batch: int) -> RowGroup:
+        return RowGroup(View.AR, sequence.tokens[-1:], sequence.newest, sequence.pages, 0, 1)
+
+    def commit(self, sequence: Sequence, group: RowGroup, picks: list[int]) -> list[int]:
+        return picks

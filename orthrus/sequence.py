@@ -1,0 +1,75 @@
+"""The state of one choice of one request while the engine works on it."""
+
+from dataclasses import dataclass, field
+
+from orthrus.kv_cache import PageHash
+from orthrus.request import FinishReason, RequestStats, SamplingParams
+from orthrus.text import TextStream
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice. `tokens` holds prompt and committed tokens; the cache holds AR keys and values of positions < `computed`.
+
+    In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens).
+    `draft`: tokens drafted for the positions after n, waiting to be verified. `leader`: the first choice of the same
+    request, whose prefill this one waits for, to share its pages.
+    """
+
+    request_id: str
+    index: int
+    params: SamplingParams
+    seed: int
+    tokens: list[int]
+    num_prompt: int
+    max_length: int
+    stop_ids: frozenset[int]
+    text: TextStream | None = None
+    leader: "Sequence | None" = None
+    pages: list[int] = field(default_factory=list)
+    hashes: list[PageHash] = field(default_factory=list)
+    computed: int = 0
+    cached_tokens: int = 0
+    draft: list[int] | None = None
+    cycles: int = 0
+    passes: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def newest(self) -> int:
+        """Position n of the newest committed token."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only the newest token lacks its key and value, so that the schedule decides what comes next."""
+        return self.num_generated > 0 and self.computed == self.newest
+
+    def stats(self) -> RequestStats:
+        return RequestStats(
+            prompt_tokens=self.num_prompt,
+            cached_tokens=self.cached_tokens,
+            completion_tokens=self.num_generated,
+            cycles=self.cycles,
+            passes=self.passes,
+            seed=self.seed,
+        )
+
+    def append(self, token: int) -> None:
+        """Commit one token, and decide from it alone whether the sequence ends: pass boundaries must not matter."""
+        self.tokens.append(token)
+        if self.text is not None:
+            self.text.push(token)
+            if self.text.stopped is not None:
+                self.finish_reason, self.stop_reason = "stop", self.text.stopped
+                return
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+            self.stop_reason = token if token in self.params.stop_token_ids else None
+        elif len(self.tokens) >= self.max_length:
+            self.finish_reason = "length"

@@ -1,0 +1,226 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from orthrus.bench import BenchOptions, bench
+from orthrus.chat import stream_text
+from orthrus.cli import main
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.request import SamplingParams
+from tests.checkpoints import make_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+Output = pytest.CaptureFixture[str]
+
+
+def save_byte_tokenizer(path: Path, **settings: str) -> None:
+    """One token per byte: 256 ids that decode to any text."""
+    tokenizer = Tokenizer(BPE({char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_checkpoint(tmp_path_factory.mktemp("text"), vocab_size=258)
+    save_byte_tokenizer(path, chat_template=TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_checkpoint(tmp_path_factory.mktemp("small"), vocab_size=258, max_position_embeddings=64)
+    save_byte_tokenizer(path, chat_template=TEMPLATE)
+    return path
+
+
+def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_help_is_fast() -> None:
+    program = "import sys, orthrus.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for command in ("generate", "chat", "serve", "verify", "bench", "train"):
+        assert f"\n    {command} " in done.stdout
+    assert not {"torch", "ray", "transformers"} & set(done.stdout.splitlines()[-1].split())
+
+
+def test_generate_streams_text_to_stdout_and_stats_to_stderr(model: Path, capsys: Output) -> None:
+    arguments = [
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--prompt",
+        "abc",
+        "--max-tokens",
+        "12",
+        "--ignore-eos",
+    ]
+    assert main(["generate", *arguments, "--schedule", "ar"]) == 0
+    by_ar = capsys.readouterr()
+    assert main(["generate", *arguments, "--schedule", "orthrus"]) == 0
+    by_orthrus = capsys.readouterr()
+    assert by_ar.out == by_orthrus.out
+    assert len(by_ar.out) > 1
+    assert by_ar.err.startswith("12 tokens in ")
+    assert "1.00 tokens per cycle" in by_ar.err
+    assert "seed" not in by_ar.err
+
+
+def test_generate_tells_the_seed_it_drew(model: Path, capsys: Output) -> None:
+    arguments = [
+        "generate",
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--prompt",
+        "x",
+        "--temperature",
+        "1",
+        "--max-tokens",
+        "8",
+    ]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    seed = first.err.split("seed ")[1].strip()
+    assert main([*arguments, "--seed", seed]) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_generate_reads_stdin(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["generate", "--model", str(model), "--device", "cpu", "--max-tokens", "4"]
+    assert main([*arguments, "--prompt", "abc\n"]) == 0
+    expected = capsys.readouterr().out
+    type_lines(monkeypatch, "abc")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_chat_keeps_the_conversation(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["chat", "--model", str(model), "--device", "cpu", "--max-tokens", "6", "--ignore-eos"]
+    type_lines(monkeypatch, "hello", "again", "/reset", "hello", "/help", "/exit", "unread")
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    stats = [line for line in printed.err.splitlines() if line.startswith("[6 tokens in ")]
+    assert len(stats) == 3
+    assert all("tokens per cycle" in line for line in stats)
+    assert printed.err.count("/exit") == 2  # at the start, and after the unknown command
+    assert sys.stdin.readline() == "unread\n"
+    first, second, reset, third = printed.out.split("> ")[1:5]
+    assert reset == ""
+    assert first == third  # /reset forgot what was said before
+    assert first != second
+
+
+def test_chat_without_room_says_so_and_goes_on(
+    small_context: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_lines(monkeypatch, "x" * 80, "hi")
+    assert main(["chat", "--model", str(small_context), "--device", "cpu", "--max-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert "shorten the prompt; /reset makes room" in printed.err
+    assert "tokens per cycle" in printed.err
+
+
+def test_chat_needs_a_template(tmp_path: Path, capsys: Output) -> None:
+    save_byte_tokenizer(make_checkpoint(tmp_path, vocab_size=258))
+    assert main(["chat", "--model", str(tmp_path), "--device", "cpu"]) == 2
+    assert "has no chat template: use `orthrus generate`" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_an_answer_and_leaves_the_engine_free(model: Path) -> None:
+    engine = Engine.from_pretrained(EngineConfig(model=str(model), device="cpu", schedule="ar"))
+    shown: list[str] = []
+
+    def press_ctrl_c(piece: str) -> None:
+        shown.append(piece)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    answer = stream_text(
+        engine, [1, 2, 3], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True), press_ctrl_c
+    )
+    assert answer.stats is None
+    assert answer.text == "".join(shown)
+    assert not engine.has_work
+    assert engine.stats.running == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--temperature", "-1"], "temperature must be between 0 and 100, got -1.0"),
+        (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--prompt", ""], "the prompt must have at least one token"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    arguments: list[str], message: str, model: Path, capsys: Output
+) -> None:
+    assert main(["generate", "--model", str(model), "--device", "cpu", "--prompt", "x", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("orthrus: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bench", "--batch", "0"], ["generate", "--schedule", "tree"], ["fly"], []]
+)
+def test_wrong_options_are_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_bench_sets_all_side_by_side(model: Path) -> None:
+    report = bench(BenchOptions(str(model), device="cpu", batches=(1, 3), new_tokens=12, rounds=2))
+    rows = [(m.batch, m.contestant) for m in report.measurements]
+    assert rows == [(b, c) for b in (1, 3) for c in ("hugging face", "ar", "orthrus")]
+    assert report.exact
+    for measurement in report.measurements:
+        assert measurement.tokens_per_second > 0
+        assert measurement.ratio_range[0] <= measurement.ratio <= measurement.ratio_range[1]
+        assert measurement.agreement == 1.0  # greedy in float32, far from ties
+    for measurement in report.measurements[::3]:
+        assert measurement.ratio == 1.0
+    text = report.to_text()
+    assert report.hardware in text
+    assert "ar and orthrus gave the same tokens" in text
+
+
+def test_bench_without_a_tokenizer_uses_token_ids(tiny_qwen3: Path, capsys: Output) -> None:
+    arguments = [
+        "--model",
+        str(tiny_qwen3),
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--new-tokens",
+        "4",
+        "--rounds",
+        "1",
+    ]
+    assert main(["bench", *arguments, "--json"]) == 0
+    assert '"contestant": "ar"' in capsys.readouterr().out

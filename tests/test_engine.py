@@ -1,0 +1,248 @@
+"""The engine's contract: a response depends on model, prompt, parameters and seed, and on nothing else."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import ConfigError, RequestError
+from orthrus.request import Chunk, Completion, Request, SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.reference import reference_decode
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+def engine(path: Path, schedule: str = "orthrus", **settings: Any) -> Engine:
+    fixed = {"model": str(path), "schedule": schedule, "adaptive_draft": False, "max_num_seqs": 16}
+    return Engine.from_pretrained(EngineConfig.model_validate(fixed | settings))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("engine") / "model", noise=0.02)
+
+
+@pytest.fixture(scope="module")
+def ar(checkpoint: Path) -> Engine:
+    return engine(checkpoint, "ar")
+
+
+def prompts(count: int, longest: int = 120, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(120) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
+    """Equal tokens, equal logprobs to the last bit, equal endings; costs may differ."""
+    for a, b in zip(left, right, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.token_ids == y.token_ids
+            assert x.logprobs == y.logprobs
+            assert (x.finish_reason, x.stop_reason) == (y.finish_reason, y.stop_reason)
+
+
+MIXED = [
+    SamplingParams(temperature=0.0, max_tokens=40, logprobs=3),
+    SamplingParams(temperature=1.0, max_tokens=40, seed=1, logprobs=0),
+    SamplingParams(temperature=0.7, max_tokens=33, seed=2, top_p=0.9, top_k=20),
+    SamplingParams(temperature=1.3, max_tokens=40, seed=3, min_p=0.05, ignore_eos=True),
+    SamplingParams(temperature=1.0, max_tokens=40, seed=4, repetition_penalty=1.3, presence_penalty=0.5),
+    SamplingParams(temperature=0.0, max_tokens=40, frequency_penalty=0.7, logprobs=5),
+    SamplingParams(temperature=1.0, max_tokens=40, seed=5, logit_bias={7: 3.0, 11: -100.0}),
+    SamplingParams(temperature=0.8, max_tokens=25, seed=6, stop_token_ids=(3, 9), n=3),
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"schedule": "ar"},
+        {"adaptive_draft": True},
+        {"prefill_chunk": 7},
+        {"prefix_caching": False, "max_num_seqs": 2},
+        {"kv_cache_tokens": 512, "page_size": 8},
+        {"draft_length": 3},
+    ],
+    ids=str,
+)
+def test_every_parameter_is_exact_under_every_schedule_and_setting(
+    checkpoint: Path, ar: Engine, settings: dict[str, Any]
+) -> None:
+    texts = prompts(len(MIXED))
+    alone = [ar.generate([text], params)[0] for text, params in zip(texts, MIXED, strict=True)]
+    other = engine(checkpoint, **settings)
+    same(other.generate(texts, MIXED), alone)
+    assert other.stats.kv_pages_used == 0
+    if other.schedule_name == "orthrus" and not settings.get("adaptive_draft"):
+        assert other.stats.tokens_per_cycle > 1.3, "the drafts are never right: the diffusion view is broken"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"tie": False, "bias": True, "heads": 6, "kv_heads": 1, "head_dim": 32, "layers": 3},
+        {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden_size": 48, "block_size": 16},
+        {"yarn": True, "heads": 8, "kv_heads": 2, "block_size": 32},
+        {"correlated": False},
+    ],
+    ids=str,
+)
+def test_text_and_cycles_equal_the_slow_reference(tmp_path: Path, shape: dict[str, Any]) -> None:
+    path = make_checkpoint(tmp_path / "model", noise=0.02, eos_token_id=126, **shape)
+    ours = engine(path)
+    for prompt in prompts(4, 60, seed=3):
+        tokens, cycles = reference_decode(path, prompt, 48)
+        [[completion]] = ours.generate([prompt], SamplingParams(temperature=0.0, max_tokens=48))
+        assert list(completion.token_ids) == tokens
+        assert completion.stats.cycles == cycles
+
+
+def test_a_crowd_with_cancellations_and_too_little_cache(checkpoint: Path, ar: Engine) -> None:
+    """64 requests, prompts from one token to the context limit, a cache for a fraction of them, random cancellations."""
+    rng = random.Random(5)
+    crowded = engine(checkpoint, kv_cache_tokens=1024, page_size=8, max_num_seqs=24, prefill_chunk=64)
+    limit = crowded.max_model_len
+    texts = [*prompts(60, 200, seed=9), [5], [6] * (limit - 1), prompts(1, 30)[0] * 2, [9] * (limit // 2)]
+    params = [
+        SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=i, max_tokens=rng.randint(1, 60), logprobs=1)
+        for i in range(len(texts))
+    ]
+    pending = [Request(str(i), t, p) for i, (t, p) in enumerate(zip(texts, params, strict=True))]
+    collected: dict[str, list[Chunk]] = {r.request_id: [] for r in pending}
+    doomed = {str(i) for i in rng.sample(range(len(texts)), 20)}
+    while pending or crowded.has_work:
+        for _ in range(rng.randint(0, 4)):
+            if pending:
+                crowded.submit(pending.pop())
+        if doomed and rng.random() < 0.3:
+            crowded.cancel(doomed.pop())
+        for chunk in crowded.step():
+            collected[chunk.request_id].append(chunk)
+    assert crowded.stats.preemptions > 0
+    assert crowded.stats.kv_pages_used == 0
+    finished = [r for r in collected if collected[r] and collected[r][-1].finish_reason]
+    assert len(finished) >= 40
+    for request_id in finished:
+        index = int(request_id)
+        [[alone]] = ar.generate([texts[index]], params[index])
+        assert tuple(t for c in collected[request_id] for t in c.token_ids) == alone.token_ids
+        assert tuple(x for c in collected[request_id] for x in c.logprobs or ()) == alone.logprobs
+
+
+def test_choices_share_the_prompt_and_differ(checkpoint: Path) -> None:
+    ours = engine(checkpoint)
+    prompt = prompts(1, 1)[0] * 100
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=20, ignore_eos=True, n=4)
+    [choices] = ours.generate([prompt], params)
+    assert len({c.token_ids for c in choices}) == 4
+    assert [c.stats.cached_tokens for c in choices] == [0, 96, 96, 96]
+    [[single]] = ours.generate([prompt], replace(params, n=1))
+    assert single.token_ids == choices[0].token_ids
+
+
+def test_a_repeated_prompt_comes_from_the_cache_with_the_same_text(checkpoint: Path) -> None:
+    ours = engine(checkpoint)
+    prompt = prompts(1, 1, seed=2)[0] * 80
+    first = ours.generate([prompt], GREEDY)
+    again = ours.generate([prompt], GREEDY)
+    same(first, again)
+    assert (first[0][0].stats.cached_tokens, again[0][0].stats.cached_tokens) == (0, 64)
+    # A follow-up turn finds the generated tokens' pages as well.
+    longer = prompt + list(first[0][0].token_ids) + [1, 2, 3]
+    [[turn]] = ours.generate([longer], GREEDY)
+    assert turn.stats.cached_tokens == 112
+
+
+def test_a_seed_is_drawn_and_told(checkpoint: Path) -> None:
+    ours = engine(checkpoint)
+    params = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True)
+    first, second = (ours.generate([[1, 2, 3]], params)[0][0] for _ in range(2))
+    assert first.token_ids != second.token_ids
+    replay = ours.generate([[1, 2, 3]], replace(params, seed=first.stats.seed))[0][0]
+    assert replay.token_ids == first.token_ids
+
+
+def test_sampling_follows_the_model(checkpoint: Path, ar: Engine) -> None:
+    """Frequencies of the first token over many seeds against softmax: a chi-squared test at one in ten thousand."""
+    prompt, draws = [3, 1, 4, 1, 5], 4000
+    expected = ar.score(prompt)[-1].softmax(-1)
+    params = [SamplingParams(temperature=1.0, seed=s, max_tokens=1) for s in range(draws)]
+    tokens = torch.tensor([c[0].token_ids[0] for c in ar.generate([prompt] * draws, params)])
+    counts = torch.bincount(tokens, minlength=len(expected))
+    common = expected * draws >= 5
+    statistic = ((counts - expected * draws)[common] ** 2 / (expected * draws)[common]).sum().item()
+    degrees = int(common.sum()) - 1
+    assert statistic < degrees + 4.5 * (2 * degrees) ** 0.5
+
+
+def test_limits_end_a_text_exactly(checkpoint: Path) -> None:
+    ours = engine(checkpoint, max_model_len=64)
+    for length in (1, 2, 3, 7, 8, 9, 20):
+        [[c]] = ours.generate([[1, 2, 3]], replace(GREEDY, max_tokens=length))
+        assert (len(c.token_ids), c.finish_reason) == (length, "length")
+    [[c]] = ours.generate([[1] * 50], replace(GREEDY, max_tokens=None))
+    assert (len(c.token_ids), c.finish_reason) == (14, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "said"),
+    [
+        ([], SamplingParams(), "at least one token"),
+        ([1] * 512, SamplingParams(), "512 tokens"),
+        ([128], SamplingParams(), "between 0 and 127"),
+        ([1], SamplingParams(logit_bias={128: 1.0}), "logit_bias"),
+        ([1], SamplingParams(stop=("x",)), "tokenizer"),
+    ],
+)
+def test_requests_that_cannot_be_served_say_why(
+    ar: Engine, prompt: list[int], params: SamplingParams, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        ar.submit(Request("bad", prompt, params))
+    assert not ar.has_work
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 1.5),
+        ("presence_penalty", 3.0),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("max_tokens", 0),
+        ("logprobs", 21),
+        ("n", 0),
+        ("stop", ("",)),
+        ("logit_bias", {1: 101.0}),
+    ],
+)
+def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    assert caught.value.param == field
+
+
+def test_settings_that_cannot_work_say_what_to_change(checkpoint: Path, tmp_path: Path) -> None:
+    plain = make_checkpoint(tmp_path / "plain", diffusion=False)
+    assert engine(plain, "auto").schedule_name == "ar"
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (plain, {}, "Orthrus checkpoint"),
+        (checkpoint, {"draft_length": 9}, "block_size 8"),
+        (checkpoint, {"max_model_len": 513}, "YaRN"),
+        (checkpoint, {"max_model_len": 100, "kv_cache_tokens": 64}, "kv_cache_tokens"),
+    ]
+    for path, settings, said in cases:
+        with pytest.raises(ConfigError, match=said):
+            engine(path, **settings)

@@ -1,0 +1,163 @@
+"""`orthrus verify` finds no drift where there is none, and finds it where there is."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus.cli import main
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import ConfigError
+from orthrus.verify import (
+    KL_LIMIT,
+    VerifyOptions,
+    _kl,
+    compare_hugging_face,
+    find_drifts,
+    make_requests,
+    run,
+    summarize,
+    verify,
+)
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("orthrus"), noise=0.02)
+
+
+def options_for(path: Path, *, tokens: int = 2800, max_tokens: int = 48, seed: int = 0) -> VerifyOptions:
+    return VerifyOptions(
+        str(path), tokens=tokens, max_tokens=max_tokens, max_batch=8, seed=seed, device="cpu"
+    )
+
+
+def engine_for(path: Path, schedule: str = "auto") -> Engine:
+    return Engine.from_pretrained(
+        EngineConfig.model_validate({"model": str(path), "device": "cpu", "schedule": schedule})
+    )
+
+
+def test_no_drift(checkpoint: Path) -> None:
+    report = verify(options_for(checkpoint))
+    assert report.ok, report.to_text()
+    assert report.reference_tokens >= 700
+    assert report.compared_tokens == 4 * report.reference_tokens
+    checks = {check.name: check for check in report.checks}
+    assert set(checks) == {"ar alone", "ar mixed", "orthrus alone", "orthrus mixed", "orthrus adaptive"}
+    for check in checks.values():
+        assert (check.tokens, check.requests) == (report.reference_tokens, report.requests)
+    # Equal text says nothing about the drafts: only tokens per cycle does.
+    assert checks["ar alone"].tokens_per_cycle == checks["ar alone"].tokens_per_pass == 1.0
+    assert checks["orthrus alone"].tokens_per_cycle > 1.2
+    assert checks["orthrus mixed"].preemptions > 0
+    assert checks["orthrus mixed"].prefix_hit_tokens > 0
+    assert report.hugging_face is not None
+    assert report.hugging_face.positions == report.reference_tokens
+    assert report.hugging_face.max_kl <= KL_LIMIT
+    assert "zero drift" in report.to_text()
+
+
+def test_plain_checkpoint_has_no_orthrus_checks(tmp_path: Path) -> None:
+    report = verify(
+        replace(options_for(make_checkpoint(tmp_path, diffusion=False), tokens=200), compare_hf=False)
+    )
+    assert report.ok
+    assert [check.name for check in report.checks] == ["ar alone", "ar mixed"]
+    assert report.hugging_face is None
+
+
+def test_drift_is_found_and_located(checkpoint: Path, tmp_path: Path) -> None:
+    other = engine_for(make_checkpoint(tmp_path, seed=1))
+    engine = engine_for(checkpoint)
+    requests = list(itertools.islice(make_requests(engine, options_for(checkpoint)), 4))
+    expected = run(engine, requests, itertools.repeat(1))
+    got = run(other, requests, itertools.repeat(4))
+    check = summarize("other", other, got, expected, seconds=1.0)
+    assert check.drifted_tokens > 0
+    assert check.drifted_logprobs > 0
+    drifts = find_drifts("other", got, expected)
+    assert {drift.request for drift in drifts} == {request.request_id for request in requests}
+    assert all(drift.expected != drift.got for drift in drifts)
+    assert not find_drifts("same", expected, expected)
+
+
+def test_drift_in_the_last_bit_of_a_logprob_is_found(checkpoint: Path) -> None:
+    engine = engine_for(checkpoint)
+    requests = list(itertools.islice(make_requests(engine, options_for(checkpoint)), 1))
+    expected = run(engine, requests, itertools.repeat(1))
+    [(name, result)] = expected.items()
+    last = result.logprobs[-1]
+    moved = replace(last, logprob=last.logprob * (1 + 2**-52))
+    got = {name: replace(result, logprobs=(*result.logprobs[:-1], moved))}
+    check = summarize("moved", engine, got, expected, seconds=1.0)
+    assert (check.drifted_tokens, check.drifted_logprobs) == (0, 1)
+    [drift] = find_drifts("moved", got, expected)
+    assert drift.position == len(result.token_ids) - 1
+
+
+def test_a_wrong_forward_fails_against_hugging_face(checkpoint: Path, tmp_path: Path) -> None:
+    engine = engine_for(checkpoint, "ar")
+    requests = list(itertools.islice(make_requests(engine, options_for(checkpoint)), 2))
+    results = run(engine, requests, itertools.repeat(1))
+    assert compare_hugging_face(engine, checkpoint, requests, results).ok
+    wrong = compare_hugging_face(engine, make_checkpoint(tmp_path, seed=1), requests, results)
+    assert not wrong.ok
+    assert wrong.max_kl > 0.1
+
+
+def test_requests_are_a_function_of_the_seed(checkpoint: Path) -> None:
+    engine = engine_for(checkpoint)
+    first, second, third = (
+        list(itertools.islice(make_requests(engine, options_for(checkpoint, seed=seed)), 20))
+        for seed in (0, 0, 1)
+    )
+    assert first == second != third
+    assert {request.params.greedy for request in first} == {True, False}
+    assert len({len(request.prompt) for request in first}) > 5
+
+
+def test_kl_is_the_divergence_and_keeps_small_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    q = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
+    torch.testing.assert_close(_kl(p, q), expected)
+    near = (
+        p + 1e-9 * q
+    )  # Second order: about half the variance of the gap, far below the rounding of log p - log q.
+    assert ((_kl(p, near) > 1e-20) & (_kl(p, near) < 1e-17)).all()
+    assert (_kl(p, p) == 0).all()
+
+
+def test_no_room_for_prompts_is_an_error(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="--max-tokens 511 leaves no room"):
+        verify(options_for(checkpoint, max_tokens=511))
+
+
+def test_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "verify",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--tokens",
+        "240",
+        "--max-tokens",
+        "24",
+        "--no-hf",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["ok"] is True
+    assert report["compared_tokens"] >= 240
+    assert "orthrus mixed" in printed.err
