@@ -1,0 +1,76 @@
+"""Forward KL from the AR view's distribution to the diffusion view's, and its gradient, a slice of rows at a time.
+
+The vocabulary is the widest thing in the model: logits of all rows in float32, with their softmax and gradients, would need
+more memory than everything else. The head is frozen, so the gradient of the hidden states is all there is to keep.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _slice_kl(hidden: Tensor, target: Tensor, head: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL [rows], the weighted sum's gradient by hidden [rows, hidden_size], and top-1 agreement bool [rows]."""
+    logits = F.linear(hidden, head).float()
+    student, teacher = F.log_softmax(logits, -1), F.log_softmax(target.float(), -1)
+    probability = teacher.exp()
+    kl = (probability * (teacher - student)).sum(-1)
+    gradient = (student.exp() - probability) * weight[:, None]
+    return kl, gradient.to(hidden.dtype) @ head, logits.argmax(-1) == target.argmax(-1)
+
+
+class _ForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        index: Tensor,
+        head: Tensor,
+        weight: Tensor,
+        slice_rows: int,
+        kernel: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [
+            kernel(h, targets[i], head, w)
+            for h, i, w in zip(
+                hidden.split(slice_rows), index.split(slice_rows), weight.split(slice_rows), strict=True
+            )
+        ]
+        kl, gradient, agree = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(kl, agree)
+        return (kl * weight).sum(), kl, agree
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None, None
+
+
+_compiled: dict[bool, Callable[..., Any]] = {}
+
+
+def forward_kl(
+    hidden: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    head: Tensor,
+    weight: Tensor,
+    *,
+    slice_rows: int = 8192,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum of weight x KL(target || softmax(hidden @ head.T)) over rows.
+
+    hidden [rows, hidden_size]: the diffusion view's; targets [positions, vocab_size]: AR logits, once per position;
+    index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weight float32 [rows].
+    Returns the sum (differentiable by hidden), KL [rows] in nats and top-1 agreement bool [rows].
+    """
+    if compiled not in _compiled:
+        _compiled[compiled] = torch.compile(_slice_kl) if compiled else _slice_kl
+    total, kl, agree = _ForwardKL.apply(hidden, targets, index, head, weight, slice_rows, _compiled[compiled])
+    return total, kl, agree

@@ -1,0 +1,214 @@
+"""The trainable two-view Qwen3: plain dense PyTorch, parameters named as in the checkpoint.
+
+Meant to be read beside `orthrus.forward`, which serves the same weights from a paged cache.
+"""
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orthrus.checkpoint import tensor_shapes
+from orthrus.config import ModelConfig
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [batch, heads, rows, head_dim] by cos, sin [batch or 1, 1, rows, head_dim / 2]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Attention(nn.Module):
+    """Both views' projections. Parameters of the diffusion view end in `_diff`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        bias = config.attention_bias
+        for suffix in ("", "_diff") if config.has_diffusion else ("",):
+            for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+                self.add_module(
+                    f"{name}_proj{suffix}", nn.Linear(config.hidden_size, heads * self.dim, bias=bias)
+                )
+            self.add_module(
+                f"o_proj{suffix}", nn.Linear(self.heads * self.dim, config.hidden_size, bias=bias)
+            )
+            self.add_module(f"q_norm{suffix}", RMSNorm(self.dim, config.rms_norm_eps))
+            self.add_module(f"k_norm{suffix}", RMSNorm(self.dim, config.rms_norm_eps))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, suffix: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values [batch, heads, rows, head_dim], normed and rotated, of x [batch, rows, hidden_size]."""
+
+        def heads(name: str) -> Tensor:
+            projected: Tensor = getattr(self, f"{name}_proj{suffix}")(x)
+            return projected.unflatten(-1, (-1, self.dim)).transpose(1, 2)
+
+        query, key = (rotate(getattr(self, f"{n}_norm{suffix}")(heads(n)), cos, sin) for n in "qk")
+        return query, key, heads("v")
+
+    def merge(self, attended: Tensor, suffix: str = "") -> Tensor:
+        """The output projection of attended [batch, heads, rows, head_dim]."""
+        merged: Tensor = getattr(self, f"o_proj{suffix}")(attended.transpose(1, 2).flatten(2))
+        return merged
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """One decoder layer; its norms and MLP serve both views."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def add_mlp(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def autoregressive(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, KeysValues]:
+        query, key, value = self.self_attn.project(self.input_layernorm(hidden), cos, sin)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.add_mlp(hidden + self.self_attn.merge(attended)), (key, value)
+
+    def diffusion(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeysValues, mask: Tensor) -> Tensor:
+        attention = self.self_attn
+        query, key, value = attention.project(self.input_layernorm(hidden), cos, sin, "_diff")
+        group = attention.heads // attention.kv_heads
+        keys, values = (
+            torch.cat(pair, 2).repeat_interleave(group, 1) for pair in ((cache[0], key), (cache[1], value))
+        )
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        return self.add_mlp(hidden + attention.merge(attended, "_diff"))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm (`model.` in the checkpoint)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = cast(
+            "list[Layer]", nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class TwoViewModel(nn.Module):
+    """A Qwen3 with an autoregressive view and, where the config has a block size, a diffusion view."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.inv_freq: Tensor
+        inv_freq, self._rope_scaling = config.rotary()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The language model head [vocab_size, hidden_size]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def diffusion_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if "_diff." in name}
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [batch, 1, rows, head_dim / 2] for positions [batch, rows], in the compute dtype."""
+        angles = positions[:, None, :, None].float() * self.inv_freq
+        device = positions.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.head_weight.dtype
+        return (angles.cos() * self._rope_scaling).to(dtype), (angles.sin() * self._rope_scaling).to(dtype)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[KeysValues]]:
+        """The AR view of tokens int64 [batch, rows] at positions 0, 1, ...
+
+        Returns the final hidden states [batch, rows, hidden_size] and every layer's keys and values
+        [batch, kv_heads, rows, head_dim].
+        """
+        cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        hidden = self.model.embed_tokens(tokens)
+        cache = []
+        for layer in self.model.layers:
+            hidden, keys_values = layer.autoregressive(hidden, cos, sin)
+            cache.append(keys_values)
+        return self.model.norm(hidden), cache
+
+    def diffuse(self, tokens: Tensor, positions: Tensor, cache: list[KeysValues], mask: Tensor) -> Tensor:
+        """The diffusion view of rows `tokens` [batch, rows] at `positions`; hidden states [batch, rows, hidden_size].
+
+        mask: bool [batch, 1, rows, cached + rows], true where a row sees an AR key or a row of its pass.
+        """
+        cos, sin = self.rope(positions)
+        hidden = self.model.embed_tokens(tokens)
+        for layer, keys_values in zip(self.model.layers, cache, strict=True):
+            hidden = layer.diffusion(hidden, cos, sin, keys_values, mask)
+        final: Tensor = self.model.norm(hidden)
+        return final
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab_size] of hidden [..., hidden_size], in its dtype."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    def checkpoint_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The checkpoint's tensors, by name."""
+        state = self.state_dict()
+        return {name: state[name].detach().to(dtype) for name in tensor_shapes(self.config)}
+
+
+def initialise(model: TwoViewModel, seed: int) -> None:
+    """Random weights: normal with deviation 0.02; projections back into the residual stream start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            if name.split(".")[-2].removesuffix("_diff") in ("o_proj", "down_proj"):
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def add_diffusion_view(base: TwoViewModel, block_size: int, mask_token_id: int) -> TwoViewModel:
+    """A model with the base's weights, and a diffusion view that starts as a copy of the AR view."""
+    model = TwoViewModel(replace(base.config, block_size=block_size, mask_token_id=mask_token_id))
+    state = base.state_dict()
+    state |= {name: state[name.replace("_diff.", ".")] for name in model.diffusion_parameters()}
+    model.load_state_dict(state)
+    return model.to(base.head_weight.device, base.head_weight.dtype)
