@@ -1,0 +1,75 @@
+"""What `ray_cluster.yaml` describes: node types and what fits on them, checked before `ray up` costs anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import ValidationError  # type: ignore[import-untyped]
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from orthrus.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """One kind of node. `resources`: Ray's names ("CPU", "GPU", "accelerator_type:H100") and amounts of one node."""
+
+    name: str
+    resources: Mapping[str, float]
+    min_workers: int
+    max_workers: int
+
+    def fits(self, demand: Mapping[str, float]) -> bool:
+        """Whether an empty node of this kind has room for `demand`."""
+        return all(self.resources.get(name, 0) >= amount for name, amount in demand.items())
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """A cluster: its head and the kinds of workers that its autoscaler may add, `max_workers` in all."""
+
+    name: str
+    head: NodeType
+    workers: tuple[NodeType, ...]
+    max_workers: int
+
+    @classmethod
+    def load(cls, path: Path) -> "ClusterConfig":
+        """Read a cluster launcher file, checked as `ray up` checks it. Raises ConfigError with file and fault."""
+        try:
+            given = yaml.safe_load(path.read_text())
+            if not isinstance(given, dict) or "provider" not in given:
+                raise ValueError("no provider: is it a cluster launcher file?")
+            config = prepare_config(given)
+            validate_config(config)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {error.json_path}: {error.message}") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        head = config["head_node_type"]
+        types = {name: _node_type(name, node) for name, node in config["available_node_types"].items()}
+        workers = tuple(node for name, node in types.items() if name != head and node.max_workers)
+        return cls(config["cluster_name"], types[head], workers, config["max_workers"])
+
+    def placements(self, demand: Mapping[str, float]) -> list[NodeType]:
+        """The kinds of nodes that an actor with this demand can run on; empty if it would wait forever."""
+        return [node for node in (self.head, *self.workers) if node.fits(demand)]
+
+
+def _node_type(name: str, node: Mapping[str, Any]) -> NodeType:
+    return NodeType(name, node.get("resources", {}), node["min_workers"], node["max_workers"])
+
+
+def actor_demand(options: Mapping[str, Any]) -> dict[str, float]:
+    """Resources that Serve's `ray_actor_options` ask for. Serve's default is one CPU."""
+    demand: dict[str, float] = {"CPU": options.get("num_cpus", 1), **options.get("resources", {})}
+    if options.get("num_gpus"):
+        demand["GPU"] = options["num_gpus"]
+    if options.get("accelerator_type"):
+        # Ray's own way of tying an actor to a kind of accelerator: a sliver of a resource that each such node has.
+        demand[f"accelerator_type:{options['accelerator_type']}"] = 0.001
+    return demand

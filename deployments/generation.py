@@ -1,0 +1,128 @@
+"""The way of a request through the ingress, the same for HTTP and gRPC: token ids to a replica, chunks back, text out."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.failures import GenerationFailed
+from orthrus.errors import RequestError
+from orthrus.request import Chunk, Request, RequestStats, SamplingParams
+from orthrus.text import TextStream
+
+MAX_STOP_CHARACTERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """A chunk of choice `index` with the text that has become certain."""
+
+    index: int
+    text: str
+    chunk: Chunk
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The exception that a replica raised, out of Ray's wrapper around it."""
+    return getattr(error, "cause", None) or error
+
+
+async def generate(
+    replica: DeploymentHandle, tokenizer: Any, prompt: list[int], params: SamplingParams
+) -> AsyncGenerator[TextChunk]:
+    """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request."""
+    if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
+        raise RequestError(
+            f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
+        )
+    request = Request(uuid.uuid4().hex, prompt, params)
+    texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
+    stream = replica.options(stream=True).generate.remote(request)
+    open_choices = params.n
+    try:
+        async for chunk in stream:
+            if chunk.finish_reason == "error":
+                raise GenerationFailed(chunk.error)
+            tokens = chunk.token_ids
+            # A stop token ends the text and is no part of it, even where it is an ordinary word.
+            if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
+                tokens = tokens[:-1]
+            text = "".join([texts[chunk.index].push(token) for token in tokens])
+            if chunk.finish_reason is not None:
+                text += texts[chunk.index].finish()
+                open_choices -= 1
+            yield TextChunk(chunk.index, text, chunk)
+    except Exception as error:
+        cause = unwrap(error)
+        if isinstance(cause, RequestError):
+            raise cause from None
+        raise
+    finally:
+        if open_choices:
+            stream.cancel()
+
+
+@dataclass
+class Choice:
+    """All of one choice: its chunks added up."""
+
+    text: str
+    chunks: list[Chunk]
+
+    @property
+    def last(self) -> Chunk:
+        return self.chunks[-1]
+
+    @property
+    def stats(self) -> RequestStats:
+        stats = self.last.stats
+        assert stats is not None, "a finished choice has stats"
+        return stats
+
+
+async def collect(merged: AsyncGenerator[tuple[int, TextChunk]], count: int) -> list[Choice]:
+    """Wait for all `count` choices that `merge` brings."""
+    choices = [Choice("", []) for _ in range(count)]
+    async with aclosing(merged) as items:
+        async for index, item in items:
+            choices[index].text += item.text
+            choices[index].chunks.append(item.chunk)
+    return choices
+
+
+async def merge(streams: list[AsyncGenerator[TextChunk]], n: int) -> AsyncGenerator[tuple[int, TextChunk]]:
+    """The chunks of several prompts' streams as they come, each with its choice's index among all of them."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as items:
+            async for item in items:
+                yield item.index, item
+        return
+    queue: asyncio.Queue[tuple[int, TextChunk] | BaseException | None] = asyncio.Queue()
+
+    async def pump(number: int, stream: AsyncGenerator[TextChunk]) -> None:
+        try:
+            async for item in stream:
+                await queue.put((number * n + item.index, item))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        open_streams = len(tasks)
+        while open_streams:
+            got = await queue.get()
+            if isinstance(got, BaseException):
+                raise got
+            if got is None:
+                open_streams -= 1
+            else:
+                yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,139 @@
+"""Chunks and choices in OpenAI's response JSON, for both endpoints, streamed and whole."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from deployments.generation import Choice, TextChunk
+from orthrus.request import RequestStats, TokenLogprob
+from orthrus.text import token_bytes
+
+
+def usage(stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
+    """Token counts of a request's prompts (each counted once for its `n` choices) and choices."""
+    prompt = sum(s.prompt_tokens for s in stats[::n])
+    completion = sum(s.completion_tokens for s in stats)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in stats[::n])},
+    }
+
+
+def cost(stats: RequestStats) -> dict[str, Any]:
+    """The extension field `orthrus` of a finished choice."""
+    return {
+        "tokens_per_cycle": round(stats.tokens_per_cycle, 3),
+        "cycles": stats.cycles,
+        "passes": stats.passes,
+        "seed": stats.seed,
+    }
+
+
+@dataclass
+class ResponseFormat:
+    """One response. `chat` chooses the endpoint's dialect; `tokenizer` spells tokens for log-probabilities."""
+
+    chat: bool
+    model: str
+    tokenizer: Any
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    # Where in its text each choice's next token begins, for `text_offset`.
+    _offsets: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+    def whole(self, choices: Sequence[Choice], n: int) -> dict[str, Any]:
+        """The unstreamed response; choices of several prompts follow one another."""
+        rendered = []
+        for index, choice in enumerate(choices):
+            items = [item for chunk in choice.chunks for item in chunk.logprobs or ()]
+            scored = choice.last.logprobs is not None
+            entry: dict[str, Any] = {"index": index}
+            if self.chat:
+                entry["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+            else:
+                entry["text"] = choice.text
+            entry["logprobs"] = self._logprobs(index, items) if scored else None
+            entry["finish_reason"] = choice.last.finish_reason
+            entry["orthrus"] = cost(choice.stats)
+            rendered.append(entry)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": rendered, "usage": usage([c.stats for c in choices], n)}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first event of a streamed chat choice, which names the role."""
+        delta = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        return {**self._head("chat.completion.chunk"), "choices": [delta]}
+
+    def event(self, item: TextChunk, index: int) -> dict[str, Any]:
+        """One streamed event."""
+        chunk = item.chunk
+        entry: dict[str, Any] = {"index": index}
+        if self.chat:
+            entry["delta"] = {"content": item.text} if item.text else {}
+        else:
+            entry["text"] = item.text
+        entry["logprobs"] = self._logprobs(index, chunk.logprobs) if chunk.logprobs is not None else None
+        entry["finish_reason"] = chunk.finish_reason
+        if chunk.stats is not None:
+            entry["orthrus"] = cost(chunk.stats)
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [entry]}
+
+    def usage_event(self, stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
+        """The last event where the client asked for usage."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": [], "usage": usage(stats, n)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _logprobs(self, index: int, items: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Log-probabilities of choice `index`'s next tokens."""
+        if self.chat:
+            content = [
+                {
+                    **self._scored(item.token_id, item.logprob),
+                    "top_logprobs": [self._scored(*alternative) for alternative in item.top],
+                }
+                for item in items
+            ]
+            return {"content": content, "refusal": None}
+        tokens = [self._spell(item.token_id) for item in items]
+        offsets = list(accumulate(map(len, tokens), initial=self._offsets.get(index, 0)))
+        self._offsets[index] = offsets.pop()
+        return {
+            "tokens": tokens,
+            "token_logprobs": [_finite(item.logprob) for item in items],
+            "top_logprobs": [{self._spell(t): _finite(p) for t, p in item.top} for item in items],
+            "text_offset": offsets,
+        }
+
+    def _scored(self, token_id: int, logprob: float) -> dict[str, Any]:
+        raw = list(token_bytes(self.tokenizer)[token_id])
+        return {"token": self._spell(token_id), "logprob": _finite(logprob), "bytes": raw}
+
+    def _spell(self, token_id: int) -> str:
+        return token_bytes(self.tokenizer)[token_id].decode(errors="replace")
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for it."""
+    return max(logprob, -9999.0)
+
+
+def sse(event: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"

@@ -1,0 +1,193 @@
+"""OpenAI's request bodies, checked and turned into sampling parameters.
+
+Names and defaults are OpenAI's, with vLLM's extra sampling parameters. An unknown field is refused by name: a misspelt parameter
+that is silently ignored costs its user more than an error does.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from orthrus.errors import RequestError
+from orthrus.request import SamplingParams
+
+_MAX_CHOICES = 1024
+# pydantic names the branch of a union in an error's path; the caller knows no such field.
+_BRANCHES = {"str", "list[str]", "list[int]", "list[list[int]]", "list[ContentPart]"}
+
+
+class _Body(BaseModel):
+    """What both endpoints share. Numbers are strict: "0.5" is not 0.5."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+    min_p: float | None = 0.0
+    seed: int | None = None
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    repetition_penalty: float | None = 1.0
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    n: int | None = 1
+    stream: bool | None = False
+    stream_options: "StreamOptions | None" = None
+    # Accepted because clients send them as a matter of course; they change nothing about the answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, data: Any) -> Any:
+        """Clients that dump their own models send null for what they leave out, fields that we lack included."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> "_Body":
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream to be true", "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def _sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Null means the default, as OpenAI has it. Raises RequestError."""
+        defaults = SamplingParams()
+
+        def given(name: str) -> Any:
+            value = getattr(self, name)
+            return getattr(defaults, name) if value is None else value
+
+        try:
+            bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        except ValueError:
+            raise RequestError("logit_bias keys must be token ids", "logit_bias") from None
+        return SamplingParams(
+            temperature=given("temperature"),
+            top_p=given("top_p"),
+            top_k=max(0, given("top_k")),
+            min_p=given("min_p"),
+            seed=self.seed,
+            presence_penalty=given("presence_penalty"),
+            frequency_penalty=given("frequency_penalty"),
+            repetition_penalty=given("repetition_penalty"),
+            logit_bias=bias,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            n=given("n"),
+        )
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = False
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions. `prompt` is a text, a list of texts, token ids, or a list of token id lists."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, at least one. Raises RequestError."""
+        if self.echo:
+            raise RequestError("echo is not supported: prepend the prompt to the text on your side", "echo")
+        if self.suffix:
+            raise RequestError(
+                "suffix is not supported: the model only completes text from the left", "suffix"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError(
+                "best_of other than n is not supported: ask for n and choose on your side", "best_of"
+            )
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("prompt must not be an empty list", "prompt")
+        many: Any = [prompt] if isinstance(prompt[0], int) else prompt
+        choices = len(many) * (self.n or 1)
+        if choices > _MAX_CHOICES:
+            raise RequestError(
+                f"prompts times n must be at most {_MAX_CHOICES} in one request, got {choices}", "prompt"
+            )
+        return many
+
+    def sampling(self) -> SamplingParams:
+        return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn. Other keys (tool calls and the like) go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: plain text content; "developer" is OpenAI's newer name for "system"."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+        role = "system" if self.role == "developer" else self.role
+        return {**self.model_dump(exclude_none=True), "role": role, "content": text}
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def sampling(self) -> SamplingParams:
+        if not self.messages:
+            raise RequestError("messages must have at least one message", "messages")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+def describe(error: ValidationError) -> RequestError:
+    """One of pydantic's complaints as one of ours, its field by path."""
+    # Every branch of a union complains; the one that got furthest into the value is what the caller meant.
+    first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return cause
+    path = ".".join(str(part) for part in first["loc"] if part not in _BRANCHES)
+    field = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"unknown field {path!r}: remove it or correct its name", path)
+    return RequestError(f"{path}: {first['msg']}" if path else first["msg"], field)

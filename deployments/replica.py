@@ -1,0 +1,49 @@
+"""One model replica: an engine in its own thread behind a Serve deployment."""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve
+
+from orthrus.async_engine import AsyncEngine
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.request import Chunk, Request
+
+logger = logging.getLogger("ray.serve")
+
+
+@serve.deployment
+class OrthrusReplica:
+    """Streams the chunks of requests. A RequestError reaches the caller; a cancelled call cancels its request."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._engine = AsyncEngine(Engine.from_pretrained(config))
+        engine = self._engine.engine
+        logger.info(
+            "%s ready: schedule %s, context %d", config.model, engine.schedule_name, engine.max_model_len
+        )
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """What each pass commits for the request, as it comes."""
+        # Closed explicitly: a caller that goes away must free pages now, not at the next garbage collection.
+        async with aclosing(self._engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters (`EngineStats`)."""
+        return asdict(self._engine.stats)
+
+    def check_health(self) -> None:
+        """Called by Serve; an exception makes it replace the replica."""
+        if not self._engine.healthy:
+            raise RuntimeError(f"the engine has stopped: {self._engine.error!r}")
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()

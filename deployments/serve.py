@@ -1,0 +1,111 @@
+"""Deploy a Serve config from the command line and stay with it: what `orthrus serve CONFIG` runs."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import ray
+import yaml
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from deployments.app import build
+from orthrus.errors import ConfigError
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_config(path: Path) -> ServeDeploySchema:
+    """A Serve config file, checked by Serve's schema and by our `build`. Raises ConfigError naming the file and the fault."""
+    try:
+        config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+        for app in config.applications:
+            if app.import_path == "deployments.app:build":
+                build(app.args)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not a Serve config that works: {error}") from error
+    return config
+
+
+def serve_config(path: Path, *, address: str | None = None, blocking: bool = True) -> None:
+    """Deploy `path` on the Ray cluster at `address`, or on one started here, and wait until it answers.
+
+    blocking: stay until SIGINT or SIGTERM, then end what was started here (a cluster at `address` keeps serving).
+    Raises ConfigError for a config that can't work, its deployment's error included.
+    """
+    config = load_config(path)
+    environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
+    if address is None:
+        ray.init(address="local", include_dashboard=False, runtime_env=environment, log_to_driver=False)
+    else:
+        ray.init(address=address, runtime_env=environment)
+    running = False
+    try:
+        _deploy(config)
+        running = True
+        _print_endpoints(config)
+        if blocking:
+            _wait_for_signal()
+    finally:
+        if address is None and (blocking or not running):
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _deploy(config: ServeDeploySchema) -> None:
+    """Start Serve's proxies and the applications, and wait for them. Raises ConfigError with what went wrong."""
+    try:
+        serve.start(
+            proxy_location=config.proxy_location,
+            http_options=config.http_options.model_dump(),
+            grpc_options=config.grpc_options.model_dump(),
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"Ray Serve can't start: {_last_line(str(error))}") from error
+    _get_global_client().deploy_apps(config)
+    _wait_until_running([app.name for app in config.applications])
+
+
+def _wait_until_running(names: list[str]) -> None:
+    """Poll until all applications run. Raises ConfigError with what Serve and the deployments say if one fails."""
+    while True:
+        apps = [serve.status().applications.get(name) for name in names]
+        for app in apps:
+            if app is not None and app.status in (
+                ApplicationStatus.DEPLOY_FAILED,
+                ApplicationStatus.UNHEALTHY,
+            ):
+                # Each message ends with the exception that a replica died of, after its stack.
+                causes = {_last_line(deployment.message) for deployment in app.deployments.values()}
+                said = "; ".join(sorted(causes - {""})) or _last_line(app.message)
+                raise ConfigError(f"the deployment failed: {said}")
+        if all(app is not None and app.status is ApplicationStatus.RUNNING for app in apps):
+            return
+        time.sleep(0.2)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _wait_for_signal() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+
+
+def _print_endpoints(config: ServeDeploySchema) -> None:
+    """Where to send requests, and one to try."""
+    engine = config.applications[0].args["engine"]
+    model = engine.get("served_model_name") or Path(engine["model"]).name
+    port = config.http_options.port
+    print(f"Ready. OpenAI API: http://localhost:{port}/v1   gRPC: localhost:{config.grpc_options.port}\n")
+    print("Try:")
+    print(f"""  curl -N http://localhost:{port}/v1/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "prompt": "def fibonacci(n):\\n", "max_tokens": 64, "temperature": 0, "stream": true}}'""")
+    print("\nCtrl-C ends it.", flush=True)

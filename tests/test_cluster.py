@@ -1,0 +1,70 @@
+"""The cluster file: Ray accepts it, and what the Serve configs ask for fits on its nodes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.config import ClusterConfig, actor_demand
+from orthrus.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER_FILE = ROOT / "ray_cluster.yaml"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> ClusterConfig:
+    return ClusterConfig.load(CLUSTER_FILE)
+
+
+def test_ray_accepts_it(cluster: ClusterConfig) -> None:
+    assert cluster.name == "orthrus"
+    assert "GPU" not in cluster.head.resources
+    assert [node.name for node in cluster.workers] == ["h100"]
+    assert cluster.workers[0].resources["GPU"] == 8
+    assert sum(node.min_workers for node in cluster.workers) <= cluster.max_workers
+
+
+def test_what_the_gpu_config_asks_for_fits(cluster: ClusterConfig) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "qwen3-8b-h100.yaml").read_text())
+    args = config["applications"][0]["args"]
+    replica = actor_demand(args["replica"]["ray_actor_options"])
+    assert replica["GPU"] == 1
+    assert [node.name for node in cluster.placements(replica)] == ["h100"]
+    assert cluster.placements(actor_demand(args["ingress"]["ray_actor_options"]))
+    room = sum(node.max_workers * node.resources["GPU"] for node in cluster.workers)
+    assert args["replica"]["autoscaling_config"]["max_replicas"] <= room
+
+
+def test_demands() -> None:
+    assert actor_demand({}) == {"CPU": 1}
+    options = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"rack": 1}}
+    assert actor_demand(options) == {"CPU": 2, "GPU": 1, "accelerator_type:H100": 0.001, "rack": 1}
+
+
+def test_what_no_node_has_is_placed_nowhere(cluster: ClusterConfig) -> None:
+    assert cluster.placements({"CPU": 1, "GPU": 9}) == []
+    assert cluster.placements({"accelerator_type:A100": 0.001}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_workers": "four"}, "max_workers"),
+        ({"head_node_type": "none"}, "head_node_type"),
+        ({"workers": 3}, "workers"),
+        ({"provider": None}, "provider"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    config = {**yaml.safe_load(CLUSTER_FILE.read_text()), **change}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(ConfigError, match=message):
+        ClusterConfig.load(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml"):
+        ClusterConfig.load(tmp_path / "none.yaml")

@@ -1,0 +1,309 @@
+"""Requests in and responses out, without a server: OpenAI's bodies and types, the gRPC messages, and failures."""
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_tools import protoc
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
+from ray.serve.exceptions import BackPressureError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from deployments.failures import BodyTooLarge, GenerationFailed, ModelNotFound, describe_failure
+from deployments.generation import Choice, TextChunk
+from deployments.grpc_format import request_params, whole_message
+from deployments.openai_format import ResponseFormat
+from deployments.proto import orthrus_pb2 as pb
+from deployments.protocol import ChatBody, CompletionBody, describe
+from orthrus.errors import RequestError
+from orthrus.request import Chunk, RequestStats, SamplingParams, TokenLogprob
+
+ROOT = Path(__file__).resolve().parent.parent
+STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)
+
+
+def completion(**fields: Any) -> CompletionBody:
+    return CompletionBody.model_validate_json(json.dumps({"model": "m", "prompt": "p", **fields}))
+
+
+def chat(**fields: Any) -> ChatBody:
+    asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
+    return ChatBody.model_validate_json(json.dumps(asked))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """One token per byte: ids 0 to 255 in the order of byte-level BPE's alphabet."""
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+# --- requests
+
+
+def test_defaults_are_openais() -> None:
+    assert completion().sampling() == SamplingParams(max_tokens=16)
+    assert chat().sampling() == SamplingParams()
+
+
+def test_every_sampling_parameter_arrives() -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.1,
+        "seed": 11,
+        "presence_penalty": 0.25,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "max_tokens": 9,
+        "n": 2,
+    }
+    lists = {"logit_bias": {"5": -2.5}, "stop": ["a", "b"], "stop_token_ids": [3], "logprobs": 4}
+    expected = SamplingParams(**given, logit_bias={5: -2.5}, stop=("a", "b"), stop_token_ids=(3,), logprobs=4)
+    assert completion(**given, **lists).sampling() == expected
+    lists |= {"logprobs": True, "top_logprobs": 4}
+    assert chat(**given, **lists).sampling() == expected
+
+
+def test_null_means_not_given_and_harmless_fields_change_nothing() -> None:
+    fields = {name: None for name in CompletionBody.model_fields if name not in ("model", "prompt")}
+    assert completion(**fields, tools=None).sampling() == completion().sampling()
+    assert completion(user="u", store=True, metadata={"a": 1}, service_tier="auto").sampling().n == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        ({"stop": "x"}, {"stop": ("x",)}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
+        ({"logprobs": True}, {"logprobs": 0}),
+    ],
+)
+def test_spellings(fields: dict[str, Any], params: dict[str, Any]) -> None:
+    assert chat(**fields).sampling() == SamplingParams(**params)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_the_four_kinds_of_prompt(prompt: Any, prompts: list[Any]) -> None:
+    assert completion(prompt=prompt).prompts() == prompts
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"temprature": 1}, "temprature", "unknown field"),
+        ({"max_tokens": "5"}, "max_tokens", "integer"),
+        ({"max_tokens": 5.0}, "max_tokens", "integer"),
+        ({"max_tokens": True}, "max_tokens", "integer"),
+        ({"temperature": "1"}, "temperature", "number"),
+        ({"prompt": 5}, "prompt", "prompt: "),
+        ({"prompt": [1, "a"]}, "prompt", "prompt.0: "),
+        ({"stop": ["a", 1]}, "stop", "stop.1: "),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
+    ],
+)
+def test_bodies_that_cannot_be_read(fields: dict[str, Any], param: str, said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        completion(**fields)
+    error = describe(caught.value)
+    assert error.param == param
+    assert said in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "s"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a"] * 600, "n": 2}, "prompt"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**70}, "seed"),
+    ],
+)
+def test_bodies_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
+    body = completion(**fields)
+    with pytest.raises(RequestError) as caught:
+        (body.sampling(), body.prompts())
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"), [({"messages": []}, "messages"), ({"top_logprobs": 2}, "top_logprobs")]
+)
+def test_chats_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields).sampling()
+    assert caught.value.param == param
+
+
+def test_messages_reach_the_template_as_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = chat(messages=[{"role": "developer", "content": parts}, {"role": "assistant", "content": None}])
+    assert [message.for_template() for message in body.messages] == [
+        {"role": "system", "content": "ab"},
+        {"role": "assistant", "content": ""},
+    ]
+
+
+def test_pictures_are_refused_by_path() -> None:
+    picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(ValidationError) as caught:
+        chat(messages=[{"role": "user", "content": picture}])
+    assert describe(caught.value).message.startswith("messages.0.content.0.type: ")
+
+
+# --- responses
+
+
+def chunk(index: int, tokens: tuple[int, ...], last: bool, logprobs: bool) -> Chunk:
+    scored = tuple(TokenLogprob(t, -0.5, ((t, -0.5), (1, -math.inf))) for t in tokens)
+    return Chunk(
+        request_id="r",
+        index=index,
+        token_ids=tokens,
+        logprobs=scored if logprobs else None,
+        finish_reason="length" if last else None,
+        stats=STATS if last else None,
+    )
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None:
+    ids = tuple(tokenizer.encode("é!"))
+    choices = [
+        Choice("é!", [chunk(i, ids[:1], False, logprobs), chunk(i, ids[1:], True, logprobs)])
+        for i in range(2)
+    ]
+    text = Completion.model_validate_json(
+        json.dumps(ResponseFormat(False, "m", tokenizer).whole(choices, 2), allow_nan=False), strict=True
+    )
+    talk = ChatCompletion.model_validate_json(
+        json.dumps(ResponseFormat(True, "m", tokenizer).whole(choices, 2), allow_nan=False), strict=True
+    )
+    assert [choice.text for choice in text.choices] == ["é!"] * 2
+    assert [choice.message.content for choice in talk.choices] == ["é!"] * 2
+    for usage in (text.usage, talk.usage):
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (5, 6, 11)
+        assert usage.prompt_tokens_details.cached_tokens == 2
+    cost = {"tokens_per_cycle": 2.0, "cycles": 1, "passes": 2, "seed": 7}
+    assert text.choices[0].model_extra == talk.choices[1].model_extra == {"orthrus": cost}
+    if logprobs:
+        assert text.choices[0].logprobs is not None
+        assert text.choices[0].logprobs.text_offset == [0, 1, 2]
+        assert talk.choices[0].logprobs is not None
+        content = talk.choices[0].logprobs.content
+        assert content is not None
+        assert b"".join(bytes(item.bytes or ()) for item in content).decode() == "é!"
+        assert content[0].top_logprobs[1].logprob == -9999.0
+
+
+def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
+    ids = tuple(tokenizer.encode("ab"))
+    pieces = [
+        TextChunk(0, "a", chunk(0, ids[:1], False, True)),
+        TextChunk(0, "b", chunk(0, ids[1:], True, True)),
+    ]
+    text, talk = ResponseFormat(False, "m", tokenizer), ResponseFormat(True, "m", tokenizer)
+    # `construct` is what the client uses: the type wants a finish reason, and OpenAI streams null until there is one.
+    events = [Completion.construct(**text.event(piece, 0)) for piece in pieces]
+    Completion.model_validate(events[-1].model_dump())
+    assert [event.choices[0].finish_reason for event in events] == [None, "length"]
+    assert [event.choices[0].text for event in events] == ["a", "b"]
+    assert [event.choices[0].logprobs and event.choices[0].logprobs.text_offset for event in events] == [
+        [0],
+        [1],
+    ]
+    chunks = [talk.opening(0), *(talk.event(piece, 0) for piece in pieces), talk.usage_event([STATS], 1)]
+    parsed = [ChatCompletionChunk.model_validate(event) for event in chunks]
+    assert len({event.id for event in parsed}) == 1
+    assert parsed[0].choices[0].delta.role == "assistant"
+    assert [event.choices[0].finish_reason for event in parsed[:3]] == [None, None, "length"]
+    assert parsed[3].choices == [] and parsed[3].usage is not None
+
+
+# --- gRPC
+
+
+def test_generated_stubs_are_up_to_date(tmp_path: Path) -> None:
+    """If this fails, run it for the working tree:
+
+    python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/proto/orthrus.proto
+    """
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    include = str(files("grpc_tools") / "_proto")
+    source = "deployments/proto/orthrus.proto"
+    assert protoc.main(["protoc", f"-I{ROOT}", f"-I{include}", *outputs, str(ROOT / source)]) == 0
+    made = sorted((tmp_path / source).parent.iterdir())
+    assert [file.name for file in made] == ["orthrus_pb2.py", "orthrus_pb2.pyi", "orthrus_pb2_grpc.py"]
+    for file in made:
+        assert file.read_text() == (ROOT / source).with_name(file.name).read_text(), file.name
+
+
+def test_grpc_has_the_same_parameters() -> None:
+    names = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert names == set(SamplingParams.__dataclass_fields__)
+    message = pb.SamplingParams(
+        temperature=0.0, n=2, stop=["a"], stop_token_ids=[4], logit_bias={5: 1.5}, max_tokens=3, seed=9
+    )
+    expected = SamplingParams(
+        temperature=0.0, n=2, stop=("a",), stop_token_ids=(4,), logit_bias={5: 1.5}, max_tokens=3, seed=9
+    )
+    assert request_params(pb.GenerateRequest(sampling=message)) == expected
+    assert request_params(pb.GenerateRequest()).seed is not None
+
+
+def test_grpc_answers() -> None:
+    answer = whole_message([Choice("ab", [chunk(0, (1,), False, True), chunk(0, (2, 3), True, True)])])
+    [choice] = answer.choices
+    assert (choice.text, list(choice.token_ids), choice.finish_reason) == ("ab", [1, 2, 3], "length")
+    assert [item.token_id for item in choice.logprobs] == [1, 2, 3]
+    assert (choice.stats.tokens_per_cycle, choice.stats.seed) == (2.0, 7)
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "kind"),
+    [
+        (RequestError("bad", "n"), 400, "INVALID_ARGUMENT", "invalid_request_error"),
+        (ModelNotFound("none"), 404, "NOT_FOUND", "invalid_request_error"),
+        (BodyTooLarge("big"), 413, "INVALID_ARGUMENT", "invalid_request_error"),
+        (BackPressureError(9, 8), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+        (GenerationFailed("engine"), 500, "INTERNAL", "server_error"),
+        (KeyError("secret"), 500, "INTERNAL", "server_error"),
+    ],
+)
+def test_every_failure_has_an_answer(error: Exception, status: int, code: str, kind: str) -> None:
+    failure = describe_failure(error)
+    assert (failure.status, failure.grpc_code) == (status, grpc.StatusCode[code])
+    body = failure.body["error"]
+    assert set(body) == {"message", "type", "param", "code"} and body["type"] == kind
+    assert "secret" not in body["message"]
