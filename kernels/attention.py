@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KV_SPLIT = 256
+KV_SPLIT = 128
 """Keys per split: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
@@ -24,7 +24,8 @@ class AttentionBatch:
 
     first_row: where in the pass the groups' rows begin; they follow one another. page_table [groups, pages] int64, padded
     with page 0 to a whole number of splits. limits [groups, rows per group] int64: cache keys that a row sees.
-    diffusion: whether a group's rows also see each other's fresh keys, which are not in the cache.
+    diffusion: whether a group's rows also see each other's fresh keys, which are not in the cache. first_page: the page
+    from which a single group's pages follow one another, so that they can be read where they lie; else None.
     """
 
     first_row: int
@@ -33,6 +34,7 @@ class AttentionBatch:
     page_size: int
     heads_per_kv: int
     diffusion: bool
+    first_page: int | None = None
 
     @property
     def rows(self) -> slice:
@@ -56,6 +58,17 @@ def _tile(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[-2] % _QUERY_TILE))
 
 
+def _in_splits(cache: Tensor, batch: AttentionBatch) -> Tensor:
+    """The groups' cached keys or values [kv_heads, groups, splits, KV_SPLIT, dim]."""
+    count, first = batch.page_table.shape[1], batch.first_page
+    if first is not None and first + count <= cache.shape[1]:
+        # The table's padding is then whatever pages come next: hidden keys like any other.
+        pages = cache.narrow(1, first, count)
+    else:
+        pages = cache.index_select(1, batch.page_table.reshape(-1))
+    return pages.view(cache.shape[0], -1, batch.splits, KV_SPLIT, cache.shape[-1])
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -75,8 +88,6 @@ def paged_attention(
     kv_heads = k_cache.shape[0]
     per_kv = batch.heads_per_kv
     queries = rows * per_kv
-    pages = batch.page_table.reshape(-1)
-    splits = batch.splits
     wide = torch.promote_types(q.dtype, torch.float32)
     x = (
         q.view(groups, rows, kv_heads, per_kv, dim)
@@ -84,8 +95,7 @@ def paged_attention(
         .reshape(kv_heads, groups, 1, queries, dim)
     )
     x = _tile(x) * scale
-    keys = k_cache.index_select(1, pages).view(kv_heads, groups, splits, KV_SPLIT, dim)
-    values = v_cache.index_select(1, pages).view(kv_heads, groups, splits, KV_SPLIT, dim)
+    keys, values = _in_splits(k_cache, batch), _in_splits(v_cache, batch)
     scores = torch.matmul(x, keys.transpose(-1, -2)).to(wide)
     scores.masked_fill_(batch.hidden, float("-inf"))
     top = scores.amax((2, 4), keepdim=True)
@@ -98,7 +108,7 @@ def paged_attention(
     total = weights.sum(-1, keepdim=True)
     partial = torch.matmul(weights.to(q.dtype), values).to(wide)
     out, norm = partial[:, :, 0], total[:, :, 0]
-    for split in range(1, splits):
+    for split in range(1, batch.splits):
         out, norm = out + partial[:, :, split], norm + total[:, :, split]
     if block_k is not None and block_v is not None:
         weights = (own - top).exp_()[:, :, 0]

@@ -133,6 +133,8 @@ def _attention_batch(
     used = max(-(-limit[-1] // page_size) for limit in limits)
     width = max(1, -(-used // pages_per_split)) * pages_per_split
     tables = [[*g.pages[:used], *([0] * (width - min(used, len(g.pages))))] for g in groups]
+    run = groups[0].pages[:used]
+    in_place = len(groups) == 1 and bool(run) and list(run) == list(range(run[0], run[0] + used))
     return AttentionBatch(
         first_row=first_row,
         page_table=_int64(tables, device),
@@ -140,4 +142,5 @@ def _attention_batch(
         page_size=page_size,
         heads_per_kv=heads_per_kv,
         diffusion=diffusion,
+        first_page=run[0] if in_place else None,
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,18 @@ def test_attention_rows_are_the_same_bits_in_any_company(per_kv: int) -> None:
                 _, _, _, part = attention_case(groups, rows, starts[:groups], False, wide, per_kv=per_kv)
                 out = paged_attention(q[:groups, :rows], keys, values, part, 0.25)
                 assert torch.equal(out, full[:groups, :rows]), (groups, rows, wide)
+
+
+@pytest.mark.parametrize("wide", [16, 48])
+def test_pages_in_a_row_are_read_in_place_with_the_same_bits(wide: int) -> None:
+    """Reading where they lie also puts other pages behind the table's end: hidden keys, whatever they hold."""
+    q, keys, values, batch = attention_case(1, 8, [wide * 16 - 20], False, wide)
+    gathered = paged_attention(q, keys, values, batch, 0.25)
+    for cache in (keys, values):
+        cache[:, 3 : 3 + wide] = cache[:, batch.page_table[0, :wide]].clone()
+    for first_page, total in ((3, 256), (3, 3 + wide)):
+        in_place = replace(batch, first_page=first_page)
+        assert torch.equal(paged_attention(q, keys[:, :total], values[:, :total], in_place, 0.25), gathered)
 
 
 def test_gumbel_noise_is_gumbel_and_a_function_of_seed_position_and_token() -> None:
