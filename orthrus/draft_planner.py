@@ -5,8 +5,7 @@ sequence; an AR step costs one pass of batch rows and commits one. The planner t
 which is what keeps Orthrus from being slower than AR where rows are dear. Its choice never changes the text.
 """
 
-from bisect import bisect_left
-from dataclasses import dataclass
+from orthrus.pass_cost import DecodeCost
 
 _PRIOR_ACCEPTANCE = 0.85
 _PRIOR_WEIGHT = 2.0
@@ -16,24 +15,6 @@ _MARGIN = 1.03
 """A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
 _PROBE_EVERY = 256
 """Where AR wins, every so many decisions draft all the same, to notice when the text becomes predictable."""
-
-
-@dataclass(frozen=True)
-class PassCost:
-    """Measured seconds of a pass: `seconds[i]` at `rows[i]` rows of one sequence, `per_group` more for every further one."""
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-    per_group: float = 0.0
-
-    def __call__(self, rows: int, groups: int) -> float:
-        """Seconds for a pass, interpolated; beyond the last measurement in proportion to it."""
-        extra = self.per_group * (groups - 1)
-        if rows >= self.rows[-1]:
-            return self.seconds[-1] * rows / self.rows[-1] + extra
-        right = max(1, bisect_left(self.rows, rows))
-        (r0, r1), (s0, s1) = self.rows[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
-        return s0 + (s1 - s0) * max(0, rows - r0) / (r1 - r0) + extra
 
 
 class _Acceptance:
@@ -60,7 +41,7 @@ class _Acceptance:
 class DraftPlanner:
     """Picks the rows of each block. `cost` None fixes them at `max_rows`."""
 
-    def __init__(self, max_rows: int, cost: PassCost | None) -> None:
+    def __init__(self, max_rows: int, cost: DecodeCost | None) -> None:
         self._max_rows = max_rows
         self._cost = cost
         self._acceptance = {greedy: _Acceptance(max_rows - 1) for greedy in (True, False)}
@@ -76,9 +57,9 @@ class DraftPlanner:
             return self._max_rows
         expected = self._acceptance[greedy].expected_tokens()
         cost = self._cost
-        rates = [expected[k - 1] / (2 * cost(batch * k, batch)) for k in range(2, self._max_rows + 1)]
+        rates = [expected[k - 1] / cost.cycle(k, batch, greedy) for k in range(2, self._max_rows + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
-        if rates[best] >= _MARGIN / cost(batch, batch):
+        if rates[best] >= _MARGIN / cost.ar(batch, greedy):
             return best + 2
         self._ar_steps += 1
         return best + 2 if self._ar_steps % (_PROBE_EVERY * batch) == 0 else 1

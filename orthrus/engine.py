@@ -2,9 +2,8 @@
 
 import itertools
 import logging
-import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from orthrus.checkpoint import load_weights, resolve
 from orthrus.config import ModelConfig
-from orthrus.draft_planner import DraftPlanner, PassCost
+from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache, PagePool
+from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob
 from orthrus.sampling import PickRows, pick, token_logprobs
@@ -30,8 +30,6 @@ from orthrus.text import TextStream, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATION_ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
-_CALIBRATION_SECONDS = 2.0
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
 
 
@@ -398,39 +396,18 @@ class Engine:
             raise ConfigError(
                 f"draft_length {rows} is over the checkpoint's block_size {model.block_size}: lower it"
             )
-        cost = self._measure_pass_cost() if self.config.adaptive_draft else None
+        cost = None
+        if self.config.adaptive_draft:
+            cost = measure_decode_cost(
+                self._run,
+                context=self.max_model_len,
+                page_size=self.config.page_size,
+                num_pages=self._pool.capacity + 1,
+                max_batch=self.config.max_num_seqs,
+                mask_token_id=model.mask_token_id,
+            )
+            logger.info("decode cost: %s", cost)
         return OrthrusSchedule(DraftPlanner(rows, cost), model.mask_token_id)
-
-    def _measure_pass_cost(self) -> PassCost:
-        """Time passes of growing row counts on page 0; a second or two, less for a small model."""
-        size = self.config.page_size
-        room = min(self.max_model_len, 256)
-        pages = [0] * -(-room // size)
-
-        def seconds(rows: int, groups: int) -> float:
-            start = max(0, room - rows)
-            group = RowGroup(View.AR, [0] * min(rows, room), start, pages, 0, min(rows, room))
-            times: list[float] = []
-            while len(times) < 2 or (len(times) < 6 and sum(times) < _CALIBRATION_SECONDS / 8):
-                begin = time.perf_counter()
-                self._run([group] * groups).argmax(-1).tolist()
-                times.append(time.perf_counter() - begin)
-            # The best, not the middle: what else the machine does only ever adds time.
-            return min(times)
-
-        measured: list[tuple[int, float]] = []
-        begin = time.perf_counter()
-        for rows in _CALIBRATION_ROWS:
-            if rows > room or (len(measured) > 2 and time.perf_counter() - begin > _CALIBRATION_SECONDS):
-                break
-            measured.append((rows, seconds(rows, 1)))
-        # A pass of more rows never costs less: what says otherwise is noise.
-        measured = [(rows, min(later for _, later in measured[i:])) for i, (rows, _) in enumerate(measured)]
-        eight = seconds(1, 8)
-        base = PassCost(tuple(r for r, _ in measured), tuple(s for _, s in measured))
-        cost = replace(base, per_group=max(0.0, (eight - base(8, 1)) / 7))
-        logger.info("pass cost: %s", cost)
-        return cost
 
 
 _request_numbers = itertools.count()

@@ -1,0 +1,164 @@
+"""What the passes of decoding cost on this machine, measured when the engine starts."""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from orthrus.plan import RowGroup, View
+from orthrus.request import SamplingParams
+from orthrus.sampling import PickRows, pick
+
+_ROWS = (2, 4, 8, 16, 32, 64, 128, 256)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_GROUPS = 8
+_GROUP_ROWS = 4
+_CONTEXT = 256
+_SECONDS = 2.0
+"""Time for all measurements, as far as one round of the smaller shapes allows."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Seconds of a pass: `seconds[i]` at `sizes[i]` rows of one sequence, `per_group` more for every further sequence."""
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_group: float = 0.0
+
+    def __call__(self, size: int, groups: int = 1) -> float:
+        """Interpolated between measurements; beyond the last in proportion to it."""
+        extra = self.per_group * (groups - 1)
+        if size >= self.sizes[-1] or len(self.sizes) == 1:
+            return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra
+        right = max(1, bisect_left(self.sizes, size))
+        (r0, r1), (s0, s1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
+        return s0 + (s1 - s0) * max(0, size - r0) / (r1 - r0) + extra
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """step: an AR pass, by the number of sequences; draft, verify: the two passes of a cycle, by rows and sequences.
+
+    sampled_row: more for every row that is sampled rather than greedy.
+    """
+
+    step: PassCost
+    draft: PassCost
+    verify: PassCost
+    sampled_row: float = 0.0
+
+    def ar(self, batch: int, greedy: bool) -> float:
+        """Seconds of an AR step of `batch` sequences: one token each."""
+        return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
+
+    def cycle(self, block_rows: int, batch: int, greedy: bool) -> float:
+        """Seconds of a draft pass and a verify pass of `batch` sequences with `block_rows` rows each."""
+        rows = block_rows * batch
+        seconds = self.draft(rows, batch) + self.verify(rows, batch)
+        # The draft pass picks one token less than it has rows.
+        return seconds + (0.0 if greedy else (2 * rows - batch) * self.sampled_row)
+
+
+_Shape = tuple[View, int, int]
+"""View, rows of each group, groups."""
+
+
+def measure_decode_cost(
+    run: Callable[[list[RowGroup]], Tensor],
+    *,
+    context: int,
+    page_size: int,
+    num_pages: int,
+    max_batch: int,
+    mask_token_id: int,
+) -> DecodeCost:
+    """Time `run`, which turns groups into logits, on shapes of decoding passes; two seconds, more for a slow model.
+
+    context: the model's context limit. Pages 1 to num_pages - 1 are written to, so nothing may be in them yet.
+    """
+    length = min(context, _CONTEXT, (num_pages - 1) * page_size)
+    pages_each = -(-length // page_size)
+    most_groups = max(1, (num_pages - 1) // pages_each)
+
+    def group(view: View, rows: int, index: int) -> RowGroup:
+        first = 1 + index % most_groups * pages_each
+        tokens = [0] if view is View.AR else [0, *[mask_token_id] * (rows - 1)]
+        tokens = (tokens * rows)[:rows]
+        logits = rows if view is View.AR else rows - 1
+        return RowGroup(view, tokens, length - rows, range(first, first + pages_each), 0, logits)
+
+    def time_pass(shape: _Shape) -> float:
+        view, rows, groups = shape
+        planned = [group(view, rows, i) for i in range(groups)]
+        begin = time.perf_counter()
+        run(planned).argmax(-1).tolist()
+        return time.perf_counter() - begin
+
+    sizes = [r for r in _ROWS if r < length]
+    batches = [b for b in _BATCHES if b <= max_batch]
+    shapes: list[_Shape] = [
+        *((View.AR, 1, batch) for batch in batches),
+        *((view, rows, 1) for rows in sizes for view in View),
+        *((view, min(_GROUP_ROWS, sizes[-1]), _GROUPS) for view in View),
+    ]
+    best = _best_times(time_pass, sorted(shapes, key=lambda s: s[1] * s[2]))
+    step_batches = [b for b in batches if (View.AR, 1, b) in best]
+    return DecodeCost(
+        step=_curve(step_batches, [best[View.AR, 1, b] for b in step_batches]),
+        draft=_rows_curve(best, View.DIFFUSION),
+        verify=_rows_curve(best, View.AR),
+        sampled_row=_time_sampling(run([group(View.AR, _GROUP_ROWS, 0)])) / _GROUP_ROWS,
+    )
+
+
+def _best_times(time_pass: Callable[[_Shape], float], shapes: Sequence[_Shape]) -> dict[_Shape, float]:
+    """The best time of each shape over rounds; the largest shapes are left out where one round takes too long.
+
+    The best, and in rounds: what else the machine does only ever adds time, and should not meet one shape alone.
+    """
+    best: dict[_Shape, float] = {}
+    began = time.perf_counter()
+    time_pass(shapes[0])
+    for shape in shapes:
+        if len(best) >= len(shapes) // 2 and time.perf_counter() - began > _SECONDS / 2:
+            break
+        best[shape] = time_pass(shape)
+    while time.perf_counter() - began < _SECONDS:
+        for shape in best:
+            best[shape] = min(best[shape], time_pass(shape))
+    return best
+
+
+def _rows_curve(best: dict[_Shape, float], view: View) -> PassCost:
+    sizes = sorted(rows for v, rows, groups in best if v is view and groups == 1 and rows > 1)
+    alone = _curve(sizes, [best[view, rows, 1] for rows in sizes])
+    crowded = [
+        (shape, seconds) for shape, seconds in best.items() if shape[0] is view and shape[1] > 1 < shape[2]
+    ]
+    if not crowded:
+        return alone
+    (_, rows, groups), seconds = crowded[0]
+    return PassCost(alone.sizes, alone.seconds, max(0.0, (seconds - alone(rows * groups)) / (groups - 1)))
+
+
+def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> PassCost:
+    # A pass of more rows never costs less: what says otherwise is noise.
+    return PassCost(tuple(sizes), tuple(min(seconds[i:]) for i in range(len(sizes))))
+
+
+def _time_sampling(logits: Tensor) -> float:
+    """Seconds that sampling takes beyond greedy picks, for all rows of `logits`."""
+
+    def seconds(temperature: float) -> float:
+        rows = PickRows(SamplingParams(temperature=temperature), seed=0, position=1, count=logits.shape[0])
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            pick(logits, [rows])
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return max(0.0, seconds(1.0) - seconds(0.0))
