@@ -9,6 +9,4 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos [rows, 1, head_dim] repeats its first half; sin [rows, 1, head_dim] has its first half negated, which turns
     rotate_half into a swap of halves. Returns x's shape and dtype.
     """
-    rows, heads, dim = x.shape
-    swapped = x.view(rows, heads, 2, dim // 2).flip(2).view(rows, heads, dim)
-    return (x * cos).addcmul_(swapped, sin)
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)

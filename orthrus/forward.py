@@ -22,7 +22,7 @@ from kernels import (
 )
 from orthrus.config import ModelConfig
 from orthrus.kv_cache import KVCache
-from orthrus.plan import PassPlan
+from orthrus.plan import PassPlan, View
 
 
 @dataclass(frozen=True)
@@ -128,27 +128,26 @@ class LayerParallelForward:
         hidden: Tensor,
         plan: PassPlan,
         cache: KVCache,
-        rope: tuple[Tensor, Tensor],
+        rope: dict[View, tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Both views' attention blocks [rows, hidden_size] for the normed `hidden` of all rows."""
+        """Both views' attention blocks [rows, hidden_size] for the normed `hidden` of all rows; `rope`: each view's tables."""
         heads, dim = self.config.num_attention_heads, self.config.head_dim
         num_ar = plan.num_ar
-        (ar_cos, df_cos), (ar_sin, df_sin) = (t.tensor_split([num_ar]) for t in rope)
         parts = []
         if num_ar:
-            qk, values = self._project(layer.ar, hidden[:num_ar], ar_cos, ar_sin)
+            qk, values = self._project(layer.ar, hidden[:num_ar], *rope[View.AR])
             cache.write(index, plan.slots[:num_ar], qk[:, heads:], values)
             parts.append((qk, values))
         if num_ar < plan.num_rows:
             assert layer.diffusion is not None, (
                 "the plan has diffusion rows, the checkpoint has no diffusion view"
             )
-            parts.append(self._project(layer.diffusion, hidden[num_ar:], df_cos, df_sin))
+            parts.append(self._project(layer.diffusion, hidden[num_ar:], *rope[View.DIFFUSION]))
         qk = torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
         values = torch.cat([p[1] for p in parts]) if len(parts) > 1 else parts[0][1]
         attended = torch.zeros(plan.num_rows, heads * dim, device=hidden.device, dtype=hidden.dtype)
         scale = dim**-0.5
-        keys, vals = cache.keys[index], cache.values[index]
+        keys, vals = cache.layers[index]
         for batch in plan.attention:
             shape = (*batch.limits.shape, -1, dim)
             own = qk[batch.rows].view(shape)
@@ -168,7 +167,10 @@ class LayerParallelForward:
         """Run the pass. Returns logits float32 (float64 for a float64 model) [plan.num_logits, vocab_size]."""
         eps = self.config.rms_norm_eps
         hidden = F.embedding(plan.tokens, self._embedding)
-        rope = self._rope_tables(plan.positions)
+        rope = {
+            View.AR: self._rope_tables(plan.positions[: plan.num_ar]),
+            View.DIFFUSION: self._rope_tables(plan.positions[plan.num_ar :]),
+        }
         for index, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, eps)
             hidden = hidden + self._attend(index, layer, normed, plan, cache, rope)

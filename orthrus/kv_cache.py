@@ -10,6 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,10 +41,21 @@ class KVCache:
     def page_size(self) -> int:
         return self.keys.shape[3]
 
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values [kv_heads, pages, page_size, head_dim]."""
+        return list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+
+    @cached_property
+    def _slots(self) -> list[tuple[Tensor, Tensor]]:
+        """The same memory by slot: [kv_heads, pages * page_size, head_dim]."""
+        return [(keys.flatten(1, 2), values.flatten(1, 2)) for keys, values in self.layers]
+
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [rows, kv_heads, head_dim] of one layer at `slots` int64 [rows]."""
-        self.keys[layer].flatten(1, 2).index_copy_(1, slots, keys.transpose(0, 1))
-        self.values[layer].flatten(1, 2).index_copy_(1, slots, values.transpose(0, 1))
+        own_keys, own_values = self._slots[layer]
+        own_keys.index_copy_(1, slots, keys.transpose(0, 1))
+        own_values.index_copy_(1, slots, values.transpose(0, 1))
 
 
 def page_hashes(tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = ()) -> list[PageHash]:
