@@ -63,7 +63,7 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> Non
     def run(groups: list[RowGroup]) -> Tensor:
         for group in groups:
             assert group.start >= 0 and group.start + len(group.tokens) <= 40
-            assert 1 <= min(group.pages) and max(group.pages) < 11
+            assert min(group.pages) >= 1 and max(group.pages) < 11
             assert len(group.pages) * 8 >= group.start + len(group.tokens)
         seen.add((groups[0].view, len(groups[0].tokens), len(groups)))
         return torch.zeros(sum(g.num_logits for g in groups), 50)
