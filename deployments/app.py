@@ -10,6 +10,11 @@ from deployments.ingress import Ingress
 from deployments.replica import OrthrusReplica
 from orthrus.engine_config import EngineConfig
 
+ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
+"""The replicas' request router where the config names none."""
+DRAIN_SECONDS = 300.0
+"""A replica that is scaled away or updated may go on answering for this long; it gets nothing new meanwhile."""
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,10 +45,14 @@ def build(args: dict[str, Any]) -> Application:
     if local.is_dir():
         name = engine.served_model_name or local.name
         engine = engine.model_copy(update={"model": str(local), "served_model_name": name})
-    # Serve's default of 5 concurrent requests would starve the engine's batch.
-    replica = _deployment(OrthrusReplica, parsed.replica, max_ongoing_requests=engine.max_num_seqs).bind(
-        engine
-    )
+    replica = _deployment(
+        OrthrusReplica,
+        parsed.replica,
+        # Serve's default of 5 concurrent requests would starve the engine's batch.
+        max_ongoing_requests=engine.max_num_seqs,
+        request_router_config=ROUTER,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+    ).bind(engine)
     return _deployment(Ingress, parsed.ingress, max_ongoing_requests=1024).bind(replica, engine)
 
 

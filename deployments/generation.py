@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.failover import generate_on_replica
 from deployments.failures import GenerationFailed
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, Request, RequestStats, SamplingParams
@@ -41,8 +42,7 @@ async def generate(
         )
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
-    stream = replica.options(stream=True).generate.remote(request)
-    open_choices = params.n
+    stream = generate_on_replica(replica, request)
     try:
         async for chunk in stream:
             if chunk.finish_reason == "error":
@@ -54,7 +54,6 @@ async def generate(
             text = "".join([texts[chunk.index].push(token) for token in tokens])
             if chunk.finish_reason is not None:
                 text += texts[chunk.index].finish()
-                open_choices -= 1
             yield TextChunk(chunk.index, text, chunk)
     except Exception as error:
         cause = unwrap(error)
@@ -62,8 +61,7 @@ async def generate(
             raise cause from None
         raise
     finally:
-        if open_choices:
-            stream.cancel()
+        await stream.aclose()
 
 
 @dataclass

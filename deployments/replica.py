@@ -1,6 +1,7 @@
 """One model replica: an engine in its own thread behind a Serve deployment."""
 
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -8,6 +9,9 @@ from typing import Any
 
 from ray import serve
 
+from deployments.autoscaling import engine_load
+from deployments.engine_metrics import MetricsExporter
+from deployments.router import replica_capacity, replica_report
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
@@ -23,6 +27,8 @@ class OrthrusReplica:
     def __init__(self, config: EngineConfig) -> None:
         self._engine = AsyncEngine(Engine.from_pretrained(config))
         engine = self._engine.engine
+        self._load_since = time.monotonic(), engine.stats
+        self._metrics = MetricsExporter(engine)
         logger.info(
             "%s ready: schedule %s, context %d", config.model, engine.schedule_name, engine.max_model_len
         )
@@ -38,6 +44,20 @@ class OrthrusReplica:
         """The engine's counters (`EngineStats`)."""
         return asdict(self._engine.stats)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every `metrics_interval_s`: the signals since the last call, for the autoscaling policy."""
+        (then, before), now, stats = self._load_since, time.monotonic(), self._engine.stats
+        self._load_since = now, stats
+        return engine_load(before, stats, now - then)
+
+    async def record_replica_metadata(self) -> dict[str, int]:
+        """Called by Serve once: what the request router must know of this replica's size."""
+        return replica_capacity(self._engine.engine)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
+        return replica_report(self._engine.engine)
+
     def check_health(self) -> None:
         """Called by Serve; an exception makes it replace the replica."""
         if not self._engine.healthy:
@@ -46,4 +66,5 @@ class OrthrusReplica:
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:
+            self._metrics.close()
             engine.close()

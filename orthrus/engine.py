@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache, PagePool
+from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob
@@ -35,18 +37,28 @@ _DEFAULT_CPU_CACHE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the start (passes to prefix_hit_tokens) and the state now (the rest).
+    """Counters since the start (passes to row_use_seconds) and the state now (the rest).
 
     cycles, committed: decode commits of all sequences and the tokens they brought; tokens per cycle is their ratio.
+    prompt_tokens, prefix_hit_tokens: of sequences that got their first token, and how many of them were in the cache.
+    admitted, queue_wait_seconds: sequences that left the queue, and how long they waited in all. row_use_seconds: time
+    spent in passes, each weighted with how full it was (`Scheduler.row_use`); its rate is the row-budget use.
+    rows_to_prefill: prompt rows to compute. oldest_wait: seconds that the first in the queue has waited.
     """
 
     passes: int
     cycles: int
     committed: int
     preemptions: int
+    prompt_tokens: int
     prefix_hit_tokens: int
+    admitted: int
+    queue_wait_seconds: float
+    row_use_seconds: float
     running: int
     waiting: int
+    rows_to_prefill: int
+    oldest_wait: float
     kv_pages_used: int
     kv_pages_total: int
 
@@ -94,7 +106,8 @@ class Engine:
             prefill_chunk=config.prefill_chunk,
         )
         self._by_request: dict[str, list[Sequence]] = {}
-        self._passes = self._cycles = self._committed = self._prefix_hits = 0
+        self._passes = self._cycles = self._committed = self._prompt_tokens = self._prefix_hits = 0
+        self._row_use_seconds = 0.0
 
     @classmethod
     def from_pretrained(cls, config: EngineConfig) -> "Engine":
@@ -125,12 +138,22 @@ class Engine:
             cycles=self._cycles,
             committed=self._committed,
             preemptions=self._scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
             prefix_hit_tokens=self._prefix_hits,
+            admitted=self._scheduler.admitted,
+            queue_wait_seconds=self._scheduler.queue_wait_seconds,
+            row_use_seconds=self._row_use_seconds,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
+            rows_to_prefill=self._scheduler.rows_to_prefill,
+            oldest_wait=self._scheduler.oldest_wait,
             kv_pages_used=self._pool.used,
             kv_pages_total=self._pool.capacity,
         )
+
+    def recent_prefixes(self, limit: int) -> list[PageHash]:
+        """Names of the cached pages used last, newest first: what `page_hashes` gives for the prompts that they begin."""
+        return self._pool.recent(limit)
 
     def is_live(self, request_id: str) -> bool:
         """Whether some choice of the request is unfinished."""
@@ -201,9 +224,11 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """Run one pass over what is due. Returns the chunks it committed, in order of arrival."""
+        begin = time.perf_counter()
         planned = self._scheduler.plan()
         if not planned:
             return []
+        row_use = self._scheduler.row_use(planned)
         logits = self._run([group for _, group in planned])
         self._passes += 1
         wanted = [(sequence, group) for sequence, group in planned if group.num_logits]
@@ -222,6 +247,7 @@ class Engine:
             chunk = self._commit(sequence, group, next(results), rows)
             if chunk is not None:
                 chunks.append(chunk)
+        self._row_use_seconds += row_use * (time.perf_counter() - begin)
         return chunks
 
     def generate(
@@ -310,6 +336,7 @@ class Engine:
                 break
         taken = sequence.tokens[sequence.num_prompt + before :]
         if first:
+            self._prompt_tokens += sequence.num_prompt
             self._prefix_hits += sequence.cached_tokens
         else:
             sequence.cycles += 1

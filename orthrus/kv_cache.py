@@ -5,19 +5,17 @@ hash of all tokens up to their end, so that a later request with the same prefix
 keys and values of a position are the same bits however they were computed.
 """
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from orthrus.config import ModelConfig
-
-PageHash = bytes
+from orthrus.page_hash import PageHash
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,6 @@ class KVCache:
         own_values.index_copy_(1, slots, values.transpose(0, 1))
 
 
-def page_hashes(tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = ()) -> list[PageHash]:
-    """Hashes of the full pages of `tokens`, continuing from those of its first pages where they are known."""
-    hashes = list(known)
-    for end in range((len(hashes) + 1) * page_size, len(tokens) + 1, page_size):
-        digest = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
-        digest.update(array("q", tokens[end - page_size : end]).tobytes())
-        hashes.append(digest.digest())
-    return hashes
-
-
 class PagePool:
     """Hands out pages 1 to num_pages - 1, counts who shares them, and keeps freed named pages until space is short."""
 
@@ -75,7 +63,8 @@ class PagePool:
         self._prefix_caching = prefix_caching
         self._free = list(range(num_pages - 1, 0, -1))
         self._owners = [0] * num_pages
-        self._by_hash: dict[PageHash, int] = {}
+        # Named pages, least recently named or matched first.
+        self._by_hash: OrderedDict[PageHash, int] = OrderedDict()
         self._hash_of: dict[int, PageHash] = {}
         # Named pages that nobody owns, least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -131,5 +120,11 @@ class PagePool:
                 break
             self._owners[page] += 1
             self._idle.pop(page, None)
+            self._by_hash.move_to_end(page_hash)
             pages.append(page)
         return pages
+
+    def recent(self, limit: int) -> list[PageHash]:
+        """Names of the pages that were named or matched last, newest first. Other threads may ask too."""
+        # One C call from start to end, so that the engine's thread cannot change the names meanwhile.
+        return list(islice(reversed(self._by_hash), limit))

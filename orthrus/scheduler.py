@@ -4,10 +4,12 @@ Decoding sequences come first, then prompts in chunks, then newcomers while ther
 that arrived last gives up its own and is computed again later: what it had committed stays, so its text does not change.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-from orthrus.kv_cache import PagePool, page_hashes
+from orthrus.kv_cache import PagePool
+from orthrus.page_hash import page_hashes
 from orthrus.plan import RowGroup, View
 from orthrus.schedules import Schedule
 from orthrus.sequence import Sequence
@@ -22,6 +24,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.admitted = 0
+        self.queue_wait_seconds = 0.0
         self.schedule = schedule
         self.pool = pool
         self._page_size = page_size
@@ -29,11 +33,36 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
 
     def add(self, sequence: Sequence) -> None:
+        sequence.queued_at = time.monotonic()
         self.waiting.append(sequence)
 
-    def sequences(self) -> Iterator[Sequence]:
-        yield from self.running
-        yield from self.waiting
+    @property
+    def oldest_wait(self) -> float:
+        """Seconds that the first waiting sequence has waited so far, 0.0 when none waits."""
+        try:
+            return time.monotonic() - self.waiting[0].queued_at
+        except IndexError:
+            return 0.0
+
+    @property
+    def rows_to_prefill(self) -> int:
+        """Prompt rows to compute for all unfinished sequences."""
+        # Copies: other threads ask too, while passes go on.
+        return sum(s.rows_to_prefill for s in (*list(self.running), *list(self.waiting)))
+
+    def row_use(self, planned: Iterable[tuple[Sequence, RowGroup]]) -> float:
+        """How full the pass `planned` is, 0 to 1: the fuller of its two row budgets.
+
+        One is `max_num_seqs`, a row for each decoding sequence: what drafts add is elastic, they take what is left over
+        and shrink under load. The other is `prefill_chunk`, for prompts.
+        """
+        decoding = prefill = 0
+        for sequence, group in planned:
+            if sequence.decoding:
+                decoding += 1
+            else:
+                prefill += len(group.tokens)
+        return max(decoding / self._max_num_seqs, prefill / self._prefill_chunk)
 
     def plan(self) -> list[tuple[Sequence, RowGroup]]:
         """The next pass, empty when there is nothing to do."""
@@ -119,6 +148,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.queued_at = time.monotonic()
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -140,4 +170,6 @@ class Scheduler:
         sequence.pages.extend(pages)
         self.waiting.popleft()
         self.running.append(sequence)
+        self.admitted += 1
+        self.queue_wait_seconds += time.monotonic() - sequence.queued_at
         return group

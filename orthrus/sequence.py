@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from orthrus.kv_cache import PageHash
+from orthrus.page_hash import PageHash
 from orthrus.request import FinishReason, RequestStats, SamplingParams
 from orthrus.text import TextStream
 
@@ -13,7 +13,7 @@ class Sequence:
 
     In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens).
     `draft`: tokens drafted for the positions after n, waiting to be verified. `leader`: the first choice of the same
-    request, whose prefill this one waits for, to share its pages.
+    request, whose prefill this one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds.
     """
 
     request_id: str
@@ -35,6 +35,7 @@ class Sequence:
     passes: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    queued_at: float = 0.0
 
     @property
     def newest(self) -> int:
@@ -49,6 +50,11 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether only the newest token lacks its key and value, so that the schedule decides what comes next."""
         return self.num_generated > 0 and self.computed == self.newest
+
+    @property
+    def rows_to_prefill(self) -> int:
+        """Prompt rows (a preempted sequence's tokens included) to compute before the next token comes."""
+        return 0 if self.decoding else len(self.tokens) - self.computed
 
     def stats(self) -> RequestStats:
         return RequestStats(

@@ -1,7 +1,10 @@
 """Fixtures that several test modules share: tiny checkpoints, built once per run, read only."""
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports huggingface_hub, which reads them once: tests never wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,9 +12,18 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+import yaml
 
 from tests.checkpoints import make_checkpoint
 from tests.reference import Reference
+
+if TYPE_CHECKING:
+    import openai
+
+    from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+    from orthrus.engine import Engine
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +48,71 @@ def tiny_reference(tiny_orthrus: Path) -> Reference:
 def _one_thread() -> None:
     """The models here are too small to share out: threads would mostly wait for each other."""
     torch.set_num_threads(1)
+
+
+# --- one running Serve application for all test modules that talk to one: its start is dear
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+    """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's.
+
+    It drafts whatever a pass costs: on a busy machine the cost model would rather not, and the tests assert on drafting.
+    """
+    import ray
+    from ray import serve
+
+    from deployments.serve import serve_config
+
+    config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
+    web, rpc = free_port(), free_port()
+    config["http_options"] = {"host": "127.0.0.1", "port": web}
+    config["grpc_options"]["port"] = rpc
+    config["applications"][0]["args"]["engine"]["adaptive_draft"] = False
+    path = tmp_path_factory.mktemp("serve") / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    try:
+        serve_config(path, blocking=False)
+        yield web, rpc
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def url(ports: tuple[int, int]) -> str:
+    return f"http://127.0.0.1:{ports[0]}"
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> "openai.OpenAI":
+    import openai
+
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def stub(ports: tuple[int, int]) -> "OrthrusStub":
+    import grpc
+
+    from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+
+    return OrthrusStub(grpc.insecure_channel(f"127.0.0.1:{ports[1]}"))
+
+
+@pytest.fixture(scope="session")
+def ar() -> "Engine":
+    """Plain AR decoding of the served model: what every answer must be."""
+    from orthrus.engine import Engine
+    from orthrus.engine_config import EngineConfig
+
+    model = str(ROOT / "models" / "orthrus-tiny")
+    return Engine.from_pretrained(
+        EngineConfig(model=model, schedule="ar", device="cpu", kv_cache_tokens=8192)
+    )

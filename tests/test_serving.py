@@ -6,25 +6,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import openai
 import pytest
-import ray
-import yaml
 from ray import serve
 
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto import orthrus_pb2_grpc
-from deployments.serve import serve_config
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
 from orthrus.request import SamplingParams
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = "orthrus-tiny"
 PROMPT = "def add(a, b):\n    "
 
@@ -37,52 +31,6 @@ def http(url: str, body: bytes | None = None) -> tuple[int, Any]:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
-    """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's."""
-    config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
-    web, rpc = free_port(), free_port()
-    config["http_options"] = {"host": "127.0.0.1", "port": web}
-    config["grpc_options"]["port"] = rpc
-    path = tmp_path_factory.mktemp("serve") / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    try:
-        serve_config(path, blocking=False)
-        yield web, rpc
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def url(ports: tuple[int, int]) -> str:
-    return f"http://127.0.0.1:{ports[0]}"
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def stub(ports: tuple[int, int]) -> orthrus_pb2_grpc.OrthrusStub:
-    return orthrus_pb2_grpc.OrthrusStub(grpc.insecure_channel(f"127.0.0.1:{ports[1]}"))
-
-
-@pytest.fixture(scope="module")
-def ar() -> Engine:
-    """Plain AR decoding of the same model: what every answer must be."""
-    return Engine.from_pretrained(
-        EngineConfig(model=str(ROOT / "models" / MODEL), schedule="ar", device="cpu", kv_cache_tokens=8192)
-    )
 
 
 def plain(ar: Engine, prompt: str, params: SamplingParams) -> str:
