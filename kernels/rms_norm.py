@@ -1,5 +1,8 @@
 """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019)."""
 
+from functools import lru_cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,4 +12,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     `weight` broadcasts against x, so that one call can norm heads that have different weights.
     """
-    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    if x.dtype not in (torch.float32, torch.float64):
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+    # A CPU pass norms a few rows 25 times and more: there it is the number of operations that costs.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.addcmul(_constant(eps, x.dtype, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
+@lru_cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
