@@ -1,7 +1,8 @@
 """`orthrus bench`: tokens per second of our schedules beside Hugging Face generate, on the same prompts in one run.
 
-Contestants take turns: every round runs each of them once per batch size, and what is reported is the median over rounds
-of the ratio to the first contestant in the same round. A machine that slows down half way slows all of them down.
+Contestants take turns: every round runs each of them once per batch size, starting with another one each time, and what is
+reported is the median over rounds of the ratio of two contestants in the same round. A machine that slows down half
+way slows all of them down.
 """
 
 import json
@@ -60,18 +61,29 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """Speed over another contestant's: the median round, and the lowest and highest."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One contestant at one batch size: medians over rounds. tokens_per_second: of all requests together.
 
-    ratio: speed over the first contestant's, with the lowest and highest round. agreement: share of tokens before the first
-    difference from the first contestant's text.
+    agreement: share of tokens before the first difference from Hugging Face's text.
     """
 
     contestant: str
     batch: int
     tokens_per_second: float
-    ratio: float
-    ratio_range: tuple[float, float]
+    over_hugging_face: Ratio
+    over_ar: Ratio
     tokens_per_cycle: float
     tokens_per_pass: float
     agreement: float
@@ -100,12 +112,12 @@ class BenchReport:
             f"{self.model}, {self.dtype}, {self.hardware}, torch {self.torch}: greedy, {self.new_tokens} new tokens, "
             f"medians of {self.rounds} rounds",
             "",
-            f"{'batch':>5}  {'':<14}{'tok/s':>9}{'ratio':>8}{'(range)':>15}{'tok/cycle':>11}{'tok/pass':>10}{'agrees':>8}",
+            f"{'batch':>5}  {'':<14}{'tok/s':>9}{'over Hugging Face':>20}{'over ar':>20}"
+            f"{'tok/cycle':>11}{'tok/pass':>10}{'agrees':>8}",
         ]
         for m in self.measurements:
-            low, high = m.ratio_range
             lines.append(
-                f"{m.batch:>5}  {m.contestant:<14}{m.tokens_per_second:>9.1f}{m.ratio:>7.2f}x{f'({low:.2f}-{high:.2f})':>15}"
+                f"{m.batch:>5}  {m.contestant:<14}{m.tokens_per_second:>9.1f}{m.over_hugging_face!s:>20}{m.over_ar!s:>20}"
                 f"{m.tokens_per_cycle:>11.2f}{m.tokens_per_pass:>10.2f}{m.agreement:>8.1%}"
             )
         return "\n".join(
@@ -139,7 +151,8 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
     outputs: dict[tuple[str, int], Output] = {}
     for number in range(options.rounds):
         for batch in options.batches:
-            for contestant in contestants:
+            turn = number % len(contestants)
+            for contestant in contestants[turn:] + contestants[:turn]:
                 started = time.perf_counter()
                 output = contestant.run(prompts[:batch], options.new_tokens)
                 seconds[contestant.name, batch].append(time.perf_counter() - started)
@@ -153,6 +166,7 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
             batch,
             seconds[name, batch],
             seconds[names[0], batch],
+            seconds[names[1], batch],
             outputs[name, batch],
             outputs[names[0], batch],
         )
@@ -261,9 +275,14 @@ def _engine(path: Path, options: BenchOptions, schedule: str) -> Engine:
 
 
 def _measurement(
-    name: str, batch: int, seconds: list[float], base_seconds: list[float], output: Output, base: Output
+    name: str,
+    batch: int,
+    seconds: list[float],
+    hugging_face_seconds: list[float],
+    ar_seconds: list[float],
+    output: Output,
+    base: Output,
 ) -> Measurement:
-    ratios = [theirs / ours for ours, theirs in zip(seconds, base_seconds, strict=True)]
     tokens = sum(map(len, output.token_ids))
     after_first = tokens - len(output.token_ids)
     agreeing = sum(_agreeing(a, b) for a, b in zip(output.token_ids, base.token_ids, strict=True))
@@ -271,12 +290,17 @@ def _measurement(
         contestant=name,
         batch=batch,
         tokens_per_second=tokens / statistics.median(seconds),
-        ratio=statistics.median(ratios),
-        ratio_range=(min(ratios), max(ratios)),
+        over_hugging_face=_ratio(seconds, hugging_face_seconds),
+        over_ar=_ratio(seconds, ar_seconds),
         tokens_per_cycle=after_first / max(1, output.cycles),
         tokens_per_pass=after_first / max(1, output.passes),
         agreement=agreeing / tokens,
     )
+
+
+def _ratio(seconds: list[float], others: list[float]) -> Ratio:
+    ratios = [other / own for own, other in zip(seconds, others, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def _agreeing(a: list[int], b: list[int]) -> int:

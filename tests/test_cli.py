@@ -200,10 +200,11 @@ def test_bench_sets_all_side_by_side(model: Path) -> None:
     assert report.exact
     for measurement in report.measurements:
         assert measurement.tokens_per_second > 0
-        assert measurement.ratio_range[0] <= measurement.ratio <= measurement.ratio_range[1]
+        for ratio in (measurement.over_hugging_face, measurement.over_ar):
+            assert 0 < ratio.low <= ratio.median <= ratio.high
         assert measurement.agreement == 1.0  # greedy in float32, far from ties
-    for measurement in report.measurements[::3]:
-        assert measurement.ratio == 1.0
+    assert all(m.over_hugging_face.median == 1.0 for m in report.measurements[::3])
+    assert all(m.over_ar.median == 1.0 for m in report.measurements[1::3])
     text = report.to_text()
     assert report.hardware in text
     assert "ar and orthrus gave the same tokens" in text
