@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.device import runs_triton
+
 KV_SPLIT = 128
 """Keys per split: the unit of the reduction over keys."""
 
@@ -84,6 +86,10 @@ def paged_attention(
     key still takes part as 0 x its value); block_k and block_v [groups, rows, kv_heads, dim] for a diffusion batch.
     Returns [groups, rows, heads, dim] in q's dtype; sums are float32 or wider.
     """
+    if runs_triton(q):
+        from kernels import attention_triton
+
+        return attention_triton.paged_attention(q, k_cache, v_cache, batch, scale, block_k, block_v)
     groups, rows, heads, dim = q.shape
     kv_heads = k_cache.shape[0]
     per_kv = batch.heads_per_kv

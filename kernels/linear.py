@@ -2,7 +2,7 @@
 
 A matrix product's library picks its blocking from the number of rows, and a single row often takes another code path than
 many. With row counts padded to `ROW_TILE`, the CPU library (oneDNN over weights packed once) sums K in one order
-for any number of rows: `tests/test_kernels.py` holds it to that, bit for bit.
+for any number of rows: `tests/test_kernels.py` holds it to that, bit for bit. On a GPU, `kernels/linear_triton.py` runs.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.device import runs_triton
 
 ROW_TILE = 4
 """Row counts of a pass are padded to a multiple of this; fewer rows would reach matrix-vector code with its own rounding."""
@@ -46,6 +48,10 @@ def linear(x: Tensor, layer: PackedLinear) -> Tensor:
 
     rows must be a multiple of `ROW_TILE`.
     """
+    if runs_triton(x):
+        from kernels import linear_triton
+
+        return linear_triton.linear(x, layer)
     if layer.packed:
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return F.linear(x, layer.weight, layer.bias)

@@ -34,6 +34,10 @@ def _mix32(x: Tensor) -> Tensor:
 def gumbel_noise(seeds: list[int], positions: list[int], vocab_size: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise [rows, vocab_size] float32 for rows with these seeds and positions."""
     keys = torch.tensor([noise_keys(s, p) for s, p in zip(seeds, positions, strict=True)], device=device)
+    if device.type == "cuda":
+        from kernels import sampling_triton
+
+        return sampling_triton.gumbel_noise(keys, vocab_size)
     token = torch.arange(vocab_size, device=device).mul_(0x9E3779B1)
     bits = _mix32((token + keys[:, :1]) & _MASK32).bitwise_xor_(keys[:, 1:])
     # A small u, finely spaced, is large noise: the tail that decides. The upper clamp keeps the noise finite.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kernels import (
     PackedLinear,
-    apply_rope,
     linear,
     pack_linear,
     paged_attention,
+    qk_norm_rope,
     rms_norm,
     silu_mul,
 )
@@ -113,14 +113,6 @@ class LayerParallelForward:
             torch.cat([-sin, sin], -1).unsqueeze(1).to(self.dtype),
         )
 
-    def _project(self, view: ViewWeights, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed and rotated queries and keys [rows, heads + kv_heads, head_dim], and values [rows, kv_heads, head_dim]."""
-        config = self.config
-        qkv = linear(hidden, view.qkv).view(hidden.shape[0], -1, config.head_dim)
-        qk, values = qkv.split([view.qk_norm.shape[0], config.num_key_value_heads], dim=1)
-        qk = rms_norm(qk, view.qk_norm, config.rms_norm_eps)
-        return apply_rope(qk, cos, sin), values
-
     def _attend(
         self,
         index: int,
@@ -133,26 +125,31 @@ class LayerParallelForward:
         """Both views' attention blocks [rows, hidden_size] for the normed `hidden` of all rows; `rope`: each view's tables."""
         heads, dim = self.config.num_attention_heads, self.config.head_dim
         num_ar = plan.num_ar
-        parts = []
+        eps, scale = self.config.rms_norm_eps, dim**-0.5
+        keys, values = cache.layers[index]
+        attended = torch.zeros(plan.num_rows, heads * dim, device=hidden.device, dtype=hidden.dtype)
         if num_ar:
-            qk, values = self._project(layer.ar, hidden[:num_ar], *rope[View.AR])
-            cache.write(index, plan.slots[:num_ar], qk[:, heads:], values)
-            parts.append((qk, values))
+            qkv = linear(hidden[:num_ar], layer.ar.qkv).view(num_ar, -1, dim)
+            place = plan.slots[:num_ar], *cache.slots[index]
+            ar_qk = qk_norm_rope(qkv, layer.ar.qk_norm, *rope[View.AR], eps, *place)
         if num_ar < plan.num_rows:
             assert layer.diffusion is not None, (
                 "the plan has diffusion rows, the checkpoint has no diffusion view"
             )
-            parts.append(self._project(layer.diffusion, hidden[num_ar:], *rope[View.DIFFUSION]))
-        qk = torch.cat([p[0] for p in parts]) if len(parts) > 1 else parts[0][0]
-        values = torch.cat([p[1] for p in parts]) if len(parts) > 1 else parts[0][1]
-        attended = torch.zeros(plan.num_rows, heads * dim, device=hidden.device, dtype=hidden.dtype)
-        scale = dim**-0.5
-        keys, vals = cache.layers[index]
+            df_qkv = linear(hidden[num_ar:], layer.diffusion.qkv).view(plan.num_rows - num_ar, -1, dim)
+            df_qk = qk_norm_rope(df_qkv, layer.diffusion.qk_norm, *rope[View.DIFFUSION], eps)
         for batch in plan.attention:
             shape = (*batch.limits.shape, -1, dim)
-            own = qk[batch.rows].view(shape)
-            block = (own[:, :, heads:], values[batch.rows].view(shape)) if batch.diffusion else (None, None)
-            out = paged_attention(own[:, :, :heads], keys, vals, batch, scale, *block)
+            if batch.diffusion:
+                rows = slice(batch.rows.start - num_ar, batch.rows.stop - num_ar)
+                own = df_qk[rows].view(shape)
+                block_v = df_qkv[rows, df_qk.shape[1] :].unflatten(0, batch.limits.shape)
+                out = paged_attention(
+                    own[:, :, :heads], keys, values, batch, scale, own[:, :, heads:], block_v
+                )
+            else:
+                query = ar_qk[batch.rows].view(shape)[:, :, :heads]
+                out = paged_attention(query, keys, values, batch, scale)
             attended[batch.rows] = out.reshape(-1, heads * dim)
         outputs = []
         if num_ar:

@@ -45,15 +45,9 @@ class KVCache:
         return list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
 
     @cached_property
-    def _slots(self) -> list[tuple[Tensor, Tensor]]:
+    def slots(self) -> list[tuple[Tensor, Tensor]]:
         """The same memory by slot: [kv_heads, pages * page_size, head_dim]."""
         return [(keys.flatten(1, 2), values.flatten(1, 2)) for keys, values in self.layers]
-
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [rows, kv_heads, head_dim] of one layer at `slots` int64 [rows]."""
-        own_keys, own_values = self._slots[layer]
-        own_keys.index_copy_(1, slots, keys.transpose(0, 1))
-        own_values.index_copy_(1, slots, values.transpose(0, 1))
 
 
 class PagePool:

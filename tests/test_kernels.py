@@ -10,7 +10,6 @@ import torch
 from kernels import (
     ROW_TILE,
     AttentionBatch,
-    apply_rope,
     gumbel_noise,
     linear,
     pack_linear,
@@ -19,6 +18,7 @@ from kernels import (
     silu_mul,
 )
 from kernels.attention import KV_SPLIT
+from kernels.rope import apply_rope
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
