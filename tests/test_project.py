@@ -86,6 +86,8 @@ def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
         requirement = Requirement(text)
+        if requirement.name == "triton":
+            continue  # torch for CUDA brings its own; a pin for CPUs would contradict it.
         pin = next(iter(pins[requirement.name.lower()].specifier))
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version), f"{text} excludes the pinned {pin.version}"
