@@ -7,28 +7,82 @@ from pathlib import Path
 
 import ray
 import yaml
+from pydantic import ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import (
+    ApplicationStatus,
+    HTTPOptionsSchema,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+    gRPCOptionsSchema,
+)
 
-from deployments.app import build
+from deployments.app_args import AppArgs, describe_faults, parse_args
+from deployments.model_check import check_model, locate
 from orthrus.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_config(path: Path) -> ServeDeploySchema:
-    """A Serve config file, checked by Serve's schema and by our `build`. Raises ConfigError naming the file and the fault."""
+class _HTTPOptions(HTTPOptionsSchema):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _GRPCOptions(gRPCOptionsSchema):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Application(ServeApplicationSchema):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Config(ServeDeploySchema):
+    """Serve's schema, which for its own reasons lets unknown keys pass, without that leniency."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    http_options: _HTTPOptions = Field(default_factory=_HTTPOptions)
+    grpc_options: _GRPCOptions = Field(default_factory=_GRPCOptions)
+    applications: list[_Application]
+
+
+def load_config(path: Path) -> tuple[ServeDeploySchema, dict[str, AppArgs]]:
+    """A Serve config file and the args of our applications in it by application name, all checked but for the models.
+
+    Raises ConfigError with a line for each fault: the file, the path in it and what to change.
+    """
     try:
-        config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
-        for app in config.applications:
-            if app.import_path == "deployments.app:build":
-                build(app.args)
+        given = yaml.safe_load(path.read_text())
+        _Config.model_validate(given)
+        config = ServeDeploySchema.model_validate(given)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise _located(path, describe_faults(error, _Config)) from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not a Serve config that works: {error}") from error
-    return config
+        raise ConfigError(f"{path} is not a Serve config: {error}") from error
+    args: dict[str, AppArgs] = {}
+    faults: list[str] = []
+    for index, app in enumerate(config.applications):
+        if app.import_path != "deployments.app:build":
+            continue
+        where = f"applications[{index}]"
+        if app.deployments:
+            faults.append(
+                f"{where}.deployments: options go under args.replica and args.ingress: move them there"
+            )
+        try:
+            args[app.name] = parse_args(app.args, f"{where}.args")
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise _located(path, "\n".join(faults))
+    return config, args
+
+
+def _located(path: Path, faults: str) -> ConfigError:
+    return ConfigError("\n".join(f"{path}: {fault}" for fault in faults.splitlines()))
 
 
 def serve_config(path: Path, *, address: str | None = None, blocking: bool = True) -> None:
@@ -37,7 +91,11 @@ def serve_config(path: Path, *, address: str | None = None, blocking: bool = Tru
     blocking: stay until SIGINT or SIGTERM, then end what was started here (a cluster at `address` keeps serving).
     Raises ConfigError for a config that can't work, its deployment's error included.
     """
-    config = load_config(path)
+    config, apps = load_config(path)
+    if address is None:
+        # Before anything is started; elsewhere, `build` does it on the cluster.
+        for args in apps.values():
+            check_model(locate(args.engine))
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if address is None:
         ray.init(address="local", include_dashboard=False, runtime_env=environment, log_to_driver=False)

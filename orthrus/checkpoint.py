@@ -5,8 +5,9 @@ costs a second and one error that lists what is wrong, not a model that writes n
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,19 @@ class CheckpointError(ConfigError):
     """A checkpoint that can't be found, read or used with its config; the message names the file and the fix."""
 
 
-def resolve(model: str | Path) -> Path:
+class HubUnreachable(CheckpointError):
+    """A hub id that is not in the local cache, while the hub can't be asked: nothing is known about the model."""
+
+
+# Subfolders hold other formats of the same weights.
+_ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
+
+
+def resolve(model: str | Path, files: Sequence[str] = _ALL_FILES) -> Path:
     """The directory of `model`: itself when it is one, else that hub id's snapshot, downloaded when needed.
 
+    files: names or patterns of what the snapshot must have, `CONFIG_FILES` to look before the weights are fetched.
     Raises CheckpointError saying whether the path, the hub id, the access or the network is at fault.
     """
     path = Path(model).expanduser()
@@ -54,9 +65,7 @@ def resolve(model: str | Path) -> Path:
             f"no directory {path}: give a directory in Hugging Face format or a hub id (org/name)"
         )
     try:
-        # Subfolders hold other formats of the same weights.
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except HFValidationError as error:
         raise CheckpointError(f"no directory {path}, and no valid hub id either: {error}") from error
     except GatedRepoError as error:
@@ -69,7 +78,7 @@ def resolve(model: str | Path) -> Path:
             "log in with `hf auth login`"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(
+        raise HubUnreachable(
             f"no directory {path}, and {repo} is neither in the local hub cache nor can the hub be reached: "
             "give a directory, or check the network and HF_HUB_OFFLINE"
         ) from error
@@ -101,6 +110,21 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def check_files(path: str | Path, config: ModelConfig) -> None:
+    """Check the files' headers against the config, without reading a weight. Raises CheckpointError listing what is wrong."""
+    _check_stored(Path(path), _stored_tensors(Path(path)), config)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory that the weights take in `dtype`."""
+    return sum(math.prod(shape) for shape in tensor_shapes(config).values()) * dtype.itemsize
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory that one position takes in the KV cache: keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def compute_dtype(dtype: str | torch.dtype, config: ModelConfig, device: str | torch.device) -> torch.dtype:

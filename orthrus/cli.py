@@ -1,4 +1,4 @@
-"""The `orthrus` command: generate, chat, serve, verify, bench, train.
+"""The `orthrus` command: generate, chat, serve, config, verify, bench, train.
 
 Imports that cost time (torch, Ray) happen inside the command that needs them, so that `--help` and a mistyped option
 answer at once. An error the user can act on is one line on stderr and exit status 2.
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from orthrus.request import SamplingParams
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
+DEFAULT_CLUSTER = Path(__file__).resolve().parent.parent / "ray_cluster.yaml"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 SCHEDULES = ("auto", "ar", "orthrus")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 the command found a problem (verify), 2 wrong input, 130 Ctrl-C."""
+    """Run one command; the exit status: 0 done, 1 it found a problem (verify, config check), 2 wrong input, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser(with_training=argv[:1] == ["train"]).parse_args(argv)
     try:
@@ -43,6 +44,7 @@ def build_parser(*, with_training: bool = False) -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_serve(commands)
+    _add_config(commands)
     _add_verify(commands)
     _add_bench(commands)
     if with_training:
@@ -79,6 +81,22 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--address", help="of a running Ray cluster to deploy on; default: start one here")
     parser.set_defaults(run=_serve)
+
+
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("config", help="look at a Serve config before deploying it")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    check = actions.add_parser(
+        "check", help="what it would place where, and whether it fits; 1 if it can't work"
+    )
+    check.add_argument("config", metavar="FILE", type=Path, help="such as configs/qwen3-8b-h100.yaml")
+    check.add_argument(
+        "--cluster",
+        type=Path,
+        default=DEFAULT_CLUSTER,
+        help="the cluster launcher file to place it on (default: ray_cluster.yaml)",
+    )
+    check.set_defaults(run=_config_check)
 
 
 def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -221,6 +239,19 @@ def _serve(arguments: argparse.Namespace) -> None:
     from deployments.serve import serve_config
 
     serve_config(arguments.config, address=arguments.address)
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    from cluster.check import check_config
+
+    try:
+        for line in check_config(arguments.config, arguments.cluster):
+            print(line)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("ok")
+    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:

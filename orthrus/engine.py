@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.checkpoint import load_weights, resolve
+from orthrus.checkpoint import kv_bytes_per_token, load_weights, resolve
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
@@ -33,6 +33,8 @@ from orthrus.text import TextStream, load_tokenizer
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
+CUDA_CACHE_SHARE = 0.85
+"""Part of the GPU memory that the weights leave free which the KV cache takes."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Engine:
 
         tokenizer: a Hugging Face one, needed for stop strings only. Raises ConfigError.
         """
+        config.check_model(model_config)
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
@@ -374,13 +377,7 @@ class Engine:
         config, model = self.config, self.model_config
         tokens = config.kv_cache_tokens
         if tokens is None:
-            width = (
-                model.num_hidden_layers
-                * model.num_key_value_heads
-                * model.head_dim
-                * self.forward.dtype.itemsize
-                * 2
-            )
+            width = kv_bytes_per_token(model, self.forward.dtype)
             full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
             tokens = min(full, max(self._cache_bytes() // width, config.page_size))
         return -(-tokens // config.page_size)
@@ -388,18 +385,13 @@ class Engine:
     def _cache_bytes(self) -> int:
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            return int(free * 0.85)
+            return int(free * CUDA_CACHE_SHARE)
         return _DEFAULT_CPU_CACHE_BYTES
 
     def _context_limit(self, cache_tokens: int) -> int:
         """The context limit in tokens: as set, else the model's, as far as the cache holds one such sequence."""
         wanted = self.config.max_model_len
         trained = self.model_config.max_position_embeddings
-        if wanted is not None and wanted > trained:
-            raise ConfigError(
-                f"max_model_len {wanted} is over the {trained} positions of {self.model_config.name}: lower it, or "
-                "give the checkpoint YaRN rope_parameters"
-            )
         if wanted is not None and wanted > cache_tokens:
             raise ConfigError(
                 f"the KV cache holds {cache_tokens} tokens, fewer than max_model_len {wanted}: raise kv_cache_tokens "
@@ -413,16 +405,8 @@ class Engine:
         model = self.model_config
         if self.schedule_name == "ar":
             return ARSchedule()
-        if model.block_size is None or model.mask_token_id is None:
-            raise ConfigError(
-                f"schedule 'orthrus' needs diffusion weights, and {model.name} has none: use schedule 'ar' or an "
-                "Orthrus checkpoint"
-            )
+        assert model.block_size is not None and model.mask_token_id is not None, "checked by check_model"
         rows = self.config.draft_length or model.block_size
-        if rows > model.block_size:
-            raise ConfigError(
-                f"draft_length {rows} is over the checkpoint's block_size {model.block_size}: lower it"
-            )
         cost = None
         if self.config.adaptive_draft:
             cost = measure_decode_cost(

@@ -1,8 +1,13 @@
 """Settings of one engine: what `deployments/` YAML calls `engine:`, and what `Engine.from_pretrained` takes."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from orthrus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orthrus.config import ModelConfig
 
 
 class EngineConfig(BaseModel):
@@ -13,7 +18,8 @@ class EngineConfig(BaseModel):
     engine drafts fewer where its cost model says that pays. adaptive_draft: let the cost model shorten or skip drafts.
     kv_cache_tokens: capacity of the paged KV cache in tokens, over all sequences, rounded up to pages; None sizes it for
     `max_num_seqs` full contexts on CPU. page_size: tokens per page. prefill_chunk: most prompt rows in one pass.
-    max_model_len: context limit in tokens, None for the checkpoint's.
+    max_model_len: context limit in tokens, None for the checkpoint's. tensor_parallel_size: GPUs that share one model; only
+    1 works so far.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +38,7 @@ class EngineConfig(BaseModel):
     page_size: Literal[8, 16, 32, 64, 128, 256] = 16
     prefix_caching: bool = True
     max_queue: int = Field(default=4096, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _draft_needs_orthrus(self) -> "EngineConfig":
@@ -40,3 +47,44 @@ class EngineConfig(BaseModel):
                 "draft_length has no meaning with schedule 'ar': remove it or use schedule 'orthrus'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _cache_holds_a_context(self) -> "EngineConfig":
+        limit, cache = self.max_model_len, self.kv_cache_tokens
+        if limit is not None and cache is not None and limit > cache:
+            raise ValueError(
+                f"the KV cache holds {cache} tokens, fewer than max_model_len {limit}: raise kv_cache_tokens to {limit} "
+                "or lower max_model_len"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_gpu(self) -> "EngineConfig":
+        if self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet, a model has to fit one GPU: "
+                "set it to 1 and take a smaller model or a larger GPU"
+            )
+        return self
+
+    def check_model(self, model: "ModelConfig") -> None:
+        """Raise ConfigError for what `model` can't do, naming the setting."""
+        limit, positions = self.max_model_len, model.max_position_embeddings
+        if limit is not None and limit > positions:
+            raise ConfigError(
+                f"max_model_len {limit} is over the {positions} positions of {model.name}: lower it, or give the "
+                "checkpoint YaRN rope_parameters"
+            )
+        if self.schedule == "orthrus" and not model.has_diffusion:
+            raise ConfigError(
+                f"schedule 'orthrus' needs diffusion weights, and {model.name} has none: use schedule 'ar' or an "
+                "Orthrus checkpoint"
+            )
+        if (
+            model.block_size is not None
+            and self.draft_length is not None
+            and self.draft_length > model.block_size
+        ):
+            raise ConfigError(
+                f"draft_length {self.draft_length} is over the checkpoint's block_size {model.block_size}: lower it"
+            )

@@ -21,8 +21,8 @@ def cluster() -> ClusterConfig:
 def test_ray_accepts_it(cluster: ClusterConfig) -> None:
     assert cluster.name == "orthrus"
     assert "GPU" not in cluster.head.resources
-    assert [node.name for node in cluster.workers] == ["h100"]
-    assert cluster.workers[0].resources["GPU"] == 8
+    assert [node.name for node in cluster.workers] == ["cpu", "h100", "h200"]
+    assert [node.resources.get("GPU", 0) for node in cluster.workers] == [0, 8, 8]
     assert sum(node.min_workers for node in cluster.workers) <= cluster.max_workers
 
 
@@ -33,7 +33,7 @@ def test_what_the_gpu_config_asks_for_fits(cluster: ClusterConfig) -> None:
     assert replica["GPU"] == 1
     assert [node.name for node in cluster.placements(replica)] == ["h100"]
     assert cluster.placements(actor_demand(args["ingress"]["ray_actor_options"]))
-    room = sum(node.max_workers * node.resources["GPU"] for node in cluster.workers)
+    room = sum(node.max_workers * node.resources["GPU"] for node in cluster.placements(replica))
     assert args["replica"]["autoscaling_config"]["max_replicas"] <= room
 
 

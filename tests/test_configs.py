@@ -1,28 +1,244 @@
-"""The Serve configs are what Serve and the engine take; a broken one is told apart by name."""
+"""The Serve configs are what Serve, the engine and the cluster take; one that can't work says where and what to change."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from deployments.app import AppArgs
-from deployments.serve import load_config
+from cluster.check import check_config
+from deployments.app import build
+from deployments.app_args import parse_args
+from deployments.serve import load_config, serve_config
+from orthrus.checkpoint import weight_bytes
+from orthrus.cli import main
 from orthrus.errors import ConfigError
+from orthrus.shapes import QWEN3_SHAPES, published_shape
 
 ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = ROOT / "ray_cluster.yaml"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PLANNED = {"qwen3-72b-2xh200.yaml": 2, "qwen3-72b-4xh100.yaml": 4}
+TINY: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
+ARGS = TINY["applications"][0]["args"]
+Change = Callable[[dict[str, Any]], object]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_serve_config_is_valid_down_to_the_engine(path: Path) -> None:
-    for app in load_config(path).applications:
-        assert app.import_path == "deployments.app:build"
-        AppArgs.model_validate(app.args)
+def written(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
-@pytest.mark.parametrize(("text", "said"), [("- 1", "Serve config"), ("applications: [", "Serve config")])
-def test_a_broken_serve_config_is_named(tmp_path: Path, text: str, said: str) -> None:
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_config_check_says_what_goes_where(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["config", "check", str(path)])
+    said = capsys.readouterr()
+    if path.name in PLANNED:
+        assert status == 1
+        assert f"args.engine: tensor_parallel_size {PLANNED[path.name]} is not supported yet" in said.err
+        return
+    assert (status, said.err) == (0, "")
+    assert "weights" in said.out and said.out.endswith("ok\n")
+    if path.name != "tiny-cpu.yaml":
+        kind = path.stem.rpartition("-")[2]
+        assert f"on a node of type {kind}" in said.out and f"on one {kind.upper()}" in said.out
+
+
+FAULTS: dict[str, tuple[Change, str]] = {
+    "engine key": (
+        lambda a: a["engine"].update(max_num_seq=4),
+        "args.engine.max_num_seq: unknown key, did you mean 'max_num_seqs'?",
+    ),
+    "engine type": (lambda a: a["engine"].update(max_num_seqs="x"), "args.engine.max_num_seqs: Input should"),
+    "option": (
+        lambda a: a["replica"].update(max_ongoing_request=4),
+        "args.replica.max_ongoing_request: unknown key, did you mean 'max_ongoing_requests'?",
+    ),
+    "nested option": (
+        lambda a: a["replica"]["autoscaling_config"].update(max_replica=4),
+        "args.replica.autoscaling_config.max_replica: unknown key, did you mean 'max_replicas'?",
+    ),
+    "actor option": (
+        lambda a: a["ingress"]["ray_actor_options"].update(cpus=4),
+        "args.ingress.ray_actor_options.cpus: unknown key",
+    ),
+    "policy setting": (
+        lambda a: a["replica"]["autoscaling_config"]["policy"]["policy_kwargs"].update(target=1),
+        "args.replica.autoscaling_config.policy: policy_kwargs: got an unexpected keyword argument 'target'",
+    ),
+    "policy value": (
+        lambda a: a["replica"]["autoscaling_config"]["policy"]["policy_kwargs"].update(target_row_use=2),
+        "target_row_use must be over 0 and at most 1, got 2",
+    ),
+    "policy": (
+        lambda a: a["replica"]["autoscaling_config"]["policy"].update(policy_function="deployments.none:f"),
+        "args.replica.autoscaling_config.policy: 'deployments.none:f' can't be imported",
+    ),
+    "router": (
+        lambda a: a["replica"].update(
+            request_router_config={"request_router_class": "deployments.router.None_"}
+        ),
+        "args.replica.request_router_config: 'deployments.router.None_' can't be imported",
+    ),
+    "gpu without device": (
+        lambda a: a["replica"]["ray_actor_options"].update(num_gpus=1),
+        "args.replica.ray_actor_options.num_gpus is 1, and engine.device is cpu",
+    ),
+    "device without gpu": (
+        lambda a: a["engine"].update(device="cuda"),
+        "args.replica.ray_actor_options.num_gpus is 0, and a replica on device cuda needs 1",
+    ),
+    "batch never full": (
+        lambda a: a["replica"].update(max_ongoing_requests=8),
+        "args.replica.max_ongoing_requests 8 keeps the engine from ever running its engine.max_num_seqs 32",
+    ),
+    "two ways to scale": (lambda a: a["replica"].update(num_replicas=2), "args.replica: Manually setting"),
+    "cache under context": (
+        lambda a: a["engine"].update(max_model_len=65536),
+        "args.engine: the KV cache holds 32768 tokens, fewer than max_model_len 65536",
+    ),
+    "name": (lambda a: a["replica"].update(name="mine"), "args.replica.name: deployments have the names"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_args_that_cannot_work_name_path_and_fix(fault: str) -> None:
+    change, said = FAULTS[fault]
+    args = copy.deepcopy(ARGS)
+    change(args)
+    with pytest.raises(ConfigError) as caught:
+        parse_args(args)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    config = copy.deepcopy(TINY)
+    config["applications"][0]["args"]["engine"]["dtyp"] = "float32"
+    second = copy.deepcopy(config["applications"][0]) | {"name": "second", "route_prefix": "/second"}
+    second["deployments"] = [{"name": "Ingress", "num_replicas": 2}]
+    config["applications"].append(second)
+    file = written(tmp_path / "serve.yaml", config)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).splitlines() == [
+        f"{file}: applications[0].args.engine.dtyp: unknown key, did you mean 'dtype'?",
+        f"{file}: applications[1].deployments: options go under args.replica and args.ingress: move them there",
+        f"{file}: applications[1].args.engine.dtyp: unknown key, did you mean 'dtype'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.update(http_option={}), "http_option: unknown key, did you mean 'http_options'?"),
+        (lambda c: c["http_options"].update(prt=1), "http_options.prt: unknown key, did you mean 'port'?"),
+        (
+            lambda c: c["applications"][0].update(arg={}),
+            "applications[0].arg: unknown key, did you mean 'args'?",
+        ),
+    ],
+)
+def test_faults_around_the_args_are_named_too(tmp_path: Path, change: Change, said: str) -> None:
+    config = copy.deepcopy(TINY)
+    change(config)
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path / "serve.yaml", config))
+    assert str(caught.value).endswith(said)
+
+
+@pytest.mark.parametrize("text", ["- 1", "applications: [", "applications: 3"])
+def test_what_is_no_serve_config_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=r"serve\.yaml"):
         load_config(file)
     with pytest.raises(ConfigError, match="cannot read"):
         load_config(tmp_path / "missing.yaml")
+
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "no directory": ({"model": "/nowhere/model"}, "no directory /nowhere/model"),
+    "draft over block": ({"draft_length": 512}, "draft_length 512 is over the checkpoint's block_size"),
+    "context over positions": (
+        {"max_model_len": 1 << 20, "kv_cache_tokens": None},
+        "max_model_len 1048576 is over the",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MODELS)
+def test_a_model_that_cannot_be_served_fails_before_anything_starts(tmp_path: Path, fault: str) -> None:
+    """Serve would start a replica three times over before it gave up."""
+    change, said = MODELS[fault]
+    config = copy.deepcopy(TINY)
+    config["applications"][0]["args"]["engine"] |= change
+    file = written(tmp_path / "serve.yaml", config)
+    for attempt in (
+        lambda: serve_config(file),
+        lambda: build(config["applications"][0]["args"]),
+        lambda: list(check_config(file, CLUSTER)),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            attempt()
+
+
+def test_a_broken_checkpoint_fails_before_anything_starts(tmp_path: Path, tiny_orthrus: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_orthrus.iterdir():
+        data = file.read_bytes()
+        (model / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        build({"engine": {"model": str(model), "device": "cpu"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda a: a["engine"].update(kv_cache_tokens=100_000),
+            "don't fit the 79 GiB of one H100: set max_mo",
+        ),
+        (
+            lambda a: a["engine"].update(model="Qwen/Qwen3-72B"),
+            "don't fit the 79 GiB of one H100: take a larger",
+        ),
+        (
+            lambda a: a["replica"]["ray_actor_options"].update(accelerator_type="A100"),
+            "args.replica.ray_actor_options: no node type of .* has 4 CPU, 1 GPU, A100",
+        ),
+        (
+            lambda a: a["replica"]["autoscaling_config"].update(min_replicas=33, max_replicas=40),
+            "33 replicas at least, and .* has room for 32",
+        ),
+    ],
+)
+def test_what_the_cluster_has_no_room_for_is_named(tmp_path: Path, change: Change, said: str) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "qwen3-32b-h100.yaml").read_text())
+    change(config["applications"][0]["args"])
+    with pytest.raises(ConfigError, match=said):
+        list(check_config(written(tmp_path / "serve.yaml", config), CLUSTER))
+
+
+def test_published_shapes_have_the_published_sizes() -> None:
+    import torch
+
+    billions = {size: weight_bytes(shape, torch.bfloat16) / 2 / 1e9 for size, shape in QWEN3_SHAPES.items()}
+    expected = {
+        "0.6B": 0.596,
+        "1.7B": 1.72,
+        "4B": 4.02,
+        "8B": 8.19,
+        "14B": 14.77,
+        "32B": 32.76,
+        "72B": 72.7,
+    }
+    assert billions == pytest.approx(expected, rel=0.005)
+    plain, orthrus = published_shape("Qwen/Qwen3-8B"), published_shape("chiennv/Orthrus-Qwen3-8B")
+    assert plain is not None and not plain.has_diffusion
+    assert orthrus is not None and orthrus.has_diffusion and orthrus.name == "Orthrus-Qwen3-8B"
+    # The paper: the diffusion view adds 16 to 17 % of parameters.
+    assert 1.15 < weight_bytes(orthrus, torch.bfloat16) / weight_bytes(plain, torch.bfloat16) < 1.19
+    assert published_shape("Qwen/Qwen3-3B") is None and published_shape("models/orthrus-tiny") is None

@@ -10,7 +10,7 @@ import torch
 
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.errors import ConfigError, RequestError
+from orthrus.errors import RequestError
 from orthrus.request import Chunk, Completion, Request, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference_decode
@@ -244,5 +244,5 @@ def test_settings_that_cannot_work_say_what_to_change(checkpoint: Path, tmp_path
         (checkpoint, {"max_model_len": 100, "kv_cache_tokens": 64}, "kv_cache_tokens"),
     ]
     for path, settings, said in cases:
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ValueError, match=said):
             engine(path, **settings)

@@ -16,8 +16,8 @@ PACKAGES = {
     "orthrus": {"orthrus", "kernels"},
     "kernels": {"kernels"},
 }
-# The command line is where the packages meet: `orthrus serve` starts the deployments.
-MAY_IMPORT_MORE = {Path("orthrus/cli.py"): {"deployments"}}
+# The command line is where the packages meet: `orthrus serve` starts the deployments, `orthrus config` knows the cluster.
+MAY_IMPORT_MORE = {Path("orthrus/cli.py"): {"cluster", "deployments"}}
 
 
 def imported_names(path: Path) -> Iterator[str]:

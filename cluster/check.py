@@ -1,0 +1,166 @@
+"""`orthrus config check`: what a Serve config would place where, and whether it fits, before anything is started."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cluster.config import ClusterConfig, NodeType, actor_demand
+from deployments.app_args import AppArgs, DeploymentOptions
+from deployments.model_check import check_model, locate
+from deployments.serve import load_config
+from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, weight_bytes
+from orthrus.config import ModelConfig
+from orthrus.engine import CUDA_CACHE_SHARE
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import ConfigError
+from orthrus.shapes import published_shape
+
+GIB = 1 << 30
+GPU_GIB = {
+    "A100": 39,
+    "A100-80G": 79,
+    "A10G": 22,
+    "B200": 178,
+    "H100": 79,
+    "H200": 139,
+    "L4": 22,
+    "L40S": 44,
+}
+"""Memory that a process finds free, by Ray's accelerator type."""
+RESERVED_GIB = 2
+"""For the CUDA context, kernels and activations."""
+
+
+def check_config(path: Path, cluster_path: Path) -> Iterator[str]:
+    """Lines that say what `path` would place on the cluster of `cluster_path`. Raises ConfigError at what can't work."""
+    config, apps = load_config(path)
+    cluster = ClusterConfig.load(cluster_path)
+    for app in config.applications:
+        args = apps.get(app.name)
+        if args is None:
+            yield f"application {app.name}: not one of ours, not checked"
+            continue
+        try:
+            yield from _check_app(
+                f"application {app.name} at {app.route_prefix}", args, cluster, cluster_path
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{path}: application {app.name}: {error}") from error
+
+
+def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: Path) -> Iterator[str]:
+    engine = locate(args.engine)
+    model = check_model(engine)
+    source = "config.json"
+    if model is None:
+        model, source = published_shape(engine.model), "the published shape, the hub can't be reached"
+        if model is not None:
+            engine.check_model(model)
+    yield f"{title}: {engine.served_model_name or engine.model}"
+    yield f"  model     {engine.model} ({source if model else 'unknown: the hub cannot be reached'})"
+    demand = _demand(args.replica)
+    on_gpu = "GPU" in demand
+    nodes = cluster.placements(demand) if on_gpu else []
+    if on_gpu and not nodes:
+        raise ConfigError(
+            f"args.replica.ray_actor_options: no node type of {cluster_path} has {_resources(demand)}: ask for less, or "
+            "add a node type"
+        )
+    least, most = _replicas(args.replica)
+    yield f"  replicas  {least if least == most else f'{least} to {most}'}, each {_resources(demand)}"
+    if on_gpu:
+        yield from _check_room(nodes, demand, least, most, cluster_path)
+    else:
+        yield "            on any node with room, this machine included"
+    if model is not None:
+        for memory in sorted({_gpu_memory(node) for node in nodes}) if on_gpu else [None]:
+            yield f"  memory    {_memory(engine, model, memory)}"
+    least, most = _replicas(args.ingress)
+    yield (
+        f"  ingress   {least if least == most else f'{least} to {most}'}, each {_resources(_demand(args.ingress))}"
+    )
+
+
+def _demand(options: DeploymentOptions) -> dict[str, float]:
+    return actor_demand(options.ray_actor_options.model_dump(exclude_unset=True))
+
+
+def _replicas(options: DeploymentOptions) -> tuple[int, int]:
+    """Fewest and most replicas."""
+    scaling = options.autoscaling_config
+    if scaling is not None:
+        return scaling.min_replicas, scaling.max_replicas
+    count = options.num_replicas if isinstance(options.num_replicas, int) else 1
+    return count, count
+
+
+def _check_room(
+    nodes: list[NodeType], demand: Mapping[str, float], least: int, most: int, cluster_path: Path
+) -> Iterator[str]:
+    """Which nodes take how many replicas. Raises ConfigError when the cluster never has room for the fewest."""
+    room = 0
+    for node in nodes:
+        each = min(math.floor(node.resources[name] / amount) for name, amount in demand.items() if amount)
+        room += each * node.max_workers
+        yield f"            {each} on a node of type {node.name}, of which there are up to {node.max_workers}"
+    if least > room:
+        raise ConfigError(
+            f"args.replica: {least} replicas at least, and {cluster_path} has room for {room}: lower "
+            "autoscaling_config.min_replicas, or raise max_workers there"
+        )
+    if most > room:
+        yield f"            of at most {most} replicas, {room} find room: max_workers of {cluster_path} is the limit"
+
+
+def _gpu_memory(node: NodeType) -> tuple[float, str]:
+    """GiB of one GPU of the node, and its kind. Raises ConfigError for a kind without a known size."""
+    for name in node.resources:
+        kind = name.removeprefix("accelerator_type:")
+        if kind in GPU_GIB and kind != name:
+            return GPU_GIB[kind], kind
+    raise ConfigError(
+        f"node type {node.name}: its resources name no accelerator of known memory: add one of "
+        + ", ".join(f"accelerator_type:{kind}" for kind in sorted(GPU_GIB))
+    )
+
+
+def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | None) -> str:
+    """What the weights and the KV cache take. Raises ConfigError when a GPU can't hold both with one full context."""
+    dtype = compute_dtype(engine.dtype, model, engine.device if gpu is None else "cuda")
+    weights, position = weight_bytes(model, dtype), kv_bytes_per_token(model, dtype)
+    context = engine.max_model_len or model.max_position_embeddings
+    views = "two views" if model.has_diffusion else "AR view"
+    said = f"weights {_gib(weights)} ({views}, {str(dtype).removeprefix('torch.')})"
+    if gpu is None:
+        cache = engine.kv_cache_tokens
+        return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")
+    size, kind = gpu
+    free = (size - RESERVED_GIB) * GIB - weights
+    tokens = engine.kv_cache_tokens or max(0, int(free * CUDA_CACHE_SHARE / position))
+    tokens = min(tokens, engine.kv_cache_tokens or context * engine.max_num_seqs)
+    if tokens * position > free or tokens < context:
+        room = max(0, int(free * CUDA_CACHE_SHARE / position))
+        raise ConfigError(
+            f"args.engine: {said} and {_gib(max(tokens, context) * position)} of KV cache for {max(tokens, context)} "
+            f"tokens don't fit the {size} GiB of one {kind}: "
+            + (
+                f"set max_model_len and kv_cache_tokens to {room} at most"
+                if room
+                else "take a larger GPU (ray_actor_options.accelerator_type) or a smaller model"
+            )
+        )
+    return (
+        f"{said}, KV cache {_gib(tokens * position)} for {tokens} tokens ({tokens / context:.1f} full contexts), "
+        f"of {size} GiB on one {kind}"
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"
+
+
+def _resources(demand: Mapping[str, float]) -> str:
+    """ "4 CPU, 1 GPU, H100"."""
+    return ", ".join(
+        name.partition(":")[2] if ":" in name else f"{amount:g} {name}" for name, amount in demand.items()
+    )

@@ -1,0 +1,37 @@
+"""Look at a model before replicas start: what is wrong with it shows in seconds, not after they have failed in turn."""
+
+from pathlib import Path
+
+from orthrus.checkpoint import CONFIG_FILES, HubUnreachable, check_files, resolve
+from orthrus.config import ModelConfig
+from orthrus.engine_config import EngineConfig
+from orthrus.text import load_tokenizer
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def locate(engine: EngineConfig) -> EngineConfig:
+    """The settings with a model path that exists below the project taken from there: a config works from any directory."""
+    local = _ROOT / engine.model
+    if not local.is_dir():
+        return engine
+    name = engine.served_model_name or local.name
+    return engine.model_copy(update={"model": str(local), "served_model_name": name})
+
+
+def check_model(engine: EngineConfig) -> ModelConfig | None:
+    """The config of the model that the settings name, which can be served with them.
+
+    Of a directory everything is checked but the weights' values; of a hub id its config.json. None if the hub can't be
+    reached from here: the replicas will see. Raises ConfigError naming what is wrong, the setting or the file.
+    """
+    try:
+        path = resolve(engine.model, CONFIG_FILES)
+    except HubUnreachable:
+        return None
+    model = ModelConfig.from_dir(path)
+    engine.check_model(model)
+    if Path(engine.model).is_dir():
+        check_files(path, model)
+        load_tokenizer(path)
+    return model
