@@ -1,43 +1,58 @@
-"""Rows of tokens for training: a pure function of seed and step, so that a resumed run sees what the unbroken one saw."""
+"""Rows of tokens for training: a pure function of seed and row number, so that a resumed run sees what the unbroken one saw."""
 
-from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orthrus.errors import ConfigError
 
-@dataclass
+
 class TokenStream:
-    """Packed documents as one stream of token ids; a row starts anywhere in it."""
+    """Packed documents as one stream of token ids, which training reads in rows of equal length."""
 
-    tokens: Tensor
+    def __init__(self, tokens: np.ndarray, name: str) -> None:
+        """tokens: integers [tokens]; name: for messages."""
+        self._tokens = torch.from_numpy(tokens.astype(np.int32))
+        self._name = name
 
-    @classmethod
-    def from_numpy(cls, ids: np.ndarray, device: torch.device) -> "TokenStream":
-        return cls(torch.from_numpy(ids.astype(np.int32)).to(device))
+    def __len__(self) -> int:
+        return len(self._tokens)
 
-    def rows(self, count: int, length: int, seed: int, step: int) -> Tensor:
-        """Token ids int64 [count, length] at random offsets."""
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        starts = torch.randint(0, len(self.tokens) - length + 1, (count,), generator=generator)
-        index = starts[:, None] + torch.arange(length)
-        return self.tokens[index.to(self.tokens.device)].long()
+    def per_epoch(self, length: int) -> int:
+        """Rows of `length` tokens in one pass over the stream. Raises ConfigError for a stream too short for one."""
+        # The offset that an epoch starts at costs a row.
+        rows = len(self) // length - 1
+        if rows < 1:
+            raise ConfigError(
+                f"{self._name} has {len(self)} tokens, too few for rows of {length}: add text or shorten row_length"
+            )
+        return rows
+
+    def rows(self, first: int, count: int, length: int, seed: int) -> Tensor:
+        """Rows `first` to `first` + `count` of an endless sequence: token ids int64 [count, length].
+
+        Every epoch cuts the stream into rows at another offset, and takes them in another order.
+        """
+        per_epoch = self.per_epoch(length)
+        starts = torch.empty(count, dtype=torch.int64)
+        for i in range(count):
+            epoch, index = divmod(first + i, per_epoch)
+            offset, order = _epoch(per_epoch, length, seed, epoch)
+            starts[i] = offset + order[index] * length
+        return self._at(starts, length)
 
     def even_rows(self, count: int, length: int) -> Tensor:
         """Token ids int64 [count, length] spread evenly over the stream, for evaluation."""
-        starts = torch.linspace(0, len(self.tokens) - length, count).long()
-        index = starts[:, None] + torch.arange(length)
-        return self.tokens[index.to(self.tokens.device)].long()
+        return self._at(torch.linspace(0, len(self) - length, count).long(), length)
+
+    def _at(self, starts: Tensor, length: int) -> Tensor:
+        return self._tokens[starts[:, None] + torch.arange(length)].long()
 
 
-@dataclass
-class TokenRows:
-    """Rows of equal length [count, length], such as the model's own samples."""
-
-    tokens: Tensor
-
-    def rows(self, count: int, length: int, seed: int, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        chosen = torch.randint(0, len(self.tokens), (count,), generator=generator)
-        return self.tokens[chosen.to(self.tokens.device), :length].long()
+@lru_cache(maxsize=8)
+def _epoch(rows: int, length: int, seed: int, epoch: int) -> tuple[int, Tensor]:
+    """Where an epoch's first row starts, and the order of its rows."""
+    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    return int(torch.randint(0, length, (), generator=generator)), torch.randperm(rows, generator=generator)

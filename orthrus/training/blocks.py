@@ -4,21 +4,36 @@ The block at anchor n holds [x_n, MASK, ...] at positions n, n + 1, ...; its row
 AR keys of positions before n, and its own rows in both directions; never another block.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class DraftBlocks:
-    """`tokens`, `positions` int64 [batch, anchors * block_size]; `mask` bool [batch, 1, rows, length + rows], see
-    `TwoViewModel.diffuse`; `live` bool [batch, rows]: rows within their block's length."""
+    """Blocks of `block_size` rows in a batch of sequences.
 
+    anchors int64 [batch, blocks]; lengths int64 [batch, blocks]: live rows of each block, fewer than the block size where
+    serving would draft fewer because that is all that pays; tokens, positions int64 [batch, blocks * block_size].
+    mask: `visibility` in `flex_attention`'s form, made once for all layers; None on a CPU, where that has no gradient.
+    """
+
+    anchors: Tensor
+    lengths: Tensor
     tokens: Tensor
     positions: Tensor
-    mask: Tensor
-    live: Tensor
+    block_size: int
+    mask: BlockMask | None
+
+    @property
+    def live(self) -> Tensor:
+        """Rows within their block's length: bool [batch, blocks, block_size]."""
+        return torch.arange(self.block_size, device=self.lengths.device) < self.lengths[:, :, None]
 
 
 def random_anchors(
@@ -29,25 +44,34 @@ def random_anchors(
     return order.topk(anchors, dim=1).indices.sort(1).values
 
 
+def visibility(anchors: Tensor, lengths: Tensor, length: int, block_size: int) -> MaskRule:
+    """The rule as `flex_attention` takes it: whether a row of sequence `batch`, any head, sees a key.
+
+    anchors, lengths int64 [batch, blocks]: a row sees AR key k < `length` if k is before its block's anchor, and key
+    `length` + r if row r is of its own block and among the block's first `lengths` rows. A row past them sees itself as
+    well: a row that sees nothing has no softmax.
+    """
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        block, other = row // block_size, key - length
+        own = (other // block_size == block) & (other % block_size < lengths[batch, block])
+        return torch.where(key < length, key < anchors[batch, block], own | (other == row))
+
+    return sees
+
+
 def draft_blocks(
     rows: Tensor, anchors: Tensor, lengths: Tensor, block_size: int, mask_token_id: int
 ) -> DraftBlocks:
-    """Blocks at `anchors` int64 [batch, anchors] of sequences `rows` int64 [batch, length].
-
-    lengths int64 [batch, anchors]: live rows of each block; serving drafts fewer rows than the block size when that is
-    all that pays.
-    """
-    batch, count = anchors.shape
-    device = rows.device
-    offset = torch.arange(block_size, device=device)
-    positions = (anchors[:, :, None] + offset).flatten(1)
-    tokens = torch.full((batch, count, block_size), mask_token_id, dtype=torch.int64, device=device)
+    """Blocks at `anchors` of sequences `rows` int64 [batch, length]; `lengths` as in `DraftBlocks`."""
+    positions = anchors[:, :, None] + torch.arange(block_size, device=rows.device)
+    tokens = torch.full_like(positions, mask_token_id)
     tokens[:, :, 0] = rows.gather(1, anchors)
-    live = (offset < lengths[:, :, None]).flatten(1)
-    before = torch.arange(rows.shape[1], device=device) < anchors[:, :, None]
-    block = torch.arange(count, device=device).repeat_interleave(block_size)
-    # A row past its block's length still sees itself: a row that sees nothing has no softmax.
-    itself = torch.eye(count * block_size, dtype=torch.bool, device=device)
-    own = ((block[:, None] == block) & live[:, None, :]) | itself
-    mask = torch.cat([before.repeat_interleave(block_size, 1), own], -1)
-    return DraftBlocks(tokens.flatten(1), positions, mask[:, None], live)
+    mask = None
+    if rows.is_cuda:
+        rule = visibility(anchors, lengths, rows.shape[1], block_size)
+        count = positions[0].numel()
+        mask = create_block_mask(
+            rule, len(rows), None, count, rows.shape[1] + count, device=rows.device, _compile=True
+        )
+    return DraftBlocks(anchors, lengths, tokens.flatten(1), positions.flatten(1), block_size, mask)

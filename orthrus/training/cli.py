@@ -1,200 +1,196 @@
-"""`orthrus train`: corpus, tokenizer, base, data, heads, eval, each driven by one YAML file."""
+"""`orthrus train`: corpus, tokenizer, base, data, heads, eval, plot, each driven by one YAML file (`Run`).
+
+`base`, `heads` and `data` also run under torchrun: torchrun --nproc-per-node 8 -m orthrus.cli train heads CONFIG.
+"""
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from orthrus.checkpoint import load_weights, save_checkpoint
+from orthrus.checkpoint import load_weights, save_checkpoint, tensor_shapes
 from orthrus.config import ModelConfig
+from orthrus.engine import Engine
 from orthrus.errors import ConfigError
+from orthrus.text import load_tokenizer
 from orthrus.training import corpus as corpora
-from orthrus.training.base import BaseConfig, held_out_loss, train_base
-from orthrus.training.batches import TokenRows, TokenStream
-from orthrus.training.data import DataConfig, generate
-from orthrus.training.eval import EvalConfig, evaluate
-from orthrus.training.heads import HeadsConfig, train_heads
-from orthrus.training.model import TwoViewModel, add_diffusion_view, initialise
-from orthrus.training.settings import read_yaml, section
+from orthrus.training.base import train_base
+from orthrus.training.batches import TokenStream
+from orthrus.training.data import generate, read_shards
+from orthrus.training.distributed import connected, local_device, rank_and_world
+from orthrus.training.eval import held_out_loss, measure_drafts, table
+from orthrus.training.heads import train_heads
+from orthrus.training.model import TwoViewModel, initialise, load_frozen
+from orthrus.training.plot import plot
+from orthrus.training.prompts import digest
+from orthrus.training.run import Run, fingerprint, needed
+from orthrus.training.settings import read_settings
 from orthrus.training.tokenizer import (
     END_OF_TEXT,
     IM_END,
-    MASK,
     as_transformers,
-    encode,
     read_documents,
     train_tokenizer,
 )
-
-SHARD_BYTES = 15_000_000
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's YAML file: where things lie, and the sections of its stages."""
-
-    file: Path
-    settings: dict[str, Any]
-
-    @property
-    def work(self) -> Path:
-        """Everything that is not the result: corpus, tokens, states, metrics."""
-        return Path(self.settings["work"])
-
-    @property
-    def out(self) -> Path:
-        return Path(self.settings["out"])
-
-    def section(self, kind: type, name: str) -> Any:
-        return section(kind, self.settings.get(name) or {}, f"{self.file}: {name}")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `train` and its stages to the `orthrus` command."""
     parser = commands.add_parser("train", help="train diffusion heads for a frozen Qwen3")
     stages = parser.add_subparsers(title="stages", metavar="STAGE", required=True)
-    for name, run, text in (
-        ("corpus", _corpus, "fetch the packages and write the corpus"),
-        ("tokenizer", _tokenizer, "train the tokenizer on the corpus"),
-        ("base", _base, "pre-train the base model"),
-        ("data", _data, "let the model write its own training texts"),
-        ("heads", _heads, "train the diffusion view of a frozen model"),
-        ("eval", _eval, "held-out loss, agreement by depth, tokens per cycle"),
+    for stage, text in (
+        (_corpus, "fetch the packages and write the corpus"),
+        (_tokenizer, "train the tokenizer on the corpus"),
+        (_base, "pre-train the base model"),
+        (_data, "let the model write its own training texts"),
+        (_heads, "train the diffusion view of a frozen model"),
+        (_eval, "held-out loss, agreement by depth, tokens per cycle, through the engine"),
+        (_plot, "draw the curves of the stages so far"),
     ):
-        stage = stages.add_parser(name, help=text)
-        stage.add_argument("config", type=Path, help="the run's YAML file, such as configs/train/tiny.yaml")
-        stage.add_argument("--work", type=Path, help="instead of the file's `work`")
-        stage.add_argument("--out", type=Path, help="instead of the file's `out`")
-        stage.set_defaults(run=run)
+        command = stages.add_parser(stage.__name__.removeprefix("_"), help=text)
+        command.add_argument("config", type=Path, help="the run's YAML file, such as configs/train/tiny.yaml")
+        command.add_argument("--work", type=Path, help="instead of the file's `work`")
+        command.add_argument("--out", type=Path, help="instead of the file's `out`")
+        command.set_defaults(run=_with_settings(stage))
 
 
-def _load(arguments: argparse.Namespace) -> Run:
-    settings = read_yaml(arguments.config)
-    for key in ("work", "out"):
-        if getattr(arguments, key) is not None:
-            settings[key] = str(getattr(arguments, key))
-    return Run(arguments.config, settings)
+def _with_settings(stage: Callable[[Run], None]) -> Callable[[argparse.Namespace], None]:
+    def run(arguments: argparse.Namespace) -> None:
+        if rank_and_world()[1] > 1 and stage not in (_base, _data, _heads):
+            raise ConfigError("only the stages base, data and heads run under torchrun")
+        # Master weights stay float32; where a product of them is outside autocast, tensor cores may round it.
+        torch.set_float32_matmul_precision("high")
+        stage(read_settings(Run, arguments.config, work=arguments.work, out=arguments.out))
+
+    return run
 
 
-def _device() -> torch.device:
-    # Master weights stay float32; where a product of them is outside autocast, tensor cores may round it.
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _corpus(run: Run) -> None:
+    if run.corpus is None:
+        raise ConfigError("corpus is not set: name the YAML file that lists its packages")
+    settings = read_settings(corpora.CorpusSettings, run.corpus)
+    print(json.dumps(corpora.build(settings, run.work / "corpus", run.work / "archives")))
 
 
-def _corpus(arguments: argparse.Namespace) -> None:
-    run = _load(arguments)
-    file = Path(run.settings["corpus"])
-    config = section(corpora.CorpusConfig, read_yaml(file), str(file))
-    print(json.dumps(corpora.build(config, run.work / "corpus", run.work / "archives")))
-
-
-def _tokenizer(arguments: argparse.Namespace) -> None:
-    run = _load(arguments)
+def _tokenizer(run: Run) -> None:
     documents = read_documents(run.work / "corpus" / corpora.TRAIN_FILE)
-    tokenizer = train_tokenizer(documents, run.settings["model"]["vocab_size"])
-    run.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(documents, needed(run.model, "model")["vocab_size"])
     tokenizer.save(str(run.work / "tokenizer.json"))
 
 
-def _streams(run: Run, tokenizer: Tokenizer, device: torch.device) -> tuple[TokenStream, TokenStream]:
-    """The training and held-out parts of the corpus as tokens, encoded once."""
-    streams = []
-    for name in (corpora.TRAIN_FILE, corpora.HELD_OUT_FILE):
-        cached = run.work / f"{name}.npy"
-        if not cached.exists():
-            np.save(cached, encode(tokenizer, read_documents(run.work / "corpus" / name)))
-        streams.append(TokenStream.from_numpy(np.load(cached), device))
-    print(f"tokens: {len(streams[0].tokens)} to train on, {len(streams[1].tokens)} held out", flush=True)
-    return streams[0], streams[1]
-
-
-def _special(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token. Raises ConfigError where the tokenizer lacks it."""
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise ConfigError(f"the tokenizer has no {token}: train one with `orthrus train tokenizer`")
-    return int(token_id)
-
-
-def _base(arguments: argparse.Namespace) -> None:
-    run, device = _load(arguments), _device()
+def _base(run: Run) -> None:
+    settings, shape, device = needed(run.base, "base"), needed(run.model, "model"), local_device()
     tokenizer = Tokenizer.from_file(str(run.work / "tokenizer.json"))
-    end, turn = _special(tokenizer, END_OF_TEXT), _special(tokenizer, IM_END)
-    config = ModelConfig(**run.settings["model"], eos_token_ids=(turn, end), pad_token_id=end)
-    train, held_out = _streams(run, tokenizer, device)
-    model = TwoViewModel(config)
-    base: BaseConfig = run.section(BaseConfig, "base")
-    initialise(model, base.seed)
-    train_base(model.to(device), train, held_out, base, run.work)
-    _save(run, model, tokenizer, run.work / "base")
-
-
-def _data(arguments: argparse.Namespace) -> None:
-    run, device = _load(arguments), _device()
-    model = load_model(run.work / "base", device)
-    train, _ = _streams(run, Tokenizer.from_file(str(run.work / "tokenizer.json")), device)
-    np.save(run.work / "samples.npy", generate(model, train, run.section(DataConfig, "data")).numpy())
-
-
-def _heads(arguments: argparse.Namespace) -> None:
-    run, device = _load(arguments), _device()
-    heads: HeadsConfig = run.section(HeadsConfig, "heads")
-    tokenizer = Tokenizer.from_file(str(run.work / "tokenizer.json"))
-    model = add_diffusion_view(
-        load_model(run.work / "base", device), heads.block_size, _special(tokenizer, MASK)
-    )
-    samples = TokenRows(torch.from_numpy(np.load(run.work / "samples.npy")).to(device))
-    train, _ = _streams(run, tokenizer, device)
-    train_heads(model, [(1 - heads.sampled, train), (heads.sampled, samples)], heads, run.work)
-    _save(run, model, tokenizer, run.out)
-
-
-def _eval(arguments: argparse.Namespace) -> None:
-    run, device = _load(arguments), _device()
-    config: EvalConfig = run.section(EvalConfig, "eval")
-    model = load_model(run.out, device)
-    tokenizer = Tokenizer.from_file(str(run.work / "tokenizer.json"))
-    _, held_out = _streams(run, tokenizer, device)
-    report: dict[str, Any] = {"held_out_loss": held_out_loss(model, held_out, config.rows, config.row_length)}
-    print(report, flush=True)
-    prompts = held_out.even_rows(config.prompts, config.prompt_length)
-    for temperature in config.temperatures:
-        reports, texts = evaluate(
-            model,
-            prompts,
-            new_tokens=config.new_tokens,
-            temperature=temperature,
-            block_rows=list(config.block_rows),
+    end, turn = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)
+    config = ModelConfig(**shape, eos_token_ids=(turn, end), pad_token_id=end, dtype="bfloat16")
+    with connected(device) as processes:
+        train, held_out = (
+            run.corpus_tokens(part, tokenizer, processes)
+            for part in (corpora.TRAIN_FILE, corpora.HELD_OUT_FILE)
         )
-        report[f"temperature {temperature:g}"] = [asdict(r) for r in reports]
-        print(*reports, sep="\n", flush=True)
-        report[f"texts {temperature:g}"] = [
-            tokenizer.decode(t, skip_special_tokens=False) for t in texts[: config.shown].tolist()
-        ]
-    (run.work / "eval.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        model = TwoViewModel(config)
+        initialise(model, settings.seed)
+        train_base(model.to(device), train, held_out, settings, run.work, processes)
+        if processes.writes:
+            save_checkpoint(
+                run.work / "base",
+                config,
+                {name: model.state_dict()[name].bfloat16() for name in tensor_shapes(config)},
+                tokenizer=as_transformers(tokenizer, config.max_position_embeddings),
+                max_shard_bytes=run.max_shard_bytes,
+            )
 
 
-def _save(run: Run, model: TwoViewModel, tokenizer: Tokenizer, folder: Path) -> None:
-    dtype = torch.bfloat16
-    save_checkpoint(
-        folder,
-        replace(model.config, dtype="bfloat16"),
-        model.checkpoint_tensors(dtype),
-        tokenizer=as_transformers(tokenizer, model.config.max_position_embeddings),
-        max_shard_bytes=SHARD_BYTES,
+def _data(run: Run) -> None:
+    folder, device = run.base_folder(), local_device()
+    tokenizer = load_tokenizer(folder)
+    prompts = run.data_prompts(tokenizer)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rank, world = rank_and_world()
+    generate(
+        lambda: Engine.from_pretrained(run.engine_config(folder, device=str(device))),
+        prompts,
+        run.data,
+        run.work / "data",
+        {"model": fingerprint(folder), "prompts": digest(prompts)},
+        rank=rank,
+        world=world,
     )
 
 
-def load_model(folder: Path, device: torch.device) -> TwoViewModel:
-    """A checkpoint as a trainable model in float32."""
-    config = ModelConfig.from_dir(folder)
-    model = TwoViewModel(config)
-    missing = model.load_state_dict(load_weights(folder, config, "cpu", torch.float32), strict=False)
-    assert not missing.unexpected_keys, missing
-    return model.to(device)
+def _heads(run: Run) -> None:
+    settings, folder, device = needed(run.heads, "heads"), run.base_folder(), local_device()
+    tokenizer = load_tokenizer(folder)
+    mask = settings.mask_token_id if settings.mask_token_id is not None else tokenizer.mask_token_id
+    if mask is None:
+        raise ConfigError(
+            "the tokenizer has no mask token: set heads.mask_token_id to an id that no text has (Qwen3: 151669)"
+        )
+    with connected(device) as processes:
+        model = load_frozen(folder, settings.block_size, mask, device)
+        answers = TokenStream(read_shards(run.work / "data"), "the model's own answers")
+        of_answers = round(settings.sampled * settings.rows)
+        sources = [(of_answers, answers)]
+        if of_answers < settings.rows:
+            corpus = run.corpus_tokens(corpora.TRAIN_FILE, tokenizer.backend_tokenizer, processes)
+            sources.append((settings.rows - of_answers, corpus))
+        train_heads(
+            model,
+            sources,
+            settings,
+            run.work,
+            processes,
+            steps_per_epoch=answers.per_epoch(settings.row_length) / max(1, of_answers),
+            base=fingerprint(folder),
+        )
+        if processes.writes:
+            _save_heads(run, model, folder, tokenizer)
+
+
+def _save_heads(run: Run, model: TwoViewModel, base: Path, tokenizer: object) -> None:
+    """The base's own tensors, read again so that they are its bytes, and the trained ones in its dtype."""
+    stored = ModelConfig.from_dir(base)
+    tensors = load_weights(base, stored, "cpu", stored.dtype)
+    dtype = tensors["model.norm.weight"].dtype
+    tensors |= {name: p.detach().to("cpu", dtype) for name, p in model.diffusion_parameters().items()}
+    config = replace(stored, block_size=model.config.block_size, mask_token_id=model.config.mask_token_id)
+    save_checkpoint(run.out, config, tensors, tokenizer=tokenizer, max_shard_bytes=run.max_shard_bytes)
+
+
+def _eval(run: Run) -> None:
+    settings = run.eval
+    config = ModelConfig.from_dir(run.out)
+    if config.block_size is None:
+        raise ConfigError(f"{run.out} has no diffusion view: run `orthrus train heads` first")
+    prompts, rows = run.eval_texts(load_tokenizer(run.out))
+    report: dict[str, object] = {"model": str(run.out), "block_size": config.block_size}
+    drafts = []
+    for length in sorted({length for length in settings.block_rows if length <= config.block_size}):
+        engine = Engine.from_pretrained(
+            run.engine_config(run.out, schedule="orthrus", draft_length=length, adaptive_draft=False)
+        )
+        if "held_out_loss" not in report:
+            report["held_out_loss"] = held_out_loss(engine, rows)
+        for temperature in settings.temperatures:
+            values, texts = measure_drafts(engine, prompts, settings, length, temperature)
+            drafts.append(values)
+            report[f"texts at {temperature:g}"] = [
+                engine.tokenizer.decode(text, skip_special_tokens=False) for text in texts[: settings.shown]
+            ]
+            print(
+                f"block {length}, temperature {temperature:g}: {values['tokens_per_cycle']} per cycle",
+                flush=True,
+            )
+    report["drafts"] = sorted(drafts, key=lambda row: (row["temperature"], row["block_rows"]))
+    (run.work / "eval.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
+
+
+def _plot(run: Run) -> None:
+    for file in plot(run.work):
+        print(file)

@@ -16,10 +16,13 @@ import textwrap
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import model_validator
+
 from orthrus.errors import ConfigError
+from orthrus.training.settings import Settings
 
 SEPARATOR = "\0"
 TRAIN_FILE, HELD_OUT_FILE = "train.txt", "held_out.txt"
@@ -40,8 +43,7 @@ _LICENCES = re.compile(
 _COPYLEFT = re.compile(r"\b[al]?gpl|general public|mozilla|mpl-?2", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class CorpusConfig:
+class CorpusSettings(Settings):
     """What to fetch and what to keep.
 
     packages: requirements `name==version`; held_out: names among them that training never sees. max_file_bytes,
@@ -51,8 +53,8 @@ class CorpusConfig:
     """
 
     packages: list[str]
-    held_out: list[str] = field(default_factory=list)
-    suffixes: list[str] = field(default_factory=lambda: [".py", ".md", ".rst"])
+    held_out: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = (".py", ".md", ".rst")
     min_file_bytes: int = 200
     max_file_bytes: int = 100_000
     max_line: int = 200
@@ -63,14 +65,16 @@ class CorpusConfig:
     chat_fraction: float = 0.07
     seed: int = 0
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _names(self) -> "CorpusSettings":
         names = {package_name(p) for p in self.packages}
         for requirement in self.packages:
             if "==" not in requirement:
-                raise ConfigError(f"packages: {requirement!r} has no pinned version: write name==version")
+                raise ValueError(f"packages: {requirement!r} has no pinned version: write name==version")
         for name in self.held_out:
             if package_name(name) not in names:
-                raise ConfigError(f"held_out: {name!r} is not among the packages")
+                raise ValueError(f"held_out: {name!r} is not among the packages")
+        return self
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def is_permissive(text: str) -> bool:
     return bool(_LICENCES.search(text)) and not _COPYLEFT.search(text)
 
 
-def is_wanted(text: str, config: CorpusConfig) -> bool:
+def is_wanted(text: str, config: CorpusSettings) -> bool:
     """Whether a file reads as written by a person for a person."""
     size = len(text)
     if not config.min_file_bytes <= size <= config.max_file_bytes:
@@ -215,7 +219,7 @@ def chat_documents(source: str, rng: random.Random) -> Iterator[str]:
         yield f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
 
 
-def sources(archives: Iterable[Path], config: CorpusConfig) -> Iterator[SourceFile]:
+def sources(archives: Iterable[Path], config: CorpusSettings) -> Iterator[SourceFile]:
     """Every file worth keeping, package by package. Archives under another licence are skipped, aloud."""
     duplicates, exact = NearDuplicates(config.min_new_lines), set[bytes]()
     for archive in sorted(archives):
@@ -224,9 +228,7 @@ def sources(archives: Iterable[Path], config: CorpusConfig) -> Iterator[SourceFi
             print(f"skipped {archive.name}: licence {found or 'unknown'}", flush=True)
             continue
         kept = 0
-        files = [
-            (path, data) for path, data in read_archive(archive) if path.endswith(tuple(config.suffixes))
-        ]
+        files = [(path, data) for path, data in read_archive(archive) if path.endswith(config.suffixes)]
         # In an order of no meaning, so that the size limit does not prefer the letter A.
         random.Random(f"{config.seed} {package}").shuffle(files)
         for path, data in files:
@@ -243,7 +245,7 @@ def sources(archives: Iterable[Path], config: CorpusConfig) -> Iterator[SourceFi
         print(f"{package}: {kept / 1e6:.1f} MB", flush=True)
 
 
-def build(config: CorpusConfig, folder: Path, archives: Path) -> dict[str, int]:
+def build(config: CorpusSettings, folder: Path, archives: Path) -> dict[str, int]:
     """Fetch the packages into `archives` and write the corpus to `folder`. Returns characters per part."""
     download(config.packages, archives)
     wanted = {(package_name(p), p.split("==")[1]) for p in config.packages}

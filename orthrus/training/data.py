@@ -1,94 +1,162 @@
-"""Self-distillation data: prompts continued by the model itself, many sequences at a time."""
+"""Self-distillation data: prompts, and the model's own answers to them, through the engine, in shards.
 
-from dataclasses import dataclass
+An answer is a function of model, prompt, sampling parameters and seed, and a request's seed is its number. So a shard has
+the same bytes whoever makes it and whenever: a run that was cut off goes on with the shards that are missing, and
+several processes (torchrun) share them without a word.
+"""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from orthrus.training.base import autocast
-from orthrus.training.batches import TokenStream
-from orthrus.training.model import TwoViewModel
+import numpy as np
+from pydantic import Field
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from orthrus.engine import Engine
+from orthrus.errors import ConfigError
+from orthrus.request import Request, SamplingParams
+from orthrus.training.progress import check_origin
+from orthrus.training.settings import Settings
+
+_ORIGIN = "origin.json"
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """How many texts of `length` tokens to sample per temperature, each from `prompt_length` tokens of the corpus."""
+class DataSettings(Settings):
+    """prompts: a JSONL file (see `read_prompts`); None takes `texts` prompts of `prompt_length` tokens from the corpus.
 
+    length: tokens of a text, prompt included; longer prompts are left out. Every prompt is answered at every temperature.
+    An answer to a prompt of a file ends where the model ends it; corpus goes on after the end of a document, and so
+    does what continues it. shard_texts: texts per file.
+    """
+
+    prompts: Path | None = None
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     texts: int = 4096
-    length: int = 1024
     prompt_length: int = 64
+    length: int = 1024
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    batch: int = 1024
+    shard_texts: int = 1024
     seed: int = 0
 
 
-def generate(model: TwoViewModel, prompts: TokenStream, config: DataConfig) -> Tensor:
-    """The model's own texts int32 [texts x temperatures, length], on the CPU."""
-    parts = []
-    for index, temperature in enumerate(config.temperatures):
-        for start in range(0, config.texts, config.batch):
-            step = index * config.texts + start
-            rows = prompts.rows(
-                min(config.batch, config.texts - start), config.prompt_length, config.seed + 1, step
-            )
-            parts.append(sample(model, rows, config.length, temperature, config.seed + 1 + step).int().cpu())
-            print(f"sampled {step + len(rows)} texts", flush=True)
-    return torch.cat(parts)
+def generate(
+    make_engine: Callable[[], Engine],
+    prompts: Sequence[Sequence[int]],
+    settings: DataSettings,
+    folder: Path,
+    origin: dict[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Write the shards that `folder` lacks, every `world`-th of them from `rank` on. See `read_shards`.
 
-
-def gumbel(shape: tuple[int, ...], position: int, seed: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise float32 of `shape`, a function of seed and position."""
-    generator = torch.Generator(device).manual_seed((seed << 24) + position)
-    uniform = torch.rand(shape, generator=generator, device=device).clamp_(1e-9, 1 - 6e-8)
-    return uniform.log_().neg_().log_().neg_()
-
-
-def pick(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """argmax(logits / T + noise) [...]; greedy at temperature 0."""
-    if temperature == 0 or noise is None:
-        return logits.argmax(-1)
-    return (logits.float() / temperature + noise).argmax(-1)
-
-
-@torch.no_grad()
-def sample(model: TwoViewModel, prompts: Tensor, length: int, temperature: float, seed: int) -> Tensor:
-    """Continue prompts int64 [batch, prompt] with the AR view up to `length` tokens. Returns int64 [batch, length].
-
-    The pick at position p uses `gumbel(..., p, seed)`. End tokens don't stop a row: packed documents go on after them.
+    origin: what the answers depend on besides the settings. Raises ConfigError if `folder` was begun with others.
     """
-    config, device = model.config, prompts.device
-    batch, start = prompts.shape
-    with autocast(device):
-        hidden, first = model(prompts)
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        caches = [(layer[1].new_zeros(shape), layer[1].new_zeros(shape)) for layer in first]
-        for cache, layer in zip(caches, first, strict=True):
-            for whole, part in zip(cache, layer, strict=True):
-                whole[:, :, :start] = part
-        group = config.num_attention_heads // config.num_key_value_heads
-        tokens = [prompts]
-        hidden = hidden[:, -1:]
-        for position in range(start, length):
-            logits = model.logits(hidden[:, -1])
-            noise = gumbel(tuple(logits.shape), position, seed, device) if temperature else None
-            token = pick(logits, temperature, noise)[:, None]
-            tokens.append(token)
-            if position + 1 == length:
-                break
-            cos, sin = model.rope(torch.full((1, 1), position, device=device))
-            hidden = model.model.embed_tokens(token)
-            for layer_module, (keys, values) in zip(model.model.layers, caches, strict=True):
-                attention = layer_module.self_attn
-                query, key, value = attention.project(layer_module.input_layernorm(hidden), cos, sin)
-                keys[:, :, position : position + 1] = key
-                values[:, :, position : position + 1] = value
-                # The query heads of a group share keys: as rows of one head they need no copy of them.
-                attended = F.scaled_dot_product_attention(
-                    query.view(batch, -1, group, config.head_dim),
-                    keys[:, :, : position + 1],
-                    values[:, :, : position + 1],
-                )
-                hidden = layer_module.add_mlp(hidden + attention.merge(attended.reshape(query.shape)))
-            hidden = model.model.norm(hidden)
-    return torch.cat(tokens, 1)
+    prompts = [p for p in prompts if len(p) < settings.length]
+    temperatures = settings.temperatures
+    numbers = range(len(prompts) * len(temperatures))
+    shards = [numbers[i : i + settings.shard_texts] for i in range(0, len(numbers), settings.shard_texts)]
+    if not shards:
+        raise ConfigError(f"every prompt has {settings.length} tokens or more: raise length")
+    # The path of a prompt file is not what the answers depend on: its contents are, and `origin` has them.
+    _claim(folder, origin | settings.model_dump(mode="json", exclude={"prompts"}) | {"shards": len(shards)})
+    todo = deque(i for i in range(rank, len(shards), world) if not _file(folder, i).exists())
+    if not todo:
+        return
+    engine = make_engine()
+
+    def request(number: int) -> Request:
+        prompt, temperature = divmod(number, len(temperatures))
+        params = SamplingParams(
+            temperature=temperatures[temperature],
+            seed=settings.seed + number,
+            max_tokens=settings.length - len(prompts[prompt]),
+            ignore_eos=settings.prompts is None,
+        )
+        return Request(str(number), prompts[prompt], params)
+
+    answers: dict[int, list[int]] = {}
+    left: dict[int, int] = {}
+    bar = tqdm(total=sum(len(shards[i]) for i in todo), desc="data", unit="text", disable=None)
+    start, written = time.monotonic(), 0
+    while todo or left:
+        # The next shard starts before the last answers of this one are in: the batch stays full.
+        while todo and engine.stats.waiting == 0:
+            shard = todo.popleft()
+            left[shard] = len(shards[shard])
+            for number in shards[shard]:
+                answers[number] = []
+                engine.submit(request(number))
+        for chunk in engine.step():
+            number = int(chunk.request_id)
+            answers[number].extend(chunk.token_ids)
+            if chunk.finish_reason is None:
+                continue
+            bar.update()
+            shard = number // settings.shard_texts
+            left[shard] -= 1
+            if not left[shard]:
+                del left[shard]
+                texts = [(request(n).prompt, answers.pop(n)) for n in shards[shard]]
+                _write(_file(folder, shard), texts)
+                written += sum(len(answer) for _, answer in texts)
+                speed = written / (time.monotonic() - start)
+                line = f"shard {shard + 1} of {len(shards)}, {speed:.0f} tokens/s, {engine.stats.tokens_per_cycle:.2f} per cycle"
+                if bar.disable:
+                    print(line, flush=True)
+                else:
+                    bar.set_postfix_str(line)
+    bar.close()
+
+
+def read_shards(folder: Path) -> np.ndarray:
+    """The texts of all shards one after another, int32 [tokens]. Raises ConfigError if there are none or some are missing.
+
+    A shard is a safetensors file: `tokens`, the texts one after another; `lengths` and `prompt_lengths`, tokens of each.
+    """
+    origin = folder / _ORIGIN
+    if not origin.exists():
+        raise ConfigError(f"{folder} has no texts: run `orthrus train data` first")
+    count = json.loads(origin.read_text(encoding="utf-8"))["shards"]
+    files = [_file(folder, i) for i in range(count)]
+    missing = [f.name for f in files if not f.exists()]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of {count} shards are missing in {folder} ({missing[0]} is the first): "
+            "run `orthrus train data` again, it goes on with them"
+        )
+    return np.concatenate([load_file(f)["tokens"] for f in files])
+
+
+def _file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05}.safetensors"
+
+
+def _claim(folder: Path, origin: dict[str, Any]) -> None:
+    """Note in `folder` what its shards come from, or check it against the note."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / _ORIGIN, json.dumps(origin, indent=1) + "\n"
+    if file.exists():
+        check_origin(folder, json.loads(file.read_text(encoding="utf-8")), json.loads(text))
+        return
+    temporary = folder / f"{_ORIGIN}.{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def _write(file: Path, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    tensors = {
+        "tokens": np.concatenate([np.array([*prompt, *answer], np.int32) for prompt, answer in texts]),
+        "lengths": np.array([len(prompt) + len(answer) for prompt, answer in texts], np.int32),
+        "prompt_lengths": np.array([len(prompt) for prompt, _ in texts], np.int32),
+    }
+    temporary = file.with_name(f"{file.name}.tmp")
+    save_file(tensors, temporary)
+    temporary.replace(file)

@@ -51,6 +51,9 @@ class _ForwardKL(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None, None
 
 
+# Logits computed at a time: 256 MB in float32, and a few times that with softmaxes and gradient.
+_SLICE_LOGITS = 1 << 26
+
 _compiled: dict[bool, Callable[..., Any]] = {}
 
 
@@ -61,16 +64,18 @@ def forward_kl(
     head: Tensor,
     weight: Tensor,
     *,
-    slice_rows: int = 8192,
+    slice_rows: int | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum of weight x KL(target || softmax(hidden @ head.T)) over rows.
 
     hidden [rows, hidden_size]: the diffusion view's; targets [positions, vocab_size]: AR logits, once per position;
-    index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weight float32 [rows].
+    index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weight float32 [rows];
+    slice_rows: rows at a time, None for as many as the vocabulary allows.
     Returns the sum (differentiable by hidden), KL [rows] in nats and top-1 agreement bool [rows].
     """
     if compiled not in _compiled:
         _compiled[compiled] = torch.compile(_slice_kl) if compiled else _slice_kl
+    slice_rows = slice_rows or max(1, _SLICE_LOGITS // head.shape[0])
     total, kl, agree = _ForwardKL.apply(hidden, targets, index, head, weight, slice_rows, _compiled[compiled])
     return total, kl, agree

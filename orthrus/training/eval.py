@@ -1,126 +1,121 @@
-"""What the drafts are worth: agreement by depth and tokens per cycle, simulated on the model's own text."""
+"""What the drafts are worth, through the engine that serves them: tokens per cycle and agreement by depth, and the AR loss.
 
-from dataclasses import dataclass
+Everything is read off the engine's own chunks: after the first, each is one cycle and holds the accepted drafts and the
+AR view's pick after them.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import Field
+from tqdm import tqdm
 
-from orthrus.training.base import autocast
-from orthrus.training.blocks import draft_blocks
-from orthrus.training.data import gumbel, pick, sample
-from orthrus.training.model import TwoViewModel
+from orthrus.engine import Engine
+from orthrus.request import Request, SamplingParams
+from orthrus.training.settings import Settings
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """Held-out loss on `rows` rows; drafts on `prompts` held-out prompts continued by `new_tokens`."""
+class EvalSettings(Settings):
+    """Held-out loss on `rows` rows of `row_length` tokens; drafts on `texts` held-out prompts continued by `new_tokens`.
 
+    prompts: a JSONL file (see `read_prompts`), which is then also what the loss is measured on; None takes both from the
+    held-out part of the corpus, prompts of `prompt_length` tokens, continued past the end of a document. block_rows:
+    block lengths to try; longer ones than the checkpoint's are left out. shown: texts to keep in the report.
+    """
+
+    prompts: Path | None = None
+    template_arguments: dict[str, Any] = Field(default_factory=dict)
     rows: int = 128
     row_length: int = 2048
-    prompts: int = 64
+    texts: int = 64
     prompt_length: int = 64
     new_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    block_rows: tuple[int, ...] = (4, 6, 8, 12, 16)
+    block_rows: tuple[int, ...] = (4, 8, 16, 32)
     shown: int = 10
+    seed: int = 1
 
 
-@dataclass(frozen=True)
-class DraftReport:
-    """tokens_per_cycle: committed by one draft and verify pass; agreement: share of drafts at each depth that are the
-    AR pick, whatever came before; distinct: share of the 8-grams of a text that occur once or first."""
-
-    temperature: float
-    block_rows: int
-    tokens_per_cycle: float
-    agreement: list[float]
-    distinct: float
+def held_out_loss(engine: Engine, rows: Sequence[Sequence[int]]) -> float:
+    """Mean nats per token of the AR view on `rows` of token ids; the first token of a row is given."""
+    total, count = 0.0, 0
+    for row in tqdm(rows, desc="held-out loss", unit="row", disable=None, leave=False):
+        targets = torch.tensor(row[1:], device=engine.device)
+        total += F.cross_entropy(engine.score(row)[:-1].float(), targets, reduction="sum").item()
+        count += len(targets)
+    return total / max(1, count)
 
 
-@torch.no_grad()
-def draft_table(
-    model: TwoViewModel, rows: Tensor, start: int, block_rows: int, temperature: float, seed: int
-) -> Tensor:
-    """Drafts int64 [batch, anchors, block_rows - 1] at every anchor start..length - 1 of `rows` [batch, length]."""
-    assert model.config.mask_token_id is not None
-    device, (batch, length) = rows.device, rows.shape
-    padded = torch.nn.functional.pad(rows, (0, block_rows))
-    tables = []
-    with autocast(device):
-        _, cache = model(padded)
-        for first in range(start, length, 64):
-            anchors = torch.arange(first, min(first + 64, length), device=device).expand(batch, -1)
-            lengths = torch.full_like(anchors, block_rows)
-            blocks = draft_blocks(padded, anchors, lengths, block_rows, model.config.mask_token_id)
-            hidden = model.diffuse(blocks.tokens, blocks.positions, cache, blocks.mask)
-            logits = model.logits(hidden).view(batch, anchors.shape[1], block_rows, -1)[:, :, :-1]
-            noise = None
-            if temperature:
-                # The draft at depth d of anchor n is for position n + d + 1.
-                window = torch.stack(
-                    [
-                        gumbel((batch, logits.shape[-1]), p, seed, device)
-                        for p in range(first + 1, int(anchors[0, -1]) + block_rows)
-                    ],
-                    1,
-                )
-                noise = window.unfold(1, block_rows - 1, 1).transpose(2, 3)
-            tables.append(pick(logits, temperature, noise))
-    return torch.cat(tables, 1)
+def measure_drafts(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    settings: EvalSettings,
+    block_rows: int,
+    temperature: float,
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Continue `prompts` with drafts of `block_rows` rows, the engine's fixed draft length; the texts come back too.
+
+    tokens_per_cycle: committed by one draft and one verify pass; acceptance: share of the cycles in which the first d
+    drafts were all accepted, d = 1, 2, ...; agreement: share of the drafts at depth d that the AR view agreed with, among
+    those whose predecessors it agreed with; distinct_8grams: share of a text's 8-grams that are new to it.
+    """
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(
+            temperature=temperature,
+            seed=settings.seed + index,
+            max_tokens=settings.new_tokens,
+            ignore_eos=settings.prompts is None,
+        )
+        engine.submit(Request(str(index), prompt, params))
+    texts: list[list[int]] = [[] for _ in prompts]
+    accepted: list[int] = []
+    tokens = cycles = 0
+    while engine.has_work:
+        for chunk in engine.step():
+            text = texts[int(chunk.request_id)]
+            # The prefill's token is no cycle; where fewer tokens than a block are due, fewer rows are drafted.
+            whole = text and settings.new_tokens - len(text) >= block_rows and chunk.finish_reason is None
+            if whole:
+                accepted.append(len(chunk.token_ids) - 1)
+            text.extend(chunk.token_ids)
+            if chunk.stats is not None:
+                tokens += chunk.stats.completion_tokens - 1
+                cycles += chunk.stats.cycles
+    reached = [sum(a >= depth for a in accepted) for depth in range(block_rows)]
+    values = {
+        "temperature": temperature,
+        "block_rows": block_rows,
+        "tokens_per_cycle": round(tokens / max(1, cycles), 3),
+        "acceptance": [round(r / max(1, len(accepted)), 3) for r in reached[1:]],
+        "agreement": [round(r / max(1, b), 3) for b, r in pairwise(reached)],
+        "distinct_8grams": round(sum(map(distinct_ngrams, texts)) / len(texts), 3),
+    }
+    return values, texts
 
 
-def count_cycles(text: list[int], drafts: list[list[int]], start: int) -> int:
-    """Cycles that commit text[start + 1:], with drafts[n - start] the block at anchor n."""
-    n, cycles, last = start, 0, len(text) - 1
-    while n < last:
-        accepted = 0
-        for draft in drafts[n - start]:
-            if n + 1 + accepted > last or draft != text[n + 1 + accepted]:
-                break
-            accepted += 1
-        n += accepted + 1
-        cycles += 1
-    return cycles
-
-
-def distinct_ngrams(text: list[int], n: int = 8) -> float:
+def distinct_ngrams(text: Sequence[int], n: int = 8) -> float:
+    """Share of the n-grams of `text` that occur in it for the first time."""
     grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
 
-@torch.no_grad()
-def evaluate(
-    model: TwoViewModel,
-    prompts: Tensor,
-    *,
-    new_tokens: int,
-    temperature: float,
-    block_rows: list[int],
-    seed: int = 1,
-    batch: int = 8,
-) -> tuple[list[DraftReport], Tensor]:
-    """Continue `prompts` int64 [count, length] and replay the text with drafts of each block length.
-
-    Returns one report per block length, and the texts.
-    """
-    start = prompts.shape[1] - 1
-    reports, texts = [], []
-    per_length: dict[int, tuple[list[int], list[Any]]] = {rows: ([0, 0], []) for rows in block_rows}
-    for part in prompts.split(batch):
-        text = sample(model, part, part.shape[1] + new_tokens, temperature, seed)
-        texts.append(text)
-        for rows, (counts, agreements) in per_length.items():
-            table = draft_table(model, text, start, rows, temperature, seed)
-            inside = text.shape[1] - start - rows
-            truth = text[:, start + 1 :].unfold(1, rows - 1, 1)[:, :inside]
-            agreements.append((table[:, :inside] == truth).float().mean((0, 1)))
-            for sequence, drafts in zip(text.tolist(), table.tolist(), strict=True):
-                counts[0] += new_tokens
-                counts[1] += count_cycles(sequence, drafts, start)
-    whole = torch.cat(texts)
-    distinct = sum(distinct_ngrams(t[start + 1 :]) for t in whole.tolist()) / len(whole)
-    for rows, (counts, agreements) in per_length.items():
-        agreement = [round(v, 3) for v in torch.stack(agreements).mean(0).tolist()]
-        reports.append(DraftReport(temperature, rows, counts[0] / counts[1], agreement, round(distinct, 3)))
-    return reports, whole
+def table(report: dict[str, Any]) -> str:
+    """The figures of a report (`drafts`: what `measure_drafts` gave) as text."""
+    depths = [1, 2, 4, 8, 16]
+    lines = [
+        f"held-out loss {report['held_out_loss']:.3f} nats per token",
+        "",
+        "temperature  block  tokens/cycle  distinct 8-grams  agreement at depth "
+        + "".join(f"{depth:>6}" for depth in depths),
+    ]
+    for row in report["drafts"]:
+        agreement = "".join(f"{row['agreement'][d - 1]:6.2f}" for d in depths if d < row["block_rows"])
+        lines.append(
+            f"{row['temperature']:>11g}  {row['block_rows']:>5}  {row['tokens_per_cycle']:>12.2f}  "
+            f"{row['distinct_8grams']:>16.2f}  {'':19}{agreement}"
+        )
+    return "\n".join(lines)

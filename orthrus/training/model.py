@@ -4,16 +4,18 @@ Meant to be read beside `orthrus.forward`, which serves the same weights from a 
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from orthrus.checkpoint import tensor_shapes
+from orthrus.checkpoint import load_weights
 from orthrus.config import ModelConfig
-
-KeysValues = tuple[Tensor, Tensor]
+from orthrus.training.attention import KeysValues, draft_attention
+from orthrus.training.blocks import DraftBlocks
 
 
 class RMSNorm(nn.Module):
@@ -104,15 +106,12 @@ class Layer(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.add_mlp(hidden + self.self_attn.merge(attended)), (key, value)
 
-    def diffusion(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeysValues, mask: Tensor) -> Tensor:
-        attention = self.self_attn
-        query, key, value = attention.project(self.input_layernorm(hidden), cos, sin, "_diff")
-        group = attention.heads // attention.kv_heads
-        keys, values = (
-            torch.cat(pair, 2).repeat_interleave(group, 1) for pair in ((cache[0], key), (cache[1], value))
-        )
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        return self.add_mlp(hidden + attention.merge(attended, "_diff"))
+    def diffusion(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KeysValues, blocks: DraftBlocks
+    ) -> Tensor:
+        query, *own = self.self_attn.project(self.input_layernorm(hidden), cos, sin, "_diff")
+        attended = draft_attention(query, cache, (own[0], own[1]), blocks)
+        return self.add_mlp(hidden + self.self_attn.merge(attended, "_diff"))
 
 
 class Decoder(nn.Module):
@@ -170,26 +169,29 @@ class TwoViewModel(nn.Module):
             cache.append(keys_values)
         return self.model.norm(hidden), cache
 
-    def diffuse(self, tokens: Tensor, positions: Tensor, cache: list[KeysValues], mask: Tensor) -> Tensor:
-        """The diffusion view of rows `tokens` [batch, rows] at `positions`; hidden states [batch, rows, hidden_size].
+    def diffuse(self, blocks: DraftBlocks, cache: list[KeysValues], recompute: bool = False) -> Tensor:
+        """The diffusion view of the rows of `blocks` over the AR view's `cache`; hidden states [batch, rows, hidden_size].
 
-        mask: bool [batch, 1, rows, cached + rows], true where a row sees an AR key or a row of its pass.
+        recompute: keep only each layer's input for the backward pass, and run the layer again there.
         """
-        cos, sin = self.rope(positions)
-        hidden = self.model.embed_tokens(tokens)
+        cos, sin = self.rope(blocks.positions)
+        hidden = self.model.embed_tokens(blocks.tokens)
         for layer, keys_values in zip(self.model.layers, cache, strict=True):
-            hidden = layer.diffusion(hidden, cos, sin, keys_values, mask)
+            if recompute:
+                hidden = checkpoint(
+                    layer.diffusion,
+                    *(hidden, cos, sin, keys_values, blocks),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                hidden = layer.diffusion(hidden, cos, sin, keys_values, blocks)
         final: Tensor = self.model.norm(hidden)
         return final
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden [..., hidden_size], in its dtype."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
-
-    def checkpoint_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The checkpoint's tensors, by name."""
-        state = self.state_dict()
-        return {name: state[name].detach().to(dtype) for name in tensor_shapes(self.config)}
 
 
 def initialise(model: TwoViewModel, seed: int) -> None:
@@ -205,10 +207,20 @@ def initialise(model: TwoViewModel, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def add_diffusion_view(base: TwoViewModel, block_size: int, mask_token_id: int) -> TwoViewModel:
-    """A model with the base's weights, and a diffusion view that starts as a copy of the AR view."""
-    model = TwoViewModel(replace(base.config, block_size=block_size, mask_token_id=mask_token_id))
-    state = base.state_dict()
-    state |= {name: state[name.replace("_diff.", ".")] for name in model.diffusion_parameters()}
-    model.load_state_dict(state)
-    return model.to(base.head_weight.device, base.head_weight.dtype)
+def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch.device) -> TwoViewModel:
+    """The checkpoint in `folder` with a diffusion view to train: its own if it has one, else a copy of its AR view.
+
+    What is frozen is held in bfloat16 on an accelerator and float32 on a CPU, the diffusion view in float32.
+    """
+    stored = ModelConfig.from_dir(folder)
+    frozen = torch.float32 if device.type == "cpu" else torch.bfloat16
+    tensors = load_weights(folder, stored, device, frozen)
+    with torch.device("meta"):
+        model = TwoViewModel(replace(stored, block_size=block_size, mask_token_id=mask_token_id))
+    for name in model.diffusion_parameters():
+        start = tensors[name if stored.has_diffusion else name.replace("_diff.", ".")]
+        tensors[name] = start.to(torch.float32, copy=True)
+    model.load_state_dict(tensors, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("_diff." in name)
+    return model.to(device)

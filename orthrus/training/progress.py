@@ -2,27 +2,25 @@
 
 import json
 import os
+import resource
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
+
+from orthrus.errors import ConfigError
 
 
-@dataclass
 class Budget:
-    """A run's length: optimiser `steps`, or `seconds` of wall clock where steps is None.
+    """A run's length: optimiser `steps`, or `seconds` of wall clock where steps is None. `done` counts steps."""
 
-    Only a run counted in steps gives the same weights twice; one counted in seconds fills a machine lent for a time.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-    done: int = 0
-    spent: float = 0.0
-    _started: float = field(default_factory=time.monotonic, repr=False)
+    def __init__(self, steps: int | None, seconds: float | None) -> None:
+        self.steps, self.seconds = steps, seconds
+        self.done, self.spent = 0, 0.0
+        self.start()
 
     def start(self) -> None:
         """Start the clock, after compilation say."""
@@ -40,40 +38,85 @@ class Budget:
         assert self.seconds is not None, "a run needs steps or seconds"
         return self.elapsed / self.seconds
 
+
+class Display:
+    """A stage's metrics: one JSON object a line in a file, and a progress bar, or lines where there is no terminal."""
+
+    def __init__(self, file: Path, budget: Budget, *, writes: bool) -> None:
+        """Lines of `file` after step `budget.done` are dropped: the run that wrote them was cut off before it saved."""
+        self._file, self._budget, self._writes = file, budget, writes
+        if writes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            old = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+            kept = [line for line in old if line.endswith("\n") and json.loads(line)["step"] <= budget.done]
+            file.write_text("".join(kept), encoding="utf-8")
+        self._bar = tqdm(
+            desc=file.stem,
+            total=budget.steps or budget.seconds,
+            initial=self._position,
+            # None: where there is no terminal.
+            disable=None if writes else True,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}% {bar:20} {elapsed}<{remaining} {postfix}",
+        )
+
     @property
-    def finished(self) -> bool:
-        return self.progress >= 1.0
+    def _position(self) -> float:
+        budget = self._budget
+        return budget.done if budget.steps is not None else min(budget.elapsed, budget.seconds or 0.0)
 
-
-class Metrics:
-    """One JSON object a line, and the same on the terminal."""
-
-    def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._path = file
+    def advance(self) -> None:
+        self._bar.update(self._position - self._bar.n)
 
     def write(self, **values: Any) -> None:
+        """One line of metrics at the current step."""
+        if not self._writes:
+            return
+        values = {"step": self._budget.done, "seconds": round(self._budget.elapsed, 1)} | values
         # Opened for each line: an interrupted run leaves nothing open and nothing unwritten.
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        print("  ".join(f"{key} {_short(value)}" for key, value in values.items()), flush=True)
+        text = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
+        if self._bar.disable:
+            progress = self._budget.progress
+            left = self._budget.elapsed * (1 - progress) / progress if progress else 0.0
+            print(f"{text}  left {max(left, 0.0):.0f} s", flush=True)
+        else:
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return "[" + " ".join(_short(v) for v in value) + "]"
+        # By depth: 1, 2, 4, 8, ... say enough on a terminal.
+        depths = [1 << i for i in range(len(value).bit_length())]
+        return " ".join(f"{depth}:{_short(value[depth - 1])}" for depth in depths)
     return str(value)
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that this process has held so far: on the accelerator, or of the host's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def save_state(
-    file: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], budget: Budget
+    file: Path,
+    origin: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    budget: Budget,
 ) -> None:
     """Everything a run needs to go on, in one file that is either the old or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     state = {
+        "origin": origin,
         "parameters": {name: p.detach() for name, p in parameters.items()},
         "optimizers": [o.state_dict() for o in optimizers],
         "done": budget.done,
@@ -84,16 +127,32 @@ def save_state(
 
 
 def load_state(
-    file: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], budget: Budget
-) -> bool:
-    """Take up what `save_state` left; whether there was anything."""
+    file: Path,
+    origin: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    budget: Budget,
+) -> None:
+    """Take up what `save_state` left, if anything. Raises ConfigError for the state of another run.
+
+    origin: what makes two runs the same one, as plain values.
+    """
     if not file.exists():
-        return False
+        return
     state = torch.load(file, map_location="cpu", weights_only=True)
+    check_origin(file, state.get("origin", {}), origin)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     budget.done, budget.spent = state["done"], state["spent"]
-    return True
+    budget.start()
+
+
+def check_origin(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise ConfigError, naming the differences, if what lies in `file` was not begun as `expected` says."""
+    different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+    if different:
+        listed = ", ".join(f"{key} {found.get(key)!r} there, {expected.get(key)!r} now" for key in different)
+        raise ConfigError(f"{file} was begun with other settings ({listed}): put them back, or delete it")

@@ -1,36 +1,75 @@
-"""A training run's YAML file as dataclasses; a setting that does not exist is an error that names it."""
+"""A training run's YAML file as typed settings; one that is unknown or has a wrong value is an error that names it."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from orthrus.errors import ConfigError
 
-Section = TypeVar("Section")
+
+class Settings(BaseModel):
+    """A section of a YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in `file`. Raises ConfigError naming the file."""
+class TrainingSettings(Settings):
+    """What every kind of training has in common.
+
+    The length is one of: `steps`, optimiser steps; `epochs`, passes over the data; `seconds` of wall clock, for a machine
+    lent for a time (only the first two give the same weights twice). rows: per optimiser step, over all processes;
+    micro_batch: rows in one forward and backward pass of one process, None for all of its share; row_length: in tokens.
+    optimizer: "adamw", or "muon" for the matrices inside the layers, at rate `matrix_lr`. warmup: share of the run;
+    final_lr: share of the peak rate at the end of the cosine; clip: largest gradient norm. *_every: in steps.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+    rows: int
+    micro_batch: int | None = None
+    row_length: int
+    optimizer: str
+    lr: float
+    matrix_lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float
+    warmup: float
+    final_lr: float
+    clip: float = 1.0
+    compile: bool = True
+    log_every: int
+    save_every: int
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingSettings":
+        if sum(value is not None for value in (self.steps, self.epochs, self.seconds)) != 1:
+            raise ValueError("set one of steps, epochs and seconds")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer {self.optimizer!r} is not known: use adamw or muon")
+        return self
+
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def read_settings(kind: type[Kind], file: Path, **instead: Any) -> Kind:
+    """`kind` from the YAML file, with the values in `instead` that are not None in place of the file's.
+
+    Raises ConfigError naming the file and the setting.
+    """
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a mapping of settings")
-    return data
-
-
-def section(kind: type[Section], data: dict[str, Any], where: str) -> Section:
-    """`kind` built from `data`, a mapping of some of its fields. Lists become tuples, which frozen settings hold."""
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ConfigError(
-            f"{where}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
+    data |= {key: value for key, value in instead.items() if value is not None}
     try:
         return kind(**data)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{file}: {'; '.join(problems)}") from error

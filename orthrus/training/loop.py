@@ -1,0 +1,118 @@
+"""The training loop that all kinds of training share: accumulate, add over processes, clip, step, log, save."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthrus.training.distributed import Processes
+from orthrus.training.optim import build_optimizers, learning_rate, set_learning_rate
+from orthrus.training.progress import Budget, Display, load_state, peak_memory_gib, save_state
+from orthrus.training.settings import TrainingSettings
+
+# Settings that may change when a run goes on: they don't change what a step does.
+_FREE = {"steps", "epochs", "seconds", "micro_batch", "compile", "log_every", "eval_every", "save_every"}
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on an accelerator; float32 on a CPU, where tests compare bits."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
+def optimise(
+    named: dict[str, nn.Parameter],
+    settings: TrainingSettings,
+    processes: Processes,
+    state: Path,
+    *,
+    origin: dict[str, Any],
+    steps_per_epoch: float,
+    backward: Callable[[int, range], None],
+    report: Callable[[], dict[str, Any]],
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+    eval_every: int = 0,
+) -> None:
+    """Train the parameters `named` in place, going on from the file `state` where there is one.
+
+    backward(step, rows): add the gradient of these rows' part of the step's loss. report(): metrics since the last call,
+    called by all processes. evaluate(): metrics every `eval_every` steps and at the end. Metrics go to a .jsonl beside
+    `state`. origin: what else, besides the settings, the state depends on. Raises ConfigError for another run's state.
+    """
+    device = next(iter(named.values())).device
+    optimizers = build_optimizers(
+        named,
+        kind=settings.optimizer,
+        lr=settings.lr,
+        matrix_lr=settings.matrix_lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    steps = settings.steps
+    if settings.epochs is not None:
+        steps = max(1, round(settings.epochs * steps_per_epoch))
+    budget = Budget(steps, settings.seconds)
+    origin = origin | settings.model_dump(mode="json", exclude=_FREE)
+    load_state(state, origin, named, optimizers, budget)
+    parts = processes.share(settings.rows, settings.micro_batch)
+
+    def progress() -> float:
+        # Clocks differ: one decides for all.
+        return budget.progress if budget.steps is not None else processes.first(budget.progress, device)
+
+    def forget_gradients() -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    if progress() >= 1.0:
+        return
+    if settings.compile:
+        # Compilation is not training time.
+        backward(budget.done, parts[0])
+        forget_gradients()
+        report()
+        budget.start()
+    display = Display(state.with_suffix(".jsonl"), budget, writes=processes.writes)
+    logged, since = budget.done, time.monotonic()
+
+    def log() -> None:
+        nonlocal logged, since
+        values = report()
+        tokens = (budget.done - logged) * settings.rows * settings.row_length
+        now = time.monotonic()
+        display.write(
+            tokens=budget.done * settings.rows * settings.row_length,
+            **values,
+            gradient_norm=norm.item(),
+            lr=optimizers[-1].param_groups[0]["lr"],
+            tokens_per_second=round(tokens / max(now - since, 1e-9)),
+            peak_memory_gib=round(peak_memory_gib(device), 2),
+        )
+        logged, since = budget.done, now
+
+    while (done := progress()) < 1.0:
+        set_learning_rate(optimizers, learning_rate(done, warmup=settings.warmup, final=settings.final_lr))
+        for rows in parts:
+            backward(budget.done, rows)
+        processes.add([p.grad for p in named.values() if p.grad is not None])
+        norm = nn.utils.clip_grad_norm_(named.values(), settings.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        forget_gradients()
+        budget.done += 1
+        display.advance()
+        if budget.done % settings.log_every == 0:
+            log()
+        if evaluate is not None and budget.done % eval_every == 0:
+            display.write(**evaluate())
+        if budget.done % settings.save_every == 0 and processes.writes:
+            save_state(state, origin, named, optimizers, budget)
+    if logged < budget.done:
+        log()
+    if evaluate is not None and budget.done % eval_every:
+        display.write(**evaluate())
+    if processes.writes:
+        save_state(state, origin, named, optimizers, budget)
+    display.close()

@@ -1,0 +1,115 @@
+"""A training run: its YAML file, and where its stages leave what the next ones read."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import Field, model_validator
+from tokenizers import Tokenizer
+
+from orthrus.checkpoint import DEFAULT_SHARD_BYTES, resolve
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import ConfigError
+from orthrus.training.base import BaseSettings
+from orthrus.training.batches import TokenStream
+from orthrus.training.corpus import HELD_OUT_FILE, TRAIN_FILE
+from orthrus.training.data import DataSettings
+from orthrus.training.distributed import Processes
+from orthrus.training.eval import EvalSettings
+from orthrus.training.heads import HeadsSettings
+from orthrus.training.prompts import read_prompts
+from orthrus.training.settings import Settings
+from orthrus.training.tokenizer import encode, read_documents
+
+Section = TypeVar("Section")
+
+
+class Run(Settings):
+    """work: everything that is not the result (tokens, texts, states, metrics); out: the checkpoint with its heads.
+
+    base_model: the checkpoint that gets heads, a directory or hub id; None for the one that the stages corpus, tokenizer
+    and base make. model: its shape, as `ModelConfig`'s fields. engine: `EngineConfig`'s fields, for data and eval.
+    """
+
+    work: Path
+    out: Path
+    base_model: str | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    corpus: Path | None = None
+    model: dict[str, Any] | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)
+    base: BaseSettings | None = None
+    data: DataSettings = DataSettings()
+    heads: HeadsSettings | None = None
+    eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _engine_settings(self) -> "Run":
+        self.engine_config(self.base_model or "")
+        return self
+
+    def engine_config(self, model: Path | str, **settings: Any) -> EngineConfig:
+        """The engine's settings for `model`: `settings`, and over them those of the file."""
+        return EngineConfig(model=str(model), **(settings | self.engine))
+
+    def base_folder(self) -> Path:
+        """The directory of the frozen model. Raises ConfigError if there is none yet."""
+        if self.base_model is not None:
+            return resolve(self.base_model)
+        folder = self.work / "base"
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is missing: set base_model, or run `orthrus train base` first")
+        return folder
+
+    def corpus_tokens(self, part: str, tokenizer: Tokenizer, processes: Processes) -> TokenStream:
+        """`TRAIN_FILE` or `HELD_OUT_FILE` as tokens, encoded once."""
+        if self.corpus is None:
+            raise ConfigError("there is no corpus: set corpus, or prompts in sections data and eval")
+        version = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:12]
+        file = self.work / f"{part}.{version}.npy"
+        with processes.one_by_one():
+            if not file.exists():
+                tokens = encode(tokenizer, read_documents(self.work / "corpus" / part))
+                temporary = file.with_suffix(".tmp.npy")
+                np.save(temporary, tokens)
+                temporary.replace(file)
+        return TokenStream(np.load(file), f"the corpus ({part})")
+
+    def data_prompts(self, tokenizer: Any) -> list[list[int]]:
+        """Prompts for self-distillation as token ids. tokenizer: the Hugging Face one."""
+        data = self.data
+        if data.prompts is not None:
+            return read_prompts(data.prompts, tokenizer, data.template_arguments)
+        train = self.corpus_tokens(TRAIN_FILE, tokenizer.backend_tokenizer, Processes())
+        rows: list[list[int]] = train.rows(0, data.texts, data.prompt_length, data.seed + 1).tolist()
+        return rows
+
+    def eval_texts(self, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+        """Held-out prompts, and held-out rows for the loss, as token ids."""
+        settings = self.eval
+        if settings.prompts is not None:
+            prompts = read_prompts(settings.prompts, tokenizer, settings.template_arguments)
+            rows = [row[: settings.row_length] for row in prompts if len(row) > 1]
+            return prompts[: settings.texts], rows[: settings.rows]
+        held_out = self.corpus_tokens(HELD_OUT_FILE, tokenizer.backend_tokenizer, Processes())
+        return (
+            held_out.even_rows(settings.texts, settings.prompt_length).tolist(),
+            held_out.even_rows(settings.rows, settings.row_length).tolist(),
+        )
+
+
+def needed(section: Section | None, name: str) -> Section:
+    """A section that the stage can't do without. Raises ConfigError if the file lacks it."""
+    if section is None:
+        raise ConfigError(f"the file has no section {name}: add one, see configs/train/")
+    return section
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
