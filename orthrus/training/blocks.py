@@ -6,12 +6,19 @@ AR keys of positions before n, and its own rows in both directions; never anothe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@cache
+def _block_mask_maker() -> Callable[..., BlockMask]:
+    """`create_block_mask`, compiled: it then never holds the mask of single rows and keys that it sums up in tiles."""
+    return torch.compile(create_block_mask)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,6 @@ def draft_blocks(
     if rows.is_cuda:
         rule = visibility(anchors, lengths, rows.shape[1], block_size)
         count = positions[0].numel()
-        mask = create_block_mask(
-            rule, len(rows), None, count, rows.shape[1] + count, device=rows.device, _compile=True
-        )
+        keys = rows.shape[1] + count
+        mask = _block_mask_maker()(rule, len(rows), None, count, keys, device=rows.device)
     return DraftBlocks(anchors, lengths, tokens.flatten(1), positions.flatten(1), block_size, mask)

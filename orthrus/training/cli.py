@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,11 @@ from orthrus.training.tokenizer import (
     as_transformers,
     read_documents,
     train_tokenizer,
+)
+
+_TOKENIZER_FILES = (
+    *("tokenizer*", "chat_template*", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
 )
 
 
@@ -82,10 +88,18 @@ def _tokenizer(run: Run) -> None:
     tokenizer.save(str(run.work / "tokenizer.json"))
 
 
+def _special(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token. Raises ConfigError where the tokenizer lacks it."""
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise ConfigError(f"the tokenizer has no {token}: train one with `orthrus train tokenizer`")
+    return token_id
+
+
 def _base(run: Run) -> None:
     settings, shape, device = needed(run.base, "base"), needed(run.model, "model"), local_device()
     tokenizer = Tokenizer.from_file(str(run.work / "tokenizer.json"))
-    end, turn = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(IM_END)
+    end, turn = (_special(tokenizer, token) for token in (END_OF_TEXT, IM_END))
     config = ModelConfig(**shape, eos_token_ids=(turn, end), pad_token_id=end, dtype="bfloat16")
     with connected(device) as processes:
         train, held_out = (
@@ -149,17 +163,21 @@ def _heads(run: Run) -> None:
             base=fingerprint(folder),
         )
         if processes.writes:
-            _save_heads(run, model, folder, tokenizer)
+            _save_heads(run, model, folder)
 
 
-def _save_heads(run: Run, model: TwoViewModel, base: Path, tokenizer: object) -> None:
-    """The base's own tensors, read again so that they are its bytes, and the trained ones in its dtype."""
+def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
+    """Write the base's own tensors, read again so that they are its bytes, the trained ones in its dtype, its tokenizer."""
     stored = ModelConfig.from_dir(base)
     tensors = load_weights(base, stored, "cpu", stored.dtype)
     dtype = tensors["model.norm.weight"].dtype
     tensors |= {name: p.detach().to("cpu", dtype) for name, p in model.diffusion_parameters().items()}
     config = replace(stored, block_size=model.config.block_size, mask_token_id=model.config.mask_token_id)
-    save_checkpoint(run.out, config, tensors, tokenizer=tokenizer, max_shard_bytes=run.max_shard_bytes)
+    save_checkpoint(run.out, config, tensors, max_shard_bytes=run.max_shard_bytes)
+    # As they are: a library that reads and writes them changes what it doesn't know.
+    for pattern in _TOKENIZER_FILES:
+        for file in base.glob(pattern):
+            shutil.copyfile(file, run.out / file.name)
 
 
 def _eval(run: Run) -> None:
