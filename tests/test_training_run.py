@@ -197,10 +197,10 @@ def test_a_base_without_mask_token_asks_for_one(run: Path, tmp_path: Path) -> No
 CHILD = """
 import os, signal, sys
 from orthrus.cli import main
-from orthrus.training import data, loop
+from orthrus.training import data, progress
 
 kind, count = sys.argv[1], int(sys.argv[2])
-where, name = {"heads": (loop, "save_state"), "data": (data, "_write")}[kind]
+where, name = {"heads": (progress.State, "save"), "data": (data, "_write")}[kind]
 original = getattr(where, name)
 
 def save_and_die(*arguments):

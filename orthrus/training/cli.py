@@ -21,7 +21,7 @@ from orthrus.text import load_tokenizer
 from orthrus.training import corpus as corpora
 from orthrus.training.base import train_base
 from orthrus.training.batches import TokenStream
-from orthrus.training.data import generate, read_shards
+from orthrus.training.data import generate, read_shards, texts_origin
 from orthrus.training.distributed import connected, local_device, rank_and_world
 from orthrus.training.eval import held_out_loss, measure_drafts, table
 from orthrus.training.heads import train_heads
@@ -160,7 +160,7 @@ def _heads(run: Run) -> None:
             run.work,
             processes,
             steps_per_epoch=answers.per_epoch(settings.row_length) / max(1, of_answers),
-            base=fingerprint(folder),
+            origin={"base": fingerprint(folder), "data": texts_origin(run.work / "data")},
         )
         if processes.writes:
             _save_heads(run, model, folder)

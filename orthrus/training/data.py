@@ -121,10 +121,9 @@ def read_shards(folder: Path) -> np.ndarray:
 
     A shard is a safetensors file: `tokens`, the texts one after another; `lengths` and `prompt_lengths`, tokens of each.
     """
-    origin = folder / _ORIGIN
-    if not origin.exists():
+    if not (folder / _ORIGIN).exists():
         raise ConfigError(f"{folder} has no texts: run `orthrus train data` first")
-    count = json.loads(origin.read_text(encoding="utf-8"))["shards"]
+    count = texts_origin(folder)["shards"]
     files = [_file(folder, i) for i in range(count)]
     missing = [f.name for f in files if not f.exists()]
     if missing:
@@ -133,6 +132,12 @@ def read_shards(folder: Path) -> np.ndarray:
             "run `orthrus train data` again, it goes on with them"
         )
     return np.concatenate([load_file(f)["tokens"] for f in files])
+
+
+def texts_origin(folder: Path) -> dict[str, Any]:
+    """What the texts in `folder` were made from: settings, model and prompts."""
+    origin: dict[str, Any] = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
+    return origin
 
 
 def _file(folder: Path, shard: int) -> Path:
@@ -144,7 +149,7 @@ def _claim(folder: Path, origin: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file, text = folder / _ORIGIN, json.dumps(origin, indent=1) + "\n"
     if file.exists():
-        check_origin(folder, json.loads(file.read_text(encoding="utf-8")), json.loads(text))
+        check_origin(folder, texts_origin(folder), json.loads(text))
         return
     temporary = folder / f"{_ORIGIN}.{os.getpid()}"
     temporary.write_text(text, encoding="utf-8")

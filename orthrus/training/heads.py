@@ -101,13 +101,14 @@ def train_heads(
     processes: Processes,
     *,
     steps_per_epoch: float = 0.0,
-    base: str = "",
+    origin: dict[str, Any] | None = None,
 ) -> None:
     """Train the `_diff` weights of `model` in place; every other weight stays as it is, bit for bit.
 
-    sources: streams with the rows that each gives to a step, `settings.rows` in all. base: what tells this base model from
-    others. Goes on from `folder`/heads.pt where there is one. Metrics go to `folder`/heads.jsonl: KL in nats, top-1
-    agreement by depth, and the tokens per cycle that this predicts for text that is the model's greedy own.
+    sources: streams with the rows that each gives to a step, `settings.rows` in all. origin: what tells this base model
+    and these texts from others, as plain values. Goes on from `folder`/heads.pt where there is one. Metrics go to
+    `folder`/heads.jsonl: KL in nats, top-1 agreement by depth, and the tokens per cycle that this predicts for text that
+    is the model's greedy own.
     """
     device, size, length = model.head_weight.device, settings.block_size, settings.row_length
     mask_token_id = model.config.mask_token_id
@@ -168,7 +169,7 @@ def train_heads(
         settings,
         processes,
         folder / "heads.pt",
-        origin={"base": base},
+        origin=origin or {},
         steps_per_epoch=steps_per_epoch,
         backward=backward,
         report=report,

@@ -10,11 +10,14 @@ from torch import nn
 
 from orthrus.training.distributed import Processes
 from orthrus.training.optim import build_optimizers, learning_rate, set_learning_rate
-from orthrus.training.progress import Budget, Display, load_state, peak_memory_gib, save_state
+from orthrus.training.progress import Budget, Display, State, peak_memory_gib
 from orthrus.training.settings import TrainingSettings
 
 # Settings that may change when a run goes on: they don't change what a step does.
-_FREE = {"steps", "epochs", "seconds", "micro_batch", "compile", "log_every", "eval_every", "save_every"}
+_FREE = {
+    *("steps", "epochs", "seconds", "micro_batch", "recompute", "compile"),
+    *("log_every", "eval_every", "save_every"),
+}
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -26,7 +29,7 @@ def optimise(
     named: dict[str, nn.Parameter],
     settings: TrainingSettings,
     processes: Processes,
-    state: Path,
+    file: Path,
     *,
     origin: dict[str, Any],
     steps_per_epoch: float,
@@ -35,27 +38,21 @@ def optimise(
     evaluate: Callable[[], dict[str, Any]] | None = None,
     eval_every: int = 0,
 ) -> None:
-    """Train the parameters `named` in place, going on from the file `state` where there is one.
+    """Train the parameters `named` in place, going on from the state in `file` where there is one.
 
     backward(step, rows): add the gradient of these rows' part of the step's loss. report(): metrics since the last call,
     called by all processes. evaluate(): metrics every `eval_every` steps and at the end. Metrics go to a .jsonl beside
-    `state`. origin: what else, besides the settings, the state depends on. Raises ConfigError for another run's state.
+    `file`. origin: what else, besides the settings, the state depends on. Raises ConfigError for another run's state.
     """
     device = next(iter(named.values())).device
-    optimizers = build_optimizers(
-        named,
-        kind=settings.optimizer,
-        lr=settings.lr,
-        matrix_lr=settings.matrix_lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    optimizers = build_optimizers(named, settings)
     steps = settings.steps
     if settings.epochs is not None:
         steps = max(1, round(settings.epochs * steps_per_epoch))
     budget = Budget(steps, settings.seconds)
     origin = origin | settings.model_dump(mode="json", exclude=_FREE)
-    load_state(state, origin, named, optimizers, budget)
+    state = State(file, origin, named, optimizers, budget)
+    state.load()
     parts = processes.share(settings.rows, settings.micro_batch)
 
     def progress() -> float:
@@ -74,7 +71,7 @@ def optimise(
         forget_gradients()
         report()
         budget.start()
-    display = Display(state.with_suffix(".jsonl"), budget, writes=processes.writes)
+    display = Display(file.with_suffix(".jsonl"), budget, writes=processes.writes)
     logged, since = budget.done, time.monotonic()
 
     def log() -> None:
@@ -108,11 +105,11 @@ def optimise(
         if evaluate is not None and budget.done % eval_every == 0:
             display.write(**evaluate())
         if budget.done % settings.save_every == 0 and processes.writes:
-            save_state(state, origin, named, optimizers, budget)
+            state.save()
     if logged < budget.done:
         log()
     if evaluate is not None and budget.done % eval_every:
         display.write(**evaluate())
     if processes.writes:
-        save_state(state, origin, named, optimizers, budget)
+        state.save()
     display.close()

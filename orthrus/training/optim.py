@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthrus.training.settings import TrainingSettings
+
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al., 2024), tuned for speed rather than exactness.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -63,28 +65,26 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    named: dict[str, nn.Parameter],
-    *,
-    kind: str,
-    lr: float,
-    matrix_lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
+    named: dict[str, nn.Parameter], settings: TrainingSettings
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or with kind "muon" Muon (rate `matrix_lr`) for the matrices inside the layers."""
-    matrices = [p for n, p in named.items() if kind == "muon" and p.dim() == 2 and ".layers." in n]
+    """AdamW for everything, or Muon for the matrices inside the layers where the settings say so."""
+    matrices = [
+        p for n, p in named.items() if settings.optimizer == "muon" and p.dim() == 2 and ".layers." in n
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in named.values() if id(p) not in chosen]
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = any(p.is_cuda for p in rest)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
+        torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=fused
+        )
     ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay))
+        optimizers.append(Muon(matrices, lr=settings.matrix_lr, weight_decay=settings.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,49 +106,45 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def save_state(
-    file: Path,
-    origin: dict[str, Any],
-    parameters: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    budget: Budget,
-) -> None:
-    """Everything a run needs to go on, in one file that is either the old or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    state = {
-        "origin": origin,
-        "parameters": {name: p.detach() for name, p in parameters.items()},
-        "optimizers": [o.state_dict() for o in optimizers],
-        "done": budget.done,
-        "spent": budget.elapsed,
-    }
-    torch.save(state, temporary)
-    os.replace(temporary, file)
-
-
-def load_state(
-    file: Path,
-    origin: dict[str, Any],
-    parameters: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    budget: Budget,
-) -> None:
-    """Take up what `save_state` left, if anything. Raises ConfigError for the state of another run.
+@dataclass(frozen=True)
+class State:
+    """Everything that a run needs to go on, in one file that is either the old or the new one.
 
     origin: what makes two runs the same one, as plain values.
     """
-    if not file.exists():
-        return
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    check_origin(file, state.get("origin", {}), origin)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state["parameters"][name])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    budget.done, budget.spent = state["done"], state["spent"]
-    budget.start()
+
+    file: Path
+    origin: dict[str, Any]
+    parameters: dict[str, nn.Parameter]
+    optimizers: list[torch.optim.Optimizer]
+    budget: Budget
+
+    def save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_name(self.file.name + ".tmp")
+        state = {
+            "origin": self.origin,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "done": self.budget.done,
+            "spent": self.budget.elapsed,
+        }
+        torch.save(state, temporary)
+        os.replace(temporary, self.file)
+
+    def load(self) -> None:
+        """Take up what `save` left, if anything. Raises ConfigError for the state of another run."""
+        if not self.file.exists():
+            return
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        check_origin(self.file, state.get("origin", {}), self.origin)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.budget.done, self.budget.spent = state["done"], state["spent"]
+        self.budget.start()
 
 
 def check_origin(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
