@@ -1,7 +1,6 @@
 """Training: what a diffusion row sees, the distillation gradient, resumption, and a base that stays as it was."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +102,12 @@ def test_a_row_sees_ar_keys_before_its_anchor_and_the_live_rows_of_its_own_block
             assert blocks.live[sequence, block, offset] == (offset < LENGTHS[sequence, block])
 
 
-def attention_inputs(device: str = "cpu") -> list[Tensor]:
+def attention_inputs() -> list[Tensor]:
     """Queries, AR keys and values, own keys and values: 4 heads over 2, head_dim 16."""
     generator = torch.Generator().manual_seed(0)
     rows = ANCHORS.shape[1] * BLOCK
     shapes = [(2, 4, rows, 16)] + [(2, 2, LENGTH, 16)] * 2 + [(2, 2, rows, 16)] * 2
-    return [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
+    return [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
 
 
 def slow_attention(inputs: list[Tensor]) -> Tensor:
@@ -124,33 +123,19 @@ def slow_attention(inputs: list[Tensor]) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
-)
-def test_attention_and_its_gradient_are_those_of_the_rule(device: str) -> None:
-    attend: Callable[..., Tensor] = draft_attention
-    if device == "cuda":
-        attend = torch.compile(draft_attention)
-    inputs = attention_inputs(device)
-    blocks = draft_blocks(
-        torch.zeros(2, LENGTH, dtype=torch.int64, device=device),
-        ANCHORS.to(device),
-        LENGTHS.to(device),
-        BLOCK,
-        MASK,
-    )
-    found = attend(inputs[0], (inputs[1], inputs[2]), (inputs[3], inputs[4]), blocks)
-    plain = attention_inputs()
-    expected = slow_attention(plain)
-    torch.testing.assert_close(found.cpu(), expected)
+def test_attention_and_its_gradient_are_those_of_the_rule() -> None:
+    inputs = attention_inputs()
+    blocks = draft_blocks(torch.zeros(2, LENGTH, dtype=torch.int64), ANCHORS, LENGTHS, BLOCK, MASK)
+    found = draft_attention(inputs[0], (inputs[1], inputs[2]), (inputs[3], inputs[4]), blocks)
+    expected = slow_attention(inputs)
+    torch.testing.assert_close(found, expected)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     for gradient, wanted in zip(
-        torch.autograd.grad(found, inputs, upstream.to(device)),
-        torch.autograd.grad(expected, plain, upstream),
+        torch.autograd.grad(found, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
         strict=True,
     ):
-        torch.testing.assert_close(gradient.cpu(), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
