@@ -59,9 +59,10 @@ def measure_drafts(
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Continue `prompts` with drafts of `block_rows` rows, the engine's fixed draft length; the texts come back too.
 
-    tokens_per_cycle: committed by one draft and one verify pass; acceptance: share of the cycles in which the first d
-    drafts were all accepted, d = 1, 2, ...; agreement: share of the drafts at depth d that the AR view agreed with, among
-    those whose predecessors it agreed with; distinct_8grams: share of a text's 8-grams that are new to it.
+    tokens_per_cycle: committed by one draft and one verify pass; cycles: those with a whole block, which the figures by
+    depth count; acceptance: share of them in which the first d drafts were all accepted, d = 1, 2, ...; agreement: share
+    of the drafts at depth d that the AR view agreed with, among those whose predecessors it agreed with; distinct_8grams:
+    share of a text's 8-grams that are new to it.
     """
     for index, prompt in enumerate(prompts):
         params = SamplingParams(
@@ -89,6 +90,7 @@ def measure_drafts(
     values = {
         "temperature": temperature,
         "block_rows": block_rows,
+        "cycles": len(accepted),
         "tokens_per_cycle": round(tokens / max(1, cycles), 3),
         "acceptance": [round(r / max(1, len(accepted)), 3) for r in reached[1:]],
         "agreement": [round(r / max(1, b), 3) for b, r in pairwise(reached)],
