@@ -6,7 +6,7 @@ from ray.serve.metrics import Counter, Gauge
 
 from orthrus.engine import Engine, EngineStats
 
-_COUNTERS = {
+COUNTERS = {
     "passes": "Forward passes",
     "cycles": "Committing steps of all sequences: draft and verify, or one AR step",
     "committed": "Tokens that cycles committed; tokens per cycle is its rate over that of cycles",
@@ -17,7 +17,7 @@ _COUNTERS = {
     "queue_wait_seconds": "Seconds that admitted sequences had waited",
     "row_use_seconds": "Seconds in passes, weighted with how full they were; its rate is the row-budget use",
 }
-_GAUGES = {
+GAUGES = {
     "running": "Sequences that take part in passes",
     "waiting": "Sequences in the queue",
     "rows_to_prefill": "Prompt rows to compute",
@@ -34,8 +34,8 @@ class MetricsExporter:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         # Serve's metrics add the tags application, deployment and replica themselves.
-        self._counters = {name: Counter(f"orthrus_engine_{name}", text) for name, text in _COUNTERS.items()}
-        self._gauges = {name: Gauge(f"orthrus_engine_{name}", text) for name, text in _GAUGES.items()}
+        self._counters = {name: Counter(f"orthrus_engine_{name}", text) for name, text in COUNTERS.items()}
+        self._gauges = {name: Gauge(f"orthrus_engine_{name}", text) for name, text in GAUGES.items()}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="orthrus-metrics", daemon=True)
         self._thread.start()

@@ -68,3 +68,7 @@ def test_faults_are_named(tmp_path: Path, change: dict[str, Any], message: str) 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml"):
         ClusterConfig.load(tmp_path / "none.yaml")
+
+
+def test_ray_accepts_the_file_for_given_hosts() -> None:
+    assert ClusterConfig.load(ROOT / "cluster" / "local.yaml").max_workers == 2

@@ -1,0 +1,26 @@
+"""The Grafana dashboard asks for metrics that exist, and leaves none of the engine's out."""
+
+import json
+import re
+from pathlib import Path
+
+from deployments.engine_metrics import COUNTERS, GAUGES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_dashboard_shows_the_metrics_that_are_exported() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = set(re.findall(r"ray_orthrus_\w+", " ".join(asked)))
+    engine = {f"ray_orthrus_engine_{name}_total" for name in COUNTERS}
+    engine |= {f"ray_orthrus_engine_{name}" for name in GAUGES}
+    others = {
+        "ray_orthrus_autoscaling_scalings_total",
+        "ray_orthrus_autoscaling_wanted_replicas",
+        "ray_orthrus_routed_requests_total",
+    }
+    assert names == engine | others
+    guide = (ROOT / "docs" / "operations.md").read_text()
+    for name in names:
+        assert name.removeprefix("ray_orthrus_") in guide, f"docs/operations.md does not explain {name}"
