@@ -2,13 +2,14 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.chat_output import ChatDelta, ChatSplitter, joined
 from deployments.failover import generate_on_replica
 from deployments.failures import GenerationFailed
 from orthrus.errors import RequestError
@@ -20,11 +21,22 @@ MAX_STOP_CHARACTERS = 1 << 16
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A chunk of choice `index` with the text that has become certain."""
+    """A chunk of choice `index` with the text that has become certain; in a chat, taken apart as `delta`.
+
+    finish_reason: "stop", "length" or "tool_calls" in a choice's last chunk.
+    """
 
     index: int
     text: str
     chunk: Chunk
+    delta: ChatDelta | None = None
+    finish_reason: str | None = None
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether a client need not hear of it: its text is held back, and nothing else has happened."""
+        said = self.text if self.delta is None else self.delta
+        return not (said or self.chunk.logprobs or self.finish_reason)
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -33,15 +45,23 @@ def unwrap(error: BaseException) -> BaseException:
 
 
 async def generate(
-    replica: DeploymentHandle, tokenizer: Any, prompt: list[int], params: SamplingParams
+    replica: DeploymentHandle,
+    tokenizer: Any,
+    prompt: list[int],
+    params: SamplingParams,
+    splitter: Callable[[], ChatSplitter] | None = None,
 ) -> AsyncGenerator[TextChunk]:
-    """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request."""
+    """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request.
+
+    splitter: makes what takes a choice's text apart, for chats.
+    """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
+    splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
     stream = generate_on_replica(replica, request)
     try:
         async for chunk in stream:
@@ -51,10 +71,17 @@ async def generate(
             # A stop token ends the text and is no part of it, even where it is an ordinary word.
             if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
                 tokens = tokens[:-1]
+            last = chunk.finish_reason is not None
             text = "".join([texts[chunk.index].push(token) for token in tokens])
-            if chunk.finish_reason is not None:
+            if last:
                 text += texts[chunk.index].finish()
-            yield TextChunk(chunk.index, text, chunk)
+            if splitters is None:
+                yield TextChunk(chunk.index, text, chunk, finish_reason=chunk.finish_reason)
+                continue
+            split = splitters[chunk.index]
+            delta = split.push(text, final=last)
+            reason = "tool_calls" if chunk.finish_reason == "stop" and split.called else chunk.finish_reason
+            yield TextChunk(chunk.index, text, chunk, delta, reason)
     except Exception as error:
         cause = unwrap(error)
         if isinstance(cause, RequestError):
@@ -68,27 +95,34 @@ async def generate(
 class Choice:
     """All of one choice: its chunks added up."""
 
-    text: str
-    chunks: list[Chunk]
+    chunks: list[TextChunk] = field(default_factory=list)
 
     @property
-    def last(self) -> Chunk:
-        return self.chunks[-1]
+    def text(self) -> str:
+        return "".join([item.text for item in self.chunks])
+
+    @property
+    def message(self) -> ChatDelta:
+        """Of a chat."""
+        return joined(item.delta for item in self.chunks if item.delta is not None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.chunks[-1].finish_reason
 
     @property
     def stats(self) -> RequestStats:
-        stats = self.last.stats
+        stats = self.chunks[-1].chunk.stats
         assert stats is not None, "a finished choice has stats"
         return stats
 
 
 async def collect(merged: AsyncGenerator[tuple[int, TextChunk]], count: int) -> list[Choice]:
     """Wait for all `count` choices that `merge` brings."""
-    choices = [Choice("", []) for _ in range(count)]
+    choices = [Choice() for _ in range(count)]
     async with aclosing(merged) as items:
         async for index, item in items:
-            choices[index].text += item.text
-            choices[index].chunks.append(item.chunk)
+            choices[index].chunks.append(item)
     return choices
 
 

@@ -1,59 +1,126 @@
 """Between the gRPC messages of orthrus.proto and the engine's types."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
+from deployments.chat_output import joined
 from deployments.failures import describe_failure
-from deployments.generation import Choice
+from deployments.generation import TextChunk
 from deployments.proto import orthrus_pb2 as pb
-from orthrus.request import Chunk, SamplingParams
+from deployments.protocol import ChatBody, describe
+from orthrus.errors import RequestError
+from orthrus.request import SamplingParams
 
 _REPEATED = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict}
 
 
-def request_params(request: pb.GenerateRequest) -> SamplingParams:
+def request_params(sampling: pb.SamplingParams) -> SamplingParams:
     """Sampling parameters; what is unset has its default. Raises RequestError."""
     values: dict[str, Any] = {}
     for field in pb.SamplingParams.DESCRIPTOR.fields:
-        value = getattr(request.sampling, field.name)
+        value = getattr(sampling, field.name)
         if field.name in _REPEATED:
             values[field.name] = _REPEATED[field.name](value)
-        elif request.sampling.HasField(field.name):
+        elif sampling.HasField(field.name):
             values[field.name] = value
     return SamplingParams(**values).with_seed()
 
 
-def chunk_message(index: int, text: str, chunks: Sequence[Chunk]) -> pb.GenerateChunk:
-    """One message for `text` and the tokens of `chunks`, which belong to one choice."""
-    last = chunks[-1]
-    message = pb.GenerateChunk(
-        index=index,
-        text=text,
-        token_ids=[token for chunk in chunks for token in chunk.token_ids],
-        logprobs=[
-            pb.TokenLogprob(
-                token_id=item.token_id,
-                logprob=item.logprob,
-                top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in item.top],
-            )
-            for chunk in chunks
-            for item in chunk.logprobs or ()
-        ],
-        finish_reason=last.finish_reason or "",
-    )
-    if last.stats is not None:
-        for field in pb.Stats.DESCRIPTOR.fields:
-            setattr(message.stats, field.name, getattr(last.stats, field.name))
+def chat_body(request: pb.ChatRequest) -> ChatBody:
+    """The conversation as the HTTP API has it, without its sampling parameters. Raises RequestError."""
+    choice = request.tool_choice
+    named = {"type": "function", "function": {"name": choice}}
+    try:
+        return ChatBody.model_validate(
+            {
+                "model": request.model,
+                "messages": [_message(message) for message in request.messages],
+                "tools": [_tool(index, tool) for index, tool in enumerate(request.tools)] or None,
+                "tool_choice": choice or None if choice in ("", "auto", "none", "required") else named,
+                "enable_thinking": request.enable_thinking if request.HasField("enable_thinking") else None,
+                "chat_template_kwargs": _json("chat_template_kwargs", request.chat_template_kwargs),
+            }
+        )
+    except ValidationError as error:
+        raise describe(error) from None
+
+
+def _message(message: pb.ChatMessage) -> dict[str, Any]:
+    """What is empty is left out: templates ask whether a key is there."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.tool_calls
+    ]
+    optional = {
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": calls,
+        "tool_call_id": message.tool_call_id,
+    }
+    given = {key: value for key, value in optional.items() if value}
+    return {"role": message.role, "content": message.content, **given}
+
+
+def _tool(index: int, tool: pb.Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if (parameters := _json(f"tools.{index}.parameters", tool.parameters)) is not None:
+        function["parameters"] = parameters
+    return {"type": "function", "function": function}
+
+
+def _json(field: str, text: str) -> Any:
+    """The JSON in a text field, None if it is empty. Raises RequestError naming the field."""
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{field} must be JSON: {error}", field) from None
+
+
+def generate_chunk(index: int, items: Sequence[TextChunk]) -> pb.GenerateChunk:
+    """One message for `items`, which belong to one choice."""
+    message = pb.GenerateChunk(index=index, text="".join([item.text for item in items]))
+    _add_tokens(message, items)
     return message
 
 
-def whole_message(choices: Sequence[Choice]) -> pb.GenerateResponse:
-    """The unary answer."""
-    return pb.GenerateResponse(
-        choices=[chunk_message(index, choice.text, choice.chunks) for index, choice in enumerate(choices)]
+def chat_chunk(index: int, items: Sequence[TextChunk]) -> pb.ChatChunk:
+    """One message for `items`, which belong to one choice of a chat."""
+    delta = items[0].delta if len(items) == 1 else joined(item.delta for item in items if item.delta)
+    assert delta is not None, "a chat's chunks have deltas"
+    message = pb.ChatChunk(
+        index=index,
+        content=delta.content,
+        reasoning_content=delta.reasoning,
+        tool_calls=[
+            pb.ToolCall(index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments)
+            for call in delta.tool_calls
+        ],
     )
+    _add_tokens(message, items)
+    return message
+
+
+def _add_tokens(message: pb.GenerateChunk | pb.ChatChunk, items: Sequence[TextChunk]) -> None:
+    """What both kinds of chunk have: tokens, log-probabilities, and how it ended."""
+    for item in items:
+        message.token_ids.extend(item.chunk.token_ids)
+        message.logprobs.extend(
+            pb.TokenLogprob(
+                token_id=scored.token_id,
+                logprob=scored.logprob,
+                top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in scored.top],
+            )
+            for scored in item.chunk.logprobs or ()
+        )
+    message.finish_reason = items[-1].finish_reason or ""
+    if (stats := items[-1].chunk.stats) is not None:
+        for field in pb.Stats.DESCRIPTOR.fields:
+            setattr(message.stats, field.name, getattr(stats, field.name))
 
 
 def with_status(error: Exception, context: RayServegRPCContext) -> Exception:

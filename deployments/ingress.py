@@ -6,9 +6,8 @@ Serve pickles the FastAPI app while this module is being imported: what the endp
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from inspect import signature
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -20,9 +19,11 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
+from deployments.chat_output import ChatSplitter
+from deployments.chat_template import ChatTemplate
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
-from deployments.grpc_format import chunk_message, request_params, whole_message, with_status
+from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
 from deployments.openai_format import ResponseFormat, sse
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import ChatBody, CompletionBody, describe
@@ -83,8 +84,7 @@ class Ingress:
             "created": int(time.time()),
             "owned_by": "orthrus",
         }
-        # What chat_template_kwargs can't set, since it is not the template's.
-        self._template_options = frozenset(signature(self._tokenizer.apply_chat_template).parameters)
+        self._template = ChatTemplate(self._tokenizer)
 
     # --- HTTP
 
@@ -94,15 +94,15 @@ class Ingress:
         self._check_model(body.model)
         params = body.sampling()
         prompts = [p if isinstance(p, list) else await self._encode(p) for p in body.prompts()]
-        return await self._respond(body, prompts, params, chat=False)
+        return await self._respond(body, prompts, params)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: HTTPRequest) -> Response:
         body = await _read(request, ChatBody)
         self._check_model(body.model)
         params = body.sampling()
-        prompt = await asyncio.to_thread(self._template, body)
-        return await self._respond(body, [prompt], params, chat=True)
+        prompt, splitter = await asyncio.to_thread(self._template.apply, body)
+        return await self._respond(body, [prompt], params, splitter)
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -125,18 +125,22 @@ class Ingress:
         return JSONResponse({"status": "ok"})
 
     async def _respond(
-        self, body: CompletionBody | ChatBody, prompts: list[list[int]], params: SamplingParams, *, chat: bool
+        self,
+        body: CompletionBody | ChatBody,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        splitter: Callable[[], ChatSplitter] | None = None,
     ) -> Response:
-        out = ResponseFormat(chat, body.model, self._tokenizer)
+        out = ResponseFormat(splitter is not None, body.model, self._tokenizer, body.include_usage)
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
-        streams = [generate(self._replica, self._tokenizer, prompt, params) for prompt in prompts]
+        streams = [generate(self._replica, self._tokenizer, prompt, params, splitter) for prompt in prompts]
         merged = merge(streams, params.n)
         if not body.stream:
             return JSONResponse(out.whole(await collect(merged, params.n * len(prompts)), params.n))
         # The first chunk is awaited here, while a refusal can still be an HTTP status.
         first = await anext(merged)
-        events = self._events(out, first, merged, params.n * len(prompts), params.n, body.include_usage)
+        events = self._events(out, first, merged, params.n * len(prompts), params.n)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -148,7 +152,6 @@ class Ingress:
         rest: AsyncGenerator[tuple[int, TextChunk]],
         choices: int,
         n: int,
-        include_usage: bool,
     ) -> AsyncIterator[str]:
         """Server-sent events; an error after the first is an event too, since the status has been sent."""
         stats: dict[int, RequestStats] = {}
@@ -165,50 +168,84 @@ class Ingress:
             yield event(*first)
             async with aclosing(rest) as items:
                 async for index, item in items:
-                    # Text that is held back says nothing yet.
-                    if item.text or item.chunk.logprobs or item.chunk.finish_reason:
+                    if not item.says_nothing:
                         yield event(index, item)
-            if include_usage:
+            if out.include_usage:
                 yield sse(out.usage_event([stats[i] for i in sorted(stats)], n))
         except Exception as error:
             yield sse(describe_failure(error).body)
         yield "data: [DONE]\n\n"
 
-    # --- gRPC
+    # --- gRPC: see orthrus.proto. Serve ends a call's coroutine when its deadline has passed or its client has gone.
 
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> pb.GenerateResponse:
-        """Unary; see orthrus.proto."""
         try:
-            prompt, params = await self._grpc_input(request)
-            stream = generate(self._replica, self._tokenizer, prompt, params)
-            return whole_message(await collect(merge([stream], params.n), params.n))
+            stream, n = await self._generate_call(request)
+            choices = await collect(merge([stream], n), n)
+            return pb.GenerateResponse(
+                choices=[generate_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
+            )
         except Exception as error:
             raise with_status(error, grpc_context) from None
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateChunk]:
-        """Server streaming; see orthrus.proto."""
         try:
-            prompt, params = await self._grpc_input(request)
-            async with aclosing(generate(self._replica, self._tokenizer, prompt, params)) as items:
+            stream, _ = await self._generate_call(request)
+            async with aclosing(stream) as items:
                 async for item in items:
-                    yield chunk_message(item.index, item.text, [item.chunk])
+                    yield generate_chunk(item.index, [item])
         except Exception as error:
             raise with_status(error, grpc_context) from None
 
-    async def _grpc_input(self, request: pb.GenerateRequest) -> tuple[list[int], SamplingParams]:
+    async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
+        try:
+            stream, n = await self._chat_call(request)
+            choices = await collect(merge([stream], n), n)
+            return pb.ChatResponse(
+                choices=[chat_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
+            )
+        except Exception as error:
+            raise with_status(error, grpc_context) from None
+
+    async def ChatStream(
+        self, request: pb.ChatRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.ChatChunk]:
+        try:
+            stream, _ = await self._chat_call(request)
+            async with aclosing(stream) as items:
+                async for item in items:
+                    yield chat_chunk(item.index, [item])
+        except Exception as error:
+            raise with_status(error, grpc_context) from None
+
+    async def _generate_call(self, request: pb.GenerateRequest) -> tuple[AsyncGenerator[TextChunk], int]:
+        """The chunks of a call and its number of choices. Raises RequestError, ModelNotFound, BodyTooLarge."""
+        self._check_message(request)
+        params = request_params(request.sampling)
+        match request.WhichOneof("input"):
+            case "prompt":
+                prompt = await self._encode(request.prompt)
+            case "prompt_token_ids":
+                prompt = list(request.prompt_token_ids.ids)
+            case _:
+                raise RequestError("set prompt or prompt_token_ids", "prompt")
+        return generate(self._replica, self._tokenizer, prompt, params), params.n
+
+    async def _chat_call(self, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
+        """As `_generate_call`."""
+        self._check_message(request)
+        params = request_params(request.sampling)
+        prompt, splitter = await asyncio.to_thread(self._template.apply, chat_body(request))
+        return generate(self._replica, self._tokenizer, prompt, params, splitter), params.n
+
+    def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
         if request.ByteSize() > MAX_BODY_BYTES:
             raise BodyTooLarge(f"the request is over {MAX_BODY_BYTES} bytes: send a shorter prompt")
         self._check_model(request.model)
-        params = request_params(request)
-        if request.WhichOneof("input") is None:
-            raise RequestError("set prompt or prompt_token_ids", "prompt")
-        if request.WhichOneof("input") == "prompt_token_ids":
-            return list(request.prompt_token_ids.ids), params
-        return await self._encode(request.prompt), params
 
     # --- both
 
@@ -219,24 +256,3 @@ class Ingress:
     async def _encode(self, text: str) -> list[int]:
         """Token ids of a text, off the event loop: a long prompt must not hold up other streams."""
         return await asyncio.to_thread(self._tokenizer.encode, text)
-
-    def _template(self, body: ChatBody) -> list[int]:
-        """Token ids of the chat. Raises RequestError where the template refuses it."""
-        if self._tokenizer.chat_template is None:
-            raise RequestError("this model has no chat template: use /v1/completions", "messages")
-        options = body.chat_template_kwargs or {}
-        taken = sorted(self._template_options.intersection(options))
-        if taken:
-            raise RequestError(
-                f"chat_template_kwargs can't set {taken[0]!r}: remove it", "chat_template_kwargs"
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **options,
-            )
-        except Exception as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False))

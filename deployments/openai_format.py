@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from deployments.chat_output import ChatDelta
 from deployments.generation import Choice, TextChunk
 from orthrus.request import RequestStats, TokenLogprob
 from orthrus.text import token_bytes
@@ -37,11 +38,15 @@ def cost(stats: RequestStats) -> dict[str, Any]:
 
 @dataclass
 class ResponseFormat:
-    """One response. `chat` chooses the endpoint's dialect; `tokenizer` spells tokens for log-probabilities."""
+    """One response. `chat` chooses the endpoint's dialect; `tokenizer` spells tokens for log-probabilities.
+
+    include_usage: every streamed event has the field `usage`, null but in the last.
+    """
 
     chat: bool
     model: str
     tokenizer: Any
+    include_usage: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     # Where in its text each choice's next token begins, for `text_offset`.
@@ -54,15 +59,16 @@ class ResponseFormat:
         """The unstreamed response; choices of several prompts follow one another."""
         rendered = []
         for index, choice in enumerate(choices):
-            items = [item for chunk in choice.chunks for item in chunk.logprobs or ()]
-            scored = choice.last.logprobs is not None
+            scored = [item.chunk.logprobs for item in choice.chunks if item.chunk.logprobs is not None]
             entry: dict[str, Any] = {"index": index}
             if self.chat:
-                entry["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+                entry["message"] = _message(choice.message)
             else:
                 entry["text"] = choice.text
-            entry["logprobs"] = self._logprobs(index, items) if scored else None
-            entry["finish_reason"] = choice.last.finish_reason
+            entry["logprobs"] = (
+                self._logprobs(index, [s for part in scored for s in part]) if scored else None
+            )
+            entry["finish_reason"] = choice.finish_reason
             entry["orthrus"] = cost(choice.stats)
             rendered.append(entry)
         kind = "chat.completion" if self.chat else "text_completion"
@@ -76,26 +82,29 @@ class ResponseFormat:
             "logprobs": None,
             "finish_reason": None,
         }
-        return {**self._head("chat.completion.chunk"), "choices": [delta]}
+        return {**self._event_head(), "choices": [delta]}
 
     def event(self, item: TextChunk, index: int) -> dict[str, Any]:
         """One streamed event."""
         chunk = item.chunk
         entry: dict[str, Any] = {"index": index}
         if self.chat:
-            entry["delta"] = {"content": item.text} if item.text else {}
+            entry["delta"] = _delta(item.delta) if item.delta else {}
         else:
             entry["text"] = item.text
         entry["logprobs"] = self._logprobs(index, chunk.logprobs) if chunk.logprobs is not None else None
-        entry["finish_reason"] = chunk.finish_reason
+        entry["finish_reason"] = item.finish_reason
         if chunk.stats is not None:
             entry["orthrus"] = cost(chunk.stats)
-        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [entry]}
+        return {**self._event_head(), "choices": [entry]}
 
     def usage_event(self, stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
         """The last event where the client asked for usage."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": usage(stats, n)}
+        return {**self._event_head(), "choices": [], "usage": usage(stats, n)}
+
+    def _event_head(self) -> dict[str, Any]:
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        return {**head, "usage": None} if self.include_usage else head
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -127,6 +136,43 @@ class ResponseFormat:
 
     def _spell(self, token_id: int) -> str:
         return token_bytes(self.tokenizer)[token_id].decode(errors="replace")
+
+
+def _message(message: ChatDelta) -> dict[str, Any]:
+    """A whole chat answer. Content is null where there are only tool calls."""
+    rendered: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
+    if message.reasoning:
+        rendered["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        rendered["content"] = message.content or None
+        rendered["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    return rendered
+
+
+def _delta(delta: ChatDelta) -> dict[str, Any]:
+    """A piece of a chat answer: only what it has."""
+    rendered: dict[str, Any] = {}
+    if delta.content:
+        rendered["content"] = delta.content
+    if delta.reasoning:
+        rendered["reasoning_content"] = delta.reasoning
+    if delta.tool_calls:
+        rendered["tool_calls"] = [
+            {
+                "index": call.index,
+                **({"id": call.id, "type": "function"} if call.id else {}),
+                "function": {**({"name": call.name} if call.name else {}), "arguments": call.arguments},
+            }
+            for call in delta.tool_calls
+        ]
+    return rendered
 
 
 def _finite(logprob: float) -> float:

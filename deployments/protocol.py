@@ -6,14 +6,14 @@ that is silently ignored costs its user more than an error does.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orthrus.errors import RequestError
 from orthrus.request import SamplingParams
 
 _MAX_CHOICES = 1024
 # pydantic names the branch of a union in an error's path; the caller knows no such field.
-_BRANCHES = {"str", "list[str]", "list[int]", "list[list[int]]", "list[ContentPart]"}
+_BRANCHES = {"str", "list[str]", "list[int]", "list[list[int]]", "list[ContentPart]", "NamedToolChoice"}
 
 
 class _Body(BaseModel):
@@ -42,6 +42,8 @@ class _Body(BaseModel):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -144,13 +146,33 @@ class ContentPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call that an earlier answer made; its arguments are JSON text, as the API gave them."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(BaseModel):
-    """One turn. Other keys (tool calls and the like) go to the chat template as they are."""
+    """One turn. Keys that OpenAI doesn't have go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: plain text content; "developer" is OpenAI's newer name for "system"."""
@@ -158,6 +180,39 @@ class Message(BaseModel):
         text = content if isinstance(content, str) else "".join(part.text for part in content or ())
         role = "system" if self.role == "developer" else self.role
         return {**self.model_dump(exclude_none=True), "role": role, "content": text}
+
+
+class FunctionDefinition(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    """The one function that must be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatBody(_Body):
@@ -168,11 +223,34 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def sampling(self) -> SamplingParams:
+    @model_validator(mode="after")
+    def _choice_is_of_the_tools(self) -> "ChatBody":
         if not self.messages:
             raise RequestError("messages must have at least one message", "messages")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise RequestError("each tool must have a name of its own", "tools")
+        choice = self.tool_choice
+        if not names and choice not in (None, "none", "auto"):
+            raise RequestError("tool_choice needs tools: send them, or leave it out", "tool_choice")
+        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+            raise RequestError(
+                f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice"
+            )
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def sampling(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -16,9 +16,10 @@ from ray.serve.exceptions import BackPressureError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.chat_output import ChatDelta, ToolCallDelta
 from deployments.failures import BodyTooLarge, GenerationFailed, ModelNotFound, describe_failure
 from deployments.generation import Choice, TextChunk
-from deployments.grpc_format import request_params, whole_message
+from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
 from deployments.openai_format import ResponseFormat
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import ChatBody, CompletionBody, describe
@@ -153,12 +154,75 @@ def test_bodies_that_cannot_be_served(fields: dict[str, Any], param: str) -> Non
     assert caught.value.param == param
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
 @pytest.mark.parametrize(
-    ("fields", "param"), [({"messages": []}, "messages"), ({"top_logprobs": 2}, "top_logprobs")]
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ],
 )
 def test_chats_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises((RequestError, ValidationError)) as caught:
         chat(**fields).sampling()
+    error = caught.value
+    assert (describe(error) if isinstance(error, ValidationError) else error).param == param
+
+
+def test_grpc_chats_are_http_chats() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    expected = chat(
+        messages=[
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]},
+            {"role": "tool", "content": "2", "tool_call_id": "c"},
+        ],
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "f"}},
+        enable_thinking=False,
+        chat_template_kwargs={"x": [1]},
+    )
+    messages = [
+        pb.ChatMessage(role="user", content="hi"),
+        pb.ChatMessage(
+            role="assistant",
+            reasoning_content="hm",
+            tool_calls=[pb.ToolCall(id="c", name="f", arguments='{"a": 1}')],
+        ),
+        pb.ChatMessage(role="tool", content="2", tool_call_id="c"),
+    ]
+    request = pb.ChatRequest(
+        model="m",
+        messages=messages,
+        tools=[pb.Tool(name="f", parameters='{"type": "object"}')],
+        tool_choice="f",
+        enable_thinking=False,
+        chat_template_kwargs='{"x": [1]}',
+    )
+    assert chat_body(request) == expected
+    assert chat_body(pb.ChatRequest(model="m", messages=messages[:1])) == chat()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [pb.ChatMessage(role="king")]}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": "{"}, "chat_template_kwargs"),
+        ({"tools": [pb.Tool(name="f", parameters="[" * 10**5)]}, "tools.0.parameters"),
+    ],
+)
+def test_grpc_chats_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat_body(pb.ChatRequest(**{"messages": [pb.ChatMessage(role="user", content="hi")], **fields}))
     assert caught.value.param == param
 
 
@@ -197,7 +261,12 @@ def chunk(index: int, tokens: tuple[int, ...], last: bool, logprobs: bool) -> Ch
 def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None:
     ids = tuple(tokenizer.encode("é!"))
     choices = [
-        Choice("é!", [chunk(i, ids[:1], False, logprobs), chunk(i, ids[1:], True, logprobs)])
+        Choice(
+            [
+                TextChunk(i, "", chunk(i, ids[:1], False, logprobs), ChatDelta()),
+                TextChunk(i, "é!", chunk(i, ids[1:], True, logprobs), ChatDelta("é!"), "length"),
+            ]
+        )
         for i in range(2)
     ]
     text = Completion.model_validate_json(
@@ -227,10 +296,10 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
 def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
     ids = tuple(tokenizer.encode("ab"))
     pieces = [
-        TextChunk(0, "a", chunk(0, ids[:1], False, True)),
-        TextChunk(0, "b", chunk(0, ids[1:], True, True)),
+        TextChunk(0, "a", chunk(0, ids[:1], False, True), ChatDelta("a")),
+        TextChunk(0, "b", chunk(0, ids[1:], True, True), ChatDelta("b"), "length"),
     ]
-    text, talk = ResponseFormat(False, "m", tokenizer), ResponseFormat(True, "m", tokenizer)
+    text, talk = ResponseFormat(False, "m", tokenizer), ResponseFormat(True, "m", tokenizer, True)
     # `construct` is what the client uses: the type wants a finish reason, and OpenAI streams null until there is one.
     events = [Completion.construct(**text.event(piece, 0)) for piece in pieces]
     Completion.model_validate(events[-1].model_dump())
@@ -246,6 +315,49 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
     assert parsed[0].choices[0].delta.role == "assistant"
     assert [event.choices[0].finish_reason for event in parsed[:3]] == [None, None, "length"]
     assert parsed[3].choices == [] and parsed[3].usage is not None
+    assert all(event["usage"] is None for event in chunks[:3]), (
+        "OpenAI's events have the field from the start"
+    )
+    assert "".join(event.choices[0].delta.content or "" for event in parsed[:3]) == "ab"
+
+
+def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:
+    deltas = [
+        ChatDelta(reasoning="hm"),
+        ChatDelta("see", tool_calls=(ToolCallDelta(0, "", "call_1", "f"),)),
+        ChatDelta(tool_calls=(ToolCallDelta(0, '{"a": 1}'), ToolCallDelta(1, "{}", "call_2", "g"))),
+    ]
+    reasons = (None, None, "tool_calls")
+    items = [
+        TextChunk(0, "", chunk(0, (1,), reason is not None, False), delta, reason)
+        for delta, reason in zip(deltas, reasons, strict=True)
+    ]
+    out = ResponseFormat(True, "m", tokenizer)
+    whole = ChatCompletion.model_validate_json(json.dumps(out.whole([Choice(items)], 1)), strict=True)
+    [answer] = whole.choices
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content == "see"
+    assert answer.message.model_extra == {"reasoning_content": "hm"}
+    calls = [call for call in answer.message.tool_calls or () if call.type == "function"]
+    assert [(c.id, c.function.name, c.function.arguments) for c in calls] == [
+        ("call_1", "f", '{"a": 1}'),
+        ("call_2", "g", "{}"),
+    ]
+    events = [ChatCompletionChunk.model_validate(out.event(item, 0)).choices[0] for item in items]
+    assert events[0].delta.model_extra == {"reasoning_content": "hm"}
+    pieces = [piece for event in events for piece in event.delta.tool_calls or ()]
+    assert [(p.index, p.id, p.function and p.function.name) for p in pieces] == [
+        (0, "call_1", "f"),
+        (0, None, None),
+        (1, "call_2", "g"),
+    ]
+    assert events[-1].finish_reason == "tool_calls"
+    message = chat_chunk(0, items)
+    assert [(c.id, c.name, c.arguments) for c in message.tool_calls] == [
+        ("call_1", "f", '{"a": 1}'),
+        ("call_2", "g", "{}"),
+    ]
+    assert (message.content, message.reasoning_content, message.finish_reason) == ("see", "hm", "tool_calls")
 
 
 # --- gRPC
@@ -275,13 +387,16 @@ def test_grpc_has_the_same_parameters() -> None:
     expected = SamplingParams(
         temperature=0.0, n=2, stop=("a",), stop_token_ids=(4,), logit_bias={5: 1.5}, max_tokens=3, seed=9
     )
-    assert request_params(pb.GenerateRequest(sampling=message)) == expected
-    assert request_params(pb.GenerateRequest()).seed is not None
+    assert request_params(message) == expected
+    assert request_params(pb.SamplingParams()).seed is not None
 
 
 def test_grpc_answers() -> None:
-    answer = whole_message([Choice("ab", [chunk(0, (1,), False, True), chunk(0, (2, 3), True, True)])])
-    [choice] = answer.choices
+    items = [
+        TextChunk(0, "a", chunk(0, (1,), False, True)),
+        TextChunk(0, "b", chunk(0, (2, 3), True, True), finish_reason="length"),
+    ]
+    choice = generate_chunk(0, items)
     assert (choice.text, list(choice.token_ids), choice.finish_reason) == ("ab", [1, 2, 3], "length")
     assert [item.token_id for item in choice.logprobs] == [1, 2, 3]
     assert (choice.stats.tokens_per_cycle, choice.stats.seed) == (2.0, 7)

@@ -44,6 +44,16 @@ class OrthrusStub:
                 request_serializer=deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Chat = channel.unary_unary(
+                '/orthrus.Orthrus/Chat',
+                request_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+                response_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatResponse.FromString,
+                _registered_method=True)
+        self.ChatStream = channel.unary_stream(
+                '/orthrus.Orthrus/ChatStream',
+                request_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+                response_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatChunk.FromString,
+                _registered_method=True)
 
 
 class OrthrusServicer:
@@ -63,6 +73,19 @@ class OrthrusServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Chat(self, request, context):
+        """A conversation, through the model's chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChatStream(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OrthrusServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +98,16 @@ def add_OrthrusServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.FromString,
                     response_serializer=deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.SerializeToString,
+            ),
+            'Chat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.FromString,
+                    response_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatResponse.SerializeToString,
+            ),
+            'ChatStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ChatStream,
+                    request_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.FromString,
+                    response_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +164,60 @@ class Orthrus:
             '/orthrus.Orthrus/GenerateStream',
             deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
             deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/orthrus.Orthrus/Chat',
+            deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+            deployments_dot_proto_dot_orthrus__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChatStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/orthrus.Orthrus/ChatStream',
+            deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+            deployments_dot_proto_dot_orthrus__pb2.ChatChunk.FromString,
             options,
             channel_credentials,
             insecure,

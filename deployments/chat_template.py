@@ -1,0 +1,63 @@
+"""From a conversation to a prompt, by the model's own chat template, and what to expect of the answer."""
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from deployments.chat_output import THINK, TOOL_CALL, ChatSplitter
+from deployments.protocol import ChatBody
+from orthrus.errors import RequestError
+
+
+class ChatTemplate:
+    """`tokenizer`: a Hugging Face one. Its template says whether the model knows tools and thinking."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        template = tokenizer.chat_template or ""
+        self._thinks = THINK in template
+        self._calls = TOOL_CALL in template
+        # What chat_template_kwargs can't set, since it is not the template's.
+        self._reserved = frozenset(signature(tokenizer.apply_chat_template).parameters)
+
+    def apply(self, body: ChatBody) -> tuple[list[int], Callable[[], ChatSplitter]]:
+        """Token ids of the conversation, and what makes the splitter of an answer's text.
+
+        Raises RequestError where the model or its template can't do what is asked.
+        """
+        if self._tokenizer.chat_template is None:
+            raise RequestError("this model has no chat template: use /v1/completions", "messages")
+        tools = body.offered_tools
+        if tools and not self._calls:
+            raise RequestError("this model's chat template has no tools: remove them", "tools")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [message.for_template() for message in body.messages],
+                tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._variables(body),
+            )
+        except RequestError:
+            raise
+        except Exception as error:
+            raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
+        splitter = partial(
+            ChatSplitter,
+            thinks=self._thinks,
+            calls=bool(tools),
+            inside_reasoning=self._thinks and text.rstrip().endswith(THINK),
+        )
+        return list(self._tokenizer.encode(text, add_special_tokens=False)), splitter
+
+    def _variables(self, body: ChatBody) -> dict[str, Any]:
+        """What the template is given besides messages and tools. Raises RequestError."""
+        variables = dict(body.chat_template_kwargs or {})
+        if taken := sorted(self._reserved.intersection(variables)):
+            raise RequestError(
+                f"chat_template_kwargs can't set {taken[0]!r}: remove it", "chat_template_kwargs"
+            )
+        if body.enable_thinking is not None:
+            variables["enable_thinking"] = body.enable_thinking
+        return variables

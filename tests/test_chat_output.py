@@ -1,0 +1,92 @@
+"""Reasoning, content and tool calls out of a chat answer's text, however it is cut."""
+
+import json
+import random
+
+import pytest
+
+from deployments.chat_output import ChatSplitter
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\"{", "b": [1, {"c": "漢"}]}}\n</tool_call>'
+ARGUMENTS = '{"a": "}\\"{", "b": [1, {"c": "漢"}]}'
+Parts = tuple[str, str, list[tuple[str, str]]]
+
+
+def split(pieces: list[str], **options: bool) -> Parts:
+    """Content, reasoning and (name, arguments) of each call, put together as a client does."""
+    splitter = ChatSplitter(**options)
+    deltas = [*(splitter.push(piece) for piece in pieces), splitter.push("", final=True)]
+    calls: dict[int, list[str]] = {}
+    for call in (call for delta in deltas for call in delta.tool_calls):
+        if call.index not in calls:
+            assert call.id and call.name and call.index == len(calls)
+            calls[call.index] = [call.name, ""]
+        else:
+            assert call.id is None and call.name is None
+        calls[call.index][1] += call.arguments
+    content = "".join(delta.content for delta in deltas)
+    reasoning = "".join(delta.reasoning for delta in deltas)
+    assert splitter.called == bool(calls)
+    return content, reasoning, [(name, arguments) for name, arguments in calls.values()]
+
+
+CASES: list[tuple[str, dict[str, bool], Parts]] = [
+    ("plain <tool_call> text \n", {}, ("plain <tool_call> text \n", "", [])),
+    ("plain\n text \n", {"thinks": True, "calls": True}, ("plain\n text \n", "", [])),
+    ("\n<think>\na b\n</think>\n\nc\n", {"thinks": True}, ("c\n", "a b", [])),
+    ("a b\n</think>\n\nc", {"thinks": True, "inside_reasoning": True}, ("c", "a b", [])),
+    ("<think>\nnever ends <", {"thinks": True}, ("", "never ends <", [])),
+    ("<thin ice", {"thinks": True}, ("<thin ice", "", [])),
+    ("say <think>x</think>", {"thinks": True}, ("say <think>x</think>", "", [])),
+    (CALL, {"calls": True}, ("", "", [("f", ARGUMENTS)])),
+    (f"Well.\n{CALL}\n{CALL}\n", {"calls": True}, ("Well.", "", [("f", ARGUMENTS)] * 2)),
+    (f"<think>\n{CALL}\n</think>\n\n{CALL}", {"thinks": True, "calls": True}, ("", CALL, [("f", ARGUMENTS)])),
+    ('<tool_call>{"arguments": {}, "name": "g"}</tool_call>', {"calls": True}, ("", "", [("g", "{}")])),
+    ('<tool_call>{"name": "g"}</tool_call>', {"calls": True}, ("", "", [("g", "{}")])),
+    (
+        "<tool_call>\nnot json\n</tool_call> end",
+        {"calls": True},
+        ("<tool_call>\nnot json\n</tool_call> end", "", []),
+    ),
+    ("<tool_call>[1]</tool_call>", {"calls": True}, ("<tool_call>[1]</tool_call>", "", [])),
+    (
+        '<tool_call>{"name": "\\ud800"}</tool_call>',
+        {"calls": True},
+        ('<tool_call>{"name": "\\ud800"}</tool_call>', "", []),
+    ),
+    ('<tool_call>{"name": "f", "arguments": {"a', {"calls": True}, ("", "", [("f", '{"a')])),
+    ('<tool_call>{"na', {"calls": True}, ('<tool_call>{"na', "", [])),
+    ("a <tool_call", {"calls": True}, ("a <tool_call", "", [])),
+    ("", {"thinks": True, "calls": True}, ("", "", [])),
+]
+
+
+@pytest.mark.parametrize(("text", "options", "expected"), CASES)
+def test_parts_do_not_depend_on_the_pieces(text: str, options: dict[str, bool], expected: Parts) -> None:
+    assert split([text], **options) == expected
+    assert split(list(text), **options) == expected
+    rng = random.Random(0)
+    for _ in range(20):
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(4))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert split(pieces, **options) == expected
+
+
+def test_arguments_stream_as_they_come() -> None:
+    splitter = ChatSplitter(calls=True)
+    seen = [
+        splitter.push(piece) for piece in ('<tool_call>{"name": "f", ', '"arguments": {"a', 'b": 1', "}}")
+    ]
+    assert [[call.arguments for call in delta.tool_calls] for delta in seen] == [
+        [],
+        ["", '{"a'],
+        ['b": 1'],
+        ["}"],
+    ]
+    assert json.loads('{"ab": 1}') == json.loads("".join(c.arguments for d in seen for c in d.tool_calls))
+
+
+def test_only_what_may_be_a_marker_is_held_back() -> None:
+    splitter = ChatSplitter(thinks=True, calls=True)
+    seen = [splitter.push(piece).content for piece in ("Hi", " <", "b> <tool", "s>")]
+    assert seen == ["Hi", "", " <b>", " <tools>"]
