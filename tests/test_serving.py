@@ -1,41 +1,16 @@
-"""A running Serve application over real HTTP and gRPC: the official OpenAI client, the shipped stubs, and bad input."""
+"""A running Serve application over real HTTP: the official OpenAI client, and bad input."""
 
 import json
 import socket
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from typing import Any
 
-import grpc
 import openai
 import pytest
-from ray import serve
 
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto import orthrus_pb2_grpc
 from orthrus.engine import Engine
 from orthrus.request import SamplingParams
-
-MODEL = "orthrus-tiny"
-PROMPT = "def add(a, b):\n    "
-
-
-def http(url: str, body: bytes | None = None) -> tuple[int, Any]:
-    """Status and JSON of a GET, or of a POST where there is a body."""
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def plain(ar: Engine, prompt: str, params: SamplingParams) -> str:
-    [[completion]] = ar.generate([ar.tokenizer.encode(prompt)], params)
-    return str(ar.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+from tests.serving import MODEL, PROMPT, http, plain, wait_until_busy, wait_until_free
 
 
 def test_completion_is_plain_ar_text_in_fewer_passes(client: openai.OpenAI, ar: Engine) -> None:
@@ -100,46 +75,6 @@ def test_many_prompts_and_stop_strings(client: openai.OpenAI) -> None:
     )
     assert stopped.choices[0].text == text[: text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
-
-
-def test_grpc_gives_the_same_text(stub: orthrus_pb2_grpc.OrthrusStub, ar: Engine) -> None:
-    expected = plain(ar, PROMPT, SamplingParams(temperature=0.0, max_tokens=48))
-    request = pb.GenerateRequest(
-        model=MODEL, prompt=PROMPT, sampling=pb.SamplingParams(temperature=0, max_tokens=48, logprobs=1)
-    )
-    [choice] = stub.Generate(request).choices
-    assert choice.text == expected
-    assert choice.stats.tokens_per_cycle > 1.5 and len(choice.logprobs) == choice.stats.completion_tokens
-    chunks = list(stub.GenerateStream(request))
-    assert "".join(chunk.text for chunk in chunks) == expected
-    assert [c.finish_reason for c in chunks if c.finish_reason] == ["length"]
-
-
-@pytest.mark.parametrize(
-    ("request_", "code", "said"),
-    [
-        (pb.GenerateRequest(model="gpt-9", prompt="x"), grpc.StatusCode.NOT_FOUND, "gpt-9"),
-        (pb.GenerateRequest(model=MODEL), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
-        (
-            pb.GenerateRequest(model=MODEL, prompt="x", sampling=pb.SamplingParams(temperature=-1)),
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "temperature",
-        ),
-        (
-            pb.GenerateRequest(model=MODEL, prompt="x " * 9000),
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "context limit",
-        ),
-    ],
-)
-def test_grpc_errors_have_a_status_and_say_why(
-    stub: orthrus_pb2_grpc.OrthrusStub, request_: pb.GenerateRequest, code: grpc.StatusCode, said: str
-) -> None:
-    for call in (stub.Generate, lambda r: list(stub.GenerateStream(r))):
-        with pytest.raises(grpc.RpcError) as caught:
-            call(request_)
-        assert caught.value.code() is code
-        assert said in (caught.value.details() or "")
 
 
 BAD: dict[str, tuple[Any, int, str | None]] = {
@@ -210,42 +145,13 @@ def test_dropped_clients_free_their_pages(client: openai.OpenAI) -> None:
     wait_until_free()
 
 
-def test_dropped_calls_of_every_kind_free_their_pages(
-    ports: tuple[int, int], stub: orthrus_pb2_grpc.OrthrusStub
-) -> None:
+def test_dropped_unstreamed_calls_free_their_pages(ports: tuple[int, int]) -> None:
     body = json.dumps({"model": MODEL, "prompt": ["a", "b"], "n": 2, "max_tokens": 1500, "ignore_eos": True})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", ports[0])) as unstreamed:
         unstreamed.sendall((head + body).encode())
         wait_until_busy()
     wait_until_free()
-    sampling = pb.SamplingParams(max_tokens=1500, ignore_eos=True)
-    request = pb.GenerateRequest(model=MODEL, prompt="a", sampling=sampling)
-    unary = stub.Generate.future(request)
-    wait_until_busy()
-    unary.cancel()
-    wait_until_free()
-    stream = stub.GenerateStream(request)
-    next(iter(stream))
-    stream.cancel()
-    wait_until_free()
-
-
-def wait_until_busy() -> None:
-    wait_for(lambda stats: stats["running"] > 0)
-
-
-def wait_until_free() -> None:
-    wait_for(lambda stats: not stats["running"] and not stats["waiting"] and not stats["kv_pages_used"])
-
-
-def wait_for(condition: Callable[[dict[str, int]], bool]) -> None:
-    """Poll the replica's own counters until they are as they should be."""
-    handle = serve.get_deployment_handle("OrthrusReplica", "orthrus")
-    deadline = time.monotonic() + 20
-    while not condition(stats := handle.stats.remote().result()):
-        assert time.monotonic() < deadline, stats
-        time.sleep(0.02)
 
 
 def test_a_stop_token_is_no_part_of_the_text(client: openai.OpenAI, ar: Engine) -> None:
