@@ -24,10 +24,12 @@ from deployments.chat_template import ChatTemplate
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
-from deployments.openai_format import ResponseFormat, sse
+from deployments.metrics import scrape
+from deployments.openai_format import ResponseFormat, spell, sse
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import ChatBody, CompletionBody, describe
+from deployments.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, describe
 from orthrus.checkpoint import resolve
+from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.request import RequestStats, SamplingParams
@@ -35,7 +37,7 @@ from orthrus.text import load_tokenizer
 
 MAX_BODY_BYTES = 4 << 20
 
-Body = TypeVar("Body", CompletionBody, ChatBody)
+Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 
 api = FastAPI(title="Orthrus", docs_url=None, redoc_url=None)
 
@@ -77,12 +79,16 @@ class Ingress:
     def __init__(self, replica: DeploymentHandle, config: EngineConfig) -> None:
         self._replica = replica
         self._model = config.served_model_name or config.model
-        self._tokenizer = load_tokenizer(resolve(config.model))
+        path = resolve(config.model)
+        self._tokenizer = load_tokenizer(path)
+        trained = ModelConfig.from_dir(path).max_position_embeddings
+        self._max_model_len = config.max_model_len or min(trained, config.kv_cache_tokens or trained)
         self._model_card = {
             "id": self._model,
             "object": "model",
             "created": int(time.time()),
             "owned_by": "orthrus",
+            "max_model_len": self._max_model_len,
         }
         self._template = ChatTemplate(self._tokenizer)
 
@@ -94,7 +100,10 @@ class Ingress:
         self._check_model(body.model)
         params = body.sampling()
         prompts = [p if isinstance(p, list) else await self._encode(p) for p in body.prompts()]
-        return await self._respond(body, prompts, params)
+        out = ResponseFormat(False, body.model, self._tokenizer, body.include_usage)
+        if body.echo:
+            out.echo = [await asyncio.to_thread(self._tokenizer.decode, prompt) for prompt in prompts]
+        return await self._respond(body, out, prompts, params)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: HTTPRequest) -> Response:
@@ -102,7 +111,8 @@ class Ingress:
         self._check_model(body.model)
         params = body.sampling()
         prompt, splitter = await asyncio.to_thread(self._template.apply, body)
-        return await self._respond(body, [prompt], params, splitter)
+        out = ResponseFormat(True, body.model, self._tokenizer, body.include_usage)
+        return await self._respond(body, out, [prompt], params, splitter)
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -113,9 +123,40 @@ class Ingress:
         self._check_model(model)
         return self._model_card
 
+    @api.post("/tokenize")
+    async def tokenize(self, request: HTTPRequest) -> dict[str, Any]:
+        body = await _read(request, TokenizeBody)
+        self._check_model(body.model)
+        if body.prompt is None:
+            tokens, _ = await asyncio.to_thread(self._template.apply, body.chat())
+        else:
+            tokens = await self._encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        answer: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": self._max_model_len,
+            "tokens": tokens,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [spell(self._tokenizer, token) for token in tokens]
+        return answer
+
+    @api.post("/detokenize")
+    async def detokenize(self, request: HTTPRequest) -> dict[str, str]:
+        body = await _read(request, DetokenizeBody)
+        self._check_model(body.model)
+        known = len(self._tokenizer)
+        if any(not 0 <= token < known for token in body.tokens):
+            raise RequestError(f"token ids must be between 0 and {known - 1}", "tokens")
+        return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens)}
+
     @api.get("/health")
-    async def health(self) -> Response:
-        """503 unless a replica of the model runs, or all have been scaled away."""
+    async def health(self) -> dict[str, str]:
+        """This ingress is alive; says nothing of the model."""
+        return {"status": "ok"}
+
+    @api.get("/ready")
+    async def ready(self) -> Response:
+        """503 unless a replica of the model runs, or all have been scaled away and the next request brings one back."""
         app = serve.get_replica_context().app_name
         status = (await asyncio.to_thread(serve.status)).applications[app]
         replica = status.deployments[self._replica.deployment_name]
@@ -124,14 +165,18 @@ class Ingress:
             return JSONResponse({"status": "unavailable", "message": replica.message}, 503)
         return JSONResponse({"status": "ok"})
 
+    @api.get("/metrics")
+    async def metrics(self) -> Response:
+        return Response(await scrape(), media_type="text/plain; version=0.0.4")
+
     async def _respond(
         self,
         body: CompletionBody | ChatBody,
+        out: ResponseFormat,
         prompts: list[list[int]],
         params: SamplingParams,
         splitter: Callable[[], ChatSplitter] | None = None,
     ) -> Response:
-        out = ResponseFormat(splitter is not None, body.model, self._tokenizer, body.include_usage)
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
         streams = [generate(self._replica, self._tokenizer, prompt, params, splitter) for prompt in prompts]
@@ -162,9 +207,9 @@ class Ingress:
             return sse(out.event(item, index))
 
         try:
-            if out.chat:
-                for index in range(choices):
-                    yield sse(out.opening(index))
+            for index in range(choices):
+                if (opening := out.opening(index, n)) is not None:
+                    yield sse(opening)
             yield event(*first)
             async with aclosing(rest) as items:
                 async for index, item in items:
@@ -253,6 +298,6 @@ class Ingress:
         if model != self._model:
             raise ModelNotFound(f"the model {model!r} does not exist here: use {self._model!r}")
 
-    async def _encode(self, text: str) -> list[int]:
+    async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, off the event loop: a long prompt must not hold up other streams."""
-        return await asyncio.to_thread(self._tokenizer.encode, text)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)

@@ -40,13 +40,15 @@ def cost(stats: RequestStats) -> dict[str, Any]:
 class ResponseFormat:
     """One response. `chat` chooses the endpoint's dialect; `tokenizer` spells tokens for log-probabilities.
 
-    include_usage: every streamed event has the field `usage`, null but in the last.
+    include_usage: every streamed event has the field `usage`, null but in the last. echo: for each prompt the text to put
+    before its choices' own.
     """
 
     chat: bool
     model: str
     tokenizer: Any
     include_usage: bool = False
+    echo: Sequence[str] = ()
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     # Where in its text each choice's next token begins, for `text_offset`.
@@ -64,7 +66,7 @@ class ResponseFormat:
             if self.chat:
                 entry["message"] = _message(choice.message)
             else:
-                entry["text"] = choice.text
+                entry["text"] = self._echoed(index, n) + choice.text
             entry["logprobs"] = (
                 self._logprobs(index, [s for part in scored for s in part]) if scored else None
             )
@@ -74,15 +76,22 @@ class ResponseFormat:
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": rendered, "usage": usage([c.stats for c in choices], n)}
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """The first event of a streamed chat choice, which names the role."""
-        delta = {
-            "index": index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return {**self._event_head(), "choices": [delta]}
+    def opening(self, index: int, n: int) -> dict[str, Any] | None:
+        """The event before the first token of choice `index`: a chat's role, or the echoed prompt."""
+        entry: dict[str, Any] = {"index": index}
+        if self.chat:
+            entry["delta"] = {"role": "assistant", "content": ""}
+        elif self.echo:
+            entry["text"] = self._echoed(index, n)
+        else:
+            return None
+        return {**self._event_head(), "choices": [{**entry, "logprobs": None, "finish_reason": None}]}
+
+    def _echoed(self, index: int, n: int) -> str:
+        """The prompt's text before choice `index`, which its tokens' offsets then start from."""
+        text = self.echo[index // n] if self.echo else ""
+        self._offsets[index] = len(text)
+        return text
 
     def event(self, item: TextChunk, index: int) -> dict[str, Any]:
         """One streamed event."""
@@ -135,7 +144,12 @@ class ResponseFormat:
         return {"token": self._spell(token_id), "logprob": _finite(logprob), "bytes": raw}
 
     def _spell(self, token_id: int) -> str:
-        return token_bytes(self.tokenizer)[token_id].decode(errors="replace")
+        return spell(self.tokenizer, token_id)
+
+
+def spell(tokenizer: Any, token_id: int) -> str:
+    """A token as text; bytes that are no whole character become U+FFFD."""
+    return token_bytes(tokenizer)[token_id].decode(errors="replace")
 
 
 def _message(message: ChatDelta) -> dict[str, Any]:

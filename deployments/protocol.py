@@ -112,8 +112,10 @@ class CompletionBody(_Body):
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, at least one. Raises RequestError."""
-        if self.echo:
-            raise RequestError("echo is not supported: prepend the prompt to the text on your side", "echo")
+        if self.echo and self.logprobs is not None:
+            raise RequestError(
+                "echo gives no log-probabilities of the prompt: leave out echo or logprobs", "echo"
+            )
         if self.suffix:
             raise RequestError(
                 "suffix is not supported: the model only completes text from the left", "suffix"
@@ -255,6 +257,44 @@ class ChatBody(_Body):
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._sampling(limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: the ids of a text (`prompt`), or of a chat (`messages` and what else shapes its prompt)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", "prompt")
+        return self
+
+    def chat(self) -> ChatBody:
+        """The chat whose prompt is asked for. Raises RequestError."""
+        asked = ("model", "messages", "tools", "enable_thinking", "chat_template_kwargs")
+        try:
+            return ChatBody(**{name: getattr(self, name) for name in asked})
+        except ValidationError as error:
+            raise describe(error) from None
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize: the text of token ids, special tokens included."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    tokens: list[int]
 
 
 def describe(error: ValidationError) -> RequestError:

@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports huggingface_hub, which reads them once: tests never wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -120,3 +120,16 @@ def ar() -> "Engine":
     return Engine.from_pretrained(
         EngineConfig(model=model, schedule="ar", device="cpu", kv_cache_tokens=8192)
     )
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> Any:
+    """Qwen3's own tokenizer. What can't be fetched fails the test: a skip would hide that nothing was checked."""
+    from orthrus.text import load_tokenizer
+    from tests.qwen3_tokenizer import fetch
+
+    try:
+        path = fetch()
+    except (OSError, ValueError) as error:
+        pytest.fail(f"Qwen3's tokenizer could not be downloaded, and this test needs it: {error}")
+    return load_tokenizer(path)

@@ -136,7 +136,7 @@ def test_bodies_that_cannot_be_read(fields: dict[str, Any], param: str, said: st
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": 1}, "echo"),
         ({"suffix": "s"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"prompt": []}, "prompt"),
@@ -309,7 +309,7 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
         [0],
         [1],
     ]
-    chunks = [talk.opening(0), *(talk.event(piece, 0) for piece in pieces), talk.usage_event([STATS], 1)]
+    chunks = [talk.opening(0, 1), *(talk.event(piece, 0) for piece in pieces), talk.usage_event([STATS], 1)]
     parsed = [ChatCompletionChunk.model_validate(event) for event in chunks]
     assert len({event.id for event in parsed}) == 1
     assert parsed[0].choices[0].delta.role == "assistant"
@@ -319,6 +319,18 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
         "OpenAI's events have the field from the start"
     )
     assert "".join(event.choices[0].delta.content or "" for event in parsed[:3]) == "ab"
+
+
+def test_echo_puts_the_prompt_first(tokenizer: Any) -> None:
+    out = ResponseFormat(False, "m", tokenizer, echo=["pq", "r"])
+    items = [TextChunk(0, "ab", chunk(0, (1, 2), True, True), finish_reason="length")]
+    whole = Completion.model_validate(out.whole([Choice(items)] * 4, 2))
+    assert [choice.text for choice in whole.choices] == ["pqab", "pqab", "rab", "rab"]
+    offsets = [choice.logprobs and choice.logprobs.text_offset for choice in whole.choices]
+    assert offsets == [[2, 3], [2, 3], [1, 2], [1, 2]]
+    opening = out.opening(2, 2)
+    assert opening is not None and opening["choices"][0]["text"] == "r"
+    assert ResponseFormat(False, "m", tokenizer).opening(0, 1) is None
 
 
 def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:

@@ -3,10 +3,13 @@
 import json
 import socket
 import threading
+import time
+import urllib.request
 from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from orthrus.engine import Engine
 from orthrus.request import SamplingParams
@@ -175,9 +178,83 @@ def test_template_options_reach_the_template_only(client: openai.OpenAI) -> None
     assert caught.value.param == "chat_template_kwargs"
 
 
+def test_echo(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": ["é = 1\n", "class "],
+        "max_tokens": 6,
+        "temperature": 0,
+    }
+    plain_texts = [choice.text for choice in client.completions.create(**asked).choices]
+    expected = ["é = 1\n" + plain_texts[0], "class " + plain_texts[1]]
+    assert [c.text for c in client.completions.create(**asked, echo=True).choices] == expected
+    streamed = ["", ""]
+    for event in client.completions.create(**asked, echo=True, stream=True):
+        streamed[event.choices[0].index] += event.choices[0].text
+    assert streamed == expected
+
+
+def test_usage_tells_cached_tokens(client: openai.OpenAI) -> None:
+    prompt = "# " + "shared prefix " * 40
+    for _ in range(2):
+        usage = client.completions.create(model=MODEL, prompt=prompt, max_tokens=1).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+    # All but the last tokens, in whole pages.
+    cached = usage.prompt_tokens_details.cached_tokens
+    assert cached is not None and usage.prompt_tokens - 32 <= cached < usage.prompt_tokens
+
+
+def test_tokenize_and_back(url: str, client: openai.OpenAI, ar: Engine) -> None:
+    def post(path: str, **body: Any) -> Any:
+        status, answer = http(f"{url}{path}", json.dumps({"model": MODEL, **body}).encode())
+        assert status == 200, answer
+        return answer
+
+    text = "größe = '👩‍👩‍👧‍👦'\n"
+    told = post("/tokenize", prompt=text, return_token_strs=True)
+    assert told["tokens"] == ar.tokenizer.encode(text)
+    assert (told["count"], told["max_model_len"]) == (len(told["tokens"]), 2048)
+    assert len(told["token_strs"]) == told["count"]
+    assert post("/detokenize", tokens=told["tokens"]) == {"prompt": text}
+    messages: Any = [{"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
+    assert chat.usage is not None
+    assert post("/tokenize", messages=messages)["count"] == chat.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {"prompt": "x", "messages": []}, 400, "prompt"),
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"messages": []}, 400, "messages"),
+        ("/tokenize", {"prompt": "x", "model": "gpt-9"}, 404, "model"),
+        ("/detokenize", {"tokens": [10**9]}, 400, "tokens"),
+        ("/detokenize", {"tokens": "abc"}, 400, "tokens"),
+    ],
+)
+def test_tokenize_errors(url: str, path: str, body: dict[str, Any], status: int, param: str) -> None:
+    got, answer = http(f"{url}{path}", json.dumps({"model": MODEL, **body}).encode())
+    assert (got, answer["error"]["param"]) == (status, param)
+
+
+def test_metrics_are_prometheus_text(url: str, client: openai.OpenAI) -> None:
+    client.models.list()
+    deadline = time.monotonic() + 60
+    # Ray's processes report to their node's agent every few seconds.
+    while True:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+            families = {family.name for family in text_string_to_metric_families(answer.read().decode())}
+        if "ray_serve_num_http_requests" in families:
+            break
+        assert time.monotonic() < deadline, families
+        time.sleep(0.5)
+    assert all(name.startswith(("ray_serve_", "ray_orthrus_")) for name in families)
+
+
 def test_the_other_routes(client: openai.OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
-    assert http(f"{url}/health") == (200, {"status": "ok"})
+    assert http(f"{url}/health") == http(f"{url}/ready") == (200, {"status": "ok"})
     status, missing = http(f"{url}/v1/nothing")
     assert status == 404 and "not served" in missing["error"]["message"]

@@ -1,0 +1,121 @@
+"""Conversations through chat templates: Qwen3's own, and one that knows neither tools nor thinking."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.chat_output import ChatDelta, joined
+from deployments.chat_template import ChatTemplate
+from deployments.protocol import ChatBody
+from orthrus.errors import RequestError
+from orthrus.text import TextStream, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather now.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def chat(*messages: dict[str, Any], **fields: Any) -> ChatBody:
+    return ChatBody(model="m", messages=list(messages), **fields)
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def rendered(tokenizer: Any, body: ChatBody) -> str:
+    return str(tokenizer.decode(ChatTemplate(tokenizer).apply(body)[0]))
+
+
+def answered(tokenizer: Any, body: ChatBody, text: str) -> ChatDelta:
+    """The message that an answer of these tokens is, token by token."""
+    _, splitter = ChatTemplate(tokenizer).apply(body)
+    split, stream = splitter(), TextStream(tokenizer)
+    deltas = [split.push(stream.push(token)) for token in tokenizer.encode(text)]
+    return joined([*deltas, split.push(stream.finish(), final=True)])
+
+
+def test_tools_and_their_answers_reach_the_model(qwen3_tokenizer: Any) -> None:
+    call = {
+        "id": "c",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Ulm"}'},
+    }
+    text = rendered(
+        qwen3_tokenizer,
+        chat(
+            user("Weather in Ulm?"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "12 °C", "tool_call_id": "c"},
+            tools=[WEATHER],
+        ),
+    )
+    assert '"name": "get_weather"' in text.split("<tools>\n")[1].split("</tools>")[0]
+    assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</tool_call>' in text
+    assert "<tool_response>\n12 °C\n</tool_response>" in text
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_no_tools_are_offered_with_tool_choice_none(qwen3_tokenizer: Any) -> None:
+    body = chat(user("hi"), tools=[WEATHER], tool_choice="none")
+    assert rendered(qwen3_tokenizer, body) == rendered(qwen3_tokenizer, chat(user("hi")))
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'
+    assert answered(qwen3_tokenizer, body, call) == ChatDelta(call)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}]
+)
+def test_thinking_can_be_switched_off(qwen3_tokenizer: Any, fields: dict[str, Any]) -> None:
+    text = rendered(qwen3_tokenizer, chat(user("hi"), **fields))
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_qwen3s_answers_are_taken_apart(qwen3_tokenizer: Any) -> None:
+    body = chat(user("Weather in Ulm?"), tools=[WEATHER])
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm 🌧"}}\n</tool_call>'
+    answer = answered(
+        qwen3_tokenizer, body, f"<think>\nA tool, then.\n</think>\n\nLet me see.\n{call}<|im_end|>"
+    )
+    assert (answer.reasoning, answer.content) == ("A tool, then.", "Let me see.")
+    [made] = answer.tool_calls
+    assert (made.name, made.arguments) == ("get_weather", '{"city": "Ulm 🌧"}')
+
+
+def test_a_prompt_that_opens_the_reasoning(qwen3_tokenizer: Any) -> None:
+    """As the templates of Qwen3's thinking-only models do."""
+    kept = qwen3_tokenizer.chat_template
+    qwen3_tokenizer.chat_template = kept + "{{- '<think>\\n' }}"
+    try:
+        answer = answered(qwen3_tokenizer, chat(user("hi")), "Hm.\n</think>\n\nHello!")
+    finally:
+        qwen3_tokenizer.chat_template = kept
+    assert (answer.reasoning, answer.content) == ("Hm.", "Hello!")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"tools": [WEATHER]}, "tools", "no tools"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),
+    ],
+)
+def test_what_a_template_cannot_do_is_refused(fields: dict[str, Any], param: str, said: str) -> None:
+    template = ChatTemplate(load_tokenizer(ROOT / "models" / "orthrus-tiny"))
+    with pytest.raises(RequestError, match=said) as caught:
+        template.apply(chat(user("hi"), **fields))
+    assert caught.value.param == param
+
+
+def test_a_model_without_a_template_says_so() -> None:
+    tokenizer = load_tokenizer(ROOT / "models" / "orthrus-tiny")
+    tokenizer.chat_template = None
+    with pytest.raises(RequestError, match="no chat template"):
+        ChatTemplate(tokenizer).apply(chat(user("hi")))
