@@ -23,7 +23,7 @@ WEATHER = {
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> ChatBody:
-    return ChatBody(model="m", messages=list(messages), **fields)
+    return ChatBody.model_validate({"model": "m", "messages": list(messages), **fields})
 
 
 def user(text: str) -> dict[str, Any]:

@@ -172,8 +172,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 def test_chats_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
     with pytest.raises((RequestError, ValidationError)) as caught:
         chat(**fields).sampling()
-    error = caught.value
-    assert (describe(error) if isinstance(error, ValidationError) else error).param == param
+    error: Any = caught.value
+    assert (error if isinstance(error, RequestError) else describe(error)).param == param
 
 
 def test_grpc_chats_are_http_chats() -> None:
@@ -315,9 +315,8 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
     assert parsed[0].choices[0].delta.role == "assistant"
     assert [event.choices[0].finish_reason for event in parsed[:3]] == [None, None, "length"]
     assert parsed[3].choices == [] and parsed[3].usage is not None
-    assert all(event["usage"] is None for event in chunks[:3]), (
-        "OpenAI's events have the field from the start"
-    )
+    # OpenAI's events have the field from the start.
+    assert all(event is not None and event["usage"] is None for event in chunks[:3])
     assert "".join(event.choices[0].delta.content or "" for event in parsed[:3]) == "ab"
 
 

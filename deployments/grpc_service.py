@@ -1,0 +1,53 @@
+"""What a Serve config names under `grpc_servicer_functions`: the Orthrus service, its streams safe to cancel.
+
+Serve's gRPC proxy passes a cancellation on only if it comes while the proxy waits for the next message. One that comes while a
+message is being sent is lost, and the replica would generate the rest for nobody. Here the proxy always waits.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from ray.serve._private.proxy_request_response import gRPCStreamingType
+
+from deployments.proto.orthrus_pb2_grpc import add_OrthrusServicer_to_server
+
+StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
+
+
+def add_to_server(servicer: Any, server: Any) -> None:
+    """Register the service with one of Serve's gRPC servers, which puts handlers of its own in the servicer's place."""
+    make_handler = server.service_handler_factory
+
+    def make_safe_handler(*, service_method: str, streaming_type: gRPCStreamingType) -> Any:
+        handler = make_handler(service_method=service_method, streaming_type=streaming_type)
+        return _cancellable(handler) if streaming_type is gRPCStreamingType.UNARY_STREAM else handler
+
+    server.service_handler_factory = make_safe_handler
+    try:
+        add_OrthrusServicer_to_server(servicer, server)
+    finally:
+        server.service_handler_factory = make_handler
+
+
+def _cancellable(handler: StreamHandler) -> StreamHandler:
+    """`handler` in a task of its own, which the end of the call ends, whatever it was doing."""
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+        end = object()
+
+        async def pump() -> None:
+            try:
+                async for message in handler(request, context):
+                    messages.put_nowait(message)
+            finally:
+                messages.put_nowait(end)
+
+        task = asyncio.create_task(pump())
+        context.add_done_callback(lambda _: task.cancel())
+        while (message := await messages.get()) is not end:
+            yield message
+        await task
+
+    return stream
