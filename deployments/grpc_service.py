@@ -30,16 +30,31 @@ def add_to_server(servicer: Any, server: Any) -> None:
         server.service_handler_factory = make_handler
 
 
+class _Context:
+    """A call's context for a handler that may outlive the call. The peer is asked for while there is one: later it crashes."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._peer = context.peer()
+
+    def peer(self) -> str:
+        return self._peer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
 def _cancellable(handler: StreamHandler) -> StreamHandler:
     """`handler` in a task of its own, which the end of the call ends, whatever it was doing."""
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         messages: asyncio.Queue[Any] = asyncio.Queue()
         end = object()
+        lasting_context = _Context(context)
 
         async def pump() -> None:
             try:
-                async for message in handler(request, context):
+                async for message in handler(request, lasting_context):
                     messages.put_nowait(message)
             finally:
                 messages.put_nowait(end)
