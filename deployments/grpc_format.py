@@ -123,8 +123,9 @@ def _add_tokens(message: pb.GenerateChunk | pb.ChatChunk, items: Sequence[TextCh
             setattr(message.stats, field.name, getattr(stats, field.name))
 
 
-def set_status(error: Exception, context: RayServegRPCContext) -> None:
-    """Give the call the status that fits the error. It is not raised further: Serve would log every bad request's stack."""
+def with_status(error: Exception, context: RayServegRPCContext) -> Exception:
+    """Give the call the status that fits the error, and return the error to raise: a stream has no other way to tell Serve."""
     failure = describe_failure(error)
     context.set_code(failure.grpc_code)
     context.set_details(failure.message)
+    return error

@@ -23,7 +23,7 @@ from deployments.chat_output import ChatSplitter
 from deployments.chat_template import ChatTemplate
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
-from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, set_status
+from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
 from deployments.metrics import scrape
 from deployments.openai_format import ResponseFormat, spell, sse
 from deployments.proto import orthrus_pb2 as pb
@@ -233,8 +233,7 @@ class Ingress:
                 choices=[generate_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
             )
         except Exception as error:
-            set_status(error, grpc_context)
-            return pb.GenerateResponse()
+            raise with_status(error, grpc_context) from None
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
@@ -245,7 +244,7 @@ class Ingress:
                 async for item in items:
                     yield generate_chunk(item.index, [item])
         except Exception as error:
-            set_status(error, grpc_context)
+            raise with_status(error, grpc_context) from None
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
         try:
@@ -255,8 +254,7 @@ class Ingress:
                 choices=[chat_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
             )
         except Exception as error:
-            set_status(error, grpc_context)
-            return pb.ChatResponse()
+            raise with_status(error, grpc_context) from None
 
     async def ChatStream(
         self, request: pb.ChatRequest, grpc_context: RayServegRPCContext
@@ -267,7 +265,7 @@ class Ingress:
                 async for item in items:
                     yield chat_chunk(item.index, [item])
         except Exception as error:
-            set_status(error, grpc_context)
+            raise with_status(error, grpc_context) from None
 
     async def _generate_call(self, request: pb.GenerateRequest) -> tuple[AsyncGenerator[TextChunk], int]:
         """The chunks of a call and its number of choices. Raises RequestError, ModelNotFound, BodyTooLarge."""
