@@ -1,13 +1,24 @@
 """From a conversation to a prompt, by the model's own chat template, and what to expect of the answer."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any
 
-from deployments.chat_output import THINK, TOOL_CALL, ChatSplitter
+from deployments.answer_grammar import answer_grammar
+from deployments.chat_output import END_THINK, THINK, TOOL_CALL, ChatSplitter
 from deployments.protocol import ChatBody
 from orthrus.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation's token ids, what makes the splitter of an answer's text, and the grammar that the answer must follow."""
+
+    tokens: list[int]
+    splitter: Callable[[], ChatSplitter]
+    grammar: str | None
 
 
 class ChatTemplate:
@@ -21,8 +32,8 @@ class ChatTemplate:
         # What chat_template_kwargs can't set, since it is not the template's.
         self._reserved = frozenset(signature(tokenizer.apply_chat_template).parameters)
 
-    def apply(self, body: ChatBody) -> tuple[list[int], Callable[[], ChatSplitter]]:
-        """Token ids of the conversation, and what makes the splitter of an answer's text.
+    def apply(self, body: ChatBody) -> ChatPrompt:
+        """Render and tokenise the conversation.
 
         Raises RequestError where the model or its template can't do what is asked.
         """
@@ -43,13 +54,15 @@ class ChatTemplate:
             raise
         except Exception as error:
             raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        splitter = partial(
-            ChatSplitter,
-            thinks=self._thinks,
-            calls=bool(tools),
-            inside_reasoning=self._thinks and text.rstrip().endswith(THINK),
+        inside = self._thinks and text.rstrip().endswith(THINK)
+        thought = text.rstrip().endswith(END_THINK)
+        return ChatPrompt(
+            list(self._tokenizer.encode(text, add_special_tokens=False)),
+            partial(ChatSplitter, thinks=self._thinks, calls=bool(tools), inside_reasoning=inside),
+            answer_grammar(
+                body, self._tokenizer, thinks=self._thinks and not thought, inside_reasoning=inside
+            ),
         )
-        return list(self._tokenizer.encode(text, add_special_tokens=False)), splitter
 
     def _variables(self, body: ChatBody) -> dict[str, Any]:
         """What the template is given besides messages and tools. Raises RequestError."""

@@ -33,6 +33,7 @@ def request_params(sampling: pb.SamplingParams) -> SamplingParams:
 def chat_body(request: pb.ChatRequest) -> ChatBody:
     """The conversation as the HTTP API has it, without its sampling parameters. Raises RequestError."""
     choice = request.tool_choice
+    schema = _json("json_schema", request.json_schema)
     named = {"type": "function", "function": {"name": choice}}
     try:
         return ChatBody.model_validate(
@@ -42,6 +43,9 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 "tools": [_tool(index, tool) for index, tool in enumerate(request.tools)] or None,
                 "tool_choice": choice or None if choice in ("", "auto", "none", "required") else named,
                 "enable_thinking": request.enable_thinking if request.HasField("enable_thinking") else None,
+                "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}
+                if schema
+                else None,
                 "chat_template_kwargs": _json("chat_template_kwargs", request.chat_template_kwargs),
             }
         )

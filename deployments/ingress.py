@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -110,9 +111,10 @@ class Ingress:
         body = await _read(request, ChatBody)
         self._check_model(body.model)
         params = body.sampling()
-        prompt, splitter = await asyncio.to_thread(self._template.apply, body)
+        prompt = await asyncio.to_thread(self._template.apply, body)
         out = ResponseFormat(True, body.model, self._tokenizer, body.include_usage)
-        return await self._respond(body, out, [prompt], params, splitter)
+        params = replace(params, grammar=prompt.grammar)
+        return await self._respond(body, out, [prompt.tokens], params, prompt.splitter)
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Ingress:
         body = await _read(request, TokenizeBody)
         self._check_model(body.model)
         if body.prompt is None:
-            tokens, _ = await asyncio.to_thread(self._template.apply, body.chat())
+            tokens = (await asyncio.to_thread(self._template.apply, body.chat())).tokens
         else:
             tokens = await self._encode(body.prompt, add_special_tokens=body.add_special_tokens)
         answer: dict[str, Any] = {
@@ -284,8 +286,9 @@ class Ingress:
         """As `_generate_call`."""
         self._check_message(request)
         params = request_params(request.sampling)
-        prompt, splitter = await asyncio.to_thread(self._template.apply, chat_body(request))
-        return generate(self._replica, self._tokenizer, prompt, params, splitter), params.n
+        prompt = await asyncio.to_thread(self._template.apply, chat_body(request))
+        params = replace(params, grammar=prompt.grammar)
+        return generate(self._replica, self._tokenizer, prompt.tokens, params, prompt.splitter), params.n
 
     def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
         if request.ByteSize() > MAX_BODY_BYTES:

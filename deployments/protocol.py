@@ -217,6 +217,32 @@ class NamedToolChoice(BaseModel):
     function: FunctionName
 
 
+class JSONSchemaFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class AnswerFormat(BaseModel):
+    """`response_format`: free text, any JSON object, or JSON under a schema."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_goes_with_its_type(self) -> "AnswerFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise RequestError(
+                "response_format has json_schema if, and only if, its type is json_schema", "response_format"
+            )
+        return self
+
+
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
@@ -228,6 +254,7 @@ class ChatBody(_Body):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    response_format: AnswerFormat | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -246,6 +273,16 @@ class ChatBody(_Body):
                 f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice"
             )
         return self
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """What the answer must be valid under, None if it may be any text."""
+        match self.response_format:
+            case AnswerFormat(type="json_object"):
+                return {"type": "object"}
+            case AnswerFormat(json_schema=JSONSchemaFormat() as given):
+                return given.definition
+        return None
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -69,9 +69,9 @@ class AsyncEngine:
             while unfinished:
                 chunk = await listener.chunks.get()
                 if chunk.finish_reason == "error":
-                    unfinished = 0
-                elif chunk.finish_reason is not None:
-                    unfinished -= 1
+                    yield chunk
+                    return  # One choice's end ends them all.
+                unfinished -= chunk.finish_reason is not None
                 yield chunk
         finally:
             if unfinished:

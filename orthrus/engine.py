@@ -3,6 +3,7 @@
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
+from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache, PagePool
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
@@ -29,6 +31,7 @@ from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.sequence import Sequence
 from orthrus.text import TextStream, load_tokenizer
+from orthrus.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +86,18 @@ class Engine:
         model_config: ModelConfig,
         weights: dict[str, Tensor],
         tokenizer: Any = None,
+        masks: Callable[[str], TokenMask] | None = None,
     ) -> None:
         """`weights`: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied.
 
-        tokenizer: a Hugging Face one, needed for stop strings only. Raises ConfigError.
+        tokenizer: a Hugging Face one, needed for stop strings only. masks: makes the token mask of a sequence from
+        `SamplingParams.grammar`, or raises RequestError. Raises ConfigError.
         """
         config.check_model(model_config)
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
+        self._masks = masks
         self.forward = LayerParallelForward(model_config, weights)
         self.device = self.forward.device
 
@@ -121,7 +127,11 @@ class Engine:
         has_tokenizer = any(
             (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
         )
-        return cls(config, model_config, weights, load_tokenizer(path) if has_tokenizer else None)
+        if not has_tokenizer:
+            return cls(config, model_config, weights)
+        tokenizer = load_tokenizer(path)
+        masks = GrammarMasks(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+        return cls(config, model_config, weights, tokenizer, masks)
 
     @property
     def schedule_name(self) -> str:
@@ -189,6 +199,7 @@ class Engine:
                     max_length=max_length,
                     stop_ids=stop_ids,
                     text=TextStream(self.tokenizer, params.stop) if params.stop else None,
+                    mask=self._mask(params),
                     leader=choices[0] if choices else None,
                 )
             )
@@ -215,6 +226,17 @@ class Engine:
             raise RequestError(f"logit_bias token ids must be between 0 and {vocab - 1}", "logit_bias")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model was loaded without one", "stop")
+        self._mask(params)
+
+    def _mask(self, params: SamplingParams) -> TokenMask | None:
+        """The token mask of a new sequence, None if it is free. Raises RequestError."""
+        if params.grammar is None:
+            return None
+        if self._masks is None:
+            raise RequestError(
+                "a grammar needs a tokenizer, and this model was loaded without one", "grammar"
+            )
+        return self._masks(params.grammar)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request's unfinished choices and free their pages; unknown and finished ids are ignored."""
@@ -322,10 +344,14 @@ class Engine:
             prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
             generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
             ahead=group.tokens[1:] if group.view is View.AR and sequence.draft is not None else (),
+            mask=sequence.mask,
+            drafting=group.view is View.DIFFUSION,
         )
 
     def _commit(self, sequence: Sequence, group: RowGroup, picks: list[int], logits: Tensor) -> Chunk | None:
         """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it."""
+        if sequence.mask is not None and sequence.mask.error is not None:
+            return self._fail(sequence, sequence.mask.error)
         decoding = sequence.decoding
         tokens = self._scheduler.schedule.commit(sequence, group, picks) if decoding else picks
         first = sequence.num_generated == 0
@@ -362,6 +388,19 @@ class Engine:
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             stats=sequence.stats() if finished else None,
+        )
+
+    def _fail(self, sequence: Sequence, error: str) -> Chunk:
+        """End a choice that can't go on."""
+        sequence.finish_reason = "error"
+        self._finish(sequence)
+        return Chunk(
+            sequence.request_id,
+            sequence.index,
+            (),
+            finish_reason="error",
+            stats=sequence.stats(),
+            error=error,
         )
 
     def _finish(self, sequence: Sequence) -> None:

@@ -21,7 +21,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
     max_tokens: None means up to the context limit. logprobs: number of top alternatives per token (0: the chosen
-    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1.
+    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. grammar: text of
+    the grammar (`orthrus.grammar`) that the answer must follow.
     Raises RequestError naming the field for a value out of range.
     """
 
@@ -40,6 +41,7 @@ class SamplingParams:
     max_tokens: int | None = None
     logprobs: int | None = None
     n: int = 1
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -78,6 +80,10 @@ class SamplingParams:
             )
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", "stop")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError(
+                "ignore_eos can't be combined with a grammar, whose end must end the text", "ignore_eos"
+            )
         for token, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(

@@ -1,18 +1,19 @@
 """Coupled sampling: the pick at a position is argmax(filtered logits / T + g(seed, position)), or plain argmax if greedy.
 
 Rows are grouped by their filter settings, never padded to each other's: a row's arithmetic must not depend on its neighbours.
-Order of operations: repetition penalty, presence and frequency penalties, logit bias, temperature, top-k, top-p, min-p.
+Order of operations: token mask, repetition, presence and frequency penalties, logit bias, temperature, top-k, top-p, min-p.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels import gumbel_noise
 from orthrus.request import SamplingParams, TokenLogprob
+from orthrus.token_mask import TokenMask
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class PickRows:
 
     prompt, generated: the committed tokens, needed for penalties only. ahead: tokens assumed at `position` and after it;
     row i predicts on top of the first i of them (a draft's own penalties leave them out: that costs acceptance only).
+    mask: what is allowed at `position`. drafting: each row predicts on top of the picks of those before it.
     """
 
     params: SamplingParams
@@ -30,6 +32,14 @@ class PickRows:
     prompt: Seq[int] = ()
     generated: Seq[int] = ()
     ahead: Seq[int] = ()
+    mask: TokenMask | None = None
+    drafting: bool = False
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether anything but temperature and filters changes the logits; a draft's mask comes after its picks."""
+        masked = self.mask is not None and not self.drafting
+        return masked or self.params.has_penalties or bool(self.params.logit_bias)
 
 
 def _penalise(logits: Tensor, rows: PickRows) -> None:
@@ -77,13 +87,14 @@ def _filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
     """The token at every row of logits [rows, vocab], whose rows are those of `groups` in order. One list per group."""
-    adjusted = any(g.params.has_penalties or g.params.logit_bias for g in groups)
-    scores = logits.clone() if adjusted else logits
+    scores = logits.clone() if any(g.adjusted for g in groups) else logits
     spans: list[slice] = []
     for group in groups:
         start = spans[-1].stop if spans else 0
         spans.append(slice(start, start + group.count))
-        if group.params.has_penalties or group.params.logit_bias:
+        if group.mask is not None and not group.drafting:
+            _forbid(scores[spans[-1]], group.mask.allowed(group.ahead[: group.count - 1]))
+        if group.adjusted:
             _penalise(scores[spans[-1]], group)
     picks = scores.argmax(-1)
 
@@ -102,7 +113,34 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
         noise = gumbel_noise(seeds, positions, logits.shape[1], logits.device)
         picks[rows] = (filtered + noise).argmax(-1)
     flat = picks.tolist()
-    return [flat[span] for span in spans]
+    return [
+        _follow_mask(logits[span], group, flat[span])
+        if group.mask is not None and group.drafting
+        else flat[span]
+        for group, span in zip(groups, spans, strict=True)
+    ]
+
+
+def _forbid(logits: Tensor, bits: Tensor) -> None:
+    """-inf in place where a token's bit is not set; logits [rows, vocab], bits as `TokenMask.allowed` gives them."""
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (bits.to(logits.device).unsqueeze(-1) >> shifts & 1).bool().flatten(1)
+    logits.masked_fill_(~allowed[:, : logits.shape[1]], float("-inf"))
+
+
+def _follow_mask(logits: Tensor, rows: PickRows, picks: list[int]) -> list[int]:
+    """A draft's picks with those replaced that the mask forbids, each given the ones before it.
+
+    Where the filters ran before the mask, verification may still pick otherwise: that costs acceptance only.
+    """
+    assert rows.mask is not None
+    while (good := rows.mask.accepts(picks)) < len(picks):
+        row = logits[good : good + 1].clone()
+        _forbid(row, rows.mask.allowed(picks[:good], good))
+        [[picks[good]]] = pick(row, [replace(rows, position=rows.position + good, count=1, mask=None)])
+        if rows.mask.accepts(picks[: good + 1]) == good:
+            break  # The text has ended before this position.
+    return picks
 
 
 def token_logprobs(logits: Tensor, tokens: Seq[int], top: int) -> tuple[TokenLogprob, ...]:

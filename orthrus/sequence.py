@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from orthrus.page_hash import PageHash
 from orthrus.request import FinishReason, RequestStats, SamplingParams
 from orthrus.text import TextStream
+from orthrus.token_mask import TokenMask
 
 
 @dataclass(eq=False)
@@ -25,6 +26,7 @@ class Sequence:
     max_length: int
     stop_ids: frozenset[int]
     text: TextStream | None = None
+    mask: TokenMask | None = None
     leader: "Sequence | None" = None
     pages: list[int] = field(default_factory=list)
     hashes: list[PageHash] = field(default_factory=list)
@@ -69,6 +71,8 @@ class Sequence:
     def append(self, token: int) -> None:
         """Commit one token, and decide from it alone whether the sequence ends: pass boundaries must not matter."""
         self.tokens.append(token)
+        if self.mask is not None:
+            self.mask.commit(token)
         if self.text is not None:
             self.text.push(token)
             if self.text.stopped is not None:

@@ -1,14 +1,17 @@
 """Conversations through chat templates: Qwen3's own, and one that knows neither tools nor thinking."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deployments.answer_grammar import answer_grammar
 from deployments.chat_output import ChatDelta, joined
 from deployments.chat_template import ChatTemplate
 from deployments.protocol import ChatBody
 from orthrus.errors import RequestError
+from orthrus.grammar import GrammarMasks
 from orthrus.text import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,13 +34,12 @@ def user(text: str) -> dict[str, Any]:
 
 
 def rendered(tokenizer: Any, body: ChatBody) -> str:
-    return str(tokenizer.decode(ChatTemplate(tokenizer).apply(body)[0]))
+    return str(tokenizer.decode(ChatTemplate(tokenizer).apply(body).tokens))
 
 
 def answered(tokenizer: Any, body: ChatBody, text: str) -> ChatDelta:
     """The message that an answer of these tokens is, token by token."""
-    _, splitter = ChatTemplate(tokenizer).apply(body)
-    split, stream = splitter(), TextStream(tokenizer)
+    split, stream = ChatTemplate(tokenizer).apply(body).splitter(), TextStream(tokenizer)
     deltas = [split.push(stream.push(token)) for token in tokenizer.encode(text)]
     return joined([*deltas, split.push(stream.finish(), final=True)])
 
@@ -119,3 +121,65 @@ def test_a_model_without_a_template_says_so() -> None:
     tokenizer.chat_template = None
     with pytest.raises(RequestError, match="no chat template"):
         ChatTemplate(tokenizer).apply(chat(user("hi")))
+
+
+ULM = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+THOUGHT = "<think>\n{ not json\n</think>\n\n"
+OBJECT: dict[str, Any] = {"response_format": {"type": "json_object"}}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "allowed", "forbidden"),
+    [
+        (OBJECT, ['{"a": 1}', THOUGHT + '{"a": 1}'], ["[1]", "Well", THOUGHT + "Well"]),
+        (OBJECT | {"enable_thinking": False}, ['{"a": 1}'], ["<think>"]),
+        (
+            {"tools": [WEATHER], "tool_choice": "required"},
+            [ULM, f"{ULM}\n{ULM}", THOUGHT + ULM],
+            ["Well", "{"],
+        ),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, [ULM], [f"{ULM}\n{ULM}", ULM.replace("city", "town")]),
+        (
+            {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False},
+            [ULM],
+            [f"{ULM}\n{ULM}"],
+        ),
+        (OBJECT | {"tools": [WEATHER]}, ['{"a": 1}', ULM], ["Well"]),
+    ],
+)
+def test_answers_follow_what_was_asked_for(
+    qwen3_tokenizer: Any, fields: dict[str, Any], allowed: list[str], forbidden: list[str]
+) -> None:
+    masks = qwen3_masks(qwen3_tokenizer)
+    grammar = ChatTemplate(qwen3_tokenizer).apply(chat(user("hi"), **fields)).grammar
+    assert grammar is not None
+    for text in allowed:
+        tokens = qwen3_tokenizer.encode(text + "<|im_end|>")
+        assert masks(grammar).accepts(tokens) == len(tokens), text
+    for text in forbidden:
+        tokens = qwen3_tokenizer.encode(text + "<|im_end|>")
+        assert masks(grammar).accepts(tokens) < len(tokens), text
+
+
+@lru_cache(maxsize=1)
+def qwen3_masks(tokenizer: Any) -> GrammarMasks:
+    return GrammarMasks(tokenizer, 151936, [tokenizer.eos_token_id])
+
+
+def test_thinking_in_ordinary_tokens_and_thinking_that_the_prompt_opened() -> None:
+    """Grammars for a tokenizer without Qwen3's markers."""
+    tokenizer = load_tokenizer(ROOT / "models" / "orthrus-tiny")
+    masks = GrammarMasks(tokenizer, 8192, [tokenizer.eos_token_id])
+    for inside, text in ((False, THOUGHT + "{}"), (True, THOUGHT.removeprefix("<think>") + "{}")):
+        grammar = answer_grammar(chat(user("hi"), **OBJECT), tokenizer, thinks=True, inside_reasoning=inside)
+        assert grammar is not None
+        tokens = tokenizer.encode(text)
+        assert masks(grammar).accepts(tokens) == len(tokens)
+        free = tokenizer.encode("a</think>Well" if inside else "Well")
+        assert masks(grammar).accepts(free) < len(free)
+
+
+def test_free_answers_have_no_grammar(qwen3_tokenizer: Any) -> None:
+    for fields in ({}, {"response_format": {"type": "text"}}, {"tools": [WEATHER]}):
+        assert ChatTemplate(qwen3_tokenizer).apply(chat(user("hi"), **fields)).grammar is None

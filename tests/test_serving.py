@@ -7,6 +7,7 @@ import time
 import urllib.request
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -258,3 +259,43 @@ def test_the_other_routes(client: openai.OpenAI, url: str) -> None:
     assert http(f"{url}/health") == http(f"{url}/ready") == (200, {"status": "ok"})
     status, missing = http(f"{url}/v1/nothing")
     assert status == 404 and "not served" in missing["error"]["message"]
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_under_a_schema_are_valid_and_drafted(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "# a person as JSON"}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}},
+        "max_tokens": 200,
+        "temperature": 0,
+    }
+    choice = client.chat.completions.create(**asked).choices[0]
+    assert choice.message.content is not None and choice.finish_reason == "stop"
+    jsonschema.validate(json.loads(choice.message.content), PERSON)
+    extra = choice.model_extra
+    assert extra is not None and extra["orthrus"]["tokens_per_cycle"] > 1.2
+    events = client.chat.completions.create(**asked, stream=True)
+    assert "".join(event.choices[0].delta.content or "" for event in events) == choice.message.content
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "p", "schema": {"type": "strin"}}},
+        {"type": "yaml"},
+    ],
+)
+def test_schemas_that_cannot_be_used_are_told(url: str, wanted: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": MODEL, "messages": messages, "response_format": wanted, "max_tokens": 5}
+    status, answer = http(f"{url}/v1/chat/completions", json.dumps(body).encode())
+    assert (status, answer["error"]["param"]) == (400, "response_format")

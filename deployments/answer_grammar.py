@@ -1,0 +1,65 @@
+"""The grammar of a chat answer: what `response_format` and `tool_choice` ask for, after any thinking."""
+
+import json
+from typing import Any
+
+from deployments.chat_output import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from deployments.protocol import ChatBody, NamedToolChoice, Tool
+from orthrus.grammar import json_rule
+
+
+def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reasoning: bool) -> str | None:
+    """A Lark grammar for `orthrus.grammar`, None where any text will do.
+
+    thinks: the answer may open with `<think>...</think>`. inside_reasoning: the prompt has opened it already.
+    """
+    choice = body.tool_choice
+    schema = body.json_schema
+    rules: dict[str, str] = {}
+    if isinstance(choice, NamedToolChoice) or choice == "required":
+        named = choice.function.name if isinstance(choice, NamedToolChoice) else None
+        tools = [tool for tool in body.tools or () if named in (None, tool.function.name)]
+        rules |= _calls(tools, tokenizer, many=named is None and body.parallel_tool_calls is not False)
+        answer = "calls"
+    elif schema is not None:
+        rules["json"] = json_rule(schema)
+        answer = "json"
+        if body.offered_tools:
+            rules |= _calls(body.offered_tools, tokenizer, many=body.parallel_tool_calls is not False)
+            answer = "(json | calls)"
+    else:
+        return None
+    rules["SPACE"] = r"/\s{1,4}/"
+    start = f"SPACE? {answer}"
+    if thinks or inside_reasoning:
+        rules |= _reasoning(tokenizer, inside_reasoning)
+        start = f"reasoning {start}" if inside_reasoning else f"reasoning? {start}"
+    return "\n".join(f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
+
+
+def _calls(tools: list[Tool], tokenizer: Any, *, many: bool) -> dict[str, str]:
+    """Rules for one call, or one after the other, of any of `tools`."""
+    rules = {"calls": r'call ("\n" call)*' if many else "call"}
+    rules["call"] = (
+        f"{_marker(tokenizer, TOOL_CALL)} (" + " | ".join(f"call_{i}" for i in range(len(tools))) + ")"
+    )
+    rules["call"] += f" {_marker(tokenizer, END_TOOL_CALL)}"
+    for i, tool in enumerate(tools):
+        head = json.dumps(f'\n{{"name": "{tool.function.name}", "arguments": ')
+        rules[f"call_{i}"] = f'{head} arguments_{i} "}}\\n"'
+        rules[f"arguments_{i}"] = json_rule(tool.function.parameters or {"type": "object"})
+    return rules
+
+
+def _reasoning(tokenizer: Any, inside: bool) -> dict[str, str]:
+    opening = "" if inside else f"{_marker(tokenizer, THINK)} "
+    end = _marker(tokenizer, END_THINK)
+    if end == END_THINK:
+        return {"reasoning": rf"{opening}/(.|\n)*/ {end}"}
+    # Spelled with ordinary tokens, the end must be looked for in the text.
+    return {"reasoning": f"{opening}thoughts", f"thoughts[suffix={end}]": r"/(.|\n)*/"}
+
+
+def _marker(tokenizer: Any, marker: str) -> str:
+    """A marker in a grammar: by its name where it is a token of its own, else as the text that it is."""
+    return marker if marker in tokenizer.get_added_vocab() else json.dumps(marker)

@@ -1,0 +1,31 @@
+"""What the engine knows of constrained decoding: at each position some tokens are allowed, given those before it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class TokenMask(Protocol):
+    """The constraint on one sequence, at its newest committed token. `commit` moves it on; nothing else does.
+
+    error: why it can't go on, None while it can; the engine then ends the sequence.
+    """
+
+    error: str | None
+
+    def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
+        """What may come after the committed tokens and the first i of `ahead`, for i = first .. len(ahead).
+
+        int32 [len(ahead) + 1 - first, ceil(vocab_size / 32)] on the CPU, one bit per token id, lowest first, and at least one set
+        in every row. Rows after a token that is not allowed, or that ends the text, are never read.
+        """
+        ...
+
+    def accepts(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, from the first on, are allowed one after the other."""
+        ...
+
+    def commit(self, token: int) -> None:
+        """Note one more committed token."""
+        ...

@@ -1,0 +1,198 @@
+"""Constrained decoding: the text follows the grammar, and is the same under both schedules."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from torch import Tensor
+
+from orthrus.checkpoint import load_weights
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import RequestError
+from orthrus.grammar import GrammarMasks, json_grammar
+from orthrus.request import Completion, SamplingParams
+
+MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["function", "class", "module"]},
+        "lines": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 999}, "maxItems": 3},
+        "documented": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "lines", "documented"],
+    "additionalProperties": False,
+}
+PARAMS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "sampled": SamplingParams(temperature=1.0, seed=3),
+    "filtered": SamplingParams(temperature=1.2, top_k=20, top_p=0.9, min_p=0.01, seed=4),
+    "penalised": SamplingParams(
+        temperature=0.8, repetition_penalty=1.3, presence_penalty=0.5, seed=5, logprobs=2
+    ),
+    "two choices": SamplingParams(temperature=1.0, seed=6, n=2),
+}
+
+
+def make_engine(schedule: Any, **settings: Any) -> Engine:
+    # Drafts whatever a pass costs: what is drafted must not depend on how busy the machine is.
+    settings = {"kv_cache_tokens": 4096, **settings}
+    return Engine.from_pretrained(
+        EngineConfig(model=MODEL, schedule=schedule, device="cpu", adaptive_draft=False, **settings)
+    )
+
+
+@pytest.fixture(scope="module")
+def ar() -> Engine:
+    return make_engine("ar")
+
+
+@pytest.fixture(scope="module")
+def orthrus() -> Engine:
+    return make_engine("orthrus")
+
+
+def constrained(params: SamplingParams, schema: dict[str, Any], max_tokens: int = 500) -> SamplingParams:
+    return replace(params, grammar=json_grammar(schema), max_tokens=max_tokens)
+
+
+def text(engine: Engine, completion: Completion) -> str:
+    return str(engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_both_schedules_write_the_same_json(ar: Engine, orthrus: Engine, name: str) -> None:
+    prompts = [ar.tokenizer.encode(t) for t in ("# The parser as JSON:\n", "config = ")]
+    params = constrained(PARAMS[name], PERSON)
+    expected, got = ar.generate(prompts, params), orthrus.generate(prompts, params)
+    for one, other in zip(chain(*expected), chain(*got), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason == "stop"
+        jsonschema.validate(json.loads(text(ar, one)), PERSON)
+        if one.logprobs is not None and other.logprobs is not None:
+            mine, theirs = ([item.logprob for item in c.logprobs or ()] for c in (one, other))
+            assert mine == pytest.approx(theirs, abs=1e-4)
+    cycles = sum(c.stats.cycles for c in chain(*got))
+    committed = sum(c.stats.completion_tokens - 1 for c in chain(*got))
+    # Much of JSON follows from the schema, and the drafts follow the masks too.
+    assert committed / cycles > 1.5
+
+
+def test_neighbours_and_preemption_change_nothing(ar: Engine) -> None:
+    """Free and constrained requests in the same passes, with a cache too small for them all."""
+    tight = make_engine("orthrus", page_size=8, max_model_len=144, kv_cache_tokens=144)
+    prompts = [ar.tokenizer.encode(t) for t in ("def f(x):\n", "# JSON\n", "import ", "data = ")]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True),
+        constrained(PARAMS["sampled"], PERSON, 120),
+        SamplingParams(temperature=1.0, seed=8, max_tokens=100, ignore_eos=True),
+        constrained(PARAMS["greedy"], PERSON, 120),
+    ]
+    alone = [ar.generate([p], one)[0][0].token_ids for p, one in zip(prompts, params, strict=True)]
+    together = [choices[0].token_ids for choices in tight.generate(prompts, params)]
+    assert together == alone
+    assert tight.stats.preemptions > 0 and tight.stats.tokens_per_cycle > 1.3
+
+
+def test_a_text_cut_short_is_the_beginning_of_the_whole(ar: Engine, orthrus: Engine) -> None:
+    prompt = [ar.tokenizer.encode("x = ")]
+    [[whole]] = ar.generate(prompt, constrained(PARAMS["greedy"], PERSON))
+    for length in (1, 2, 7):
+        [[cut]] = orthrus.generate(prompt, constrained(PARAMS["greedy"], PERSON, length))
+        assert (cut.token_ids, cut.finish_reason) == (whole.token_ids[:length], "length")
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "strin"}, "strin"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"type": "object", "properties": 5}, "properties"),
+        ({"enum": ["x" * 300_000]}, "limit"),
+    ],
+)
+def test_schemas_that_cannot_be_used_are_refused(ar: Engine, schema: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        ar.generate([[1]], constrained(PARAMS["greedy"], schema))
+    assert not ar.has_work
+
+
+def test_what_a_grammar_cannot_be_combined_with(tiny_orthrus: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(grammar="start: /a/", ignore_eos=True)
+    assert caught.value.param == "ignore_eos"
+    engine = Engine.from_pretrained(EngineConfig(model=str(tiny_orthrus), device="cpu", kv_cache_tokens=512))
+    with pytest.raises(RequestError, match="tokenizer"):
+        engine.generate([[1]], SamplingParams(grammar="start: /a/"))
+
+
+def bits(masks: Tensor) -> list[list[int]]:
+    return [[i for i in range(masks.shape[1] * 32) if row[i // 32] >> (i % 32) & 1] for row in masks.tolist()]
+
+
+def test_masks_of_a_block_are_those_met_one_by_one(ar: Engine) -> None:
+    tokenizer = ar.tokenizer
+    eos = ar.model_config.eos_token_ids
+    masks = GrammarMasks(tokenizer, ar.model_config.vocab_size, eos)
+    tokens = [*tokenizer.encode('{"a": [1, 22]}'), eos[0]]
+    grammar = json_grammar({"type": "object"})
+    block, step = masks(grammar), masks(grammar)
+    together = bits(block.allowed(tokens[:-1]))
+    assert block.accepts(tokens) == len(tokens)
+    for i, token in enumerate(tokens):
+        [alone] = bits(step.allowed([]))
+        assert together[i] == alone and token in alone
+        assert torch.equal(block.allowed(tokens[:-1], i), block.allowed(tokens[:-1])[i:])
+        step.commit(token)
+    assert set(together[-1]) >= set(eos)
+    assert block.error is None and step.error is None
+
+
+def test_a_forbidden_draft_leaves_no_trace(ar: Engine) -> None:
+    masks = GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ar.model_config.eos_token_ids)
+    mask = masks(json_grammar({"type": "integer"}))
+    [one, word] = ar.tokenizer.encode("1"), ar.tokenizer.encode("x")
+    before = mask.allowed([])
+    assert mask.allowed([*one, *word, *one]).shape[0] == 4
+    assert mask.accepts([*one, *word, *one]) == 1
+    assert torch.equal(mask.allowed([]), before) and mask.error is None
+
+
+class _Breaks:
+    """A mask whose grammar gives up after three tokens, as one that grows too complex does."""
+
+    def __init__(self, _: str) -> None:
+        self.error: str | None = None
+        self._left = 3
+
+    def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
+        return torch.full((len(ahead) + 1 - first, 8192 // 32), -1, dtype=torch.int32)
+
+    def accepts(self, tokens: Sequence[int]) -> int:
+        return len(tokens)
+
+    def commit(self, token: int) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.error = "too complex"
+
+
+def test_a_grammar_that_gives_up_ends_its_request_alone(ar: Engine) -> None:
+    weights = load_weights(Path(MODEL), ar.model_config, ar.device, "auto")
+    engine = Engine(ar.config, ar.model_config, weights, ar.tokenizer, _Breaks)
+    free = SamplingParams(temperature=0.0, max_tokens=20)
+    [[alone]] = ar.generate([[5, 6]], free)
+    [[broken], [good]] = engine.generate(
+        [[5, 6], [5, 6]], [SamplingParams(temperature=0.0, max_tokens=20, grammar="g"), free]
+    )
+    assert good.token_ids == alone.token_ids
+    assert broken.finish_reason == "error" and len(broken.token_ids) == 3
+    assert engine.stats.kv_pages_used == 0
