@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import ValidationError  # type: ignore[import-untyped]
+from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orthrus.errors import ConfigError
