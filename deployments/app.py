@@ -1,6 +1,6 @@
 """`build`: from the `args` of a Serve config to the application. `import_path: deployments.app:build`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.serve import Application, Deployment
@@ -9,6 +9,8 @@ from deployments.app_args import parse_args
 from deployments.ingress import Ingress
 from deployments.model_check import check_model, locate
 from deployments.replica import OrthrusReplica
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""
@@ -18,6 +20,11 @@ DRAIN_SECONDS = 300.0
 
 def build(args: dict[str, Any]) -> Application:
     """The application that the args describe. Raises ConfigError, naming key and fault, if they or the model can't work."""
+    return make_application(args, Engine.from_pretrained)
+
+
+def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine]) -> Application:
+    """`build`, whose replicas get their engines from `load`."""
     engine = locate(parse_args(args).engine)
     check_model(engine)
     replica = _deployment(
@@ -27,7 +34,7 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=engine.max_num_seqs,
         request_router_config=ROUTER,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-    ).bind(engine)
+    ).bind(engine, load)
     return _deployment(Ingress, args.get("ingress", {}), max_ongoing_requests=1024).bind(replica, engine)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
+from deployments.chunk_link import ChunkReceiver
 from deployments.failover import generate_on_replica
 from deployments.failures import GenerationFailed
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, Request, RequestStats, SamplingParams
+from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
 from orthrus.text import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
@@ -46,6 +47,7 @@ def unwrap(error: BaseException) -> BaseException:
 
 async def generate(
     replica: DeploymentHandle,
+    receiver: ChunkReceiver,
     tokenizer: Any,
     prompt: list[int],
     params: SamplingParams,
@@ -61,27 +63,14 @@ async def generate(
         )
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
-    splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
-    stream = generate_on_replica(replica, request)
+    splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
+    stream = generate_on_replica(replica, receiver, request)
     try:
-        async for chunk in stream:
-            if chunk.finish_reason == "error":
-                raise GenerationFailed(chunk.error)
-            tokens = chunk.token_ids
-            # A stop token ends the text and is no part of it, even where it is an ordinary word.
-            if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
-                tokens = tokens[:-1]
-            last = chunk.finish_reason is not None
-            text = "".join([texts[chunk.index].push(token) for token in tokens])
-            if last:
-                text += texts[chunk.index].finish()
-            if splitters is None:
-                yield TextChunk(chunk.index, text, chunk, finish_reason=chunk.finish_reason)
-                continue
-            split = splitters[chunk.index]
-            delta = split.push(text, final=last)
-            reason = "tool_calls" if chunk.finish_reason == "stop" and split.called else chunk.finish_reason
-            yield TextChunk(chunk.index, text, chunk, delta, reason)
+        async for chunks in stream:
+            for chunk in _by_choice(chunks):
+                if chunk.finish_reason == "error":
+                    raise GenerationFailed(chunk.error)
+                yield _text_chunk(chunk, texts[chunk.index], splitters[chunk.index])
     except Exception as error:
         cause = unwrap(error)
         if isinstance(cause, RequestError):
@@ -89,6 +78,33 @@ async def generate(
         raise
     finally:
         await stream.aclose()
+
+
+def _text_chunk(chunk: Chunk, text: TextStream, splitter: ChatSplitter | None) -> TextChunk:
+    """A chunk with what has become certain of its choice's text."""
+    tokens = chunk.token_ids
+    # A stop token ends the text and is no part of it, even where it is an ordinary word.
+    if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
+        tokens = tokens[:-1]
+    last = chunk.finish_reason is not None
+    certain = "".join([text.push(token) for token in tokens])
+    if last:
+        certain += text.finish()
+    if splitter is None:
+        return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
+    delta = splitter.push(certain, final=last)
+    reason = "tool_calls" if chunk.finish_reason == "stop" and splitter.called else chunk.finish_reason
+    return TextChunk(chunk.index, certain, chunk, delta, reason)
+
+
+def _by_choice(chunks: list[Chunk]) -> list[Chunk]:
+    """Chunks that came together as one for each choice."""
+    if len(chunks) == 1:
+        return chunks
+    of_choice: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        of_choice.setdefault(chunk.index, []).append(chunk)
+    return [joined_chunks(parts) for parts in of_choice.values()]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.chat_output import ChatSplitter
 from deployments.chat_template import ChatTemplate
+from deployments.chunk_link import ChunkReceiver
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
@@ -79,6 +80,7 @@ class Ingress:
 
     def __init__(self, replica: DeploymentHandle, config: EngineConfig) -> None:
         self._replica = replica
+        self._receiver = ChunkReceiver()
         self._model = config.served_model_name or config.model
         path = resolve(config.model)
         self._tokenizer = load_tokenizer(path)
@@ -92,6 +94,11 @@ class Ingress:
             "max_model_len": self._max_model_len,
         }
         self._template = ChatTemplate(self._tokenizer)
+
+    def __del__(self) -> None:
+        receiver = getattr(self, "_receiver", None)
+        if receiver is not None:
+            receiver.close()
 
     # --- HTTP
 
@@ -181,7 +188,10 @@ class Ingress:
     ) -> Response:
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
-        streams = [generate(self._replica, self._tokenizer, prompt, params, splitter) for prompt in prompts]
+        streams = [
+            generate(self._replica, self._receiver, self._tokenizer, prompt, params, splitter)
+            for prompt in prompts
+        ]
         merged = merge(streams, params.n)
         if not body.stream:
             return JSONResponse(out.whole(await collect(merged, params.n * len(prompts)), params.n))
@@ -206,7 +216,7 @@ class Ingress:
         def event(index: int, item: TextChunk) -> str:
             if item.chunk.stats is not None:
                 stats[index] = item.chunk.stats
-            return sse(out.event(item, index))
+            return out.stream(item, index)
 
         try:
             for index in range(choices):
@@ -280,7 +290,7 @@ class Ingress:
                 prompt = list(request.prompt_token_ids.ids)
             case _:
                 raise RequestError("set prompt or prompt_token_ids", "prompt")
-        return generate(self._replica, self._tokenizer, prompt, params), params.n
+        return generate(self._replica, self._receiver, self._tokenizer, prompt, params), params.n
 
     async def _chat_call(self, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
         """As `_generate_call`."""
@@ -288,7 +298,9 @@ class Ingress:
         params = request_params(request.sampling)
         prompt = await asyncio.to_thread(self._template.apply, chat_body(request))
         params = replace(params, grammar=prompt.grammar)
-        return generate(self._replica, self._tokenizer, prompt.tokens, params, prompt.splitter), params.n
+        return generate(
+            self._replica, self._receiver, self._tokenizer, prompt.tokens, params, prompt.splitter
+        ), params.n
 
     def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
         if request.ByteSize() > MAX_BODY_BYTES:
