@@ -5,6 +5,7 @@ Serve pickles the FastAPI app while this module is being imported: what the endp
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -38,6 +39,7 @@ from orthrus.request import RequestStats, SamplingParams
 from orthrus.text import load_tokenizer
 
 MAX_BODY_BYTES = 4 << 20
+_NICENESS = 5
 
 Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 
@@ -79,6 +81,8 @@ class Ingress:
     """Stateless; add replicas of it where tokenising is the bottleneck."""
 
     def __init__(self, replica: DeploymentHandle, config: EngineConfig) -> None:
+        # Where cores are few, a replica's next pass comes before the text of its last one.
+        os.nice(_NICENESS)
         self._replica = replica
         self._receiver = ChunkReceiver()
         self._model = config.served_model_name or config.model
