@@ -47,7 +47,7 @@ class EngineLoadPolicy:
     """Keeps row and KV use near their targets and the queue wait under its limit; idle deployments want no replica.
 
     target_row_use, target_kv_use: 0 to 1, the use at which a replica is as busy as it should be.
-    max_queue_wait_s: a replica whose queue's head has waited longer calls for another replica.
+    max_queue_wait_s: once the head of every replica's queue has waited longer, there must be another replica.
     """
 
     def __init__(
@@ -99,9 +99,10 @@ class EngineLoadPolicy:
             total = sum(signals[name].values())
             reason = f"{name} {total / len(signals[name]):.2f} on average, target {target:.2f}"
             calls.append(Decision(total / target, name, reason))
-        wait = max(signals["queue_wait"].values())
+        # A queue that is long on some replicas only needs no other one: new requests go elsewhere, and those in it stay.
+        wait = min(signals["queue_wait"].values())
         if wait > self._max_queue_wait:
-            reason = f"a request has waited {wait:.1f} s, limit {self._max_queue_wait:.1f} s"
+            reason = f"requests have waited {wait:.1f} s everywhere, limit {self._max_queue_wait:.1f} s"
             calls.append(Decision(running + 1, "queue_wait", reason))
         # A mean over time: under 1 it is requests on their way to a replica.
         if ctx.total_queued_requests >= 1:

@@ -1,10 +1,14 @@
 """Which replica gets a request: the one whose cache holds most of its prompt, unless that one has too much to do.
 
+Of those that hold equally much, a session's own replica comes first: clients may name a session, as `prompt_cache_key`, in the
+header `x-session-id` or in gRPC metadata, and every ingress then sends it to the same replica.
+
 Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which prefixes they hold
 (`replica_report`, every `request_routing_stats_period_s`). `PrefixBalancer` decides from that and from what this router
 has sent since; `PrefixRouter` ties it to Serve. Serve pickles this module to every process that routes.
 """
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -83,9 +87,12 @@ def request_load(request: Request, capacity: Capacity) -> Load:
 
 
 class _Placement(NamedTuple):
+    """Where a request is counted. names: of the pages of its prompt. home: its session's replica, None without one."""
+
     replica: Replica
     load: Load
     names: Sequence[PageHash]
+    home: Replica | None
 
 
 class _View:
@@ -130,10 +137,11 @@ class _View:
 
 
 class PrefixBalancer:
-    """Ranks replicas for a request: longest cached prefix first, as far as the load allows, then power of two choices.
+    """Ranks replicas for a request: longest cached prefix first, then its session's replica, as far as the load allows; then
+    power of two choices.
 
-    load_bound: a replica is given requests for its cache's sake while its use stays below this multiple of the
-    mean. affinity_floor: or below this use, where balance does not matter yet. Both are about use as in `Load.use`.
+    load_bound: a replica is given requests for its cache's or a session's sake while its use stays below this multiple of
+    the mean. affinity_floor: or below this use, where balance does not matter yet. Both are about use as in `Load.use`.
     clock, rng: for tests.
     """
 
@@ -163,41 +171,54 @@ class PrefixBalancer:
         }
         for replica, (_, report) in replicas.items():
             self._views[replica].report(report, self._clock())
+        self._placed = {name: p for name, p in self._placed.items() if p.replica in self._views}
 
     def use(self, replica: Replica) -> float:
         """Part of a replica's capacity that is taken, as far as this router knows."""
         view = self._views[replica]
         return view.load.use(view.capacity)
 
-    def rank(self, request: Request) -> tuple[list[Replica], int]:
-        """All replicas, best first, and the cached pages that the first is known to hold. The first is charged."""
+    def rank(self, request: Request, session: str = "") -> list[Replica]:
+        """All replicas, best first. The first is charged. session: "" for none."""
         self._expire()
+        before = self._placed.get(request.request_id)
         self.done(request.request_id)
         if not self._views:
-            return [], 0
+            return []
         capacity = next(iter(self._views.values())).capacity
-        # The newest token is computed in any case, so its page is never taken from the cache.
-        names = [h[:NAME_BYTES] for h in page_hashes(request.prompt[:-1], capacity.page_size)]
+        if before is not None:
+            names = before.names
+        else:
+            # The newest token is computed in any case, so its page is never taken from the cache.
+            names = [h[:NAME_BYTES] for h in page_hashes(request.prompt[:-1], capacity.page_size)]
         load = request_load(request, capacity)
         # Before this request: a replica with nothing to do takes the largest.
         use = {replica: self.use(replica) for replica in self._views}
         bound = max(self._affinity_floor, self._load_bound * sum(use.values()) / len(use))
         pages = {r: view.matching_pages(names) if use[r] <= bound else 0 for r, view in self._views.items()}
+        home = max(self._views, key=lambda r: _weight(session, r)) if session else None
+        preferred = home if home is not None and use[home] <= bound else None
         pair = self._rng.sample(list(self._views), min(2, len(self._views)))
-        ranked = sorted(self._views, key=lambda r: (-pages[r], r not in pair, use[r]))
-        self._place(request.request_id, _Placement(ranked[0], load, names))
+        ranked = sorted(self._views, key=lambda r: (-pages[r], r != preferred, r not in pair, use[r]))
+        self._place(request.request_id, _Placement(ranked[0], load, names, home))
         self._unconfirmed[request.request_id] = self._clock()
-        return ranked, pages[ranked[0]]
+        return ranked
 
-    def confirm(self, request_id: str, replica: Replica) -> None:
-        """Serve has sent the request to `replica`, which need not be the one ranked first."""
+    def confirm(self, request_id: str, replica: Replica) -> str:
+        """Serve has sent the request to `replica`, which need not be the one ranked first.
+
+        What speaks for that replica: a "prefix" that it holds, that it is the "session"'s, or "load" alone.
+        """
         self._unconfirmed.pop(request_id, None)
         placement = self._placed.get(request_id)
         if placement is None or replica not in self._views:
-            return
+            return "load"
         self.done(request_id)
         self._place(request_id, placement._replace(replica=replica))
-        self._views[replica].will_hold(placement.names, self._clock())
+        view = self._views[replica]
+        held = view.matching_pages(placement.names)
+        view.will_hold(placement.names, self._clock())
+        return "prefix" if held else "session" if replica == placement.home else "load"
 
     def done(self, request_id: str) -> None:
         """The request has ended, whatever its end; unknown ones are ignored."""
@@ -230,7 +251,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         self._sent: dict[tuple[ReplicaID, str], list[str]] = {}
         self._routed = Counter(
             "orthrus_routed_requests",
-            "Requests by what decided: a cached prefix, or load alone",
+            "Requests by what spoke for their replica: a cached prefix, their session, or load alone",
             ("application", "deployment", "by"),
         ).set_default_tags({"application": self.app_name, "deployment": self._deployment_id.name})
 
@@ -250,10 +271,11 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         # Without it Serve asks again at once while all replicas are full, and does nothing else.
         pending_request.routing_context.should_backoff = True
         request = _request(pending_request)
-        ranked, pages = self._balancer.rank(request) if request is not None else ([], 0)
+        if request is None:
+            return [candidate_replicas]
+        ranked = self._balancer.rank(request, pending_request.metadata.session_id)
         if not ranked:
             return [candidate_replicas]
-        self._routed.inc(1, {"by": "prefix" if pages else "load"})
         return [[self._replicas[replica]] for replica in ranked if replica in self._replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -261,7 +283,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         if request is not None:
             key = (replica_id, pending_request.metadata.internal_request_id)
             self._sent.setdefault(key, []).append(request.request_id)
-            self._balancer.confirm(request.request_id, replica_id)
+            self._routed.inc(1, {"by": self._balancer.confirm(request.request_id, replica_id)})
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         sent = self._sent.get((replica_id, internal_request_id))
@@ -278,6 +300,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         return None
 
     def _update_balancer(self) -> None:
+        self._sent = {key: sent for key, sent in self._sent.items() if key[0] in self._replicas}
         self._balancer.update(
             {
                 replica_id: (Capacity(**replica.replica_metadata), replica.routing_stats)
@@ -285,6 +308,11 @@ class PrefixRouter(FIFOMixin, RequestRouter):
                 if replica.replica_metadata
             }
         )
+
+
+def _weight(session: str, replica: Replica) -> bytes:
+    """Rendezvous hashing: all routers agree, and a replica that comes or goes moves its own sessions only."""
+    return hashlib.blake2b(f"{session}\0{replica}".encode(), digest_size=8).digest()
 
 
 def _request(pending: PendingRequest) -> Request | None:

@@ -64,6 +64,9 @@ POLICY = EngineLoadPolicy(target_row_use=0.5, target_kv_use=0.8, max_queue_wait_
         (context({"row_use": 0.1, "kv_use": 1.0}, {"kv_use": 1.0}), 2.5, "kv_use"),
         (context({"row_use": 0.1, "queue_wait": 2.1}), 2, "queue_wait"),
         (context({"row_use": 0.1, "queue_wait": 1.9}), 1, "row_use"),
+        # What waits on one replica stays there: another one would not help it.
+        (context({"row_use": 0.2, "queue_wait": 9.0}, {"row_use": 0.1}), 1, "row_use"),
+        (context({"row_use": 0.2, "queue_wait": 9.0}, {"row_use": 0.1, "queue_wait": 2.5}), 3, "queue_wait"),
         (context({"row_use": 0.1}, queued=3), 2, "unrouted"),
         (context({"row_use": 0.001}), 1, "row_use"),
         (context({}, requests=1), 1, "row_use"),

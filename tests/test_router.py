@@ -70,7 +70,7 @@ class Cluster:
                 router.done(request_id)
             router = self.routers[number % len(self.routers)]
             request = Request(f"{id(self)}-{number}", prompt, SamplingParams(max_tokens=64))
-            (name, *_), _ = router.rank(request)
+            name, *_ = router.rank(request)
             router.confirm(request.request_id, name)
             self.replicas[name].start(request)
             self.running.append((router, name, request.request_id))
@@ -121,11 +121,11 @@ def test_load_counts_rows_and_pages_not_requests() -> None:
     report = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
     balancer.update({"a": (CAPACITY, report), "b": (CAPACITY, report)})
     long = Request("long", list(range(4000)), SamplingParams(max_tokens=64))
-    (home, *_), _ = balancer.rank(long)
+    home, *_ = balancer.rank(long)
     balancer.confirm("long", home)
     short = [Request(f"short-{i}", [i] * 20, SamplingParams(max_tokens=16)) for i in range(6)]
     for request in short:
-        (replica, *_), _ = balancer.rank(request)
+        replica, *_ = balancer.rank(request)
         balancer.confirm(request.request_id, replica)
         assert replica != home, "six short requests weigh less than one long prompt"
     for request in (long, *short):
@@ -138,7 +138,7 @@ def test_reports_replace_what_the_router_assumed() -> None:
     empty = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
     balancer.update({"a": (CAPACITY, empty), "b": (CAPACITY, empty)})
     request = Request("r", [1] * 100, SamplingParams(max_tokens=16))
-    (home, other), _ = balancer.rank(request)
+    home, other = balancer.rank(request)
     balancer.confirm("r", home)
     # Another router's requests are in the report only; ours is in both, and counts once.
     busy = {"rows": 8.0, "pages": 100.0, "prefixes": b""}
@@ -155,21 +155,55 @@ def test_a_dead_replica_is_never_ranked_and_a_choice_that_came_to_nothing_is_for
     replicas = dict.fromkeys("abc", (CAPACITY, empty))
     balancer.update(replicas)
     request = Request("r", [1] * 100, SamplingParams(max_tokens=16))
-    ranked, pages = balancer.rank(request)
-    assert sorted(ranked) == ["a", "b", "c"] and pages == 0
+    ranked = balancer.rank(request)
+    assert sorted(ranked) == ["a", "b", "c"]
     home = ranked[0]
     assert balancer.use(home) > 0
     now = 3.0
     balancer.rank(Request("s", [2] * 100, SamplingParams(max_tokens=16)))
     balancer.done("s")
     assert balancer.use(home) == 0.0, "never confirmed"
-    balancer.confirm("r", home)
+    assert balancer.confirm("r", home) == "load"
     del replicas[home]
     balancer.update(replicas)
-    assert home not in balancer.rank(request)[0]
+    assert home not in balancer.rank(request)
     balancer.done("r")
     balancer.update({})
-    assert balancer.rank(request) == ([], 0)
+    assert balancer.rank(request) == []
+
+
+def test_a_session_stays_with_its_replica_for_every_router_as_far_as_load_allows() -> None:
+    empty = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
+    replicas = dict.fromkeys("abc", (CAPACITY, empty))
+    routers = [PrefixBalancer(rng=random.Random(i)) for i in range(2)]
+    for router in routers:
+        router.update(replicas)
+
+    def home(session: str, number: int, router: PrefixBalancer) -> str:
+        request = Request(f"{session}-{number}", [number] * 5, SamplingParams(max_tokens=1))
+        replica = str(router.rank(request, session)[0])
+        assert router.confirm(request.request_id, replica) == "session"
+        router.done(request.request_id)
+        return replica
+
+    homes = {f"s{i}": {home(f"s{i}", n, router) for n, router in enumerate(routers * 3)} for i in range(60)}
+    assert all(len(found) == 1 for found in homes.values())
+    chosen = Counter(found.pop() for found in homes.values())
+    assert set(chosen) == set("abc") and max(chosen.values()) < 40
+    # A replica that goes moves its own sessions only.
+    [first] = {home("s0", 100, routers[0])}
+    gone = next(name for name in "abc" if name != first)
+    routers[0].update({name: known for name, known in replicas.items() if name != gone})
+    assert home("s0", 101, routers[0]) == first
+    # Too much to do at home: elsewhere. A cached prefix elsewhere counts for more, too.
+    busy = {"rows": 12.0, "pages": 300.0, "prefixes": b""}
+    routers[1].update({**replicas, first: (CAPACITY, busy)})
+    assert routers[1].rank(Request("x", [1] * 5), "s0")[0] != first
+    prompt = list(range(100))
+    names = b"".join(name[:NAME_BYTES] for name in page_hashes(prompt, CAPACITY.page_size))
+    routers[1].update({**replicas, gone: (CAPACITY, {"rows": 0.0, "pages": 6.0, "prefixes": names})})
+    assert routers[1].rank(Request("y", prompt), "s0")[0] == gone
+    assert routers[1].confirm("y", gone) == "prefix"
 
 
 @pytest.mark.parametrize("kwargs", [{"load_bound": 0.5}, {"affinity_floor": -0.1}, {"affinity_floor": 1.1}])
