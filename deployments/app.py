@@ -14,6 +14,8 @@ from orthrus.engine_config import EngineConfig
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""
+HEALTH_CHECK_SECONDS = 2.0
+"""How soon a replica that is gone is noticed, and replaced."""
 DRAIN_SECONDS = 300.0
 """A replica that is scaled away or updated may go on answering for this long; it gets nothing new meanwhile."""
 
@@ -33,9 +35,16 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         # Serve's default of 5 concurrent requests would starve the engine's batch.
         max_ongoing_requests=engine.max_num_seqs,
         request_router_config=ROUTER,
+        health_check_period_s=HEALTH_CHECK_SECONDS,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
     ).bind(engine, load)
-    return _deployment(Ingress, args.get("ingress", {}), max_ongoing_requests=1024).bind(replica, engine)
+    return _deployment(
+        Ingress,
+        args.get("ingress", {}),
+        max_ongoing_requests=1024,
+        max_surge_percent=100,  # An update starts the new ones first: they need no GPU.
+        health_check_period_s=HEALTH_CHECK_SECONDS,
+    ).bind(replica, engine)
 
 
 def _deployment(deployment: Any, options: Mapping[str, Any], **defaults: Any) -> Deployment:

@@ -12,7 +12,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from orthrus.errors import ConfigError
 
@@ -228,6 +227,9 @@ class ModelConfig:
 
     def rotary(self) -> tuple[Tensor, float]:
         """Rotary frequencies, float32 [head_dim / 2] on CPU, and the factor on cos and sin, by transformers' own code."""
+        # Here, since it takes two seconds and only an engine needs it: an ingress is to start fast.
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
         known = {k: v for k, v in self.to_dict().items() if k in (*_REQUIRED, *_OPTIONAL)}
         with torch.device("cpu"):
             rotary = Qwen3RotaryEmbedding(Qwen3Config(**known))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from orthrus.errors import RequestError
@@ -53,6 +52,9 @@ class GrammarMasks:
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
+        # Here, since it brings all of transformers' models, and an ingress only writes grammars.
+        from llguidance.hf import from_tokenizer
+
         return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
 
     def _compile(self, grammar: str) -> LLMatcher:
