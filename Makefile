@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-cluster lint format clean
+.PHONY: help serve test test-serving test-cluster lint format clean
 
 help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
 	@echo 'make test    run the test suite'
+	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make format  let ruff fix and format'
@@ -19,6 +20,9 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+test-serving: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/serving_proof.py
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/cluster_proof.py

@@ -1,0 +1,350 @@
+"""What operators rely on, under load and for real: `make test-serving` runs it, in minutes.
+
+Load step, shared prefixes over replicas, a replica and the proxy killed under streams, clients that misbehave, and a rolling
+update. Every answer is greedy and must be the one that the model gives alone.
+"""
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orthrus.engine import Engine
+from orthrus.request import SamplingParams
+from tests.local_cluster import (
+    MODEL,
+    Clients,
+    LocalCluster,
+    Stream,
+    answers,
+    client_session,
+    local_cluster,
+    wait_for,
+)
+from tests.serving import plain
+
+PROMPT = "".join(f"def add_{n}(a, b):\n    return a + b + {n}\n\n\n" for n in range(4))
+WHOLE_AGAIN_SECONDS = 15
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster() as started:
+        yield started
+
+
+def expected(ar: Engine, prompt: str, max_tokens: int) -> str:
+    return plain(ar, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True))
+
+
+def fixed(replicas: int, **engine: int) -> dict[str, dict[str, object]]:
+    """Changes of the config: so many replicas, without autoscaling."""
+    return {
+        "engine": {"max_num_seqs": 12, "kv_cache_tokens": 16384, **engine},
+        "replica": {
+            "num_replicas": replicas,
+            "autoscaling_config": None,
+            "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}},
+        },
+        "ingress": {"ray_actor_options": {"num_cpus": 0.1}},
+    }
+
+
+def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(cluster: LocalCluster, ar: Engine) -> None:
+    """32 streams on two replicas of 12 sequences. The victim is stopped first: its streams are those that stand still."""
+    cluster.deploy(**fixed(2))
+    text = expected(ar, PROMPT, 400)
+    victim = cluster.running()[0]
+
+    async def main() -> tuple[list[Stream], list[Stream]]:
+        streams = [Stream(PROMPT, 400) for _ in range(32)]
+        async with client_session() as session:
+            tasks = [asyncio.create_task(stream.run(session, cluster.url)) for stream in streams]
+            while sum(stream.events > 3 for stream in streams) < 24:
+                await asyncio.sleep(0.05)
+            os.kill(victim.pid, signal.SIGSTOP)
+            await asyncio.sleep(0.3)  # What it had sent arrives.
+            seen = {id(stream): stream.events for stream in streams}
+            still = streams
+            while len(still) > 20:
+                await asyncio.sleep(0.05)
+                still = [stream for stream in streams if stream.events == seen[id(stream)]]
+            begun = [stream for stream in still if stream.events]
+            os.kill(victim.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            replaced = lambda: len({r.pid for r in cluster.running()} - {victim.pid}) == 2  # noqa: E731
+            await asyncio.to_thread(wait_for, replaced, WHOLE_AGAIN_SECONDS, "two replicas again")
+            print(f"two replicas again {time.monotonic() - killed:.1f} s after the kill")
+            await asyncio.gather(*tasks)
+        return streams, begun
+
+    streams, begun = asyncio.run(main())
+    failed = [stream for stream in streams if stream.error]
+    assert {id(s) for s in failed} == {id(s) for s in begun}
+    for stream in failed:
+        assert "replica that was answering has stopped" in stream.error
+        assert stream.text and text.startswith(stream.text)
+    assert all(stream.text == text for stream in streams if not stream.error)
+    check_nothing_stays(cluster)
+
+
+@pytest.mark.parametrize("process", ["haproxy", "HAProxyManager", "orthrus:Ingress"])
+def test_a_killed_proxy_is_replaced_and_nothing_of_it_stays(
+    cluster: LocalCluster, ar: Engine, process: str
+) -> None:
+    """32 streams go through one process: they end with it, and free what they held."""
+    cluster.deploy(**fixed(2))
+    text = expected(ar, PROMPT, 40)
+
+    async def main() -> None:
+        streams = [Stream(PROMPT, 1500) for _ in range(32)]
+        run = asyncio.create_task(answers(cluster.url, streams))
+        while sum(stream.events > 3 for stream in streams) < 24:
+            await asyncio.sleep(0.05)
+        for pid in cluster.pids(process):
+            os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        # Until a new proxy knows the way, it says so; then all is as before.
+        again = [Stream(PROMPT, 40)]
+        while (await answers(cluster.url, again))[0].error:
+            assert time.monotonic() - killed < WHOLE_AGAIN_SECONDS, again[0].error
+            await asyncio.sleep(0.2)
+            again = [Stream(PROMPT, 40)]
+        seconds = time.monotonic() - killed
+        print(f"{process}: an answer {seconds:.1f} s after the kill")
+        assert seconds < WHOLE_AGAIN_SECONDS
+        await run
+        assert all(stream.error for stream in streams)
+        again = await answers(cluster.url, [Stream(PROMPT, 40) for _ in range(16)])
+        assert [stream.text for stream in again] == [text] * 16
+
+    asyncio.run(main())
+    check_nothing_stays(cluster)
+
+
+def test_a_load_step_scales_up_and_back_to_none(cluster: LocalCluster, ar: Engine) -> None:
+    """1 client, then 32, then 1, then none, then one again: 1, 3, 1, 0 and 1 replicas, each change explained."""
+    cluster.deploy(
+        engine={"max_num_seqs": 6, "kv_cache_tokens": 8192},
+        replica={
+            "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}},
+            "autoscaling_config": {
+                **cluster.args()["replica"]["autoscaling_config"],
+                "min_replicas": 0,
+                "initial_replicas": 1,
+                "max_replicas": 3,
+                "metrics_interval_s": 0.5,
+                "look_back_period_s": 2,
+                "upscale_delay_s": 1,
+                "downscale_delay_s": 4,
+                "downscale_to_zero_delay_s": 4,
+            },
+        },
+        ingress={"ray_actor_options": {"num_cpus": 0.1}},
+    )
+    text = expected(ar, PROMPT, 64)
+
+    async def replicas(count: int) -> None:
+        await asyncio.to_thread(wait_for, lambda: len(cluster.running()) == count, 90, f"{count} replicas")
+
+    async def main() -> list[Stream]:
+        lone, many = Clients(cluster.url, PROMPT, 64), Clients(cluster.url, PROMPT, 64)
+        lone.start(1)
+        while len(lone.done) < 2:
+            await asyncio.sleep(0.1)
+        assert len(cluster.running()) == 1
+        many.start(31)
+        await replicas(3)
+        await many.stop()
+        await replicas(1)
+        await lone.stop()
+        await replicas(0)
+        return [*lone.done, *many.done, *await answers(cluster.url, [Stream(PROMPT, 64)])]
+
+    streams = asyncio.run(main())
+    assert not [stream.error for stream in streams if stream.error]
+    assert {stream.text for stream in streams} == {text}
+    pattern = r"autoscaling OrthrusReplica: scaled (up|down) from (\d+) to (\d+): (.+)"
+    steps = [(int(a), int(b), why) for _, a, b, why in re.findall(pattern, cluster.log("controller"))]
+    print(*steps, sep="\n")
+    assert [a for a, _, _ in steps] == [1, *(b for _, b, _ in steps[:-1])], "no change went unexplained"
+    assert max(b for _, b, _ in steps) == 3 and [b for _, b, _ in steps[-2:]] == [0, 1]
+    reasons = {
+        (a < b): {why.split(" ")[0] for x, b2, why in steps if (x < b2) == (a < b)} for a, b, _ in steps
+    }
+    assert reasons[True] <= {"row_use", "a", "kv_use"} and "no" in reasons[False], reasons
+
+    def counted() -> bool:
+        counts = cluster.samples("ray_orthrus_autoscaling_scalings_total")
+        return sum(counts.values()) >= len(steps)
+
+    wait_for(counted, 30, "every change counted")
+
+
+def test_prefixes_are_found_on_three_replicas_as_on_one(cluster: LocalCluster) -> None:
+    """Many prefixes: the hit rate of three replicas is that of one. One hot prefix: all three share it."""
+    rng = random.Random(0)
+    heads = [f"# {rng.random()}\n" + PROMPT * 2 for _ in range(12)]
+    prompts = [f"{rng.choice(heads)}# {rng.random()}\n" for _ in range(360)]
+    hot = [f"{heads[0]}# {rng.random()}\n" for _ in range(360)]
+
+    def run(replicas: int, prompts: list[str]) -> tuple[float, list[float]]:
+        """Hit rate, and requests by replica, with 4 requests in flight for each."""
+        cluster.deploy(**fixed(replicas, max_num_seqs=8 + replicas))  # Another version: new replicas.
+        names = {replica.name for replica in cluster.running()}
+        streams = [Stream(prompt, 8) for prompt in prompts]
+
+        async def main() -> None:
+            left = iter(streams)
+
+            async def client() -> None:
+                async with client_session() as session:
+                    for stream in left:
+                        await stream.run(session, cluster.url)
+
+            await asyncio.gather(*(client() for _ in range(4 * replicas)))
+
+        asyncio.run(main())
+        assert not [stream.error for stream in streams if stream.error]
+
+        def served() -> list[float]:
+            counts = cluster.samples("ray_orthrus_engine_admitted_total")
+            ours = [n for labels, n in counts.items() if names & set(labels)]
+            return ours if sum(ours) == len(streams) else []
+
+        counts = wait_for(served, 60, "all requests counted")
+        return sum(s.cached_tokens for s in streams) / sum(s.prompt_tokens for s in streams), counts
+
+    alone, _ = run(1, prompts)
+    three, counts = run(3, prompts)
+    print(f"hit rate {alone:.3f} on one, {three:.3f} on three: {counts}")
+    assert alone > 0.8 and three >= 0.9 * alone
+    _, counts = run(3, hot)
+    print(f"one hot prefix: {counts}")
+    assert len(counts) == 3 and max(counts) <= 1.5 * len(hot) / 3
+
+
+def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: Engine) -> None:
+    """Clients that never read, that go away, that stop halfway through a request; and 1,000 that cancel."""
+    cluster.deploy(**fixed(1))
+    text = expected(ar, PROMPT, 40)
+    asked = {"model": MODEL, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    text_body = json.dumps({**asked, "prompt": PROMPT})
+    # A megabyte for each answer, which fits no socket's buffers.
+    large_body = json.dumps(
+        {**asked, "messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 20}
+    )
+
+    def connect(path: str, body: str, cut: int | None = None) -> socket.socket:
+        """A client that sends a request, up to `cut` bytes of it, and never reads."""
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", cluster.http))
+        connection.sendall((head + body)[:cut].encode())
+        return connection
+
+    def misbehave() -> None:
+        slow = [connect("chat/completions", large_body) for _ in range(8)]
+        half_open = [connect("completions", text_body, cut) for cut in (20, 100) for _ in range(100)]
+        gone = [connect("completions", text_body) for _ in range(32)]
+        wait_for(lambda: not cluster.running()[0].free, 20, "work")
+        for connection in gone:
+            connection.close()
+        # Nobody reads the answers of the slow, and others get theirs meanwhile.
+        [stream] = asyncio.run(answers(cluster.url, [Stream(PROMPT, 40)]))
+        assert (stream.text, stream.error) == (text, "")
+        wait_for(lambda: cluster.running()[0].free, 90, "the answers that nobody reads are finished")
+        for connection in (*slow, *half_open):
+            connection.close()
+
+    async def cancel(count: int) -> None:
+        async with client_session() as session:
+
+            async def one(number: int) -> None:
+                stream = Stream(PROMPT, 1500)
+                task = asyncio.create_task(stream.run(session, cluster.url))
+                while number % 2 and not stream.events:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(number % 7 / 100)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+            for first in range(0, count, 50):
+                await asyncio.gather(*(one(number) for number in range(first, first + 50)))
+
+    def resources() -> dict[str, tuple[int, int]]:
+        """Resident MiB and open files of the processes that requests pass through."""
+        wait_for(lambda: cluster.running()[0].free, 30, "no pages held")
+        [replica], [ingress] = cluster.running(), cluster.running("Ingress")
+        [proxy] = cluster.pids("haproxy")
+        return {
+            name: usage(pid)
+            for name, pid in (("replica", replica.pid), ("ingress", ingress.pid), ("haproxy", proxy))
+        }
+
+    misbehave()
+    asyncio.run(cancel(300))  # Pools and caches have their sizes now.
+    before = resources()
+    misbehave()
+    asyncio.run(cancel(1000))
+    wait_for(
+        lambda: all(resources()[name][1] <= files + 4 for name, (_, files) in before.items()),
+        30,
+        "files closed",
+    )
+    after = resources()
+    print(before, after)
+    for name, (memory, _) in after.items():
+        assert memory <= before[name][0] * 1.05 + 8, (name, before, after)
+    check_nothing_stays(cluster)
+
+
+def test_a_rolling_update_fails_no_request(cluster: LocalCluster, ar: Engine) -> None:
+    """16 clients while replicas and ingress are replaced by those of another config, twice."""
+    cluster.deploy(**fixed(2))
+    text = expected(ar, PROMPT, 64)
+
+    async def main() -> list[Stream]:
+        clients = Clients(cluster.url, PROMPT, 64)
+        clients.start(16)
+        while len(clients.done) < 16:
+            await asyncio.sleep(0.1)
+        for number in (13, 14):
+            before = {r.pid for d in ("OrthrusReplica", "Ingress") for r in cluster.running(d)}
+            await asyncio.to_thread(cluster.deploy, **fixed(2, max_num_seqs=number))
+            after = {r.pid for d in ("OrthrusReplica", "Ingress") for r in cluster.running(d)}
+            assert not before & after
+            finished = len(clients.done)
+            while len(clients.done) < finished + 16:
+                await asyncio.sleep(0.1)
+        await clients.stop()
+        return clients.done
+
+    streams = asyncio.run(main())
+    print(len(streams), "requests")
+    assert not [stream.error for stream in streams if stream.error]
+    assert {stream.text for stream in streams} == {text}
+    check_nothing_stays(cluster)
+
+
+def check_nothing_stays(cluster: LocalCluster) -> None:
+    """No pages are held, no process is dead and not buried, and one HAProxy runs."""
+    wait_for(lambda: all(replica.free for replica in cluster.running()), 30, "no pages held")
+    wait_for(lambda: len(cluster.pids("bin/haproxy")) == 1, 60, "one HAProxy")
+    dead = {pid: command for pid, (state, command) in cluster.processes().items() if state == "Z"}
+    assert not dead
+
+
+def usage(pid: int) -> tuple[int, int]:
+    """Resident memory in MiB and open files of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20, len(os.listdir(f"/proc/{pid}/fd"))
