@@ -9,9 +9,10 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.calls import Call
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
 from deployments.failover import generate_on_replica
-from deployments.failures import GenerationFailed
+from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, Request, RequestStats, SamplingParams
 from orthrus.text import TextStream
@@ -39,26 +40,24 @@ class TextChunk:
         return not (said or self.chunk.logprobs or self.finish_reason)
 
 
-def unwrap(error: BaseException) -> BaseException:
-    """The exception that a replica raised, out of Ray's wrapper around it."""
-    return getattr(error, "cause", None) or error
-
-
 async def generate(
     replica: DeploymentHandle,
     tokenizer: Any,
+    call: Call,
     prompt: list[int],
     params: SamplingParams,
     splitter: Callable[[], ChatSplitter] | None = None,
 ) -> AsyncGenerator[TextChunk]:
     """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request.
 
-    splitter: makes what takes a choice's text apart, for chats.
+    call: what the request belongs to and is counted for. splitter: makes what takes a choice's text apart, for chats.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
+    if call.prompts is not None:
+        call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
     splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
@@ -67,6 +66,7 @@ async def generate(
         async for chunk in stream:
             if chunk.finish_reason == "error":
                 raise GenerationFailed(chunk.error)
+            call.add(chunk, len(prompt))
             tokens = chunk.token_ids
             # A stop token ends the text and is no part of it, even where it is an ordinary word.
             if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
@@ -84,7 +84,7 @@ async def generate(
             yield TextChunk(chunk.index, text, chunk, delta, reason)
     except Exception as error:
         cause = unwrap(error)
-        if isinstance(cause, RequestError):
+        if isinstance(cause, EXPECTED):
             raise cause from None
         raise
     finally:

@@ -11,6 +11,7 @@ from ray import serve
 
 from deployments.autoscaling import engine_load
 from deployments.engine_metrics import MetricsExporter
+from deployments.log_filter import quiet_client_errors
 from deployments.router import replica_capacity, replica_report
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
@@ -25,6 +26,7 @@ class OrthrusReplica:
     """Streams the chunks of requests. A RequestError reaches the caller; a cancelled call cancels its request."""
 
     def __init__(self, config: EngineConfig) -> None:
+        quiet_client_errors()
         self._engine = AsyncEngine(Engine.from_pretrained(config))
         engine = self._engine.engine
         self._load_since = time.monotonic(), engine.stats

@@ -12,12 +12,22 @@ from grpc_tools import protoc
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deployments.chat_output import ChatDelta, ToolCallDelta
-from deployments.failures import BodyTooLarge, GenerationFailed, ModelNotFound, describe_failure
+from deployments.failures import (
+    BodyTooLarge,
+    BodyTooSlow,
+    GenerationFailed,
+    InvalidKey,
+    ModelNotFound,
+    RateLimited,
+    UnsupportedBody,
+    describe_failure,
+    unwrap,
+)
 from deployments.generation import Choice, TextChunk
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
 from deployments.openai_format import ResponseFormat
@@ -423,7 +433,12 @@ def test_grpc_answers() -> None:
         (RequestError("bad", "n"), 400, "INVALID_ARGUMENT", "invalid_request_error"),
         (ModelNotFound("none"), 404, "NOT_FOUND", "invalid_request_error"),
         (BodyTooLarge("big"), 413, "INVALID_ARGUMENT", "invalid_request_error"),
-        (BackPressureError(9, 8), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+        (unwrap(BackPressureError(9, 8)), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+        (unwrap(ReplicaUnavailableError("gone")), 503, "UNAVAILABLE", "server_error"),
+        (BodyTooSlow("slow"), 408, "DEADLINE_EXCEEDED", "invalid_request_error"),
+        (UnsupportedBody("form"), 415, "INVALID_ARGUMENT", "invalid_request_error"),
+        (InvalidKey("no key"), 401, "UNAUTHENTICATED", "invalid_request_error"),
+        (RateLimited("wait", 1.5), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
         (GenerationFailed("engine"), 500, "INTERNAL", "server_error"),
         (KeyError("secret"), 500, "INTERNAL", "server_error"),
     ],
