@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -108,8 +108,20 @@ class Failure:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+_MAX_MESSAGE = 500
+"""Characters. Messages quote what the client sent, and gRPC's must fit into a trailer of 8 KiB."""
+
+
 def describe_failure(error: BaseException) -> Failure:
     """The answer to a request that ended in `error`. A fault of ours is logged, and its details stay with us."""
+    failure = _describe(error)
+    message = failure.message
+    return (
+        failure if len(message) <= _MAX_MESSAGE else replace(failure, message=message[:_MAX_MESSAGE] + "...")
+    )
+
+
+def _describe(error: BaseException) -> Failure:
     match error:
         case RequestError():
             code = "context_length_exceeded" if "context limit" in error.message else None
