@@ -9,9 +9,11 @@ from typing import Any
 
 from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from ray.exceptions import TaskCancelledError
 from ray.serve.context import _get_serve_request_context
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api_config import ApiConfig
@@ -188,6 +190,8 @@ class CallMiddleware:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except (ClientDisconnect, TaskCancelledError):
+            pass  # The client has gone, and Serve with it: there is nobody to tell.
         finally:
             if "call" in state:
                 state["call"].end()

@@ -30,7 +30,8 @@ class ChatTemplate:
         self._thinks = THINK in template
         self._calls = TOOL_CALL in template
         # What chat_template_kwargs can't set, since it is not the template's.
-        self._reserved = frozenset(signature(tokenizer.apply_chat_template).parameters)
+        reserved = signature(tokenizer.apply_chat_template).parameters
+        self._reserved = frozenset({*reserved, "messages", "self"})
 
     def apply(self, body: ChatBody) -> ChatPrompt:
         """Render and tokenise the conversation.

@@ -65,7 +65,12 @@ async def generate(
     try:
         async for chunk in stream:
             if chunk.finish_reason == "error":
-                raise GenerationFailed(chunk.error)
+                message = chunk.error or ""
+                raise (
+                    RequestError(message, chunk.error_param)
+                    if chunk.error_param
+                    else GenerationFailed(message)
+                )
             call.add(chunk, len(prompt))
             tokens = chunk.token_ids
             # A stop token ends the text and is no part of it, even where it is an ordinary word.

@@ -18,7 +18,6 @@ from grpc import StatusCode
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import ClientDisconnect
 
 from deployments.api_config import ApiConfig
 from deployments.calls import Call, CallMiddleware, Gate
@@ -61,12 +60,6 @@ for _kind in (*EXPECTED, Exception):
 async def _no_route(request: HTTPRequest, error: Any) -> Response:
     message = f"{request.method} {request.url.path} is not served here"
     return JSONResponse(Failure(error.status_code, StatusCode.UNIMPLEMENTED, message).body, error.status_code)
-
-
-@api.exception_handler(ClientDisconnect)
-async def _nobody_there(_: HTTPRequest, __: ClientDisconnect) -> Response:
-    """The client left while it was sending its request."""
-    return Response(status_code=499)
 
 
 @serve.deployment

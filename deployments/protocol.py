@@ -4,6 +4,7 @@ Names and defaults are OpenAI's, with vLLM's extra sampling parameters. An unkno
 that is silently ignored costs its user more than an error does.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +21,7 @@ _UNSUPPORTED = {
     "moderation": "answers are not moderated here: remove it",
     "web_search_options": "there is no search here: remove it",
 }
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")
 # pydantic names the branch of a union in an error's path; the caller knows no such field.
 _BRANCHES = {"str", "NamedToolChoice", "AllowedToolChoice"}
 
@@ -78,7 +80,7 @@ class _Body(BaseModel):
         """Raises RequestError."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         bias = self.logit_bias or {}
-        if not all(token.isascii() and token.isdecimal() for token in bias):
+        if not all(_TOKEN_ID.fullmatch(token) for token in bias):
             raise RequestError("logit_bias keys must be token ids", "logit_bias")
         return sampling_params(
             temperature=self.temperature,

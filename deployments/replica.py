@@ -16,7 +16,8 @@ from deployments.router import replica_capacity, replica_report
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.request import Chunk, Request
+from orthrus.grammar import json_grammar
+from orthrus.request import Chunk, Request, SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,6 +30,9 @@ class OrthrusReplica:
         quiet_client_errors()
         self._engine = AsyncEngine(Engine.from_pretrained(config))
         engine = self._engine.engine
+        if engine.tokenizer is not None:
+            # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
+            engine.check(Request("first-grammar", [0], SamplingParams(grammar=json_grammar({}))))
         self._load_since = time.monotonic(), engine.stats
         self._metrics = MetricsExporter(engine)
         logger.info(

@@ -351,7 +351,7 @@ class Engine:
     def _commit(self, sequence: Sequence, group: RowGroup, picks: list[int], logits: Tensor) -> Chunk | None:
         """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it."""
         if sequence.mask is not None and sequence.mask.error is not None:
-            return self._fail(sequence, sequence.mask.error)
+            return self._fail(sequence, sequence.mask.error, "response_format")
         decoding = sequence.decoding
         tokens = self._scheduler.schedule.commit(sequence, group, picks) if decoding else picks
         first = sequence.num_generated == 0
@@ -390,8 +390,8 @@ class Engine:
             stats=sequence.stats() if finished else None,
         )
 
-    def _fail(self, sequence: Sequence, error: str) -> Chunk:
-        """End a choice that can't go on."""
+    def _fail(self, sequence: Sequence, error: str, param: str) -> Chunk:
+        """End a choice that can't go on, for what its request asks in `param`."""
         sequence.finish_reason = "error"
         self._finish(sequence)
         return Chunk(
@@ -401,6 +401,7 @@ class Engine:
             finish_reason="error",
             stats=sequence.stats(),
             error=error,
+            error_param=param,
         )
 
     def _finish(self, sequence: Sequence) -> None:

@@ -50,14 +50,13 @@ class SamplingParams:
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 0.0, 100.0),
+            ("repetition_penalty", 0.01, 100.0),
         ):
             value = getattr(self, name)
             if not math.isfinite(value) or not low <= value <= high:
                 raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", name)
-        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
-            name = "top_p" if self.top_p == 0.0 else "repetition_penalty"
-            raise RequestError(f"{name} must be greater than 0", name)
+        if self.top_p == 0.0:
+            raise RequestError("top_p must be greater than 0", "top_p")
         if 0 < self.temperature < 1e-3:
             raise RequestError(
                 f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature}", "temperature"
@@ -149,7 +148,8 @@ class Chunk:
     """The tokens that one pass committed for choice `index` of a request.
 
     The last chunk of a choice has `finish_reason` and `stats`; it may hold no tokens. `stop_reason` is the stop
-    string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error".
+    string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error", and with it
+    `error_param` where a field of the request is at fault.
     """
 
     request_id: str
@@ -160,6 +160,7 @@ class Chunk:
     stop_reason: int | str | None = None
     stats: RequestStats | None = None
     error: str | None = None
+    error_param: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

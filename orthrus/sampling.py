@@ -75,7 +75,8 @@ def _filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         if top_p < 1.0:
             before = ranked.softmax(-1).cumsum(-1).roll(1, -1)
             before[:, 0] = 0.0
-            kept = (before < top_p).sum(-1, keepdim=True)
+            # At least the best, also for a top_p that float32 takes for 0.
+            kept = (before < top_p).sum(-1, keepdim=True).clamp_(min=1)
             threshold = ranked.gather(1, kept - 1)
         scores = scores.masked_fill(scores < threshold, float("-inf"))
     if min_p > 0.0:

@@ -74,7 +74,15 @@ def collector() -> Iterator["Collector"]:
 
 
 @pytest.fixture(scope="session")
-def ports(tmp_path_factory: pytest.TempPathFactory, collector: "Collector") -> Iterator[tuple[int, int]]:
+def serve_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the running application's ingress and replicas write their logs."""
+    return tmp_path_factory.mktemp("serve-logs")
+
+
+@pytest.fixture(scope="session")
+def ports(
+    tmp_path_factory: pytest.TempPathFactory, serve_logs: Path, collector: "Collector"
+) -> Iterator[tuple[int, int]]:
     """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's.
 
     It drafts whatever a pass costs: on a busy machine the cost model would rather not, and the tests assert on drafting.
@@ -96,7 +104,9 @@ def ports(tmp_path_factory: pytest.TempPathFactory, collector: "Collector") -> I
     }
     args = config["applications"][0]["args"]
     args["engine"]["adaptive_draft"] = False
-    args["api"] = {"body_timeout_s": 5}
+    args["api"] = {"body_timeout_s": 3}
+    for part in ("ingress", "replica"):
+        args[part]["logging_config"] = {"logs_dir": str(serve_logs)}
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     try:
