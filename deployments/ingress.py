@@ -100,10 +100,15 @@ class Ingress:
         body = await read_body(request, CompletionBody, self._config)
         self._check_model(body.model)
         params = body.sampling()
-        prompts = [p if isinstance(p, list) else await self._encode(p) for p in body.prompts()]
+        given = body.prompts()
+        prompts = [prompt if isinstance(prompt, list) else await self._encode(prompt) for prompt in given]
         out = ResponseFormat(False, body.model, self._tokenizer, body.include_usage)
         if body.echo:
-            out.echo = [await asyncio.to_thread(self._tokenizer.decode, prompt) for prompt in prompts]
+            # A text as it came: the tokenizer may have normalised it.
+            out.echo = [
+                prompt if isinstance(prompt, str) else await asyncio.to_thread(self._tokenizer.decode, prompt)
+                for prompt in given
+            ]
         return await self._respond(call, body, out, prompts, params)
 
     @api.post("/v1/chat/completions")
