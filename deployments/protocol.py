@@ -293,6 +293,9 @@ class AnswerFormat(BaseModel):
         return self
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
@@ -307,7 +310,7 @@ class ChatBody(_Body):
     response_format: AnswerFormat | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -393,6 +396,7 @@ class TokenizeBody(BaseModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
@@ -406,7 +410,7 @@ class TokenizeBody(BaseModel):
 
     def chat(self) -> ChatBody:
         """The chat whose prompt is asked for. Raises RequestError."""
-        asked = ("model", "messages", "tools", "enable_thinking", "chat_template_kwargs")
+        asked = ("model", "messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
         try:
             return ChatBody(**{name: getattr(self, name) for name in asked})
         except ValidationError as error:
