@@ -59,7 +59,7 @@ async def generate(
     if call.prompts is not None:
         call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
     request = Request(uuid.uuid4().hex, prompt, params)
-    texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
+    texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
     stream = generate_on_replica(replica, request)
     try:
@@ -80,6 +80,8 @@ async def generate(
             text = "".join([texts[chunk.index].push(token) for token in tokens])
             if last:
                 text += texts[chunk.index].finish()
+                if params.include_stop_str_in_output:
+                    text += texts[chunk.index].stopped or ""
             if splitters is None:
                 yield TextChunk(chunk.index, text, chunk, finish_reason=chunk.finish_reason)
                 continue

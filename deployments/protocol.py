@@ -44,6 +44,9 @@ class _Body(BaseModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    min_tokens: int | None = 0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     n: int | None = 1
     stream: bool | None = False
     stream_options: "StreamOptions | None" = None
@@ -95,6 +98,9 @@ class _Body(BaseModel):
             stop=tuple(stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
             max_tokens=max_tokens,
             logprobs=logprobs,
             n=self.n,

@@ -21,8 +21,10 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
     max_tokens: None means up to the context limit. logprobs: number of top alternatives per token (0: the chosen
-    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. grammar: text of
-    the grammar (`orthrus.grammar`) that the answer must follow.
+    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. min_tokens: before
+    so many, neither the end of sequence nor a stop token is picked. skip_special_tokens: leave them out of the text, and
+    of where stop strings are looked for. include_stop_str_in_output: let the text end with the stop string that
+    ended it. grammar: text of the grammar (`orthrus.grammar`) that the answer must follow.
     Raises RequestError naming the field for a value out of range.
     """
 
@@ -41,6 +43,9 @@ class SamplingParams:
     max_tokens: int | None = None
     logprobs: int | None = None
     n: int = 1
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     grammar: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,10 +84,15 @@ class SamplingParams:
             )
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", "stop")
-        if self.grammar is not None and self.ignore_eos:
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise RequestError(
-                "ignore_eos can't be combined with a grammar, whose end must end the text", "ignore_eos"
+                f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}", "min_tokens"
             )
+        for name in ("ignore_eos", "min_tokens"):
+            if self.grammar is not None and getattr(self, name):
+                raise RequestError(
+                    f"{name} can't be combined with a grammar, whose end must end the text", name
+                )
         for token, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(

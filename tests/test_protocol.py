@@ -81,6 +81,9 @@ def test_every_sampling_parameter_arrives() -> None:
         "frequency_penalty": -0.5,
         "repetition_penalty": 1.1,
         "ignore_eos": True,
+        "min_tokens": 3,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
         "max_tokens": 9,
         "n": 2,
     }
@@ -234,6 +237,8 @@ def test_bodies_that_cannot_be_read(fields: dict[str, Any], param: str, said: st
         ({"logit_bias": {"٣": 1.0}}, "logit_bias"),
         ({"top_k": -2}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
         ({"n": 0}, "n"),
         ({"seed": 2**70}, "seed"),
     ],

@@ -22,6 +22,7 @@ EXTREMES: dict[str, list[Any]] = {
     "logprobs": [None, 0, 20],
     "seed": [0, 2**63 - 1],
     "ignore_eos": [False, True],
+    "min_tokens": [0, 1, 8],
     "n": [1, 2],
 }
 

@@ -79,6 +79,15 @@ def test_many_prompts_and_stop_strings(client: openai.OpenAI) -> None:
     )
     assert stopped.choices[0].text == text[: text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
+    shown = client.completions.create(
+        model=MODEL,
+        prompt=prompts[1],
+        max_tokens=24,
+        temperature=0,
+        stop=[stop],
+        extra_body={"include_stop_str_in_output": True},
+    )
+    assert shown.choices[0].text == text[: text.index(stop)] + stop
 
 
 BAD: dict[str, tuple[Any, int, str | None]] = {
