@@ -20,15 +20,16 @@ async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Bo
         raise UnsupportedBody("the body must be JSON: send Content-Type: application/json")
     if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
         raise UnsupportedBody(f"Content-Encoding {encoding} is not supported: send the body as it is")
+    too_large = BodyTooLarge(f"the request body is over {config.max_body_bytes} bytes: send a shorter prompt")
+    if int(request.headers.get("content-length", 0)) > config.max_body_bytes:
+        raise too_large
     raw = bytearray()
     try:
         async with asyncio.timeout(config.body_timeout_s):
             async for part in request.stream():
                 raw += part
                 if len(raw) > config.max_body_bytes:
-                    raise BodyTooLarge(
-                        f"the request body is over {config.max_body_bytes} bytes: send a shorter prompt"
-                    )
+                    raise too_large
     except TimeoutError:
         raise BodyTooSlow(f"the request body did not come within {config.body_timeout_s:g} s") from None
     try:

@@ -104,9 +104,9 @@ def ports(
     }
     args = config["applications"][0]["args"]
     args["engine"]["adaptive_draft"] = False
-    args["api"] = {"body_timeout_s": 3}
+    args["api"] = {"body_timeout_s": 3, "log_prompts": True}
     for part in ("ingress", "replica"):
-        args[part]["logging_config"] = {"logs_dir": str(serve_logs)}
+        args[part]["logging_config"] = {"logs_dir": str(serve_logs), "encoding": "JSON"}
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     try:

@@ -270,6 +270,23 @@ def test_the_log_has_no_prompts_and_no_stacks_of_bad_requests(access: Access, st
     assert "Traceback" not in text
 
 
+def test_prompts_are_in_the_log_where_that_is_wanted(
+    client: openai.OpenAI, stub: OrthrusStub, serve_logs: Path
+) -> None:
+    """As the other tests' application has it."""
+    prompts = ["print('wanted')", "print('this too')"]
+    client.completions.create(
+        model=MODEL, prompt=prompts, max_tokens=1, extra_headers={"X-Request-Id": "shown"}
+    )
+
+    def logged() -> list[str]:
+        lines = [line for file in serve_logs.glob("*Ingress*") for line in file.read_text().splitlines()]
+        calls = [record for record in map(json.loads, lines) if "endpoint" in record]
+        return next((record["prompts"] for record in calls if record["request_id"] == "shown"), [])
+
+    assert sorted(wait_for(logged)) == sorted(prompts)
+
+
 def test_a_trace_runs_from_the_client_through_every_process(
     client: openai.OpenAI, stub: OrthrusStub, collector: Collector
 ) -> None:
