@@ -56,12 +56,11 @@ async def generate(
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
-    if call.prompts is not None:
-        call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
     stream = generate_on_replica(replica, request)
+    logged = call.prompts is None
     try:
         async for chunk in stream:
             if chunk.finish_reason == "error":
@@ -72,6 +71,10 @@ async def generate(
                     else GenerationFailed(message)
                 )
             call.add(chunk, len(prompt))
+            if call.prompts is not None and not logged:
+                # Only now is it certain that the ids are tokens.
+                call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
+                logged = True
             tokens = chunk.token_ids
             # A stop token ends the text and is no part of it, even where it is an ordinary word.
             if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
