@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,6 +33,7 @@ from deployments.metrics import scrape
 from deployments.openai_format import ResponseFormat, spell, sse
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from deployments.recent import Recent
 from orthrus.checkpoint import resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
@@ -40,7 +42,7 @@ from orthrus.request import RequestStats, SamplingParams
 from orthrus.text import load_tokenizer
 
 # Traces are Serve's and ours (deployments/calls.py).
-api = FastAPI(title="Orthrus", docs_url=None, redoc_url=None, telemetry={"tracing": False})
+api = FastAPI(title="Orthrus", openapi_url=None, telemetry={"tracing": False})
 api.add_middleware(CallMiddleware)
 
 
@@ -91,6 +93,8 @@ class Ingress:
             "max_model_len": self._max_model_len,
         }
         self._template = ChatTemplate(self._tokenizer)
+        self._status = Recent(partial(asyncio.to_thread, serve.status))
+        self._scrape = Recent(scrape)
 
     # --- HTTP
 
@@ -170,8 +174,7 @@ class Ingress:
     async def ready(self) -> Response:
         """503 unless a replica of the model runs, or all have been scaled away and the next request brings one back."""
         app = serve.get_replica_context().app_name
-        status = (await asyncio.to_thread(serve.status)).applications[app]
-        replica = status.deployments[self._replica.deployment_name]
+        replica = (await self._status()).applications[app].deployments[self._replica.deployment_name]
         starting = replica.replica_states and not replica.replica_states.get("RUNNING")
         if starting or replica.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return JSONResponse({"status": "unavailable", "message": replica.message}, 503)
@@ -179,7 +182,7 @@ class Ingress:
 
     @api.get("/metrics")
     async def metrics(self) -> Response:
-        return Response(await scrape(), media_type="text/plain; version=0.0.4")
+        return Response(await self._scrape(), media_type="text/plain; version=0.0.4")
 
     async def _admit(self, endpoint: str, request: HTTPRequest) -> Call:
         """An admitted call, which `CallMiddleware` ends."""

@@ -1,4 +1,4 @@
-"""API keys and rate limits, without a server."""
+"""API keys, rate limits, and answers to anyone, without a server."""
 
 import asyncio
 import hashlib
@@ -10,6 +10,7 @@ import pytest
 from deployments.api_config import ApiConfig
 from deployments.api_keys import KeyRing, new_key, parse_keys
 from deployments.rate_limits import Limits, RateLimiter, Standing, duration
+from deployments.recent import Recent
 from orthrus.cli import main
 from orthrus.errors import ConfigError
 
@@ -20,6 +21,30 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_a_crowd_that_asks_at_once_costs_one_question() -> None:
+    clock, asked = Clock(), 0
+
+    async def ask() -> int:
+        nonlocal asked
+        await asyncio.sleep(0)
+        asked += 1
+        if asked == 3:
+            raise ValueError
+        return asked
+
+    async def main() -> None:
+        recent = Recent(ask, clock)
+        assert await asyncio.gather(*(recent() for _ in range(9))) == [1] * 9
+        clock.now += 1
+        assert await recent() == await recent() == 2
+        clock.now += 1
+        with pytest.raises(ValueError):  # noqa: PT011
+            await recent()
+        assert await recent() == 4
+
+    asyncio.run(main())
 
 
 # --- keys
