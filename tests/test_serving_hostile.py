@@ -66,7 +66,7 @@ def bystanders(client: openai.OpenAI, ar: Engine, serve_logs: Path) -> Iterator[
     for thread in threads:
         thread.join()
     assert not errors
-    assert len(texts) > 2 and set(texts) == {expected}
+    assert len(texts) >= len(threads) and set(texts) == {expected}
     wait_until_free()
     assert stacks_in(serve_logs) == logged
 
