@@ -98,6 +98,8 @@ def ports(
     }
     args = config["applications"][0]["args"]
     args["engine"]["adaptive_draft"] = False
+    # One replica, so that its counters are those of all requests.
+    del args["replica"]["autoscaling_config"]
     args["api"] = {"body_timeout_s": 3, "log_prompts": True}
     for part in ("ingress", "replica"):
         args[part]["logging_config"] = {"logs_dir": str(serve_logs), "encoding": "JSON"}
