@@ -26,9 +26,10 @@ def set_environment() -> None:
         del variables[_HAPROXY]
     variables |= {name: str(free_port()) for name in _OWN_PORTS}
     for protocol in ("HTTP", "GRPC"):
-        first = free_block()
-        for name, port in zip(_INGRESS_PORTS, (first, first + _BLOCK - 1), strict=True):
-            variables[name.format(protocol)] = str(port)
+        names = [name.format(protocol) for name in _INGRESS_PORTS]
+        if not any(name in os.environ for name in names):
+            first = free_block()
+            variables |= dict(zip(names, (str(first), str(first + _BLOCK - 1)), strict=True))
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
