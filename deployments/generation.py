@@ -9,10 +9,11 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.calls import Call
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
 from deployments.chunk_link import ChunkReceiver
 from deployments.failover import generate_on_replica
-from deployments.failures import GenerationFailed
+from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
 from orthrus.text import TextStream
@@ -40,47 +41,52 @@ class TextChunk:
         return not (said or self.chunk.logprobs or self.finish_reason)
 
 
-def unwrap(error: BaseException) -> BaseException:
-    """The exception that a replica raised, out of Ray's wrapper around it."""
-    return getattr(error, "cause", None) or error
-
-
 async def generate(
     replica: DeploymentHandle,
     receiver: ChunkReceiver,
     tokenizer: Any,
+    call: Call,
     prompt: list[int],
     params: SamplingParams,
     splitter: Callable[[], ChatSplitter] | None = None,
 ) -> AsyncGenerator[TextChunk]:
     """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request.
 
-    splitter: makes what takes a choice's text apart, for chats.
+    call: what the request belongs to and is counted for. splitter: makes what takes a choice's text apart, for chats.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     request = Request(uuid.uuid4().hex, prompt, params)
-    texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
+    texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
     stream = generate_on_replica(replica, receiver, request)
+    logged = call.prompts is None
     try:
         async for chunks in stream:
             for chunk in _by_choice(chunks):
                 if chunk.finish_reason == "error":
-                    raise GenerationFailed(chunk.error)
-                yield _text_chunk(chunk, texts[chunk.index], splitters[chunk.index])
+                    message, param = chunk.error or "", chunk.error_param
+                    raise RequestError(message, param) if param else GenerationFailed(message)
+                call.add(chunk, len(prompt))
+                if call.prompts is not None and not logged:
+                    # Only now is it certain that the ids are tokens.
+                    call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
+                    logged = True
+                yield _text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
     except Exception as error:
         cause = unwrap(error)
-        if isinstance(cause, RequestError):
+        if isinstance(cause, EXPECTED):
             raise cause from None
         raise
     finally:
         await stream.aclose()
 
 
-def _text_chunk(chunk: Chunk, text: TextStream, splitter: ChatSplitter | None) -> TextChunk:
+def _text_chunk(
+    chunk: Chunk, params: SamplingParams, text: TextStream, splitter: ChatSplitter | None
+) -> TextChunk:
     """A chunk with what has become certain of its choice's text."""
     tokens = chunk.token_ids
     # A stop token ends the text and is no part of it, even where it is an ordinary word.
@@ -90,6 +96,8 @@ def _text_chunk(chunk: Chunk, text: TextStream, splitter: ChatSplitter | None) -
     certain = "".join([text.push(token) for token in tokens])
     if last:
         certain += text.finish()
+        if params.include_stop_str_in_output:
+            certain += text.stopped or ""
     if splitter is None:
         return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
     delta = splitter.push(certain, final=last)

@@ -79,6 +79,27 @@ def test_64_streams_with_cancellations_equal_their_texts_alone(served: AsyncEngi
     assert len(cut) > 10
 
 
+def test_a_cancelled_request_stops_within_a_pass(served: AsyncEngine, engine: Engine) -> None:
+    """What a call that is cancelled or overdue, over HTTP or gRPC, comes down to."""
+    passes: list[int] = []
+
+    async def main() -> None:
+        request = Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True))
+        running = asyncio.create_task(served.run(request, lambda _: passes.append(engine.stats.passes)))
+        while len(passes) < 3:
+            await asyncio.sleep(0)
+        passes.append(engine.stats.passes)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(main())
+    # The engine takes one message after the other: once this has been answered, the one before it has been seen to.
+    asyncio.run(collect(served, Request("next", [1], SamplingParams(temperature=0.0, max_tokens=1))))
+    # One pass may have been under way, one may have begun meanwhile, and one is the next request's.
+    assert engine.stats.passes - passes[-1] <= 3
+
+
 def test_the_chunks_of_a_pass_reach_their_sink_together(served: AsyncEngine) -> None:
     """All of 6 requests' for one sink, those of 2 for another; nothing once the engine has no more of them."""
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
