@@ -27,6 +27,7 @@ logger = logging.getLogger("ray.serve")
 
 # Where Serve takes a client's request id from, over HTTP and gRPC; it logs the id and sends it back.
 _REQUEST_ID = ("x-request-id", "request_id")
+_SESSION = "x-session-id"
 _SAFE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -36,6 +37,7 @@ class Call:
 
     headers: what the answer says of the key's limits. prompts: their texts for the log, None to keep them out of it.
     outcome: "ok", "cancelled", or the name of the exception that ended it. span: what is done for the call belongs to it.
+    session: what the client calls the conversation that the call belongs to (deployments/router.py), "" for none.
     """
 
     endpoint: str
@@ -44,6 +46,7 @@ class Call:
     prompts: list[str] | None = None
     quotas: Quotas | None = None
     outcome: str = "cancelled"
+    session: str = ""
     span: trace.Span = field(init=False)
     _started: float = field(default_factory=time.monotonic)
     _first_token_s: float | None = None
@@ -151,6 +154,7 @@ class Gate:
     async def admit(self, call: Call, metadata: Mapping[str, Any]) -> None:
         """Let the call go ahead, one request of its key's limits taken. Raises RateLimited, and as `identify` does."""
         call.key = key = self.identify(metadata)
+        call.session = metadata.get(_SESSION, "")
         if self._config.log_prompts:
             call.prompts = []
         if key is None or self._quotas is None:

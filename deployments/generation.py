@@ -61,7 +61,7 @@ async def generate(
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
-    stream = generate_on_replica(replica, receiver, request)
+    stream = generate_on_replica(replica.options(session_id=call.session), receiver, request)
     logged = call.prompts is None
     try:
         async for chunks in stream:

@@ -211,6 +211,7 @@ class Ingress:
         params: SamplingParams,
         splitter: Callable[[], ChatSplitter] | None = None,
     ) -> Response:
+        call.session = call.session or body.prompt_cache_key or ""
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
         streams = [

@@ -1,7 +1,7 @@
 """Which replica gets a request: the one whose cache holds most of its prompt, unless that one has too much to do.
 
-Of those that hold equally much, a session's own replica comes first: clients may name a session, as `prompt_cache_key`, in the
-header `x-session-id` or in gRPC metadata, and every ingress then sends it to the same replica.
+Of those that hold equally much, a session's own replica comes first. Clients may name a session, in the header (over gRPC, the
+metadata) `x-session-id` or as `prompt_cache_key`, and every ingress then prefers the same replica for it.
 
 Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which prefixes they hold
 (`replica_report`, every `request_routing_stats_period_s`). `PrefixBalancer` decides from that and from what this router

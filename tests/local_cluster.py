@@ -3,7 +3,9 @@
 import asyncio
 import json
 import os
+import signal
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from deployments.environment import free_port, set_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "orthrus-tiny"
-APP = "orthrus"
+_MARK = "ORTHRUS_TEST_CLUSTER"
 
 
 @dataclass(frozen=True)
@@ -53,33 +55,35 @@ class Replica:
         return not report["rows"] and not report["pages"]
 
 
-class LocalCluster:
-    """Serve on this machine, with as many CPUs as tests like: replicas are small here."""
+@dataclass(frozen=True)
+class App:
+    """An application on the Serve instance that this process has started, over HTTP at `url`."""
 
-    def __init__(self) -> None:
-        self.http, self.grpc = free_port(), free_port()
+    name: str
+    url: str
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.http}/v1/completions"
+    def completions(self) -> str:
+        return f"{self.url}/v1/completions"
+
+    @property
+    def route(self) -> str:
+        return urllib.parse.urlsplit(self.url).path or "/"
 
     def deploy(self, **changes: dict[str, Any]) -> None:
-        """configs/tiny-cpu.yaml with changes of `engine`, `replica` and `ingress`; waits until it runs."""
-        serve.run(build(self.args(**changes)), name=APP, route_prefix="/")
+        """configs/tiny-cpu.yaml with changes of `engine`, `replica` and `ingress`; None removes a key. Waits until it runs.
 
-    @staticmethod
-    def args(**changes: dict[str, Any]) -> dict[str, Any]:
-        """The application's args; a value of None removes its key."""
-        config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
-        args: dict[str, Any] = config["applications"][0]["args"]
+        It drafts whatever a pass costs, and little, so that many sequences are not too much for this machine.
+        """
+        args = tiny_args()
         args["engine"] |= {"adaptive_draft": False, "draft_length": 4}
         for part, change in changes.items():
             args[part] = {k: v for k, v in {**args[part], **change}.items() if v is not None}
-        return args
+        serve.run(build(args), name=self.name, route_prefix=self.route)
 
     def running(self, deployment: str = "OrthrusReplica") -> list[Replica]:
         apps = _get_global_client().get_serve_details()["applications"]
-        replicas = apps[APP]["deployments"][deployment]["replicas"] if APP in apps else []
+        replicas = apps[self.name]["deployments"][deployment]["replicas"] if self.name in apps else []
         return [Replica(r["pid"], r["actor_name"]) for r in replicas if r["state"] == ReplicaState.RUNNING]
 
     def samples(self, metric: str) -> dict[tuple[str, ...], float]:
@@ -96,41 +100,52 @@ class LocalCluster:
             ): s.value
             for family in families
             for s in family.samples
-            if s.name == metric and s.labels.get("application") == APP
+            if s.name == metric and s.labels.get("application") == self.name
         }
 
-    def log(self, component: str) -> str:
-        """All that Serve's `component` (controller, replica, ...) has logged."""
-        folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
-        return "".join(path.read_text() for path in sorted(folder.glob(f"{component}*.log")))
 
-    def pids(self, command: str) -> list[int]:
-        """Processes of this cluster whose command has `command` in it."""
-        return [pid for pid, (_, c) in self.processes().items() if command in c]
+def tiny_args() -> dict[str, Any]:
+    """The args of configs/tiny-cpu.yaml's application."""
+    config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
+    args: dict[str, Any] = config["applications"][0]["args"]
+    return args
 
-    def processes(self) -> dict[int, tuple[str, str]]:
-        """State (as in ps) and command of each process that belongs to this cluster, by pid."""
-        session = ray._private.worker._global_node.get_session_dir_path().encode()
-        mark = f"ORTHRUS_TEST_CLUSTER={self.http}".encode()
-        found = {}
-        for entry in Path("/proc").iterdir():
+
+def serve_log(component: str) -> str:
+    """All that Serve's `component` (controller, replica, ...) has logged."""
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+    return "".join(path.read_text() for path in sorted(folder.glob(f"{component}*.log")))
+
+
+def processes() -> dict[int, tuple[str, str]]:
+    """State (as in ps) and command of each process that belongs to the cluster started here, by pid."""
+    session = ray._private.worker._global_node.get_session_dir_path().encode()
+    mark = f"{_MARK}={os.getpid()}".encode()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
             if not entry.name.isdigit():
                 continue
-            try:
-                command = (entry / "cmdline").read_bytes()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if mark in (entry / "environ").read_bytes() or session in command:
-                    found[int(entry.name)] = state, command.replace(b"\0", b" ").decode().strip()
-            except (OSError, ValueError):
-                continue
-        return found
+            command = (entry / "cmdline").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if mark in (entry / "environ").read_bytes() or session in command:
+                found[int(entry.name)] = state, command.replace(b"\0", b" ").decode().strip()
+        except OSError:
+            continue  # It has ended meanwhile.
+    return found
+
+
+def pids(command: str) -> list[int]:
+    """Processes of this cluster whose command has `command` in it."""
+    return [pid for pid, (_, its) in processes().items() if command in its]
 
 
 @contextmanager
-def local_cluster() -> Iterator[LocalCluster]:
-    cluster = LocalCluster()
+def local_cluster(name: str = "orthrus") -> Iterator[App]:
+    """Serve on this machine, with more CPUs than there are, since replicas are small here; and where the application goes."""
+    http, grpc = free_port(), free_port()
     set_environment()
-    os.environ |= {"ORTHRUS_TEST_CLUSTER": str(cluster.http), "RAY_metrics_report_interval_ms": "1000"}
+    os.environ |= {_MARK: str(os.getpid()), "RAY_metrics_report_interval_ms": "1000"}
     ray.init(
         address="local",
         num_cpus=16,
@@ -140,13 +155,13 @@ def local_cluster() -> Iterator[LocalCluster]:
     )
     try:
         serve.start(
-            http_options={"host": "127.0.0.1", "port": cluster.http},
+            http_options={"host": "127.0.0.1", "port": http},
             grpc_options={
-                "port": cluster.grpc,
+                "port": grpc,
                 "grpc_servicer_functions": ["deployments.grpc_service.add_to_server"],
             },
         )
-        yield cluster
+        yield App(name, f"http://127.0.0.1:{http}")
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -170,6 +185,7 @@ class Stream:
 
     prompt: str
     max_tokens: int
+    session: str = ""
     text: str = ""
     events: int = 0
     error: str = ""
@@ -189,7 +205,8 @@ class Stream:
             "stream_options": {"include_usage": True},
         }
         try:
-            async with session.post(url, json=body) as answer:
+            headers = {"x-session-id": self.session} if self.session else {}
+            async with session.post(url, json=body, headers=headers) as answer:
                 if answer.status != 200:
                     self.error = f"{answer.status}: {await answer.text()}"
                     return self
@@ -216,6 +233,37 @@ class Stream:
         if said.get("usage"):
             self.prompt_tokens = said["usage"]["prompt_tokens"]
             self.cached_tokens = said["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+async def kill_under(app: App, victim: Replica, streams: list[Stream], running: int) -> list[Stream]:
+    """Kill a replica while it answers some of `streams`, and wait for all of them. The streams that it had begun.
+
+    running: how many of them the replicas answer at a time. The victim is stopped first: its streams then stand still.
+    """
+    tasks = [asyncio.create_task(answers(app.completions, [stream])) for stream in streams]
+    while sum(stream.events > 3 for stream in streams) < running:
+        await asyncio.sleep(0.05)
+    os.kill(victim.pid, signal.SIGSTOP)
+    await asyncio.sleep(0.3)  # What it had sent arrives.
+    seen = {id(stream): stream.events for stream in streams}
+    still = streams
+    while len(still) > len(streams) - running // 2:
+        await asyncio.sleep(0.05)
+        still = [stream for stream in streams if stream.events == seen[id(stream)]]
+    begun = [stream for stream in still if stream.events]
+    os.kill(victim.pid, signal.SIGKILL)
+    await asyncio.gather(*tasks)
+    return begun
+
+
+def check_failures(streams: list[Stream], begun: list[Stream], text: str) -> None:
+    """After `kill_under`: the streams that the victim had begun say what happened; all others have their text."""
+    failed = [stream for stream in streams if stream.error]
+    assert begun and {id(stream) for stream in failed} == {id(stream) for stream in begun}
+    for stream in failed:
+        assert "replica that was answering has stopped" in stream.error
+        assert stream.text and text.startswith(stream.text), "what it had sent is right"
+    assert {stream.text for stream in streams if not stream.error} == {text}
 
 
 async def answers(url: str, streams: list[Stream]) -> list[Stream]:

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +22,18 @@ from orthrus.engine import Engine
 from orthrus.request import SamplingParams
 from tests.local_cluster import (
     MODEL,
+    App,
     Clients,
-    LocalCluster,
     Stream,
     answers,
+    check_failures,
     client_session,
+    kill_under,
     local_cluster,
+    pids,
+    processes,
+    serve_log,
+    tiny_args,
     wait_for,
 )
 from tests.serving import plain
@@ -36,7 +43,7 @@ WHOLE_AGAIN_SECONDS = 15
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
+def app() -> Iterator[App]:
     with local_cluster() as started:
         yield started
 
@@ -58,63 +65,46 @@ def fixed(replicas: int, **engine: int) -> dict[str, dict[str, object]]:
     }
 
 
-def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(cluster: LocalCluster, ar: Engine) -> None:
-    """32 streams on two replicas of 12 sequences. The victim is stopped first: its streams are those that stand still."""
-    cluster.deploy(**fixed(2))
+def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(app: App, ar: Engine) -> None:
+    """32 streams on two replicas of 12 sequences: some have begun, others wait."""
+    app.deploy(**fixed(2))
     text = expected(ar, PROMPT, 400)
-    victim = cluster.running()[0]
+    streams = [Stream(PROMPT, 400) for _ in range(32)]
+    victim = app.running()[0]
 
-    async def main() -> tuple[list[Stream], list[Stream]]:
-        streams = [Stream(PROMPT, 400) for _ in range(32)]
-        async with client_session() as session:
-            tasks = [asyncio.create_task(stream.run(session, cluster.url)) for stream in streams]
-            while sum(stream.events > 3 for stream in streams) < 24:
-                await asyncio.sleep(0.05)
-            os.kill(victim.pid, signal.SIGSTOP)
-            await asyncio.sleep(0.3)  # What it had sent arrives.
-            seen = {id(stream): stream.events for stream in streams}
-            still = streams
-            while len(still) > 20:
-                await asyncio.sleep(0.05)
-                still = [stream for stream in streams if stream.events == seen[id(stream)]]
-            begun = [stream for stream in still if stream.events]
-            os.kill(victim.pid, signal.SIGKILL)
-            killed = time.monotonic()
-            replaced = lambda: len({r.pid for r in cluster.running()} - {victim.pid}) == 2  # noqa: E731
-            await asyncio.to_thread(wait_for, replaced, WHOLE_AGAIN_SECONDS, "two replicas again")
-            print(f"two replicas again {time.monotonic() - killed:.1f} s after the kill")
-            await asyncio.gather(*tasks)
-        return streams, begun
+    def replaced() -> bool:
+        return len({replica.pid for replica in app.running()} - {victim.pid}) == 2
 
-    streams, begun = asyncio.run(main())
-    failed = [stream for stream in streams if stream.error]
-    assert {id(s) for s in failed} == {id(s) for s in begun}
-    for stream in failed:
-        assert "replica that was answering has stopped" in stream.error
-        assert stream.text and text.startswith(stream.text)
-    assert all(stream.text == text for stream in streams if not stream.error)
-    check_nothing_stays(cluster)
+    async def main() -> list[Stream]:
+        run = asyncio.create_task(kill_under(app, victim, streams, running=24))
+        while processes().get(victim.pid, ("Z",))[0] != "Z":
+            await asyncio.sleep(0.05)
+        killed = time.monotonic()
+        await asyncio.to_thread(wait_for, replaced, WHOLE_AGAIN_SECONDS, "two replicas again")
+        print(f"two replicas again {time.monotonic() - killed:.1f} s after the kill")
+        return await run
+
+    check_failures(streams, asyncio.run(main()), text)
+    check_nothing_stays(app)
 
 
 @pytest.mark.parametrize("process", ["haproxy", "HAProxyManager", "orthrus:Ingress"])
-def test_a_killed_proxy_is_replaced_and_nothing_of_it_stays(
-    cluster: LocalCluster, ar: Engine, process: str
-) -> None:
+def test_a_killed_proxy_is_replaced_and_nothing_of_it_stays(app: App, ar: Engine, process: str) -> None:
     """32 streams go through one process: they end with it, and free what they held."""
-    cluster.deploy(**fixed(2))
+    app.deploy(**fixed(2))
     text = expected(ar, PROMPT, 40)
 
     async def main() -> None:
         streams = [Stream(PROMPT, 1500) for _ in range(32)]
-        run = asyncio.create_task(answers(cluster.url, streams))
+        run = asyncio.create_task(answers(app.completions, streams))
         while sum(stream.events > 3 for stream in streams) < 24:
             await asyncio.sleep(0.05)
-        for pid in cluster.pids(process):
+        for pid in pids(process):
             os.kill(pid, signal.SIGKILL)
         killed = time.monotonic()
         # Until a new proxy knows the way, it says so; then all is as before.
         again = [Stream(PROMPT, 40)]
-        while (await answers(cluster.url, again))[0].error:
+        while (await answers(app.completions, again))[0].error:
             assert time.monotonic() - killed < WHOLE_AGAIN_SECONDS, again[0].error
             await asyncio.sleep(0.2)
             again = [Stream(PROMPT, 40)]
@@ -123,21 +113,21 @@ def test_a_killed_proxy_is_replaced_and_nothing_of_it_stays(
         assert seconds < WHOLE_AGAIN_SECONDS
         await run
         assert all(stream.error for stream in streams)
-        again = await answers(cluster.url, [Stream(PROMPT, 40) for _ in range(16)])
+        again = await answers(app.completions, [Stream(PROMPT, 40) for _ in range(16)])
         assert [stream.text for stream in again] == [text] * 16
 
     asyncio.run(main())
-    check_nothing_stays(cluster)
+    check_nothing_stays(app)
 
 
-def test_a_load_step_scales_up_and_back_to_none(cluster: LocalCluster, ar: Engine) -> None:
+def test_a_load_step_scales_up_and_back_to_none(app: App, ar: Engine) -> None:
     """1 client, then 32, then 1, then none, then one again: 1, 3, 1, 0 and 1 replicas, each change explained."""
-    cluster.deploy(
+    app.deploy(
         engine={"max_num_seqs": 6, "kv_cache_tokens": 8192},
         replica={
             "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}},
             "autoscaling_config": {
-                **cluster.args()["replica"]["autoscaling_config"],
+                **tiny_args()["replica"]["autoscaling_config"],
                 "min_replicas": 0,
                 "initial_replicas": 1,
                 "max_replicas": 3,
@@ -153,27 +143,27 @@ def test_a_load_step_scales_up_and_back_to_none(cluster: LocalCluster, ar: Engin
     text = expected(ar, PROMPT, 64)
 
     async def replicas(count: int) -> None:
-        await asyncio.to_thread(wait_for, lambda: len(cluster.running()) == count, 90, f"{count} replicas")
+        await asyncio.to_thread(wait_for, lambda: len(app.running()) == count, 90, f"{count} replicas")
 
     async def main() -> list[Stream]:
-        lone, many = Clients(cluster.url, PROMPT, 64), Clients(cluster.url, PROMPT, 64)
+        lone, many = Clients(app.completions, PROMPT, 64), Clients(app.completions, PROMPT, 64)
         lone.start(1)
         while len(lone.done) < 2:
             await asyncio.sleep(0.1)
-        assert len(cluster.running()) == 1
+        assert len(app.running()) == 1
         many.start(31)
         await replicas(3)
         await many.stop()
         await replicas(1)
         await lone.stop()
         await replicas(0)
-        return [*lone.done, *many.done, *await answers(cluster.url, [Stream(PROMPT, 64)])]
+        return [*lone.done, *many.done, *await answers(app.completions, [Stream(PROMPT, 64)])]
 
     streams = asyncio.run(main())
     assert not [stream.error for stream in streams if stream.error]
     assert {stream.text for stream in streams} == {text}
     pattern = r"autoscaling OrthrusReplica: scaled (up|down) from (\d+) to (\d+): (.+)"
-    steps = [(int(a), int(b), why) for _, a, b, why in re.findall(pattern, cluster.log("controller"))]
+    steps = [(int(a), int(b), why) for _, a, b, why in re.findall(pattern, serve_log("controller"))]
     print(*steps, sep="\n")
     assert [a for a, _, _ in steps] == [1, *(b for _, b, _ in steps[:-1])], "no change went unexplained"
     assert max(b for _, b, _ in steps) == 3 and [b for _, b, _ in steps[-2:]] == [0, 1]
@@ -183,13 +173,13 @@ def test_a_load_step_scales_up_and_back_to_none(cluster: LocalCluster, ar: Engin
     assert reasons[True] <= {"row_use", "a", "kv_use"} and "no" in reasons[False], reasons
 
     def counted() -> bool:
-        counts = cluster.samples("ray_orthrus_autoscaling_scalings_total")
+        counts = app.samples("ray_orthrus_autoscaling_scalings_total")
         return sum(counts.values()) >= len(steps)
 
     wait_for(counted, 30, "every change counted")
 
 
-def test_prefixes_are_found_on_three_replicas_as_on_one(cluster: LocalCluster) -> None:
+def test_prefixes_are_found_on_three_replicas_as_on_one(app: App) -> None:
     """Many prefixes: the hit rate of three replicas is that of one. One hot prefix: all three share it."""
     rng = random.Random(0)
     heads = [f"# {rng.random()}\n" + PROMPT * 2 for _ in range(12)]
@@ -198,8 +188,8 @@ def test_prefixes_are_found_on_three_replicas_as_on_one(cluster: LocalCluster) -
 
     def run(replicas: int, prompts: list[str]) -> tuple[float, list[float]]:
         """Hit rate, and requests by replica, with 4 requests in flight for each."""
-        cluster.deploy(**fixed(replicas, max_num_seqs=8 + replicas))  # Another version: new replicas.
-        names = {replica.name for replica in cluster.running()}
+        app.deploy(**fixed(replicas, max_num_seqs=8 + replicas))  # Another version: new replicas.
+        names = {replica.name for replica in app.running()}
         streams = [Stream(prompt, 8) for prompt in prompts]
 
         async def main() -> None:
@@ -208,7 +198,7 @@ def test_prefixes_are_found_on_three_replicas_as_on_one(cluster: LocalCluster) -
             async def client() -> None:
                 async with client_session() as session:
                     for stream in left:
-                        await stream.run(session, cluster.url)
+                        await stream.run(session, app.completions)
 
             await asyncio.gather(*(client() for _ in range(4 * replicas)))
 
@@ -216,7 +206,7 @@ def test_prefixes_are_found_on_three_replicas_as_on_one(cluster: LocalCluster) -
         assert not [stream.error for stream in streams if stream.error]
 
         def served() -> list[float]:
-            counts = cluster.samples("ray_orthrus_engine_admitted_total")
+            counts = app.samples("ray_orthrus_engine_admitted_total")
             ours = [n for labels, n in counts.items() if names & set(labels)]
             return ours if sum(ours) == len(streams) else []
 
@@ -232,9 +222,9 @@ def test_prefixes_are_found_on_three_replicas_as_on_one(cluster: LocalCluster) -
     assert len(counts) == 3 and max(counts) <= 1.5 * len(hot) / 3
 
 
-def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: Engine) -> None:
+def test_clients_that_misbehave_leave_nothing_behind(app: App, ar: Engine) -> None:
     """Clients that never read, that go away, that stop halfway through a request; and 1,000 that cancel."""
-    cluster.deploy(**fixed(1))
+    app.deploy(**fixed(1))
     text = expected(ar, PROMPT, 40)
     asked = {"model": MODEL, "max_tokens": 400, "ignore_eos": True, "stream": True}
     text_body = json.dumps({**asked, "prompt": PROMPT})
@@ -243,12 +233,15 @@ def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: 
         {**asked, "messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 20}
     )
 
+    address = urllib.parse.urlsplit(app.url)
+
     def connect(path: str, body: str, cut: int | None = None) -> socket.socket:
         """A client that sends a request, up to `cut` bytes of it, and never reads."""
-        head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", cluster.http))
+        connection.connect((str(address.hostname), address.port))
         connection.sendall((head + body)[:cut].encode())
         return connection
 
@@ -256,13 +249,13 @@ def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: 
         slow = [connect("chat/completions", large_body) for _ in range(8)]
         half_open = [connect("completions", text_body, cut) for cut in (20, 100) for _ in range(100)]
         gone = [connect("completions", text_body) for _ in range(32)]
-        wait_for(lambda: not cluster.running()[0].free, 20, "work")
+        wait_for(lambda: not app.running()[0].free, 20, "work")
         for connection in gone:
             connection.close()
         # Nobody reads the answers of the slow, and others get theirs meanwhile.
-        [stream] = asyncio.run(answers(cluster.url, [Stream(PROMPT, 40)]))
+        [stream] = asyncio.run(answers(app.completions, [Stream(PROMPT, 40)]))
         assert (stream.text, stream.error) == (text, "")
-        wait_for(lambda: cluster.running()[0].free, 90, "the answers that nobody reads are finished")
+        wait_for(lambda: app.running()[0].free, 90, "the answers that nobody reads are finished")
         for connection in (*slow, *half_open):
             connection.close()
 
@@ -271,7 +264,7 @@ def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: 
 
             async def one(number: int) -> None:
                 stream = Stream(PROMPT, 1500)
-                task = asyncio.create_task(stream.run(session, cluster.url))
+                task = asyncio.create_task(stream.run(session, app.completions))
                 while number % 2 and not stream.events:
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(number % 7 / 100)
@@ -283,9 +276,9 @@ def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: 
 
     def resources() -> dict[str, tuple[int, int]]:
         """Resident MiB and open files of the processes that requests pass through."""
-        wait_for(lambda: cluster.running()[0].free, 30, "no pages held")
-        [replica], [ingress] = cluster.running(), cluster.running("Ingress")
-        [proxy] = cluster.pids("haproxy")
+        wait_for(lambda: app.running()[0].free, 30, "no pages held")
+        [replica], [ingress] = app.running(), app.running("Ingress")
+        [proxy] = pids("haproxy")
         return {
             name: usage(pid)
             for name, pid in (("replica", replica.pid), ("ingress", ingress.pid), ("haproxy", proxy))
@@ -305,23 +298,23 @@ def test_clients_that_misbehave_leave_nothing_behind(cluster: LocalCluster, ar: 
     print(before, after)
     for name, (memory, _) in after.items():
         assert memory <= before[name][0] * 1.05 + 8, (name, before, after)
-    check_nothing_stays(cluster)
+    check_nothing_stays(app)
 
 
-def test_a_rolling_update_fails_no_request(cluster: LocalCluster, ar: Engine) -> None:
+def test_a_rolling_update_fails_no_request(app: App, ar: Engine) -> None:
     """16 clients while replicas and ingress are replaced by those of another config, twice."""
-    cluster.deploy(**fixed(2))
+    app.deploy(**fixed(2))
     text = expected(ar, PROMPT, 64)
 
     async def main() -> list[Stream]:
-        clients = Clients(cluster.url, PROMPT, 64)
+        clients = Clients(app.completions, PROMPT, 64)
         clients.start(16)
         while len(clients.done) < 16:
             await asyncio.sleep(0.1)
         for number in (13, 14):
-            before = {r.pid for d in ("OrthrusReplica", "Ingress") for r in cluster.running(d)}
-            await asyncio.to_thread(cluster.deploy, **fixed(2, max_num_seqs=number))
-            after = {r.pid for d in ("OrthrusReplica", "Ingress") for r in cluster.running(d)}
+            before = {r.pid for d in ("OrthrusReplica", "Ingress") for r in app.running(d)}
+            await asyncio.to_thread(app.deploy, **fixed(2, max_num_seqs=number))
+            after = {r.pid for d in ("OrthrusReplica", "Ingress") for r in app.running(d)}
             assert not before & after
             finished = len(clients.done)
             while len(clients.done) < finished + 16:
@@ -333,14 +326,14 @@ def test_a_rolling_update_fails_no_request(cluster: LocalCluster, ar: Engine) ->
     print(len(streams), "requests")
     assert not [stream.error for stream in streams if stream.error]
     assert {stream.text for stream in streams} == {text}
-    check_nothing_stays(cluster)
+    check_nothing_stays(app)
 
 
-def check_nothing_stays(cluster: LocalCluster) -> None:
+def check_nothing_stays(app: App) -> None:
     """No pages are held, no process is dead and not buried, and one HAProxy runs."""
-    wait_for(lambda: all(replica.free for replica in cluster.running()), 30, "no pages held")
-    wait_for(lambda: len(cluster.pids("bin/haproxy")) == 1, 60, "one HAProxy")
-    dead = {pid: command for pid, (state, command) in cluster.processes().items() if state == "Z"}
+    wait_for(lambda: all(replica.free for replica in app.running()), 30, "no pages held")
+    wait_for(lambda: len(pids("bin/haproxy")) == 1, 60, "one HAProxy")
+    dead = {pid: command for pid, (state, command) in processes().items() if state == "Z"}
     assert not dead
 
 
