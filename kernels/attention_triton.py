@@ -1,54 +1,75 @@
 """Paged attention on a GPU, for rows of both views, with one reduction order per row.
 
-Keys are cut into segments at fixed positions: short ones first, so that a short context still fills the GPU, longer ones
-further on, so that a long one does not drown in partial results. Inside a segment a running softmax goes over tiles of
-keys in order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
-walks over all segments of its rows (prefill, large batches) or takes one segment (few rows) and a second kernel merges.
-Queries always fill 64 rows of the matrix unit, those of one KV head side by side: one instruction for any number of rows.
+A launch has a fixed number of programs, which go through the pass's work list (`attention_work.py`): its shape depends on nothing
+but the number of rows, so that a CUDA graph can hold it. Inside a segment a running softmax goes over tiles of keys in
+order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
+walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
+matrix unit or 128, those of one KV head side by side: one instruction for any number of rows.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.attention_work import HEADER, ITEM
+from kernels.device import chaining, multiprocessors
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionBatch
+    from kernels.attention import AttentionPlan
 
 _LOG2_E = 1.4426950408889634
-_FULL_GRID = 264
-"""Programs from which on walking is as fast as splitting: two for each multiprocessor."""
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """How a launch with so many queries in a tile fits a multiprocessor: `programs` of them side by side."""
+
+    warps: int
+    stages: int
+    programs: int
+
+
+_LAUNCHES = {16: _Launch(4, 2, 2), 64: _Launch(4, 2, 2), 128: _Launch(8, 3, 1)}
 
 
 @triton.jit
 def _segment_start(index):
-    """First key of a segment: 4 of 256 keys, 14 of 512 (from 1,024), then 1,024 each (from 8,192)."""
+    """`attention_work.segment_start`."""
     near = index * 256
     middle = 1024 + (index - 4) * 512
     far = 8192 + (index - 18) * 1024
     return tl.where(index < 4, near, tl.where(index < 18, middle, far))
 
 
-def num_segments(keys: int) -> int:
-    """How many segments hold the first `keys` keys."""
-    if keys <= 1024:
-        return -(-keys // 256)
-    return 4 + -(-(keys - 1024) // 512) if keys <= 8192 else 18 + -(-(keys - 8192) // 1024)
+@triton.jit
+def _num_segments(keys):
+    """`attention_work.num_segments`."""
+    near = tl.cdiv(keys, 256)
+    middle = 4 + tl.cdiv(keys - 1024, 512)
+    far = 18 + tl.cdiv(keys - 8192, 1024)
+    return tl.where(keys <= 1024, near, tl.where(keys <= 8192, middle, far))
 
 
 @triton.jit
-def _see(query, keys, values, visible, top, norm, acc, scale):
+def _see(query, keys, values, top, norm, acc, scale, visible, ALL: tl.constexpr):
     """One step of the running softmax (Milakov and Gimelshein, 2018), base 2: weights of `visible` keys join norm and acc.
 
-    Multiply-adds are spelt out, so that every kernel that inlines this rounds alike.
+    Multiply-adds are spelt out, so that every kernel that inlines this rounds alike. ALL: every key is visible.
     """
     scores = tl.dot(query, keys.T, input_precision="ieee")
-    scores = tl.where(visible, scores, float("-inf"))
+    if not ALL:
+        scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    # A row that has seen nothing yet: any finite value will do, its weights are zero.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    base = new_top
+    if not ALL:
+        # A row that has seen nothing yet: any finite value will do, its weights are zero.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - base[:, None]))
     fade = tl.exp2(top - base)
     norm = tl.fma(norm, fade, tl.sum(weights, 1))
@@ -61,35 +82,45 @@ def _see_segment(
     query,
     k_cache,
     v_cache,
+    k_pages,
+    v_pages,
     table,
+    first_slot,
     begin,
+    common,
     end,
     limit,
     scale,
-    stride_page,
-    stride_slot,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Running softmax over cache keys begin..end-1, of which a query sees those below its limit."""
+    """Running softmax over cache keys begin .. end - 1: all rows see those below `common`, a row those below its limit.
+
+    first_slot: where the KV head's page 0 begins. Tiles of keys never straddle pages.
+    """
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     norm = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+    middle = max(begin, min(end, common) // KEYS * KEYS)
+    for at in range(begin, middle, KEYS):
+        slot = first_slot + tl.load(table + at // PAGE) * PAGE + at % PAGE
+        top, norm, acc = _see(
+            query, k_pages.load([slot, 0]), v_pages.load([slot, 0]), top, norm, acc, scale, None, True
+        )
     dims = tl.arange(0, WIDTH)
-    for at in range(begin, end, KEYS):
+    for at in range(middle, end, KEYS):
         index = at + tl.arange(0, KEYS)
-        # Keys that no row sees are read as zeros: 0 x NaN from memory never written would be NaN.
-        live = index < end
-        page = tl.load(table + index // PAGE, mask=live, other=0)
-        place = (page * stride_page + index % PAGE * stride_slot)[:, None] + dims[None, :]
-        mask = live[:, None] if DIM == WIDTH else live[:, None] & (dims < DIM)[None, :]
+        slot = first_slot + tl.load(table + at // PAGE) * PAGE + at % PAGE
+        place = (slot + tl.arange(0, KEYS)).to(tl.int64)[:, None] * DIM + dims[None, :]
+        # Keys that no row sees are read as zeros: what is left in their place may not be finite.
+        mask = (index < end)[:, None] & (dims < DIM)[None, :]
         keys = tl.load(k_cache + place, mask=mask, other=0.0)
         values = tl.load(v_cache + place, mask=mask, other=0.0)
         visible = index[None, :] < limit[:, None]
-        top, norm, acc = _see(query, keys, values, visible, top, norm, acc, scale)
+        top, norm, acc = _see(query, keys, values, top, norm, acc, scale, visible, False)
     return top, norm, acc
 
 
@@ -117,7 +148,8 @@ def _see_block(
         mask = (index < rows)[:, None] & (dims < DIM)[None, :]
         keys = tl.load(block_k + index[:, None] * stride_k + dims[None, :], mask=mask, other=0.0)
         values = tl.load(block_v + index[:, None] * stride_v + dims[None, :], mask=mask, other=0.0)
-        top, norm, acc = _see(query, keys, values, (index < rows)[None, :], top, norm, acc, scale)
+        visible = (index < rows)[None, :]
+        top, norm, acc = _see(query, keys, values, top, norm, acc, scale, visible, False)
     return top, norm, acc
 
 
@@ -136,176 +168,155 @@ def _merge(seen, top, norm, acc, part_top, part_norm, part_acc):
     return tl.where(seen, new_top, top), norm, acc
 
 
-@triton.jit(do_not_specialize=["rows", "segments", "parts", "table_width"])
+@triton.jit
 def _attention_kernel(
-    q,
+    qk,
+    qkv,
     k_cache,
     v_cache,
-    block_k,
-    block_v,
-    table,
+    k_pages,
+    v_pages,
+    work,
     limits,
+    records,
     out,
     partials,
     tops,
     norms,
-    rows,
+    heads,
     kv_heads,
-    segments,
-    parts,
-    table_width,
+    slots,
     scale,
-    stride_q_row,
-    stride_q_head,
-    stride_kv_head,
-    stride_page,
-    stride_slot,
-    stride_k_row,
-    stride_k_head,
-    stride_v_row,
-    stride_v_head,
-    stride_out_row,
     PER_KV: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    DIFFUSION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BEFORE_ITEMS: tl.constexpr,
+    PER_ITEM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    group = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
-    # A KV head's queries: all its query heads of a row, then the next row's.
-    query_index = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    row = query_index // PER_KV
-    head = kv_head * PER_KV + query_index % PER_KV
-    inside = row < rows
-    pass_row = (group * rows + row).to(tl.int64)
+    # The work list is uploaded before the pass: no kernel writes it.
+    count = tl.load(work) * kv_heads
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    query_index = tl.arange(0, QUERIES)
     dims = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (dims < DIM)[None, :]
-    limit = tl.load(limits + pass_row, mask=inside, other=0).to(tl.int32)
-    last = tl.max(limit)
-    k_cache += kv_head.to(tl.int64) * stride_kv_head
-    v_cache += kv_head.to(tl.int64) * stride_kv_head
-    table += group.to(tl.int64) * table_width
-    if DIFFUSION:
-        first_row = group.to(tl.int64) * rows
-        block_k += first_row * stride_k_row + kv_head * stride_k_head
-        block_v += first_row * stride_v_row + kv_head * stride_v_head
-    query_place = q + (pass_row * stride_q_row + head * stride_q_head)[:, None] + dims[None, :]
-    if SPLIT:
-        part = tl.program_id(2)
-        own = part == segments
-        begin = _segment_start(part)
-        if own | (begin < last):
-            query = tl.load(query_place, mask=mask, other=0.0)
-            if DIFFUSION:
-                if own:
-                    top, norm, acc = _see_block(
-                        query,
-                        block_k,
-                        block_v,
-                        rows,
-                        scale,
-                        stride_k_row,
-                        stride_v_row,
-                        DIM,
-                        WIDTH,
-                        QUERIES,
-                        KEYS,
-                    )
-                else:
-                    end = min(_segment_start(part + 1), last)
-                    top, norm, acc = _see_segment(
-                        query, k_cache, v_cache, table, begin, end, limit, scale, stride_page, stride_slot,
-                        PAGE, DIM, WIDTH, QUERIES, KEYS,
-                    )  # fmt: skip
-            else:
-                end = min(_segment_start(part + 1), last)
-                top, norm, acc = _see_segment(
-                    query, k_cache, v_cache, table, begin, end, limit, scale, stride_page, stride_slot,
-                    PAGE, DIM, WIDTH, QUERIES, KEYS,
-                )  # fmt: skip
-            place = (tl.program_id(1).to(tl.int64) * parts + part) * rows * PER_KV + query_index
-            tl.store(tops + place, top, mask=inside)
-            tl.store(norms + place, norm, mask=inside)
-            tl.store(partials + place[:, None] * DIM + dims[None, :], acc, mask=mask)
-    else:
-        query = tl.load(query_place, mask=mask, other=0.0)
+    for index in range(tl.program_id(0), count, PROGRAMS):
+        item = work + BEFORE_ITEMS + index // kv_heads * PER_ITEM
+        kv_head = index % kv_heads
+        first_row, rows = tl.load(item), tl.load(item + 1)
+        table = work + tl.load(item + 2)
+        first_segment, last_segment = tl.load(item + 3), tl.load(item + 4)
+        seen = tl.load(item + 5)
+        block_row, block = tl.load(item + 6), tl.load(item + 7)
+        # A KV head's queries: all its query heads of a row, then the next row's.
+        row = first_row + query_index // PER_KV
+        head = kv_head * PER_KV + query_index % PER_KV
+        inside = query_index // PER_KV < rows
+        mask = inside[:, None] & (dims < DIM)[None, :]
+        limit = tl.load(limits + row, mask=inside, other=0)
+        common = tl.load(limits + first_row)
+        record = tl.load(records + row, mask=inside, other=-1)
+        divided = tl.load(records + first_row) >= 0
+        place = (row * (heads + kv_heads) + head).to(tl.int64) * DIM
+        query = tl.load(qk + place[:, None] + dims[None, :], mask=mask, other=0.0)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         norm = tl.zeros((QUERIES,), tl.float32)
         acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-        for part in range(segments):
-            begin = _segment_start(part)
-            if begin < last:
-                end = min(_segment_start(part + 1), last)
-                part_top, part_norm, part_acc = _see_segment(
-                    query, k_cache, v_cache, table, begin, end, limit, scale, stride_page, stride_slot,
-                    PAGE, DIM, WIDTH, QUERIES, KEYS,
-                )  # fmt: skip
+        for segment in range(first_segment, last_segment):
+            begin = _segment_start(segment)
+            end = min(_segment_start(segment + 1), seen)
+            part_top, part_norm, part_acc = _see_segment(
+                query, k_cache, v_cache, k_pages, v_pages, table, kv_head * slots, begin, common, end, limit, scale,
+                PAGE, DIM, WIDTH, QUERIES, KEYS,
+            )  # fmt: skip
+            if divided:
+                at = (record + segment).to(tl.int64) * heads + head
+                tl.store(tops + at, part_top, mask=inside)
+                tl.store(norms + at, part_norm, mask=inside)
+                tl.store(partials + at[:, None] * DIM + dims[None, :], part_acc, mask=mask)
+            else:
                 top, norm, acc = _merge(begin < limit, top, norm, acc, part_top, part_norm, part_acc)
-        if DIFFUSION:
+        if block > 0:
             part_top, part_norm, part_acc = _see_block(
-                query, block_k, block_v, rows, scale, stride_k_row, stride_v_row, DIM, WIDTH, QUERIES, KEYS
+                query,
+                qk + (block_row.to(tl.int64) * (heads + kv_heads) + heads + kv_head) * DIM,
+                qkv + (block_row.to(tl.int64) * (heads + 2 * kv_heads) + heads + kv_heads + kv_head) * DIM,
+                block,
+                scale,
+                (heads + kv_heads) * DIM,
+                (heads + 2 * kv_heads) * DIM,
+                DIM,
+                WIDTH,
+                QUERIES,
+                KEYS,
             )
-            top, norm, acc = _merge(inside, top, norm, acc, part_top, part_norm, part_acc)
-        result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (pass_row * stride_out_row + head * DIM)[:, None] + dims[None, :], result, mask=mask)
+            if divided:
+                at = (record + last_segment).to(tl.int64) * heads + head
+                tl.store(tops + at, part_top, mask=inside)
+                tl.store(norms + at, part_norm, mask=inside)
+                tl.store(partials + at[:, None] * DIM + dims[None, :], part_acc, mask=mask)
+            else:
+                top, norm, acc = _merge(inside, top, norm, acc, part_top, part_norm, part_acc)
+        if not divided:
+            result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
+            place = (row * heads + head).to(tl.int64) * DIM
+            tl.store(out + place[:, None] + dims[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "segments", "parts"])
+@triton.jit
 def _merge_kernel(
     limits,
+    records,
+    num_ar,
     out,
     partials,
     tops,
     norms,
-    rows,
-    kv_heads,
-    segments,
-    parts,
-    stride_out_row,
-    PER_KV: tl.constexpr,
+    heads,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    DIFFUSION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Merge one query's segments in order; its block, if it has one, is the last part."""
+    """Merge one row's segments in order, for one head; its block, if it has one, is the last record."""
     AHEAD: tl.constexpr = 4  # Reads in flight; merging stays in order.
-    query = tl.program_id(0)
-    group = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
-    pass_row = (group * rows + query // PER_KV).to(tl.int64)
-    limit = tl.load(limits + pass_row).to(tl.int32)
-    first = tl.program_id(1).to(tl.int64) * parts * rows * PER_KV + query
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    record = tl.load(records + row)
+    limit = tl.load(limits + row)
+    diffusion = row >= tl.load(num_ar)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    if record < 0:
+        return
+    first = record.to(tl.int64) * heads + head
     dims = tl.arange(0, WIDTH)
     inside = dims < DIM
     top = tl.full((WIDTH,), float("-inf"), tl.float32)
     norm = tl.zeros((WIDTH,), tl.float32)
     acc = tl.zeros((WIDTH,), tl.float32)
-    for at in range(0, segments, AHEAD):
-        if _segment_start(at) < limit:
-            seen0 = _segment_start(at) < limit
-            seen1 = (_segment_start(at + 1) < limit) & (at + 1 < segments)
-            seen2 = (_segment_start(at + 2) < limit) & (at + 2 < segments)
-            seen3 = (_segment_start(at + 3) < limit) & (at + 3 < segments)
-            place = first + at * rows * PER_KV
-            step = rows * PER_KV
-            top0, norm0, acc0 = _load_part(partials, tops, norms, place, seen0, dims, DIM)
-            top1, norm1, acc1 = _load_part(partials, tops, norms, place + step, seen1, dims, DIM)
-            top2, norm2, acc2 = _load_part(partials, tops, norms, place + 2 * step, seen2, dims, DIM)
-            top3, norm3, acc3 = _load_part(partials, tops, norms, place + 3 * step, seen3, dims, DIM)
-            top, norm, acc = _merge(seen0, top, norm, acc, top0, norm0, acc0)
-            top, norm, acc = _merge(seen1, top, norm, acc, top1, norm1, acc1)
-            top, norm, acc = _merge(seen2, top, norm, acc, top2, norm2, acc2)
-            top, norm, acc = _merge(seen3, top, norm, acc, top3, norm3, acc3)
-    if DIFFUSION:
-        place = first + segments * rows * PER_KV
-        own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, inside, dims, DIM)
+    segments = _num_segments(limit)
+    for segment in range(0, segments, AHEAD):
+        seen1, seen2, seen3 = segment + 1 < segments, segment + 2 < segments, segment + 3 < segments
+        place = first + segment * heads
+        top0, norm0, acc0 = _load_part(partials, tops, norms, place, True, dims, DIM)
+        top1, norm1, acc1 = _load_part(partials, tops, norms, place + heads, seen1, dims, DIM)
+        top2, norm2, acc2 = _load_part(partials, tops, norms, place + 2 * heads, seen2, dims, DIM)
+        top3, norm3, acc3 = _load_part(partials, tops, norms, place + 3 * heads, seen3, dims, DIM)
+        top, norm, acc = _merge(inside, top, norm, acc, top0, norm0, acc0)
+        top, norm, acc = _merge(inside & seen1, top, norm, acc, top1, norm1, acc1)
+        top, norm, acc = _merge(inside & seen2, top, norm, acc, top2, norm2, acc2)
+        top, norm, acc = _merge(inside & seen3, top, norm, acc, top3, norm3, acc3)
+    if diffusion:
+        place = first + segments * heads
+        own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, True, dims, DIM)
         top, norm, acc = _merge(inside, top, norm, acc, own_top, own_norm, own_acc)
-    head = kv_head * PER_KV + query % PER_KV
-    place = out + pass_row * stride_out_row + head * DIM + dims
+    place = out + (row * heads + head).to(tl.int64) * DIM + dims
     tl.store(place, (acc / tl.where(inside, norm, 1.0)).to(out.dtype.element_ty), mask=inside)
 
 
@@ -320,95 +331,87 @@ def _load_part(partials, tops, norms, place, seen, dims, DIM: tl.constexpr):
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: "AttentionBatch",
-    scale: float,
-    block_k: Tensor | None = None,
-    block_v: Tensor | None = None,
-    *,
-    split: bool | None = None,
-    queries: int | None = None,
+    qk: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: "AttentionPlan", scale: float
 ) -> Tensor:
-    """`kernels.paged_attention` for float16, bfloat16 and float32 (the cache in q's dtype; every last dimension contiguous).
-
-    split, queries: for tests and measurements: whether segments get programs of their own, and queries per program.
-    """
-    groups, rows, heads, dim = q.shape
-    kv_heads = k_cache.shape[0]
-    diffusion = block_k is not None and block_v is not None
-    segments = num_segments(batch.page_table.shape[1] * batch.page_size)
-    parts = segments + diffusion
-    full = q.dtype == torch.float32
-    queries = queries or (16 if full else 64)
-    tiles = triton.cdiv(rows * batch.heads_per_kv, queries)
-    if split is None:
-        split = parts > 1 and tiles * groups * kv_heads < _FULL_GRID
-    out = torch.empty(groups, rows, heads, dim, device=q.device, dtype=q.dtype)
-    partials = tops = norms = out
-    if split:
-        shape = (groups, kv_heads, parts, rows * batch.heads_per_kv)
-        partials = torch.empty(*shape, dim, device=q.device, dtype=torch.float32)
-        tops = torch.empty(shape, device=q.device, dtype=torch.float32)
-        norms = torch.empty(shape, device=q.device, dtype=torch.float32)
-    own_k, own_v = (q, q) if block_k is None or block_v is None else (block_k, block_v)
+    """`kernels.paged_attention` for float16, bfloat16 and float32 of contiguous tensors. Rows of no group get anything."""
+    work = plan.work
+    assert work is not None, "a plan for a GPU has a work list"
+    kv_heads, pages, page_size, dim = k_cache.shape
+    rows, heads = qk.shape[0], qk.shape[1] - kv_heads
+    full = qk.dtype == torch.float32
+    keys = 32 if full else 64
+    if page_size % keys:
+        raise ValueError(
+            f"pages of {page_size} tokens can't be read on a GPU: page_size must be a multiple of {keys}"
+        )
+    queries = _queries(work.tile_rows, plan.heads_per_kv, qk.dtype)
+    launch = _LAUNCHES[queries]
     width = max(16, triton.next_power_of_2(dim))
-    _attention_kernel[(tiles, groups * kv_heads, parts if split else 1)](
-        q,
+    out = torch.empty(rows, heads * dim, device=qk.device, dtype=qk.dtype)
+    partials = torch.empty(max(1, work.capacity), heads, dim, device=qk.device, dtype=torch.float32)
+    tops, norms = torch.empty(2, max(1, work.capacity), heads, device=qk.device, dtype=torch.float32)
+    programs = attention_programs(qk.device, queries)
+    slots = pages * page_size
+    _attention_kernel[(programs,)](
+        qk,
+        qkv,
         k_cache,
         v_cache,
-        own_k,
-        own_v,
-        batch.page_table,
-        batch.limits,
+        TensorDescriptor(k_cache, [kv_heads * slots, dim], [dim, 1], [keys, width]),
+        TensorDescriptor(v_cache, [kv_heads * slots, dim], [dim, 1], [keys, width]),
+        work.items,
+        work.limits,
+        work.records,
         out,
         partials,
         tops,
         norms,
-        rows,
+        heads,
         kv_heads,
-        segments,
-        parts,
-        batch.page_table.shape[1],
+        slots,
         scale * _LOG2_E,
-        q.stride(1),
-        q.stride(2),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        own_k.stride(1),
-        own_k.stride(2),
-        own_v.stride(1),
-        own_v.stride(2),
-        heads * dim,
-        PER_KV=batch.heads_per_kv,
-        PAGE=batch.page_size,
+        PER_KV=plan.heads_per_kv,
+        PAGE=page_size,
         DIM=dim,
         WIDTH=width,
         QUERIES=queries,
-        KEYS=32 if full else 64,
-        DIFFUSION=diffusion,
-        SPLIT=split,
-        num_warps=8 if queries == 128 else 4,
-        num_stages=3,
+        KEYS=keys,
+        PROGRAMS=programs,
+        BEFORE_ITEMS=HEADER,
+        PER_ITEM=ITEM,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **chaining(),
     )
-    if split:
-        _merge_kernel[(rows * batch.heads_per_kv, groups * kv_heads)](
-            batch.limits,
+    if work.capacity:
+        _merge_kernel[(rows, heads)](
+            work.limits,
+            work.records,
+            work.num_ar,
             out,
             partials,
             tops,
             norms,
-            rows,
-            kv_heads,
-            segments,
-            parts,
-            heads * dim,
-            PER_KV=batch.heads_per_kv,
+            heads,
             DIM=dim,
             WIDTH=width,
-            DIFFUSION=diffusion,
             num_warps=1,
+            **chaining(),
         )
     return out
+
+
+def _queries(tile_rows: int, heads_per_kv: int, dtype: torch.dtype) -> int:
+    if dtype == torch.float32:
+        return 16
+    return 64 if tile_rows * heads_per_kv <= 64 else 128
+
+
+def attention_programs(device: torch.device, queries: int) -> int:
+    """Programs of a launch: as many as run at a time."""
+    return multiprocessors(device) * _LAUNCHES[queries].programs
+
+
+def tile_rows(heads_per_kv: int, longest_group: int, dtype: torch.dtype) -> int:
+    """Rows of a tile: as many as fill 64 queries, or 128 where a group has more rows than that."""
+    return max(1, _queries(longest_group, heads_per_kv, dtype) // heads_per_kv)

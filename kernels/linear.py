@@ -1,8 +1,10 @@
-"""Row-invariant linear layer.
+"""Row-invariant linear layers, plain and with what follows them in a transformer layer.
 
 A matrix product's library picks its blocking from the number of rows, and a single row often takes another code path than
 many. With row counts padded to `ROW_TILE`, the CPU library (oneDNN over weights packed once) sums K in one order
 for any number of rows: `tests/test_kernels.py` holds it to that, bit for bit. On a GPU, `kernels/linear_triton.py` runs.
+
+A layer may hold the weights of both views; rows below `num_ar` then use the AR view's, the others the diffusion view's.
 """
 
 from dataclasses import dataclass
@@ -11,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.activation import silu_mul
 from kernels.device import runs_triton
+from kernels.rms_norm import rms_norm
 
 ROW_TILE = 4
-"""Row counts of a pass are padded to a multiple of this; fewer rows would reach matrix-vector code with its own rounding."""
+"""On a CPU, a view's rows are padded to a multiple of this; fewer would reach matrix-vector code with its own rounding."""
 
 _PACK_ROWS = 8
 """Row count that oneDNN lays the packed weights out for: decode passes are the ones that are short of bandwidth."""
@@ -22,36 +26,85 @@ _PACK_ROWS = 8
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight [out_features, in_features] and its optional bias [out_features], laid out for `linear`."""
+    """A weight [out_features, in_features] for each view, laid out for `linear`.
 
-    weight: Tensor
+    weights: one behind the other in memory, unless oneDNN has packed them. bias [views, out_features], optional.
+    """
+
+    weights: tuple[Tensor, ...]
     bias: Tensor | None
     packed: bool
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
+
+def pack_linear(weights: list[Tensor], biases: list[Tensor] | None = None) -> PackedLinear:
+    """Lay weights out for `linear`, one for each view; float32 on CPU is repacked by oneDNN where the build has it.
+
+    The list is emptied, so that no more than one view is in memory twice.
+    """
+    first, bias = weights[0], torch.stack(biases) if biases else None
+    if first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        packed = []
+        while weights:
+            weight = weights.pop(0).contiguous()
+            packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS))
+        return PackedLinear(tuple(packed), bias, True)
+    stacked = torch.stack(weights) if len(weights) > 1 else first.contiguous().unsqueeze(0)
+    weights.clear()
+    return PackedLinear(stacked.unbind(), bias, False)
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Lay `weight` out for `linear`. float32 on CPU is repacked by oneDNN where the build has it; others stay as they are."""
-    packed = (
-        weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    )
-    if packed:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
-    return PackedLinear(weight, bias, packed)
+def linear(
+    x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features] in `dtype`, by default x's.
 
-
-def linear(x: Tensor, layer: PackedLinear) -> Tensor:
-    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features], in x's dtype.
-
-    rows must be a multiple of `ROW_TILE`.
+    num_ar: int32 [1], needed for a layer of two views. On a CPU, rows of a view must be multiples of `ROW_TILE`.
     """
     if runs_triton(x):
         from kernels import linear_triton
 
-        return linear_triton.linear(x, layer)
+        return linear_triton.linear(x, layer, num_ar, dtype)
+    if len(layer.weights) == 1:
+        out = _one_view(x, layer, 0)
+    else:
+        assert num_ar is not None, "a layer of two views needs num_ar"
+        split = int(num_ar)
+        parts = [
+            _one_view(rows, layer, view) for view, rows in enumerate((x[:split], x[split:])) if len(rows)
+        ]
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return out if dtype is None else out.to(dtype)
+
+
+def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:
+    bias = None if layer.bias is None else layer.bias[view]
     if layer.packed:
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-    return F.linear(x, layer.weight, layer.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weights[view], bias, "none", [], "")
+        return out
+    return F.linear(x, layer.weights[view], bias)
+
+
+def linear_silu_mul(x: Tensor, layer: PackedLinear) -> Tensor:
+    """`silu_mul(linear(x, layer))` for a layer without a bias: x [rows, in_features] -> [rows, out_features / 2]."""
+    if runs_triton(x):
+        from kernels import linear_triton
+
+        return linear_triton.linear_silu_mul(x, layer)
+    return silu_mul(linear(x, layer))
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    layer: PackedLinear,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    num_ar: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden = residual + linear(x, layer), and its RMS norm: both [rows, out_features]."""
+    if runs_triton(x):
+        from kernels import linear_triton
+
+        return linear_triton.linear_add_rms_norm(x, layer, residual, norm_weight, eps, num_ar)
+    hidden = residual + linear(x, layer, num_ar)
+    return hidden, rms_norm(hidden, norm_weight, eps)

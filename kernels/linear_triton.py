@@ -1,10 +1,14 @@
-"""Row-invariant linear layer on a GPU.
+"""Row-invariant linear layers on a GPU.
 
-The weight's inputs are cut into segments whose number depends on the weight's shape alone. Inside a segment, products are
-added to one float32 accumulator in order; segments are added in order. That tree is the same for every tile shape here,
-and whether a program adds the segments it has computed itself or several programs compute one each, so a row has the same bits
-alone, in a decode batch and in a prefill chunk. Operands are swapped: the weight is always on the matrix unit's M side, whose
-tile (64) few rows would leave empty, and the rows are on its N side, which goes down to 8. One instruction for all row counts.
+Each output is one float32 sum over the inputs in order. Where the result goes straight into a residual stream, few outputs would
+leave a GPU idle, and the inputs are cut into segments whose number depends on the weight's shape alone: a sum for each, then
+the sums in order. That tree is the same for every tile shape here, and whether a program walks over all segments or several
+programs take one each, so a row has the same bits alone, in a decode batch and in a prefill chunk. Operands are swapped:
+the weight is always on the matrix unit's M side, whose tile (64) few rows would leave empty, and the rows are on its N side,
+which goes down to 8. One instruction for all row counts.
+
+In a decode pass a layer's time is that of reading its weights. While the kernels before it finish, its programs already ask
+for the beginning of theirs, which then come from the L2 cache.
 """
 
 from dataclasses import dataclass
@@ -15,23 +19,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.device import chaining
 
 if TYPE_CHECKING:
     from kernels.linear import PackedLinear
 
 _SEGMENT_UNIT = 128
 """Segment lengths are multiples of it: every tile's depth divides it."""
-_SHORTEST_SEGMENT = 512
+_SHORTEST_SEGMENT = 1024
 _MOST_SEGMENTS = 4
-_FULL_GRID = 192
-"""Programs that keep the memory of a GPU with 132 multiprocessors busy, by a third more than one each."""
-_COUNTERS = 1 << 14
+_FULL_GRID = 128
+"""Programs that keep the memory of a GPU with 132 multiprocessors busy."""
 
 
 @cache
 def num_segments(out_features: int, in_features: int) -> int:
-    """Segments of a weight's inputs: enough that tiles of 64 outputs x segments fill a GPU when there is one row."""
+    """Segments of the inputs of a layer whose result goes into the residual stream: enough to fill a GPU at one row."""
     segments = 1
     while (
         segments < _MOST_SEGMENTS
@@ -44,24 +50,39 @@ def num_segments(out_features: int, in_features: int) -> int:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a launch is cut up: outputs, rows and depth (inputs per step) of a tile; whether segments get programs of their own.
+    """How a launch is cut up: outputs, rows and depth (inputs per step) of a tile. Nothing here changes a bit of the result.
 
-    None of it changes a bit of the result.
+    split: segments get programs of their own. prefetch: inputs of each weight row that are asked for ahead.
     """
 
     outs: int
     rows: int
     depth: int
-    split: bool
-    warps: int
-    stages: int
+    split: bool = False
+    warps: int = 4
+    stages: int = 4
+    prefetch: int = 0
 
 
 @triton.jit
-def _accumulate(
-    w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):
-    """Sum over one segment: float32 [OUTS, ROWS]. Reading past the weight's inputs, outputs or rows gives zeros."""
+def _prefetch(w, out_at, begin, num_outs, num_ins, count, OUTS: tl.constexpr):
+    """Ask for inputs begin .. begin + count of a tile's weight rows to come into the L2 cache."""
+    outs = tl.minimum(out_at + tl.arange(0, OUTS), num_outs - 1)
+    place = w + outs.to(tl.int64) * num_ins + begin
+    size = tl.zeros((OUTS,), tl.int32) + count * (w.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [place, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _sum(w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Sum over inputs begin .. end: float32 [OUTS, ROWS]. Reading past the weight's inputs, outputs or rows gives zeros."""
     total = tl.zeros((OUTS, ROWS), tl.float32)
     for k in range(begin, end, DEPTH):
         weights = w.load([out_at, k])
@@ -71,130 +92,284 @@ def _accumulate(
 
 
 @triton.jit
-def _store(total, bias, out, out_index, row_index, num_outs, num_rows, HAS_BIAS: tl.constexpr):
-    inside = (row_index < num_rows)[None, :] & (out_index < num_outs)[:, None]
-    if HAS_BIAS:
-        total += tl.load(bias + out_index, mask=out_index < num_outs, other=0.0).to(tl.float32)[:, None]
-    place = out + row_index[None, :].to(tl.int64) * num_outs + out_index[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
+def _gated_sum(
+    w, x, out_at, num_outs, row_at, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """silu(gate) * up, whose weights are the first and the second `num_outs` of w: float32 [OUTS, ROWS]."""
+    gate = tl.zeros((OUTS, ROWS), tl.float32)
+    up = tl.zeros((OUTS, ROWS), tl.float32)
+    for k in range(0, end, DEPTH):
+        rows = x.load([row_at, k])
+        gate = tl.dot(w.load([out_at, k]), rows.T, gate, input_precision="ieee")
+        up = tl.dot(w.load([num_outs + out_at, k]), rows.T, up, input_precision="ieee")
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit(do_not_specialize=["num_rows", "segments"])
+@triton.jit(do_not_specialize=["num_rows", "segments", "prefetch"])
 def _linear_kernel(
     w,
     x,
     bias,
     out,
-    partials,
-    arrivals,
+    weight,
+    num_ar,
     num_rows,
     num_outs,
+    num_ins,
     segment,
     segments,
+    prefetch,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    TWO_VIEWS: tl.constexpr,
+    GATED: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
-    row_tiles = tl.cdiv(num_rows, ROWS)
-    in_band = BAND * tl.cdiv(num_outs, OUTS)
-    first = tile // in_band * BAND
-    height = min(row_tiles - first, BAND)
-    row_at = (first + tile % in_band % height) * ROWS
-    out_at = tile % in_band // height * OUTS
+    split = num_rows
+    if TWO_VIEWS:
+        split = tl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+    # Tiles never straddle the views. The grid has room for one row tile more than may be needed.
+    ar_tiles = tl.cdiv(split, ROWS)
+    row_tiles = ar_tiles + tl.cdiv(num_rows - split, ROWS)
+    out_tiles = tl.cdiv(num_outs, OUTS)
+    first = tile // (BAND * out_tiles) * BAND
+    height = max(1, min(row_tiles - first, BAND))
+    row_tile = first + tile % (BAND * out_tiles) % height
+    out_at = tile % (BAND * out_tiles) // height * OUTS
+    view = (row_tile >= ar_tiles).to(tl.int32) if TWO_VIEWS else 0
+    row_at = row_tile * ROWS + view * (split - ar_tiles * ROWS)
+    row_end = split + view * (num_rows - split)
+    live = tile < row_tiles * out_tiles
+    weight_at = view * num_outs + out_at
+    begin = 0
+    if SPLIT:
+        begin = tl.program_id(1) * segment
+    if CHAINED:
+        gdc_launch_dependents()
+        if live & (prefetch > 0):
+            _prefetch(weight, weight_at, begin, (view + 1) * num_outs, num_ins, prefetch, OUTS)
+            if GATED:
+                _prefetch(weight, num_outs + out_at, begin, 2 * num_outs, num_ins, prefetch, OUTS)
+        gdc_wait()
+    if not live:
+        return
     row_index = row_at + tl.arange(0, ROWS)
     out_index = out_at + tl.arange(0, OUTS)
-    if SPLIT:
-        which = tl.program_id(1)
-        part = _accumulate(w, x, out_at, row_at, which * segment, (which + 1) * segment, OUTS, ROWS, DEPTH)
-        inside = (row_index < num_rows)[None, :] & (out_index < num_outs)[:, None]
-        plane = num_rows.to(tl.int64) * num_outs
-        place = partials + row_index[None, :].to(tl.int64) * num_outs + out_index[:, None]
-        tl.store(place + which * plane, part, mask=inside)
-        # Whoever comes last finds all segments in memory, and adds them in order.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == segments - 1:
-            tl.store(arrivals + tile, 0)
-            total = tl.zeros((OUTS, ROWS), tl.float32)
-            for s in range(segments):
-                total += tl.load(place + s * plane, mask=inside, other=0.0, cache_modifier=".cg")
-            _store(total, bias, out, out_index, row_index, num_outs, num_rows, HAS_BIAS)
+    inside = (row_index < row_end)[None, :] & (out_index < num_outs)[:, None]
+    if GATED:
+        total = _gated_sum(w, x, out_at, num_outs, row_at, num_ins, OUTS, ROWS, DEPTH)
     else:
-        total = _accumulate(w, x, out_at, row_at, 0, segment, OUTS, ROWS, DEPTH)
-        if not WHOLE:
+        total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH)
+        if not (SPLIT or WHOLE):
             for s in range(1, segments):
-                total += _accumulate(w, x, out_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
-        _store(total, bias, out, out_index, row_index, num_outs, num_rows, HAS_BIAS)
+                total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
+    if HAS_BIAS:
+        offset = tl.load(bias + view * num_outs + out_index, mask=out_index < num_outs, other=0.0)
+        total += offset.to(tl.float32)[:, None]
+    place = row_index[None, :].to(tl.int64) * num_outs + out_index[:, None]
+    if SPLIT:
+        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of arrived segments, one per tile; each launch leaves them at zero for the next one in the stream."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+@triton.jit(do_not_specialize=["plane"])
+def _add_rms_norm_kernel(
+    x,
+    bias,
+    residual,
+    weight,
+    hidden,
+    normed,
+    num_ar,
+    width,
+    plane,
+    eps,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_VIEWS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Add a layer's segments (or its finished result, PARTS 1), then the residual, then the norm: one program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < width
+    scale = tl.load(weight + place, mask=inside, other=0.0)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    dtype = hidden.dtype.element_ty
+    total = tl.load(x + row * width + place, mask=inside, other=0.0)
+    before = tl.load(residual + row * width + place, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(x + part * plane + row * width + place, mask=inside, other=0.0)
+    if HAS_BIAS:
+        shift = place
+        if TWO_VIEWS:
+            shift += tl.where(row >= tl.load(num_ar), width, 0)
+        total += tl.load(bias + shift, mask=inside, other=0.0).to(tl.float32)
+    value = (total.to(dtype).to(tl.float32) + before.to(tl.float32)).to(dtype)
+    tl.store(hidden + row * width + place, value, mask=inside)
+    value = value.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    # Rounded before the weight, as Qwen3's own code does.
+    tl.store(normed + row * width + place, value.to(dtype) * scale, mask=inside)
 
 
-def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
-    """Tiles for a launch, by its row count and weight."""
+def choose_tiles(
+    rows: int, out_features: int, in_features: int, segments: int, dtype: torch.dtype
+) -> LinearTiles:
+    """Tiles for a launch, by its row count and weight. out_features: of one view; of a gated layer, of the gate."""
     if dtype == torch.float32:
         # Without a matrix unit, and only for checks: small enough to keep in registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
     few = segments > 1
     if rows <= 64:
         row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return LinearTiles(64 if out_features < 16384 else 128, row_tile, 128, few, 4, 4)
+        return LinearTiles(64, row_tile, 128, few, 4, 4)
     if rows <= 128:
-        return LinearTiles(128, 128, 64, few, 8, 4)
+        return LinearTiles(64, 128, 64, few, 4, 4)
     if rows <= 256:
-        return LinearTiles(128, 256, 64, few, 8, 4)
-    if segments > 1:
-        return LinearTiles(128, 128, 64, False, 8, 4)
-    return LinearTiles(128, 256, 64, False, 8, 4)
+        return LinearTiles(128, 128, 64, few, 8, 4)
+    return LinearTiles(128, 128 if segments > 1 else 256, 64, False, 8, 4)
 
 
 def linear(
-    x: Tensor, layer: "PackedLinear", tiles: LinearTiles | None = None, segments: int | None = None
+    x: Tensor,
+    layer: "PackedLinear",
+    num_ar: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    tiles: LinearTiles | None = None,
 ) -> Tensor:
-    """`kernels.linear` for float16, bfloat16 and float32; tiles, segments: for tests and measurements, not the usual choice.
+    """`kernels.linear` for float16, bfloat16 and float32; any number of rows. tiles: for tests and measurements.
 
-    Raises ValueError if a row of x or of the weight is not a multiple of 16 bytes, which the GPU's copy engine needs.
+    Raises ValueError if a row of x is not a multiple of 16 bytes, which the GPU's copy engine needs.
     """
-    weight, bias = layer.weight, layer.bias
-    outs, ins = weight.shape
-    rows = x.shape[0]
+    out = torch.empty(x.shape[0], layer.weights[0].shape[0], device=x.device, dtype=dtype or x.dtype)
+    _launch(x, layer, out, num_ar, tiles or choose_tiles(x.shape[0], out.shape[1], x.shape[1], 1, x.dtype), 1)
+    return out
+
+
+def linear_silu_mul(x: Tensor, layer: "PackedLinear", *, tiles: LinearTiles | None = None) -> Tensor:
+    """`kernels.linear_silu_mul`, as `linear`; gate and up are rounded only after they have met."""
+    outs = layer.weights[0].shape[0] // 2
+    out = torch.empty(x.shape[0], outs, device=x.device, dtype=x.dtype)
+    _launch(
+        x, layer, out, None, tiles or choose_tiles(x.shape[0], outs, x.shape[1], 1, x.dtype), 1, gated=True
+    )
+    return out
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    layer: "PackedLinear",
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    num_ar: Tensor | None = None,
+    *,
+    tiles: LinearTiles | None = None,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.linear_add_rms_norm`, as `linear`. tiles, segments: for tests and measurements."""
+    rows, outs = residual.shape
+    segments = segments or num_segments(outs, x.shape[1])
+    cut = tiles or choose_tiles(rows, outs, x.shape[1], segments, x.dtype)
+    parts = segments if cut.split and segments > 1 else 1
+    if parts > 1:
+        out = torch.empty(parts, rows, outs, device=x.device, dtype=torch.float32)
+    else:
+        out = torch.empty(rows, outs, device=x.device, dtype=x.dtype)
+    _launch(x, layer, out, num_ar, cut, segments)
+    return add_rms_norm(out, residual, norm_weight, eps, layer.bias if parts > 1 else None, num_ar)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    num_ar: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden = residual + x + bias, and its RMS norm: both [rows, width].
+
+    x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width].
+    """
+    rows, width = residual.shape
+    hidden, normed = torch.empty_like(residual), torch.empty_like(residual)
+    _add_rms_norm_kernel[(rows,)](
+        x,
+        x if bias is None else bias,
+        residual,
+        norm_weight,
+        hidden,
+        normed,
+        x if num_ar is None else num_ar,
+        width,
+        rows * width,
+        eps,
+        WIDTH=triton.next_power_of_2(width),
+        PARTS=x.shape[0] if x.dim() == 3 else 1,
+        HAS_BIAS=bias is not None,
+        TWO_VIEWS=bias is not None and bias.shape[0] > 1,
+        num_warps=8,
+        **chaining(),
+    )
+    return hidden, normed
+
+
+def _launch(
+    x: Tensor,
+    layer: "PackedLinear",
+    out: Tensor,
+    num_ar: Tensor | None,
+    tiles: LinearTiles,
+    segments: int,
+    gated: bool = False,
+) -> None:
+    rows, ins = x.shape
+    outs, views = out.shape[-1], len(layer.weights)
     if ins * x.itemsize % 16:
         raise ValueError(
             f"a linear layer with {ins} inputs of {x.dtype} can't run on a GPU: its rows must be multiples of 16 bytes"
         )
-    segments = segments or num_segments(outs, ins)
-    cut = tiles or choose_tiles(rows, outs, segments, x.dtype)
-    out = torch.empty(rows, outs, device=x.device, dtype=x.dtype)
-    num_tiles = triton.cdiv(outs, cut.outs) * triton.cdiv(rows, cut.rows)
-    split = cut.split and segments > 1 and num_tiles <= _COUNTERS
-    partials = torch.empty(segments, rows, outs, device=x.device, dtype=torch.float32) if split else out
-    _linear_kernel[(num_tiles, segments if split else 1)](
-        TensorDescriptor(weight, [outs, ins], [ins, 1], [cut.outs, cut.depth]),
-        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [cut.rows, cut.depth]),
+    weight = layer.weights[0]
+    split = tiles.split and segments > 1
+    row_tiles = triton.cdiv(rows, tiles.rows) + (views > 1)
+    bias = None if split else layer.bias
+    length = triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT
+    _linear_kernel[(triton.cdiv(outs, tiles.outs) * row_tiles, segments if split else 1)](
+        # The views' weights lie one behind the other; a tile that reads into the next view's does not store it.
+        TensorDescriptor(weight, [weight.shape[0] * views, ins], [ins, 1], [tiles.outs, tiles.depth]),
+        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [tiles.rows, tiles.depth]),
         out if bias is None else bias,
         out,
-        partials,
-        _arrivals(x.device),
+        weight,
+        out if num_ar is None else num_ar,
         rows,
         outs,
-        triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT,
+        ins,
+        length,
         segments,
-        OUTS=cut.outs,
-        ROWS=cut.rows,
-        DEPTH=cut.depth,
+        min(tiles.prefetch, ins - (segments - 1) * length if split else ins),
+        OUTS=tiles.outs,
+        ROWS=tiles.rows,
+        DEPTH=tiles.depth,
+        TWO_VIEWS=views > 1,
+        GATED=gated,
         SPLIT=split,
         WHOLE=segments == 1,
         HAS_BIAS=bias is not None,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **chaining(),
     )
-    return out
