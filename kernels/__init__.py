@@ -8,7 +8,15 @@ rows in the launch and whatever they hold. Zero drift rests on it. On a CPU, cal
 from kernels.attention import AttentionPlan, paged_attention
 from kernels.attention_work import AttentionGroup
 from kernels.embedding import embed
-from kernels.linear import ROW_TILE, PackedLinear, linear, linear_add_rms_norm, linear_silu_mul, pack_linear
+from kernels.linear import (
+    ROW_TILE,
+    PackedLinear,
+    linear,
+    linear_add_rms_norm,
+    linear_silu_mul,
+    pack_gated_linear,
+    pack_linear,
+)
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.sampling import gumbel_argmax, gumbel_noise
 
@@ -23,6 +31,7 @@ __all__ = [
     "linear",
     "linear_add_rms_norm",
     "linear_silu_mul",
+    "pack_gated_linear",
     "pack_linear",
     "paged_attention",
     "qk_norm_rope",

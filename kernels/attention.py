@@ -108,27 +108,26 @@ def _in_splits(cache: Tensor, batch: _Batch) -> Tensor:
 
 
 def paged_attention(
-    qk: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
     """softmax(q k^T * scale) v for every row of the pass: [rows, heads * dim] in q's dtype; sums are float32 or wider.
 
-    qk [rows, heads + kv_heads, dim]: queries and, of diffusion rows, keys that the rest of their block sees; qkv [rows, heads +
-    2 * kv_heads, dim]: their values are its last heads. k_cache and v_cache [kv_heads, pages, page_size, dim], finite (a
-    hidden key may still take part as 0 x its value). Rows of no group get zeros, or anything on a GPU.
+    qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, and keys and values, which of a diffusion row the rest
+    of its block sees. k_cache and v_cache [kv_heads, pages, page_size, dim], finite (a hidden key may still take part as 0 x
+    its value). Rows of no group get zeros, or anything on a GPU.
     """
-    if runs_triton(qk):
+    if runs_triton(qkv):
         from kernels import attention_triton
 
-        return attention_triton.paged_attention(qk, qkv, k_cache, v_cache, plan, scale)
-    kv_heads = k_cache.shape[0]
-    heads, dim = qk.shape[1] - kv_heads, qk.shape[2]
-    out = torch.zeros(qk.shape[0], heads * dim, device=qk.device, dtype=qk.dtype)
+        return attention_triton.paged_attention(qkv, k_cache, v_cache, plan, scale)
+    kv_heads, dim = k_cache.shape[0], qkv.shape[2]
+    heads = qkv.shape[1] - 2 * kv_heads
+    out = torch.zeros(qkv.shape[0], heads * dim, device=qkv.device, dtype=qkv.dtype)
     for batch in plan.batches:
-        rows = qk[batch.rows].unflatten(0, (batch.groups, -1))
+        rows = qkv[batch.rows].unflatten(0, (batch.groups, -1))
         block = None
         if batch.diffusion:
-            values = qkv[batch.rows, heads + kv_heads :].unflatten(0, (batch.groups, -1))
-            block = rows[:, :, heads:], values
+            block = rows[:, :, heads : heads + kv_heads], rows[:, :, heads + kv_heads :]
         attended = _attend(rows[:, :, :heads], k_cache, v_cache, batch, scale, block)
         out[batch.rows] = attended.reshape(-1, heads * dim)
     return out

@@ -5,9 +5,10 @@ but the number of rows, so that a CUDA graph can hold it. Inside a segment a run
 order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
 walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
 matrix unit or 128, those of one KV head side by side: one instruction for any number of rows.
+
+The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import attention_stream
 from kernels.attention_work import HEADER, ITEM
 from kernels.device import chaining, multiprocessors
 
@@ -26,131 +27,40 @@ if TYPE_CHECKING:
 _LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """How a launch with so many queries in a tile fits a multiprocessor: `programs` of them side by side."""
-
-    warps: int
-    stages: int
-    programs: int
-
-
-_LAUNCHES = {16: _Launch(4, 2, 2), 64: _Launch(4, 2, 2), 128: _Launch(8, 3, 1)}
-
-
 @triton.jit
 def _segment_start(index):
     """`attention_work.segment_start`."""
-    near = index * 256
-    middle = 1024 + (index - 4) * 512
-    far = 8192 + (index - 18) * 1024
-    return tl.where(index < 4, near, tl.where(index < 18, middle, far))
+    near = index * 128
+    middle = 1024 + (index - 8) * 512
+    far = 8192 + (index - 22) * 1024
+    return tl.where(index < 8, near, tl.where(index < 22, middle, far))
 
 
 @triton.jit
 def _num_segments(keys):
     """`attention_work.num_segments`."""
-    near = tl.cdiv(keys, 256)
-    middle = 4 + tl.cdiv(keys - 1024, 512)
-    far = 18 + tl.cdiv(keys - 8192, 1024)
+    near = tl.cdiv(keys, 128)
+    middle = 8 + tl.cdiv(keys - 1024, 512)
+    far = 22 + tl.cdiv(keys - 8192, 1024)
     return tl.where(keys <= 1024, near, tl.where(keys <= 8192, middle, far))
 
 
 @triton.jit
-def _see(query, keys, values, top, norm, acc, scale, visible, ALL: tl.constexpr):
+def _see(query, keys, values, top, norm, acc, scale, visible):
     """One step of the running softmax (Milakov and Gimelshein, 2018), base 2: weights of `visible` keys join norm and acc.
 
-    Multiply-adds are spelt out, so that every kernel that inlines this rounds alike. ALL: every key is visible.
+    Multiply-adds are spelt out: both places that inline this round alike.
     """
     scores = tl.dot(query, keys.T, input_precision="ieee")
-    if not ALL:
-        scores = tl.where(visible, scores, float("-inf"))
+    scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    base = new_top
-    if not ALL:
-        # A row that has seen nothing yet: any finite value will do, its weights are zero.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    # A row that has seen nothing yet: any finite value will do, its weights are zero.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - base[:, None]))
     fade = tl.exp2(top - base)
     norm = tl.fma(norm, fade, tl.sum(weights, 1))
     acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
     return new_top, norm, acc
-
-
-@triton.jit
-def _see_segment(
-    query,
-    k_cache,
-    v_cache,
-    k_pages,
-    v_pages,
-    table,
-    first_slot,
-    begin,
-    common,
-    end,
-    limit,
-    scale,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Running softmax over cache keys begin .. end - 1: all rows see those below `common`, a row those below its limit.
-
-    first_slot: where the KV head's page 0 begins. Tiles of keys never straddle pages.
-    """
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    norm = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    middle = max(begin, min(end, common) // KEYS * KEYS)
-    for at in range(begin, middle, KEYS):
-        slot = first_slot + tl.load(table + at // PAGE) * PAGE + at % PAGE
-        top, norm, acc = _see(
-            query, k_pages.load([slot, 0]), v_pages.load([slot, 0]), top, norm, acc, scale, None, True
-        )
-    dims = tl.arange(0, WIDTH)
-    for at in range(middle, end, KEYS):
-        index = at + tl.arange(0, KEYS)
-        slot = first_slot + tl.load(table + at // PAGE) * PAGE + at % PAGE
-        place = (slot + tl.arange(0, KEYS)).to(tl.int64)[:, None] * DIM + dims[None, :]
-        # Keys that no row sees are read as zeros: what is left in their place may not be finite.
-        mask = (index < end)[:, None] & (dims < DIM)[None, :]
-        keys = tl.load(k_cache + place, mask=mask, other=0.0)
-        values = tl.load(v_cache + place, mask=mask, other=0.0)
-        visible = index[None, :] < limit[:, None]
-        top, norm, acc = _see(query, keys, values, top, norm, acc, scale, visible, False)
-    return top, norm, acc
-
-
-@triton.jit
-def _see_block(
-    query,
-    block_k,
-    block_v,
-    rows,
-    scale,
-    stride_k,
-    stride_v,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Running softmax over the fresh keys of a diffusion block of `rows` rows, which see each other."""
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    norm = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    dims = tl.arange(0, WIDTH)
-    for at in range(0, rows, KEYS):
-        index = at + tl.arange(0, KEYS)
-        mask = (index < rows)[:, None] & (dims < DIM)[None, :]
-        keys = tl.load(block_k + index[:, None] * stride_k + dims[None, :], mask=mask, other=0.0)
-        values = tl.load(block_v + index[:, None] * stride_v + dims[None, :], mask=mask, other=0.0)
-        visible = (index < rows)[None, :]
-        top, norm, acc = _see(query, keys, values, top, norm, acc, scale, visible, False)
-    return top, norm, acc
 
 
 @triton.jit
@@ -169,13 +79,42 @@ def _merge(seen, top, norm, acc, part_top, part_norm, part_acc):
 
 
 @triton.jit
+def _end_segment(
+    divided,
+    tops,
+    norms,
+    partials,
+    record,
+    heads,
+    head,
+    inside,
+    seen,
+    top,
+    norm,
+    acc,
+    part_top,
+    part_norm,
+    part_acc,
+    DIM: tl.constexpr,
+):
+    """Leave a segment's running softmax in each query's `record` where the tile is divided, else merge it."""
+    if divided:
+        at = record.to(tl.int64) * heads + head
+        dims = tl.arange(0, acc.shape[1])
+        tl.store(tops + at, part_top, mask=inside)
+        tl.store(norms + at, part_norm, mask=inside)
+        place = partials + at[:, None] * DIM + dims[None, :]
+        tl.store(place, part_acc, mask=inside[:, None] & (dims < DIM)[None, :])
+    else:
+        top, norm, acc = _merge(seen, top, norm, acc, part_top, part_norm, part_acc)
+    return top, norm, acc
+
+
+@triton.jit
 def _attention_kernel(
-    qk,
     qkv,
     k_cache,
     v_cache,
-    k_pages,
-    v_pages,
     work,
     limits,
     records,
@@ -198,11 +137,10 @@ def _attention_kernel(
     PER_ITEM: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    # The work list is uploaded before the pass: no kernel writes it.
-    count = tl.load(work) * kv_heads
     if CHAINED:
         gdc_launch_dependents()
-        gdc_wait()
+    # The work list is uploaded before the pass: no kernel writes it.
+    count = tl.load(work) * kv_heads
     query_index = tl.arange(0, QUERIES)
     dims = tl.arange(0, WIDTH)
     for index in range(tl.program_id(0), count, PROGRAMS):
@@ -210,62 +148,71 @@ def _attention_kernel(
         kv_head = index % kv_heads
         first_row, rows = tl.load(item), tl.load(item + 1)
         table = work + tl.load(item + 2)
-        first_segment, last_segment = tl.load(item + 3), tl.load(item + 4)
-        seen = tl.load(item + 5)
-        block_row, block = tl.load(item + 6), tl.load(item + 7)
+        segment, last_segment = tl.load(item + 3), tl.load(item + 4)
+        seen, block_row, block = tl.load(item + 5), tl.load(item + 7), tl.load(item + 8)
         # A KV head's queries: all its query heads of a row, then the next row's.
         row = first_row + query_index // PER_KV
         head = kv_head * PER_KV + query_index % PER_KV
         inside = query_index // PER_KV < rows
         mask = inside[:, None] & (dims < DIM)[None, :]
         limit = tl.load(limits + row, mask=inside, other=0)
-        common = tl.load(limits + first_row)
         record = tl.load(records + row, mask=inside, other=-1)
         divided = tl.load(records + first_row) >= 0
-        place = (row * (heads + kv_heads) + head).to(tl.int64) * DIM
-        query = tl.load(qk + place[:, None] + dims[None, :], mask=mask, other=0.0)
+        begin, end = _segment_start(segment), min(_segment_start(last_segment), seen)
+        if CHAINED:
+            gdc_wait()
+        place = (row * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
+        query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         norm = tl.zeros((QUERIES,), tl.float32)
         acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-        for segment in range(first_segment, last_segment):
-            begin = _segment_start(segment)
-            end = min(_segment_start(segment + 1), seen)
-            part_top, part_norm, part_acc = _see_segment(
-                query, k_cache, v_cache, k_pages, v_pages, table, kv_head * slots, begin, common, end, limit, scale,
-                PAGE, DIM, WIDTH, QUERIES, KEYS,
-            )  # fmt: skip
-            if divided:
-                at = (record + segment).to(tl.int64) * heads + head
-                tl.store(tops + at, part_top, mask=inside)
-                tl.store(norms + at, part_norm, mask=inside)
-                tl.store(partials + at[:, None] * DIM + dims[None, :], part_acc, mask=mask)
+        part_top, part_norm, part_acc = top, norm, acc
+        # Cached keys, then the block's own: a segment of its own, behind the others.
+        cached = tl.cdiv(max(end - begin, 0), KEYS)
+        for tile in range(cached + tl.cdiv(block, KEYS)):
+            at = begin + tile * KEYS
+            own = (tile - cached) * KEYS
+            ends = at == _segment_start(segment + 1) if tile < cached else tile == cached
+            if ends & (tile > 0):
+                top, norm, acc = _end_segment(
+                    divided, tops, norms, partials, record + segment, heads, head, inside,
+                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM,
+                )  # fmt: skip
+                segment += 1
+                part_top = tl.full((QUERIES,), float("-inf"), tl.float32)
+                part_norm = tl.zeros((QUERIES,), tl.float32)
+                part_acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+            key = tl.arange(0, KEYS)
+            if tile < cached:
+                page = tl.load(table + at // PAGE)
+                spot = (kv_head * slots + page * PAGE + at % PAGE + key).to(tl.int64)[:, None] * DIM + dims[
+                    None, :
+                ]
+                keys = tl.load(k_cache + spot, mask=(dims < DIM)[None, :], other=0.0)
+                values = tl.load(v_cache + spot, mask=(dims < DIM)[None, :], other=0.0)
+                bound = limit - at
             else:
-                top, norm, acc = _merge(begin < limit, top, norm, acc, part_top, part_norm, part_acc)
-        if block > 0:
-            part_top, part_norm, part_acc = _see_block(
-                query,
-                qk + (block_row.to(tl.int64) * (heads + kv_heads) + heads + kv_head) * DIM,
-                qkv + (block_row.to(tl.int64) * (heads + 2 * kv_heads) + heads + kv_heads + kv_head) * DIM,
-                block,
-                scale,
-                (heads + kv_heads) * DIM,
-                (heads + 2 * kv_heads) * DIM,
-                DIM,
-                WIDTH,
-                QUERIES,
-                KEYS,
+                there = (own + key < block)[:, None] & (dims < DIM)[None, :]
+                block_head = (block_row + own + key) * (heads + 2 * kv_heads) + heads + kv_head
+                spot = block_head.to(tl.int64)[:, None] * DIM + dims[None, :]
+                keys = tl.load(qkv + spot, mask=there, other=0.0)
+                values = tl.load(qkv + spot + kv_heads * DIM, mask=there, other=0.0)
+                bound = tl.zeros_like(limit) + (block - own)
+            visible = key[None, :] < bound[:, None]
+            part_top, part_norm, part_acc = _see(
+                query, keys, values, part_top, part_norm, part_acc, scale, visible
             )
-            if divided:
-                at = (record + last_segment).to(tl.int64) * heads + head
-                tl.store(tops + at, part_top, mask=inside)
-                tl.store(norms + at, part_norm, mask=inside)
-                tl.store(partials + at[:, None] * DIM + dims[None, :], part_acc, mask=mask)
-            else:
-                top, norm, acc = _merge(inside, top, norm, acc, part_top, part_norm, part_acc)
+        seen_last = (_segment_start(segment) < limit) | (block > 0)
+        top, norm, acc = _end_segment(
+            divided, tops, norms, partials, record + (last_segment if block > 0 else segment), heads, head, inside,
+            seen_last, top, norm, acc, part_top, part_norm, part_acc, DIM,
+        )  # fmt: skip
         if not divided:
             result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
-            place = (row * heads + head).to(tl.int64) * DIM
-            tl.store(out + place[:, None] + dims[None, :], result, mask=mask)
+            goal = (row * heads + head).to(tl.int64) * DIM
+            tl.store(out + goal[:, None] + dims[None, :], result, mask=mask)
+    if CHAINED:
+        gdc_wait()  # Programs without an item wait too: this launch must not be over before the one ahead of it.
 
 
 @triton.jit
@@ -331,58 +278,57 @@ def _load_part(partials, tops, norms, place, seen, dims, DIM: tl.constexpr):
 
 
 def paged_attention(
-    qk: Tensor, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: "AttentionPlan", scale: float
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: "AttentionPlan", scale: float
 ) -> Tensor:
     """`kernels.paged_attention` for float16, bfloat16 and float32 of contiguous tensors. Rows of no group get anything."""
     work = plan.work
     assert work is not None, "a plan for a GPU has a work list"
     kv_heads, pages, page_size, dim = k_cache.shape
-    rows, heads = qk.shape[0], qk.shape[1] - kv_heads
-    full = qk.dtype == torch.float32
-    keys = 32 if full else 64
+    rows, heads = qkv.shape[0], qkv.shape[1] - 2 * kv_heads
+    keys = 32 if qkv.dtype == torch.float32 else 64
     if page_size % keys:
         raise ValueError(
             f"pages of {page_size} tokens can't be read on a GPU: page_size must be a multiple of {keys}"
         )
-    queries = _queries(work.tile_rows, plan.heads_per_kv, qk.dtype)
-    launch = _LAUNCHES[queries]
+    out = torch.empty(rows, heads * dim, device=qkv.device, dtype=qkv.dtype)
+    partials = torch.empty(max(1, work.capacity), heads, dim, device=qkv.device, dtype=torch.float32)
+    tops, norms = torch.empty(2, max(1, work.capacity), heads, device=qkv.device, dtype=torch.float32)
+    queries = _queries(work.tile_rows, plan.heads_per_kv, qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
-    out = torch.empty(rows, heads * dim, device=qk.device, dtype=qk.dtype)
-    partials = torch.empty(max(1, work.capacity), heads, dim, device=qk.device, dtype=torch.float32)
-    tops, norms = torch.empty(2, max(1, work.capacity), heads, device=qk.device, dtype=torch.float32)
-    programs = attention_programs(qk.device, queries)
-    slots = pages * page_size
-    _attention_kernel[(programs,)](
-        qk,
-        qkv,
-        k_cache,
-        v_cache,
-        TensorDescriptor(k_cache, [kv_heads * slots, dim], [dim, 1], [keys, width]),
-        TensorDescriptor(v_cache, [kv_heads * slots, dim], [dim, 1], [keys, width]),
-        work.items,
-        work.limits,
-        work.records,
-        out,
-        partials,
-        tops,
-        norms,
-        heads,
-        kv_heads,
-        slots,
-        scale * _LOG2_E,
-        PER_KV=plan.heads_per_kv,
-        PAGE=page_size,
-        DIM=dim,
-        WIDTH=width,
-        QUERIES=queries,
-        KEYS=keys,
-        PROGRAMS=programs,
-        BEFORE_ITEMS=HEADER,
-        PER_ITEM=ITEM,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **chaining(),
-    )
+    if chaining()["CHAINED"] and qkv.itemsize == 2:
+        attention_stream.launch(
+            qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms, queries, keys, width
+        )
+    else:
+        programs = attention_programs(qkv.device, queries)
+        _attention_kernel[(programs,)](
+            qkv,
+            k_cache,
+            v_cache,
+            work.items,
+            work.limits,
+            work.records,
+            out,
+            partials,
+            tops,
+            norms,
+            heads,
+            kv_heads,
+            pages * page_size,
+            scale * _LOG2_E,
+            PER_KV=plan.heads_per_kv,
+            PAGE=page_size,
+            DIM=dim,
+            WIDTH=width,
+            QUERIES=queries,
+            KEYS=keys,
+            PROGRAMS=programs,
+            BEFORE_ITEMS=HEADER,
+            PER_ITEM=ITEM,
+            num_warps=4 if queries <= 64 else 8,
+            num_stages=2,
+            **chaining(),
+        )
     if work.capacity:
         _merge_kernel[(rows, heads)](
             work.limits,
@@ -408,8 +354,8 @@ def _queries(tile_rows: int, heads_per_kv: int, dtype: torch.dtype) -> int:
 
 
 def attention_programs(device: torch.device, queries: int) -> int:
-    """Programs of a launch: as many as run at a time."""
-    return multiprocessors(device) * _LAUNCHES[queries].programs
+    """Programs of a launch: as many as run at a time, two on a multiprocessor or one with 128 queries."""
+    return multiprocessors(device) * (1 if queries == 128 else 2)
 
 
 def tile_rows(heads_per_kv: int, longest_group: int, dtype: torch.dtype) -> int:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-ITEM = 8
+ITEM = 9
 """Numbers of an item: first row and number of rows; where the page table begins; first and last + 1 of its segments; keys
-that the tile's last row sees; first row of its diffusion block and rows of the block, 0 unless this item adds it."""
+that the tile's last row sees; the first key that this pass writes; first row of its diffusion block and rows of the block,
+0 unless this item adds it."""
 HEADER = 8
 """Numbers before the items; the first says how many items there are."""
 
@@ -57,17 +58,17 @@ class AttentionWork:
 
 
 def segment_start(index: int) -> int:
-    """First key of a segment: 4 of 256 keys, 14 of 512 (from 1,024), then 1,024 each (from 8,192)."""
-    if index < 4:
-        return index * 256
-    return 1024 + (index - 4) * 512 if index < 18 else 8192 + (index - 18) * 1024
+    """First key of a segment: 8 of 128 keys, 14 of 512 (from 1,024), then 1,024 each (from 8,192)."""
+    if index < 8:
+        return index * 128
+    return 1024 + (index - 8) * 512 if index < 22 else 8192 + (index - 22) * 1024
 
 
 def num_segments(keys: int) -> int:
     """How many segments hold the first `keys` keys."""
     if keys <= 1024:
-        return -(-keys // 256)
-    return 4 + -(-(keys - 1024) // 512) if keys <= 8192 else 18 + -(-(keys - 8192) // 1024)
+        return -(-keys // 128)
+    return 8 + -(-(keys - 1024) // 512) if keys <= 8192 else 22 + -(-(keys - 8192) // 1024)
 
 
 def plan_work(
@@ -79,7 +80,7 @@ def plan_work(
     divided so that each gets about as many keys. Tiles that would need more than `capacity` records are not divided.
     """
     limits, records = np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32)
-    tiles: list[tuple[int, int, int, int, int, int]] = []
+    tiles: list[tuple[int, ...]] = []
     tables: list[int] = []
     keys = 0
     for group in groups:
@@ -94,12 +95,12 @@ def plan_work(
         for at in range(0, count, tile_rows):
             rows = min(tile_rows, count - at)
             seen = start if group.diffusion else start + at + rows
-            tiles.append((first + at, rows, place, seen, first, block))
+            tiles.append((first + at, rows, place, seen, start, first, block))
             keys += seen
-    share = max(256, keys // programs)
+    share = max(128, keys // programs)
     items: list[tuple[int, ...]] = []
     used = 0
-    for first, rows, place, seen, block_row, block in tiles:
+    for first, rows, place, seen, fresh, block_row, block in tiles:
         segments = num_segments(seen)
         parts = max(1, min(-(-seen // share), segments))
         needed = rows * (segments + (block > 0))
@@ -112,10 +113,10 @@ def plan_work(
         begin = 0
         for part in range(1, parts + 1):
             end = segments if part == parts else _cut(seen * part // parts, begin)
-            if end > begin or part == parts:
-                own = block if part == parts else 0
-                items.append((first, rows, place, begin, end, seen, block_row, own))
-                begin = end
+            own = block if part == parts else 0
+            if end > begin or own:
+                items.append((first, rows, place, begin, end, seen, fresh, block_row, own))
+            begin = end
     # The longest first: what comes last should be short.
     items.sort(key=lambda item: segment_start(item[3]) - segment_start(item[4]))
     out = np.empty(HEADER + ITEM * len(items) + len(tables), np.int32)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from kernels.attention import AttentionPlan, paged_attention
 from kernels.attention_triton import attention_programs
 from kernels.attention_work import AttentionGroup, AttentionWork, plan_work
 from kernels.linear import PackedLinear
-from kernels.linear_triton import LinearTiles, choose_tiles, num_segments
+from kernels.linear_triton import LinearTiles, num_segments
 from kernels.qk_norm_rope import qk_norm_rope
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 12288, 32, 8, 128, 64
@@ -86,6 +86,12 @@ def device_plan(plan: AttentionPlan, queries: int, programs: int | None = None) 
     return replace(plan, work=AttentionWork(*tensors, split, tile, capacity))
 
 
+@cache
+def _graph_memory() -> tuple[int, int]:
+    """One pool for all graphs: a graph is gone when the next is captured."""
+    return torch.cuda.graph_pool_handle()
+
+
 def microseconds(launch: Callable[[int], object], launches: int, replays: int = 7) -> float:
     """Median time of launch(0), launch(1), ... in a CUDA graph."""
     launch(0)
@@ -93,7 +99,7 @@ def microseconds(launch: Callable[[int], object], launches: int, replays: int = 
     graph = torch.cuda.CUDAGraph()
     # Not torch.cuda.graph(): it collects garbage first, which would take longer than all that is measured.
     with torch.cuda.stream(torch.cuda.Stream()):
-        graph.capture_begin()
+        graph.capture_begin(pool=_graph_memory())
         for i in range(launches):
             launch(i)
         graph.capture_end()
@@ -129,7 +135,7 @@ class LinearCase:
         self.outs, self.ins = SHAPES[name]
         self.name, self.rows = name, rows
         self.layers = [
-            PackedLinear((randn(self.outs, self.ins) * 0.02,), None, False)
+            PackedLinear((randn(self.outs, self.ins) * 0.02,), interleaved=name == "gate_up")
             for _ in range(max(1, _COLD_BYTES // (self.outs * self.ins * 2)))
         ]
         self.x = randn(rows, self.ins)
@@ -137,13 +143,9 @@ class LinearCase:
         self.launches = max(2, min(8, 2 * len(self.layers))) if rows < 2048 else 2
         self.segments = num_segments(self.outs, self.ins) if name in ("o", "down") else 1
 
-    def usual(self) -> LinearTiles:
-        outs = self.outs // 2 if self.name == "gate_up" else self.outs
-        return choose_tiles(self.rows, outs, self.ins, self.segments, torch.bfloat16)
-
-    def variants(self, sweep: bool) -> list[tuple[int, LinearTiles]]:
-        """Segments and tiles, the usual ones first."""
-        found = {(self.segments, self.usual()): None}
+    def variants(self, sweep: bool) -> list[tuple[int, LinearTiles | None]]:
+        """Segments and tiles, first what a pass uses (None)."""
+        found: dict[tuple[int, LinearTiles | None], None] = {(self.segments, None): None}
         if sweep:
             for tiles in linear_tiles(self.rows):
                 for segments in (1, 2, 4) if self.name in ("o", "down") else (1,):
@@ -152,11 +154,9 @@ class LinearCase:
                         found[segments, replace(tiles, split=split)] = None
         return list(found)
 
-    def ours(self, segments: int, tiles: LinearTiles, i: int) -> object:
+    def ours(self, segments: int, tiles: LinearTiles | None, i: int) -> object:
         layer = self.layers[i % len(self.layers)]
         if self.name == "gate_up":
-            if tiles.outs > 128:
-                raise ValueError("a gated tile this wide has no room")
             return linear_triton.linear_silu_mul(self.x, layer, tiles=tiles)
         if self.name in ("o", "down"):
             return linear_triton.linear_add_rms_norm(
@@ -178,7 +178,7 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
     for rows in row_counts:
         case = LinearCase(name, rows)
         cublas = microseconds(case.cublas, case.launches)
-        times: dict[tuple[int, LinearTiles], float] = {}
+        times: dict[tuple[int, LinearTiles | None], float] = {}
         for segments, tiles in case.variants(sweep):
             try:
                 times[segments, tiles] = microseconds(partial(case.ours, segments, tiles), case.launches)
@@ -186,7 +186,7 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
                 Exception
             ) as error:  # A tile that does not fit is left out of the table, not the end of it.
                 print(f"  {name} {rows} {segments} {tiles}: {type(error).__name__}: {str(error)[:100]}")
-        usual = times.get((case.segments, case.usual()), float("nan"))
+        usual = times[case.segments, None]
         ranked = sorted(times, key=times.__getitem__)
         found.append(
             {
@@ -195,7 +195,7 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
                 "cublas_us": cublas,
                 "us": usual,
                 "ratio": usual / cublas,
-                "all": [(s, *vars(t).values(), round(times[s, t], 2)) for s, t in ranked],
+                "all": [(s, t and list(vars(t).values()), round(times[s, t], 2)) for s, t in ranked],
             }
         )
         line = f"{name:8}{rows:5}  cublas {cublas:8.1f}  ours {usual:8.1f} us {usual / cublas:5.2f}x"
@@ -216,7 +216,6 @@ class AttentionCase:
         each = triton.cdiv(start + rows, PAGE)
         pages = max(1 << 17, groups * (start + rows)) // PAGE + 1
         self.cache = randn(KV_HEADS, pages, PAGE, HEAD_DIM), randn(KV_HEADS, pages, PAGE, HEAD_DIM)
-        self.qk = randn(groups * rows, HEADS + KV_HEADS, HEAD_DIM)
         self.qkv = randn(groups * rows, HEADS + 2 * KV_HEADS, HEAD_DIM)
         order = (torch.randperm(pages - 1) + 1).tolist()
         self.plans = []
@@ -236,7 +235,7 @@ class AttentionCase:
 
     def __call__(self, i: int) -> Tensor:
         plan = self.plans[i % len(self.plans)]
-        return paged_attention(self.qk, self.qkv, *self.cache, plan, HEAD_DIM**-0.5)
+        return paged_attention(self.qkv, *self.cache, plan, HEAD_DIM**-0.5)
 
 
 ATTENTION_CASES = (
@@ -277,7 +276,7 @@ class LayerStack:
     def __init__(self, depth: int, rows: int, start: int, groups: int = 1, diffusion: bool = False) -> None:
         def layer(name: str, views: int = 1) -> PackedLinear:
             outs, ins = SHAPES[name]
-            return PackedLinear((randn(views, outs, ins) * 0.02).unbind(), None, False)
+            return PackedLinear((randn(views, outs, ins) * 0.02).unbind(), interleaved=name == "gate_up")
 
         self.layers = [
             (
@@ -304,16 +303,13 @@ class LayerStack:
     def __call__(self, i: int) -> Tensor:
         hidden, normed = self.hidden, self.hidden
         rows = hidden.shape[0]
-        qk = self.attention.qk
         for qkv_layer, out, gate_up, down, norms in self.layers:
             qkv = linear_triton.linear(normed, qkv_layer, self.num_ar).view(rows, -1, HEAD_DIM)
             if "rope" in self.parts:
-                qk = qk_norm_rope(
-                    qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache
-                )
+                qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache)
             attended = normed
             if "attention" in self.parts:
-                attended = paged_attention(qk, qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
+                attended = paged_attention(qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
             hidden, normed = linear_triton.linear_add_rms_norm(
                 attended, out, hidden, self.norm, 1e-6, self.num_ar
             )

@@ -7,7 +7,7 @@ for any number of rows: `tests/test_kernels.py` holds it to that, bit for bit. O
 A layer may hold the weights of both views; rows below `num_ar` then use the AR view's, the others the diffusion view's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from kernels.rms_norm import rms_norm
 ROW_TILE = 4
 """On a CPU, a view's rows are padded to a multiple of this; fewer would reach matrix-vector code with its own rounding."""
 
+GATE_BLOCK = 8
+"""Outputs of the gate, then as many of up, in an interleaved layer: the step between a thread's rows in the matrix unit."""
+
 _PACK_ROWS = 8
 """Row count that oneDNN lays the packed weights out for: decode passes are the ones that are short of bandwidth."""
 
@@ -29,11 +32,13 @@ class PackedLinear:
     """A weight [out_features, in_features] for each view, laid out for `linear`.
 
     weights: one behind the other in memory, unless oneDNN has packed them. bias [views, out_features], optional.
+    interleaved: for `linear_silu_mul`, see `pack_gated_linear`.
     """
 
     weights: tuple[Tensor, ...]
-    bias: Tensor | None
-    packed: bool
+    bias: Tensor | None = None
+    packed: bool = False
+    interleaved: bool = False
 
 
 def pack_linear(weights: list[Tensor], biases: list[Tensor] | None = None) -> PackedLinear:
@@ -47,10 +52,21 @@ def pack_linear(weights: list[Tensor], biases: list[Tensor] | None = None) -> Pa
         while weights:
             weight = weights.pop(0).contiguous()
             packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS))
-        return PackedLinear(tuple(packed), bias, True)
+        return PackedLinear(tuple(packed), bias, packed=True)
     stacked = torch.stack(weights) if len(weights) > 1 else first.contiguous().unsqueeze(0)
     weights.clear()
-    return PackedLinear(stacked.unbind(), bias, False)
+    return PackedLinear(stacked.unbind(), bias)
+
+
+def pack_gated_linear(gate: Tensor, up: Tensor) -> PackedLinear:
+    """Lay two weights [width, in_features] out for `linear_silu_mul`, as one layer.
+
+    On a GPU, outputs alternate in blocks of `GATE_BLOCK`, so that one tile of the layer holds what belongs together.
+    """
+    if gate.is_cuda:
+        blocks = [weight.unflatten(0, (-1, 1, GATE_BLOCK)) for weight in (gate, up)]
+        return replace(pack_linear([torch.cat(blocks, 1).flatten(0, 2)]), interleaved=True)
+    return pack_linear([torch.cat([gate, up])])
 
 
 def linear(
@@ -85,12 +101,15 @@ def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:
 
 
 def linear_silu_mul(x: Tensor, layer: PackedLinear) -> Tensor:
-    """`silu_mul(linear(x, layer))` for a layer without a bias: x [rows, in_features] -> [rows, out_features / 2]."""
+    """silu(gate) * up of a layer from `pack_gated_linear`: x [rows, in_features] -> [rows, width]."""
     if runs_triton(x):
         from kernels import linear_triton
 
         return linear_triton.linear_silu_mul(x, layer)
-    return silu_mul(linear(x, layer))
+    gate_up = linear(x, layer)
+    if layer.interleaved:
+        gate_up = gate_up.unflatten(1, (-1, 2, GATE_BLOCK)).transpose(1, 2).flatten(1)
+    return silu_mul(gate_up)
 
 
 def linear_add_rms_norm(

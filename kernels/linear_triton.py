@@ -6,9 +6,6 @@ the sums in order. That tree is the same for every tile shape here, and whether 
 programs take one each, so a row has the same bits alone, in a decode batch and in a prefill chunk. Operands are swapped:
 the weight is always on the matrix unit's M side, whose tile (64) few rows would leave empty, and the rows are on its N side,
 which goes down to 8. One instruction for all row counts.
-
-In a decode pass a layer's time is that of reading its weights. While the kernels before it finish, its programs already ask
-for the beginning of theirs, which then come from the L2 cache.
 """
 
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import linear_stream
 from kernels.device import chaining
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ def num_segments(out_features: int, in_features: int) -> int:
 class LinearTiles:
     """How a launch is cut up: outputs, rows and depth (inputs per step) of a tile. Nothing here changes a bit of the result.
 
-    split: segments get programs of their own. prefetch: inputs of each weight row that are asked for ahead.
+    split: segments get programs of their own.
     """
 
     outs: int
@@ -61,23 +59,6 @@ class LinearTiles:
     split: bool = False
     warps: int = 4
     stages: int = 4
-    prefetch: int = 0
-
-
-@triton.jit
-def _prefetch(w, out_at, begin, num_outs, num_ins, count, OUTS: tl.constexpr):
-    """Ask for inputs begin .. begin + count of a tile's weight rows to come into the L2 cache."""
-    outs = tl.minimum(out_at + tl.arange(0, OUTS), num_outs - 1)
-    place = w + outs.to(tl.int64) * num_ins + begin
-    size = tl.zeros((OUTS,), tl.int32) + count * (w.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [place, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -91,34 +72,17 @@ def _sum(w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexp
     return total
 
 
-@triton.jit
-def _gated_sum(
-    w, x, out_at, num_outs, row_at, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):
-    """silu(gate) * up, whose weights are the first and the second `num_outs` of w: float32 [OUTS, ROWS]."""
-    gate = tl.zeros((OUTS, ROWS), tl.float32)
-    up = tl.zeros((OUTS, ROWS), tl.float32)
-    for k in range(0, end, DEPTH):
-        rows = x.load([row_at, k])
-        gate = tl.dot(w.load([out_at, k]), rows.T, gate, input_precision="ieee")
-        up = tl.dot(w.load([num_outs + out_at, k]), rows.T, up, input_precision="ieee")
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit(do_not_specialize=["num_rows", "segments", "prefetch"])
+@triton.jit(do_not_specialize=["num_rows", "segments"])
 def _linear_kernel(
     w,
     x,
     bias,
     out,
-    weight,
     num_ar,
     num_rows,
     num_outs,
-    num_ins,
     segment,
     segments,
-    prefetch,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -153,27 +117,27 @@ def _linear_kernel(
         begin = tl.program_id(1) * segment
     if CHAINED:
         gdc_launch_dependents()
-        if live & (prefetch > 0):
-            _prefetch(weight, weight_at, begin, (view + 1) * num_outs, num_ins, prefetch, OUTS)
-            if GATED:
-                _prefetch(weight, num_outs + out_at, begin, 2 * num_outs, num_ins, prefetch, OUTS)
         gdc_wait()
     if not live:
         return
-    row_index = row_at + tl.arange(0, ROWS)
-    out_index = out_at + tl.arange(0, OUTS)
-    inside = (row_index < row_end)[None, :] & (out_index < num_outs)[:, None]
-    if GATED:
-        total = _gated_sum(w, x, out_at, num_outs, row_at, num_ins, OUTS, ROWS, DEPTH)
-    else:
-        total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH)
-        if not (SPLIT or WHOLE):
-            for s in range(1, segments):
-                total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
+    total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH)
+    if not (SPLIT or WHOLE):
+        for s in range(1, segments):
+            total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
+    width = num_outs
     if HAS_BIAS:
-        offset = tl.load(bias + view * num_outs + out_index, mask=out_index < num_outs, other=0.0)
+        index = out_at + tl.arange(0, OUTS)
+        offset = tl.load(bias + view * num_outs + index, mask=index < num_outs, other=0.0)
         total += offset.to(tl.float32)[:, None]
-    place = row_index[None, :].to(tl.int64) * num_outs + out_index[:, None]
+    if GATED:
+        # Blocks of 8 outputs: gate, up, gate, ... (`pack_gated_linear`); a thread holds both of a pair.
+        gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
+        total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
+        out_at, width = out_at // 2, num_outs // 2
+    row_index = row_at + tl.arange(0, ROWS)
+    out_index = out_at + tl.arange(0, total.shape[0])
+    inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
+    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
     if SPLIT:
         place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
@@ -223,22 +187,25 @@ def _add_rms_norm_kernel(
     tl.store(normed + row * width + place, value.to(dtype) * scale, mask=inside)
 
 
-def choose_tiles(
-    rows: int, out_features: int, in_features: int, segments: int, dtype: torch.dtype
-) -> LinearTiles:
-    """Tiles for a launch, by its row count and weight. out_features: of one view; of a gated layer, of the gate."""
+def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
+    """Tiles for a launch, by its row count and weight. out_features: of one view; of a gated layer, gate and up together."""
     if dtype == torch.float32:
         # Without a matrix unit, and only for checks: small enough to keep in registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
     few = segments > 1
     if rows <= 64:
-        row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return LinearTiles(64, row_tile, 128, few, 4, 4)
+        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
     if rows <= 128:
-        return LinearTiles(64, 128, 64, few, 4, 4)
+        return (
+            LinearTiles(64, 128, 64, few, 4, 6)
+            if out_features <= 8192
+            else LinearTiles(128, 128, 64, few, 8, 4)
+        )
     if rows <= 256:
+        if out_features > 65536:
+            return LinearTiles(128, 256, 64, False, 8, 4)
         return LinearTiles(128, 128, 64, few, 8, 4)
-    return LinearTiles(128, 128 if segments > 1 else 256, 64, False, 8, 4)
+    return LinearTiles(128, 128 if few else 256, 64, False, 8, 4 if few else 3)
 
 
 def linear(
@@ -254,7 +221,7 @@ def linear(
     Raises ValueError if a row of x is not a multiple of 16 bytes, which the GPU's copy engine needs.
     """
     out = torch.empty(x.shape[0], layer.weights[0].shape[0], device=x.device, dtype=dtype or x.dtype)
-    _launch(x, layer, out, num_ar, tiles or choose_tiles(x.shape[0], out.shape[1], x.shape[1], 1, x.dtype), 1)
+    _launch(x, layer, out, num_ar, tiles, 1)
     return out
 
 
@@ -262,9 +229,7 @@ def linear_silu_mul(x: Tensor, layer: "PackedLinear", *, tiles: LinearTiles | No
     """`kernels.linear_silu_mul`, as `linear`; gate and up are rounded only after they have met."""
     outs = layer.weights[0].shape[0] // 2
     out = torch.empty(x.shape[0], outs, device=x.device, dtype=x.dtype)
-    _launch(
-        x, layer, out, None, tiles or choose_tiles(x.shape[0], outs, x.shape[1], 1, x.dtype), 1, gated=True
-    )
+    _launch(x, layer, out, None, tiles, 1)
     return out
 
 
@@ -282,13 +247,14 @@ def linear_add_rms_norm(
     """`kernels.linear_add_rms_norm`, as `linear`. tiles, segments: for tests and measurements."""
     rows, outs = residual.shape
     segments = segments or num_segments(outs, x.shape[1])
-    cut = tiles or choose_tiles(rows, outs, x.shape[1], segments, x.dtype)
-    parts = segments if cut.split and segments > 1 else 1
+    if tiles is None and not linear_stream.streams(x):
+        tiles = choose_tiles(rows, outs, segments, x.dtype)
+    parts = segments if tiles is None or tiles.split else 1
     if parts > 1:
         out = torch.empty(parts, rows, outs, device=x.device, dtype=torch.float32)
     else:
         out = torch.empty(rows, outs, device=x.device, dtype=x.dtype)
-    _launch(x, layer, out, num_ar, cut, segments)
+    _launch(x, layer, out, num_ar, tiles, segments)
     return add_rms_norm(out, residual, norm_weight, eps, layer.bias if parts > 1 else None, num_ar)
 
 
@@ -332,44 +298,45 @@ def _launch(
     layer: "PackedLinear",
     out: Tensor,
     num_ar: Tensor | None,
-    tiles: LinearTiles,
+    tiles: LinearTiles | None,
     segments: int,
-    gated: bool = False,
 ) -> None:
+    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias."""
     rows, ins = x.shape
-    outs, views = out.shape[-1], len(layer.weights)
     if ins * x.itemsize % 16:
         raise ValueError(
             f"a linear layer with {ins} inputs of {x.dtype} can't run on a GPU: its rows must be multiples of 16 bytes"
         )
-    weight = layer.weights[0]
-    split = tiles.split and segments > 1
-    row_tiles = triton.cdiv(rows, tiles.rows) + (views > 1)
+    segment = triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT
+    if tiles is None and linear_stream.streams(x):
+        linear_stream.launch(x, layer, out, num_ar, segments, segment)
+        return
+    weight, views = layer.weights[0], len(layer.weights)
+    outs = weight.shape[0]
+    cut = tiles or choose_tiles(rows, outs, segments, x.dtype)
+    split = cut.split and segments > 1
+    row_tiles = triton.cdiv(rows, cut.rows) + (views > 1)
     bias = None if split else layer.bias
-    length = triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT
-    _linear_kernel[(triton.cdiv(outs, tiles.outs) * row_tiles, segments if split else 1)](
+    _linear_kernel[(triton.cdiv(outs, cut.outs) * row_tiles, segments if split else 1)](
         # The views' weights lie one behind the other; a tile that reads into the next view's does not store it.
-        TensorDescriptor(weight, [weight.shape[0] * views, ins], [ins, 1], [tiles.outs, tiles.depth]),
-        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [tiles.rows, tiles.depth]),
+        TensorDescriptor(weight, [views * outs, ins], [ins, 1], [cut.outs, cut.depth]),
+        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [cut.rows, cut.depth]),
         out if bias is None else bias,
         out,
-        weight,
         out if num_ar is None else num_ar,
         rows,
         outs,
-        ins,
-        length,
+        segment,
         segments,
-        min(tiles.prefetch, ins - (segments - 1) * length if split else ins),
-        OUTS=tiles.outs,
-        ROWS=tiles.rows,
-        DEPTH=tiles.depth,
+        OUTS=cut.outs,
+        ROWS=cut.rows,
+        DEPTH=cut.depth,
         TWO_VIEWS=views > 1,
-        GATED=gated,
+        GATED=layer.interleaved,
         SPLIT=split,
         WHOLE=segments == 1,
         HAS_BIAS=bias is not None,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
         **chaining(),
     )

@@ -1,6 +1,5 @@
 """QK norm, rotary embedding and cache write on a GPU in one kernel: one program per row and head."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +18,6 @@ def _qk_norm_rope_kernel(
     slots,
     k_cache,
     v_cache,
-    out,
     heads,
     kv_heads,
     places,
@@ -45,20 +43,25 @@ def _qk_norm_rope_kernel(
         value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
         swapped = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-        dtype = out.dtype.element_ty
+        dtype = qkv.dtype.element_ty
         weight += (head + tl.where(writes, 0, normed)) * DIM
         value = (value * scale).to(dtype) * tl.load(weight + dims, mask=inside, other=0.0)
         swapped = (swapped * scale).to(dtype) * tl.load(weight + other, mask=inside, other=0.0)
         cosine = tl.load(cos + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
         sine = tl.load(sin + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
         result = (value.to(tl.float32) * cosine + swapped.to(tl.float32) * sine).to(dtype)
-        tl.store(out + (row * normed + head) * DIM + dims, result, mask=inside)
+        result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
+        tl.store(source + dims, result, mask=inside)
         if writes and head >= heads:
             place = k_cache + ((head - heads).to(tl.int64) * places + slot) * DIM
             tl.store(place + dims, result, mask=inside)
-    elif writes:
-        place = v_cache + ((head - normed).to(tl.int64) * places + slot) * DIM
-        tl.store(place + dims, tl.load(source + dims, mask=inside, other=0.0), mask=inside)
+    else:
+        value = tl.load(source + dims, mask=inside, other=0.0)
+        value = tl.where(tl.abs(value.to(tl.float32)) < float("inf"), value, 0.0)
+        tl.store(source + dims, value, mask=inside)
+        if writes:
+            place = v_cache + ((head - normed).to(tl.int64) * places + slot) * DIM
+            tl.store(place + dims, value, mask=inside)
 
 
 def qk_norm_rope(
@@ -71,12 +74,11 @@ def qk_norm_rope(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-) -> Tensor:
+) -> None:
     """`kernels.qk_norm_rope` of contiguous tensors, up to float32."""
     rows, all_heads, dim = qkv.shape
     normed = weight.shape[1]
     kv_heads = all_heads - normed
-    out = torch.empty(rows, normed, dim, device=qkv.device, dtype=qkv.dtype)
     _qk_norm_rope_kernel[(rows, all_heads)](
         qkv,
         weight,
@@ -86,7 +88,6 @@ def qk_norm_rope(
         slots,
         k_cache,
         v_cache,
-        out,
         normed - kv_heads,
         kv_heads,
         k_cache.shape[1],
@@ -96,4 +97,3 @@ def qk_norm_rope(
         num_warps=1,
         **chaining(),
     )
-    return out

@@ -1,0 +1,415 @@
+"""Paged attention on a GPU whose copy engine can fill shared memory by itself (compute capability 9.0 on).
+
+The arithmetic of `attention_triton`, in the order that its work list gives. What differs is how keys and values arrive: a program
+keeps a ring of tiles in shared memory filled, over the end of one item and the beginning of the next, and starts with keys
+that this pass doesn't write before the kernels ahead in the stream have finished. A diffusion block's own keys are a
+further tile. All that is read is finite, see `qk_norm_rope`, so that hidden keys take part as 0 x something.
+
+Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention_work import HEADER, ITEM
+from kernels.device import chaining, multiprocessors
+
+if TYPE_CHECKING:
+    from kernels.attention import AttentionPlan
+
+_SHARED_BYTES = 227 * 1024
+"""Of a multiprocessor."""
+
+
+@gluon.jit
+def _segment_start(index):
+    """`attention_work.segment_start`."""
+    near = index * 128
+    middle = 1024 + (index - 8) * 512
+    far = 8192 + (index - 22) * 1024
+    return gl.where(index < 8, near, gl.where(index < 22, middle, far))
+
+
+@gluon.jit
+def _open(work, index, count, kv_heads, PAGE: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr):
+    """The index-th item's tiles: cached keys at .. end, block rows 0 .. block, where both lie. None past the last item."""
+    there = index < count
+    item = work + BEFORE + index // kv_heads * PER
+    table = gl.load(item + 2, mask=there, other=0)
+    first, last = gl.load(item + 3, mask=there, other=0), gl.load(item + 4, mask=there, other=0)
+    seen, fresh = gl.load(item + 5, mask=there, other=0), gl.load(item + 6, mask=there, other=0)
+    block_row, block = gl.load(item + 7, mask=there, other=0), gl.load(item + 8, mask=there, other=0)
+    at = _segment_start(first)
+    end = gl.minimum(_segment_start(last), seen)
+    page = gl.load(work + table + at // PAGE, mask=at < end, other=0)
+    return at, end, 0, block, table, fresh, block_row, page
+
+
+@gluon.jit
+def _advance(
+    work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
+    KEYS: gl.constexpr, PAGE: gl.constexpr, PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr,
+):  # fmt: skip
+    """The tile after this one; the next item's first after an item's last."""
+    cached = at < end
+    at += gl.where(cached, KEYS, 0)
+    own += gl.where(cached, 0, KEYS)
+    if (at >= end) & (own >= block):
+        index += PROGRAMS
+        at, end, own, block, table, fresh, block_row, page = _open(
+            work, index, count, kv_heads, PAGE, BEFORE, PER
+        )
+    else:
+        page = gl.load(work + table + at // PAGE, mask=at < end, other=0)
+    return index, at, end, own, block, table, fresh, block_row, page
+
+
+@gluon.jit
+def _fetch(pages, rows, barrier, target, cached, wanted, slot, row, column, BYTES: gl.constexpr):
+    """Ask for a tile of keys or values: from the cache at `slot`, or rows of the pass from `row` on."""
+    mbarrier.expect(barrier, BYTES, pred=wanted)
+    tma.async_copy_global_to_shared(pages, [slot, 0], barrier, target, pred=wanted & cached)
+    tma.async_copy_global_to_shared(rows, [row, column], barrier, target, pred=wanted & (cached == 0))
+
+
+@gluon.jit
+def _merge(seen, top, norm, acc, part_top, part_norm, part_acc, layout: gl.constexpr):
+    """Put a segment's running softmax behind what came before it, for the rows that have `seen` it."""
+    new_top = gl.maximum(top, part_top)
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    old, new = gl.exp2(top - base), gl.exp2(part_top - base)
+    norm = gl.where(seen, gl.fma(norm, old, part_norm * new), norm)
+    wide: gl.constexpr = gl.SliceLayout(1, layout)
+    old, new = gl.convert_layout(old, wide)[:, None], gl.convert_layout(new, wide)[:, None]
+    merged = gl.fma(acc, gl.zeros_like(acc) + old, part_acc * new)
+    acc = gl.where(gl.convert_layout(seen, wide)[:, None], merged, acc)
+    return gl.where(seen, new_top, top), norm, acc
+
+
+@gluon.jit
+def _end_segment(
+    divided, tops, norms, partials, record, heads, head, inside, seen, top, norm, acc, part_top, part_norm, part_acc,
+    DIM: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Leave a segment's running softmax in each query's `record` where the tile is divided, else merge it."""
+    if divided:
+        at = record.to(gl.int64) * heads + head
+        gl.store(tops + at, part_top, mask=inside)
+        gl.store(norms + at, part_norm, mask=inside)
+        wide: gl.constexpr = gl.SliceLayout(1, layout)
+        dims = gl.arange(0, part_acc.shape[1], gl.SliceLayout(0, layout))
+        place = gl.convert_layout(at, wide)[:, None] * DIM + dims[None, :]
+        mask = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
+        gl.store(partials + place, part_acc, mask=mask)
+    else:
+        top, norm, acc = _merge(seen, top, norm, acc, part_top, part_norm, part_acc, layout)
+    return top, norm, acc
+
+
+@gluon.jit
+def _attention_kernel(
+    qkv,
+    k_pages,
+    v_pages,
+    rows_desc,
+    work,
+    limits,
+    records,
+    out,
+    partials,
+    tops,
+    norms,
+    heads,
+    kv_heads,
+    slots,
+    scale,
+    PER_KV: gl.constexpr,
+    PAGE: gl.constexpr,
+    DIM: gl.constexpr,
+    WIDTH: gl.constexpr,
+    QUERIES: gl.constexpr,
+    KEYS: gl.constexpr,
+    RING: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    BEFORE: gl.constexpr,
+    PER: gl.constexpr,
+    QUERY_TILE: gl.constexpr,
+    CHAINED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
+    by_query: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    by_key: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    lanes: gl.constexpr = min(32, WIDTH // 8)
+    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+    tile_bytes: gl.constexpr = KEYS * WIDTH * k_pages.dtype.primitive_bitwidth // 8
+
+    k_ring = gl.allocate_shared_memory(k_pages.dtype, [RING, KEYS, WIDTH], k_pages.layout)
+    v_ring = gl.allocate_shared_memory(v_pages.dtype, [RING, KEYS, WIDTH], v_pages.layout)
+    query_tile = gl.allocate_shared_memory(k_pages.dtype, [QUERIES, WIDTH], QUERY_TILE)
+    k_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    if CHAINED:
+        gdc_launch_dependents()
+
+    # The work list is uploaded before the pass: no kernel writes it.
+    count = gl.load(work) * kv_heads
+    program = gl.program_id(0)
+    key_column, value_column = heads * DIM, (heads + kv_heads) * DIM
+    # The first tiles: those that this pass doesn't write at once, the others when the kernels ahead are done.
+    index = program
+    at, end, own, block, table, fresh, block_row, page = _open(
+        work, index, count, kv_heads, PAGE, BEFORE, PER
+    )
+    for i in gl.static_range(RING):
+        kv_head = index % kv_heads
+        early = (at < end) & (at + KEYS <= fresh)
+        slot = kv_head * slots + page * PAGE + at % PAGE
+        column = kv_head * DIM
+        fetch_row = block_row + own
+        _fetch(
+            k_pages,
+            rows_desc,
+            k_full.index(i),
+            k_ring.index(i),
+            True,
+            early,
+            slot,
+            fetch_row,
+            column,
+            tile_bytes,
+        )
+        _fetch(
+            v_pages,
+            rows_desc,
+            v_full.index(i),
+            v_ring.index(i),
+            True,
+            early,
+            slot,
+            fetch_row,
+            column,
+            tile_bytes,
+        )
+        index, at, end, own, block, table, fresh, block_row, page = _advance(
+            work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER,
+        )  # fmt: skip
+    if CHAINED:
+        gdc_wait()
+    index = program
+    at, end, own, block, table, fresh, block_row, page = _open(
+        work, index, count, kv_heads, PAGE, BEFORE, PER
+    )
+    for i in gl.static_range(RING):
+        kv_head = index % kv_heads
+        cached = at < end
+        late = (index < count) & ((at >= end) | (at + KEYS > fresh))
+        slot = kv_head * slots + page * PAGE + at % PAGE
+        column = kv_head * DIM
+        fetch_row = block_row + own
+        _fetch(
+            k_pages, rows_desc, k_full.index(i), k_ring.index(i), cached, late, slot, fetch_row, key_column + column,
+            tile_bytes,
+        )  # fmt: skip
+        _fetch(
+            v_pages, rows_desc, v_full.index(i), v_ring.index(i), cached, late, slot, fetch_row, value_column + column,
+            tile_bytes,
+        )  # fmt: skip
+        index, at, end, own, block, table, fresh, block_row, page = _advance(
+            work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER,
+        )  # fmt: skip
+
+    stage, phase = 0, 0
+    query_index = gl.arange(0, QUERIES, by_query)
+    keys = gl.arange(0, KEYS, by_key)
+    for this in range(program, count, PROGRAMS):
+        item = work + BEFORE + this // kv_heads * PER
+        this_head = this % kv_heads
+        first_row, rows = gl.load(item), gl.load(item + 1)
+        segment, last_segment = gl.load(item + 3), gl.load(item + 4)
+        seen, this_block = gl.load(item + 5), gl.load(item + 8)
+        # A KV head's queries: all its query heads of a row, then the next row's.
+        row = first_row + query_index // PER_KV
+        head = this_head * PER_KV + query_index % PER_KV
+        inside = query_index // PER_KV < rows
+        limit = gl.load(limits + row, mask=inside, other=0)
+        record = gl.load(records + row, mask=inside, other=-1)
+        divided = gl.load(records + first_row) >= 0
+        begin = _segment_start(segment)
+        past = gl.minimum(_segment_start(last_segment), seen)
+        cached_tiles = gl.cdiv(gl.maximum(past - begin, 0), KEYS)
+        common = gl.load(limits + first_row)  # Keys that all rows see: the tile's first row sees least.
+
+        load_index = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
+        load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
+        load_row = first_row + load_index // PER_KV
+        load_head = this_head * PER_KV + load_index % PER_KV
+        place = (load_row * (heads + 2 * kv_heads) + load_head).to(gl.int64) * DIM
+        mask = (load_index // PER_KV < rows)[:, None] & (load_dims < DIM)[None, :]
+        query_tile.store(gl.load(qkv + place[:, None] + load_dims[None, :], mask=mask, other=0.0))
+        fence_async_shared()
+
+        top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
+        norm = gl.zeros((QUERIES,), gl.float32, by_query)
+        acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+        part_top, part_norm, part_acc = top, norm, acc
+        here, next_start = begin, _segment_start(segment + 1)
+        tiles = cached_tiles + gl.cdiv(this_block, KEYS)
+        for tile in range(tiles):
+            ends = gl.where(tile < cached_tiles, here == next_start, tile == cached_tiles)
+            if ends & (tile > 0):
+                top, norm, acc = _end_segment(
+                    divided, tops, norms, partials, record + segment, heads, head, inside,
+                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
+                )  # fmt: skip
+                segment += 1
+                next_start = _segment_start(segment + 1)
+                part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
+                part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
+                part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+            in_block = tile >= cached_tiles
+            kv_head = index % kv_heads
+            cached = at < end
+            wanted = index < count
+            slot = kv_head * slots + page * PAGE + at % PAGE
+            fetch_row = block_row + own
+
+            mbarrier.wait(k_full.index(stage), phase)
+            scores = warpgroup_mma(
+                query_tile,
+                k_ring.index(stage).permute((1, 0)),
+                gl.zeros((QUERIES, KEYS), gl.float32, scores_layout),
+                use_acc=False,
+                is_async=True,
+            )
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            _fetch(
+                k_pages, rows_desc, k_full.index(stage), k_ring.index(stage), cached, wanted, slot, fetch_row,
+                key_column + kv_head * DIM, tile_bytes,
+            )  # fmt: skip
+            left = this_block - (tile - cached_tiles) * KEYS
+            if gl.where(in_block, left, common - here) < KEYS:
+                bound = gl.where(in_block, left, limit - here)
+                scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
+            new_top = gl.maximum(part_top, gl.max(scores, 1) * scale)
+            # A row that has seen nothing yet: any finite value will do, its weights are zero.
+            base = gl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = gl.exp2(
+                gl.fma(scores, gl.zeros_like(scores) + scale, gl.zeros_like(scores) - base[:, None])
+            )
+            fade = gl.exp2(part_top - base)
+            part_norm = gl.fma(part_norm, fade, gl.sum(weights, 1))
+            part_top = new_top
+            part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
+            operand = gl.convert_layout(weights.to(k_pages.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+            mbarrier.wait(v_full.index(stage), phase)
+            part_acc = warpgroup_mma(operand, v_ring.index(stage), part_acc, is_async=True)
+            next_index, next_at, end, own, block, table, fresh, block_row, next_page = _advance(
+                work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
+                KEYS, PAGE, PROGRAMS, BEFORE, PER,
+            )  # fmt: skip
+            part_acc = warpgroup_mma_wait(0, deps=(part_acc,))
+            _fetch(
+                v_pages, rows_desc, v_full.index(stage), v_ring.index(stage), cached, wanted, slot, fetch_row,
+                value_column + kv_head * DIM, tile_bytes,
+            )  # fmt: skip
+            index, at, page = next_index, next_at, next_page
+            here += KEYS
+            stage += 1
+            if stage == RING:
+                stage = 0
+                phase ^= 1
+        last_seen = (this_block > 0) | (_segment_start(segment) < limit)
+        last_record = gl.where(this_block > 0, last_segment, segment)
+        top, norm, acc = _end_segment(
+            divided, tops, norms, partials, record + last_record, heads, head, inside, last_seen,
+            top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
+        )  # fmt: skip
+        if divided == 0:
+            wide: gl.constexpr = gl.SliceLayout(1, acc_layout)
+            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
+            total = gl.convert_layout(gl.where(inside, norm, 1.0), wide)
+            goal = gl.convert_layout((row * heads + head).to(gl.int64) * DIM, wide)
+            wanted_out = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
+            result = (acc / total[:, None]).to(out.dtype.element_ty)
+            gl.store(out + goal[:, None] + dims[None, :], result, mask=wanted_out)
+
+
+def launch(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: "AttentionPlan",
+    scale: float,
+    out: Tensor,
+    partials: Tensor,
+    tops: Tensor,
+    norms: Tensor,
+    queries: int,
+    keys: int,
+    width: int,
+) -> None:
+    """The first kernel of `attention_triton.paged_attention`; scale: of scores to base 2."""
+    work = plan.work
+    assert work is not None
+    kv_heads, pages, page_size, dim = k_cache.shape
+    all_heads = qkv.shape[1]
+    dtype = gl.bfloat16 if qkv.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([keys, width], dtype)
+    side_by_side = 1 if queries > 64 else 2
+    room = _SHARED_BYTES // side_by_side - 1024 * side_by_side - queries * width * 2
+
+    def tiles(tensor: Tensor, columns: int) -> TensorDescriptor:
+        return TensorDescriptor(
+            tensor, [tensor.numel() // columns, columns], [columns, 1], [keys, width], layout
+        )
+
+    _attention_kernel[(multiprocessors(qkv.device) * side_by_side,)](
+        qkv,
+        tiles(k_cache, dim),
+        tiles(v_cache, dim),
+        tiles(qkv, all_heads * dim),
+        work.items,
+        work.limits,
+        work.records,
+        out,
+        partials,
+        tops,
+        norms,
+        all_heads - 2 * kv_heads,
+        kv_heads,
+        pages * page_size,
+        scale,
+        PER_KV=plan.heads_per_kv,
+        PAGE=page_size,
+        DIM=dim,
+        WIDTH=width,
+        QUERIES=queries,
+        KEYS=keys,
+        RING=min(8, room // (2 * keys * width * 2)),
+        PROGRAMS=multiprocessors(qkv.device) * side_by_side,
+        BEFORE=HEADER,
+        PER=ITEM,
+        QUERY_TILE=gl.NVMMASharedLayout.get_default_for([queries, width], dtype),
+        num_warps=4 if queries <= 64 else 8,
+        **chaining(),
+    )
