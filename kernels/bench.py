@@ -87,9 +87,14 @@ def device_plan(plan: AttentionPlan, queries: int, programs: int | None = None) 
 
 
 @cache
-def _graph_memory() -> tuple[int, int]:
-    """One pool for all graphs: a graph is gone when the next is captured."""
-    return torch.cuda.graph_pool_handle()
+def _first_graph() -> torch.cuda.CUDAGraph:
+    """An empty graph, whose memory pool all others share: each is gone when the next is captured."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin()
+        torch.empty(1, device="cuda").zero_()
+        graph.capture_end()
+    return graph
 
 
 def microseconds(launch: Callable[[int], object], launches: int, replays: int = 7) -> float:
@@ -99,7 +104,7 @@ def microseconds(launch: Callable[[int], object], launches: int, replays: int = 
     graph = torch.cuda.CUDAGraph()
     # Not torch.cuda.graph(): it collects garbage first, which would take longer than all that is measured.
     with torch.cuda.stream(torch.cuda.Stream()):
-        graph.capture_begin(pool=_graph_memory())
+        graph.capture_begin(pool=_first_graph().pool())
         for i in range(launches):
             launch(i)
         graph.capture_end()
