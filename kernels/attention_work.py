@@ -97,12 +97,12 @@ def plan_work(
             seen = start if group.diffusion else start + at + rows
             tiles.append((first + at, rows, place, seen, start, first, block))
             keys += seen
-    share = max(128, keys // programs)
+    share = max(128, -(-keys // programs))
     items: list[tuple[int, ...]] = []
     used = 0
     for first, rows, place, seen, fresh, block_row, block in tiles:
         segments = num_segments(seen)
-        parts = max(1, min(-(-seen // share), segments))
+        parts = max(1, min(round(seen / share), segments))
         needed = rows * (segments + (block > 0))
         if parts > 1 and used + needed <= capacity:
             stride = segments + (block > 0)
