@@ -37,17 +37,18 @@ _SHARED_BYTES = 227 * 1024
 @gluon.jit
 def _segment_start(index):
     """`attention_work.segment_start`."""
-    near = index * 128
-    middle = 1024 + (index - 8) * 512
-    far = 8192 + (index - 22) * 1024
-    return gl.where(index < 8, near, gl.where(index < 22, middle, far))
+    near, middle = index * 128, 1024 + (index - 8) * 512
+    far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
+    return gl.where(index < 22, gl.where(index < 8, near, middle), gl.where(index < 46, far, farther))
 
 
 @gluon.jit
-def _open(work, index, count, kv_heads, PAGE: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr):
+def _open(
+    work, index, count, PAGE: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, KV_HEADS: gl.constexpr
+):  # fmt: skip
     """The index-th item's tiles: cached keys at .. end, block rows 0 .. block, where both lie. None past the last item."""
     there = index < count
-    item = work + BEFORE + index // kv_heads * PER
+    item = work + BEFORE + index // KV_HEADS * PER
     table = gl.load(item + 2, mask=there, other=0)
     first, last = gl.load(item + 3, mask=there, other=0), gl.load(item + 4, mask=there, other=0)
     seen, fresh = gl.load(item + 5, mask=there, other=0), gl.load(item + 6, mask=there, other=0)
@@ -60,8 +61,9 @@ def _open(work, index, count, kv_heads, PAGE: gl.constexpr, BEFORE: gl.constexpr
 
 @gluon.jit
 def _advance(
-    work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
+    work, index, at, end, own, block, table, fresh, block_row, page, count,
     KEYS: gl.constexpr, PAGE: gl.constexpr, PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr,
+    KV_HEADS: gl.constexpr,
 ):  # fmt: skip
     """The tile after this one; the next item's first after an item's last."""
     cached = at < end
@@ -70,7 +72,7 @@ def _advance(
     if (at >= end) & (own >= block):
         index += PROGRAMS
         at, end, own, block, table, fresh, block_row, page = _open(
-            work, index, count, kv_heads, PAGE, BEFORE, PER
+            work, index, count, PAGE, BEFORE, PER, KV_HEADS
         )
     else:
         page = gl.load(work + table + at // PAGE, mask=at < end, other=0)
@@ -78,11 +80,13 @@ def _advance(
 
 
 @gluon.jit
-def _fetch(pages, rows, barrier, target, cached, wanted, slot, row, column, BYTES: gl.constexpr):
+def _fetch(pages, rows, barrier, target, cached, slot, row, column, BYTES: gl.constexpr):
     """Ask for a tile of keys or values: from the cache at `slot`, or rows of the pass from `row` on."""
-    mbarrier.expect(barrier, BYTES, pred=wanted)
-    tma.async_copy_global_to_shared(pages, [slot, 0], barrier, target, pred=wanted & cached)
-    tma.async_copy_global_to_shared(rows, [row, column], barrier, target, pred=wanted & (cached == 0))
+    mbarrier.expect(barrier, BYTES)
+    if cached:
+        tma.async_copy_global_to_shared(pages, [slot, 0], barrier, target)
+    else:
+        tma.async_copy_global_to_shared(rows, [row, column], barrier, target)
 
 
 @gluon.jit
@@ -132,11 +136,10 @@ def _attention_kernel(
     partials,
     tops,
     norms,
-    heads,
-    kv_heads,
     slots,
     scale,
     PER_KV: gl.constexpr,
+    KV_HEADS: gl.constexpr,
     PAGE: gl.constexpr,
     DIM: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -157,6 +160,9 @@ def _attention_kernel(
     lanes: gl.constexpr = min(32, WIDTH // 8)
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
     tile_bytes: gl.constexpr = KEYS * WIDTH * k_pages.dtype.primitive_bitwidth // 8
+    heads: gl.constexpr = KV_HEADS * PER_KV
+    key_column: gl.constexpr = heads * DIM
+    value_column: gl.constexpr = (heads + KV_HEADS) * DIM
 
     k_ring = gl.allocate_shared_memory(k_pages.dtype, [RING, KEYS, WIDTH], k_pages.layout)
     v_ring = gl.allocate_shared_memory(v_pages.dtype, [RING, KEYS, WIDTH], v_pages.layout)
@@ -170,80 +176,53 @@ def _attention_kernel(
         gdc_launch_dependents()
 
     # The work list is uploaded before the pass: no kernel writes it.
-    count = gl.load(work) * kv_heads
+    count = gl.load(work) * KV_HEADS
     program = gl.program_id(0)
-    key_column, value_column = heads * DIM, (heads + kv_heads) * DIM
     # The first tiles: those that this pass doesn't write at once, the others when the kernels ahead are done.
     index = program
     at, end, own, block, table, fresh, block_row, page = _open(
-        work, index, count, kv_heads, PAGE, BEFORE, PER
+        work, index, count, PAGE, BEFORE, PER, KV_HEADS
     )
     for i in gl.static_range(RING):
-        kv_head = index % kv_heads
-        early = (at < end) & (at + KEYS <= fresh)
-        slot = kv_head * slots + page * PAGE + at % PAGE
-        column = kv_head * DIM
-        fetch_row = block_row + own
-        _fetch(
-            k_pages,
-            rows_desc,
-            k_full.index(i),
-            k_ring.index(i),
-            True,
-            early,
-            slot,
-            fetch_row,
-            column,
-            tile_bytes,
-        )
-        _fetch(
-            v_pages,
-            rows_desc,
-            v_full.index(i),
-            v_ring.index(i),
-            True,
-            early,
-            slot,
-            fetch_row,
-            column,
-            tile_bytes,
-        )
+        if (at < end) & (at + KEYS <= fresh):
+            slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+            _fetch(k_pages, rows_desc, k_full.index(i), k_ring.index(i), True, slot, 0, 0, tile_bytes)
+            _fetch(v_pages, rows_desc, v_full.index(i), v_ring.index(i), True, slot, 0, 0, tile_bytes)
         index, at, end, own, block, table, fresh, block_row, page = _advance(
-            work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
-            KEYS, PAGE, PROGRAMS, BEFORE, PER,
+            work, index, at, end, own, block, table, fresh, block_row, page, count,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
         )  # fmt: skip
     if CHAINED:
         gdc_wait()
     index = program
     at, end, own, block, table, fresh, block_row, page = _open(
-        work, index, count, kv_heads, PAGE, BEFORE, PER
+        work, index, count, PAGE, BEFORE, PER, KV_HEADS
     )
     for i in gl.static_range(RING):
-        kv_head = index % kv_heads
-        cached = at < end
-        late = (index < count) & ((at >= end) | (at + KEYS > fresh))
-        slot = kv_head * slots + page * PAGE + at % PAGE
-        column = kv_head * DIM
-        fetch_row = block_row + own
-        _fetch(
-            k_pages, rows_desc, k_full.index(i), k_ring.index(i), cached, late, slot, fetch_row, key_column + column,
-            tile_bytes,
-        )  # fmt: skip
-        _fetch(
-            v_pages, rows_desc, v_full.index(i), v_ring.index(i), cached, late, slot, fetch_row, value_column + column,
-            tile_bytes,
-        )  # fmt: skip
+        if (index < count) & ((at >= end) | (at + KEYS > fresh)):
+            slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+            column = index % KV_HEADS * DIM
+            _fetch(
+                k_pages, rows_desc, k_full.index(i), k_ring.index(i), at < end, slot, block_row + own,
+                key_column + column, tile_bytes,
+            )  # fmt: skip
+            _fetch(
+                v_pages, rows_desc, v_full.index(i), v_ring.index(i), at < end, slot, block_row + own,
+                value_column + column, tile_bytes,
+            )  # fmt: skip
         index, at, end, own, block, table, fresh, block_row, page = _advance(
-            work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
-            KEYS, PAGE, PROGRAMS, BEFORE, PER,
+            work, index, at, end, own, block, table, fresh, block_row, page, count,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
         )  # fmt: skip
 
-    stage, phase = 0, 0
+    # Scores are computed one tile ahead of what follows from them, so keys are one place further in their ring than values.
+    # v_*: where the tile of values lies that follows the keys fetched last.
+    k_stage, k_phase, v_stage, v_phase = 0, 0, 0, 0
     query_index = gl.arange(0, QUERIES, by_query)
     keys = gl.arange(0, KEYS, by_key)
     for this in range(program, count, PROGRAMS):
-        item = work + BEFORE + this // kv_heads * PER
-        this_head = this % kv_heads
+        item = work + BEFORE + this // KV_HEADS * PER
+        this_head = this % KV_HEADS
         first_row, rows = gl.load(item), gl.load(item + 1)
         segment, last_segment = gl.load(item + 3), gl.load(item + 4)
         seen, this_block = gl.load(item + 5), gl.load(item + 8)
@@ -263,10 +242,33 @@ def _attention_kernel(
         load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
         load_row = first_row + load_index // PER_KV
         load_head = this_head * PER_KV + load_index % PER_KV
-        place = (load_row * (heads + 2 * kv_heads) + load_head).to(gl.int64) * DIM
+        place = (load_row * (heads + 2 * KV_HEADS) + load_head).to(gl.int64) * DIM
         mask = (load_index // PER_KV < rows)[:, None] & (load_dims < DIM)[None, :]
         query_tile.store(gl.load(qkv + place[:, None] + load_dims[None, :], mask=mask, other=0.0))
         fence_async_shared()
+
+        none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        scores = warpgroup_mma(
+            query_tile, k_ring.index(k_stage).permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        v_wanted, v_cached, v_row = index < count, at < end, block_row + own
+        v_slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+        v_column = index % KV_HEADS * DIM
+        if v_wanted:
+            _fetch(
+                k_pages, rows_desc, k_full.index(k_stage), k_ring.index(k_stage), v_cached, v_slot, v_row,
+                key_column + v_column, tile_bytes,
+            )  # fmt: skip
+        index, at, end, own, block, table, fresh, block_row, page = _advance(
+            work, index, at, end, own, block, table, fresh, block_row, page, count,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
+        )  # fmt: skip
+        k_stage += 1
+        if k_stage == RING:
+            k_stage = 0
+            k_phase ^= 1
 
         top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
         norm = gl.zeros((QUERIES,), gl.float32, by_query)
@@ -275,8 +277,8 @@ def _attention_kernel(
         here, next_start = begin, _segment_start(segment + 1)
         tiles = cached_tiles + gl.cdiv(this_block, KEYS)
         for tile in range(tiles):
-            ends = gl.where(tile < cached_tiles, here == next_start, tile == cached_tiles)
-            if ends & (tile > 0):
+            in_block = tile >= cached_tiles
+            if gl.where(in_block, tile == cached_tiles, here == next_start) & (tile > 0):
                 top, norm, acc = _end_segment(
                     divided, tops, norms, partials, record + segment, heads, head, inside,
                     _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
@@ -286,26 +288,12 @@ def _attention_kernel(
                 part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
                 part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
                 part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
-            in_block = tile >= cached_tiles
-            kv_head = index % kv_heads
-            cached = at < end
-            wanted = index < count
-            slot = kv_head * slots + page * PAGE + at % PAGE
-            fetch_row = block_row + own
-
-            mbarrier.wait(k_full.index(stage), phase)
-            scores = warpgroup_mma(
-                query_tile,
-                k_ring.index(stage).permute((1, 0)),
-                gl.zeros((QUERIES, KEYS), gl.float32, scores_layout),
-                use_acc=False,
-                is_async=True,
+            # After an item's last tile this computes scores that nobody reads, of whatever is in the ring.
+            more = tile + 1 < tiles
+            mbarrier.wait(k_full.index(k_stage), k_phase, pred=more)
+            next_scores = warpgroup_mma(
+                query_tile, k_ring.index(k_stage).permute((1, 0)), none, use_acc=False, is_async=True
             )
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            _fetch(
-                k_pages, rows_desc, k_full.index(stage), k_ring.index(stage), cached, wanted, slot, fetch_row,
-                key_column + kv_head * DIM, tile_bytes,
-            )  # fmt: skip
             left = this_block - (tile - cached_tiles) * KEYS
             if gl.where(in_block, left, common - here) < KEYS:
                 bound = gl.where(in_block, left, limit - here)
@@ -321,23 +309,36 @@ def _attention_kernel(
             part_top = new_top
             part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
             operand = gl.convert_layout(weights.to(k_pages.dtype), gl.DotOperandLayout(0, acc_layout, 2))
-            mbarrier.wait(v_full.index(stage), phase)
-            part_acc = warpgroup_mma(operand, v_ring.index(stage), part_acc, is_async=True)
-            next_index, next_at, end, own, block, table, fresh, block_row, next_page = _advance(
-                work, index, at, end, own, block, table, fresh, block_row, page, count, kv_heads,
-                KEYS, PAGE, PROGRAMS, BEFORE, PER,
-            )  # fmt: skip
-            part_acc = warpgroup_mma_wait(0, deps=(part_acc,))
-            _fetch(
-                v_pages, rows_desc, v_full.index(stage), v_ring.index(stage), cached, wanted, slot, fetch_row,
-                value_column + kv_head * DIM, tile_bytes,
-            )  # fmt: skip
-            index, at, page = next_index, next_at, next_page
+            mbarrier.wait(v_full.index(v_stage), v_phase)
+            part_acc = warpgroup_mma(operand, v_ring.index(v_stage), part_acc, is_async=True)
+            scores, part_acc = warpgroup_mma_wait(0, deps=(next_scores, part_acc))
+            if v_wanted:
+                _fetch(
+                    v_pages, rows_desc, v_full.index(v_stage), v_ring.index(v_stage), v_cached, v_slot, v_row,
+                    value_column + v_column, tile_bytes,
+                )  # fmt: skip
+            v_stage += 1
+            if v_stage == RING:
+                v_stage = 0
+                v_phase ^= 1
+            if more:
+                v_wanted, v_cached, v_row = index < count, at < end, block_row + own
+                v_slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+                v_column = index % KV_HEADS * DIM
+                if v_wanted:
+                    _fetch(
+                        k_pages, rows_desc, k_full.index(k_stage), k_ring.index(k_stage), v_cached, v_slot, v_row,
+                        key_column + v_column, tile_bytes,
+                    )  # fmt: skip
+                index, at, end, own, block, table, fresh, block_row, page = _advance(
+                    work, index, at, end, own, block, table, fresh, block_row, page, count,
+                    KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
+                )  # fmt: skip
+                k_stage += 1
+                if k_stage == RING:
+                    k_stage = 0
+                    k_phase ^= 1
             here += KEYS
-            stage += 1
-            if stage == RING:
-                stage = 0
-                phase ^= 1
         last_seen = (this_block > 0) | (_segment_start(segment) < limit)
         last_record = gl.where(this_block > 0, last_segment, segment)
         top, norm, acc = _end_segment(
@@ -395,11 +396,10 @@ def launch(
         partials,
         tops,
         norms,
-        all_heads - 2 * kv_heads,
-        kv_heads,
         pages * page_size,
         scale,
         PER_KV=plan.heads_per_kv,
+        KV_HEADS=kv_heads,
         PAGE=page_size,
         DIM=dim,
         WIDTH=width,

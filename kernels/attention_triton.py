@@ -30,19 +30,17 @@ _LOG2_E = 1.4426950408889634
 @triton.jit
 def _segment_start(index):
     """`attention_work.segment_start`."""
-    near = index * 128
-    middle = 1024 + (index - 8) * 512
-    far = 8192 + (index - 22) * 1024
-    return tl.where(index < 8, near, tl.where(index < 22, middle, far))
+    near, middle = index * 128, 1024 + (index - 8) * 512
+    far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
+    return tl.where(index < 22, tl.where(index < 8, near, middle), tl.where(index < 46, far, farther))
 
 
 @triton.jit
 def _num_segments(keys):
     """`attention_work.num_segments`."""
-    near = tl.cdiv(keys, 128)
-    middle = 8 + tl.cdiv(keys - 1024, 512)
-    far = 22 + tl.cdiv(keys - 8192, 1024)
-    return tl.where(keys <= 1024, near, tl.where(keys <= 8192, middle, far))
+    near, middle = tl.cdiv(keys, 128), 8 + tl.cdiv(keys - 1024, 512)
+    far, farther = 22 + tl.cdiv(keys - 8192, 1024), 46 + tl.cdiv(keys - 32768, 2048)
+    return tl.where(keys <= 8192, tl.where(keys <= 1024, near, middle), tl.where(keys <= 32768, far, farther))
 
 
 @triton.jit
@@ -230,7 +228,6 @@ def _merge_kernel(
     CHAINED: tl.constexpr,
 ):
     """Merge one row's segments in order, for one head; its block, if it has one, is the last record."""
-    AHEAD: tl.constexpr = 4  # Reads in flight; merging stays in order.
     row = tl.program_id(0)
     head = tl.program_id(1)
     record = tl.load(records + row)
@@ -248,17 +245,40 @@ def _merge_kernel(
     norm = tl.zeros((WIDTH,), tl.float32)
     acc = tl.zeros((WIDTH,), tl.float32)
     segments = _num_segments(limit)
-    for segment in range(0, segments, AHEAD):
-        seen1, seen2, seen3 = segment + 1 < segments, segment + 2 < segments, segment + 3 < segments
+    for segment in range(0, segments, 8):  # Eight reads in flight; merging stays in order.
         place = first + segment * heads
-        top0, norm0, acc0 = _load_part(partials, tops, norms, place, True, dims, DIM)
-        top1, norm1, acc1 = _load_part(partials, tops, norms, place + heads, seen1, dims, DIM)
-        top2, norm2, acc2 = _load_part(partials, tops, norms, place + 2 * heads, seen2, dims, DIM)
-        top3, norm3, acc3 = _load_part(partials, tops, norms, place + 3 * heads, seen3, dims, DIM)
-        top, norm, acc = _merge(inside, top, norm, acc, top0, norm0, acc0)
-        top, norm, acc = _merge(inside & seen1, top, norm, acc, top1, norm1, acc1)
-        top, norm, acc = _merge(inside & seen2, top, norm, acc, top2, norm2, acc2)
-        top, norm, acc = _merge(inside & seen3, top, norm, acc, top3, norm3, acc3)
+        top0, norm0, acc0 = _load_part(
+            partials, tops, norms, place + 0 * heads, segment + 0 < segments, dims, DIM
+        )
+        top1, norm1, acc1 = _load_part(
+            partials, tops, norms, place + 1 * heads, segment + 1 < segments, dims, DIM
+        )
+        top2, norm2, acc2 = _load_part(
+            partials, tops, norms, place + 2 * heads, segment + 2 < segments, dims, DIM
+        )
+        top3, norm3, acc3 = _load_part(
+            partials, tops, norms, place + 3 * heads, segment + 3 < segments, dims, DIM
+        )
+        top4, norm4, acc4 = _load_part(
+            partials, tops, norms, place + 4 * heads, segment + 4 < segments, dims, DIM
+        )
+        top5, norm5, acc5 = _load_part(
+            partials, tops, norms, place + 5 * heads, segment + 5 < segments, dims, DIM
+        )
+        top6, norm6, acc6 = _load_part(
+            partials, tops, norms, place + 6 * heads, segment + 6 < segments, dims, DIM
+        )
+        top7, norm7, acc7 = _load_part(
+            partials, tops, norms, place + 7 * heads, segment + 7 < segments, dims, DIM
+        )
+        top, norm, acc = _merge(inside & (segment + 0 < segments), top, norm, acc, top0, norm0, acc0)
+        top, norm, acc = _merge(inside & (segment + 1 < segments), top, norm, acc, top1, norm1, acc1)
+        top, norm, acc = _merge(inside & (segment + 2 < segments), top, norm, acc, top2, norm2, acc2)
+        top, norm, acc = _merge(inside & (segment + 3 < segments), top, norm, acc, top3, norm3, acc3)
+        top, norm, acc = _merge(inside & (segment + 4 < segments), top, norm, acc, top4, norm4, acc4)
+        top, norm, acc = _merge(inside & (segment + 5 < segments), top, norm, acc, top5, norm5, acc5)
+        top, norm, acc = _merge(inside & (segment + 6 < segments), top, norm, acc, top6, norm6, acc6)
+        top, norm, acc = _merge(inside & (segment + 7 < segments), top, norm, acc, top7, norm7, acc7)
     if diffusion:
         place = first + segments * heads
         own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, True, dims, DIM)

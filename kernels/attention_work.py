@@ -58,17 +58,17 @@ class AttentionWork:
 
 
 def segment_start(index: int) -> int:
-    """First key of a segment: 8 of 128 keys, 14 of 512 (from 1,024), then 1,024 each (from 8,192)."""
-    if index < 8:
-        return index * 128
-    return 1024 + (index - 8) * 512 if index < 22 else 8192 + (index - 22) * 1024
+    """First key of a segment: 8 of 128 keys, 14 of 512 (from 1,024), 24 of 1,024 (from 8,192), then 2,048 each."""
+    if index < 22:
+        return index * 128 if index < 8 else 1024 + (index - 8) * 512
+    return 8192 + (index - 22) * 1024 if index < 46 else 32768 + (index - 46) * 2048
 
 
 def num_segments(keys: int) -> int:
     """How many segments hold the first `keys` keys."""
-    if keys <= 1024:
-        return -(-keys // 128)
-    return 8 + -(-(keys - 1024) // 512) if keys <= 8192 else 22 + -(-(keys - 8192) // 1024)
+    if keys <= 8192:
+        return -(-keys // 128) if keys <= 1024 else 8 + -(-(keys - 1024) // 512)
+    return 22 + -(-(keys - 8192) // 1024) if keys <= 32768 else 46 + -(-(keys - 32768) // 2048)
 
 
 def plan_work(

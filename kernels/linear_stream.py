@@ -32,8 +32,8 @@ _RING_BYTES = 200_000
 
 @gluon.jit
 def _place(
-    unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS: gl.constexpr, ROWS: gl.constexpr
-):
+    unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS: gl.constexpr, ROWS: gl.constexpr
+):  # fmt: skip
     """Where a unit of work lies: first weight row, first output, first input row, the row after its last, segment."""
     segment = unit % segments
     tile = unit // segments
@@ -44,6 +44,24 @@ def _place(
     row_end = gl.where(diffusion, num_rows, split)
     weight_at = out_at + gl.where(diffusion, num_outs, 0)
     return weight_at, out_at, row_at, row_end, segment
+
+
+@gluon.jit
+def _advance(
+    unit, step, weight_at, row_at, k, programs, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps,
+    OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+):  # fmt: skip
+    """The step after this one: further along the inputs, or the first of the program's next unit."""
+    step += 1
+    k += DEPTH
+    if step == steps:
+        step = 0
+        unit += programs
+        weight_at, _, row_at, _, segment = _place(
+            unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS, ROWS
+        )
+        k = segment * steps * DEPTH
+    return unit, step, weight_at, row_at, k
 
 
 @gluon.jit(do_not_specialize=["num_rows", "segments", "steps"])
@@ -68,15 +86,6 @@ def _stream_kernel(
     CHAINED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    split = num_rows
-    if TWO_VIEWS:
-        split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
-    ar_tiles = gl.cdiv(split, ROWS)
-    row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
-    units = row_tiles * gl.cdiv(num_outs, OUTS) * segments
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    total = gl.cdiv(units - program, programs) * steps
-
     w_ring = gl.allocate_shared_memory(w.dtype, [RING, OUTS, DEPTH], w.layout)
     x_ring = gl.allocate_shared_memory(x.dtype, [RING, ROWS, DEPTH], x.layout)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -85,80 +94,85 @@ def _stream_kernel(
     if CHAINED:
         gdc_launch_dependents()
     loaded_bytes: gl.constexpr = (OUTS + ROWS) * DEPTH * w.dtype.primitive_bitwidth // 8
+
+    split = num_rows
+    if TWO_VIEWS:
+        split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+    ar_tiles = gl.cdiv(split, ROWS)
+    row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
+    units = row_tiles * gl.cdiv(num_outs, OUTS) * segments
+    unit, programs = gl.program_id(0), gl.num_programs(0)
+    total = gl.cdiv(gl.maximum(units - unit, 0), programs) * steps
+    weight_at, _, row_at, _, segment = _place(
+        unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS, ROWS
+    )
+
     # Weights of the first steps, before the input rows are there.
+    p_unit, p_step, p_weight, p_row, p_k = unit, 0, weight_at, row_at, segment * steps * DEPTH
     for i in gl.static_range(RING):
-        unit = program + i // steps * programs
-        weight_at, _, _, _, segment = _place(
-            unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
-        )
         wanted = i < total
         mbarrier.expect(full.index(i), loaded_bytes, pred=wanted)
-        k = (segment * steps + i % steps) * DEPTH
-        tma.async_copy_global_to_shared(w, [weight_at, k], full.index(i), w_ring.index(i), pred=wanted)
+        tma.async_copy_global_to_shared(w, [p_weight, p_k], full.index(i), w_ring.index(i), pred=wanted)
+        p_unit, p_step, p_weight, p_row, p_k = _advance(
+            p_unit, p_step, p_weight, p_row, p_k, programs, split, ar_tiles, row_tiles, segments, num_rows, num_outs,
+            steps, OUTS, ROWS, DEPTH,
+        )  # fmt: skip
     if CHAINED:
         gdc_wait()
+    p_unit, p_step, p_weight, p_row, p_k = unit, 0, weight_at, row_at, segment * steps * DEPTH
     for i in gl.static_range(RING):
-        unit = program + i // steps * programs
-        _, _, row_at, _, segment = _place(
-            unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
-        )
-        k = (segment * steps + i % steps) * DEPTH
-        tma.async_copy_global_to_shared(x, [row_at, k], full.index(i), x_ring.index(i), pred=i < total)
+        tma.async_copy_global_to_shared(x, [p_row, p_k], full.index(i), x_ring.index(i), pred=i < total)
+        p_unit, p_step, p_weight, p_row, p_k = _advance(
+            p_unit, p_step, p_weight, p_row, p_k, programs, split, ar_tiles, row_tiles, segments, num_rows, num_outs,
+            steps, OUTS, ROWS, DEPTH,
+        )  # fmt: skip
 
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
-    acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
-    stage, phase, step, unit = 0, 0, 0, program
-    for i in range(total):
-        mbarrier.wait(full.index(stage), phase)
-        acc = warpgroup_mma(
-            w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, use_acc=step > 0, is_async=True
-        )
+    stage, phase, done, free = 0, 0, 0, 0
+    for this in range(unit, units, programs):
+        acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
+        for _ in range(steps):
+            mbarrier.wait(full.index(stage), phase)
+            acc = warpgroup_mma(w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            # The product of the step before this one is complete: its place in the ring is free.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            if (done > 0) & (done + RING - 1 < total):
+                mbarrier.expect(full.index(free), loaded_bytes)
+                tma.async_copy_global_to_shared(w, [p_weight, p_k], full.index(free), w_ring.index(free))
+                tma.async_copy_global_to_shared(x, [p_row, p_k], full.index(free), x_ring.index(free))
+                p_unit, p_step, p_weight, p_row, p_k = _advance(
+                    p_unit, p_step, p_weight, p_row, p_k, programs, split, ar_tiles, row_tiles, segments, num_rows,
+                    num_outs, steps, OUTS, ROWS, DEPTH,
+                )  # fmt: skip
+            done += 1
+            free = stage
+            stage += 1
+            if stage == RING:
+                stage = 0
+                phase ^= 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        ahead = i + RING
-        next_unit = program + ahead // steps * programs
-        weight_at, _, row_at, _, segment = _place(
-            next_unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
+        _, out_at, row_at, row_end, segment = _place(
+            this, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS, ROWS
         )
-        k = (segment * steps + ahead % steps) * DEPTH
-        wanted = ahead < total
-        mbarrier.expect(full.index(stage), loaded_bytes, pred=wanted)
-        tma.async_copy_global_to_shared(
-            w, [weight_at, k], full.index(stage), w_ring.index(stage), pred=wanted
-        )
-        tma.async_copy_global_to_shared(x, [row_at, k], full.index(stage), x_ring.index(stage), pred=wanted)
-        step += 1
-        if step == steps:
-            _, out_at, row_at, row_end, segment = _place(
-                unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
-            )
-            row_index = row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
-            result, width = acc, num_outs
-            if HAS_BIAS:
-                shift = gl.where(row_at >= split, num_outs, 0)
-                index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
-                offset = gl.load(bias + shift + index, mask=index < num_outs, other=0.0)
-                result += offset.to(gl.float32)[:, None]
-            if GATED:
-                # Blocks of 8: gate, up, gate, ... (see `pack_gated`); a thread holds both of a pair.
-                pairs = acc.reshape((OUTS // 16, 2, 8, ROWS)).permute((0, 2, 3, 1))
-                gate, up = pairs.split()
-                result = gl.convert_layout(
-                    (gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout
-                )
-                out_at, width = out_at // 2, num_outs // 2
-            place = row_index[None, :].to(gl.int64) * width
-            index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-            place += index[:, None]
-            if SPLIT:
-                place += segment * num_rows.to(gl.int64) * num_outs
-            inside = (row_index < row_end)[None, :] & (index < width)[:, None]
-            gl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-            step = 0
-            unit += programs
-        stage += 1
-        if stage == RING:
-            stage = 0
-            phase ^= 1
+        row_index = row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+        width = num_outs
+        if HAS_BIAS:
+            shift = gl.where(row_at >= split, num_outs, 0)
+            index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
+            offset = gl.load(bias + shift + index, mask=index < num_outs, other=0.0)
+            acc += offset.to(gl.float32)[:, None]
+        result = acc
+        if GATED:
+            # Blocks of 8: gate, up, gate, ... (see `pack_gated_linear`); a thread holds both of a pair.
+            gate, up = acc.reshape((OUTS // 16, 2, 8, ROWS)).permute((0, 2, 3, 1)).split()
+            result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout)
+            out_at, width = out_at // 2, num_outs // 2
+        index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
+        place = row_index[None, :].to(gl.int64) * width + index[:, None]
+        if SPLIT:
+            place += segment * num_rows.to(gl.int64) * num_outs
+        inside = (row_index < row_end)[None, :] & (index < width)[:, None]
+        gl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 @cache

@@ -216,7 +216,7 @@ def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
 
 
 def test_segments_tile_the_positions() -> None:
-    edges = [0, *(128 * i for i in range(1, 9)), *(1024 + 512 * i for i in range(1, 15)), 9216, 10240]
+    edges = [0, *range(128, 1025, 128), *range(1536, 8193, 512), *range(9216, 32769, 1024), 34816, 36864]
     for index, (begin, end) in enumerate(pairwise(edges)):
         assert attention_work.segment_start(index) == begin
         assert attention_work.num_segments(begin + 1) == attention_work.num_segments(end) == index + 1
