@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention_work import HEADER, ITEM
-from kernels.device import chaining, multiprocessors
+from kernels.device import chaining
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionPlan
@@ -365,9 +365,11 @@ def launch(
     partials: Tensor,
     tops: Tensor,
     norms: Tensor,
+    *,
     queries: int,
     keys: int,
     width: int,
+    programs: int,
 ) -> None:
     """The first kernel of `attention_triton.paged_attention`; scale: of scores to base 2."""
     work = plan.work
@@ -376,15 +378,14 @@ def launch(
     all_heads = qkv.shape[1]
     dtype = gl.bfloat16 if qkv.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([keys, width], dtype)
-    side_by_side = 1 if queries > 64 else 2
-    room = _SHARED_BYTES // side_by_side - 1024 * side_by_side - queries * width * 2
+    room = _SHARED_BYTES // 2 - 1024 - queries * width * 2
 
     def tiles(tensor: Tensor, columns: int) -> TensorDescriptor:
         return TensorDescriptor(
             tensor, [tensor.numel() // columns, columns], [columns, 1], [keys, width], layout
         )
 
-    _attention_kernel[(multiprocessors(qkv.device) * side_by_side,)](
+    _attention_kernel[(programs,)](
         qkv,
         tiles(k_cache, dim),
         tiles(v_cache, dim),
@@ -406,10 +407,10 @@ def launch(
         QUERIES=queries,
         KEYS=keys,
         RING=min(8, room // (2 * keys * width * 2)),
-        PROGRAMS=multiprocessors(qkv.device) * side_by_side,
+        PROGRAMS=programs,
         BEFORE=HEADER,
         PER=ITEM,
         QUERY_TILE=gl.NVMMASharedLayout.get_default_for([queries, width], dtype),
-        num_warps=4 if queries <= 64 else 8,
+        num_warps=4,
         **chaining(),
     )

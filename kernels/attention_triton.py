@@ -4,7 +4,7 @@ A launch has a fixed number of programs, which go through the pass's work list (
 but the number of rows, so that a CUDA graph can hold it. Inside a segment a running softmax goes over tiles of keys in
 order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
 walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
-matrix unit or 128, those of one KV head side by side: one instruction for any number of rows.
+matrix unit, those of one KV head side by side: one instruction for any number of rows.
 
 The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place.
 """
@@ -313,14 +313,15 @@ def paged_attention(
     out = torch.empty(rows, heads * dim, device=qkv.device, dtype=qkv.dtype)
     partials = torch.empty(max(1, work.capacity), heads, dim, device=qkv.device, dtype=torch.float32)
     tops, norms = torch.empty(2, max(1, work.capacity), heads, device=qkv.device, dtype=torch.float32)
-    queries = _queries(work.tile_rows, plan.heads_per_kv, qkv.dtype)
+    queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
+    programs = attention_programs(qkv.device)
     if chaining()["CHAINED"] and qkv.itemsize == 2:
         attention_stream.launch(
-            qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms, queries, keys, width
-        )
+            qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms,
+            queries=queries, keys=keys, width=width, programs=programs,
+        )  # fmt: skip
     else:
-        programs = attention_programs(qkv.device, queries)
         _attention_kernel[(programs,)](
             qkv,
             k_cache,
@@ -345,7 +346,7 @@ def paged_attention(
             PROGRAMS=programs,
             BEFORE_ITEMS=HEADER,
             PER_ITEM=ITEM,
-            num_warps=4 if queries <= 64 else 8,
+            num_warps=4,
             num_stages=2,
             **chaining(),
         )
@@ -367,17 +368,15 @@ def paged_attention(
     return out
 
 
-def _queries(tile_rows: int, heads_per_kv: int, dtype: torch.dtype) -> int:
-    if dtype == torch.float32:
-        return 16
-    return 64 if tile_rows * heads_per_kv <= 64 else 128
+def _queries(dtype: torch.dtype) -> int:
+    return 16 if dtype == torch.float32 else 64
 
 
-def attention_programs(device: torch.device, queries: int) -> int:
-    """Programs of a launch: as many as run at a time, two on a multiprocessor or one with 128 queries."""
-    return multiprocessors(device) * (1 if queries == 128 else 2)
+def attention_programs(device: torch.device) -> int:
+    """Programs of a launch: as many as run at a time, two on a multiprocessor."""
+    return 2 * multiprocessors(device)
 
 
-def tile_rows(heads_per_kv: int, longest_group: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: as many as fill 64 queries, or 128 where a group has more rows than that."""
-    return max(1, _queries(longest_group, heads_per_kv, dtype) // heads_per_kv)
+def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of the work list: as many as their queries have room for."""
+    return max(1, _queries(dtype) // heads_per_kv)

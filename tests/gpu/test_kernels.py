@@ -141,20 +141,18 @@ def test_attention_rows_are_the_same_bits_however_the_work_is_divided(
     rows: int, start: int, groups: int, diffusion: bool
 ) -> None:
     tensors, plan = attention_inputs(rows, start, groups, diffusion)
-    full = paged_attention(*tensors, device_plan(plan, 64), SCALE)
+    full = paged_attention(*tensors, device_plan(plan), SCALE)
     wide = [t.double() for t in tensors]
     assert error(full, paged_attention(*wide, plan, SCALE)) < 6e-3
-    for queries in (64, 128):
-        for programs in (0, 4, 64):
-            got = paged_attention(*tensors, device_plan(plan, queries, programs), SCALE)
-            assert torch.equal(got, full), (queries, programs)
+    for programs in (0, 4, 64):
+        assert torch.equal(paged_attention(*tensors, device_plan(plan, programs), SCALE), full), programs
     if diffusion:
         return
     group = plan.groups[-1]
     for row in sorted({0, rows // 2, rows - 1}):
         alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=start + row),))
         at = slice(group.first_row + row, group.first_row + row + 1)
-        got = paged_attention(tensors[0][at], *tensors[1:], device_plan(alone, 64), SCALE)
+        got = paged_attention(tensors[0][at], *tensors[1:], device_plan(alone), SCALE)
         assert torch.equal(got[0], full[at.start]), row
 
 
