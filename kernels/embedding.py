@@ -39,8 +39,9 @@ def embed(
         from kernels import embedding_triton
 
         return embedding_triton.embed(tokens, positions, picks, table, norm_weight, eps, cos, sin)
-    known = torch.where(tokens < 0, picks[(-1 - tokens).clamp_(min=0)].to(tokens.dtype), tokens)
-    hidden = F.embedding(known, table)
+    if bool((tokens < 0).any()):
+        tokens = torch.where(tokens < 0, picks[(-1 - tokens).clamp_(min=0)].to(tokens.dtype), tokens)
+    hidden = F.embedding(tokens, table)
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     return EmbeddedRows(
         hidden, rms_norm(hidden, norm_weight, eps), torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
