@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cluster.config import ClusterConfig, NodeType, actor_demand
+from deployments.api_config import ApiConfig
+from deployments.api_keys import read_keys
 from deployments.app_args import AppArgs, DeploymentOptions
 from deployments.model_check import check_model, locate
 from deployments.serve import load_config
@@ -79,6 +81,19 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
     yield (
         f"  ingress   {least if least == most else f'{least} to {most}'}, each {_resources(_demand(args.ingress))}"
     )
+    yield f"  api       {_callers(args.api)}"
+
+
+def _callers(api: ApiConfig) -> str:
+    """Who may call. Raises ConfigError for a keys file that is here and can't be used."""
+    if api.keys_file is None:
+        return (
+            f"keys in environment variable {api.keys_env}" if api.keys_env else "open to whoever reaches it"
+        )
+    if not api.keys_file.exists():
+        return f"keys in {api.keys_file}, which is not on this machine"
+    keys = read_keys(api.keys_file).values()
+    return f"{len(keys)} keys in {api.keys_file}, {sum(key.expired for key in keys)} of them expired"
 
 
 def _demand(options: DeploymentOptions) -> dict[str, float]:

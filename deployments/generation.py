@@ -9,9 +9,10 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.calls import Call
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
 from deployments.failover import generate_on_replica
-from deployments.failures import GenerationFailed
+from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, Request, RequestStats, SamplingParams
 from orthrus.text import TextStream
@@ -39,34 +40,41 @@ class TextChunk:
         return not (said or self.chunk.logprobs or self.finish_reason)
 
 
-def unwrap(error: BaseException) -> BaseException:
-    """The exception that a replica raised, out of Ray's wrapper around it."""
-    return getattr(error, "cause", None) or error
-
-
 async def generate(
     replica: DeploymentHandle,
     tokenizer: Any,
+    call: Call,
     prompt: list[int],
     params: SamplingParams,
     splitter: Callable[[], ChatSplitter] | None = None,
 ) -> AsyncGenerator[TextChunk]:
     """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request.
 
-    splitter: makes what takes a choice's text apart, for chats.
+    call: what the request belongs to and is counted for. splitter: makes what takes a choice's text apart, for chats.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     request = Request(uuid.uuid4().hex, prompt, params)
-    texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
+    texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
     stream = generate_on_replica(replica, request)
+    logged = call.prompts is None
     try:
         async for chunk in stream:
             if chunk.finish_reason == "error":
-                raise GenerationFailed(chunk.error)
+                message = chunk.error or ""
+                raise (
+                    RequestError(message, chunk.error_param)
+                    if chunk.error_param
+                    else GenerationFailed(message)
+                )
+            call.add(chunk, len(prompt))
+            if call.prompts is not None and not logged:
+                # Only now is it certain that the ids are tokens.
+                call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
+                logged = True
             tokens = chunk.token_ids
             # A stop token ends the text and is no part of it, even where it is an ordinary word.
             if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
@@ -75,6 +83,8 @@ async def generate(
             text = "".join([texts[chunk.index].push(token) for token in tokens])
             if last:
                 text += texts[chunk.index].finish()
+                if params.include_stop_str_in_output:
+                    text += texts[chunk.index].stopped or ""
             if splitters is None:
                 yield TextChunk(chunk.index, text, chunk, finish_reason=chunk.finish_reason)
                 continue
@@ -84,7 +94,7 @@ async def generate(
             yield TextChunk(chunk.index, text, chunk, delta, reason)
     except Exception as error:
         cause = unwrap(error)
-        if isinstance(cause, RequestError):
+        if isinstance(cause, EXPECTED):
             raise cause from None
         raise
     finally:

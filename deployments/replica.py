@@ -11,11 +11,13 @@ from ray import serve
 
 from deployments.autoscaling import engine_load
 from deployments.engine_metrics import MetricsExporter
+from deployments.log_filter import quiet_client_errors
 from deployments.router import replica_capacity, replica_report
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.request import Chunk, Request
+from orthrus.grammar import json_grammar
+from orthrus.request import Chunk, Request, SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,8 +27,12 @@ class OrthrusReplica:
     """Streams the chunks of requests. A RequestError reaches the caller; a cancelled call cancels its request."""
 
     def __init__(self, config: EngineConfig) -> None:
+        quiet_client_errors()
         self._engine = AsyncEngine(Engine.from_pretrained(config))
         engine = self._engine.engine
+        if engine.tokenizer is not None:
+            # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
+            engine.check(Request("first-grammar", [0], SamplingParams(grammar=json_grammar({}))))
         self._load_since = time.monotonic(), engine.stats
         self._metrics = MetricsExporter(engine)
         logger.info(

@@ -18,7 +18,8 @@ from ray.serve.schema import (
     gRPCOptionsSchema,
 )
 
-from deployments.app_args import AppArgs, describe_faults, parse_args
+from deployments.app_args import AppArgs, parse_args
+from deployments.config_faults import describe_faults
 from deployments.model_check import check_model, locate
 from orthrus.errors import ConfigError
 
@@ -121,6 +122,9 @@ def _deploy(config: ServeDeploySchema) -> None:
             proxy_location=config.proxy_location,
             http_options=config.http_options.model_dump(),
             grpc_options=config.grpc_options.model_dump(),
+            logging_config=config.logging_config,
+            tracing_config=config.tracing_config,
+            controller_options=config.controller_options,
         )
     except RuntimeError as error:
         raise ConfigError(f"Ray Serve can't start: {_last_line(str(error))}") from error

@@ -1,4 +1,4 @@
-"""The `orthrus` command: generate, chat, serve, config, verify, bench, train.
+"""The `orthrus` command: generate, chat, serve, config, keys, verify, bench, train.
 
 Imports that cost time (torch, Ray) happen inside the command that needs them, so that `--help` and a mistyped option
 answer at once. An error the user can act on is one line on stderr and exit status 2.
@@ -7,6 +7,7 @@ answer at once. An error the user can act on is one line on stderr and exit stat
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def build_parser(*, with_training: bool = False) -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_config(commands)
+    _add_keys(commands)
     _add_verify(commands)
     _add_bench(commands)
     if with_training:
@@ -97,6 +99,21 @@ def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="the cluster launcher file to place it on (default: ray_cluster.yaml)",
     )
     check.set_defaults(run=_config_check)
+
+
+def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("keys", help="API keys for a served model")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    new = actions.add_parser(
+        "new", help="make a key: its entry for the keys file on stdout, the key itself on stderr, this once"
+    )
+    new.add_argument("name", metavar="NAME", help="whose key it is, in logs and limits")
+    new.add_argument(
+        "--expires", type=_time, help="day or time from which it is refused, UTC unless it has a zone"
+    )
+    new.add_argument("--requests-per-minute", type=_positive, help="default: what the config says")
+    new.add_argument("--tokens-per-minute", type=_positive, help="default: what the config says")
+    new.set_defaults(run=_keys_new)
 
 
 def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -190,6 +207,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be like 2027-06-30 or 2027-06-30T12:00:00Z, got {text!r}"
+        ) from None
+
+
 def _sampling(arguments: argparse.Namespace) -> "SamplingParams":
     from orthrus.request import SamplingParams
 
@@ -252,6 +278,19 @@ def _config_check(arguments: argparse.Namespace) -> int:
         return 1
     print("ok")
     return 0
+
+
+def _keys_new(arguments: argparse.Namespace) -> None:
+    from deployments.api_keys import new_key
+
+    key, entry = new_key(
+        arguments.name,
+        expires=arguments.expires,
+        requests_per_minute=arguments.requests_per_minute,
+        tokens_per_minute=arguments.tokens_per_minute,
+    )
+    print(entry, end="")
+    print(f"key, shown this once: {key}", file=sys.stderr)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -185,6 +185,8 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids) | frozenset(
             () if params.ignore_eos else self.model_config.eos_token_ids
         )
+        known = range(self.model_config.vocab_size)
+        ends = tuple(sorted(token for token in stop_ids if token in known)) if params.min_tokens else ()
         choices: list[Sequence] = []
         for index in range(params.n):
             choices.append(
@@ -198,7 +200,10 @@ class Engine:
                     num_prompt=len(prompt),
                     max_length=max_length,
                     stop_ids=stop_ids,
-                    text=TextStream(self.tokenizer, params.stop) if params.stop else None,
+                    ends=ends,
+                    text=TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
+                    if params.stop
+                    else None,
                     mask=self._mask(params),
                     leader=choices[0] if choices else None,
                 )
@@ -346,12 +351,14 @@ class Engine:
             ahead=group.tokens[1:] if group.view is View.AR and sequence.draft is not None else (),
             mask=sequence.mask,
             drafting=group.view is View.DIFFUSION,
+            ends=sequence.ends,
+            may_end=sequence.num_prompt + sequence.params.min_tokens,
         )
 
     def _commit(self, sequence: Sequence, group: RowGroup, picks: list[int], logits: Tensor) -> Chunk | None:
         """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it."""
         if sequence.mask is not None and sequence.mask.error is not None:
-            return self._fail(sequence, sequence.mask.error)
+            return self._fail(sequence, sequence.mask.error, "response_format")
         decoding = sequence.decoding
         tokens = self._scheduler.schedule.commit(sequence, group, picks) if decoding else picks
         first = sequence.num_generated == 0
@@ -390,8 +397,8 @@ class Engine:
             stats=sequence.stats() if finished else None,
         )
 
-    def _fail(self, sequence: Sequence, error: str) -> Chunk:
-        """End a choice that can't go on."""
+    def _fail(self, sequence: Sequence, error: str, param: str) -> Chunk:
+        """End a choice that can't go on, for what its request asks in `param`."""
         sequence.finish_reason = "error"
         self._finish(sequence)
         return Chunk(
@@ -401,6 +408,7 @@ class Engine:
             finish_reason="error",
             stats=sequence.stats(),
             error=error,
+            error_param=param,
         )
 
     def _finish(self, sequence: Sequence) -> None:

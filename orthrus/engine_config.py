@@ -37,7 +37,6 @@ class EngineConfig(BaseModel):
     kv_cache_tokens: int | None = Field(default=None, ge=1)
     page_size: Literal[8, 16, 32, 64, 128, 256] = 16
     prefix_caching: bool = True
-    max_queue: int = Field(default=4096, ge=1)
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Coupled sampling: the pick at a position is argmax(filtered logits / T + g(seed, position)), or plain argmax if greedy.
 
 Rows are grouped by their filter settings, never padded to each other's: a row's arithmetic must not depend on its neighbours.
-Order of operations: token mask, repetition, presence and frequency penalties, logit bias, temperature, top-k, top-p, min-p.
+Order of operations: token mask and forbidden ends, repetition, presence and frequency penalties, logit bias, temperature,
+top-k, top-p, min-p.
 """
 
 from collections import defaultdict
@@ -22,7 +23,8 @@ class PickRows:
 
     prompt, generated: the committed tokens, needed for penalties only. ahead: tokens assumed at `position` and after it;
     row i predicts on top of the first i of them (a draft's own penalties leave them out: that costs acceptance only).
-    mask: what is allowed at `position`. drafting: each row predicts on top of the picks of those before it.
+    mask: what is allowed at `position`. drafting: each row predicts on top of the picks of those before it. ends: tokens
+    that are not allowed at positions below `may_end`.
     """
 
     params: SamplingParams
@@ -34,12 +36,19 @@ class PickRows:
     ahead: Seq[int] = ()
     mask: TokenMask | None = None
     drafting: bool = False
+    ends: Seq[int] = ()
+    may_end: int = 0
+
+    @property
+    def endless_rows(self) -> int:
+        """Rows that may not pick one of `ends`."""
+        return min(self.count, max(0, self.may_end - self.position)) if self.ends else 0
 
     @property
     def adjusted(self) -> bool:
         """Whether anything but temperature and filters changes the logits; a draft's mask comes after its picks."""
         masked = self.mask is not None and not self.drafting
-        return masked or self.params.has_penalties or bool(self.params.logit_bias)
+        return masked or self.endless_rows > 0 or self.params.has_penalties or bool(self.params.logit_bias)
 
 
 def _penalise(logits: Tensor, rows: PickRows) -> None:
@@ -75,7 +84,8 @@ def _filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         if top_p < 1.0:
             before = ranked.softmax(-1).cumsum(-1).roll(1, -1)
             before[:, 0] = 0.0
-            kept = (before < top_p).sum(-1, keepdim=True)
+            # At least the best, also for a top_p that float32 takes for 0.
+            kept = (before < top_p).sum(-1, keepdim=True).clamp_(min=1)
             threshold = ranked.gather(1, kept - 1)
         scores = scores.masked_fill(scores < threshold, float("-inf"))
     if min_p > 0.0:
@@ -94,6 +104,8 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
         spans.append(slice(start, start + group.count))
         if group.mask is not None and not group.drafting:
             _forbid(scores[spans[-1]], group.mask.allowed(group.ahead[: group.count - 1]))
+        if endless := group.endless_rows:
+            scores[start : start + endless, torch.tensor(group.ends, device=logits.device)] = float("-inf")
         if group.adjusted:
             _penalise(scores[spans[-1]], group)
     picks = scores.argmax(-1)

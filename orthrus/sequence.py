@@ -12,9 +12,10 @@ from orthrus.token_mask import TokenMask
 class Sequence:
     """One choice. `tokens` holds prompt and committed tokens; the cache holds AR keys and values of positions < `computed`.
 
-    In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens).
-    `draft`: tokens drafted for the positions after n, waiting to be verified. `leader`: the first choice of the same
-    request, whose prefill this one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds.
+    In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens). `ends`:
+    those of `stop_ids` that may not be picked before `params.min_tokens`. `draft`: tokens drafted for the positions after
+    n, waiting to be verified. `leader`: the first choice of the same request, whose prefill this one waits for, to share
+    its pages. `queued_at`: since when it waits, monotonic seconds.
     """
 
     request_id: str
@@ -25,6 +26,7 @@ class Sequence:
     num_prompt: int
     max_length: int
     stop_ids: frozenset[int]
+    ends: tuple[int, ...] = ()
     text: TextStream | None = None
     mask: TokenMask | None = None
     leader: "Sequence | None" = None

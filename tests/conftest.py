@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from deployments.proto.orthrus_pb2_grpc import OrthrusStub
     from orthrus.engine import Engine
+    from tests.collector import Collector
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,24 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+def collector() -> Iterator["Collector"]:
+    """Where the traces of the running application go, of those requests that ask to be traced."""
+    from tests.collector import running_collector
+
+    with running_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def serve_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the running application's ingress and replicas write their logs."""
+    return tmp_path_factory.mktemp("serve-logs")
+
+
+@pytest.fixture(scope="session")
+def ports(
+    tmp_path_factory: pytest.TempPathFactory, serve_logs: Path, collector: "Collector"
+) -> Iterator[tuple[int, int]]:
     """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's.
 
     It drafts whatever a pass costs: on a busy machine the cost model would rather not, and the tests assert on drafting.
@@ -78,7 +96,17 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]
     web, rpc = free_port(), free_port()
     config["http_options"] = {"host": "127.0.0.1", "port": web}
     config["grpc_options"]["port"] = rpc
-    config["applications"][0]["args"]["engine"]["adaptive_draft"] = False
+    config["controller_options"]["runtime_env"]["env_vars"] |= {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    args = config["applications"][0]["args"]
+    args["engine"]["adaptive_draft"] = False
+    args["api"] = {"body_timeout_s": 3, "log_prompts": True}
+    for part in ("ingress", "replica"):
+        args[part]["logging_config"] = {"logs_dir": str(serve_logs), "encoding": "JSON"}
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     try:

@@ -74,6 +74,24 @@ def test_64_streams_with_cancellations_equal_their_texts_alone(served: AsyncEngi
     assert len(cut) > 10
 
 
+def test_a_closed_stream_stops_within_a_pass(served: AsyncEngine, engine: Engine) -> None:
+    """What a cancelled or overdue call of either protocol comes down to."""
+
+    async def main() -> int:
+        stream = served.generate(Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True)))
+        for _ in range(3):
+            await anext(stream)
+        before = engine.stats.passes
+        await stream.aclose()
+        return before
+
+    before = asyncio.run(main())
+    # The engine takes a message at a time: once this has been answered, the one before it has been seen to.
+    asyncio.run(collect(served, Request("next", [1], SamplingParams(temperature=0.0, max_tokens=1))))
+    # One pass may have been under way, one may have begun meanwhile, and one is the next request's.
+    assert engine.stats.passes - before <= 3
+
+
 def test_a_refused_request_costs_nothing(served: AsyncEngine) -> None:
     async def main() -> list[Chunk]:
         good = asyncio.create_task(

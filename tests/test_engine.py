@@ -56,6 +56,8 @@ MIXED = [
     SamplingParams(temperature=0.0, max_tokens=40, frequency_penalty=0.7, logprobs=5),
     SamplingParams(temperature=1.0, max_tokens=40, seed=5, logit_bias={7: 3.0, 11: -100.0}),
     SamplingParams(temperature=0.8, max_tokens=25, seed=6, stop_token_ids=(3, 9), n=3),
+    SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=tuple(range(100)), min_tokens=20),
+    SamplingParams(temperature=1.0, max_tokens=30, seed=7, stop_token_ids=tuple(range(100)), min_tokens=20),
 ]
 
 
@@ -103,6 +105,19 @@ def test_text_and_cycles_equal_the_slow_reference(tmp_path: Path, shape: dict[st
         [[completion]] = ours.generate([prompt], SamplingParams(temperature=0.0, max_tokens=48))
         assert list(completion.token_ids) == tokens
         assert completion.stats.cycles == cycles
+
+
+def test_no_end_is_picked_before_min_tokens(checkpoint: Path) -> None:
+    [prompt] = prompts(1)
+    ends = tuple(range(100))
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, max_tokens=40, seed=1, stop_token_ids=ends)
+        [[soon], [later]] = engine(checkpoint).generate(
+            [prompt] * 2, [params, replace(params, min_tokens=12)]
+        )
+        assert len(soon.token_ids) < 12 and soon.finish_reason == later.finish_reason == "stop"
+        assert len(later.token_ids) > 12 and not set(ends) & set(later.token_ids[:-1])
+        assert later.token_ids[: len(soon.token_ids) - 1] == soon.token_ids[:-1]
 
 
 def test_a_crowd_with_cancellations_and_too_little_cache(checkpoint: Path, ar: Engine) -> None:
