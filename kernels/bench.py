@@ -167,8 +167,8 @@ class LinearCase:
             return linear_triton.linear_add_rms_norm(
                 self.x, layer, self.residual, self.norm, 1e-6, tiles=tiles, segments=segments
             )
-        dtype = torch.float32 if self.name == "lm_head" else None
-        return linear_triton.linear(self.x, layer, dtype=dtype, tiles=tiles)
+        out = torch.empty(self.rows, self.outs, device="cuda") if self.name == "lm_head" else None
+        return linear_triton.linear(self.x, layer, out=out, tiles=tiles)
 
     def cublas(self, i: int) -> object:
         product = torch.matmul(self.x, self.layers[i % len(self.layers)].weights[0].T)

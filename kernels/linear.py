@@ -69,27 +69,25 @@ def pack_gated_linear(gate: Tensor, up: Tensor) -> PackedLinear:
     return pack_linear([torch.cat([gate, up])])
 
 
-def linear(
-    x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features] in `dtype`, by default x's.
+def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features], in `out` and its dtype if given.
 
     num_ar: int32 [1], needed for a layer of two views. On a CPU, rows of a view must be multiples of `ROW_TILE`.
     """
     if runs_triton(x):
         from kernels import linear_triton
 
-        return linear_triton.linear(x, layer, num_ar, dtype)
+        return linear_triton.linear(x, layer, num_ar, out)
     if len(layer.weights) == 1:
-        out = _one_view(x, layer, 0)
+        result = _one_view(x, layer, 0)
     else:
         assert num_ar is not None, "a layer of two views needs num_ar"
         split = int(num_ar)
         parts = [
             _one_view(rows, layer, view) for view, rows in enumerate((x[:split], x[split:])) if len(rows)
         ]
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return out if dtype is None else out.to(dtype)
+        result = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return result if out is None else out.copy_(result)
 
 
 def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:

@@ -212,7 +212,7 @@ def linear(
     x: Tensor,
     layer: "PackedLinear",
     num_ar: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     *,
     tiles: LinearTiles | None = None,
 ) -> Tensor:
@@ -220,7 +220,8 @@ def linear(
 
     Raises ValueError if a row of x is not a multiple of 16 bytes, which the GPU's copy engine needs.
     """
-    out = torch.empty(x.shape[0], layer.weights[0].shape[0], device=x.device, dtype=dtype or x.dtype)
+    if out is None:
+        out = torch.empty(x.shape[0], layer.weights[0].shape[0], device=x.device, dtype=x.dtype)
     _launch(x, layer, out, num_ar, tiles, 1)
     return out
 

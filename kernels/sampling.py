@@ -23,11 +23,12 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 def noise_keys(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
-    """Two 32-bit keys for each row's noise: uint32 [rows, 2] from seeds below 2**64 and positions."""
+    """Two keys of 32 bits for each row's noise, int32 [rows, 2] by their bits, from seeds below 2**64 and positions."""
     golden = np.uint64(_GOLDEN)
     seeds, positions = np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64)
     mixed = _mix64(_mix64(np.atleast_1d(seeds) + golden) + np.atleast_1d(positions) * golden)
-    return np.stack([mixed & np.uint64(_MASK32), mixed >> np.uint64(32)], -1).astype(np.uint32)
+    keys = np.stack([mixed & np.uint64(_MASK32), mixed >> np.uint64(32)], -1)
+    return keys.astype(np.uint32).view(np.int32)
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise float32 [rows, vocab_size] from `noise_keys`, int32 [rows, 2] by their bits."""
+    """Standard Gumbel noise float32 [rows, vocab_size] from `noise_keys`, int32 [rows, 2]."""
     if keys.is_cuda:
         from kernels import sampling_triton
 
@@ -56,8 +57,8 @@ def gumbel_argmax(
 ) -> None:
     """Pick a token for every row: argmax(logits / T + noise), or argmax(logits) where T is 0; of equals the lowest id.
 
-    logits float32 [rows, vocab_size]; temperatures float32 [rows]; keys int32 [rows, 2], see `gumbel_noise`. The picks go to
-    `picks`, int32, from place `first_pick` (int32 [1]) on.
+    logits float32 or wider [rows, vocab_size]; temperatures float32 [rows]; keys int32 [rows, 2], see `gumbel_noise`. The
+    picks go to `picks`, int32, from place `first_pick` (int32 [1]) on.
     """
     if runs_triton(logits):
         from kernels import sampling_triton

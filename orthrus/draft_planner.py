@@ -39,10 +39,11 @@ class _Acceptance:
 
 
 class DraftPlanner:
-    """Picks the rows of each block. `cost` None fixes them at `max_rows`."""
+    """Picks the rows of each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences."""
 
-    def __init__(self, max_rows: int, cost: DecodeCost | None) -> None:
-        self._max_rows = max_rows
+    def __init__(self, max_rows: int, cost: DecodeCost | None, pass_rows: int) -> None:
+        self.max_rows = max_rows
+        self._pass_rows = pass_rows
         self._cost = cost
         self._acceptance = {greedy: _Acceptance(max_rows - 1) for greedy in (True, False)}
         self._ar_steps = 0
@@ -53,11 +54,12 @@ class DraftPlanner:
 
     def block_rows(self, greedy: bool, batch: int) -> int:
         """Rows of the next block of a sequence while `batch` sequences decode; 1 means an AR step."""
-        if self._cost is None:
-            return self._max_rows
+        most = max(1, min(self.max_rows, self._pass_rows // batch))
+        if self._cost is None or most == 1:
+            return most
         expected = self._acceptance[greedy].expected_tokens()
         cost = self._cost
-        rates = [expected[k - 1] / cost.cycle(k, batch, greedy) for k in range(2, self._max_rows + 1)]
+        rates = [expected[k - 1] / cost.cycle(k, batch, greedy) for k in range(2, most + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] >= _MARGIN / cost.ar(batch, greedy):
             return best + 2

@@ -131,6 +131,12 @@ class LayerParallelForward:
         return normed
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of final hidden states [rows, hidden_size]: float32 (float64 for a float64 model) [rows, vocab_size]."""
-        return linear(hidden, self._head, dtype=torch.promote_types(self.dtype, torch.float32))
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits of final hidden states [rows, hidden_size]: float32 (float64 for a float64 model) [rows, vocab_size].
+
+        out: where they go. Without it, a 16-bit model's logits are rounded to 16 bits first.
+        """
+        if out is not None:
+            return linear(hidden, self._head, out=out)
+        logits = linear(hidden, self._head)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -33,9 +33,13 @@ class LaunchedPass(Protocol):
 
 
 class ModelRunner(Protocol):
-    """feeds_tokens: whether a pass may be launched before the host knows the picks of the one before it."""
+    """feeds_tokens: whether a pass may be launched before the host knows the picks of the one before it.
+
+    max_logits: most rows of a pass that need logits.
+    """
 
     feeds_tokens: bool
+    max_logits: int
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         """Start a pass over `groups`. rows: how to pick, for each group that needs logits."""
@@ -60,6 +64,7 @@ class EagerRunner:
     """Runs every pass to its end before `launch` returns."""
 
     feeds_tokens = False
+    max_logits = 1 << 30
 
     def __init__(self, forward: LayerParallelForward, cache: KVCache) -> None:
         self._forward = forward

@@ -5,11 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from orthrus.plan import RowGroup, View
-from orthrus.request import SamplingParams
-from orthrus.sampling import PickRows, pick
 
 _ROWS = (2, 4, 8, 16, 32, 64, 128, 256)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -67,17 +63,19 @@ _Shape = tuple[View, int, int]
 
 
 def measure_decode_cost(
-    run: Callable[[list[RowGroup]], Tensor],
+    run: Callable[[list[RowGroup], float], None],
     *,
     context: int,
     page_size: int,
     num_pages: int,
     max_batch: int,
+    max_rows: int,
     mask_token_id: int,
 ) -> DecodeCost:
-    """Time `run`, which turns groups into logits, on shapes of decoding passes; two seconds, more for a slow model.
+    """Time `run(groups, temperature)`, a pass with its picks, on shapes of decoding; two seconds, more for a slow model.
 
-    context: the model's context limit. Pages 1 to num_pages - 1 are written to, so nothing may be in them yet.
+    context: the model's context limit. max_rows: of a pass. Pages 1 to num_pages - 1 are written to, so nothing may be in
+    them yet.
     """
     length = min(context, _CONTEXT, (num_pages - 1) * page_size)
     pages_each = -(-length // page_size)
@@ -93,11 +91,9 @@ def measure_decode_cost(
     def time_pass(shape: _Shape) -> float:
         view, rows, groups = shape
         planned = [group(view, rows, i) for i in range(groups)]
-        begin = time.perf_counter()
-        run(planned).argmax(-1).tolist()
-        return time.perf_counter() - begin
+        return _seconds(lambda: run(planned, 0.0))
 
-    sizes = [r for r in _ROWS if r < length]
+    sizes = [r for r in _ROWS if r < min(length, max_rows + 1)]
     batches = [b for b in _BATCHES if b <= max_batch]
     shapes: list[_Shape] = [
         *((View.AR, 1, batch) for batch in batches),
@@ -110,7 +106,7 @@ def measure_decode_cost(
         step=_curve(step_batches, [best[View.AR, 1, b] for b in step_batches]),
         draft=_rows_curve(best, View.DIFFUSION),
         verify=_rows_curve(best, View.AR),
-        sampled_row=_time_sampling(run([group(View.AR, _GROUP_ROWS, 0)])) / _GROUP_ROWS,
+        sampled_row=_sampling_seconds(lambda t: run([group(View.AR, _GROUP_ROWS, 0)], t)) / _GROUP_ROWS,
     )
 
 
@@ -149,16 +145,13 @@ def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> PassCost:
     return PassCost(tuple(sizes), tuple(min(seconds[i:]) for i in range(len(sizes))))
 
 
-def _time_sampling(logits: Tensor) -> float:
-    """Seconds that sampling takes beyond greedy picks, for all rows of `logits`."""
+def _sampling_seconds(run: Callable[[float], None]) -> float:
+    """Seconds that a pass takes longer at temperature 1 than with greedy picks."""
+    greedy, sampled = (min(_seconds(lambda t=t: run(t)) for _ in range(4)) for t in (0.0, 1.0))  # type: ignore[misc]
+    return max(0.0, sampled - greedy)
 
-    def seconds(temperature: float) -> float:
-        rows = PickRows(SamplingParams(temperature=temperature), seed=0, position=1, count=logits.shape[0])
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            pick(logits, [rows])
-            times.append(time.perf_counter() - begin)
-        return min(times)
 
-    return max(0.0, seconds(1.0) - seconds(0.0))
+def _seconds(work: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin

@@ -10,7 +10,12 @@ from orthrus.sequence import Sequence
 
 
 class Schedule(Protocol):
-    """Decides for one decoding sequence at a time; it keeps its state between passes in `Sequence.draft` alone."""
+    """Decides for one decoding sequence at a time; it keeps its state between passes in `Sequence.draft` alone.
+
+    max_rows: most rows of a group.
+    """
+
+    max_rows: int
 
     def group(self, sequence: Sequence, batch: int) -> RowGroup:
         """Rows for the next pass; `batch` sequences are decoding. Pages may be missing yet: they follow from the rows."""
@@ -18,4 +23,12 @@ class Schedule(Protocol):
 
     def commit(self, sequence: Sequence, group: RowGroup, picks: list[int]) -> list[int]:
         """Tokens to commit, given the pick at every row of `group`: row at position p picks the token at p + 1."""
+        ...
+
+    def foresees(self, group: RowGroup) -> bool:
+        """Whether the group after `group` follows from its picks as they are, without knowing them."""
+        ...
+
+    def foresee(self, sequence: Sequence, group: RowGroup, feeds: list[int]) -> None:
+        """Go on as if `feeds`, which stand for the picks of `group`, were known; `commit` is called with them later."""
         ...
