@@ -276,47 +276,45 @@ class Engine:
         return chunks
 
     def _launch(self, planned: list[Planned]) -> None:
-        groups = [part.group for part in planned]
-        rows = [self._pick_rows(part) for part in planned if part.group.num_logits]
+        groups = [group for part in planned for group in part.groups]
+        rows = [self._pick_rows(part, group) for part in planned for group in part.groups if group.num_logits]
         launched = self._runner.launch(groups, rows)
         self._passes += 1
         schedule = self._scheduler.schedule
         ahead = self._runner.feeds_tokens and all(
-            part.sequence.foreseeable and (not part.decoding or schedule.foresees(part.group))
+            part.sequence.foreseeable and (not part.decoding or schedule.foresees(part.groups))
             for part in planned
-            if part.group.num_logits
+            if part.num_logits
         )
         self._in_flight.append(_InFlight(planned, launched, ahead))
-        pick = launched.first_pick
+        places = itertools.count(-1 - launched.first_pick, -1)
         for part in planned:
-            sequence, group = part.sequence, part.group
-            feeds = [-1 - place for place in range(pick, pick + group.num_logits)]
-            pick += group.num_logits
+            sequence = part.sequence
+            feeds = [list(itertools.islice(places, group.num_logits)) for group in part.groups]
             if not part.decoding:
-                self._scheduler.computed(sequence, len(group.tokens))
+                self._scheduler.computed(sequence, len(part.groups[0].tokens))
                 if ahead:
-                    sequence.foreseen += feeds
+                    sequence.foreseen += feeds[0]
             elif ahead:
-                schedule.foresee(sequence, group, feeds)
-                if group.view is View.AR:
-                    self._scheduler.computed(sequence, len(feeds))
+                before = len(sequence.foreseen)
+                schedule.foresee(sequence, part.groups, feeds)
+                self._scheduler.computed(sequence, len(sequence.foreseen) - before)
 
     def _collect(self, keep: int) -> list[Chunk]:
         """Wait for the passes in flight but for the last `keep`, and commit their picks."""
         chunks = []
         while len(self._in_flight) > keep:
             this = self._in_flight.popleft()
-            picks = iter(this.launched.picks() if any(p.group.num_logits for p in this.planned) else ())
+            picks = iter(this.launched.picks() if any(part.num_logits for part in this.planned) else ())
             row = 0
             for part in this.planned:
-                count = part.group.num_logits
-                if not count:
+                if not part.num_logits:
                     continue
-                rows, row = slice(row, row + count), row + count
-                picked = next(picks)
+                first, row = row, row + part.num_logits
+                picked = [next(picks) for group in part.groups if group.num_logits]
                 if part.sequence.finish_reason is not None:
                     continue  # It ended, or was cancelled, while this pass was on its way.
-                chunk = self._commit(part, picked, this.launched.logits[rows], this.ahead)
+                chunk = self._commit(part, picked, this.launched.logits[first:row], this.ahead)
                 if chunk is not None:
                     chunks.append(chunk)
         return chunks
@@ -376,8 +374,8 @@ class Engine:
         finally:
             self._pool.release(pages)
 
-    def _pick_rows(self, part: Planned) -> PickRows:
-        sequence, group = part.sequence, part.group
+    def _pick_rows(self, part: Planned, group: RowGroup) -> PickRows:
+        sequence = part.sequence
         penalised = sequence.params.has_penalties
         return PickRows(
             params=sequence.params,
@@ -393,15 +391,16 @@ class Engine:
             may_end=sequence.num_prompt + sequence.params.min_tokens,
         )
 
-    def _commit(self, part: Planned, picks: list[int], logits: Tensor, foreseen: bool) -> Chunk | None:
+    def _commit(self, part: Planned, picks: list[list[int]], logits: Tensor, foreseen: bool) -> Chunk | None:
         """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it.
 
         foreseen: the sequence has gone on since as if the picks were known.
         """
-        sequence, group = part.sequence, part.group
+        sequence = part.sequence
         if sequence.mask is not None and sequence.mask.error is not None:
             return self._fail(sequence, sequence.mask.error, "response_format")
-        tokens = self._scheduler.schedule.commit(sequence, group, picks) if part.decoding else picks
+        schedule = self._scheduler.schedule
+        tokens = schedule.commit(sequence, part.groups, picks) if part.decoding else picks[0]
         first = sequence.num_generated == 0
         sequence.passes += not first
         if not tokens:
@@ -418,8 +417,10 @@ class Engine:
             self._prompt_tokens += sequence.num_prompt
             self._prefix_hits += sequence.cached_tokens
         else:
-            sequence.cycles += 1
-            self._cycles += 1
+            # A draft pass with a lead commits tokens too, but its cycle goes on.
+            ends_cycle = all(group.view is View.AR for group in part.groups)
+            sequence.cycles += ends_cycle
+            self._cycles += ends_cycle
             self._committed += len(taken)
         # Every row whose input was committed is final: x_n and the accepted drafts.
         if part.decoding and not foreseen:
@@ -553,7 +554,8 @@ class Engine:
                 mask_token_id=model.mask_token_id,
             )
             logger.info("decode cost: %s", cost)
-        return OrthrusSchedule(DraftPlanner(rows, cost, self._decode_rows), model.mask_token_id)
+        planner = DraftPlanner(rows, cost, self._decode_rows, self.config.draft_lead)
+        return OrthrusSchedule(planner, model.mask_token_id)
 
     def _run_once(self, groups: list[RowGroup], temperature: float) -> None:
         """Run a pass to its end."""

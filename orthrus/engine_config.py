@@ -16,6 +16,8 @@ class EngineConfig(BaseModel):
     model: Hugging Face directory or hub id. schedule: "auto" is "orthrus" where the checkpoint has diffusion weights,
     else "ar". draft_length: rows of a diffusion block (newest token included), None for the checkpoint's block_size; the
     engine drafts fewer where its cost model says that pays. adaptive_draft: let the cost model shorten or skip drafts.
+    draft_lead: whether a draft pass computes the first token behind the newest one exactly, beside the block that drafts
+    those after it; None for where the cost model says that pays.
     kv_cache_tokens: capacity of the paged KV cache in tokens, over all sequences, rounded up to pages; None sizes it for
     `max_num_seqs` full contexts, as far as there is memory: 2 GiB on a CPU; on a GPU what weights and passes leave of
     `gpu_memory_utilization`, the share of its memory that the engine may use. page_size: tokens per page, None for 16 on a
@@ -33,6 +35,7 @@ class EngineConfig(BaseModel):
     schedule: Literal["auto", "ar", "orthrus"] = "auto"
     draft_length: int | None = Field(default=None, ge=2)
     adaptive_draft: bool = True
+    draft_lead: bool | None = None
     max_model_len: int | None = Field(default=None, ge=2)
     max_num_seqs: int = Field(default=64, ge=1)
     prefill_chunk: int = Field(default=512, ge=1)

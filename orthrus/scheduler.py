@@ -18,11 +18,15 @@ from orthrus.sequence import Sequence
 
 @dataclass(frozen=True)
 class Planned:
-    """A sequence's part of a pass. decoding: the schedule's rows; else rows of the prompt."""
+    """A sequence's part of a pass. decoding: the schedule's rows; else rows of the prompt, in one group."""
 
     sequence: Sequence
-    group: RowGroup
+    groups: tuple[RowGroup, ...]
     decoding: bool
+
+    @property
+    def num_logits(self) -> int:
+        return sum(group.num_logits for group in self.groups)
 
 
 class Scheduler:
@@ -71,7 +75,7 @@ class Scheduler:
             if part.decoding:
                 decoding += 1
             else:
-                prefill += len(part.group.tokens)
+                prefill += len(part.groups[0].tokens)
         return max(decoding / self._max_num_seqs, prefill / self._prefill_chunk)
 
     def may_preempt(self) -> bool:
@@ -93,16 +97,16 @@ class Scheduler:
                 continue  # The passes on their way end it, or one before it has taken its pages.
             decodes = sequence.decoding
             if decodes:
-                group = self.schedule.group(sequence, decoding)
+                groups = self.schedule.groups(sequence, decoding)
             elif budget:
-                group = self._prefill_group(sequence, budget)
+                groups = (self._prefill_group(sequence, budget),)
             else:
                 continue
-            if not self._reserve(sequence, group):
+            if not self._reserve(sequence, groups):
                 continue
             if not decodes:
-                budget -= len(group.tokens)
-            planned.append(Planned(sequence, group, decodes))
+                budget -= len(groups[0].tokens)
+            planned.append(Planned(sequence, groups, decodes))
         while budget and self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             leader = sequence.leader
@@ -112,7 +116,7 @@ class Scheduler:
             if admitted is None:
                 break
             budget -= len(admitted.tokens)
-            planned.append(Planned(sequence, admitted, decoding=False))
+            planned.append(Planned(sequence, (admitted,), decoding=False))
         return planned
 
     def computed(self, sequence: Sequence, count: int) -> None:
@@ -151,9 +155,9 @@ class Scheduler:
         last = start + len(tokens) == len(sequence.tokens)
         return RowGroup(View.AR, tokens, start, sequence.pages, len(tokens) - last, len(tokens))
 
-    def _reserve(self, sequence: Sequence, group: RowGroup) -> bool:
-        """Give the sequence pages for the group's AR rows, preempting from the last arrival; False if it fell itself."""
-        while (missing := self._missing_pages(sequence, group)) > 0:
+    def _reserve(self, sequence: Sequence, groups: tuple[RowGroup, ...]) -> bool:
+        """Give the sequence pages for the groups' AR rows, preempting from the last arrival; False if it fell itself."""
+        while (missing := max(self._missing_pages(sequence, group) for group in groups)) > 0:
             pages = self.pool.allocate(missing)
             if pages is not None:
                 sequence.pages.extend(pages)

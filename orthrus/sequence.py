@@ -8,6 +8,18 @@ from orthrus.text import TextStream
 from orthrus.token_mask import TokenMask
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Drafted `tokens`, waiting to be verified. lead: whether they follow a token that came with them, exact.
+
+    led: whether the block's own first pick was that token.
+    """
+
+    tokens: list[int]
+    lead: bool = False
+    led: bool = False
+
+
 @dataclass(eq=False)
 class Sequence:
     """One choice. `tokens` holds prompt and committed tokens; the cache holds AR keys and values of positions < `computed`.
@@ -36,7 +48,7 @@ class Sequence:
     computed: int = 0
     foreseen: list[int] = field(default_factory=list)
     cached_tokens: int = 0
-    draft: list[int] | None = None
+    draft: Draft | None = None
     cycles: int = 0
     passes: int = 0
     finish_reason: FinishReason | None = None

@@ -9,14 +9,14 @@ class ARSchedule:
 
     max_rows = 1
 
-    def group(self, sequence: Sequence, batch: int) -> RowGroup:
-        return RowGroup(View.AR, [sequence.newest_token], sequence.newest, sequence.pages, 0, 1)
+    def groups(self, sequence: Sequence, batch: int) -> tuple[RowGroup, ...]:
+        return (RowGroup(View.AR, [sequence.newest_token], sequence.newest, sequence.pages, 0, 1),)
 
-    def commit(self, sequence: Sequence, group: RowGroup, picks: list[int]) -> list[int]:
-        return picks
+    def commit(self, sequence: Sequence, groups: tuple[RowGroup, ...], picks: list[list[int]]) -> list[int]:
+        return picks[0]
 
-    def foresees(self, group: RowGroup) -> bool:
+    def foresees(self, groups: tuple[RowGroup, ...]) -> bool:
         return True
 
-    def foresee(self, sequence: Sequence, group: RowGroup, feeds: list[int]) -> None:
-        sequence.foreseen += feeds
+    def foresee(self, sequence: Sequence, groups: tuple[RowGroup, ...], feeds: list[list[int]]) -> None:
+        sequence.foreseen += feeds[0]
