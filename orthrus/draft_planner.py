@@ -73,8 +73,8 @@ class DraftPlanner:
         drafted = len(draft.tokens)
         self._acceptance[greedy, draft.lead].observe(drafted, accepted)
         if draft.lead:
-            # Without its lead, the block would have been tried like this.
-            self._acceptance[greedy, False].observe(drafted + 1, accepted + 1 if draft.led else 0)
+            # Without its lead, the block would have been tried like this; its last draft not at all.
+            self._acceptance[greedy, False].observe(drafted, accepted + 1 if draft.led else 0)
         elif accepted:
             self._acceptance[greedy, True].observe(drafted - 1, accepted - 1)
 

@@ -53,27 +53,33 @@ class ModelRunner(Protocol):
 @dataclass(frozen=True)
 class _Done:
     logits: Tensor
+    first_pick: int
     tokens: list[list[int]]
-    first_pick: int = 0
 
     def picks(self) -> list[list[int]]:
         return self.tokens
 
 
 class EagerRunner:
-    """Runs every pass to its end before `launch` returns."""
+    """Runs every pass to its end before `launch` returns.
 
-    feeds_tokens = False
+    feeds_tokens: nothing is gained by it here, but the engine can be tested as it works with a runner that does.
+    """
+
     max_logits = 1 << 30
 
-    def __init__(self, forward: LayerParallelForward, cache: KVCache) -> None:
+    def __init__(self, forward: LayerParallelForward, cache: KVCache, feeds_tokens: bool = False) -> None:
+        self.feeds_tokens = feeds_tokens
         self._forward = forward
         self._cache = cache
-        self._picks = torch.zeros(1, dtype=torch.int32, device=forward.device)
+        # Of two passes, like those of a runner that does not wait.
+        self._picks = [[0], [0]]
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         logits = self.logits(groups)
-        return _Done(logits, pick(logits, rows) if rows else [])
+        tokens = pick(logits, rows) if rows else []
+        self._picks = [self._picks[1], [token for group in tokens for token in group]]
+        return _Done(logits, len(self._picks[0]), tokens)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         plan = PassPlan.build(
@@ -82,5 +88,6 @@ class EagerRunner:
             heads_per_kv=self._forward.heads_per_kv,
             device=self._forward.device,
         )
-        hidden = self._forward.hidden_states(plan, self._cache, self._picks)
+        picks = torch.tensor(self._picks[0] + self._picks[1], dtype=torch.int32, device=plan.tokens.device)
+        hidden = self._forward.hidden_states(plan, self._cache, picks)
         return self._forward.logits(hidden[plan.logit_rows])[: plan.num_logits]
