@@ -1,6 +1,6 @@
 """`build`: from the `args` of a Serve config to the application. `import_path: deployments.app:build`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.serve import Application, Deployment, deployment
@@ -10,6 +10,8 @@ from deployments.ingress import Ingress
 from deployments.model_check import check_model, locate
 from deployments.rate_limits import RateLimiter
 from deployments.replica import OrthrusReplica
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""
@@ -25,6 +27,11 @@ BUSY = {"status_code": 429, "retry_after_s": 1}
 
 def build(args: dict[str, Any]) -> Application:
     """The application that the args describe. Raises ConfigError, naming key and fault, if they or the model can't work."""
+    return make_application(args, Engine.from_pretrained)
+
+
+def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine]) -> Application:
+    """`build`, whose replicas get their engines from `load`."""
     checked = parse_args(args)
     engine = locate(checked.engine)
     check_model(engine)
@@ -37,7 +44,7 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
-    ).bind(engine)
+    ).bind(engine, load)
     # One, since it counts for all: Serve starts another if it is lost.
     limiter = deployment(
         RateLimiter, num_replicas=1, max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}

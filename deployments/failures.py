@@ -9,6 +9,7 @@ import grpc
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
+from deployments.chunk_link import LinkLost
 from orthrus.errors import RequestError
 
 logger = logging.getLogger("ray.serve")
@@ -64,6 +65,7 @@ _NO_REPLICA = (
     ReplicaUnavailableError,
     ActorDiedError,
     ActorUnavailableError,
+    LinkLost,
 )
 # What `describe_failure` has an answer for; anything else is a bug here and is logged as one.
 EXPECTED: tuple[type[Exception], ...] = (

@@ -11,10 +11,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import Call
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
+from deployments.chunk_link import ChunkReceiver
 from deployments.failover import generate_on_replica
 from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, Request, RequestStats, SamplingParams
+from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
 from orthrus.text import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
@@ -42,6 +43,7 @@ class TextChunk:
 
 async def generate(
     replica: DeploymentHandle,
+    receiver: ChunkReceiver,
     tokenizer: Any,
     call: Call,
     prompt: list[int],
@@ -58,40 +60,21 @@ async def generate(
         )
     request = Request(uuid.uuid4().hex, prompt, params)
     texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
-    splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
-    stream = generate_on_replica(replica, request)
+    splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
+    stream = generate_on_replica(replica, receiver, request)
     logged = call.prompts is None
     try:
-        async for chunk in stream:
-            if chunk.finish_reason == "error":
-                message = chunk.error or ""
-                raise (
-                    RequestError(message, chunk.error_param)
-                    if chunk.error_param
-                    else GenerationFailed(message)
-                )
-            call.add(chunk, len(prompt))
-            if call.prompts is not None and not logged:
-                # Only now is it certain that the ids are tokens.
-                call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
-                logged = True
-            tokens = chunk.token_ids
-            # A stop token ends the text and is no part of it, even where it is an ordinary word.
-            if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
-                tokens = tokens[:-1]
-            last = chunk.finish_reason is not None
-            text = "".join([texts[chunk.index].push(token) for token in tokens])
-            if last:
-                text += texts[chunk.index].finish()
-                if params.include_stop_str_in_output:
-                    text += texts[chunk.index].stopped or ""
-            if splitters is None:
-                yield TextChunk(chunk.index, text, chunk, finish_reason=chunk.finish_reason)
-                continue
-            split = splitters[chunk.index]
-            delta = split.push(text, final=last)
-            reason = "tool_calls" if chunk.finish_reason == "stop" and split.called else chunk.finish_reason
-            yield TextChunk(chunk.index, text, chunk, delta, reason)
+        async for chunks in stream:
+            for chunk in _by_choice(chunks):
+                if chunk.finish_reason == "error":
+                    message, param = chunk.error or "", chunk.error_param
+                    raise RequestError(message, param) if param else GenerationFailed(message)
+                call.add(chunk, len(prompt))
+                if call.prompts is not None and not logged:
+                    # Only now is it certain that the ids are tokens.
+                    call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
+                    logged = True
+                yield _text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
     except Exception as error:
         cause = unwrap(error)
         if isinstance(cause, EXPECTED):
@@ -99,6 +82,37 @@ async def generate(
         raise
     finally:
         await stream.aclose()
+
+
+def _text_chunk(
+    chunk: Chunk, params: SamplingParams, text: TextStream, splitter: ChatSplitter | None
+) -> TextChunk:
+    """A chunk with what has become certain of its choice's text."""
+    tokens = chunk.token_ids
+    # A stop token ends the text and is no part of it, even where it is an ordinary word.
+    if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
+        tokens = tokens[:-1]
+    last = chunk.finish_reason is not None
+    certain = "".join([text.push(token) for token in tokens])
+    if last:
+        certain += text.finish()
+        if params.include_stop_str_in_output:
+            certain += text.stopped or ""
+    if splitter is None:
+        return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
+    delta = splitter.push(certain, final=last)
+    reason = "tool_calls" if chunk.finish_reason == "stop" and splitter.called else chunk.finish_reason
+    return TextChunk(chunk.index, certain, chunk, delta, reason)
+
+
+def _by_choice(chunks: list[Chunk]) -> list[Chunk]:
+    """Chunks that came together as one for each choice."""
+    if len(chunks) == 1:
+        return chunks
+    of_choice: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        of_choice.setdefault(chunk.index, []).append(chunk)
+    return [joined_chunks(parts) for parts in of_choice.values()]
 
 
 @dataclass

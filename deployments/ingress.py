@@ -5,6 +5,7 @@ Serve pickles the FastAPI app while this module is being imported: what the endp
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -24,6 +25,7 @@ from deployments.api_config import ApiConfig
 from deployments.calls import Call, CallMiddleware, Gate
 from deployments.chat_output import ChatSplitter
 from deployments.chat_template import ChatTemplate
+from deployments.chunk_link import ChunkReceiver
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
@@ -40,6 +42,8 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.request import RequestStats, SamplingParams
 from orthrus.text import load_tokenizer
+
+_NICENESS = 5
 
 # Traces are Serve's and ours (deployments/calls.py).
 api = FastAPI(title="Orthrus", openapi_url=None, telemetry={"tracing": False})
@@ -76,8 +80,11 @@ class Ingress:
         api: ApiConfig,
         limiter: DeploymentHandle | None,
     ) -> None:
+        # Where cores are few, a replica's next pass comes before the text of its last one.
+        os.nice(_NICENESS)
         quiet_client_errors()
         self._replica = replica
+        self._receiver = ChunkReceiver()
         self._config = api
         self._gate = Gate(api, limiter)
         self._model = config.served_model_name or config.model
@@ -95,6 +102,11 @@ class Ingress:
         self._template = ChatTemplate(self._tokenizer)
         self._status = Recent(partial(asyncio.to_thread, serve.status))
         self._scrape = Recent(scrape)
+
+    def __del__(self) -> None:
+        receiver = getattr(self, "_receiver", None)
+        if receiver is not None:
+            receiver.close()
 
     # --- HTTP
 
@@ -202,7 +214,8 @@ class Ingress:
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
         streams = [
-            generate(self._replica, self._tokenizer, call, prompt, params, splitter) for prompt in prompts
+            generate(self._replica, self._receiver, self._tokenizer, call, prompt, params, splitter)
+            for prompt in prompts
         ]
         merged = merge(streams, params.n)
         if not body.stream:
@@ -231,7 +244,7 @@ class Ingress:
         def event(index: int, item: TextChunk) -> str:
             if item.chunk.stats is not None:
                 stats[index] = item.chunk.stats
-            return sse(out.event(item, index))
+            return out.stream(item, index)
 
         try:
             for index in range(choices):
@@ -316,7 +329,7 @@ class Ingress:
                 prompt = list(request.prompt_token_ids.ids)
             case _:
                 raise RequestError("set prompt or prompt_token_ids", "prompt")
-        return generate(self._replica, self._tokenizer, call, prompt, params), params.n
+        return generate(self._replica, self._receiver, self._tokenizer, call, prompt, params), params.n
 
     async def _chat_call(self, call: Call, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
         """As `_generate_call`."""
@@ -325,7 +338,7 @@ class Ingress:
         prompt = await asyncio.to_thread(self._template.apply, chat_body(request))
         params = replace(params, grammar=prompt.grammar)
         return generate(
-            self._replica, self._tokenizer, call, prompt.tokens, params, prompt.splitter
+            self._replica, self._receiver, self._tokenizer, call, prompt.tokens, params, prompt.splitter
         ), params.n
 
     def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:

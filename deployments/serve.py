@@ -20,6 +20,7 @@ from ray.serve.schema import (
 
 from deployments.app_args import AppArgs, parse_args
 from deployments.config_faults import describe_faults
+from deployments.environment import set_environment
 from deployments.model_check import check_model, locate
 from orthrus.errors import ConfigError
 
@@ -97,6 +98,7 @@ def serve_config(path: Path, *, address: str | None = None, blocking: bool = Tru
         # Before anything is started; elsewhere, `build` does it on the cluster.
         for args in apps.values():
             check_model(locate(args.engine))
+        set_environment()
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if address is None:
         ray.init(address="local", include_dashboard=False, runtime_env=environment, log_to_driver=False)

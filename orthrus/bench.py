@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Ratio:
     median: float
     low: float
     high: float
+
+    @staticmethod
+    def of(rounds: Sequence[float]) -> "Ratio":
+        return Ratio(statistics.median(rounds), min(rounds), max(rounds))
 
     def __str__(self) -> str:
         return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
@@ -299,8 +303,7 @@ def _measurement(
 
 
 def _ratio(seconds: list[float], others: list[float]) -> Ratio:
-    ratios = [other / own for own, other in zip(seconds, others, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
 
 
 def _agreeing(a: list[int], b: list[int]) -> int:

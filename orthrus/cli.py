@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orthrus.request import SamplingParams
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny-cpu.yaml"
 DEFAULT_CLUSTER = Path(__file__).resolve().parent.parent / "ray_cluster.yaml"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 SCHEDULES = ("auto", "ar", "orthrus")
@@ -171,6 +172,38 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_bench)
+    _add_serve_bench(parser.add_subparsers(title="instead", metavar="[serve]"))
+
+
+def _add_serve_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "serve", help="what Ray Serve costs: time to first token and throughput beside the engine's own"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        help="a Serve config, whose first application is measured with one replica (default: configs/tiny-cpu.yaml)",
+    )
+    parser.add_argument(
+        "--streams", type=_positive, default=128, help="requests in flight (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--requests", type=_positive, default=2, help="of each stream and round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=64, help="per request, on average (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, help="interleaved rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pass-ms",
+        type=float,
+        help="in place of the model, wait this long for every pass, as a CPU waits for its GPU",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_serve_bench)
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -324,6 +357,23 @@ def _bench(arguments: argparse.Namespace) -> None:
             batches=tuple(arguments.batch),
             new_tokens=arguments.new_tokens,
             rounds=arguments.rounds,
+        ),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_json() if arguments.json else report.to_text())
+
+
+def _serve_bench(arguments: argparse.Namespace) -> None:
+    from deployments.bench import ServeBenchOptions, serve_bench
+
+    report = serve_bench(
+        ServeBenchOptions(
+            config=arguments.config,
+            streams=arguments.streams,
+            requests=arguments.requests,
+            new_tokens=arguments.new_tokens,
+            rounds=arguments.rounds,
+            pass_ms=arguments.pass_ms,
         ),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -25,7 +25,7 @@ from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import RowGroup, View
-from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob
+from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob, joined_chunks
 from orthrus.sampling import PickRows, token_logprobs
 from orthrus.scheduler import Planned, Scheduler
 from orthrus.schedules import Schedule
@@ -581,15 +581,14 @@ _request_numbers = itertools.count()
 
 
 def _completion(chunks: list[Chunk]) -> Completion:
-    """Join one choice's chunks; the last has its finish reason and stats."""
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.stats is not None
-    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    """One choice's chunks, the last of which has its finish reason and stats, as what they add up to."""
+    whole = joined_chunks(chunks)
+    assert whole.finish_reason is not None and whole.stats is not None
     return Completion(
-        index=last.index,
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        logprobs=tuple(item for part in scored for item in part) if scored else None,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        stats=last.stats,
+        index=whole.index,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish_reason=whole.finish_reason,
+        stop_reason=whole.stop_reason,
+        stats=whole.stats,
     )

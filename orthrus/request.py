@@ -173,6 +173,17 @@ class Chunk:
     error_param: str | None = None
 
 
+def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one choice that followed one another, as one."""
+    last = chunks[-1]
+    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    return replace(
+        last,
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(item for part in scored for item in part) if scored else None,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """All of one choice: what its chunks add up to."""

@@ -1,7 +1,6 @@
 """Fixtures that several test modules share: tiny checkpoints, built once per run, read only."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +57,6 @@ def _one_thread() -> None:
 # --- one running Serve application for all test modules that talk to one: its start is dear
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def collector() -> Iterator["Collector"]:
     """Where the traces of the running application go, of those requests that ask to be traced."""
@@ -90,6 +83,7 @@ def ports(
     import ray
     from ray import serve
 
+    from deployments.environment import free_port
     from deployments.serve import serve_config
 
     config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
@@ -104,6 +98,8 @@ def ports(
     }
     args = config["applications"][0]["args"]
     args["engine"]["adaptive_draft"] = False
+    # One replica, so that its counters are those of all requests.
+    del args["replica"]["autoscaling_config"]
     args["api"] = {"body_timeout_s": 3, "log_prompts": True}
     for part in ("ingress", "replica"):
         args[part]["logging_config"] = {"logs_dir": str(serve_logs), "encoding": "JSON"}

@@ -457,6 +457,28 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
     assert "".join(event.choices[0].delta.content or "" for event in parsed[:3]) == "ab"
 
 
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) -> None:
+    """Those that carry only text are put together from parts: nothing may show of it."""
+    call = (ToolCallDelta(0, "{}", "call_1", "f"),)
+    deltas = [
+        None,
+        *(ChatDelta(text) for text in ('"é\n\\', "\x00\u2028", "", "</script>")),
+        ChatDelta(reasoning="hm"),
+        ChatDelta("a", "b"),
+        ChatDelta("a", tool_calls=call),
+    ]
+    for delta in deltas:
+        out, whole = (ResponseFormat(delta is not None, 'm"é', tokenizer, include_usage) for _ in range(2))
+        whole.id, whole.created = out.id, out.created
+        text = 'x"\n' if delta is None else ""
+        for index, last in ((0, False), (3, False), (3, False), (3, True)):
+            item = TextChunk(index, text, chunk(index, (1,), last, last), delta, "length" if last else None)
+            said = out.stream(item, index)
+            assert said.startswith("data: ") and said.endswith("\n\n") and said.count("\n") == 2
+            assert json.loads(said.removeprefix("data: ")) == whole.event(item, index)
+
+
 def test_echo_puts_the_prompt_first(tokenizer: Any) -> None:
     out = ResponseFormat(False, "m", tokenizer, echo=["pq", "r"])
     items = [TextChunk(0, "ab", chunk(0, (1, 2), True, True), finish_reason="length")]

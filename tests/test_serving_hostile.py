@@ -66,7 +66,7 @@ def bystanders(client: openai.OpenAI, ar: Engine, serve_logs: Path) -> Iterator[
     for thread in threads:
         thread.join()
     assert not errors
-    assert len(texts) > 2 and set(texts) == {expected}
+    assert len(texts) >= len(threads) and set(texts) == {expected}
     wait_until_free()
     assert stacks_in(serve_logs) == logged
 
@@ -354,7 +354,6 @@ RAW: dict[str, tuple[bytes, bytes]] = {
     "request id with spaces": (post("/v1/completions", None, "X-Request-Id: a INFO b"), b" 400 "),
     "request id not utf-8": (post("/v1/completions", None, "X-Request-Id: \xff"), b" 500 "),
     "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b" 400 "),
-    "http/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b" 400 "),
     "http/1.0": (post().replace(b"HTTP/1.1", b"HTTP/1.0"), b" 200 "),
 }
 
@@ -508,18 +507,20 @@ def test_a_small_message_that_unpacks_to_a_large_one(stub: OrthrusStub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "code"),
+    ("metadata", "codes"),
     [
-        ([("request_id", "a b")], grpc.StatusCode.INVALID_ARGUMENT),
-        ([("request_id", "x" * 5000)], grpc.StatusCode.INVALID_ARGUMENT),
-        ([("request_id", "x" * 50_000)], grpc.StatusCode.RESOURCE_EXHAUSTED),
-        ([("application", "nothing"), ("request_id", "a b")], grpc.StatusCode.INVALID_ARGUMENT),
+        ([("request_id", "a b")], (grpc.StatusCode.INVALID_ARGUMENT,)),
+        ([("request_id", "x" * 5000)], (grpc.StatusCode.INVALID_ARGUMENT,)),
+        # Refused by gRPC, or by HAProxy, which ends the connection.
+        ([("request_id", "x" * 50_000)], (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)),
     ],
 )
-def test_metadata_that_is_refused(stub: OrthrusStub, metadata: Any, code: grpc.StatusCode) -> None:
+def test_metadata_that_is_refused(
+    stub: OrthrusStub, metadata: Any, codes: tuple[grpc.StatusCode, ...]
+) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stub.Generate(generate(), metadata=metadata)
-    assert caught.value.code() is code
+    assert caught.value.code() in codes
 
 
 @pytest.mark.parametrize(
