@@ -47,7 +47,7 @@ def engine_for(path: Path, schedule: str = "auto") -> Engine:
 def test_no_drift(checkpoint: Path) -> None:
     report = verify(options_for(checkpoint))
     assert report.ok, report.to_text()
-    assert report.reference_tokens >= 700
+    assert report.reference_tokens >= 400
     assert report.compared_tokens == 7 * report.reference_tokens
     checks = {check.name: check for check in report.checks}
     assert set(checks) == {"ar alone", *(way.name for way in WAYS)}
@@ -56,7 +56,7 @@ def test_no_drift(checkpoint: Path) -> None:
     # Equal text says nothing about the drafts: only tokens per cycle does.
     assert checks["ar alone"].tokens_per_cycle == checks["ar alone"].tokens_per_pass == 1.0
     assert checks["orthrus alone"].tokens_per_cycle > 1.2
-    assert checks["orthrus lead"].tokens_per_cycle > 2.0
+    assert checks["orthrus lead"].tokens_per_cycle > 1.8
     assert checks["orthrus mixed"].preemptions > 0
     assert checks["orthrus mixed"].prefix_hit_tokens > 0
     assert report.hugging_face is not None
