@@ -557,6 +557,34 @@ class Engine:
         planner = DraftPlanner(rows, cost, self._decode_rows, self.config.draft_lead)
         return OrthrusSchedule(planner, model.mask_token_id)
 
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Decode by another schedule from now on, while nothing runs."""
+        assert not self.has_work, "a sequence's state belongs to its schedule"
+        self._collect(keep=0)
+        self._scheduler.schedule = schedule
+
+    def time_passes(self, view: View, rows: int, batch: int, context: int, count: int) -> list[float]:
+        """Seconds of each of `count` passes that follow one another: `rows` rows in one view of `batch` sequences, greedy.
+
+        Nothing may run meanwhile, and what the cache holds is overwritten.
+        """
+        each = -(-context // self.page_size)
+        groups = [
+            RowGroup(view, [0] * rows, context - rows, range(1 + i * each, 1 + (i + 1) * each), 0, rows)
+            for i in range(batch)
+        ]
+        params = SamplingParams(temperature=0.0)
+        picking = [PickRows(params, seed=0, position=1, count=rows)] * batch
+        times, before, begin = [], None, time.perf_counter()
+        for _ in range(count + 2):
+            launched = self._runner.launch(groups, picking)
+            if before is not None:
+                before.picks()
+                times.append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+            before = launched
+        return times[1:]
+
     def _run_once(self, groups: list[RowGroup], temperature: float) -> None:
         """Run a pass to its end."""
         params = SamplingParams(temperature=temperature)
