@@ -520,7 +520,8 @@ class Engine:
             self.cache,
             max_rows=self._max_rows,
             max_logits=self._max_logits,
-            max_pages=self.config.max_num_seqs * -(-self.max_model_len // self.page_size),
+            # A sequence may have a group in each view.
+            max_pages=2 * self.config.max_num_seqs * -(-self.max_model_len // self.page_size),
         )
 
     def _context_limit(self, cache_tokens: int) -> int:
