@@ -166,7 +166,7 @@ def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> PassCost:
 
 def _sampling_seconds(run: Callable[[float], None]) -> float:
     """Seconds that a pass takes longer at temperature 1 than with greedy picks."""
-    greedy, sampled = (min(_seconds(lambda t=t: run(t)) for _ in range(4)) for t in (0.0, 1.0))  # type: ignore[misc]
+    greedy, sampled = (min(_seconds(lambda t=t: run(t)) for _ in range(8)) for t in (0.0, 1.0))  # type: ignore[misc]
     return max(0.0, sampled - greedy)
 
 
