@@ -94,7 +94,7 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
 
 
 class CudaGraphRunner:
-    """Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits.
+    """Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits. hidden: their final hidden states.
 
     The buffer of a pass, int32: number of AR rows, place of the first pick; for the head: rows that need logits,
     temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the bucket: tokens,
@@ -128,9 +128,7 @@ class CudaGraphRunner:
         self._uploads = [_Upload(size), _Upload(size)]
         self._picks = torch.zeros(2 * most_logits, dtype=torch.int32, device=device)
         self._host_picks = [torch.zeros(most_logits, dtype=torch.int32, pin_memory=True) for _ in range(2)]
-        self._gathered = torch.zeros(
-            most_logits, forward.config.hidden_size, device=device, dtype=forward.dtype
-        )
+        self.hidden = torch.zeros(most_logits, forward.config.hidden_size, device=device, dtype=forward.dtype)
         self._logits = torch.zeros(most_logits, forward.config.vocab_size, device=device, dtype=torch.float32)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._turn = 0
@@ -273,13 +271,13 @@ class CudaGraphRunner:
     def _run_rows(self, rows: int) -> None:
         plan = self._plan(rows)
         hidden = self._forward.hidden_states(plan, self._cache, self._picks)
-        torch.index_select(hidden, 0, plan.logit_rows, out=self._gathered[: plan.num_logits])
+        torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[: plan.num_logits])
 
     @torch.inference_mode()
     def _run_head(self, rows: int) -> None:
         temperatures, keys = self._pick_settings()
         logits = self._logits[:rows]
-        self._forward.logits(self._gathered[:rows], logits)
+        self._forward.logits(self.hidden[:rows], logits)
         gumbel_argmax(
             logits,
             temperatures[:rows],

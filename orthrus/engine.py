@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.checkpoint import kv_bytes_per_token, load_weights, resolve
+from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, load_weights, resolve, weight_bytes
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
@@ -128,7 +128,9 @@ class Engine:
         """Load the checkpoint (directory or hub id) and tokenizer that `config.model` names. Raises ConfigError."""
         path = resolve(config.model)
         model_config = ModelConfig.from_dir(path)
-        weights = load_weights(path, model_config, choose_device(config.device), config.dtype)
+        device = choose_device(config.device)
+        _check_memory(model_config, device, compute_dtype(config.dtype, model_config, device))
+        weights = load_weights(path, model_config, device, config.dtype)
         has_tokenizer = any(
             (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
         )
@@ -600,6 +602,19 @@ class _InFlight:
     planned: list[Planned]
     launched: LaunchedPass
     ahead: bool
+
+
+def _check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError before anything is loaded if a GPU has no room for the weights."""
+    if device.type != "cuda":
+        return
+    wanted, (free, size) = weight_bytes(model, dtype), torch.cuda.mem_get_info(device)
+    if wanted > free:
+        raise ConfigError(
+            f"the weights of {model.name} need {_gib(wanted)} in {str(dtype).removeprefix('torch.')}, and {_gib(free)} of "
+            f"the GPU's {_gib(size)} are free: {_gib(wanted - free)} are missing. Free them, take a smaller model or a larger "
+            "GPU, or set dtype to bfloat16"
+        )
 
 
 def _gib(size: float) -> str:

@@ -292,22 +292,31 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
     return found
 
 
+def hugging_face_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' Qwen3 with the weights of `random_weights`, the AR view's."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    plain = replace(model, block_size=None, mask_token_id=None)
+    with torch.device("meta"):
+        theirs: Any = Qwen3ForCausalLM(Qwen3Config(**plain.to_dict()))
+    weights = random_weights(plain, device, dtype)
+    if model.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs.load_state_dict(weights, assign=True)
+    # What is no weight has to be made anew.
+    inv_freq, _ = model.rotary()
+    theirs.model.rotary_emb.inv_freq = inv_freq.to(device)
+    theirs.model.rotary_emb.original_inv_freq = inv_freq.to(device)
+    return theirs.eval()
+
+
 def hugging_face_contestants(
     model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> list[Contestant]:
     """transformers' `generate` of the same weights: eager, and with a static cache and a compiled forward."""
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig
 
-    with torch.device("meta"):
-        theirs: Any = Qwen3ForCausalLM(Qwen3Config(**model.to_dict()))
-    weights = random_weights(replace(model, block_size=None, mask_token_id=None), device, dtype)
-    if model.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    theirs.load_state_dict(weights, assign=True)
-    inv_freq, _ = model.rotary()
-    theirs.model.rotary_emb.inv_freq = inv_freq.to(device)
-    theirs.model.rotary_emb.original_inv_freq = inv_freq.to(device)
-    theirs.eval()
+    theirs = hugging_face_model(model, device, dtype)
 
     def contestant(name: str, cache: str | None) -> Contestant:
         def run(prompts: list[list[int]], new_tokens: int) -> Output:
