@@ -204,6 +204,7 @@ def _add_shape_bench(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     )
     parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
     parser.set_defaults(run=_shape_bench)
 
 
@@ -396,7 +397,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _shape_bench(arguments: argparse.Namespace) -> None:
-    from orthrus.shape_bench import ShapeBenchOptions, shape_bench
+    from orthrus.shape_bench import ShapeBenchOptions, plot, shape_bench
 
     report = shape_bench(
         ShapeBenchOptions(
@@ -413,6 +414,8 @@ def _shape_bench(arguments: argparse.Namespace) -> None:
     print(report.to_text())
     if arguments.json is not None:
         arguments.json.write_text(report.to_json())
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
 
 
 def _serve_bench(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -331,6 +332,32 @@ def hugging_face_contestants(
         return Contestant(name, run)
 
     return [contestant(EAGER, None), contestant(COMPILED, "static")]
+
+
+def plot(report: ShapeReport, file: Path) -> None:
+    """Draw the report: milliseconds of the passes, and tokens per second. Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'orthrus-serve[train]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.5))
+    left.barh([p.name for p in report.passes], [p.milliseconds for p in report.passes])
+    left.set_xlabel("milliseconds")
+    right.barh(
+        [f"{s.contestant}, batch {s.batch}" for s in report.speeds],
+        [s.tokens_per_second for s in report.speeds],
+    )
+    right.set_xscale("log")
+    right.set_xlabel("tokens per second")
+    for axes in (left, right):
+        axes.invert_yaxis()
+    figure.suptitle(f"Qwen3-{report.shape} shape, {report.hardware}, {report.context} tokens of context")
+    figure.tight_layout()
+    figure.savefig(file)
+    pyplot.close(figure)
 
 
 def _recorded(contestant: Contestant, schedule: ReplaySchedule) -> Contestant:

@@ -1,15 +1,22 @@
 """The benchmark's replayed drafts: as right as wished, on a small shape; the measurements themselves need a GPU."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from orthrus.bench import Ratio
 from orthrus.errors import ConfigError
 from orthrus.request import SamplingParams
 from orthrus.shape_bench import (
+    PassTime,
     ShapeBenchOptions,
+    ShapeReport,
+    Speed,
     agreement_for,
+    plot,
     replaying,
     shape_bench,
     shape_config,
@@ -58,6 +65,28 @@ def test_replayed_drafts_bring_what_is_asked_and_change_no_token() -> None:
     # Six texts of about 50 cycles each: three standard deviations of the mean are about 0.4.
     assert 3.5 < orthrus.stats.tokens_per_cycle < 4.5
     assert len({token for [c] in expected for token in c.token_ids}) > 150, "such text proves little"
+
+
+def test_a_report_reads_as_text_json_and_picture(tmp_path: Path) -> None:
+    ratio = Ratio(4.5, 4.4, 4.6)
+    report = ShapeReport(
+        shape="8B",
+        hardware="a GPU",
+        torch="2.13",
+        context=1024,
+        new_tokens=128,
+        read_gbps=4400.0,
+        passes=(PassTime("ar step, batch 1", 4.1, 0.84),),
+        speeds=(Speed("orthrus", 1, 1100.0, ratio, None, 10.6), Speed("ar", 1, 240.0, ratio, ratio, 1.0)),
+        exact=False,
+        weights_gib=17.9,
+        memory_over=0.04,
+    )
+    text = report.to_text()
+    assert "84% of the bandwidth" in text and "4.50x (4.40-4.60)" in text and "DIFFER" in text
+    assert json.loads(report.to_json())["passes"][0]["milliseconds"] == 4.1
+    plot(report, tmp_path / "bench.svg")
+    assert (tmp_path / "bench.svg").stat().st_size > 5000
 
 
 def test_unknown_shapes_and_machines_without_a_gpu_are_refused() -> None:
