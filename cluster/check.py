@@ -12,7 +12,6 @@ from deployments.model_check import check_model, locate
 from deployments.serve import load_config
 from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, weight_bytes
 from orthrus.config import ModelConfig
-from orthrus.engine import CUDA_CACHE_SHARE
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.shapes import published_shape
@@ -150,11 +149,11 @@ def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | N
         cache = engine.kv_cache_tokens
         return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")
     size, kind = gpu
-    free = (size - RESERVED_GIB) * GIB - weights
-    tokens = engine.kv_cache_tokens or max(0, int(free * CUDA_CACHE_SHARE / position))
+    free = (size * engine.gpu_memory_utilization - RESERVED_GIB) * GIB - weights
+    tokens = engine.kv_cache_tokens or max(0, int(free / position))
     tokens = min(tokens, engine.kv_cache_tokens or context * engine.max_num_seqs)
     if tokens * position > free or tokens < context:
-        room = max(0, int(free * CUDA_CACHE_SHARE / position))
+        room = max(0, int(free / position))
         raise ConfigError(
             f"args.engine: {said} and {_gib(max(tokens, context) * position)} of KV cache for {max(tokens, context)} "
             f"tokens don't fit the {size} GiB of one {kind}: "

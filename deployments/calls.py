@@ -51,6 +51,7 @@ class Call:
     _started: float = field(default_factory=time.monotonic)
     _first_token_s: float | None = None
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
+    _cached_tokens: int = 0
     _completion_tokens: int = 0
     _finish_reasons: list[str] = field(default_factory=list)
     _stats: list[RequestStats] = field(default_factory=list)
@@ -77,6 +78,9 @@ class Call:
             self._finish_reasons.append(chunk.finish_reason)
         if chunk.stats is not None:
             self._stats.append(chunk.stats)
+            if chunk.index == 0:
+                # A prompt counts once, however many choices it has.
+                self._cached_tokens += chunk.stats.cached_tokens
         if self.quotas is not None and self.key is not None:
             self.quotas.spend(self.key.name, tokens)
 
@@ -90,7 +94,7 @@ class Call:
             "outcome": self.outcome,
             "key": self.key.name if self.key is not None else None,
             "prompt_tokens": prompt,
-            "cached_tokens": sum(stats.cached_tokens for stats in self._stats),
+            "cached_tokens": self._cached_tokens,
             "completion_tokens": completion,
             "cycles": cycles,
             "passes": sum(stats.passes for stats in self._stats),

@@ -294,15 +294,16 @@ def _measurement(
         contestant=name,
         batch=batch,
         tokens_per_second=tokens / statistics.median(seconds),
-        over_hugging_face=_ratio(seconds, hugging_face_seconds),
-        over_ar=_ratio(seconds, ar_seconds),
+        over_hugging_face=ratio(seconds, hugging_face_seconds),
+        over_ar=ratio(seconds, ar_seconds),
         tokens_per_cycle=after_first / max(1, output.cycles),
         tokens_per_pass=after_first / max(1, output.passes),
         agreement=agreeing / tokens,
     )
 
 
-def _ratio(seconds: list[float], others: list[float]) -> Ratio:
+def ratio(seconds: list[float], others: list[float]) -> Ratio:
+    """Speed over another contestant's, whose times `others` are from the same rounds."""
     return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
 
 

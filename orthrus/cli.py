@@ -172,7 +172,40 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_bench)
-    _add_serve_bench(parser.add_subparsers(title="instead", metavar="[serve]"))
+    others = parser.add_subparsers(title="instead", metavar="[shape|serve]")
+    _add_shape_bench(others)
+    _add_serve_bench(others)
+
+
+def _add_shape_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from orthrus.shapes import QWEN3_SHAPES
+
+    parser = commands.add_parser(
+        "shape", help="a published model's shape with random weights on this GPU, beside Hugging Face"
+    )
+    parser.add_argument("shape", choices=QWEN3_SHAPES)
+    parser.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 64], help="batch sizes (default: 1 64)"
+    )
+    parser.add_argument(
+        "--context", type=_positive, default=1024, help="prompt tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=128, help="per request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=3, help="interleaved rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens-per-cycle",
+        type=float,
+        default=10.6,
+        help="what replayed drafts bring (default: %(default)s, published for Orthrus-Qwen3-8B on GSM8K)",
+    )
+    parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
+    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
+    parser.set_defaults(run=_shape_bench)
 
 
 def _add_serve_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -361,6 +394,28 @@ def _bench(arguments: argparse.Namespace) -> None:
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(report.to_json() if arguments.json else report.to_text())
+
+
+def _shape_bench(arguments: argparse.Namespace) -> None:
+    from orthrus.shape_bench import ShapeBenchOptions, plot, shape_bench
+
+    report = shape_bench(
+        ShapeBenchOptions(
+            shape=arguments.shape,
+            batches=tuple(arguments.batch),
+            context=arguments.context,
+            new_tokens=arguments.new_tokens,
+            rounds=arguments.rounds,
+            tokens_per_cycle=arguments.tokens_per_cycle,
+            hugging_face=not arguments.no_hugging_face,
+        ),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_text())
+    if arguments.json is not None:
+        arguments.json.write_text(report.to_json())
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
 
 
 def _serve_bench(arguments: argparse.Namespace) -> None:
