@@ -43,13 +43,13 @@ from deployments.environment import free_port, set_environment
 from deployments.model_check import locate
 from deployments.serve import load_config
 from orthrus.bench import Progress, Ratio, hardware
-from orthrus.engine import Engine
+from orthrus.engine import Engine, choose_device
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.kv_cache import KVCache
-from orthrus.plan import PassPlan
+from orthrus.plan import RowGroup, flatten
 from orthrus.prompts import PROMPTS
 from orthrus.request import Request, SamplingParams
+from orthrus.sampling import PickRows
 
 _BARE_PATH = "/bare"
 _BARE_TOKENS = 8
@@ -124,21 +124,43 @@ class EngineLoader:
     def __call__(self, config: EngineConfig) -> Engine:
         engine = Engine.from_pretrained(config)
         if self.pass_ms is not None:
-            engine.forward = _Wait(engine.forward, engine.model_config.vocab_size, self.pass_ms / 1000)  # type: ignore[assignment]
+            engine.use_runner(_WaitingRunner(engine, self.pass_ms / 1000))
         return engine
 
 
-class _Wait:
-    """A forward pass on a device of its own: this CPU waits, and the tokens it gets vary with their position."""
+class _WaitingRunner:
+    """Passes on a device of its own, one after the other: this CPU plans them and waits. Tokens vary with their position."""
 
-    def __init__(self, forward: Any, vocab_size: int, seconds: float) -> None:
-        self.heads_per_kv, self.dtype, self.device = forward.heads_per_kv, forward.dtype, forward.device
-        self._vocab_size, self._seconds = vocab_size, seconds
+    feeds_tokens = True
+    max_logits = 1 << 30
 
-    def __call__(self, plan: PassPlan, cache: KVCache) -> Tensor:
-        time.sleep(self._seconds)
-        tokens = plan.positions[plan.logit_rows[: plan.num_logits]] * 7919 % self._vocab_size
-        return torch.zeros(plan.num_logits, self._vocab_size).scatter_(1, tokens[:, None], 1.0)
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        self._page_size, self._vocab_size = engine.page_size, engine.model_config.vocab_size
+        self._seconds = seconds
+        self._free_at = 0.0
+
+    def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> "_WaitingPass":
+        flatten(groups, self._page_size, 1)
+        self._free_at = max(self._free_at, time.perf_counter()) + self._seconds
+        return _WaitingPass(self.logits(groups), rows, self._free_at)
+
+    def logits(self, groups: Sequence[RowGroup]) -> Tensor:
+        return torch.zeros(1, 1).expand(sum(group.num_logits for group in groups), self._vocab_size)
+
+
+@dataclass(frozen=True)
+class _WaitingPass:
+    logits: Tensor
+    rows: Sequence[PickRows]
+    done_at: float
+    first_pick: int = 0
+
+    def picks(self) -> list[list[int]]:
+        time.sleep(max(0.0, self.done_at - time.perf_counter()))
+        vocab_size = self.logits.shape[1]
+        return [
+            [(group.position + row) * 7919 % vocab_size for row in range(group.count)] for group in self.rows
+        ]
 
 
 _Asked = tuple[str, int]
@@ -263,7 +285,7 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
     speeds = [speed for _, speed in rounds]
     return ServeBenchReport(
         model=engine.served_model_name or engine.model,
-        hardware=hardware(torch.device("cpu")),
+        hardware=hardware(choose_device(engine.device)),
         streams=options.streams,
         new_tokens=options.new_tokens,
         rounds=options.rounds,

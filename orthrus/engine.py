@@ -566,6 +566,12 @@ class Engine:
         self._collect(keep=0)
         self._scheduler.schedule = schedule
 
+    def use_runner(self, runner: ModelRunner) -> None:
+        """Run passes by another runner from now on, while nothing runs."""
+        assert not self.has_work, "passes on their way belong to their runner"
+        self._collect(keep=0)
+        self._runner = runner
+
     def time_passes(self, view: View, rows: int, batch: int, context: int, count: int) -> list[float]:
         """Seconds of each of `count` passes that follow one another: `rows` rows in one view of `batch` sequences, greedy.
 
