@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
@@ -29,7 +30,7 @@ class OrthrusReplica:
 
     def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> None:
         quiet_client_errors()
-        self._engine = AsyncEngine(load(config))
+        self._engine = AsyncEngine(load(config), on_failure=_end_process)
         engine = self._engine.engine
         if engine.tokenizer is not None:
             # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
@@ -72,14 +73,19 @@ class OrthrusReplica:
         """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
         return replica_report(self._engine.engine)
 
-    def check_health(self) -> None:
-        """Called by Serve; an exception makes it replace the replica."""
-        if not self._engine.healthy:
-            raise RuntimeError(f"the engine has stopped: {self._engine.error!r}")
-
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             self._metrics.close()
             self._links.close()
             engine.close()
+
+
+def _end_process(error: Exception) -> None:
+    """End as a killed process does: a failed engine can't be mended, nor may this process use its GPU again.
+
+    Serve starts another replica at once, and the ingress sends the requests that have got nothing yet elsewhere.
+    """
+    logger.critical("the engine has failed, and this replica ends with it", exc_info=error)
+    logging.shutdown()
+    os._exit(1)

@@ -40,18 +40,16 @@ class _Cancel:
 class AsyncEngine:
     """Runs `engine` until `close`. All methods may be called from any thread; `run` from any event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] = lambda error: None) -> None:
+        """on_failure: called on the engine's thread with what the engine died of, before its requests are told."""
         self.engine = engine
-        self.error: BaseException | None = None
+        self._error: Exception | None = None
+        self._on_failure = on_failure
         self._stopped = False
         self._inbox: queue.SimpleQueue[_Listener | _Cancel | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._thread = threading.Thread(target=self._run, name="orthrus-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def healthy(self) -> bool:
-        return not self._stopped
 
     @property
     def stats(self) -> EngineStats:
@@ -69,7 +67,7 @@ class AsyncEngine:
         self._inbox.put(listener)
         # Asked after the put: the thread empties its inbox once more after it has set the flag.
         if self._stopped:
-            raise RuntimeError(f"the engine has stopped: {self.error or 'it was closed'}")
+            raise RuntimeError(f"the engine has stopped: {self._error or 'it was closed'}")
         try:
             await listener.ended
         except asyncio.CancelledError:
@@ -87,9 +85,10 @@ class AsyncEngine:
                 self._deliver(self.engine.step())
         except Exception as error:
             logger.exception("the engine failed")
-            self.error = error
+            self._error = error
+            self._on_failure(error)
         self._stopped = True
-        self._fail_all(f"the engine failed: {self.error}" if self.error else "the engine was closed")
+        self._fail_all(f"the engine failed: {self._error}" if self._error else "the engine was closed")
 
     def _take_messages(self) -> bool:
         """Handle what is in the inbox, waiting for a message if there is nothing else to do. False: close."""

@@ -22,8 +22,10 @@ from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ReplicaState
 
-from deployments.app import build
+from deployments.app import make_application
 from deployments.environment import free_port, set_environment
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "orthrus-tiny"
@@ -70,16 +72,19 @@ class App:
     def route(self) -> str:
         return urllib.parse.urlsplit(self.url).path or "/"
 
-    def deploy(self, **changes: dict[str, Any]) -> None:
+    def deploy(
+        self, load: Callable[[EngineConfig], Engine] = Engine.from_pretrained, /, **changes: dict[str, Any]
+    ) -> None:
         """configs/tiny-cpu.yaml with changes of `engine`, `replica` and `ingress`; None removes a key. Waits until it runs.
 
-        It drafts whatever a pass costs, and little, so that many sequences are not too much for this machine.
+        load: makes the replicas' engines. The config drafts whatever a pass costs, and little, so that many sequences are not
+        too much for this machine.
         """
         args = tiny_args()
         args["engine"] |= {"adaptive_draft": False, "draft_length": 4}
         for part, change in changes.items():
             args[part] = {k: v for k, v in {**args[part], **change}.items() if v is not None}
-        serve.run(build(args), name=self.name, route_prefix=self.route)
+        serve.run(make_application(args, load), name=self.name, route_prefix=self.route)
 
     def running(self, deployment: str = "OrthrusReplica") -> list[Replica]:
         apps = _get_global_client().get_serve_details()["applications"]
@@ -256,14 +261,14 @@ async def kill_under(app: App, victim: Replica, streams: list[Stream], running: 
     return begun
 
 
-def check_failures(streams: list[Stream], begun: list[Stream], text: str) -> None:
-    """After `kill_under`: the streams that the victim had begun say what happened; all others have their text."""
+def check_failures(streams: list[Stream], text: str) -> list[Stream]:
+    """After a replica's death: the streams that it had begun say what happened, and are returned; all others have their text."""
     failed = [stream for stream in streams if stream.error]
-    assert begun and {id(stream) for stream in failed} == {id(stream) for stream in begun}
     for stream in failed:
         assert "replica that was answering has stopped" in stream.error
         assert stream.text and text.startswith(stream.text), "what it had sent is right"
     assert {stream.text for stream in streams if not stream.error} == {text}
+    return failed
 
 
 async def answers(url: str, streams: list[Stream]) -> list[Stream]:

@@ -1,7 +1,7 @@
 """What operators rely on, under load and for real: `make test-serving` runs it, in minutes.
 
-Load step, shared prefixes over replicas, a replica and the proxy killed under streams, clients that misbehave, and a rolling
-update. Every answer is greedy and must be the one that the model gives alone.
+Load step, shared prefixes over replicas, a replica and the proxy killed under streams, an engine that fails, clients that
+misbehave, and a rolling update. Every answer is greedy and must be the one that the model gives alone.
 """
 
 import asyncio
@@ -13,17 +13,26 @@ import signal
 import socket
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from deployments.bench import ServeBenchOptions, serve_bench
 from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.model_runner import EagerRunner, LaunchedPass
+from orthrus.plan import RowGroup
 from orthrus.request import SamplingParams
+from orthrus.sampling import PickRows
 from tests.local_cluster import (
     MODEL,
+    ROOT,
     App,
     Clients,
+    Replica,
     Stream,
     answers,
     check_failures,
@@ -65,27 +74,94 @@ def fixed(replicas: int, **engine: int) -> dict[str, dict[str, object]]:
     }
 
 
+def test_the_benchmark_measures() -> None:
+    """Before the others, since it starts a Serve instance of its own. What it measures depends on the machine."""
+    options = ServeBenchOptions(
+        ROOT / "configs" / "tiny-cpu.yaml", streams=4, requests=1, rounds=1, pass_ms=20.0
+    )
+    report = serve_bench(options)
+    assert report.throughput.median > 0 and report.engine_tokens_per_second < 4 / 0.020
+    assert report.engine_ms > 20 and report.serve_ms > 20 and report.bare_ms > 0
+    assert f"{report.first_token}" in report.to_text()
+
+
 def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(app: App, ar: Engine) -> None:
     """32 streams on two replicas of 12 sequences: some have begun, others wait."""
     app.deploy(**fixed(2))
     text = expected(ar, PROMPT, 400)
     streams = [Stream(PROMPT, 400) for _ in range(32)]
-    victim = app.running()[0]
-
-    def replaced() -> bool:
-        return len({replica.pid for replica in app.running()} - {victim.pid}) == 2
+    replicas = app.running()
 
     async def main() -> list[Stream]:
-        run = asyncio.create_task(kill_under(app, victim, streams, running=24))
-        while processes().get(victim.pid, ("Z",))[0] != "Z":
-            await asyncio.sleep(0.05)
-        killed = time.monotonic()
-        await asyncio.to_thread(wait_for, replaced, WHOLE_AGAIN_SECONDS, "two replicas again")
-        print(f"two replicas again {time.monotonic() - killed:.1f} s after the kill")
-        return await run
+        recovery = asyncio.create_task(whole_again(app, replicas))
+        begun = await kill_under(app, replicas[0], streams, running=24)
+        await recovery
+        return begun
 
-    check_failures(streams, asyncio.run(main()), text)
+    begun = asyncio.run(main())
+    assert begun and check_failures(streams, text) == begun
     check_nothing_stays(app)
+
+
+def test_a_failed_engine_costs_what_a_killed_replica_does(app: App, ar: Engine, tmp_path: Path) -> None:
+    """Which of the two replicas it is that fails is left to them."""
+    order = tmp_path / "fail"
+    app.deploy(LoadFailing(order), **fixed(2))
+    text = expected(ar, PROMPT, 400)
+    streams = [Stream(PROMPT, 400) for _ in range(32)]
+
+    async def main() -> None:
+        recovery = asyncio.create_task(whole_again(app, app.running()))
+        run = asyncio.create_task(answers(app.completions, streams))
+        while sum(stream.events > 3 for stream in streams) < 24:
+            await asyncio.sleep(0.05)
+        order.touch()
+        await recovery
+        await run
+
+    asyncio.run(main())
+    assert 1 <= len(check_failures(streams, text)) <= 12
+    assert "out of order" in serve_log("replica")
+    check_nothing_stays(app)
+
+
+@dataclass(frozen=True)
+class LoadFailing:
+    """Loads engines of which the first to find the file `order` fails."""
+
+    order: Path
+
+    def __call__(self, config: EngineConfig) -> Engine:
+        engine = Engine.from_pretrained(config)
+        engine.use_runner(FailingRunner(engine, self.order))
+        return engine
+
+
+class FailingRunner(EagerRunner):
+    def __init__(self, engine: Engine, order: Path) -> None:
+        super().__init__(engine.forward, engine.cache)
+        self._order = order
+
+    def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
+        with suppress(FileNotFoundError):
+            self._order.unlink()
+            raise RuntimeError("out of order")
+        return super().launch(groups, rows)
+
+
+async def whole_again(app: App, replicas: list[Replica]) -> None:
+    """Wait until one of `replicas` has died, and then, not for long, until there are as many again."""
+    before = {replica.pid for replica in replicas}
+
+    def replaced() -> bool:
+        running = {replica.pid for replica in app.running()}
+        return running != before and len(running) == len(before)
+
+    while all(processes().get(pid, ("Z",))[0] != "Z" for pid in before):
+        await asyncio.sleep(0.05)
+    died = time.monotonic()
+    await asyncio.to_thread(wait_for, replaced, WHOLE_AGAIN_SECONDS, "a new replica")
+    print(f"whole again {time.monotonic() - died:.1f} s after a replica's death")
 
 
 @pytest.mark.parametrize("process", ["haproxy", "HAProxyManager", "orthrus:Ingress"])

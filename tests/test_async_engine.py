@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +12,12 @@ from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
+from orthrus.forward import LayerParallelForward
+from orthrus.kv_cache import KVCache
+from orthrus.model_runner import EagerRunner, LaunchedPass
+from orthrus.plan import RowGroup
 from orthrus.request import Chunk, Request, SamplingParams
+from orthrus.sampling import PickRows
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +158,32 @@ def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
     asyncio.run(main())
     assert not engine.has_work
     assert chunks[-1].finish_reason == "error" and "closed" in (chunks[-1].error or "")
-    assert not served.healthy
     with pytest.raises(RuntimeError, match="stopped"):
         asyncio.run(collect(served, Request("late", [1])))
+
+
+def test_an_engine_that_fails_says_what_of_and_ends_its_requests(tiny_orthrus: Path) -> None:
+    engine = Engine.from_pretrained(EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048))
+    engine.use_runner(FailingRunner(engine.forward, engine.cache, passes=3))
+    failures: list[str] = []
+    served = AsyncEngine(engine, lambda error: failures.append(str(error)))
+    chunks = asyncio.run(collect(served, Request("cut", [1], SamplingParams(ignore_eos=True))))
+    assert chunks[-1].finish_reason == "error" and "out of order" in (chunks[-1].error or "")
+    assert any(chunk.token_ids for chunk in chunks) and failures == ["out of order"]
+    with pytest.raises(RuntimeError, match="out of order"):
+        asyncio.run(collect(served, Request("late", [1])))
+    served.close()
+
+
+class FailingRunner(EagerRunner):
+    """Fails after some passes."""
+
+    def __init__(self, forward: LayerParallelForward, cache: KVCache, passes: int) -> None:
+        super().__init__(forward, cache)
+        self._left = passes
+
+    def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("out of order")
+        return super().launch(groups, rows)

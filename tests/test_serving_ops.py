@@ -64,7 +64,7 @@ def test_a_load_step_adds_a_replica_whose_death_costs_what_it_had_begun(app: App
 
     lone, many, begun = asyncio.run(main())
     assert not lone.errors and not many.errors
-    check_failures(streams, begun, text)
+    assert begun and check_failures(streams, text) == begun
 
 
 def test_engine_router_and_policy_show_in_the_metrics(app: App) -> None:
