@@ -6,11 +6,10 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.chunk_link import ChunkReceiver, Inbox, LinkLost
-from deployments.failures import GenerationFailed
+from deployments.chunk_link import ChunkReceiver, Inbox
+from deployments.failures import REPLICA_LOST, GenerationFailed
 from orthrus.request import Chunk, Request
 
 logger = logging.getLogger("ray.serve")
@@ -46,7 +45,7 @@ async def generate_on_replica(
                     unfinished = 0  # One choice's end ends them all.
             await call
             return
-        except (ActorDiedError, ActorUnavailableError, LinkLost) as error:
+        except REPLICA_LOST as error:
             if begun:
                 raise GenerationFailed(
                     "the replica that was answering has stopped: what it sent is right but not complete, send the "

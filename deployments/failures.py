@@ -59,14 +59,10 @@ class ModelUnavailable(Exception):
     """No replica can take the request now."""
 
 
+REPLICA_LOST = (ActorDiedError, ActorUnavailableError, LinkLost)
+"""What a call raises whose replica has ended."""
 # What Serve raises for want of a replica. Its own answers to them, which it would give over HTTP, are not OpenAI's.
-_NO_REPLICA = (
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-    ActorDiedError,
-    ActorUnavailableError,
-    LinkLost,
-)
+_NO_REPLICA = (DeploymentUnavailableError, ReplicaUnavailableError, *REPLICA_LOST)
 # What `describe_failure` has an answer for; anything else is a bug here and is logged as one.
 EXPECTED: tuple[type[Exception], ...] = (
     RequestError,

@@ -62,7 +62,7 @@ async def generate(
     texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
     stream = generate_on_replica(replica.options(session_id=call.session), receiver, request)
-    logged = call.prompts is None
+    unlogged = call.prompts
     try:
         async for chunks in stream:
             for chunk in _by_choice(chunks):
@@ -70,10 +70,10 @@ async def generate(
                     message, param = chunk.error or "", chunk.error_param
                     raise RequestError(message, param) if param else GenerationFailed(message)
                 call.add(chunk, len(prompt))
-                if call.prompts is not None and not logged:
+                if unlogged is not None:
                     # Only now is it certain that the ids are tokens.
-                    call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
-                    logged = True
+                    unlogged.append(await asyncio.to_thread(tokenizer.decode, prompt))
+                    unlogged = None
                 yield _text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
     except Exception as error:
         cause = unwrap(error)

@@ -5,7 +5,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -25,6 +25,7 @@ from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from tests.collector import Collector
 from tests.conftest import ROOT
+from tests.local_cluster import wait_for
 from tests.serving import MODEL
 
 APP = "access"
@@ -96,14 +97,6 @@ def access(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Acces
         yield Access(f"{url}/{APP}", {name: key for name, (key, _) in made.items()}, file, folder / "logs")
     finally:
         serve.delete(APP)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
 
 
 def metadata(access: Access, name: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
