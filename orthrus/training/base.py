@@ -1,4 +1,4 @@
-"""Pre-training of a small base model: next-token loss on packed documents."""
+"""Pre-training of a small base model: next-token loss on packed documents, with a diffusion view beside it where wanted."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +10,26 @@ from torch import Tensor
 
 from orthrus.training.batches import TokenStream
 from orthrus.training.distributed import Processes
+from orthrus.training.drafts import DraftLoss, DraftSettings
 from orthrus.training.loop import autocast, optimise
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import TrainingSettings
 
 
-class BaseSettings(TrainingSettings):
-    """eval_every: steps between held-out losses, on `eval_rows` rows."""
+class BaseDraftSettings(DraftSettings):
+    """weight: of the drafts' mean KL beside the next-token loss."""
 
+    weight: float = 0.25
+
+
+class BaseSettings(TrainingSettings):
+    """drafts: train a diffusion view together with the base; None for a plain Qwen3. A small model's MLPs and embedding
+    of the mask token then learn to serve both views, which heads for a finished base can't teach them.
+
+    eval_every: steps between held-out losses, on `eval_rows` rows.
+    """
+
+    drafts: BaseDraftSettings | None = None
     rows: int = 48
     row_length: int = 2048
     optimizer: str = "muon"
@@ -32,20 +44,21 @@ class BaseSettings(TrainingSettings):
     eval_rows: int = 64
 
 
-def next_token_loss(model: TwoViewModel, rows: Tensor) -> Tensor:
-    """Mean nats per token of rows int64 [batch, length]."""
-    hidden, _ = model(rows[:, :-1])
-    return F.cross_entropy(model.logits(hidden).float().flatten(0, 1), rows[:, 1:].flatten())
+def next_token_loss(hidden: Tensor, head: Tensor, rows: Tensor) -> Tensor:
+    """Mean nats per token of rows int64 [batch, length + 1] under the AR view's states hidden [batch, length, hidden_size]."""
+    return F.cross_entropy(F.linear(hidden, head).float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: TwoViewModel, rows: Tensor) -> float:
-    """Mean nats per token of rows int64 [batch, length]."""
+    """Mean nats per token of rows int64 [batch, length + 1]."""
     device = model.head_weight.device
     losses = []
-    for part in rows.split(8):
-        with autocast(device):
-            losses.append(next_token_loss(model, part.to(device)) * len(part))
+    # Other shapes than training's, a few times: not worth a compilation.
+    with autocast(device), torch.compiler.set_stance("force_eager"):
+        for part in rows.to(device).split(8):
+            loss = next_token_loss(model(part[:, :-1])[0], model.head_weight, part)
+            losses.append(loss * len(part))
     return float(torch.stack(losses).sum() / len(rows))
 
 
@@ -59,22 +72,44 @@ def train_base(
 ) -> None:
     """Train `model` in place, going on from `folder`/base.pt where there is one. Metrics go to `folder`/base.jsonl."""
     device, length = model.head_weight.device, settings.row_length + 1
-    loss_of = torch.compile(next_token_loss) if settings.compile else next_token_loss
     held_out_rows = held_out.even_rows(settings.eval_rows, length)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    loss_of = next_token_loss
+    if settings.compile:
+        model.compile_layers()
+        loss_of = torch.compile(next_token_loss)
+    weight, drafts = 0.0, None
+    if settings.drafts is not None:
+        weight = settings.drafts.weight
+        drafts = DraftLoss(
+            model,
+            settings.drafts,
+            rows=settings.rows,
+            length=settings.row_length,
+            seed=settings.seed,
+            compiled=settings.compile,
+        )
 
     def backward(step: int, rows: range) -> None:
-        batch = train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed)
+        batch = train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed).to(device)
         with autocast(device):
-            loss = loss_of(model, batch.to(device))
-        (loss * (len(rows) / settings.rows)).backward()
+            hidden, cache = model(batch[:, :-1])
+            loss = loss_of(hidden, model.head_weight, batch)
+        total = loss * (len(rows) / settings.rows)
+        if drafts is not None:
+            blocks = drafts.blocks(step, rows, batch[:, :-1])
+            with autocast(device):
+                # Drafts take the AR view's keys and values as they are: they change what is shared, not what it says.
+                drafted = model.diffuse(blocks, [(key.detach(), value.detach()) for key, value in cache])
+            total = total + weight * drafts(hidden, drafted, blocks)
+        total.backward()
         sums.add_(torch.stack([loss.detach() * len(rows), loss.new_tensor(len(rows))]))
 
     def report() -> dict[str, Any]:
         processes.add([sums])
         total, count = sums.tolist()
         sums.zero_()
-        return {"loss": total / count}
+        return {"loss": total / count} | (drafts.report(processes) if drafts is not None else {})
 
     optimise(
         dict(model.named_parameters()),

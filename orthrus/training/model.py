@@ -65,8 +65,12 @@ class Attention(nn.Module):
             projected: Tensor = getattr(self, f"{name}_proj{suffix}")(x)
             return projected.unflatten(-1, (-1, self.dim)).transpose(1, 2)
 
-        query, key = (rotate(getattr(self, f"{n}_norm{suffix}")(heads(n)), cos, sin) for n in "qk")
-        return query, key, heads("v")
+        value = heads("v")
+        # Under autocast some versions of torch norm in float32; attention takes one dtype.
+        query, key = (
+            rotate(getattr(self, f"{n}_norm{suffix}")(heads(n)), cos, sin).to(value.dtype) for n in "qk"
+        )
+        return query, key, value
 
     def merge(self, attended: Tensor, suffix: str = "") -> Tensor:
         """The output projection of attended [batch, heads, rows, head_dim]."""
@@ -138,6 +142,12 @@ class TwoViewModel(nn.Module):
         self.inv_freq: Tensor
         inv_freq, self._rope_scaling = config.rotary()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self._autoregressive, self._diffusion = Layer.autoregressive, Layer.diffusion
+
+    def compile_layers(self) -> None:
+        """Have torch.compile compile a layer's passes, once for all layers: the whole model would take ten times as long."""
+        self._autoregressive = torch.compile(Layer.autoregressive, fullgraph=True)
+        self._diffusion = torch.compile(Layer.diffusion, fullgraph=True)
 
     @property
     def head_weight(self) -> Tensor:
@@ -165,7 +175,7 @@ class TwoViewModel(nn.Module):
         hidden = self.model.embed_tokens(tokens)
         cache = []
         for layer in self.model.layers:
-            hidden, keys_values = layer.autoregressive(hidden, cos, sin)
+            hidden, keys_values = self._autoregressive(layer, hidden, cos, sin)
             cache.append(keys_values)
         return self.model.norm(hidden), cache
 
@@ -179,13 +189,13 @@ class TwoViewModel(nn.Module):
         for layer, keys_values in zip(self.model.layers, cache, strict=True):
             if recompute:
                 hidden = checkpoint(
-                    layer.diffusion,
-                    *(hidden, cos, sin, keys_values, blocks),
+                    self._diffusion,
+                    *(layer, hidden, cos, sin, keys_values, blocks),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                hidden = layer.diffusion(hidden, cos, sin, keys_values, blocks)
+                hidden = self._diffusion(layer, hidden, cos, sin, keys_values, blocks)
         final: Tensor = self.model.norm(hidden)
         return final
 

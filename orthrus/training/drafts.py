@@ -1,0 +1,112 @@
+"""What the diffusion view learns from a step: blocks at random anchors, drawn towards the AR view's own distribution."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthrus.training.blocks import DraftBlocks, draft_blocks, random_anchors
+from orthrus.training.distill import forward_kl
+from orthrus.training.distributed import Processes
+from orthrus.training.loop import autocast
+from orthrus.training.model import TwoViewModel
+from orthrus.training.settings import Settings
+
+
+class DraftSettings(Settings):
+    """anchors: blocks of `block_size` rows per row of tokens; short_blocks: share of them cut to a random length.
+
+    miss_decay: weight of a draft relative to one with one wrong draft fewer before it in its block (1 is the paper's).
+    What comes after a wrong draft is thrown away, so it is worth as much as the chance that the wrong one gets right.
+    """
+
+    block_size: int = 32
+    anchors: int = 64
+    short_blocks: float = 0.0
+    miss_decay: float = 1.0
+
+
+class DraftLoss:
+    """Blocks, loss and metrics of a run's steps."""
+
+    def __init__(
+        self,
+        model: TwoViewModel,
+        settings: DraftSettings,
+        *,
+        rows: int,
+        length: int,
+        seed: int,
+        compiled: bool,
+    ) -> None:
+        """rows: of a step, of `length` tokens each; compiled: the loss, by torch.compile."""
+        assert model.config.mask_token_id is not None
+        self._model, self._settings, self._mask = model, settings, model.config.mask_token_id
+        self._rows, self._length, self._seed, self._compiled = rows, length, seed, compiled
+        size = settings.block_size
+        self._sums = torch.zeros(2 * size + 3, dtype=torch.float64, device=model.head_weight.device)
+        self._kl, self._agreed, self._counted, self._blocks = self._sums.split([1, size, size, 2])
+
+    def blocks(self, step: int, rows: range, batch: Tensor) -> DraftBlocks:
+        """Blocks of rows `rows` of a step, whose tokens are `batch` int64 [rows, length]: a function of seed and step."""
+        settings = self._settings
+        generator = torch.Generator().manual_seed((self._seed << 40) + step)
+        anchors = random_anchors(self._rows, settings.anchors, self._length, settings.block_size, generator)
+        lengths = torch.randint(2, settings.block_size + 1, anchors.shape, generator=generator)
+        whole = torch.rand(anchors.shape, generator=generator) >= settings.short_blocks
+        lengths = torch.where(whole, settings.block_size, lengths)
+        self._live = int(lengths.sum())
+        anchors, lengths = (t[rows.start : rows.stop].to(batch.device) for t in (anchors, lengths))
+        return draft_blocks(batch, anchors, lengths, settings.block_size, self._mask)
+
+    def __call__(self, hidden: Tensor, drafted: Tensor, blocks: DraftBlocks) -> Tensor:
+        """These rows' part of the step's mean KL per draft, differentiable by `drafted` alone.
+
+        hidden [rows, length, hidden_size]: the AR view's final states; drafted [rows, block rows, hidden_size]: those of
+        `blocks`, the last that `blocks` gave.
+        """
+        size, rows = self._settings.block_size, len(hidden)
+        index = blocks.positions + torch.arange(rows, device=hidden.device)[:, None] * self._length
+        index, targets = index.flatten(), hidden.detach().flatten(0, 1)
+        # Once per position, or only where there are drafts if those are fewer.
+        if len(index) < len(targets):
+            index, targets = torch.arange(len(index), device=hidden.device), targets[index]
+        live = blocks.live.flatten(0, 1)
+
+        def weigh(agree: Tensor) -> Tensor:
+            wrong = (~agree.view(-1, size)).long()
+            weight = self._settings.miss_decay ** (wrong.cumsum(1) - wrong)
+            return (weight * live / self._live).flatten()
+
+        with torch.no_grad(), autocast(hidden.device):
+            targets = self._model.logits(targets)
+            head = self._model.head_weight.to(targets.dtype)
+        loss, kl, agree = forward_kl(
+            drafted.flatten(0, 1), targets, index, head, weigh, compiled=self._compiled
+        )
+        self._add(kl.view(-1, size), agree.view(-1, size), live)
+        return loss
+
+    def _add(self, kl: Tensor, agree: Tensor, live: Tensor) -> None:
+        agree = agree & live
+        # The last row's draft could not be verified in its own block: it is trained, and never used.
+        leading = agree[:, :-1].long().cumprod(1).sum(1)
+        whole = live.all(1)
+        self._kl += (kl * live).sum()
+        self._agreed += agree.sum(0)
+        self._counted += live.sum(0)
+        self._blocks += torch.stack([(leading * whole).sum(), whole.sum()])
+
+    def report(self, processes: Processes) -> dict[str, Any]:
+        """Since the last call: KL in nats, top-1 agreement by depth, and the tokens per cycle that leading rows of a block
+        which agree would give on text that is the model's greedy own."""
+        processes.add([self._sums])
+        agreement = self._agreed / self._counted.clamp(min=1)
+        leading, blocks = self._blocks.tolist()
+        values = {
+            "kl": self._kl.item() / max(1.0, self._counted.sum().item()),
+            "tokens_per_cycle": 1 + leading / max(1, blocks),
+            "agreement": [round(v, 3) for v in agreement.tolist()],
+        }
+        self._sums.zero_()
+        return values
