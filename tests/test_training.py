@@ -199,7 +199,9 @@ def test_fused_kl_has_the_loss_and_gradient_of_autograd(slice_rows: int | None) 
     student, teacher = (hidden @ head.T).log_softmax(-1), targets[index].log_softmax(-1)
     expected = ((teacher.exp() * (teacher - student)).sum(-1) * weight).sum()
     (gradient,) = torch.autograd.grad(expected * 3, hidden)
-    total, _, agree = forward_kl(hidden, targets, index, head, lambda agree: weight, slice_rows=slice_rows)
+    total, _, agree = forward_kl(
+        hidden, targets, index, head, lambda kl, agree: weight, slice_rows=slice_rows
+    )
     (fused,) = torch.autograd.grad(total * 3, hidden)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused, gradient, rtol=1e-4, atol=1e-5)
@@ -316,13 +318,13 @@ def test_drafts_leave_the_ar_views_own_weights_alone(base: Path, stream: TokenSt
         assert reached == (".self_attn." not in name or "_diff." in name), name
 
 
-@pytest.mark.parametrize("miss_decay", [1.0, 0.5])
+@pytest.mark.parametrize(("miss_decay", "kl_power"), [(1.0, 1.0), (0.5, 1.0), (0.5, 0.5)])
 def test_a_draft_weighs_less_for_each_wrong_one_before_it(
-    base: Path, stream: TokenStream, miss_decay: float
+    base: Path, stream: TokenStream, miss_decay: float, kl_power: float
 ) -> None:
     model = with_heads(base)
     rows = stream.rows(0, 2, LENGTH, seed=0)
-    settings = HEADS.model_copy(update={"miss_decay": miss_decay, "short_blocks": 0.5})
+    settings = HEADS.model_copy(update={"miss_decay": miss_decay, "kl_power": kl_power, "short_blocks": 0.5})
     loss = DraftLoss(model, settings, rows=2, length=LENGTH, seed=0, compiled=False)
     blocks = loss.blocks(0, range(2), rows)
     with torch.no_grad():
@@ -336,7 +338,9 @@ def test_a_draft_weighs_less_for_each_wrong_one_before_it(
             weight = 1.0
             for row in range(int(blocks.lengths[sequence, block])):
                 target, draft = targets[sequence, anchor + row], drafts[sequence, block, row]
-                expected += weight * (target.exp() * (target - draft)).sum().item()
+                kl = (target.exp() * (target - draft)).sum().item()
+                # The loss is a tangent of kl ** power: of its gradient, at this kl.
+                expected += weight * kl * kl_power * (kl + 0.01) ** (kl_power - 1)
                 count += 1
                 if target.argmax() != draft.argmax():
                     weight *= miss_decay

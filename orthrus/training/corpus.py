@@ -213,14 +213,19 @@ def chat_documents(source: str, rng: random.Random) -> Iterator[str]:
                 ).split("\n")[1:]
             )
         )
-        summary = doc.split("\n\n")[0]
+        summary = " ".join(doc.split("\n\n")[0].split())
+        task = summary[0].lower() + summary[1:]
         name = node.name.replace("_", " ").strip()
         question, answer = rng.choice(
             [
+                (head, code),
+                (f"# {summary}", code),
+                (f"# {summary}\n{head}", code),
                 (f"{summary}\n\n{head}", code),
                 (f"Complete this function:\n\n{head}", code),
                 (f"Write a Python function named {node.name}. {summary}", code),
                 (f"Write a Python function: {summary}", code),
+                (f"Write a function to {task}", code),
                 (f"Write a function to {name}.", code),
                 (f"Write a docstring for this function:\n\n{plain}", doc),
             ]

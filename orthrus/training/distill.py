@@ -31,7 +31,7 @@ class _ForwardKL(torch.autograd.Function):
         targets: Tensor,
         index: Tensor,
         head: Tensor,
-        weigh: Callable[[Tensor], Tensor],
+        weigh: Callable[[Tensor, Tensor], Tensor],
         slice_rows: int,
         kernel: Callable[..., Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ class _ForwardKL(torch.autograd.Function):
             for h, i in zip(hidden.split(slice_rows), index.split(slice_rows), strict=True)
         ]
         kl, gradient, agree = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        weight = weigh(agree)
+        weight = weigh(kl, agree)
         ctx.save_for_backward(gradient * weight[:, None].to(gradient.dtype))
         ctx.mark_non_differentiable(kl, agree)
         return (kl * weight).sum(), kl, agree
@@ -62,7 +62,7 @@ def forward_kl(
     targets: Tensor,
     index: Tensor,
     head: Tensor,
-    weigh: Callable[[Tensor], Tensor],
+    weigh: Callable[[Tensor, Tensor], Tensor],
     *,
     slice_rows: int | None = None,
     compiled: bool = False,
@@ -71,7 +71,7 @@ def forward_kl(
 
     hidden [rows, hidden_size]: the diffusion view's; targets [positions, vocab_size]: AR logits, once per position;
     index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weigh: weights float [rows],
-    taken as given, from the top-1 agreement bool [rows]; slice_rows: rows at a time, None for as many as the vocabulary allows.
+    taken as given, from KL and agreement [rows] as below; slice_rows: rows at a time, None for as many as the vocabulary allows.
     Returns the sum (differentiable by hidden), KL [rows] in nats and top-1 agreement bool [rows].
     """
     if compiled not in _compiled:

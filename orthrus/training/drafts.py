@@ -12,18 +12,24 @@ from orthrus.training.loop import autocast
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import Settings
 
+_MIN_KL = 0.01
+"""Nats: below it, a power of KL has no steeper slope."""
+
 
 class DraftSettings(Settings):
     """anchors: blocks of `block_size` rows per row of tokens; short_blocks: share of them cut to a random length.
 
-    miss_decay: weight of a draft relative to one with one wrong draft fewer before it in its block (1 is the paper's).
-    What comes after a wrong draft is thrown away, so it is worth as much as the chance that the wrong one gets right.
+    The loss of a draft is its KL ** kl_power, weighted with miss_decay for every wrong draft before it in its block; 1 and 1
+    are the paper's. What comes after a wrong draft is thrown away. And a sampled draft is refused with a chance of at
+    most sqrt(KL / 2) (Pinsker): a power of 0.5 spends less on drafts that nobody could foresee, and more on those that are
+    nearly right, the first of a block above all, which the AR view's own weights would get right every time.
     """
 
     block_size: int = 32
     anchors: int = 64
     short_blocks: float = 0.0
     miss_decay: float = 1.0
+    kl_power: float = 1.0
 
 
 class DraftLoss:
@@ -60,12 +66,12 @@ class DraftLoss:
         return draft_blocks(batch, anchors, lengths, settings.block_size, self._mask)
 
     def __call__(self, hidden: Tensor, drafted: Tensor, blocks: DraftBlocks) -> Tensor:
-        """These rows' part of the step's mean KL per draft, differentiable by `drafted` alone.
+        """These rows' part of the step's loss, the mean over its drafts of KL, weighted; differentiable by `drafted` alone.
 
         hidden [rows, length, hidden_size]: the AR view's final states; drafted [rows, block rows, hidden_size]: those of
         `blocks`, the last that `blocks` gave.
         """
-        size, rows = self._settings.block_size, len(hidden)
+        settings, size, rows = self._settings, self._settings.block_size, len(hidden)
         index = blocks.positions + torch.arange(rows, device=hidden.device)[:, None] * self._length
         index, targets = index.flatten(), hidden.detach().flatten(0, 1)
         # Once per position, or only where there are drafts if those are fewer.
@@ -73,10 +79,11 @@ class DraftLoss:
             index, targets = torch.arange(len(index), device=hidden.device), targets[index]
         live = blocks.live.flatten(0, 1)
 
-        def weigh(agree: Tensor) -> Tensor:
+        def weigh(kl: Tensor, agree: Tensor) -> Tensor:
             wrong = (~agree.view(-1, size)).long()
-            weight = self._settings.miss_decay ** (wrong.cumsum(1) - wrong)
-            return (weight * live / self._live).flatten()
+            weight = settings.miss_decay ** (wrong.cumsum(1) - wrong) * live / self._live
+            # The gradient of kl ** power is this times that of kl.
+            return weight.flatten() * settings.kl_power * (kl + _MIN_KL) ** (settings.kl_power - 1)
 
         with torch.no_grad(), autocast(hidden.device):
             targets = self._model.logits(targets)

@@ -172,7 +172,8 @@ class TwoViewModel(nn.Module):
         [batch, kv_heads, rows, head_dim].
         """
         cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-        hidden = self.model.embed_tokens(tokens)
+        # In the compute dtype from layer to layer, as it is served.
+        hidden = self.model.embed_tokens(tokens).to(cos.dtype)
         cache = []
         for layer in self.model.layers:
             hidden, keys_values = self._autoregressive(layer, hidden, cos, sin)
@@ -185,7 +186,7 @@ class TwoViewModel(nn.Module):
         recompute: keep only each layer's input for the backward pass, and run the layer again there.
         """
         cos, sin = self.rope(blocks.positions)
-        hidden = self.model.embed_tokens(blocks.tokens)
+        hidden = self.model.embed_tokens(blocks.tokens).to(cos.dtype)
         for layer, keys_values in zip(self.model.layers, cache, strict=True):
             if recompute:
                 hidden = checkpoint(
@@ -205,13 +206,17 @@ class TwoViewModel(nn.Module):
 
 
 def initialise(model: TwoViewModel, seed: int) -> None:
-    """Random weights: normal with deviation 0.02; projections back into the residual stream start at zero."""
+    """Random weights: normal with deviation 0.02; projections back into the residual stream start at zero, a diffusion
+    view as a copy of the AR one.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 continue
-            if name.split(".")[-2].removesuffix("_diff") in ("o_proj", "down_proj"):
+            if "_diff." in name:
+                parameter.copy_(model.get_parameter(name.replace("_diff.", ".")))
+            elif name.split(".")[-2] in ("o_proj", "down_proj"):
                 parameter.zero_()
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
