@@ -11,13 +11,13 @@ from torch import Tensor
 from orthrus.training.batches import TokenStream
 from orthrus.training.distributed import Processes
 from orthrus.training.drafts import DraftLoss, DraftSettings
-from orthrus.training.loop import autocast, optimise
+from orthrus.training.loop import autocast, optimise, to_device
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import TrainingSettings
 
 
 class BaseDraftSettings(DraftSettings):
-    """weight: of the drafts' mean KL beside the next-token loss."""
+    """weight: of the drafts' loss beside the next-token loss."""
 
     weight: float = 0.25
 
@@ -91,7 +91,9 @@ def train_base(
         )
 
     def backward(step: int, rows: range) -> None:
-        batch = train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed).to(device)
+        batch = to_device(
+            train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed), device
+        )
         with autocast(device):
             hidden, cache = model(batch[:, :-1])
             loss = loss_of(hidden, model.head_weight, batch)

@@ -12,7 +12,7 @@ from orthrus.training.batches import TokenStream
 from orthrus.training.blocks import DraftBlocks
 from orthrus.training.distributed import Processes
 from orthrus.training.drafts import DraftLoss, DraftSettings
-from orthrus.training.loop import autocast, optimise
+from orthrus.training.loop import autocast, optimise, to_device
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import TrainingSettings
 
@@ -87,7 +87,7 @@ def train_heads(
             if wanted:
                 parts.append(source.rows(step * count + wanted.start, len(wanted), length, settings.seed))
             before += count
-        return torch.cat(parts).to(device)
+        return to_device(torch.cat(parts), device)
 
     def backward(step: int, rows: range) -> None:
         batch = tokens(step, rows)
