@@ -4,12 +4,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-cluster lint format clean
+.PHONY: help serve test test-cluster proto lint format clean
 
 help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
 	@echo 'make test    run the test suite'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
+	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test says when they are stale'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make format  let ruff fix and format'
 	@echo 'make clean   remove .venv and caches'
@@ -22,6 +23,9 @@ test: $(INSTALLED)
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/cluster_proof.py
+
+proto: $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/proto/orthrus.proto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cluster.config import ClusterConfig, NodeType, actor_demand
+from deployments.api_config import ApiConfig
+from deployments.api_keys import read_keys
 from deployments.app_args import AppArgs, DeploymentOptions
 from deployments.model_check import check_model, locate
 from deployments.serve import load_config
 from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, weight_bytes
 from orthrus.config import ModelConfig
-from orthrus.engine import CUDA_CACHE_SHARE
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.shapes import published_shape
@@ -79,6 +80,19 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
     yield (
         f"  ingress   {least if least == most else f'{least} to {most}'}, each {_resources(_demand(args.ingress))}"
     )
+    yield f"  api       {_callers(args.api)}"
+
+
+def _callers(api: ApiConfig) -> str:
+    """Who may call. Raises ConfigError for a keys file that is here and can't be used."""
+    if api.keys_file is None:
+        return (
+            f"keys in environment variable {api.keys_env}" if api.keys_env else "open to whoever reaches it"
+        )
+    if not api.keys_file.exists():
+        return f"keys in {api.keys_file}, which is not on this machine"
+    keys = read_keys(api.keys_file).values()
+    return f"{len(keys)} keys in {api.keys_file}, {sum(key.expired for key in keys)} of them expired"
 
 
 def _demand(options: DeploymentOptions) -> dict[str, float]:
@@ -135,11 +149,11 @@ def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | N
         cache = engine.kv_cache_tokens
         return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")
     size, kind = gpu
-    free = (size - RESERVED_GIB) * GIB - weights
-    tokens = engine.kv_cache_tokens or max(0, int(free * CUDA_CACHE_SHARE / position))
+    free = (size * engine.gpu_memory_utilization - RESERVED_GIB) * GIB - weights
+    tokens = engine.kv_cache_tokens or max(0, int(free / position))
     tokens = min(tokens, engine.kv_cache_tokens or context * engine.max_num_seqs)
     if tokens * position > free or tokens < context:
-        room = max(0, int(free * CUDA_CACHE_SHARE / position))
+        room = max(0, int(free / position))
         raise ConfigError(
             f"args.engine: {said} and {_gib(max(tokens, context) * position)} of KV cache for {max(tokens, context)} "
             f"tokens don't fit the {size} GiB of one {kind}: "

@@ -13,19 +13,18 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
 
     thinks: the answer may open with `<think>...</think>`. inside_reasoning: the prompt has opened it already.
     """
-    choice = body.tool_choice
     schema = body.json_schema
     rules: dict[str, str] = {}
-    if isinstance(choice, NamedToolChoice) or choice == "required":
-        named = choice.function.name if isinstance(choice, NamedToolChoice) else None
-        tools = [tool for tool in body.tools or () if named in (None, tool.function.name)]
-        rules |= _calls(tools, tokenizer, many=named is None and body.parallel_tool_calls is not False)
+    tools = body.callable_tools
+    many = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
+    if body.must_call:
+        rules |= _calls(tools, tokenizer, many=many)
         answer = "calls"
     elif schema is not None:
         rules["json"] = json_rule(schema)
         answer = "json"
-        if body.offered_tools:
-            rules |= _calls(body.offered_tools, tokenizer, many=body.parallel_tool_calls is not False)
+        if tools:
+            rules |= _calls(tools, tokenizer, many=many)
             answer = "(json | calls)"
     else:
         return None

@@ -1,14 +1,17 @@
 """`build`: from the `args` of a Serve config to the application. `import_path: deployments.app:build`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray.serve import Application, Deployment
+from ray.serve import Application, Deployment, deployment
 
 from deployments.app_args import parse_args
 from deployments.ingress import Ingress
 from deployments.model_check import check_model, locate
+from deployments.rate_limits import RateLimiter
 from deployments.replica import OrthrusReplica
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""
@@ -16,9 +19,21 @@ DRAIN_SECONDS = 300.0
 """A replica that is scaled away or updated may go on answering for this long; it gets nothing new meanwhile."""
 
 
+MAX_QUEUED = 512
+"""Requests that wait, in one ingress for a replica or in one proxy for an ingress; the next is refused."""
+BUSY = {"status_code": 429, "retry_after_s": 1}
+"""How a request is refused that would have to queue behind `MAX_QUEUED`."""
+
+
 def build(args: dict[str, Any]) -> Application:
     """The application that the args describe. Raises ConfigError, naming key and fault, if they or the model can't work."""
-    engine = locate(parse_args(args).engine)
+    return make_application(args, Engine.from_pretrained)
+
+
+def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine]) -> Application:
+    """`build`, whose replicas get their engines from `load`."""
+    checked = parse_args(args)
+    engine = locate(checked.engine)
     check_model(engine)
     replica = _deployment(
         OrthrusReplica,
@@ -27,8 +42,20 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=engine.max_num_seqs,
         request_router_config=ROUTER,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
-    ).bind(engine)
-    return _deployment(Ingress, args.get("ingress", {}), max_ongoing_requests=1024).bind(replica, engine)
+        max_queued_requests=MAX_QUEUED,
+        backpressure_config=BUSY,
+    ).bind(engine, load)
+    # One, since it counts for all: Serve starts another if it is lost.
+    limiter = deployment(
+        RateLimiter, num_replicas=1, max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}
+    )
+    return _deployment(
+        Ingress,
+        args.get("ingress", {}),
+        max_ongoing_requests=1024,
+        max_queued_requests=MAX_QUEUED,
+        backpressure_config=BUSY,
+    ).bind(replica, engine, checked.api, limiter.bind() if checked.api.has_keys else None)
 
 
 def _deployment(deployment: Any, options: Mapping[str, Any], **defaults: Any) -> Deployment:

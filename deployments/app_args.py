@@ -1,6 +1,5 @@
 """The `args` of a Serve config, typed: what can't work is an error that says where and what to change instead."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,8 @@ from ray._common.utils import import_attr
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema
 
+from deployments.api_config import ApiConfig
+from deployments.config_faults import describe_faults
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 
@@ -76,6 +77,7 @@ class AppArgs(BaseModel):
     engine: EngineConfig
     replica: DeploymentOptions = Field(default_factory=DeploymentOptions)
     ingress: DeploymentOptions = Field(default_factory=DeploymentOptions)
+    api: ApiConfig = Field(default_factory=ApiConfig)
 
     @model_validator(mode="after")
     def _gpus_fit_the_device(self) -> "AppArgs":
@@ -109,31 +111,6 @@ def parse_args(args: Mapping[str, Any], where: str = "args") -> AppArgs:
         return AppArgs.model_validate(args)
     except ValidationError as error:
         raise ConfigError(describe_faults(error, AppArgs, where)) from error
-
-
-def describe_faults(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """A line for each fault that validation by `model` found: the path from `where` on, and what to do about it."""
-    return "\n".join(_describe(dict(fault), model, where) for fault in error.errors(include_url=False))
-
-
-def _describe(fault: Mapping[str, Any], model: Any, where: str) -> str:
-    path = where
-    for part in fault["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    if fault["type"] != "extra_forbidden":
-        said = fault["msg"].removeprefix("Value error, ")
-        # Faults of a combination begin with their own path.
-        return f"{path}.{said}" if path == where and path else f"{path}: {said}" if path else said
-    *parents, unknown = (part for part in fault["loc"] if isinstance(part, str))
-    for part in parents:
-        model = _model_of(model.model_fields[part].annotation)
-    close = difflib.get_close_matches(unknown, model.model_fields, n=1)
-    return f"{path}: unknown key, " + (f"did you mean {close[0]!r}?" if close else "remove it")
-
-
-def _model_of(annotation: Any) -> Any:
-    """The model in an annotation such as `Model | None` or `list[Model]`."""
-    return next((part for part in getattr(annotation, "__args__", ()) if part is not type(None)), annotation)
 
 
 def _import(path: str) -> Any:

@@ -62,17 +62,26 @@ class _State(Enum):
     CALL = "inside <tool_call>, its arguments not reached"
     ARGUMENTS = "inside a call's arguments"
     CALL_END = "after a call's arguments"
+    OVER = "after the only call that is wanted"
 
 
 class ChatSplitter:
     """Splits one choice's text.
 
-    thinks: the model may open with `<think>`. calls: `<tool_call>` is a call, not text. inside_reasoning: the prompt has
-    ended with `<think>` already.
+    thinks: the model may open with `<think>`. calls: `<tool_call>` is a call, not text. one_call: what follows the first is
+    dropped. inside_reasoning: the prompt has ended with `<think>` already.
     """
 
-    def __init__(self, *, thinks: bool = False, calls: bool = False, inside_reasoning: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        thinks: bool = False,
+        calls: bool = False,
+        one_call: bool = False,
+        inside_reasoning: bool = False,
+    ) -> None:
         self._calls = calls
+        self._after_call = _State.OVER if one_call else _State.CONTENT
         self._state = _State.START if thinks else _State.CONTENT
         self._held = ""
         self._strip = False
@@ -122,7 +131,9 @@ class ChatSplitter:
                 case _State.CALL_END:
                     _, found = self._until(END_TOOL_CALL, final)
                     if found:
-                        self._enter(_State.CONTENT)
+                        self._enter(self._after_call)
+                case _State.OVER:
+                    self._held = ""
             if (self._state, self._held) == before:
                 break
         return ChatDelta("".join(content), "".join(reasoning), tuple(calls))
@@ -161,7 +172,7 @@ class ChatSplitter:
         if not found and not final:
             return
         self._held = rest
-        self._enter(_State.CONTENT, strip=bool(found))
+        self._enter(self._after_call, strip=bool(found))
         try:
             call = json.loads(body)
             arguments = call.get("arguments", {})
@@ -170,7 +181,7 @@ class ChatSplitter:
             self._open_call(call["name"], text, calls)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             content.append(f"{TOOL_CALL}{body}{found}")
-            self._strip = False
+            self._enter(_State.CONTENT, strip=False)
 
     def _open_call(self, name: str, arguments: str, calls: list[ToolCallDelta]) -> None:
         self._call += 1

@@ -30,7 +30,8 @@ class ChatTemplate:
         self._thinks = THINK in template
         self._calls = TOOL_CALL in template
         # What chat_template_kwargs can't set, since it is not the template's.
-        self._reserved = frozenset(signature(tokenizer.apply_chat_template).parameters)
+        reserved = signature(tokenizer.apply_chat_template).parameters
+        self._reserved = frozenset({*reserved, "messages", "self"})
 
     def apply(self, body: ChatBody) -> ChatPrompt:
         """Render and tokenise the conversation.
@@ -58,7 +59,13 @@ class ChatTemplate:
         thought = text.rstrip().endswith(END_THINK)
         return ChatPrompt(
             list(self._tokenizer.encode(text, add_special_tokens=False)),
-            partial(ChatSplitter, thinks=self._thinks, calls=bool(tools), inside_reasoning=inside),
+            partial(
+                ChatSplitter,
+                thinks=self._thinks,
+                calls=bool(tools),
+                one_call=body.parallel_tool_calls is False,
+                inside_reasoning=inside,
+            ),
             answer_grammar(
                 body, self._tokenizer, thinks=self._thinks and not thought, inside_reasoning=inside
             ),
@@ -71,6 +78,6 @@ class ChatTemplate:
             raise RequestError(
                 f"chat_template_kwargs can't set {taken[0]!r}: remove it", "chat_template_kwargs"
             )
-        if body.enable_thinking is not None:
-            variables["enable_thinking"] = body.enable_thinking
+        if body.thinking is not None:
+            variables["enable_thinking"] = body.thinking
         return variables

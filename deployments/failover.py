@@ -1,11 +1,15 @@
-"""A request's stream from whichever replica can give it: a replica that dies under it is replaced while nothing was sent."""
+"""A request's chunks from whichever replica can give them: one that dies is replaced as long as nothing has come from it."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.chunk_link import ChunkReceiver, Inbox, LinkLost
 from deployments.failures import GenerationFailed
 from orthrus.request import Chunk, Request
 
@@ -15,21 +19,32 @@ _ATTEMPTS = 3
 """A request that has seen this many replicas die is more likely their killer than their victim."""
 
 
-async def generate_on_replica(replica: DeploymentHandle, request: Request) -> AsyncGenerator[Chunk]:
-    """Chunks of `request` from one replica; closing the iterator cancels it there.
+async def generate_on_replica(
+    replica: DeploymentHandle, receiver: ChunkReceiver, request: Request
+) -> AsyncGenerator[list[Chunk]]:
+    """Chunks of `request` from one replica, as many at a time as have come; closing the iterator cancels it there.
 
     Raises GenerationFailed when the replica dies after its first chunk, and what Serve raises when no replica is left.
     """
+    address = await receiver.address()
     for attempt in range(1, _ATTEMPTS + 1):
-        stream = replica.options(stream=True).generate.remote(request)
-        begun = ended = False
+        # An id of its own: an attempt that was given up may still send.
+        tried = replace(request, request_id=f"{request.request_id}-{attempt}")
+        inbox = receiver.open(tried.request_id)
+        stream = replica.options(stream=True).generate.remote(tried, address)
+        call = asyncio.create_task(_watch(stream, receiver, tried.request_id, inbox))
+        unfinished, begun = request.params.n, False
         try:
-            async for chunk in stream:
+            while unfinished:
+                chunks = await inbox.take()
                 begun = True
-                yield chunk
-            ended = True
+                unfinished -= sum(chunk.finish_reason is not None for chunk in chunks)
+                yield chunks
+                if chunks[-1].finish_reason == "error":
+                    unfinished = 0  # One choice's end ends them all.
+            await call
             return
-        except (ActorDiedError, ActorUnavailableError) as error:
+        except (ActorDiedError, ActorUnavailableError, LinkLost) as error:
             if begun:
                 raise GenerationFailed(
                     "the replica that was answering has stopped: what it sent is right but not complete, send the "
@@ -39,5 +54,16 @@ async def generate_on_replica(replica: DeploymentHandle, request: Request) -> As
                 raise
             logger.warning("request %s: its replica is gone, trying another", request.request_id)
         finally:
-            if not ended:
+            receiver.forget(tried.request_id)
+            if not call.done():
                 stream.cancel()
+                call.cancel()
+
+
+async def _watch(stream: Any, receiver: ChunkReceiver, request_id: str, inbox: Inbox) -> None:
+    """Follow the request's call to its end: tell `inbox` when no more chunks will come."""
+    try:
+        async for link in stream:
+            receiver.expect_rest(request_id, link)
+    except Exception as error:
+        inbox.fail(error)

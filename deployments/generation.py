@@ -9,11 +9,13 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.calls import Call
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
+from deployments.chunk_link import ChunkReceiver
 from deployments.failover import generate_on_replica
-from deployments.failures import GenerationFailed
+from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, Request, RequestStats, SamplingParams
+from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
 from orthrus.text import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
@@ -39,56 +41,78 @@ class TextChunk:
         return not (said or self.chunk.logprobs or self.finish_reason)
 
 
-def unwrap(error: BaseException) -> BaseException:
-    """The exception that a replica raised, out of Ray's wrapper around it."""
-    return getattr(error, "cause", None) or error
-
-
 async def generate(
     replica: DeploymentHandle,
+    receiver: ChunkReceiver,
     tokenizer: Any,
+    call: Call,
     prompt: list[int],
     params: SamplingParams,
     splitter: Callable[[], ChatSplitter] | None = None,
 ) -> AsyncGenerator[TextChunk]:
     """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request.
 
-    splitter: makes what takes a choice's text apart, for chats.
+    call: what the request belongs to and is counted for. splitter: makes what takes a choice's text apart, for chats.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     request = Request(uuid.uuid4().hex, prompt, params)
-    texts = [TextStream(tokenizer, params.stop) for _ in range(params.n)]
-    splitters = [splitter() for _ in range(params.n)] if splitter is not None else None
-    stream = generate_on_replica(replica, request)
+    texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
+    splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
+    stream = generate_on_replica(replica, receiver, request)
+    logged = call.prompts is None
     try:
-        async for chunk in stream:
-            if chunk.finish_reason == "error":
-                raise GenerationFailed(chunk.error)
-            tokens = chunk.token_ids
-            # A stop token ends the text and is no part of it, even where it is an ordinary word.
-            if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
-                tokens = tokens[:-1]
-            last = chunk.finish_reason is not None
-            text = "".join([texts[chunk.index].push(token) for token in tokens])
-            if last:
-                text += texts[chunk.index].finish()
-            if splitters is None:
-                yield TextChunk(chunk.index, text, chunk, finish_reason=chunk.finish_reason)
-                continue
-            split = splitters[chunk.index]
-            delta = split.push(text, final=last)
-            reason = "tool_calls" if chunk.finish_reason == "stop" and split.called else chunk.finish_reason
-            yield TextChunk(chunk.index, text, chunk, delta, reason)
+        async for chunks in stream:
+            for chunk in _by_choice(chunks):
+                if chunk.finish_reason == "error":
+                    message, param = chunk.error or "", chunk.error_param
+                    raise RequestError(message, param) if param else GenerationFailed(message)
+                call.add(chunk, len(prompt))
+                if call.prompts is not None and not logged:
+                    # Only now is it certain that the ids are tokens.
+                    call.prompts.append(await asyncio.to_thread(tokenizer.decode, prompt))
+                    logged = True
+                yield _text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
     except Exception as error:
         cause = unwrap(error)
-        if isinstance(cause, RequestError):
+        if isinstance(cause, EXPECTED):
             raise cause from None
         raise
     finally:
         await stream.aclose()
+
+
+def _text_chunk(
+    chunk: Chunk, params: SamplingParams, text: TextStream, splitter: ChatSplitter | None
+) -> TextChunk:
+    """A chunk with what has become certain of its choice's text."""
+    tokens = chunk.token_ids
+    # A stop token ends the text and is no part of it, even where it is an ordinary word.
+    if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
+        tokens = tokens[:-1]
+    last = chunk.finish_reason is not None
+    certain = "".join([text.push(token) for token in tokens])
+    if last:
+        certain += text.finish()
+        if params.include_stop_str_in_output:
+            certain += text.stopped or ""
+    if splitter is None:
+        return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
+    delta = splitter.push(certain, final=last)
+    reason = "tool_calls" if chunk.finish_reason == "stop" and splitter.called else chunk.finish_reason
+    return TextChunk(chunk.index, certain, chunk, delta, reason)
+
+
+def _by_choice(chunks: list[Chunk]) -> list[Chunk]:
+    """Chunks that came together as one for each choice."""
+    if len(chunks) == 1:
+        return chunks
+    of_choice: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        of_choice.setdefault(chunk.index, []).append(chunk)
+    return [joined_chunks(parts) for parts in of_choice.values()]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from deployments.chat_output import joined
 from deployments.failures import describe_failure
 from deployments.generation import TextChunk
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import ChatBody, describe
+from deployments.protocol import ChatBody, describe, sampling_params
 from orthrus.errors import RequestError
 from orthrus.request import SamplingParams
 
@@ -27,7 +27,7 @@ def request_params(sampling: pb.SamplingParams) -> SamplingParams:
             values[field.name] = _REPEATED[field.name](value)
         elif sampling.HasField(field.name):
             values[field.name] = value
-    return SamplingParams(**values).with_seed()
+    return sampling_params(**values).with_seed()
 
 
 def chat_body(request: pb.ChatRequest) -> ChatBody:
@@ -42,7 +42,8 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 "messages": [_message(message) for message in request.messages],
                 "tools": [_tool(index, tool) for index, tool in enumerate(request.tools)] or None,
                 "tool_choice": choice or None if choice in ("", "auto", "none", "required") else named,
-                "enable_thinking": request.enable_thinking if request.HasField("enable_thinking") else None,
+                "enable_thinking": _optional(request, "enable_thinking"),
+                "parallel_tool_calls": _optional(request, "parallel_tool_calls"),
                 "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}
                 if schema
                 else None,
@@ -51,6 +52,10 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
         )
     except ValidationError as error:
         raise describe(error) from None
+
+
+def _optional(request: pb.ChatRequest, field: str) -> bool | None:
+    return getattr(request, field) if request.HasField(field) else None
 
 
 def _message(message: pb.ChatMessage) -> dict[str, Any]:

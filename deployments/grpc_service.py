@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
+from deployments.log_filter import quiet_client_errors
 from deployments.proto.orthrus_pb2_grpc import add_OrthrusServicer_to_server
 
 StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
@@ -17,6 +18,7 @@ StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 
 def add_to_server(servicer: Any, server: Any) -> None:
     """Register the service with one of Serve's gRPC servers, which puts handlers of its own in the servicer's place."""
+    quiet_client_errors()
     make_handler = server.service_handler_factory
 
     def make_safe_handler(*, service_method: str, streaming_type: gRPCStreamingType) -> Any:

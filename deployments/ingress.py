@@ -5,30 +5,37 @@ Serve pickles the FastAPI app while this module is being imported: what the endp
 """
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from grpc import StatusCode
-from pydantic import ValidationError
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
+from deployments.api_config import ApiConfig
+from deployments.calls import Call, CallMiddleware, Gate
 from deployments.chat_output import ChatSplitter
 from deployments.chat_template import ChatTemplate
+from deployments.chunk_link import ChunkReceiver
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
+from deployments.http_body import read_body
+from deployments.log_filter import quiet_client_errors
 from deployments.metrics import scrape
 from deployments.openai_format import ResponseFormat, spell, sse
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, describe
+from deployments.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from deployments.recent import Recent
 from orthrus.checkpoint import resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
@@ -36,14 +43,16 @@ from orthrus.errors import RequestError
 from orthrus.request import RequestStats, SamplingParams
 from orthrus.text import load_tokenizer
 
-MAX_BODY_BYTES = 4 << 20
+_NICENESS = 5
 
-Body = TypeVar("Body", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+# Traces are Serve's and ours (deployments/calls.py).
+api = FastAPI(title="Orthrus", openapi_url=None, telemetry={"tracing": False})
+api.add_middleware(CallMiddleware)
 
-api = FastAPI(title="Orthrus", docs_url=None, redoc_url=None)
 
-
-async def _answer_failure(_: HTTPRequest, error: Exception) -> Response:
+async def _answer_failure(request: HTTPRequest, error: Exception) -> Response:
+    if (call := getattr(request.state, "call", None)) is not None:
+        call.outcome = type(error).__name__
     failure = describe_failure(error)
     return JSONResponse(failure.body, failure.status, failure.headers)
 
@@ -59,26 +68,25 @@ async def _no_route(request: HTTPRequest, error: Any) -> Response:
     return JSONResponse(Failure(error.status_code, StatusCode.UNIMPLEMENTED, message).body, error.status_code)
 
 
-async def _read(request: HTTPRequest, body: type[Body]) -> Body:
-    """The checked request body. Raises RequestError and BodyTooLarge, the latter before reading all of it."""
-    raw = bytearray()
-    async for part in request.stream():
-        raw += part
-        if len(raw) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the request body is over {MAX_BODY_BYTES} bytes: send a shorter prompt")
-    try:
-        return body.model_validate_json(bytes(raw))
-    except ValidationError as error:
-        raise describe(error) from None
-
-
 @serve.deployment
 @serve.ingress(api)
 class Ingress:
     """Stateless; add replicas of it where tokenising is the bottleneck."""
 
-    def __init__(self, replica: DeploymentHandle, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        replica: DeploymentHandle,
+        config: EngineConfig,
+        api: ApiConfig,
+        limiter: DeploymentHandle | None,
+    ) -> None:
+        # Where cores are few, a replica's next pass comes before the text of its last one.
+        os.nice(_NICENESS)
+        quiet_client_errors()
         self._replica = replica
+        self._receiver = ChunkReceiver()
+        self._config = api
+        self._gate = Gate(api, limiter)
         self._model = config.served_model_name or config.model
         path = resolve(config.model)
         self._tokenizer = load_tokenizer(path)
@@ -92,42 +100,59 @@ class Ingress:
             "max_model_len": self._max_model_len,
         }
         self._template = ChatTemplate(self._tokenizer)
+        self._status = Recent(partial(asyncio.to_thread, serve.status))
+        self._scrape = Recent(scrape)
+
+    def __del__(self) -> None:
+        receiver = getattr(self, "_receiver", None)
+        if receiver is not None:
+            receiver.close()
 
     # --- HTTP
 
     @api.post("/v1/completions")
     async def completions(self, request: HTTPRequest) -> Response:
-        body = await _read(request, CompletionBody)
+        call = await self._admit("completions", request)
+        body = await read_body(request, CompletionBody, self._config)
         self._check_model(body.model)
         params = body.sampling()
-        prompts = [p if isinstance(p, list) else await self._encode(p) for p in body.prompts()]
+        given = body.prompts()
+        prompts = [prompt if isinstance(prompt, list) else await self._encode(prompt) for prompt in given]
         out = ResponseFormat(False, body.model, self._tokenizer, body.include_usage)
         if body.echo:
-            out.echo = [await asyncio.to_thread(self._tokenizer.decode, prompt) for prompt in prompts]
-        return await self._respond(body, out, prompts, params)
+            # A text as it came: the tokenizer may have normalised it.
+            out.echo = [
+                prompt if isinstance(prompt, str) else await asyncio.to_thread(self._tokenizer.decode, prompt)
+                for prompt in given
+            ]
+        return await self._respond(call, body, out, prompts, params)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: HTTPRequest) -> Response:
-        body = await _read(request, ChatBody)
+        call = await self._admit("chat.completions", request)
+        body = await read_body(request, ChatBody, self._config)
         self._check_model(body.model)
         params = body.sampling()
         prompt = await asyncio.to_thread(self._template.apply, body)
         out = ResponseFormat(True, body.model, self._tokenizer, body.include_usage)
         params = replace(params, grammar=prompt.grammar)
-        return await self._respond(body, out, [prompt.tokens], params, prompt.splitter)
+        return await self._respond(call, body, out, [prompt.tokens], params, prompt.splitter)
 
     @api.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
+    async def models(self, request: HTTPRequest) -> dict[str, Any]:
+        self._gate.identify(request.headers)
         return {"object": "list", "data": [self._model_card]}
 
     @api.get("/v1/models/{model:path}")
-    async def model(self, model: str) -> dict[str, Any]:
+    async def model(self, request: HTTPRequest, model: str) -> dict[str, Any]:
+        self._gate.identify(request.headers)
         self._check_model(model)
         return self._model_card
 
     @api.post("/tokenize")
     async def tokenize(self, request: HTTPRequest) -> dict[str, Any]:
-        body = await _read(request, TokenizeBody)
+        await self._admit("tokenize", request)
+        body = await read_body(request, TokenizeBody, self._config)
         self._check_model(body.model)
         if body.prompt is None:
             tokens = (await asyncio.to_thread(self._template.apply, body.chat())).tokens
@@ -144,7 +169,8 @@ class Ingress:
 
     @api.post("/detokenize")
     async def detokenize(self, request: HTTPRequest) -> dict[str, str]:
-        body = await _read(request, DetokenizeBody)
+        await self._admit("detokenize", request)
+        body = await read_body(request, DetokenizeBody, self._config)
         self._check_model(body.model)
         known = len(self._tokenizer)
         if any(not 0 <= token < known for token in body.tokens):
@@ -160,8 +186,7 @@ class Ingress:
     async def ready(self) -> Response:
         """503 unless a replica of the model runs, or all have been scaled away and the next request brings one back."""
         app = serve.get_replica_context().app_name
-        status = (await asyncio.to_thread(serve.status)).applications[app]
-        replica = status.deployments[self._replica.deployment_name]
+        replica = (await self._status()).applications[app].deployments[self._replica.deployment_name]
         starting = replica.replica_states and not replica.replica_states.get("RUNNING")
         if starting or replica.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return JSONResponse({"status": "unavailable", "message": replica.message}, 503)
@@ -169,10 +194,17 @@ class Ingress:
 
     @api.get("/metrics")
     async def metrics(self) -> Response:
-        return Response(await scrape(), media_type="text/plain; version=0.0.4")
+        return Response(await self._scrape(), media_type="text/plain; version=0.0.4")
+
+    async def _admit(self, endpoint: str, request: HTTPRequest) -> Call:
+        """An admitted call, which `CallMiddleware` ends."""
+        request.state.call = call = Call(endpoint)
+        await self._gate.admit(call, request.headers)
+        return call
 
     async def _respond(
         self,
+        call: Call,
         body: CompletionBody | ChatBody,
         out: ResponseFormat,
         prompts: list[list[int]],
@@ -181,19 +213,25 @@ class Ingress:
     ) -> Response:
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
-        streams = [generate(self._replica, self._tokenizer, prompt, params, splitter) for prompt in prompts]
+        streams = [
+            generate(self._replica, self._receiver, self._tokenizer, call, prompt, params, splitter)
+            for prompt in prompts
+        ]
         merged = merge(streams, params.n)
         if not body.stream:
-            return JSONResponse(out.whole(await collect(merged, params.n * len(prompts)), params.n))
+            choices = await collect(merged, params.n * len(prompts))
+            call.outcome = "ok"
+            return JSONResponse(out.whole(choices, params.n))
         # The first chunk is awaited here, while a refusal can still be an HTTP status.
         first = await anext(merged)
-        events = self._events(out, first, merged, params.n * len(prompts), params.n)
+        events = self._events(call, out, first, merged, params.n * len(prompts), params.n)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
     async def _events(
         self,
+        call: Call,
         out: ResponseFormat,
         first: tuple[int, TextChunk],
         rest: AsyncGenerator[tuple[int, TextChunk]],
@@ -206,7 +244,7 @@ class Ingress:
         def event(index: int, item: TextChunk) -> str:
             if item.chunk.stats is not None:
                 stats[index] = item.chunk.stats
-            return sse(out.event(item, index))
+            return out.stream(item, index)
 
         try:
             for index in range(choices):
@@ -219,7 +257,9 @@ class Ingress:
                         yield event(index, item)
             if out.include_usage:
                 yield sse(out.usage_event([stats[i] for i in sorted(stats)], n))
+            call.outcome = "ok"
         except Exception as error:
+            call.outcome = type(error).__name__
             yield sse(describe_failure(error).body)
         yield "data: [DONE]\n\n"
 
@@ -228,48 +268,57 @@ class Ingress:
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> pb.GenerateResponse:
-        try:
-            stream, n = await self._generate_call(request)
+        async with self._rpc("Generate", grpc_context) as call:
+            stream, n = await self._generate_call(call, request)
             choices = await collect(merge([stream], n), n)
             return pb.GenerateResponse(
                 choices=[generate_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
             )
-        except Exception as error:
-            raise with_status(error, grpc_context) from None
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateChunk]:
-        try:
-            stream, _ = await self._generate_call(request)
+        async with self._rpc("GenerateStream", grpc_context) as call:
+            stream, _ = await self._generate_call(call, request)
             async with aclosing(stream) as items:
                 async for item in items:
                     yield generate_chunk(item.index, [item])
-        except Exception as error:
-            raise with_status(error, grpc_context) from None
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
-        try:
-            stream, n = await self._chat_call(request)
+        async with self._rpc("Chat", grpc_context) as call:
+            stream, n = await self._chat_call(call, request)
             choices = await collect(merge([stream], n), n)
             return pb.ChatResponse(
                 choices=[chat_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
             )
-        except Exception as error:
-            raise with_status(error, grpc_context) from None
 
     async def ChatStream(
         self, request: pb.ChatRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.ChatChunk]:
-        try:
-            stream, _ = await self._chat_call(request)
+        async with self._rpc("ChatStream", grpc_context) as call:
+            stream, _ = await self._chat_call(call, request)
             async with aclosing(stream) as items:
                 async for item in items:
                     yield chat_chunk(item.index, [item])
-        except Exception as error:
-            raise with_status(error, grpc_context) from None
 
-    async def _generate_call(self, request: pb.GenerateRequest) -> tuple[AsyncGenerator[TextChunk], int]:
+    @asynccontextmanager
+    async def _rpc(self, method: str, context: RayServegRPCContext) -> AsyncGenerator[Call]:
+        """An admitted call. What goes wrong under it gets the status that fits."""
+        call = Call(method)
+        try:
+            await self._gate.admit(call, dict(context.invocation_metadata()))
+            context.set_trailing_metadata(list(call.headers.items()))
+            yield call
+            call.outcome = "ok"
+        except Exception as error:
+            call.outcome = type(error).__name__
+            raise with_status(error, context) from None
+        finally:
+            call.end()
+
+    async def _generate_call(
+        self, call: Call, request: pb.GenerateRequest
+    ) -> tuple[AsyncGenerator[TextChunk], int]:
         """The chunks of a call and its number of choices. Raises RequestError, ModelNotFound, BodyTooLarge."""
         self._check_message(request)
         params = request_params(request.sampling)
@@ -280,19 +329,23 @@ class Ingress:
                 prompt = list(request.prompt_token_ids.ids)
             case _:
                 raise RequestError("set prompt or prompt_token_ids", "prompt")
-        return generate(self._replica, self._tokenizer, prompt, params), params.n
+        return generate(self._replica, self._receiver, self._tokenizer, call, prompt, params), params.n
 
-    async def _chat_call(self, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
+    async def _chat_call(self, call: Call, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
         """As `_generate_call`."""
         self._check_message(request)
         params = request_params(request.sampling)
         prompt = await asyncio.to_thread(self._template.apply, chat_body(request))
         params = replace(params, grammar=prompt.grammar)
-        return generate(self._replica, self._tokenizer, prompt.tokens, params, prompt.splitter), params.n
+        return generate(
+            self._replica, self._receiver, self._tokenizer, call, prompt.tokens, params, prompt.splitter
+        ), params.n
 
     def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
-        if request.ByteSize() > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the request is over {MAX_BODY_BYTES} bytes: send a shorter prompt")
+        if request.ByteSize() > self._config.max_body_bytes:
+            raise BodyTooLarge(
+                f"the request is over {self._config.max_body_bytes} bytes: send a shorter prompt"
+            )
         self._check_model(request.model)
 
     # --- both

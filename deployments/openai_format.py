@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +12,9 @@ from deployments.chat_output import ChatDelta
 from deployments.generation import Choice, TextChunk
 from orthrus.request import RequestStats, TokenLogprob
 from orthrus.text import token_bytes
+
+# Compact, as OpenAI's own events are. Made once: json.dumps makes one at each call that has options.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def usage(stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
@@ -53,6 +56,8 @@ class ResponseFormat:
     created: int = field(default_factory=lambda: int(time.time()))
     # Where in its text each choice's next token begins, for `text_offset`.
     _offsets: dict[int, int] = field(default_factory=dict)
+    # What stands before and after the text in events that carry nothing else, by choice and by the text's key.
+    _around: dict[tuple[int, str], list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -106,6 +111,28 @@ class ResponseFormat:
         if chunk.stats is not None:
             entry["orthrus"] = cost(chunk.stats)
         return {**self._event_head(), "choices": [entry]}
+
+    def stream(self, item: TextChunk, index: int) -> str:
+        """`event` as a server-sent event. Most carry text alone, and of those the rest is rendered once."""
+        delta, chunk = item.delta, item.chunk
+        text, key = item.text, "text"
+        if delta is not None:
+            text, key = (delta.content, "content") if delta.content else (delta.reasoning, "reasoning")
+            if not text or delta.tool_calls or (delta.content and delta.reasoning):
+                return sse(self.event(item, index))
+        if item.finish_reason or chunk.logprobs is not None or chunk.stats is not None:
+            return sse(self.event(item, index))
+        around = self._around.get((index, key))
+        if around is None:
+            marker = "\x00"  # No other string in an event has it.
+            marked = {
+                "text": replace(item, text=marker),
+                "content": replace(item, delta=ChatDelta(content=marker)),
+                "reasoning": replace(item, delta=ChatDelta(reasoning=marker)),
+            }
+            around = sse(self.event(marked[key], index)).split(_encode(marker))
+            self._around[index, key] = around
+        return f"{around[0]}{_encode(text)}{around[1]}"
 
     def usage_event(self, stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
         """The last event where the client asked for usage."""
@@ -196,4 +223,4 @@ def _finite(logprob: float) -> float:
 
 def sse(event: dict[str, Any]) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return f"data: {_encode(event)}\n\n"

@@ -4,16 +4,26 @@ Names and defaults are OpenAI's, with vLLM's extra sampling parameters. An unkno
 that is silently ignored costs its user more than an error does.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orthrus.errors import RequestError
-from orthrus.request import SamplingParams
+from orthrus.request import SEED_BITS, SamplingParams
 
 _MAX_CHOICES = 1024
+# OpenAI's fields that are not served here, and what to do instead.
+_UNSUPPORTED = {
+    "audio": "this model writes text only: remove it",
+    "function_call": "OpenAI has replaced it: send tool_choice",
+    "functions": "OpenAI has replaced it: send tools",
+    "moderation": "answers are not moderated here: remove it",
+    "web_search_options": "there is no search here: remove it",
+}
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")
 # pydantic names the branch of a union in an error's path; the caller knows no such field.
-_BRANCHES = {"str", "list[str]", "list[int]", "list[list[int]]", "list[ContentPart]", "NamedToolChoice"}
+_BRANCHES = {"str", "NamedToolChoice", "AllowedToolChoice"}
 
 
 class _Body(BaseModel):
@@ -34,6 +44,9 @@ class _Body(BaseModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
+    min_tokens: int | None = 0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     n: int | None = 1
     stream: bool | None = False
     stream_options: "StreamOptions | None" = None
@@ -44,6 +57,9 @@ class _Body(BaseModel):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -64,40 +80,50 @@ class _Body(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Null means the default, as OpenAI has it. Raises RequestError."""
-        defaults = SamplingParams()
-
-        def given(name: str) -> Any:
-            value = getattr(self, name)
-            return getattr(defaults, name) if value is None else value
-
-        try:
-            bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        except ValueError:
-            raise RequestError("logit_bias keys must be token ids", "logit_bias") from None
-        return SamplingParams(
-            temperature=given("temperature"),
-            top_p=given("top_p"),
-            top_k=max(0, given("top_k")),
-            min_p=given("min_p"),
+        """Raises RequestError."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        bias = self.logit_bias or {}
+        if not all(_TOKEN_ID.fullmatch(token) for token in bias):
+            raise RequestError("logit_bias keys must be token ids", "logit_bias")
+        return sampling_params(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
             seed=self.seed,
-            presence_penalty=given("presence_penalty"),
-            frequency_penalty=given("frequency_penalty"),
-            repetition_penalty=given("repetition_penalty"),
-            logit_bias=bias,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={int(token): value for token, value in bias.items()},
+            stop=tuple(stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
             max_tokens=max_tokens,
             logprobs=logprobs,
-            n=given("n"),
+            n=self.n,
         )
+
+
+def sampling_params(**given: Any) -> SamplingParams:
+    """Sampling parameters as both protocols have them; None is the default. Raises RequestError.
+
+    top_k -1 keeps all tokens, as in vLLM. A negative seed, down to -2**63 as OpenAI allows, is 2**63 more of it.
+    """
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    if (seed := given.get("seed")) is not None and -(1 << SEED_BITS) <= seed < 0:
+        given["seed"] = seed + (1 << SEED_BITS)
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class CompletionBody(_Body):
@@ -142,10 +168,20 @@ class CompletionBody(_Body):
 
 
 class ContentPart(BaseModel):
+    """A piece of a message's text. OpenAI's refusals, which an assistant's message may have, are text as well."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str = ""
+    refusal: str = ""
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_type_says(self) -> "ContentPart":
+        if self.type not in self.model_fields_set:
+            raise ValueError(f"a part of type {self.type} has {self.type}")
+        return self
 
 
 class CalledFunction(BaseModel):
@@ -179,7 +215,11 @@ class Message(BaseModel):
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: plain text content; "developer" is OpenAI's newer name for "system"."""
         content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+        text = (
+            content
+            if isinstance(content, str)
+            else "".join(part.text + part.refusal for part in content or ())
+        )
         role = "system" if self.role == "developer" else self.role
         return {**self.model_dump(exclude_none=True), "role": role, "content": text}
 
@@ -217,6 +257,22 @@ class NamedToolChoice(BaseModel):
     function: FunctionName
 
 
+class AllowedTools(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice]
+
+
+class AllowedToolChoice(BaseModel):
+    """Some of the tools, to choose from freely or to call at least one of."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class JSONSchemaFormat(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
@@ -243,6 +299,9 @@ class AnswerFormat(BaseModel):
         return self
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
@@ -252,9 +311,12 @@ class ChatBody(_Body):
     logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: AnswerFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -268,11 +330,20 @@ class ChatBody(_Body):
         choice = self.tool_choice
         if not names and choice not in (None, "none", "auto"):
             raise RequestError("tool_choice needs tools: send them, or leave it out", "tool_choice")
-        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-            raise RequestError(
-                f"tool_choice names {choice.function.name!r}, which is not among the tools", "tool_choice"
-            )
+        for name in self._chosen_names or ():
+            if name not in names:
+                raise RequestError(f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
         return self
+
+    @property
+    def _chosen_names(self) -> list[str] | None:
+        """Names of the tools that tool_choice leaves, None if it leaves all."""
+        match self.tool_choice:
+            case NamedToolChoice() as named:
+                return [named.function.name]
+            case AllowedToolChoice() as some:
+                return [named.function.name for named in some.allowed_tools.tools]
+        return None
 
     @property
     def json_schema(self) -> dict[str, Any] | None:
@@ -287,7 +358,33 @@ class ChatBody(_Body):
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the model is told of."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        if self.tool_choice == "none":
+            return []
+        return self.callable_tools if isinstance(self.tool_choice, AllowedToolChoice) else self.tools or []
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        names = self._chosen_names
+        return [tool for tool in self.tools or () if names is None or tool.function.name in names]
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        match self.tool_choice:
+            case AllowedToolChoice() as some:
+                return some.allowed_tools.mode == "required"
+            case choice:
+                return choice == "required" or isinstance(choice, NamedToolChoice)
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think before it answers, None if that is left to its template."""
+        if self.enable_thinking is None and self.reasoning_effort is not None:
+            return self.reasoning_effort != "none"
+        return self.enable_thinking
 
     def sampling(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
@@ -305,6 +402,7 @@ class TokenizeBody(BaseModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
@@ -318,7 +416,7 @@ class TokenizeBody(BaseModel):
 
     def chat(self) -> ChatBody:
         """The chat whose prompt is asked for. Raises RequestError."""
-        asked = ("model", "messages", "tools", "enable_thinking", "chat_template_kwargs")
+        asked = ("model", "messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
         try:
             return ChatBody(**{name: getattr(self, name) for name in asked})
         except ValidationError as error:
@@ -341,8 +439,14 @@ def describe(error: ValidationError) -> RequestError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
         return cause
-    path = ".".join(str(part) for part in first["loc"] if part not in _BRANCHES)
+    path = ".".join(
+        str(part)
+        for part in first["loc"]
+        if part not in _BRANCHES and not (isinstance(part, str) and part.startswith("list["))
+    )
     field = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
+        if path in _UNSUPPORTED:
+            return RequestError(f"{path} is not supported: {_UNSUPPORTED[path]}", path)
         return RequestError(f"unknown field {path!r}: remove it or correct its name", path)
     return RequestError(f"{path}: {first['msg']}" if path else first["msg"], field)

@@ -1,44 +1,58 @@
 """One model replica: an engine in its own thread behind a Serve deployment."""
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 
 from deployments.autoscaling import engine_load
+from deployments.chunk_link import Address, ChunkLinks, LinkLost
 from deployments.engine_metrics import MetricsExporter
+from deployments.log_filter import quiet_client_errors
 from deployments.router import replica_capacity, replica_report
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.request import Chunk, Request
+from orthrus.grammar import json_grammar
+from orthrus.request import Request, SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
 
 @serve.deployment
 class OrthrusReplica:
-    """Streams the chunks of requests. A RequestError reaches the caller; a cancelled call cancels its request."""
+    """Runs requests. A RequestError reaches the caller; a cancelled call cancels its request."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._engine = AsyncEngine(Engine.from_pretrained(config))
+    def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> None:
+        quiet_client_errors()
+        self._engine = AsyncEngine(load(config))
         engine = self._engine.engine
+        if engine.tokenizer is not None:
+            # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
+            engine.check(Request("first-grammar", [0], SamplingParams(grammar=json_grammar({}))))
+        self._links = ChunkLinks()
         self._load_since = time.monotonic(), engine.stats
         self._metrics = MetricsExporter(engine)
         logger.info(
             "%s ready: schedule %s, context %d", config.model, engine.schedule_name, engine.max_model_len
         )
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        """What each pass commits for the request, as it comes."""
-        # Closed explicitly: a caller that goes away must free pages now, not at the next garbage collection.
-        async with aclosing(self._engine.generate(request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    async def generate(self, request: Request, address: Address) -> AsyncGenerator[bytes]:
+        """Run a request; its chunks go over the link to `address`, whose name comes when all of them are on their way."""
+        link = await self._links.to(address)
+        run = asyncio.ensure_future(self._engine.run(request, link.send))
+        try:
+            await asyncio.wait((run, link.lost), return_when=asyncio.FIRST_COMPLETED)
+            if not run.done():
+                raise LinkLost("the connection to the ingress has ended")
+            run.result()
+        finally:
+            run.cancel()
+        yield link.name
 
     async def stats(self) -> dict[str, Any]:
         """The engine's counters (`EngineStats`)."""
@@ -67,4 +81,5 @@ class OrthrusReplica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             self._metrics.close()
+            self._links.close()
             engine.close()

@@ -60,7 +60,7 @@ def replica_capacity(engine: "Engine") -> dict[str, int]:
     """`Capacity` as a replica publishes it when it is ready."""
     config = engine.config
     return Capacity(
-        config.max_num_seqs, config.prefill_chunk, config.page_size, engine.stats.kv_pages_total
+        config.max_num_seqs, config.prefill_chunk, engine.page_size, engine.stats.kv_pages_total
     )._asdict()
 
 

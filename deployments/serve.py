@@ -18,7 +18,9 @@ from ray.serve.schema import (
     gRPCOptionsSchema,
 )
 
-from deployments.app_args import AppArgs, describe_faults, parse_args
+from deployments.app_args import AppArgs, parse_args
+from deployments.config_faults import describe_faults
+from deployments.environment import set_environment
 from deployments.model_check import check_model, locate
 from orthrus.errors import ConfigError
 
@@ -96,6 +98,7 @@ def serve_config(path: Path, *, address: str | None = None, blocking: bool = Tru
         # Before anything is started; elsewhere, `build` does it on the cluster.
         for args in apps.values():
             check_model(locate(args.engine))
+        set_environment()
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if address is None:
         ray.init(address="local", include_dashboard=False, runtime_env=environment, log_to_driver=False)
@@ -121,6 +124,9 @@ def _deploy(config: ServeDeploySchema) -> None:
             proxy_location=config.proxy_location,
             http_options=config.http_options.model_dump(),
             grpc_options=config.grpc_options.model_dump(),
+            logging_config=config.logging_config,
+            tracing_config=config.tracing_config,
+            controller_options=config.controller_options,
         )
     except RuntimeError as error:
         raise ConfigError(f"Ray Serve can't start: {_last_line(str(error))}") from error

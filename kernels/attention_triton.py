@@ -1,10 +1,12 @@
 """Paged attention on a GPU, for rows of both views, with one reduction order per row.
 
-Keys are cut into segments at fixed positions: short ones first, so that a short context still fills the GPU, longer ones
-further on, so that a long one does not drown in partial results. Inside a segment a running softmax goes over tiles of
-keys in order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
-walks over all segments of its rows (prefill, large batches) or takes one segment (few rows) and a second kernel merges.
-Queries always fill 64 rows of the matrix unit, those of one KV head side by side: one instruction for any number of rows.
+A launch has a fixed number of programs, which go through the pass's work list (`attention_work.py`): its shape depends on nothing
+but the number of rows, so that a CUDA graph can hold it. Inside a segment a running softmax goes over tiles of keys in
+order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
+walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
+matrix unit, those of one KV head side by side: one instruction for any number of rows.
+
+The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place.
 """
 
 from typing import TYPE_CHECKING
@@ -13,36 +15,39 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels import attention_stream
+from kernels.attention_work import HEADER, ITEM
+from kernels.device import chaining, multiprocessors
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionBatch
+    from kernels.attention import AttentionPlan
 
 _LOG2_E = 1.4426950408889634
-_FULL_GRID = 264
-"""Programs from which on walking is as fast as splitting: two for each multiprocessor."""
 
 
 @triton.jit
 def _segment_start(index):
-    """First key of a segment: 4 of 256 keys, 14 of 512 (from 1,024), then 1,024 each (from 8,192)."""
-    near = index * 256
-    middle = 1024 + (index - 4) * 512
-    far = 8192 + (index - 18) * 1024
-    return tl.where(index < 4, near, tl.where(index < 18, middle, far))
-
-
-def num_segments(keys: int) -> int:
-    """How many segments hold the first `keys` keys."""
-    if keys <= 1024:
-        return -(-keys // 256)
-    return 4 + -(-(keys - 1024) // 512) if keys <= 8192 else 18 + -(-(keys - 8192) // 1024)
+    """`attention_work.segment_start`."""
+    near, middle = index * 128, 1024 + (index - 8) * 512
+    far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
+    return tl.where(index < 22, tl.where(index < 8, near, middle), tl.where(index < 46, far, farther))
 
 
 @triton.jit
-def _see(query, keys, values, visible, top, norm, acc, scale):
+def _num_segments(keys):
+    """`attention_work.num_segments`."""
+    near, middle = tl.cdiv(keys, 128), 8 + tl.cdiv(keys - 1024, 512)
+    far, farther = 22 + tl.cdiv(keys - 8192, 1024), 46 + tl.cdiv(keys - 32768, 2048)
+    return tl.where(keys <= 8192, tl.where(keys <= 1024, near, middle), tl.where(keys <= 32768, far, farther))
+
+
+@triton.jit
+def _see(query, keys, values, top, norm, acc, scale, visible):
     """One step of the running softmax (Milakov and Gimelshein, 2018), base 2: weights of `visible` keys join norm and acc.
 
-    Multiply-adds are spelt out, so that every kernel that inlines this rounds alike.
+    Multiply-adds are spelt out: both places that inline this round alike.
     """
     scores = tl.dot(query, keys.T, input_precision="ieee")
     scores = tl.where(visible, scores, float("-inf"))
@@ -54,71 +59,6 @@ def _see(query, keys, values, visible, top, norm, acc, scale):
     norm = tl.fma(norm, fade, tl.sum(weights, 1))
     acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
     return new_top, norm, acc
-
-
-@triton.jit
-def _see_segment(
-    query,
-    k_cache,
-    v_cache,
-    table,
-    begin,
-    end,
-    limit,
-    scale,
-    stride_page,
-    stride_slot,
-    PAGE: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Running softmax over cache keys begin..end-1, of which a query sees those below its limit."""
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    norm = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    dims = tl.arange(0, WIDTH)
-    for at in range(begin, end, KEYS):
-        index = at + tl.arange(0, KEYS)
-        # Keys that no row sees are read as zeros: 0 x NaN from memory never written would be NaN.
-        live = index < end
-        page = tl.load(table + index // PAGE, mask=live, other=0)
-        place = (page * stride_page + index % PAGE * stride_slot)[:, None] + dims[None, :]
-        mask = live[:, None] if DIM == WIDTH else live[:, None] & (dims < DIM)[None, :]
-        keys = tl.load(k_cache + place, mask=mask, other=0.0)
-        values = tl.load(v_cache + place, mask=mask, other=0.0)
-        visible = index[None, :] < limit[:, None]
-        top, norm, acc = _see(query, keys, values, visible, top, norm, acc, scale)
-    return top, norm, acc
-
-
-@triton.jit
-def _see_block(
-    query,
-    block_k,
-    block_v,
-    rows,
-    scale,
-    stride_k,
-    stride_v,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Running softmax over the fresh keys of a diffusion block of `rows` rows, which see each other."""
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    norm = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    dims = tl.arange(0, WIDTH)
-    for at in range(0, rows, KEYS):
-        index = at + tl.arange(0, KEYS)
-        mask = (index < rows)[:, None] & (dims < DIM)[None, :]
-        keys = tl.load(block_k + index[:, None] * stride_k + dims[None, :], mask=mask, other=0.0)
-        values = tl.load(block_v + index[:, None] * stride_v + dims[None, :], mask=mask, other=0.0)
-        top, norm, acc = _see(query, keys, values, (index < rows)[None, :], top, norm, acc, scale)
-    return top, norm, acc
 
 
 @triton.jit
@@ -136,176 +76,214 @@ def _merge(seen, top, norm, acc, part_top, part_norm, part_acc):
     return tl.where(seen, new_top, top), norm, acc
 
 
-@triton.jit(do_not_specialize=["rows", "segments", "parts", "table_width"])
+@triton.jit
+def _end_segment(
+    divided,
+    tops,
+    norms,
+    partials,
+    record,
+    heads,
+    head,
+    inside,
+    seen,
+    top,
+    norm,
+    acc,
+    part_top,
+    part_norm,
+    part_acc,
+    DIM: tl.constexpr,
+):
+    """Leave a segment's running softmax in each query's `record` where the tile is divided, else merge it."""
+    if divided:
+        at = record.to(tl.int64) * heads + head
+        dims = tl.arange(0, acc.shape[1])
+        tl.store(tops + at, part_top, mask=inside)
+        tl.store(norms + at, part_norm, mask=inside)
+        place = partials + at[:, None] * DIM + dims[None, :]
+        tl.store(place, part_acc, mask=inside[:, None] & (dims < DIM)[None, :])
+    else:
+        top, norm, acc = _merge(seen, top, norm, acc, part_top, part_norm, part_acc)
+    return top, norm, acc
+
+
+@triton.jit
 def _attention_kernel(
-    q,
+    qkv,
     k_cache,
     v_cache,
-    block_k,
-    block_v,
-    table,
+    work,
     limits,
+    records,
     out,
     partials,
     tops,
     norms,
-    rows,
+    heads,
     kv_heads,
-    segments,
-    parts,
-    table_width,
+    slots,
     scale,
-    stride_q_row,
-    stride_q_head,
-    stride_kv_head,
-    stride_page,
-    stride_slot,
-    stride_k_row,
-    stride_k_head,
-    stride_v_row,
-    stride_v_head,
-    stride_out_row,
     PER_KV: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    DIFFUSION: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BEFORE_ITEMS: tl.constexpr,
+    PER_ITEM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    group = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
-    # A KV head's queries: all its query heads of a row, then the next row's.
-    query_index = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    row = query_index // PER_KV
-    head = kv_head * PER_KV + query_index % PER_KV
-    inside = row < rows
-    pass_row = (group * rows + row).to(tl.int64)
+    if CHAINED:
+        gdc_launch_dependents()
+    # The work list is uploaded before the pass: no kernel writes it.
+    count = tl.load(work) * kv_heads
+    query_index = tl.arange(0, QUERIES)
     dims = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (dims < DIM)[None, :]
-    limit = tl.load(limits + pass_row, mask=inside, other=0).to(tl.int32)
-    last = tl.max(limit)
-    k_cache += kv_head.to(tl.int64) * stride_kv_head
-    v_cache += kv_head.to(tl.int64) * stride_kv_head
-    table += group.to(tl.int64) * table_width
-    if DIFFUSION:
-        first_row = group.to(tl.int64) * rows
-        block_k += first_row * stride_k_row + kv_head * stride_k_head
-        block_v += first_row * stride_v_row + kv_head * stride_v_head
-    query_place = q + (pass_row * stride_q_row + head * stride_q_head)[:, None] + dims[None, :]
-    if SPLIT:
-        part = tl.program_id(2)
-        own = part == segments
-        begin = _segment_start(part)
-        if own | (begin < last):
-            query = tl.load(query_place, mask=mask, other=0.0)
-            if DIFFUSION:
-                if own:
-                    top, norm, acc = _see_block(
-                        query,
-                        block_k,
-                        block_v,
-                        rows,
-                        scale,
-                        stride_k_row,
-                        stride_v_row,
-                        DIM,
-                        WIDTH,
-                        QUERIES,
-                        KEYS,
-                    )
-                else:
-                    end = min(_segment_start(part + 1), last)
-                    top, norm, acc = _see_segment(
-                        query, k_cache, v_cache, table, begin, end, limit, scale, stride_page, stride_slot,
-                        PAGE, DIM, WIDTH, QUERIES, KEYS,
-                    )  # fmt: skip
-            else:
-                end = min(_segment_start(part + 1), last)
-                top, norm, acc = _see_segment(
-                    query, k_cache, v_cache, table, begin, end, limit, scale, stride_page, stride_slot,
-                    PAGE, DIM, WIDTH, QUERIES, KEYS,
-                )  # fmt: skip
-            place = (tl.program_id(1).to(tl.int64) * parts + part) * rows * PER_KV + query_index
-            tl.store(tops + place, top, mask=inside)
-            tl.store(norms + place, norm, mask=inside)
-            tl.store(partials + place[:, None] * DIM + dims[None, :], acc, mask=mask)
-    else:
-        query = tl.load(query_place, mask=mask, other=0.0)
+    for index in range(tl.program_id(0), count, PROGRAMS):
+        item = work + BEFORE_ITEMS + index // kv_heads * PER_ITEM
+        kv_head = index % kv_heads
+        first_row, rows = tl.load(item), tl.load(item + 1)
+        table = work + tl.load(item + 2)
+        segment, last_segment = tl.load(item + 3), tl.load(item + 4)
+        seen, block_row, block = tl.load(item + 5), tl.load(item + 7), tl.load(item + 8)
+        # A KV head's queries: all its query heads of a row, then the next row's.
+        row = first_row + query_index // PER_KV
+        head = kv_head * PER_KV + query_index % PER_KV
+        inside = query_index // PER_KV < rows
+        mask = inside[:, None] & (dims < DIM)[None, :]
+        limit = tl.load(limits + row, mask=inside, other=0)
+        record = tl.load(records + row, mask=inside, other=-1)
+        divided = tl.load(records + first_row) >= 0
+        begin, end = _segment_start(segment), min(_segment_start(last_segment), seen)
+        if CHAINED:
+            gdc_wait()
+        place = (row * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
+        query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         norm = tl.zeros((QUERIES,), tl.float32)
         acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-        for part in range(segments):
-            begin = _segment_start(part)
-            if begin < last:
-                end = min(_segment_start(part + 1), last)
-                part_top, part_norm, part_acc = _see_segment(
-                    query, k_cache, v_cache, table, begin, end, limit, scale, stride_page, stride_slot,
-                    PAGE, DIM, WIDTH, QUERIES, KEYS,
+        part_top, part_norm, part_acc = top, norm, acc
+        # Cached keys, then the block's own: a segment of its own, behind the others.
+        cached = tl.cdiv(max(end - begin, 0), KEYS)
+        for tile in range(cached + tl.cdiv(block, KEYS)):
+            at = begin + tile * KEYS
+            own = (tile - cached) * KEYS
+            ends = at == _segment_start(segment + 1) if tile < cached else tile == cached
+            if ends & (tile > 0):
+                top, norm, acc = _end_segment(
+                    divided, tops, norms, partials, record + segment, heads, head, inside,
+                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM,
                 )  # fmt: skip
-                top, norm, acc = _merge(begin < limit, top, norm, acc, part_top, part_norm, part_acc)
-        if DIFFUSION:
-            part_top, part_norm, part_acc = _see_block(
-                query, block_k, block_v, rows, scale, stride_k_row, stride_v_row, DIM, WIDTH, QUERIES, KEYS
+                segment += 1
+                part_top = tl.full((QUERIES,), float("-inf"), tl.float32)
+                part_norm = tl.zeros((QUERIES,), tl.float32)
+                part_acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+            key = tl.arange(0, KEYS)
+            if tile < cached:
+                page = tl.load(table + at // PAGE)
+                spot = (kv_head * slots + page * PAGE + at % PAGE + key).to(tl.int64)[:, None] * DIM + dims[
+                    None, :
+                ]
+                keys = tl.load(k_cache + spot, mask=(dims < DIM)[None, :], other=0.0)
+                values = tl.load(v_cache + spot, mask=(dims < DIM)[None, :], other=0.0)
+                bound = limit - at
+            else:
+                there = (own + key < block)[:, None] & (dims < DIM)[None, :]
+                block_head = (block_row + own + key) * (heads + 2 * kv_heads) + heads + kv_head
+                spot = block_head.to(tl.int64)[:, None] * DIM + dims[None, :]
+                keys = tl.load(qkv + spot, mask=there, other=0.0)
+                values = tl.load(qkv + spot + kv_heads * DIM, mask=there, other=0.0)
+                bound = tl.zeros_like(limit) + (block - own)
+            visible = key[None, :] < bound[:, None]
+            part_top, part_norm, part_acc = _see(
+                query, keys, values, part_top, part_norm, part_acc, scale, visible
             )
-            top, norm, acc = _merge(inside, top, norm, acc, part_top, part_norm, part_acc)
-        result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (pass_row * stride_out_row + head * DIM)[:, None] + dims[None, :], result, mask=mask)
+        seen_last = (_segment_start(segment) < limit) | (block > 0)
+        top, norm, acc = _end_segment(
+            divided, tops, norms, partials, record + (last_segment if block > 0 else segment), heads, head, inside,
+            seen_last, top, norm, acc, part_top, part_norm, part_acc, DIM,
+        )  # fmt: skip
+        if not divided:
+            result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
+            goal = (row * heads + head).to(tl.int64) * DIM
+            tl.store(out + goal[:, None] + dims[None, :], result, mask=mask)
+    if CHAINED:
+        gdc_wait()  # Programs without an item wait too: this launch must not be over before the one ahead of it.
 
 
-@triton.jit(do_not_specialize=["rows", "segments", "parts"])
+@triton.jit
 def _merge_kernel(
     limits,
+    records,
+    num_ar,
     out,
     partials,
     tops,
     norms,
-    rows,
-    kv_heads,
-    segments,
-    parts,
-    stride_out_row,
-    PER_KV: tl.constexpr,
+    heads,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    DIFFUSION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """Merge one query's segments in order; its block, if it has one, is the last part."""
-    AHEAD: tl.constexpr = 4  # Reads in flight; merging stays in order.
-    query = tl.program_id(0)
-    group = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
-    pass_row = (group * rows + query // PER_KV).to(tl.int64)
-    limit = tl.load(limits + pass_row).to(tl.int32)
-    first = tl.program_id(1).to(tl.int64) * parts * rows * PER_KV + query
+    """Merge one row's segments in order, for one head; its block, if it has one, is the last record."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    record = tl.load(records + row)
+    limit = tl.load(limits + row)
+    diffusion = row >= tl.load(num_ar)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    if record < 0:
+        return
+    first = record.to(tl.int64) * heads + head
     dims = tl.arange(0, WIDTH)
     inside = dims < DIM
     top = tl.full((WIDTH,), float("-inf"), tl.float32)
     norm = tl.zeros((WIDTH,), tl.float32)
     acc = tl.zeros((WIDTH,), tl.float32)
-    for at in range(0, segments, AHEAD):
-        if _segment_start(at) < limit:
-            seen0 = _segment_start(at) < limit
-            seen1 = (_segment_start(at + 1) < limit) & (at + 1 < segments)
-            seen2 = (_segment_start(at + 2) < limit) & (at + 2 < segments)
-            seen3 = (_segment_start(at + 3) < limit) & (at + 3 < segments)
-            place = first + at * rows * PER_KV
-            step = rows * PER_KV
-            top0, norm0, acc0 = _load_part(partials, tops, norms, place, seen0, dims, DIM)
-            top1, norm1, acc1 = _load_part(partials, tops, norms, place + step, seen1, dims, DIM)
-            top2, norm2, acc2 = _load_part(partials, tops, norms, place + 2 * step, seen2, dims, DIM)
-            top3, norm3, acc3 = _load_part(partials, tops, norms, place + 3 * step, seen3, dims, DIM)
-            top, norm, acc = _merge(seen0, top, norm, acc, top0, norm0, acc0)
-            top, norm, acc = _merge(seen1, top, norm, acc, top1, norm1, acc1)
-            top, norm, acc = _merge(seen2, top, norm, acc, top2, norm2, acc2)
-            top, norm, acc = _merge(seen3, top, norm, acc, top3, norm3, acc3)
-    if DIFFUSION:
-        place = first + segments * rows * PER_KV
-        own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, inside, dims, DIM)
+    segments = _num_segments(limit)
+    for segment in range(0, segments, 8):  # Eight reads in flight; merging stays in order.
+        place = first + segment * heads
+        top0, norm0, acc0 = _load_part(
+            partials, tops, norms, place + 0 * heads, segment + 0 < segments, dims, DIM
+        )
+        top1, norm1, acc1 = _load_part(
+            partials, tops, norms, place + 1 * heads, segment + 1 < segments, dims, DIM
+        )
+        top2, norm2, acc2 = _load_part(
+            partials, tops, norms, place + 2 * heads, segment + 2 < segments, dims, DIM
+        )
+        top3, norm3, acc3 = _load_part(
+            partials, tops, norms, place + 3 * heads, segment + 3 < segments, dims, DIM
+        )
+        top4, norm4, acc4 = _load_part(
+            partials, tops, norms, place + 4 * heads, segment + 4 < segments, dims, DIM
+        )
+        top5, norm5, acc5 = _load_part(
+            partials, tops, norms, place + 5 * heads, segment + 5 < segments, dims, DIM
+        )
+        top6, norm6, acc6 = _load_part(
+            partials, tops, norms, place + 6 * heads, segment + 6 < segments, dims, DIM
+        )
+        top7, norm7, acc7 = _load_part(
+            partials, tops, norms, place + 7 * heads, segment + 7 < segments, dims, DIM
+        )
+        top, norm, acc = _merge(inside & (segment + 0 < segments), top, norm, acc, top0, norm0, acc0)
+        top, norm, acc = _merge(inside & (segment + 1 < segments), top, norm, acc, top1, norm1, acc1)
+        top, norm, acc = _merge(inside & (segment + 2 < segments), top, norm, acc, top2, norm2, acc2)
+        top, norm, acc = _merge(inside & (segment + 3 < segments), top, norm, acc, top3, norm3, acc3)
+        top, norm, acc = _merge(inside & (segment + 4 < segments), top, norm, acc, top4, norm4, acc4)
+        top, norm, acc = _merge(inside & (segment + 5 < segments), top, norm, acc, top5, norm5, acc5)
+        top, norm, acc = _merge(inside & (segment + 6 < segments), top, norm, acc, top6, norm6, acc6)
+        top, norm, acc = _merge(inside & (segment + 7 < segments), top, norm, acc, top7, norm7, acc7)
+    if diffusion:
+        place = first + segments * heads
+        own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, True, dims, DIM)
         top, norm, acc = _merge(inside, top, norm, acc, own_top, own_norm, own_acc)
-    head = kv_head * PER_KV + query % PER_KV
-    place = out + pass_row * stride_out_row + head * DIM + dims
+    place = out + (row * heads + head).to(tl.int64) * DIM + dims
     tl.store(place, (acc / tl.where(inside, norm, 1.0)).to(out.dtype.element_ty), mask=inside)
 
 
@@ -320,95 +298,85 @@ def _load_part(partials, tops, norms, place, seen, dims, DIM: tl.constexpr):
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: "AttentionBatch",
-    scale: float,
-    block_k: Tensor | None = None,
-    block_v: Tensor | None = None,
-    *,
-    split: bool | None = None,
-    queries: int | None = None,
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: "AttentionPlan", scale: float
 ) -> Tensor:
-    """`kernels.paged_attention` for float16, bfloat16 and float32 (the cache in q's dtype; every last dimension contiguous).
-
-    split, queries: for tests and measurements: whether segments get programs of their own, and queries per program.
-    """
-    groups, rows, heads, dim = q.shape
-    kv_heads = k_cache.shape[0]
-    diffusion = block_k is not None and block_v is not None
-    segments = num_segments(batch.page_table.shape[1] * batch.page_size)
-    parts = segments + diffusion
-    full = q.dtype == torch.float32
-    queries = queries or (16 if full else 64)
-    tiles = triton.cdiv(rows * batch.heads_per_kv, queries)
-    if split is None:
-        split = parts > 1 and tiles * groups * kv_heads < _FULL_GRID
-    out = torch.empty(groups, rows, heads, dim, device=q.device, dtype=q.dtype)
-    partials = tops = norms = out
-    if split:
-        shape = (groups, kv_heads, parts, rows * batch.heads_per_kv)
-        partials = torch.empty(*shape, dim, device=q.device, dtype=torch.float32)
-        tops = torch.empty(shape, device=q.device, dtype=torch.float32)
-        norms = torch.empty(shape, device=q.device, dtype=torch.float32)
-    own_k, own_v = (q, q) if block_k is None or block_v is None else (block_k, block_v)
+    """`kernels.paged_attention` for float16, bfloat16 and float32 of contiguous tensors. Rows of no group get anything."""
+    work = plan.work
+    assert work is not None, "a plan for a GPU has a work list"
+    kv_heads, pages, page_size, dim = k_cache.shape
+    rows, heads = qkv.shape[0], qkv.shape[1] - 2 * kv_heads
+    keys = 32 if qkv.dtype == torch.float32 else 64
+    if page_size % keys:
+        raise ValueError(
+            f"pages of {page_size} tokens can't be read on a GPU: page_size must be a multiple of {keys}"
+        )
+    out = torch.empty(rows, heads * dim, device=qkv.device, dtype=qkv.dtype)
+    partials = torch.empty(max(1, work.capacity), heads, dim, device=qkv.device, dtype=torch.float32)
+    tops, norms = torch.empty(2, max(1, work.capacity), heads, device=qkv.device, dtype=torch.float32)
+    queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
-    _attention_kernel[(tiles, groups * kv_heads, parts if split else 1)](
-        q,
-        k_cache,
-        v_cache,
-        own_k,
-        own_v,
-        batch.page_table,
-        batch.limits,
-        out,
-        partials,
-        tops,
-        norms,
-        rows,
-        kv_heads,
-        segments,
-        parts,
-        batch.page_table.shape[1],
-        scale * _LOG2_E,
-        q.stride(1),
-        q.stride(2),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        own_k.stride(1),
-        own_k.stride(2),
-        own_v.stride(1),
-        own_v.stride(2),
-        heads * dim,
-        PER_KV=batch.heads_per_kv,
-        PAGE=batch.page_size,
-        DIM=dim,
-        WIDTH=width,
-        QUERIES=queries,
-        KEYS=32 if full else 64,
-        DIFFUSION=diffusion,
-        SPLIT=split,
-        num_warps=8 if queries == 128 else 4,
-        num_stages=3,
-    )
-    if split:
-        _merge_kernel[(rows * batch.heads_per_kv, groups * kv_heads)](
-            batch.limits,
+    programs = attention_programs(qkv.device)
+    if chaining()["CHAINED"] and qkv.itemsize == 2:
+        attention_stream.launch(
+            qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms,
+            queries=queries, keys=keys, width=width, programs=programs,
+        )  # fmt: skip
+    else:
+        _attention_kernel[(programs,)](
+            qkv,
+            k_cache,
+            v_cache,
+            work.items,
+            work.limits,
+            work.records,
             out,
             partials,
             tops,
             norms,
-            rows,
+            heads,
             kv_heads,
-            segments,
-            parts,
-            heads * dim,
-            PER_KV=batch.heads_per_kv,
+            pages * page_size,
+            scale * _LOG2_E,
+            PER_KV=plan.heads_per_kv,
+            PAGE=page_size,
             DIM=dim,
             WIDTH=width,
-            DIFFUSION=diffusion,
+            QUERIES=queries,
+            KEYS=keys,
+            PROGRAMS=programs,
+            BEFORE_ITEMS=HEADER,
+            PER_ITEM=ITEM,
+            num_warps=4,
+            num_stages=2,
+            **chaining(),
+        )
+    if work.capacity:
+        _merge_kernel[(rows, heads)](
+            work.limits,
+            work.records,
+            work.num_ar,
+            out,
+            partials,
+            tops,
+            norms,
+            heads,
+            DIM=dim,
+            WIDTH=width,
             num_warps=1,
+            **chaining(),
         )
     return out
+
+
+def _queries(dtype: torch.dtype) -> int:
+    return 16 if dtype == torch.float32 else 64
+
+
+def attention_programs(device: torch.device) -> int:
+    """Programs of a launch: as many as run at a time, two on a multiprocessor."""
+    return 2 * multiprocessors(device)
+
+
+def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of the work list: as many as their queries have room for."""
+    return max(1, _queries(dtype) // heads_per_kv)

@@ -1,8 +1,8 @@
 """`python -m kernels.bench`: what the kernels reach on this GPU, at Qwen3-8B's shapes in bfloat16.
 
-Linear layers run beside cuBLAS (torch.matmul) in one run, attention beside the measured copy bandwidth. Each figure is the
-median over replays of a CUDA graph of several launches, which take turns over more copies of their inputs than the L2 cache
-holds.
+Linear layers run beside cuBLAS (torch.matmul) in one run, attention beside the measured copy bandwidth, and a stack of whole
+layers beside the time that reading its weights takes. Each figure is the median over replays of a CUDA graph of several
+launches, which take turns over more copies of their inputs than the L2 cache holds. `--sweep` tries other tiles too.
 """
 
 import argparse
@@ -10,101 +10,91 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.attention import AttentionBatch
-from kernels.attention_triton import paged_attention
+from kernels import linear_triton
+from kernels.attention import AttentionPlan, paged_attention
+from kernels.attention_triton import attention_programs, tile_rows
+from kernels.attention_work import AttentionGroup, AttentionWork, plan_work
 from kernels.linear import PackedLinear
-from kernels.linear_triton import LinearTiles, choose_tiles, linear, num_segments
+from kernels.linear_triton import LinearTiles, num_segments
+from kernels.qk_norm_rope import qk_norm_rope
 
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 12288, 32, 8, 128, 64
 SHAPES = {
-    "qkv": (6144, 4096),
-    "o": (4096, 4096),
-    "gate_up": (24576, 4096),
-    "down": (4096, 12288),
-    "lm_head": (151936, 4096),
+    "qkv": (6144, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INNER, HIDDEN),
+    "down": (HIDDEN, INNER),
+    "lm_head": (151936, HIDDEN),
 }
 """(out_features, in_features) of Qwen3-8B."""
-ROWS = (1, 8, 32, 64, 128, 256, 2048)
-HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
+ROWS = (1, 8, 16, 32, 64, 128, 256, 2048)
 _COLD_BYTES = 200_000_000
 
 
-def candidates(rows: int) -> list[tuple[int, int, int, int, int]]:
-    """(outs, rows, depth, warps, stages) of tiles worth trying for a launch of so many rows."""
+def linear_tiles(rows: int) -> list[LinearTiles]:
+    """Tiles worth trying for a launch of so many rows."""
     if rows <= 64:
         tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return [(64, tile, 128, 4, 4), (128, tile, 64, 4, 6), (64, tile, 128, 4, 6 if tile < 64 else 3)]
-    if rows <= 128:
-        return [(64, 128, 64, 4, 4), (128, 128, 64, 8, 4)]
-    if rows <= 256:
-        return [(64, 256, 64, 4, 4), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4)]
-    return [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4)]
-
-
-def variants(outs: int, ins: int, rows: int) -> dict[tuple[int, LinearTiles], None]:
-    """Segments and tiles to measure for one shape and row count, the usual choice first; a dict for its order."""
-    usual = num_segments(outs, ins)
-    found = {(usual, choose_tiles(rows, outs, usual, torch.bfloat16)): None}
-    few_tiles = outs <= 8192
-    for segments in sorted({1, 2, 4}) if few_tiles else [1]:
-        for out_tile, row_tile, depth, warps, stages in candidates(rows):
-            for split in (False, True):
-                if (segments == 1 and split) or (segments > 1 and not split and rows < 256):
-                    continue
-                if split and rows > 256:
-                    continue
-                found[segments, LinearTiles(out_tile, row_tile, depth, split, warps, stages)] = None
+        cuts = [
+            (64, 128, 4, 4),
+            (64, 128, 4, 6),
+            (64, 64, 4, 8),
+            (128, 64, 4, 4),
+            (128, 64, 4, 6),
+            (64, 256, 4, 3),
+        ]
+        cuts += [(128, 128, 4, 4), (128, 64, 8, 6)]
+    elif rows <= 128:
+        tile, cuts = 128, [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4), (128, 64, 4, 4), (64, 64, 4, 6)]
+    elif rows <= 256:
+        tile, cuts = 256, [(64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 8, 3), (64, 64, 8, 4)]
+    else:
+        tile, cuts = 256, [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4)]
+    found = [LinearTiles(outs, tile, depth, warps=w, stages=s) for outs, depth, w, s in cuts]
+    if rows > 128:
+        found += [LinearTiles(128, 128, 64, warps=8, stages=4), LinearTiles(256, 128, 64, warps=8, stages=3)]
+        found += [LinearTiles(128, 128, 64, warps=4, stages=4)]
     return found
 
 
-def _randn(*shape: int) -> Tensor:
+def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def _compile_linear(case: tuple[bool, LinearTiles]) -> str | None:
-    """Compile a linear kernel by running it; says what went wrong, if anything."""
-    whole, tiles = case
-    try:
-        layer = PackedLinear(_randn(512, 2048), None, False)
-        linear(_randn(32, 2048), layer, tiles, 1 if whole else 2)
-        torch.cuda.synchronize()
-    except Exception as error:  # A tile that does not fit is left out of the table, not the end of it.
-        return f"{tiles}: {type(error).__name__}: {str(error)[:200]}"
-    return None
+def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPlan:
+    """The plan with a work list. programs, for each KV head: how finely it is divided; 0: every tile is one item."""
+    if programs is None:
+        programs = attention_programs(plan.device) // KV_HEADS
+    num_rows = sum(group.num_rows for group in plan.groups)
+    capacity = 1 << 15 if programs else 0
+    tile = tile_rows(plan.heads_per_kv, torch.bfloat16)
+    arrays = plan_work(
+        plan.groups, num_rows=num_rows, tile_rows=tile, programs=max(1, programs), capacity=capacity
+    )
+    num_ar = sum(group.num_rows for group in plan.groups if not group.diffusion)
+    tensors = [torch.from_numpy(a).to(plan.device) for a in arrays]
+    split = torch.tensor([num_ar], dtype=torch.int32, device=plan.device)
+    return replace(plan, work=AttentionWork(*tensors, split, tile, capacity))
 
 
-def _compile_attention(case: tuple[bool, bool, int]) -> str | None:
-    diffusion, split, queries = case
-    try:
-        run = attention_case(1, 32, 900, diffusion, 1 << 11)
-        run(0, split=split, queries=queries)
-        torch.cuda.synchronize()
-    except Exception as error:
-        return f"attention {case}: {type(error).__name__}: {str(error)[:200]}"
-    return None
-
-
-def compile_all() -> list[str]:
-    """Compile every kernel that the tables need, side by side; returns what failed."""
-    linears = {
-        (segments == 1, tiles): None
-        for outs, ins in SHAPES.values()
-        for rows in ROWS
-        for segments, tiles in variants(outs, ins, rows)
-    }
-    attentions = [(d, s, q) for d in (False, True) for s in (False, True) for q in (64, 128)]
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile_attention, case) for case in attentions]
-        jobs += [pool.submit(_compile_linear, case) for case in linears]
-        return [line for job in jobs if (line := job.result()) is not None]
+@cache
+def _first_graph() -> torch.cuda.CUDAGraph:
+    """An empty graph, whose memory pool all others share: each is gone when the next is captured."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin()
+        torch.empty(1, device="cuda").zero_()
+        graph.capture_end()
+    return graph
 
 
 def microseconds(launch: Callable[[int], object], launches: int, replays: int = 7) -> float:
@@ -114,7 +104,7 @@ def microseconds(launch: Callable[[int], object], launches: int, replays: int = 
     graph = torch.cuda.CUDAGraph()
     # Not torch.cuda.graph(): it collects garbage first, which would take longer than all that is measured.
     with torch.cuda.stream(torch.cuda.Stream()):
-        graph.capture_begin()
+        graph.capture_begin(pool=_first_graph().pool())
         for i in range(launches):
             launch(i)
         graph.capture_end()
@@ -130,119 +120,220 @@ def microseconds(launch: Callable[[int], object], launches: int, replays: int = 
     return statistics.median(times)
 
 
-def copy_bandwidth() -> float:
-    """GB/s of a large device copy, reads and writes counted."""
+def bandwidths() -> tuple[float, float]:
+    """GB/s of a large device copy, reads and writes counted, and of reading alone (a sum)."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds(lambda i: target.copy_(source), 2) / 1e3
+    copy = 2 * source.numel() / microseconds(lambda i: target.copy_(source), 2) / 1e3
+    numbers = source.view(torch.float32)
+    read = source.numel() / microseconds(lambda i: torch.linalg.vector_norm(numbers, float("inf")), 2) / 1e3
+    return copy, read
 
 
-def bench_linear(name: str, row_counts: tuple[int, ...] = ROWS) -> list[dict[str, object]]:
+class LinearCase:
+    """One of the layers, over more copies of its weight than the L2 cache holds, as a pass runs it and through cuBLAS.
+
+    Where a residual add and norm follow, they follow cuBLAS's product too, in the same kernel.
+    """
+
+    def __init__(self, name: str, rows: int) -> None:
+        self.outs, self.ins = SHAPES[name]
+        self.name, self.rows = name, rows
+        self.layers = [
+            PackedLinear((randn(self.outs, self.ins) * 0.02,), interleaved=name == "gate_up")
+            for _ in range(max(1, _COLD_BYTES // (self.outs * self.ins * 2)))
+        ]
+        self.x = randn(rows, self.ins)
+        self.residual, self.norm = randn(rows, HIDDEN), randn(HIDDEN)
+        self.launches = max(2, min(8, 2 * len(self.layers))) if rows < 2048 else 2
+        self.segments = num_segments(self.outs, self.ins) if name in ("o", "down") else 1
+
+    def variants(self, sweep: bool) -> list[tuple[int, LinearTiles | None]]:
+        """Segments and tiles, first what a pass uses (None)."""
+        found: dict[tuple[int, LinearTiles | None], None] = {(self.segments, None): None}
+        if sweep:
+            for tiles in linear_tiles(self.rows):
+                for segments in (1, 2, 4) if self.name in ("o", "down") else (1,):
+                    split = segments > 1 and self.rows <= 256
+                    if split or segments == 1 or tiles.outs * tiles.rows <= 128 * 128:
+                        found[segments, replace(tiles, split=split)] = None
+        return list(found)
+
+    def ours(self, segments: int, tiles: LinearTiles | None, i: int) -> object:
+        layer = self.layers[i % len(self.layers)]
+        if self.name == "gate_up":
+            return linear_triton.linear_silu_mul(self.x, layer, tiles=tiles)
+        if self.name in ("o", "down"):
+            return linear_triton.linear_add_rms_norm(
+                self.x, layer, self.residual, self.norm, 1e-6, tiles=tiles, segments=segments
+            )
+        out = torch.empty(self.rows, self.outs, device="cuda") if self.name == "lm_head" else None
+        return linear_triton.linear(self.x, layer, out=out, tiles=tiles)
+
+    def cublas(self, i: int) -> object:
+        product = torch.matmul(self.x, self.layers[i % len(self.layers)].weights[0].T)
+        if self.name in ("o", "down"):
+            return linear_triton.add_rms_norm(product, self.residual, self.norm, 1e-6)
+        return product
+
+
+def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> list[dict[str, Any]]:
     """One row of figures per row count: cuBLAS, the usual tiles, and the best of each segment count."""
-    outs, ins = SHAPES[name]
-    copies = max(1, _COLD_BYTES // (outs * ins * 2))
-    weights = [_randn(outs, ins) * 0.02 for _ in range(copies)]
-    layers = [PackedLinear(w, None, False) for w in weights]
-
-    def product(x: Tensor, i: int) -> Tensor:
-        return torch.matmul(x, weights[i % copies].T)
-
-    def ours(x: Tensor, tiles: LinearTiles, segments: int, i: int) -> Tensor:
-        return linear(x, layers[i % copies], tiles, segments)
-
     found = []
     for rows in row_counts:
-        x = _randn(rows, ins)
-        launches = max(2, min(8, copies * 2)) if rows < 2048 else 2
-        cublas = microseconds(partial(product, x), launches)
-        times: dict[tuple[int, LinearTiles], float] = {}
-        for segments, tiles in variants(outs, ins, rows):
+        case = LinearCase(name, rows)
+        cublas = microseconds(case.cublas, case.launches)
+        times: dict[tuple[int, LinearTiles | None], float] = {}
+        for segments, tiles in case.variants(sweep):
             try:
-                times[segments, tiles] = microseconds(partial(ours, x, tiles, segments), launches)
-            except Exception as error:
-                print(f"  {name} {rows} {segments} {tiles}: {type(error).__name__}: {str(error)[:120]}")
-        usual = next(iter(variants(outs, ins, rows)))
+                times[segments, tiles] = microseconds(partial(case.ours, segments, tiles), case.launches)
+            except (
+                Exception
+            ) as error:  # A tile that does not fit is left out of the table, not the end of it.
+                print(f"  {name} {rows} {segments} {tiles}: {type(error).__name__}: {str(error)[:100]}")
+        usual = times[case.segments, None]
         ranked = sorted(times, key=times.__getitem__)
-        row: dict[str, object] = {
-            "layer": name,
-            "rows": rows,
-            "cublas_us": cublas,
-            "us": times.get(usual),
-            "ratio": times.get(usual, float("nan")) / cublas,
-            "all": [(s, *vars(t).values(), round(times[s, t], 2)) for s, t in ranked],
-        }
-        found.append(row)
-        line = f"{name:8}{rows:5}  cublas {cublas:8.1f}  ours {times.get(usual, float('nan')):8.1f} us {row['ratio']:5.2f}x  best"
-        for segments in sorted({s for s, _ in times}):
-            best = next(k for k in ranked if k[0] == segments)
-            t = best[1]
-            line += (
-                f" | S{segments} {times[best] / cublas:.2f} {t.outs}x{t.rows}x{t.depth}w{t.warps}s{t.stages}"
-                f"{'+' if t.split else ''}"
+        found.append(
+            {
+                "layer": name,
+                "rows": rows,
+                "cublas_us": cublas,
+                "us": usual,
+                "ratio": usual / cublas,
+                "all": [(s, t and list(vars(t).values()), round(times[s, t], 2)) for s, t in ranked],
+            }
+        )
+        line = f"{name:8}{rows:5}  cublas {cublas:8.1f}  ours {usual:8.1f} us {usual / cublas:5.2f}x"
+        for segments in sorted({s for s, _ in times}) if sweep else ():
+            best = [k for k in ranked if k[0] == segments][:3]
+            line += f" | S{segments} " + " ".join(
+                f"{times[k] / cublas:.2f}:{k[1].outs}x{k[1].rows}x{k[1].depth}w{k[1].warps}s{k[1].stages}"
+                for k in best
             )
         print(line, flush=True)
     return found
 
 
-def attention_case(
-    groups: int, rows: int, start: int, diffusion: bool, cache_tokens: int
-) -> Callable[..., Tensor]:
-    """A launch of `rows` rows at positions from `start`, for each of `groups` sequences; argument i picks other pages."""
-    pages = cache_tokens // PAGE
-    k_cache, v_cache = _randn(KV_HEADS, pages, PAGE, HEAD_DIM), _randn(KV_HEADS, pages, PAGE, HEAD_DIM)
-    qk = _randn(groups, rows, HEADS + KV_HEADS, HEAD_DIM)
-    width = triton.cdiv(start + rows, 128) * (128 // PAGE)
-    limits = torch.arange(rows, device="cuda").repeat(groups, 1) + start + 1
-    if diffusion:
-        limits = torch.full_like(limits, start)
-    order = torch.randperm(pages, device="cuda").repeat(2)
-    batches = []
-    for i in range(max(1, pages // (width * groups))):
-        table = order[i * width * groups :][: width * groups].view(groups, width).contiguous()
-        batches.append(AttentionBatch(0, table, limits, PAGE, HEADS // KV_HEADS, diffusion))
-    block = (qk[:, :, HEADS:], _randn(groups, rows, KV_HEADS, HEAD_DIM)) if diffusion else (None, None)
+class AttentionCase:
+    """`rows` rows at positions from `start`, for each of `groups` sequences; argument i picks other pages."""
 
-    def launch(i: int, **how: int | bool | None) -> Tensor:
-        batch = batches[i % len(batches)]
-        return paged_attention(
-            qk[:, :, :HEADS],
-            k_cache,
-            v_cache,
-            batch,
-            HEAD_DIM**-0.5,
-            *block,
-            **how,  # type: ignore[arg-type]
-        )
+    def __init__(self, groups: int, rows: int, start: int, diffusion: bool) -> None:
+        each = triton.cdiv(start + rows, PAGE)
+        pages = max(1 << 17, groups * (start + rows)) // PAGE + 1
+        self.cache = randn(KV_HEADS, pages, PAGE, HEAD_DIM), randn(KV_HEADS, pages, PAGE, HEAD_DIM)
+        self.qkv = randn(groups * rows, HEADS + 2 * KV_HEADS, HEAD_DIM)
+        order = (torch.randperm(pages - 1) + 1).tolist()
+        self.plans = []
+        for at in range(0, max(1, len(order) // (each * groups)) * each * groups, each * groups):
+            plan = AttentionPlan(
+                tuple(
+                    AttentionGroup(
+                        g * rows, rows, start, order[at + g * each : at + (g + 1) * each], diffusion
+                    )
+                    for g in range(groups)
+                ),
+                PAGE,
+                HEADS // KV_HEADS,
+                torch.device("cuda"),
+            )
+            self.plans.append(device_plan(plan))
 
-    return launch
+    def __call__(self, i: int) -> Tensor:
+        plan = self.plans[i % len(self.plans)]
+        return paged_attention(self.qkv, *self.cache, plan, HEAD_DIM**-0.5)
 
 
-def bench_attention(roof: float) -> list[dict[str, object]]:
+ATTENTION_CASES = (
+    ("decode 1K", 1, 1, 1023, False),
+    ("verify 1K", 1, 32, 992, False),
+    ("draft 1K", 1, 32, 992, True),
+    ("decode 1K x64", 64, 1, 1023, False),
+    ("verify 1K x16", 16, 16, 992, False),
+    ("decode 32K", 1, 1, 32767, False),
+    ("verify 32K", 1, 32, 32736, False),
+    ("draft 32K", 1, 32, 32736, True),
+    ("prefill 8K", 1, 512, 7680, False),
+)
+
+
+def bench_attention(read: float) -> list[dict[str, Any]]:
     """Times and KV bandwidth of decode, verify, draft and prefill rows."""
     found = []
-    for name, groups, rows, start, diffusion in (
-        ("decode 1K", 1, 1, 1023, False),
-        ("verify 1K", 1, 32, 992, False),
-        ("draft 1K", 1, 32, 992, True),
-        ("decode 1K x64", 64, 1, 1023, False),
-        ("decode 32K", 1, 1, 32767, False),
-        ("verify 32K", 1, 32, 32736, False),
-        ("draft 32K", 1, 32, 32736, True),
-        ("prefill 8K", 1, 512, 7680, False),
-    ):
-        launch = attention_case(groups, rows, start, diffusion, max(1 << 17, groups * 1024))
-        times = {}
-        for queries in (64, 128):
-            for split in (None, False) if rows < 512 else (None,):
-                times[queries, split] = microseconds(partial(launch, queries=queries, split=split), 4)
-        kv_bytes = groups * (start + rows) * KV_HEADS * HEAD_DIM * 4
-        speed = kv_bytes / times[64, None] / 1e3
+    for name, groups, rows, start, diffusion in ATTENTION_CASES:
+        us = microseconds(AttentionCase(groups, rows, start, diffusion), 4)
+        speed = groups * (start + rows) * KV_HEADS * HEAD_DIM * 4 / us / 1e3
         print(
-            f"{name:14} {times[64, None]:8.1f} us {speed:6.0f} GB/s of KV ({speed / roof:4.0%} of the roof); "
-            + ", ".join(f"Q{q} {'walk' if s is False else 'usual'} {t:.1f}" for (q, s), t in times.items()),
+            f"{name:14} {us:8.1f} us {speed:6.0f} GB/s of KV ({speed / read:4.0%} of the read bandwidth)",
             flush=True,
         )
-        found.append({"case": name, "us": {f"{q}/{s}": t for (q, s), t in times.items()}, "gbps": speed})
+        found.append({"case": name, "us": us, "gbps": speed})
+    return found
+
+
+class LayerStack:
+    """`depth` layers as a pass runs them, each with weights of its own, for AR rows or for one diffusion block."""
+
+    def __init__(self, depth: int, rows: int, start: int, groups: int = 1, diffusion: bool = False) -> None:
+        def layer(name: str, views: int = 1) -> PackedLinear:
+            outs, ins = SHAPES[name]
+            return PackedLinear((randn(views, outs, ins) * 0.02).unbind(), interleaved=name == "gate_up")
+
+        self.layers = [
+            (
+                layer("qkv", 2),
+                layer("o", 2),
+                layer("gate_up"),
+                layer("down"),
+                randn(2, HEADS + KV_HEADS, HEAD_DIM),
+            )
+            for _ in range(depth)
+        ]
+        self.attention = AttentionCase(groups, rows // groups, start, diffusion)
+        self.plan = self.attention.plans[0]
+        self.hidden, self.norm = randn(rows, HIDDEN), randn(HIDDEN)
+        self.cos, self.sin = randn(rows, 1, HEAD_DIM), randn(rows, 1, HEAD_DIM)
+        self.num_ar = torch.tensor([0 if diffusion else rows], dtype=torch.int32, device="cuda")
+        self.slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+        self.slot_cache = [cache.flatten(1, 2) for cache in self.attention.cache]
+        self.bytes = depth * sum(outs * ins * 2 for name, (outs, ins) in SHAPES.items() if name != "lm_head")
+        self.parts = {"rope", "attention"}
+
+    def __call__(self, i: int) -> Tensor:
+        hidden, normed = self.hidden, self.hidden
+        rows = hidden.shape[0]
+        for qkv_layer, out, gate_up, down, norms in self.layers:
+            qkv = linear_triton.linear(normed, qkv_layer, self.num_ar).view(rows, -1, HEAD_DIM)
+            if "rope" in self.parts:
+                qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache)
+            attended = normed
+            if "attention" in self.parts:
+                attended = paged_attention(qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
+            hidden, normed = linear_triton.linear_add_rms_norm(
+                attended, out, hidden, self.norm, 1e-6, self.num_ar
+            )
+            gated = linear_triton.linear_silu_mul(normed, gate_up)
+            hidden, normed = linear_triton.linear_add_rms_norm(gated, down, hidden, self.norm, 1e-6)
+        return hidden
+
+
+def bench_layers(read: float, depth: int = 8) -> list[dict[str, Any]]:
+    """Time per layer and share of the read bandwidth of AR steps and of blocks."""
+    found = []
+    for name, rows, groups, diffusion in (
+        ("step", 8, 1, False),
+        ("draft 16", 16, 1, True),
+        ("draft 32", 32, 1, True),
+        ("verify 32", 32, 1, False),
+        ("64 steps", 64, 64, False),
+    ):
+        stack = LayerStack(depth, rows, 1024 - rows // groups, groups, diffusion)
+        us = microseconds(stack, 1) / depth
+        print(
+            f"{name:10} {us:7.1f} us per layer, {stack.bytes / depth / us / 1e3 / read:4.0%} of the read bandwidth",
+            flush=True,
+        )
+        found.append({"case": name, "us_per_layer": us})
+        del stack
     return found
 
 
@@ -250,27 +341,21 @@ def main() -> None:
     """Print the tables; write every figure as JSON where asked to."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile every kernel in parallel, measure nothing"
-    )
+    parser.add_argument("--sweep", action="store_true", help="measure other tiles of the linear layers too")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    if arguments.compile:
-        print("\n".join(compile_all()))
-        print(f"compiled in {time.perf_counter() - started:.1f} s")
-        return
     torch.manual_seed(0)
-    roof = copy_bandwidth()
+    copy, read = bandwidths()
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: copy {roof:.0f} GB/s"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: "
+        f"copy {copy:.0f} GB/s, read {read:.0f} GB/s"
     )
-    figures: dict[str, object] = {"copy_gbps": roof}
-    figures["attention"] = bench_attention(roof)
-    figures["linear"] = []
-    for name in SHAPES:
-        figures["linear"] += bench_linear(name)  # type: ignore[operator]
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(figures))
+    figures: dict[str, Any] = {"copy_gbps": copy, "read_gbps": read}
+    figures["layers"] = bench_layers(read)
+    figures["attention"] = bench_attention(read)
+    figures["linear"] = [row for name in SHAPES for row in bench_linear(name, arguments.sweep)]
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures))
     print(f"measured in {time.perf_counter() - started:.1f} s")
 
 

@@ -1,20 +1,27 @@
-"""Row-invariant linear layer.
+"""Row-invariant linear layers, plain and with what follows them in a transformer layer.
 
 A matrix product's library picks its blocking from the number of rows, and a single row often takes another code path than
 many. With row counts padded to `ROW_TILE`, the CPU library (oneDNN over weights packed once) sums K in one order
 for any number of rows: `tests/test_kernels.py` holds it to that, bit for bit. On a GPU, `kernels/linear_triton.py` runs.
+
+A layer may hold the weights of both views; rows below `num_ar` then use the AR view's, the others the diffusion view's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.activation import silu_mul
 from kernels.device import runs_triton
+from kernels.rms_norm import rms_norm
 
 ROW_TILE = 4
-"""Row counts of a pass are padded to a multiple of this; fewer rows would reach matrix-vector code with its own rounding."""
+"""On a CPU, a view's rows are padded to a multiple of this; fewer would reach matrix-vector code with its own rounding."""
+
+GATE_BLOCK = 8
+"""Outputs of the gate, then as many of up, in an interleaved layer: the step between a thread's rows in the matrix unit."""
 
 _PACK_ROWS = 8
 """Row count that oneDNN lays the packed weights out for: decode passes are the ones that are short of bandwidth."""
@@ -22,36 +29,99 @@ _PACK_ROWS = 8
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight [out_features, in_features] and its optional bias [out_features], laid out for `linear`."""
+    """A weight [out_features, in_features] for each view, laid out for `linear`.
 
-    weight: Tensor
-    bias: Tensor | None
-    packed: bool
+    weights: one behind the other in memory, unless oneDNN has packed them. bias [views, out_features], optional.
+    interleaved: for `linear_silu_mul`, see `pack_gated_linear`.
+    """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Lay `weight` out for `linear`. float32 on CPU is repacked by oneDNN where the build has it; others stay as they are."""
-    packed = (
-        weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    )
-    if packed:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
-    return PackedLinear(weight, bias, packed)
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None = None
+    packed: bool = False
+    interleaved: bool = False
 
 
-def linear(x: Tensor, layer: PackedLinear) -> Tensor:
-    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features], in x's dtype.
+def pack_linear(weights: list[Tensor], biases: list[Tensor] | None = None) -> PackedLinear:
+    """Lay weights out for `linear`, one for each view; float32 on CPU is repacked by oneDNN where the build has it.
 
-    rows must be a multiple of `ROW_TILE`.
+    The list is emptied, so that no more than one view is in memory twice.
+    """
+    first, bias = weights[0], torch.stack(biases) if biases else None
+    if first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        packed = []
+        while weights:
+            weight = weights.pop(0).contiguous()
+            packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS))
+        return PackedLinear(tuple(packed), bias, packed=True)
+    stacked = torch.stack(weights) if len(weights) > 1 else first.contiguous().unsqueeze(0)
+    weights.clear()
+    return PackedLinear(stacked.unbind(), bias)
+
+
+def pack_gated_linear(gate: Tensor, up: Tensor) -> PackedLinear:
+    """Lay two weights [width, in_features] out for `linear_silu_mul`, as one layer.
+
+    On a GPU, outputs alternate in blocks of `GATE_BLOCK`, so that one tile of the layer holds what belongs together.
+    """
+    if gate.is_cuda:
+        blocks = [weight.unflatten(0, (-1, 1, GATE_BLOCK)) for weight in (gate, up)]
+        return replace(pack_linear([torch.cat(blocks, 1).flatten(0, 2)]), interleaved=True)
+    return pack_linear([torch.cat([gate, up])])
+
+
+def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features], in `out` and its dtype if given.
+
+    num_ar: int32 [1], needed for a layer of two views. On a CPU, rows of a view must be multiples of `ROW_TILE`.
     """
     if runs_triton(x):
         from kernels import linear_triton
 
-        return linear_triton.linear(x, layer)
+        return linear_triton.linear(x, layer, num_ar, out)
+    if len(layer.weights) == 1:
+        result = _one_view(x, layer, 0)
+    else:
+        assert num_ar is not None, "a layer of two views needs num_ar"
+        split = int(num_ar)
+        parts = [
+            _one_view(rows, layer, view) for view, rows in enumerate((x[:split], x[split:])) if len(rows)
+        ]
+        result = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return result if out is None else out.copy_(result)
+
+
+def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:
+    bias = None if layer.bias is None else layer.bias[view]
     if layer.packed:
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-    return F.linear(x, layer.weight, layer.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weights[view], bias, "none", [], "")
+        return out
+    return F.linear(x, layer.weights[view], bias)
+
+
+def linear_silu_mul(x: Tensor, layer: PackedLinear) -> Tensor:
+    """silu(gate) * up of a layer from `pack_gated_linear`: x [rows, in_features] -> [rows, width]."""
+    if runs_triton(x):
+        from kernels import linear_triton
+
+        return linear_triton.linear_silu_mul(x, layer)
+    gate_up = linear(x, layer)
+    if layer.interleaved:
+        gate_up = gate_up.unflatten(1, (-1, 2, GATE_BLOCK)).transpose(1, 2).flatten(1)
+    return silu_mul(gate_up)
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    layer: PackedLinear,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    num_ar: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden = residual + linear(x, layer), and its RMS norm: both [rows, out_features]."""
+    if runs_triton(x):
+        from kernels import linear_triton
+
+        return linear_triton.linear_add_rms_norm(x, layer, residual, norm_weight, eps, num_ar)
+    hidden = residual + linear(x, layer, num_ar)
+    return hidden, rms_norm(hidden, norm_weight, eps)

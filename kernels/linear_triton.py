@@ -1,10 +1,11 @@
-"""Row-invariant linear layer on a GPU.
+"""Row-invariant linear layers on a GPU.
 
-The weight's inputs are cut into segments whose number depends on the weight's shape alone. Inside a segment, products are
-added to one float32 accumulator in order; segments are added in order. That tree is the same for every tile shape here,
-and whether a program adds the segments it has computed itself or several programs compute one each, so a row has the same bits
-alone, in a decode batch and in a prefill chunk. Operands are swapped: the weight is always on the matrix unit's M side, whose
-tile (64) few rows would leave empty, and the rows are on its N side, which goes down to 8. One instruction for all row counts.
+Each output is one float32 sum over the inputs in order. Where the result goes straight into a residual stream, few outputs would
+leave a GPU idle, and the inputs are cut into segments whose number depends on the weight's shape alone: a sum for each, then
+the sums in order. That tree is the same for every tile shape here, and whether a program walks over all segments or several
+programs take one each, so a row has the same bits alone, in a decode batch and in a prefill chunk. Operands are swapped:
+the weight is always on the matrix unit's M side, whose tile (64) few rows would leave empty, and the rows are on its N side,
+which goes down to 8. One instruction for all row counts.
 """
 
 from dataclasses import dataclass
@@ -15,23 +16,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import linear_stream
+from kernels.device import chaining
 
 if TYPE_CHECKING:
     from kernels.linear import PackedLinear
 
 _SEGMENT_UNIT = 128
 """Segment lengths are multiples of it: every tile's depth divides it."""
-_SHORTEST_SEGMENT = 512
+_SHORTEST_SEGMENT = 1024
 _MOST_SEGMENTS = 4
-_FULL_GRID = 192
-"""Programs that keep the memory of a GPU with 132 multiprocessors busy, by a third more than one each."""
-_COUNTERS = 1 << 14
+_FULL_GRID = 128
+"""Programs that keep the memory of a GPU with 132 multiprocessors busy."""
 
 
 @cache
 def num_segments(out_features: int, in_features: int) -> int:
-    """Segments of a weight's inputs: enough that tiles of 64 outputs x segments fill a GPU when there is one row."""
+    """Segments of the inputs of a layer whose result goes into the residual stream: enough to fill a GPU at one row."""
     segments = 1
     while (
         segments < _MOST_SEGMENTS
@@ -44,24 +48,22 @@ def num_segments(out_features: int, in_features: int) -> int:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a launch is cut up: outputs, rows and depth (inputs per step) of a tile; whether segments get programs of their own.
+    """How a launch is cut up: outputs, rows and depth (inputs per step) of a tile. Nothing here changes a bit of the result.
 
-    None of it changes a bit of the result.
+    split: segments get programs of their own.
     """
 
     outs: int
     rows: int
     depth: int
-    split: bool
-    warps: int
-    stages: int
+    split: bool = False
+    warps: int = 4
+    stages: int = 4
 
 
 @triton.jit
-def _accumulate(
-    w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):
-    """Sum over one segment: float32 [OUTS, ROWS]. Reading past the weight's inputs, outputs or rows gives zeros."""
+def _sum(w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Sum over inputs begin .. end: float32 [OUTS, ROWS]. Reading past the weight's inputs, outputs or rows gives zeros."""
     total = tl.zeros((OUTS, ROWS), tl.float32)
     for k in range(begin, end, DEPTH):
         weights = w.load([out_at, k])
@@ -70,23 +72,13 @@ def _accumulate(
     return total
 
 
-@triton.jit
-def _store(total, bias, out, out_index, row_index, num_outs, num_rows, HAS_BIAS: tl.constexpr):
-    inside = (row_index < num_rows)[None, :] & (out_index < num_outs)[:, None]
-    if HAS_BIAS:
-        total += tl.load(bias + out_index, mask=out_index < num_outs, other=0.0).to(tl.float32)[:, None]
-    place = out + row_index[None, :].to(tl.int64) * num_outs + out_index[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["num_rows", "segments"])
 def _linear_kernel(
     w,
     x,
     bias,
     out,
-    partials,
-    arrivals,
+    num_ar,
     num_rows,
     num_outs,
     segment,
@@ -94,107 +86,258 @@ def _linear_kernel(
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    TWO_VIEWS: tl.constexpr,
+    GATED: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
-    row_tiles = tl.cdiv(num_rows, ROWS)
-    in_band = BAND * tl.cdiv(num_outs, OUTS)
-    first = tile // in_band * BAND
-    height = min(row_tiles - first, BAND)
-    row_at = (first + tile % in_band % height) * ROWS
-    out_at = tile % in_band // height * OUTS
-    row_index = row_at + tl.arange(0, ROWS)
-    out_index = out_at + tl.arange(0, OUTS)
+    split = num_rows
+    if TWO_VIEWS:
+        split = tl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+    # Tiles never straddle the views. The grid has room for one row tile more than may be needed.
+    ar_tiles = tl.cdiv(split, ROWS)
+    row_tiles = ar_tiles + tl.cdiv(num_rows - split, ROWS)
+    out_tiles = tl.cdiv(num_outs, OUTS)
+    first = tile // (BAND * out_tiles) * BAND
+    height = max(1, min(row_tiles - first, BAND))
+    row_tile = first + tile % (BAND * out_tiles) % height
+    out_at = tile % (BAND * out_tiles) // height * OUTS
+    view = (row_tile >= ar_tiles).to(tl.int32) if TWO_VIEWS else 0
+    row_at = row_tile * ROWS + view * (split - ar_tiles * ROWS)
+    row_end = split + view * (num_rows - split)
+    live = tile < row_tiles * out_tiles
+    weight_at = view * num_outs + out_at
+    begin = 0
     if SPLIT:
-        which = tl.program_id(1)
-        part = _accumulate(w, x, out_at, row_at, which * segment, (which + 1) * segment, OUTS, ROWS, DEPTH)
-        inside = (row_index < num_rows)[None, :] & (out_index < num_outs)[:, None]
-        plane = num_rows.to(tl.int64) * num_outs
-        place = partials + row_index[None, :].to(tl.int64) * num_outs + out_index[:, None]
-        tl.store(place + which * plane, part, mask=inside)
-        # Whoever comes last finds all segments in memory, and adds them in order.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == segments - 1:
-            tl.store(arrivals + tile, 0)
-            total = tl.zeros((OUTS, ROWS), tl.float32)
-            for s in range(segments):
-                total += tl.load(place + s * plane, mask=inside, other=0.0, cache_modifier=".cg")
-            _store(total, bias, out, out_index, row_index, num_outs, num_rows, HAS_BIAS)
-    else:
-        total = _accumulate(w, x, out_at, row_at, 0, segment, OUTS, ROWS, DEPTH)
-        if not WHOLE:
-            for s in range(1, segments):
-                total += _accumulate(w, x, out_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
-        _store(total, bias, out, out_index, row_index, num_outs, num_rows, HAS_BIAS)
+        begin = tl.program_id(1) * segment
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    if not live:
+        return
+    total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH)
+    if not (SPLIT or WHOLE):
+        for s in range(1, segments):
+            total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
+    width = num_outs
+    if HAS_BIAS:
+        index = out_at + tl.arange(0, OUTS)
+        offset = tl.load(bias + view * num_outs + index, mask=index < num_outs, other=0.0)
+        total += offset.to(tl.float32)[:, None]
+    if GATED:
+        # Blocks of 8 outputs: gate, up, gate, ... (`pack_gated_linear`); a thread holds both of a pair.
+        gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
+        total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
+        out_at, width = out_at // 2, num_outs // 2
+    row_index = row_at + tl.arange(0, ROWS)
+    out_index = out_at + tl.arange(0, total.shape[0])
+    inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
+    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
+    if SPLIT:
+        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@cache
-def _arrivals(device: torch.device) -> Tensor:
-    """Counters of arrived segments, one per tile; each launch leaves them at zero for the next one in the stream."""
-    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+@triton.jit(do_not_specialize=["plane"])
+def _add_rms_norm_kernel(
+    x,
+    bias,
+    residual,
+    weight,
+    hidden,
+    normed,
+    num_ar,
+    width,
+    plane,
+    eps,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_VIEWS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Add a layer's segments (or its finished result, PARTS 1), then the residual, then the norm: one program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < width
+    scale = tl.load(weight + place, mask=inside, other=0.0)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    dtype = hidden.dtype.element_ty
+    total = tl.load(x + row * width + place, mask=inside, other=0.0)
+    before = tl.load(residual + row * width + place, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(x + part * plane + row * width + place, mask=inside, other=0.0)
+    if HAS_BIAS:
+        shift = place
+        if TWO_VIEWS:
+            shift += tl.where(row >= tl.load(num_ar), width, 0)
+        total += tl.load(bias + shift, mask=inside, other=0.0).to(tl.float32)
+    value = (total.to(dtype).to(tl.float32) + before.to(tl.float32)).to(dtype)
+    tl.store(hidden + row * width + place, value, mask=inside)
+    value = value.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    # Rounded before the weight, as Qwen3's own code does.
+    tl.store(normed + row * width + place, value.to(dtype) * scale, mask=inside)
 
 
 def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
-    """Tiles for a launch, by its row count and weight."""
+    """Tiles for a launch, by its row count and weight. out_features: of one view; of a gated layer, gate and up together."""
     if dtype == torch.float32:
         # Without a matrix unit, and only for checks: small enough to keep in registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
     few = segments > 1
     if rows <= 64:
-        row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        return LinearTiles(64 if out_features < 16384 else 128, row_tile, 128, few, 4, 4)
+        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
     if rows <= 128:
-        return LinearTiles(128, 128, 64, few, 8, 4)
+        return (
+            LinearTiles(64, 128, 64, few, 4, 6)
+            if out_features <= 8192
+            else LinearTiles(128, 128, 64, few, 8, 4)
+        )
     if rows <= 256:
-        return LinearTiles(128, 256, 64, few, 8, 4)
-    if segments > 1:
-        return LinearTiles(128, 128, 64, False, 8, 4)
-    return LinearTiles(128, 256, 64, False, 8, 4)
+        if out_features > 65536:
+            return LinearTiles(128, 256, 64, False, 8, 4)
+        return LinearTiles(128, 128, 64, few, 8, 4)
+    return LinearTiles(128, 128 if few else 256, 64, False, 8, 4 if few else 3)
 
 
 def linear(
-    x: Tensor, layer: "PackedLinear", tiles: LinearTiles | None = None, segments: int | None = None
+    x: Tensor,
+    layer: "PackedLinear",
+    num_ar: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    tiles: LinearTiles | None = None,
 ) -> Tensor:
-    """`kernels.linear` for float16, bfloat16 and float32; tiles, segments: for tests and measurements, not the usual choice.
+    """`kernels.linear` for float16, bfloat16 and float32; any number of rows. tiles: for tests and measurements.
 
-    Raises ValueError if a row of x or of the weight is not a multiple of 16 bytes, which the GPU's copy engine needs.
+    Raises ValueError if a row of x is not a multiple of 16 bytes, which the GPU's copy engine needs.
     """
-    weight, bias = layer.weight, layer.bias
-    outs, ins = weight.shape
-    rows = x.shape[0]
+    if out is None:
+        out = torch.empty(x.shape[0], layer.weights[0].shape[0], device=x.device, dtype=x.dtype)
+    _launch(x, layer, out, num_ar, tiles, 1)
+    return out
+
+
+def linear_silu_mul(x: Tensor, layer: "PackedLinear", *, tiles: LinearTiles | None = None) -> Tensor:
+    """`kernels.linear_silu_mul`, as `linear`; gate and up are rounded only after they have met."""
+    outs = layer.weights[0].shape[0] // 2
+    out = torch.empty(x.shape[0], outs, device=x.device, dtype=x.dtype)
+    _launch(x, layer, out, None, tiles, 1)
+    return out
+
+
+def linear_add_rms_norm(
+    x: Tensor,
+    layer: "PackedLinear",
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    num_ar: Tensor | None = None,
+    *,
+    tiles: LinearTiles | None = None,
+    segments: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.linear_add_rms_norm`, as `linear`. tiles, segments: for tests and measurements."""
+    rows, outs = residual.shape
+    segments = segments or num_segments(outs, x.shape[1])
+    if tiles is None and not linear_stream.streams(x):
+        tiles = choose_tiles(rows, outs, segments, x.dtype)
+    parts = segments if tiles is None or tiles.split else 1
+    if parts > 1:
+        out = torch.empty(parts, rows, outs, device=x.device, dtype=torch.float32)
+    else:
+        out = torch.empty(rows, outs, device=x.device, dtype=x.dtype)
+    _launch(x, layer, out, num_ar, tiles, segments)
+    return add_rms_norm(out, residual, norm_weight, eps, layer.bias if parts > 1 else None, num_ar)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    num_ar: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden = residual + x + bias, and its RMS norm: both [rows, width].
+
+    x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width].
+    """
+    rows, width = residual.shape
+    hidden, normed = torch.empty_like(residual), torch.empty_like(residual)
+    _add_rms_norm_kernel[(rows,)](
+        x,
+        x if bias is None else bias,
+        residual,
+        norm_weight,
+        hidden,
+        normed,
+        x if num_ar is None else num_ar,
+        width,
+        rows * width,
+        eps,
+        WIDTH=triton.next_power_of_2(width),
+        PARTS=x.shape[0] if x.dim() == 3 else 1,
+        HAS_BIAS=bias is not None,
+        TWO_VIEWS=bias is not None and bias.shape[0] > 1,
+        num_warps=8,
+        **chaining(),
+    )
+    return hidden, normed
+
+
+def _launch(
+    x: Tensor,
+    layer: "PackedLinear",
+    out: Tensor,
+    num_ar: Tensor | None,
+    tiles: LinearTiles | None,
+    segments: int,
+) -> None:
+    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias."""
+    rows, ins = x.shape
     if ins * x.itemsize % 16:
         raise ValueError(
             f"a linear layer with {ins} inputs of {x.dtype} can't run on a GPU: its rows must be multiples of 16 bytes"
         )
-    segments = segments or num_segments(outs, ins)
+    segment = triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT
+    if tiles is None and linear_stream.streams(x):
+        linear_stream.launch(x, layer, out, num_ar, segments, segment)
+        return
+    weight, views = layer.weights[0], len(layer.weights)
+    outs = weight.shape[0]
     cut = tiles or choose_tiles(rows, outs, segments, x.dtype)
-    out = torch.empty(rows, outs, device=x.device, dtype=x.dtype)
-    num_tiles = triton.cdiv(outs, cut.outs) * triton.cdiv(rows, cut.rows)
-    split = cut.split and segments > 1 and num_tiles <= _COUNTERS
-    partials = torch.empty(segments, rows, outs, device=x.device, dtype=torch.float32) if split else out
-    _linear_kernel[(num_tiles, segments if split else 1)](
-        TensorDescriptor(weight, [outs, ins], [ins, 1], [cut.outs, cut.depth]),
+    split = cut.split and segments > 1
+    row_tiles = triton.cdiv(rows, cut.rows) + (views > 1)
+    bias = None if split else layer.bias
+    _linear_kernel[(triton.cdiv(outs, cut.outs) * row_tiles, segments if split else 1)](
+        # The views' weights lie one behind the other; a tile that reads into the next view's does not store it.
+        TensorDescriptor(weight, [views * outs, ins], [ins, 1], [cut.outs, cut.depth]),
         TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [cut.rows, cut.depth]),
         out if bias is None else bias,
         out,
-        partials,
-        _arrivals(x.device),
+        out if num_ar is None else num_ar,
         rows,
         outs,
-        triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT,
+        segment,
         segments,
         OUTS=cut.outs,
         ROWS=cut.rows,
         DEPTH=cut.depth,
+        TWO_VIEWS=views > 1,
+        GATED=layer.interleaved,
         SPLIT=split,
         WHOLE=segments == 1,
         HAS_BIAS=bias is not None,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        **chaining(),
     )
-    return out

@@ -13,23 +13,30 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    slots: Tensor | None = None,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-) -> Tensor:
-    """RMS-normed, rotated queries and keys [rows, heads + kv_heads, dim] from qkv [rows, heads + 2 * kv_heads, dim].
+    num_ar: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """RMS-norm and rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place; write to the cache.
 
-    weight [heads + kv_heads, dim]: the norm weight of each head; cos, sin as `apply_rope` takes them. With slots (int64
-    [rows]), keys and values also go to these places of k_cache and v_cache [kv_heads, places, dim].
+    weight [views, heads + kv_heads, dim]: the norm weight of each head, for the first num_ar (int32 [1]) rows and for the
+    others; cos, sin [rows, 1, dim] as `apply_rope` takes them. Keys and values of the first num_ar rows also go to their slots
+    [rows] of k_cache and v_cache [kv_heads, places, dim]. On a GPU, whose attention multiplies hidden values by zero,
+    values that are not finite are replaced by zeros: what one sequence breaks must not reach another.
     """
     if runs_triton(qkv):
         from kernels import qk_norm_rope_triton
 
-        return qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, eps, slots, k_cache, v_cache)
-    normed = weight.shape[0]
-    qk = apply_rope(rms_norm(qkv[:, :normed], weight, eps), cos, sin)
-    if slots is not None and k_cache is not None and v_cache is not None:
-        heads = 2 * normed - qkv.shape[1]
-        k_cache.index_copy_(1, slots, qk[:, heads:].transpose(0, 1))
-        v_cache.index_copy_(1, slots, qkv[:, normed:].transpose(0, 1))
-    return qk
+        qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, eps, num_ar, slots, k_cache, v_cache)
+        return
+    normed, split = weight.shape[1], int(num_ar)
+    for view, rows in enumerate((slice(0, split), slice(split, qkv.shape[0]))):
+        if rows.start < rows.stop:
+            heads = rms_norm(qkv[rows, :normed], weight[view], eps)
+            qkv[rows, :normed] = apply_rope(heads, cos[rows], sin[rows])
+    if split:
+        first_key = 2 * normed - qkv.shape[1]
+        places = slots[:split].long()
+        k_cache.index_copy_(1, places, qkv[:split, first_key:normed].transpose(0, 1))
+        v_cache.index_copy_(1, places, qkv[:split, normed:].transpose(0, 1))

@@ -1,9 +1,11 @@
 """QK norm, rotary embedding and cache write on a GPU in one kernel: one program per row and head."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.device import chaining
 
 
 @triton.jit
@@ -12,44 +14,54 @@ def _qk_norm_rope_kernel(
     weight,
     cos,
     sin,
+    num_ar,
     slots,
     k_cache,
     v_cache,
-    out,
     heads,
     kv_heads,
-    stride_kv_head,
+    places,
     eps,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    WRITE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    normed = heads + kv_heads
+    writes = row < tl.load(num_ar)
+    slot = tl.load(slots + row).to(tl.int64)
     dims = tl.arange(0, WIDTH)
     inside = dims < DIM
-    source = qkv + (row * (heads + 2 * kv_heads) + head) * DIM
-    if head < heads + kv_heads:
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    source = qkv + (row * (normed + kv_heads) + head) * DIM
+    if head < normed:
         # The other half of the head, for the rotation: read again rather than moved between threads.
         other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
         value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
         swapped = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-        dtype = out.dtype.element_ty
-        value = (value * scale).to(dtype) * tl.load(weight + head * DIM + dims, mask=inside, other=0.0)
-        swapped = (swapped * scale).to(dtype) * tl.load(weight + head * DIM + other, mask=inside, other=0.0)
+        dtype = qkv.dtype.element_ty
+        weight += (head + tl.where(writes, 0, normed)) * DIM
+        value = (value * scale).to(dtype) * tl.load(weight + dims, mask=inside, other=0.0)
+        swapped = (swapped * scale).to(dtype) * tl.load(weight + other, mask=inside, other=0.0)
         cosine = tl.load(cos + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
         sine = tl.load(sin + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
         result = (value.to(tl.float32) * cosine + swapped.to(tl.float32) * sine).to(dtype)
-        tl.store(out + (row * (heads + kv_heads) + head) * DIM + dims, result, mask=inside)
-        if WRITE and head >= heads:
-            slot = tl.load(slots + row)
-            place = k_cache + (head - heads).to(tl.int64) * stride_kv_head + slot * DIM
+        result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
+        tl.store(source + dims, result, mask=inside)
+        if writes and head >= heads:
+            place = k_cache + ((head - heads).to(tl.int64) * places + slot) * DIM
             tl.store(place + dims, result, mask=inside)
-    elif WRITE:
-        slot = tl.load(slots + row)
-        place = v_cache + (head - heads - kv_heads).to(tl.int64) * stride_kv_head + slot * DIM
-        tl.store(place + dims, tl.load(source + dims, mask=inside, other=0.0), mask=inside)
+    else:
+        value = tl.load(source + dims, mask=inside, other=0.0)
+        value = tl.where(tl.abs(value.to(tl.float32)) < float("inf"), value, 0.0)
+        tl.store(source + dims, value, mask=inside)
+        if writes:
+            place = v_cache + ((head - normed).to(tl.int64) * places + slot) * DIM
+            tl.store(place + dims, value, mask=inside)
 
 
 def qk_norm_rope(
@@ -58,32 +70,30 @@ def qk_norm_rope(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    slots: Tensor | None = None,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-) -> Tensor:
-    """`kernels.qk_norm_rope` of contiguous tensors (of the caches, all but the first dimension), up to float32."""
+    num_ar: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """`kernels.qk_norm_rope` of contiguous tensors, up to float32."""
     rows, all_heads, dim = qkv.shape
-    normed = weight.shape[0]
+    normed = weight.shape[1]
     kv_heads = all_heads - normed
-    out = torch.empty(rows, normed, dim, device=qkv.device, dtype=qkv.dtype)
-    write = slots is not None and k_cache is not None and v_cache is not None
-    _qk_norm_rope_kernel[(rows, all_heads if write else normed)](
+    _qk_norm_rope_kernel[(rows, all_heads)](
         qkv,
         weight,
         cos,
         sin,
-        slots if write else out,
-        k_cache if write else out,
-        v_cache if write else out,
-        out,
+        num_ar,
+        slots,
+        k_cache,
+        v_cache,
         normed - kv_heads,
         kv_heads,
-        k_cache.stride(0) if k_cache is not None else 0,
+        k_cache.shape[1],
         eps,
         DIM=dim,
         WIDTH=triton.next_power_of_2(dim),
-        WRITE=write,
         num_warps=1,
+        **chaining(),
     )
-    return out

@@ -1,4 +1,4 @@
-"""Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019)."""
+"""Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019). On a GPU it is part of the kernels before it."""
 
 from functools import lru_cache
 
@@ -6,18 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.device import runs_triton
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in float32 or wider; shape and dtype of x.
 
     `weight` broadcasts against x, so that one call can norm heads that have different weights.
     """
-    if runs_triton(x) and x.dim() == 2:
-        from kernels import rms_norm_triton
-
-        return rms_norm_triton.rms_norm(x, weight, eps)
     if x.dtype not in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     # A CPU pass norms a few rows 25 times and more: there it is the number of operations that costs.

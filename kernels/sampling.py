@@ -4,24 +4,31 @@ argmax(logits / T + noise) is a draw from softmax(logits / T) (the Gumbel-max tr
 a position, so a good draft is the token that plain decoding with that seed picks, and sampled text needs no rejection sampler.
 """
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from kernels.device import runs_triton
+
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-def _mix64(x: int) -> int:
+def _mix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele et al., 2014): 64 bits to 64 well-mixed bits."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def noise_keys(seed: int, position: int) -> tuple[int, int]:
-    """The two 32-bit keys of a row's noise."""
-    mixed = _mix64((_mix64((seed + 0x9E3779B97F4A7C15) & _MASK64) + position * 0x9E3779B97F4A7C15) & _MASK64)
-    return mixed & _MASK32, mixed >> 32
+def noise_keys(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
+    """Two keys of 32 bits for each row's noise, int32 [rows, 2] by their bits, from seeds below 2**64 and positions."""
+    golden = np.uint64(_GOLDEN)
+    seeds, positions = np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64)
+    mixed = _mix64(_mix64(np.atleast_1d(seeds) + golden) + np.atleast_1d(positions) * golden)
+    keys = np.stack([mixed & np.uint64(_MASK32), mixed >> np.uint64(32)], -1)
+    return keys.astype(np.uint32).view(np.int32)
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -31,15 +38,37 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def gumbel_noise(seeds: list[int], positions: list[int], vocab_size: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise [rows, vocab_size] float32 for rows with these seeds and positions."""
-    keys = torch.tensor([noise_keys(s, p) for s, p in zip(seeds, positions, strict=True)], device=device)
-    if device.type == "cuda":
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise float32 [rows, vocab_size] from `noise_keys`, int32 [rows, 2]."""
+    if keys.is_cuda:
         from kernels import sampling_triton
 
         return sampling_triton.gumbel_noise(keys, vocab_size)
-    token = torch.arange(vocab_size, device=device).mul_(0x9E3779B1)
-    bits = _mix32((token + keys[:, :1]) & _MASK32).bitwise_xor_(keys[:, 1:])
+    wide = keys.long() & _MASK32
+    token = torch.arange(vocab_size, device=keys.device).mul_(0x9E3779B1)
+    bits = _mix32((token + wide[:, :1]) & _MASK32).bitwise_xor_(wide[:, 1:])
     # A small u, finely spaced, is large noise: the tail that decides. The upper clamp keeps the noise finite.
     u = (_mix32(bits).to(torch.float32) + 0.5) * 2.0**-32
     return torch.log1p(-u.clamp_(max=1 - 2.0**-24)).neg_().log_().neg_()
+
+
+def gumbel_argmax(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
+) -> None:
+    """Pick a token for every row: argmax(logits / T + noise), or argmax(logits) where T is 0; of equals the lowest id.
+
+    logits float32 or wider [rows, vocab_size]; temperatures float32 [rows]; keys int32 [rows, 2], see `gumbel_noise`. The
+    picks go to `picks`, int32, from place `first_pick` (int32 [1]) on.
+    """
+    if runs_triton(logits):
+        from kernels import sampling_triton
+
+        sampling_triton.gumbel_argmax(logits, temperatures, keys, picks, first_pick)
+        return
+    chosen = logits.argmax(-1)
+    sampled = temperatures.nonzero().flatten()
+    if len(sampled):
+        scores = logits[sampled] / temperatures[sampled, None]
+        chosen[sampled] = (scores + gumbel_noise(keys[sampled], logits.shape[1])).argmax(-1)
+    first = int(first_pick)
+    picks[first : first + len(chosen)] = chosen.to(picks.dtype)

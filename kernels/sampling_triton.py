@@ -4,8 +4,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.device import chaining
 
 _COLUMNS = 1024
+_PICK_COLUMNS = 4096
 
 
 @triton.jit
@@ -16,9 +20,8 @@ def _mix32(x):
 
 
 @triton.jit
-def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+def _noise(keys, row, token):
+    """Noise of a row's tokens, from its keys."""
     first = tl.load(keys + row * 2).to(tl.uint32)
     second = tl.load(keys + row * 2 + 1).to(tl.uint32)
     bits = _mix32(_mix32(token.to(tl.uint32) * 0x9E3779B1 + first) ^ second)
@@ -26,12 +29,69 @@ def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
     # -log(1 - u), by its series where 1 - u would round u's digits away.
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
     exponential = tl.where(u < 0.015625, series, -tl.log(1.0 - u))
-    tl.store(out + row * vocab + token, -tl.log(exponential), mask=token < vocab)
+    return -tl.log(exponential)
+
+
+@triton.jit
+def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(out + row * vocab + token, _noise(keys, row, token), mask=token < vocab)
+
+
+@triton.jit
+def _block_argmax_kernel(
+    logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS: tl.constexpr, CHAINED: tl.constexpr
+):
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = block * COLUMNS + tl.arange(0, COLUMNS)
+    temperature = tl.load(temperatures + row)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    score = tl.load(logits + row * vocab + token, mask=token < vocab, other=float("-inf"))
+    if temperature > 0:
+        score = tl.where(
+            token < vocab, tl.div_rn(score, temperature) + _noise(keys, row, token), float("-inf")
+        )
+    value, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(values + row * blocks + block, value)
+    tl.store(indices + row * blocks + block, block * COLUMNS + index)
+
+
+@triton.jit
+def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.constexpr, CHAINED: tl.constexpr):
+    row = tl.program_id(0)
+    first = tl.load(first_pick)
+    place = tl.arange(0, BLOCKS)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    value = tl.load(values + row * blocks + place, mask=place < blocks, other=float("-inf"))
+    best = tl.argmax(value, 0, tie_break_left=True)
+    tl.store(picks + first + row, tl.load(indices + row * blocks + best))
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise float32 [rows, vocab_size] from the rows' keys int64 [rows, 2], each below 2**32."""
+    """`kernels.sampling.gumbel_noise`."""
     rows = keys.shape[0]
     out = torch.empty(rows, vocab_size, device=keys.device, dtype=torch.float32)
     _gumbel_kernel[(rows, triton.cdiv(vocab_size, _COLUMNS))](keys, out, vocab_size, COLUMNS=_COLUMNS)
     return out
+
+
+def gumbel_argmax(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
+) -> None:
+    """`kernels.gumbel_argmax`: the best of every block of tokens, then the best block."""
+    rows, vocab = logits.shape
+    blocks = triton.cdiv(vocab, _PICK_COLUMNS)
+    values = torch.empty(rows, blocks, device=logits.device, dtype=torch.float32)
+    indices = torch.empty(rows, blocks, device=logits.device, dtype=torch.int32)
+    _block_argmax_kernel[(rows, blocks)](
+        logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS=_PICK_COLUMNS, num_warps=8, **chaining()
+    )  # fmt: skip
+    width = triton.next_power_of_2(blocks)
+    _argmax_kernel[(rows,)](
+        values, indices, picks, first_pick, blocks, BLOCKS=width, num_warps=1, **chaining()
+    )

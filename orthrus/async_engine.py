@@ -1,7 +1,7 @@
 """The engine in a thread of its own, fed through a queue: a slow client never stalls a pass.
 
-asyncio code calls `generate`; the thread runs passes while there is work and sleeps on its inbox while there is none. The
-chunks of a pass cross to each event loop in one call.
+asyncio code calls `run`; the thread runs passes while there is work and sleeps on its inbox while there is none. The
+chunks of a pass cross to each event loop in one call, and reach each sink in one call.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from orthrus.engine import Engine, EngineStats
@@ -18,14 +18,18 @@ from orthrus.request import Chunk, Request
 
 logger = logging.getLogger(__name__)
 
+Sink = Callable[[list[Chunk]], None]
+"""Takes chunks of any requests, each request's in order. Called on the event loop of the requests' callers."""
+
 
 @dataclass(frozen=True)
 class _Listener:
-    """Where a request's chunks go: a queue that belongs to `loop`."""
+    """Where a request's chunks go, and what tells its caller that there are no more. Both belong to `loop`."""
 
     request: Request
+    sink: Sink
     loop: asyncio.AbstractEventLoop
-    chunks: "asyncio.Queue[Chunk]"
+    ended: "asyncio.Future[None]"
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class _Cancel:
 
 
 class AsyncEngine:
-    """Runs `engine` until `close`. All methods may be called from any thread; `generate` from any event loop."""
+    """Runs `engine` until `close`. All methods may be called from any thread; `run` from any event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -53,29 +57,24 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         return self.engine.stats
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        """Chunks of all choices of `request` as passes commit them. Closing the iterator cancels the request.
+    async def run(self, request: Request, sink: Sink) -> None:
+        """Run `request` to its end; `sink` gets its chunks, those of a pass together with other requests' of the same sink.
 
-        Raises RequestError before anything runs, and RuntimeError if the engine has failed.
+        One choice that ends with an error ends them all. Cancelling the call cancels the request. Raises RequestError
+        before anything runs, and RuntimeError if the engine has failed.
         """
         self.engine.check(request)
-        listener = _Listener(request, asyncio.get_running_loop(), asyncio.Queue())
+        loop = asyncio.get_running_loop()
+        listener = _Listener(request, sink, loop, loop.create_future())
         self._inbox.put(listener)
         # Asked after the put: the thread empties its inbox once more after it has set the flag.
         if self._stopped:
             raise RuntimeError(f"the engine has stopped: {self.error or 'it was closed'}")
-        unfinished = request.params.n
         try:
-            while unfinished:
-                chunk = await listener.chunks.get()
-                if chunk.finish_reason == "error":
-                    yield chunk
-                    return  # One choice's end ends them all.
-                unfinished -= chunk.finish_reason is not None
-                yield chunk
-        finally:
-            if unfinished:
-                self._inbox.put(_Cancel(request.request_id))
+            await listener.ended
+        except asyncio.CancelledError:
+            self._inbox.put(_Cancel(request.request_id))
+            raise
 
     def close(self) -> None:
         """Stop after the pass under way; unfinished requests end with an error chunk."""
@@ -109,27 +108,29 @@ class AsyncEngine:
             try:
                 self.engine.submit(request)
             except RequestError as error:
-                # `generate` has checked it; only a request id in use again can have come between.
-                self._post(
-                    message, [Chunk(request.request_id, 0, (), finish_reason="error", error=error.message)]
-                )
+                # `run` has checked it; only a request id in use again can have come between.
+                _post(message.loop, {message.sink: [_failure(request.request_id, error.message)]}, [message])
             else:
                 self._listeners[request.request_id] = message
 
     def _deliver(self, chunks: list[Chunk]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Listener, Chunk]]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, dict[Sink, list[Chunk]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        ended: dict[asyncio.AbstractEventLoop, list[_Listener]] = defaultdict(list)
         for chunk in chunks:
             listener = self._listeners.get(chunk.request_id)
             if listener is not None:
-                by_loop[listener.loop].append((listener, chunk))
-        for loop, deliveries in by_loop.items():
-            _call(loop, deliveries)
-        for request_id in {c.request_id for c in chunks if c.finish_reason is not None}:
-            if not self.engine.is_live(request_id):
-                self._listeners.pop(request_id, None)
-
-    def _post(self, listener: _Listener, chunks: list[Chunk]) -> None:
-        _call(listener.loop, [(listener, chunk) for chunk in chunks])
+                by_loop[listener.loop][listener.sink].append(chunk)
+                if chunk.finish_reason == "error":
+                    self.engine.cancel(chunk.request_id)
+        # After all chunks: several choices of a request may end in one pass.
+        for request_id in {chunk.request_id for chunk in chunks if chunk.finish_reason is not None}:
+            if not self.engine.is_live(request_id) and request_id in self._listeners:
+                listener = self._listeners.pop(request_id)
+                ended[listener.loop].append(listener)
+        for loop, by_sink in by_loop.items():
+            _post(loop, by_sink, ended[loop])
 
     def _fail_all(self, message: str) -> None:
         """Tell every request, also those still in the inbox, that it will not finish."""
@@ -139,18 +140,25 @@ class AsyncEngine:
                 self._listeners[waiting.request.request_id] = waiting
         for request_id, listener in self._listeners.items():
             self.engine.cancel(request_id)
-            self._post(listener, [Chunk(request_id, 0, (), finish_reason="error", error=message)])
+            _post(listener.loop, {listener.sink: [_failure(request_id, message)]}, [listener])
         self._listeners.clear()
 
 
-def _call(loop: asyncio.AbstractEventLoop, deliveries: list[tuple[_Listener, Chunk]]) -> None:
-    """Put the chunks into their queues on `loop`; a loop that has been closed has nobody left to tell."""
+def _failure(request_id: str, message: str) -> Chunk:
+    return Chunk(request_id, 0, (), finish_reason="error", error=message)
 
-    def put() -> None:
-        for listener, chunk in deliveries:
-            listener.chunks.put_nowait(chunk)
+
+def _post(loop: asyncio.AbstractEventLoop, by_sink: dict[Sink, list[Chunk]], ended: list[_Listener]) -> None:
+    """Hand chunks to their sinks on `loop` and end those calls; a loop that has been closed has nobody left to tell."""
+
+    def hand_over() -> None:
+        for sink, chunks in by_sink.items():
+            sink(chunks)
+        for listener in ended:
+            if not listener.ended.done():
+                listener.ended.set_result(None)
 
     try:
-        loop.call_soon_threadsafe(put)
+        loop.call_soon_threadsafe(hand_over)
     except RuntimeError:
         logger.debug("event loop closed before its chunks arrived")

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Ratio:
     median: float
     low: float
     high: float
+
+    @staticmethod
+    def of(rounds: Sequence[float]) -> "Ratio":
+        return Ratio(statistics.median(rounds), min(rounds), max(rounds))
 
     def __str__(self) -> str:
         return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
@@ -290,17 +294,17 @@ def _measurement(
         contestant=name,
         batch=batch,
         tokens_per_second=tokens / statistics.median(seconds),
-        over_hugging_face=_ratio(seconds, hugging_face_seconds),
-        over_ar=_ratio(seconds, ar_seconds),
+        over_hugging_face=ratio(seconds, hugging_face_seconds),
+        over_ar=ratio(seconds, ar_seconds),
         tokens_per_cycle=after_first / max(1, output.cycles),
         tokens_per_pass=after_first / max(1, output.passes),
         agreement=agreeing / tokens,
     )
 
 
-def _ratio(seconds: list[float], others: list[float]) -> Ratio:
-    ratios = [other / own for own, other in zip(seconds, others, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+def ratio(seconds: list[float], others: list[float]) -> Ratio:
+    """Speed over another contestant's, whose times `others` are from the same rounds."""
+    return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
 
 
 def _agreeing(a: list[int], b: list[int]) -> int:

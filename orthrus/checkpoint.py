@@ -159,10 +159,12 @@ def load_weights(
     weights: dict[str, Tensor] = {}
     for file, names in by_file.items():
         try:
-            with safe_open(file, framework="pt") as tensors:
+            # Straight to the device: the host never holds more than the tensor under way.
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in names:
-                    # A copy even where nothing changes: the original is a view of the file, which may change.
-                    weights[name] = tensors.get_tensor(name).to(device, target, copy=True)
+                    # On a CPU a copy even where nothing changes: the original is a view of the file, which may change.
+                    on_cpu = torch.device(device).type == "cpu"
+                    weights[name] = tensors.get_tensor(name).to(target, copy=on_cpu)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
     return weights

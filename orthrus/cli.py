@@ -1,4 +1,4 @@
-"""The `orthrus` command: generate, chat, serve, config, verify, bench, train.
+"""The `orthrus` command: generate, chat, serve, config, keys, verify, bench, train.
 
 Imports that cost time (torch, Ray) happen inside the command that needs them, so that `--help` and a mistyped option
 answer at once. An error the user can act on is one line on stderr and exit status 2.
@@ -7,6 +7,7 @@ answer at once. An error the user can act on is one line on stderr and exit stat
 import argparse
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from orthrus.request import SamplingParams
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny-cpu.yaml"
 DEFAULT_CLUSTER = Path(__file__).resolve().parent.parent / "ray_cluster.yaml"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 SCHEDULES = ("auto", "ar", "orthrus")
@@ -45,6 +47,7 @@ def build_parser(*, with_training: bool = False) -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_serve(commands)
     _add_config(commands)
+    _add_keys(commands)
     _add_verify(commands)
     _add_bench(commands)
     if with_training:
@@ -97,6 +100,21 @@ def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="the cluster launcher file to place it on (default: ray_cluster.yaml)",
     )
     check.set_defaults(run=_config_check)
+
+
+def _add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("keys", help="API keys for a served model")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    new = actions.add_parser(
+        "new", help="make a key: its entry for the keys file on stdout, the key itself on stderr, this once"
+    )
+    new.add_argument("name", metavar="NAME", help="whose key it is, in logs and limits")
+    new.add_argument(
+        "--expires", type=_time, help="day or time from which it is refused, UTC unless it has a zone"
+    )
+    new.add_argument("--requests-per-minute", type=_positive, help="default: what the config says")
+    new.add_argument("--tokens-per-minute", type=_positive, help="default: what the config says")
+    new.set_defaults(run=_keys_new)
 
 
 def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -154,6 +172,71 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_bench)
+    others = parser.add_subparsers(title="instead", metavar="[shape|serve]")
+    _add_shape_bench(others)
+    _add_serve_bench(others)
+
+
+def _add_shape_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from orthrus.shapes import QWEN3_SHAPES
+
+    parser = commands.add_parser(
+        "shape", help="a published model's shape with random weights on this GPU, beside Hugging Face"
+    )
+    parser.add_argument("shape", choices=QWEN3_SHAPES)
+    parser.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1, 64], help="batch sizes (default: 1 64)"
+    )
+    parser.add_argument(
+        "--context", type=_positive, default=1024, help="prompt tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=128, help="per request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=3, help="interleaved rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens-per-cycle",
+        type=float,
+        default=10.6,
+        help="what replayed drafts bring (default: %(default)s, published for Orthrus-Qwen3-8B on GSM8K)",
+    )
+    parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
+    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
+    parser.set_defaults(run=_shape_bench)
+
+
+def _add_serve_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "serve", help="what Ray Serve costs: time to first token and throughput beside the engine's own"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        help="a Serve config, whose first application is measured with one replica (default: configs/tiny-cpu.yaml)",
+    )
+    parser.add_argument(
+        "--streams", type=_positive, default=128, help="requests in flight (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--requests", type=_positive, default=2, help="of each stream and round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=64, help="per request, on average (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, help="interleaved rounds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pass-ms",
+        type=float,
+        help="in place of the model, wait this long for every pass, as a CPU waits for its GPU",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_serve_bench)
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +271,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _time(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be like 2027-06-30 or 2027-06-30T12:00:00Z, got {text!r}"
+        ) from None
 
 
 def _sampling(arguments: argparse.Namespace) -> "SamplingParams":
@@ -254,6 +346,19 @@ def _config_check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _keys_new(arguments: argparse.Namespace) -> None:
+    from deployments.api_keys import new_key
+
+    key, entry = new_key(
+        arguments.name,
+        expires=arguments.expires,
+        requests_per_minute=arguments.requests_per_minute,
+        tokens_per_minute=arguments.tokens_per_minute,
+    )
+    print(entry, end="")
+    print(f"key, shown this once: {key}", file=sys.stderr)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from orthrus.verify import VerifyOptions, verify
 
@@ -285,6 +390,45 @@ def _bench(arguments: argparse.Namespace) -> None:
             batches=tuple(arguments.batch),
             new_tokens=arguments.new_tokens,
             rounds=arguments.rounds,
+        ),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_json() if arguments.json else report.to_text())
+
+
+def _shape_bench(arguments: argparse.Namespace) -> None:
+    from orthrus.shape_bench import ShapeBenchOptions, plot, shape_bench
+
+    report = shape_bench(
+        ShapeBenchOptions(
+            shape=arguments.shape,
+            batches=tuple(arguments.batch),
+            context=arguments.context,
+            new_tokens=arguments.new_tokens,
+            rounds=arguments.rounds,
+            tokens_per_cycle=arguments.tokens_per_cycle,
+            hugging_face=not arguments.no_hugging_face,
+        ),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(report.to_text())
+    if arguments.json is not None:
+        arguments.json.write_text(report.to_json())
+    if arguments.plot is not None:
+        plot(report, arguments.plot)
+
+
+def _serve_bench(arguments: argparse.Namespace) -> None:
+    from deployments.bench import ServeBenchOptions, serve_bench
+
+    report = serve_bench(
+        ServeBenchOptions(
+            config=arguments.config,
+            streams=arguments.streams,
+            requests=arguments.requests,
+            new_tokens=arguments.new_tokens,
+            rounds=arguments.rounds,
+            pass_ms=arguments.pass_ms,
         ),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -1,11 +1,15 @@
-"""How many rows a draft block is worth: expected tokens per second under measured costs and measured acceptance.
+"""How many rows a draft block is worth, and whether a lead: expected tokens per second under measured costs and acceptance.
 
 A cycle of K rows costs two passes of batch * K rows and commits 1 + sum over d < K of P(the first d drafts are accepted) tokens a
-sequence; an AR step costs one pass of batch rows and commits one. The planner takes the K with the best rate, 1 included,
-which is what keeps Orthrus from being slower than AR where rows are dear. Its choice never changes the text.
+sequence; with a lead, whose pass costs more, the first of these is certain and one comes on top. An AR step costs one pass of
+batch rows and commits one. The planner takes what has the best rate, an AR step included, which is what keeps Orthrus
+from being slower than AR where rows are dear. Its choice never changes the text.
 """
 
+from dataclasses import dataclass
+
 from orthrus.pass_cost import DecodeCost
+from orthrus.sequence import Draft
 
 _PRIOR_ACCEPTANCE = 0.85
 _PRIOR_WEIGHT = 2.0
@@ -14,7 +18,7 @@ _DECAY = 0.99
 _MARGIN = 1.03
 """A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
 _PROBE_EVERY = 256
-"""Where AR wins, every so many decisions draft all the same, to notice when the text becomes predictable."""
+"""Every so many decisions the second best is taken, to notice when the text becomes another."""
 
 
 class _Acceptance:
@@ -30,7 +34,7 @@ class _Acceptance:
             self._agreed[depth] = self._agreed[depth] * _DECAY + (depth < accepted)
 
     def expected_tokens(self) -> list[float]:
-        """Tokens per cycle of a block of 1, 2, ... rows."""
+        """Tokens that a verification of 1, 2, ... rows commits."""
         expected, reach = [1.0], 1.0
         for tried, agreed in zip(self._tried, self._agreed, strict=True):
             reach *= agreed / tried
@@ -38,28 +42,64 @@ class _Acceptance:
         return expected
 
 
+@dataclass(frozen=True)
+class BlockPlan:
+    """Rows of the next block, 1 for an AR step, and whether it has a lead."""
+
+    rows: int
+    lead: bool = False
+
+
 class DraftPlanner:
-    """Picks the rows of each block. `cost` None fixes them at `max_rows`."""
+    """Plans each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences.
 
-    def __init__(self, max_rows: int, cost: DecodeCost | None) -> None:
-        self._max_rows = max_rows
+    lead: whether blocks have one; None for where that pays, and where nothing says so, not.
+    """
+
+    def __init__(
+        self, max_rows: int, cost: DecodeCost | None, pass_rows: int, lead: bool | None = None
+    ) -> None:
+        self.max_rows = max_rows
+        self._pass_rows = pass_rows
         self._cost = cost
-        self._acceptance = {greedy: _Acceptance(max_rows - 1) for greedy in (True, False)}
-        self._ar_steps = 0
+        self._leads = (lead,) if lead is not None else (False, True) if cost is not None else (False,)
+        self._acceptance = {
+            (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
+        }
+        self._decisions = 0
 
-    def observe(self, greedy: bool, drafted: int, accepted: int) -> None:
-        """Note one verified draft."""
-        self._acceptance[greedy].observe(drafted, accepted)
+    def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
+        """Note that of one verified draft the first `accepted` tokens agreed."""
+        drafted = len(draft.tokens)
+        self._acceptance[greedy, draft.lead].observe(drafted, accepted)
+        if draft.lead:
+            # Without its lead, the block would have been tried like this; its last draft not at all.
+            self._acceptance[greedy, False].observe(drafted, accepted + 1 if draft.led else 0)
+        elif accepted:
+            self._acceptance[greedy, True].observe(drafted - 1, accepted - 1)
 
-    def block_rows(self, greedy: bool, batch: int) -> int:
-        """Rows of the next block of a sequence while `batch` sequences decode; 1 means an AR step."""
-        if self._cost is None:
-            return self._max_rows
-        expected = self._acceptance[greedy].expected_tokens()
+    def plan(self, greedy: bool, batch: int) -> BlockPlan:
+        """The next block of a sequence while `batch` sequences decode."""
+        most = max(1, min(self.max_rows, self._pass_rows // batch))
+        if most == 1:
+            return BlockPlan(1)
         cost = self._cost
-        rates = [expected[k - 1] / cost.cycle(k, batch, greedy) for k in range(2, self._max_rows + 1)]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        if rates[best] >= _MARGIN / cost.ar(batch, greedy):
-            return best + 2
-        self._ar_steps += 1
-        return best + 2 if self._ar_steps % (_PROBE_EVERY * batch) == 0 else 1
+        if cost is None:
+            return BlockPlan(most, self._leads[0])
+        best = sorted((self._best(cost, most, greedy, batch, lead) for lead in self._leads), reverse=True)
+        self._decisions += 1
+        probe = self._decisions % (_PROBE_EVERY * batch) == 0
+        rate, rows, lead = best[-1] if probe else best[0]
+        if rate < _MARGIN / cost.ar(batch, greedy) and not probe:
+            return BlockPlan(1)
+        return BlockPlan(rows, lead)
+
+    def _best(
+        self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool
+    ) -> tuple[float, int, bool]:
+        """The best rate of blocks with or without a lead, in tokens per second and sequence, and its block."""
+        verified = self._acceptance[greedy, lead].expected_tokens()
+        return max(
+            ((lead + verified[rows - 1]) / cost.cycle(rows, batch, greedy, lead), rows, lead)
+            for rows in range(2, most + 1)
+        )

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.checkpoint import kv_bytes_per_token, load_weights, resolve
+from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, load_weights, resolve, weight_bytes
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
@@ -20,12 +21,13 @@ from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
 from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache, PagePool
+from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
-from orthrus.plan import PassPlan, RowGroup, View
-from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob
-from orthrus.sampling import PickRows, pick, token_logprobs
-from orthrus.scheduler import Scheduler
+from orthrus.plan import RowGroup, View
+from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob, joined_chunks
+from orthrus.sampling import PickRows, token_logprobs
+from orthrus.scheduler import Planned, Scheduler
 from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
@@ -36,8 +38,8 @@ from orthrus.token_mask import TokenMask
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
-CUDA_CACHE_SHARE = 0.85
-"""Part of the GPU memory that the weights leave free which the KV cache takes."""
+DECODE_ROWS = 512
+"""Most rows of decoding sequences in a pass: beyond it, a row costs a GPU more than a draft brings. One each, at least."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,23 @@ class Engine:
         self.forward = LayerParallelForward(model_config, weights)
         self.device = self.forward.device
 
+        self.page_size = config.page_size or (64 if self.device.type == "cuda" else 16)
         num_pages = self._num_pages()
-        self.max_model_len = self._context_limit(num_pages * config.page_size)
+        self.max_model_len = self._context_limit(num_pages * self.page_size)
         self.cache = KVCache.allocate(
-            model_config, num_pages + 1, config.page_size, self.device, self.forward.dtype
+            model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype
         )
         self._pool = PagePool(num_pages + 1, config.prefix_caching)
+        self._runner = self._make_runner()
         self._scheduler = Scheduler(
             self._make_schedule(),
             self._pool,
-            page_size=config.page_size,
+            page_size=self.page_size,
             max_num_seqs=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
         )
         self._by_request: dict[str, list[Sequence]] = {}
+        self._in_flight: deque[_InFlight] = deque()
         self._passes = self._cycles = self._committed = self._prompt_tokens = self._prefix_hits = 0
         self._row_use_seconds = 0.0
 
@@ -123,7 +128,9 @@ class Engine:
         """Load the checkpoint (directory or hub id) and tokenizer that `config.model` names. Raises ConfigError."""
         path = resolve(config.model)
         model_config = ModelConfig.from_dir(path)
-        weights = load_weights(path, model_config, choose_device(config.device), config.dtype)
+        device = choose_device(config.device)
+        _check_memory(model_config, device, compute_dtype(config.dtype, model_config, device))
+        weights = load_weights(path, model_config, device, config.dtype)
         has_tokenizer = any(
             (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
         )
@@ -185,6 +192,8 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids) | frozenset(
             () if params.ignore_eos else self.model_config.eos_token_ids
         )
+        known = range(self.model_config.vocab_size)
+        ends = tuple(sorted(token for token in stop_ids if token in known)) if params.min_tokens else ()
         choices: list[Sequence] = []
         for index in range(params.n):
             choices.append(
@@ -198,7 +207,10 @@ class Engine:
                     num_prompt=len(prompt),
                     max_length=max_length,
                     stop_ids=stop_ids,
-                    text=TextStream(self.tokenizer, params.stop) if params.stop else None,
+                    ends=ends,
+                    text=TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
+                    if params.stop
+                    else None,
                     mask=self._mask(params),
                     leader=choices[0] if choices else None,
                 )
@@ -248,31 +260,65 @@ class Engine:
     # --- passes
 
     def step(self) -> list[Chunk]:
-        """Run one pass over what is due. Returns the chunks it committed, in order of arrival."""
+        """Launch a pass over what is due, and return the chunks of passes that are over, in order of arrival.
+
+        Where the runner feeds tokens, a pass whose picks nothing but the next one's tokens depends on stays in flight,
+        and the next step launches on top of it.
+        """
         begin = time.perf_counter()
+        chunks: list[Chunk] = []
+        if self._in_flight and self._scheduler.may_preempt():
+            chunks += self._collect(keep=0)  # Only what is known is computed again.
         planned = self._scheduler.plan()
-        if not planned:
-            return []
+        if planned:
+            self._launch(planned)
+        chunks += self._collect(keep=int(bool(planned) and self._in_flight[-1].ahead))
         row_use = self._scheduler.row_use(planned)
-        logits = self._run([group for _, group in planned])
-        self._passes += 1
-        wanted = [(sequence, group) for sequence, group in planned if group.num_logits]
-        picks = (
-            pick(logits, [self._pick_rows(sequence, group) for sequence, group in wanted]) if wanted else []
-        )
-        chunks = []
-        row = 0
-        results = iter(picks)
-        for sequence, group in planned:
-            if not group.num_logits:
-                self._scheduler.computed(sequence, len(group.tokens))
-                continue
-            rows = logits[row : row + group.num_logits]
-            row += group.num_logits
-            chunk = self._commit(sequence, group, next(results), rows)
-            if chunk is not None:
-                chunks.append(chunk)
         self._row_use_seconds += row_use * (time.perf_counter() - begin)
+        return chunks
+
+    def _launch(self, planned: list[Planned]) -> None:
+        groups = [group for part in planned for group in part.groups]
+        rows = [self._pick_rows(part, group) for part in planned for group in part.groups if group.num_logits]
+        launched = self._runner.launch(groups, rows)
+        self._passes += 1
+        schedule = self._scheduler.schedule
+        ahead = self._runner.feeds_tokens and all(
+            part.sequence.foreseeable and (not part.decoding or schedule.foresees(part.groups))
+            for part in planned
+            if part.num_logits
+        )
+        self._in_flight.append(_InFlight(planned, launched, ahead))
+        places = itertools.count(-1 - launched.first_pick, -1)
+        for part in planned:
+            sequence = part.sequence
+            feeds = [list(itertools.islice(places, group.num_logits)) for group in part.groups]
+            if not part.decoding:
+                self._scheduler.computed(sequence, len(part.groups[0].tokens))
+                if ahead:
+                    sequence.foreseen += feeds[0]
+            elif ahead:
+                before = len(sequence.foreseen)
+                schedule.foresee(sequence, part.groups, feeds)
+                self._scheduler.computed(sequence, len(sequence.foreseen) - before)
+
+    def _collect(self, keep: int) -> list[Chunk]:
+        """Wait for the passes in flight but for the last `keep`, and commit their picks."""
+        chunks = []
+        while len(self._in_flight) > keep:
+            this = self._in_flight.popleft()
+            picks = iter(this.launched.picks() if any(part.num_logits for part in this.planned) else ())
+            row = 0
+            for part in this.planned:
+                if not part.num_logits:
+                    continue
+                first, row = row, row + part.num_logits
+                picked = [next(picks) for group in part.groups if group.num_logits]
+                if part.sequence.finish_reason is not None:
+                    continue  # It ended, or was cancelled, while this pass was on its way.
+                chunk = self._commit(part, picked, this.launched.logits[first:row], this.ahead)
+                if chunk is not None:
+                    chunks.append(chunk)
         return chunks
 
     def generate(
@@ -309,32 +355,29 @@ class Engine:
         return [[_completion(collected[r.request_id, i]) for i in range(r.params.n)] for r in requests]
 
     def score(self, tokens: Seq[int]) -> Tensor:
-        """The AR view's logits after every prefix of `tokens`: [len(tokens), vocab_size]. Raises RequestError if too long."""
+        """The AR view's logits after every prefix of `tokens`: [len(tokens), vocab_size].
+
+        Raises RequestError if there are too many tokens, and while requests are running.
+        """
         self.check(Request(f"score-{next(_request_numbers)}", tokens))
-        pages = self._pool.allocate(-(-len(tokens) // self.config.page_size))
+        pages = None if self.has_work else self._pool.allocate(-(-len(tokens) // self.page_size))
         if pages is None:
-            raise RequestError(
-                "the KV cache has no room to score these tokens now: wait for running requests", "prompt"
-            )
-        chunk = self.config.prefill_chunk
+            raise RequestError("tokens can't be scored now: wait for running requests", "prompt")
+        self._collect(keep=0)
+        chunk = min(self.config.prefill_chunk, self._runner.max_logits)
         try:
             spans = [(start, list(tokens[start : start + chunk])) for start in range(0, len(tokens), chunk)]
             return torch.cat(
-                [self._run([RowGroup(View.AR, span, at, pages, 0, len(span))]) for at, span in spans]
+                [
+                    self._runner.logits([RowGroup(View.AR, span, at, pages, 0, len(span))])
+                    for at, span in spans
+                ]
             )
         finally:
             self._pool.release(pages)
 
-    def _run(self, groups: list[RowGroup]) -> Tensor:
-        plan = PassPlan.build(
-            groups,
-            page_size=self.config.page_size,
-            heads_per_kv=self.forward.heads_per_kv,
-            device=self.device,
-        )
-        return self.forward(plan, self.cache)
-
-    def _pick_rows(self, sequence: Sequence, group: RowGroup) -> PickRows:
+    def _pick_rows(self, part: Planned, group: RowGroup) -> PickRows:
+        sequence = part.sequence
         penalised = sequence.params.has_penalties
         return PickRows(
             params=sequence.params,
@@ -343,21 +386,29 @@ class Engine:
             count=group.num_logits,
             prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
             generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
-            ahead=group.tokens[1:] if group.view is View.AR and sequence.draft is not None else (),
+            ahead=group.tokens[1:] if group.view is View.AR and part.decoding else (),
             mask=sequence.mask,
             drafting=group.view is View.DIFFUSION,
+            ends=sequence.ends,
+            may_end=sequence.num_prompt + sequence.params.min_tokens,
         )
 
-    def _commit(self, sequence: Sequence, group: RowGroup, picks: list[int], logits: Tensor) -> Chunk | None:
-        """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it."""
+    def _commit(self, part: Planned, picks: list[list[int]], logits: Tensor, foreseen: bool) -> Chunk | None:
+        """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it.
+
+        foreseen: the sequence has gone on since as if the picks were known.
+        """
+        sequence = part.sequence
         if sequence.mask is not None and sequence.mask.error is not None:
-            return self._fail(sequence, sequence.mask.error)
-        decoding = sequence.decoding
-        tokens = self._scheduler.schedule.commit(sequence, group, picks) if decoding else picks
+            return self._fail(sequence, sequence.mask.error, "response_format")
+        schedule = self._scheduler.schedule
+        tokens = schedule.commit(sequence, part.groups, picks) if part.decoding else picks[0]
         first = sequence.num_generated == 0
         sequence.passes += not first
         if not tokens:
             return None
+        if foreseen:
+            del sequence.foreseen[: len(tokens)]
         before = sequence.num_generated
         for token in tokens:
             sequence.append(token)
@@ -368,11 +419,16 @@ class Engine:
             self._prompt_tokens += sequence.num_prompt
             self._prefix_hits += sequence.cached_tokens
         else:
-            sequence.cycles += 1
-            self._cycles += 1
+            # A draft pass with a lead commits tokens too, but its cycle goes on.
+            ends_cycle = all(group.view is View.AR for group in part.groups)
+            sequence.cycles += ends_cycle
+            self._cycles += ends_cycle
             self._committed += len(taken)
-        # Every row whose input was committed is final: x_n and the accepted drafts, or the whole prefill chunk.
-        self._scheduler.computed(sequence, len(taken) if decoding else len(group.tokens))
+        # Every row whose input was committed is final: x_n and the accepted drafts.
+        if part.decoding and not foreseen:
+            self._scheduler.computed(sequence, len(taken))
+        else:
+            self._scheduler.name_pages(sequence)
         top = sequence.params.logprobs
         logprobs: tuple[TokenLogprob, ...] | None = None
         if top is not None:
@@ -390,8 +446,8 @@ class Engine:
             stats=sequence.stats() if finished else None,
         )
 
-    def _fail(self, sequence: Sequence, error: str) -> Chunk:
-        """End a choice that can't go on."""
+    def _fail(self, sequence: Sequence, error: str, param: str) -> Chunk:
+        """End a choice that can't go on, for what its request asks in `param`."""
         sequence.finish_reason = "error"
         self._finish(sequence)
         return Chunk(
@@ -401,6 +457,7 @@ class Engine:
             finish_reason="error",
             stats=sequence.stats(),
             error=error,
+            error_param=param,
         )
 
     def _finish(self, sequence: Sequence) -> None:
@@ -411,6 +468,11 @@ class Engine:
 
     # --- set-up
 
+    @property
+    def _decode_rows(self) -> int:
+        """Most rows of decoding sequences in a pass."""
+        return max(DECODE_ROWS, self.config.max_num_seqs)
+
     def _num_pages(self) -> int:
         """Pages of the KV cache, without the padding page."""
         config, model = self.config, self.model_config
@@ -418,14 +480,51 @@ class Engine:
         if tokens is None:
             width = kv_bytes_per_token(model, self.forward.dtype)
             full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
-            tokens = min(full, max(self._cache_bytes() // width, config.page_size))
-        return -(-tokens // config.page_size)
+            tokens = min(full, max(self._cache_bytes() // width, self.page_size))
+        return -(-tokens // self.page_size)
 
     def _cache_bytes(self) -> int:
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            return int(free * CUDA_CACHE_SHARE)
-        return _DEFAULT_CPU_CACHE_BYTES
+        """Memory for the KV cache where no setting says how much."""
+        if self.device.type != "cuda":
+            return _DEFAULT_CPU_CACHE_BYTES
+        from orthrus.cuda_graphs import pass_bytes  # Needs Triton, which machines without a GPU may lack.
+
+        share = self.config.gpu_memory_utilization
+        free, size = torch.cuda.mem_get_info(self.device)
+        # What passes need comes on top of what is in use now.
+        passes = pass_bytes(self.forward, self.page_size, self._max_rows, self._max_logits)
+        left = int(size * share) - (size - free) - passes
+        if left <= 0:
+            raise ConfigError(
+                f"the model leaves no GPU memory for a KV cache: {_gib(size - free)} are in use with its weights, passes need "
+                f"{_gib(passes)}, and gpu_memory_utilization {share:g} of {_gib(size)} is {_gib(size * share)}: "
+                f"{_gib(-left)} are missing. Raise gpu_memory_utilization, lower max_num_seqs or prefill_chunk, or take a "
+                "larger GPU"
+            )
+        return left
+
+    @property
+    def _max_rows(self) -> int:
+        return self.config.prefill_chunk + self._decode_rows
+
+    @property
+    def _max_logits(self) -> int:
+        """Rows that need logits: all of decoding sequences, and one of each prompt that ends in the pass."""
+        return self._decode_rows + self.config.max_num_seqs
+
+    def _make_runner(self) -> ModelRunner:
+        if self.device.type != "cuda" or self.forward.dtype == torch.float64:
+            return EagerRunner(self.forward, self.cache)
+        from orthrus.cuda_graphs import CudaGraphRunner
+
+        return CudaGraphRunner(
+            self.forward,
+            self.cache,
+            max_rows=self._max_rows,
+            max_logits=self._max_logits,
+            # A sequence may have a group in each view.
+            max_pages=2 * self.config.max_num_seqs * -(-self.max_model_len // self.page_size),
+        )
 
     def _context_limit(self, cache_tokens: int) -> int:
         """The context limit in tokens: as set, else the model's, as far as the cache holds one such sequence."""
@@ -449,30 +548,91 @@ class Engine:
         cost = None
         if self.config.adaptive_draft:
             cost = measure_decode_cost(
-                self._run,
+                self._run_once,
                 context=self.max_model_len,
-                page_size=self.config.page_size,
+                page_size=self.page_size,
                 num_pages=self._pool.capacity + 1,
                 max_batch=self.config.max_num_seqs,
+                max_rows=self._decode_rows,
                 mask_token_id=model.mask_token_id,
             )
             logger.info("decode cost: %s", cost)
-        return OrthrusSchedule(DraftPlanner(rows, cost), model.mask_token_id)
+        planner = DraftPlanner(rows, cost, self._decode_rows, self.config.draft_lead)
+        return OrthrusSchedule(planner, model.mask_token_id)
+
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Decode by another schedule from now on, while nothing runs."""
+        assert not self.has_work, "a sequence's state belongs to its schedule"
+        self._collect(keep=0)
+        self._scheduler.schedule = schedule
+
+    def time_passes(self, view: View, rows: int, batch: int, context: int, count: int) -> list[float]:
+        """Seconds of each of `count` passes that follow one another: `rows` rows in one view of `batch` sequences, greedy.
+
+        Nothing may run meanwhile, and what the cache holds is overwritten.
+        """
+        each = -(-context // self.page_size)
+        groups = [
+            RowGroup(view, [0] * rows, context - rows, range(1 + i * each, 1 + (i + 1) * each), 0, rows)
+            for i in range(batch)
+        ]
+        params = SamplingParams(temperature=0.0)
+        picking = [PickRows(params, seed=0, position=1, count=rows)] * batch
+        times, before, begin = [], None, time.perf_counter()
+        for _ in range(count + 2):
+            launched = self._runner.launch(groups, picking)
+            if before is not None:
+                before.picks()
+                times.append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+            before = launched
+        return times[1:]
+
+    def _run_once(self, groups: list[RowGroup], temperature: float) -> None:
+        """Run a pass to its end."""
+        params = SamplingParams(temperature=temperature)
+        rows = [PickRows(params, seed=0, position=1, count=g.num_logits) for g in groups if g.num_logits]
+        self._runner.launch(groups, rows).picks()
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A pass whose picks have not been read. ahead: its sequences have gone on as if they were known."""
+
+    planned: list[Planned]
+    launched: LaunchedPass
+    ahead: bool
+
+
+def _check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError before anything is loaded if a GPU has no room for the weights."""
+    if device.type != "cuda":
+        return
+    wanted, (free, size) = weight_bytes(model, dtype), torch.cuda.mem_get_info(device)
+    if wanted > free:
+        raise ConfigError(
+            f"the weights of {model.name} need {_gib(wanted)} in {str(dtype).removeprefix('torch.')}, and {_gib(free)} of "
+            f"the GPU's {_gib(size)} are free: {_gib(wanted - free)} are missing. Free them, take a smaller model or a larger "
+            "GPU, or set dtype to bfloat16"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
 
 
 _request_numbers = itertools.count()
 
 
 def _completion(chunks: list[Chunk]) -> Completion:
-    """Join one choice's chunks; the last has its finish reason and stats."""
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.stats is not None
-    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    """One choice's chunks, the last of which has its finish reason and stats, as what they add up to."""
+    whole = joined_chunks(chunks)
+    assert whole.finish_reason is not None and whole.stats is not None
     return Completion(
-        index=last.index,
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        logprobs=tuple(item for part in scored for item in part) if scored else None,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        stats=last.stats,
+        index=whole.index,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish_reason=whole.finish_reason,
+        stop_reason=whole.stop_reason,
+        stats=whole.stats,
     )

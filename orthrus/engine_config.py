@@ -16,8 +16,12 @@ class EngineConfig(BaseModel):
     model: Hugging Face directory or hub id. schedule: "auto" is "orthrus" where the checkpoint has diffusion weights,
     else "ar". draft_length: rows of a diffusion block (newest token included), None for the checkpoint's block_size; the
     engine drafts fewer where its cost model says that pays. adaptive_draft: let the cost model shorten or skip drafts.
+    draft_lead: whether a draft pass computes the first token behind the newest one exactly, beside the block that drafts
+    those after it; None for where the cost model says that pays.
     kv_cache_tokens: capacity of the paged KV cache in tokens, over all sequences, rounded up to pages; None sizes it for
-    `max_num_seqs` full contexts on CPU. page_size: tokens per page. prefill_chunk: most prompt rows in one pass.
+    `max_num_seqs` full contexts, as far as there is memory: 2 GiB on a CPU; on a GPU what weights and passes leave of
+    `gpu_memory_utilization`, the share of its memory that the engine may use. page_size: tokens per page, None for 16 on a
+    CPU and 64 on a GPU, which reads a multiple of 64. prefill_chunk: most prompt rows in one pass.
     max_model_len: context limit in tokens, None for the checkpoint's. tensor_parallel_size: GPUs that share one model; only
     1 works so far.
     """
@@ -31,13 +35,14 @@ class EngineConfig(BaseModel):
     schedule: Literal["auto", "ar", "orthrus"] = "auto"
     draft_length: int | None = Field(default=None, ge=2)
     adaptive_draft: bool = True
+    draft_lead: bool | None = None
     max_model_len: int | None = Field(default=None, ge=2)
     max_num_seqs: int = Field(default=64, ge=1)
     prefill_chunk: int = Field(default=512, ge=1)
     kv_cache_tokens: int | None = Field(default=None, ge=1)
-    page_size: Literal[8, 16, 32, 64, 128, 256] = 16
+    page_size: Literal[8, 16, 32, 64, 128, 256] | None = None
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     prefix_caching: bool = True
-    max_queue: int = Field(default=4096, ge=1)
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")

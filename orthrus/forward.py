@@ -8,78 +8,77 @@ Formulas: Qwen3 (Yang et al., 2025), Orthrus (arXiv 2605.12825, section 3).
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import (
     PackedLinear,
+    embed,
     linear,
+    linear_add_rms_norm,
+    linear_silu_mul,
+    pack_gated_linear,
     pack_linear,
     paged_attention,
     qk_norm_rope,
-    rms_norm,
-    silu_mul,
 )
 from orthrus.config import ModelConfig
 from orthrus.kv_cache import KVCache
-from orthrus.plan import PassPlan, View
-
-
-@dataclass(frozen=True)
-class ViewWeights:
-    """One view's attention projections in one layer. qk_norm [heads + kv_heads, head_dim]: the norm weight of each head."""
-
-    qkv: PackedLinear
-    out: PackedLinear
-    qk_norm: Tensor
+from orthrus.plan import PassPlan
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: the two views' projections (diffusion None without a draft head) and what they share."""
+    """One layer. qkv, out: the attention projections, of both views where there is a draft head.
 
-    ar: ViewWeights
-    diffusion: ViewWeights | None
-    attention_norm: Tensor
+    qk_norm [views, heads + kv_heads, head_dim]: the norm weight of each head. after_norm: the norm behind the layer, which is the
+    next layer's first, or the model's last.
+    """
+
+    qkv: PackedLinear
+    qk_norm: Tensor
+    out: PackedLinear
     mlp_norm: Tensor
     gate_up: PackedLinear
     down: PackedLinear
+    after_norm: Tensor
 
 
-def _layer_weights(config: ModelConfig, tensors: dict[str, Tensor], prefix: str) -> LayerWeights:
+def _layer_weights(config: ModelConfig, tensors: dict[str, Tensor], index: int) -> LayerWeights:
     """Take one layer's tensors out of `tensors`, so that packing never holds two copies of the model."""
+    prefix = f"model.layers.{index}"
+    views = ("", "_diff") if config.has_diffusion else ("",)
 
     def take(name: str) -> Tensor:
         return tensors.pop(f"{prefix}.{name}")
 
     def fuse(*names: str) -> PackedLinear:
-        weight = torch.cat([take(f"{n}.weight") for n in names])
-        has_bias = f"{prefix}.{names[0]}.bias" in tensors
-        return pack_linear(weight, torch.cat([take(f"{n}.bias") for n in names]) if has_bias else None)
+        """The projections `names` as one, for every view."""
+        weights = [torch.cat([take(f"self_attn.{n}_proj{view}.weight") for n in names]) for view in views]
+        biases = None
+        if config.attention_bias:
+            biases = [torch.cat([take(f"self_attn.{n}_proj{view}.bias") for n in names]) for view in views]
+        return pack_linear(weights, biases)
 
-    def view(suffix: str) -> ViewWeights:
-        norms = [
-            take(f"self_attn.{name}_norm{suffix}.weight").expand(count, -1)
-            for name, count in (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
-        ]
-        return ViewWeights(
-            qkv=fuse(*(f"self_attn.{n}_proj{suffix}" for n in "qkv")),
-            out=fuse(f"self_attn.o_proj{suffix}"),
-            qk_norm=torch.cat(norms),
-        )
-
+    norms = [
+        take(f"self_attn.{name}_norm{view}.weight").expand(count, -1)
+        for view in views
+        for name, count in (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
+    ]
+    last = index + 1 == config.num_hidden_layers
+    following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
     return LayerWeights(
-        ar=view(""),
-        diffusion=view("_diff") if config.has_diffusion else None,
-        attention_norm=take("input_layernorm.weight"),
+        qkv=fuse("q", "k", "v"),
+        qk_norm=torch.cat(norms).unflatten(0, (len(views), -1)),
+        out=fuse("o"),
         mlp_norm=take("post_attention_layernorm.weight"),
-        gate_up=fuse("mlp.gate_proj", "mlp.up_proj"),
-        down=fuse("mlp.down_proj"),
+        gate_up=pack_gated_linear(take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")),
+        down=pack_linear([take("mlp.down_proj.weight")]),
+        after_norm=tensors.pop(following),
     )
 
 
 class LayerParallelForward:
-    """The model: turns a pass plan into logits, and writes the plan's AR keys and values to the cache.
+    """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
     `tensors` are a checkpoint's, by their Hugging Face names, on one device in one dtype; the dict is emptied.
     """
@@ -87,92 +86,57 @@ class LayerParallelForward:
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
         self.config = config
         self._embedding = tensors.pop("model.embed_tokens.weight")
-        self._final_norm = tensors.pop("model.norm.weight")
-        self._head = pack_linear(
-            self._embedding if config.tie_word_embeddings else tensors.pop("lm_head.weight")
-        )
-        tensors.pop("lm_head.weight", None)
-        self._layers = [
-            _layer_weights(config, tensors, f"model.layers.{i}") for i in range(config.num_hidden_layers)
-        ]
+        head = tensors.pop("lm_head.weight", None)
+        self._head = pack_linear([self._embedding if config.tie_word_embeddings or head is None else head])
+        self._first_norm = tensors.pop("model.layers.0.input_layernorm.weight")
+        self._layers = [_layer_weights(config, tensors, i) for i in range(config.num_hidden_layers)]
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype
-        inv_freq, self._rope_scaling = config.rotary()
-        self._inv_freq = inv_freq.to(self.device)
+        self._cos, self._sin = self._rope_tables()
 
     @property
     def heads_per_kv(self) -> int:
         return self.config.num_attention_heads // self.config.num_key_value_heads
 
-    def _rope_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [rows, 1, head_dim] as `apply_rope` takes them, from positions int64 [rows]."""
-        angles = positions.to(torch.float32)[:, None] * self._inv_freq
-        cos, sin = angles.cos() * self._rope_scaling, angles.sin() * self._rope_scaling
-        return (
-            torch.cat([cos, cos], -1).unsqueeze(1).to(self.dtype),
-            torch.cat([-sin, sin], -1).unsqueeze(1).to(self.dtype),
-        )
-
-    def _attend(
-        self,
-        index: int,
-        layer: LayerWeights,
-        hidden: Tensor,
-        plan: PassPlan,
-        cache: KVCache,
-        rope: dict[View, tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Both views' attention blocks [rows, hidden_size] for the normed `hidden` of all rows; `rope`: each view's tables."""
-        heads, dim = self.config.num_attention_heads, self.config.head_dim
-        num_ar = plan.num_ar
-        eps, scale = self.config.rms_norm_eps, dim**-0.5
-        keys, values = cache.layers[index]
-        attended = torch.zeros(plan.num_rows, heads * dim, device=hidden.device, dtype=hidden.dtype)
-        if num_ar:
-            qkv = linear(hidden[:num_ar], layer.ar.qkv).view(num_ar, -1, dim)
-            place = plan.slots[:num_ar], *cache.slots[index]
-            ar_qk = qk_norm_rope(qkv, layer.ar.qk_norm, *rope[View.AR], eps, *place)
-        if num_ar < plan.num_rows:
-            assert layer.diffusion is not None, (
-                "the plan has diffusion rows, the checkpoint has no diffusion view"
-            )
-            df_qkv = linear(hidden[num_ar:], layer.diffusion.qkv).view(plan.num_rows - num_ar, -1, dim)
-            df_qk = qk_norm_rope(df_qkv, layer.diffusion.qk_norm, *rope[View.DIFFUSION], eps)
-        for batch in plan.attention:
-            shape = (*batch.limits.shape, -1, dim)
-            if batch.diffusion:
-                rows = slice(batch.rows.start - num_ar, batch.rows.stop - num_ar)
-                own = df_qk[rows].view(shape)
-                block_v = df_qkv[rows, df_qk.shape[1] :].unflatten(0, batch.limits.shape)
-                out = paged_attention(
-                    own[:, :, :heads], keys, values, batch, scale, own[:, :, heads:], block_v
-                )
-            else:
-                query = ar_qk[batch.rows].view(shape)[:, :, :heads]
-                out = paged_attention(query, keys, values, batch, scale)
-            attended[batch.rows] = out.reshape(-1, heads * dim)
-        outputs = []
-        if num_ar:
-            outputs.append(linear(attended[:num_ar], layer.ar.out))
-        if num_ar < plan.num_rows:
-            assert layer.diffusion is not None
-            outputs.append(linear(attended[num_ar:], layer.diffusion.out))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    def _rope_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [positions, head_dim / 2] of every position's angles."""
+        inv_freq, scaling = self.config.rotary()
+        positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32, device=self.device)
+        angles = positions[:, None] * inv_freq.to(self.device)
+        return (angles.cos() * scaling).to(self.dtype), (angles.sin() * scaling).to(self.dtype)
 
     @torch.inference_mode()
-    def __call__(self, plan: PassPlan, cache: KVCache) -> Tensor:
-        """Run the pass. Returns logits float32 (float64 for a float64 model) [plan.num_logits, vocab_size]."""
-        eps = self.config.rms_norm_eps
-        hidden = F.embedding(plan.tokens, self._embedding)
-        rope = {
-            View.AR: self._rope_tables(plan.positions[: plan.num_ar]),
-            View.DIFFUSION: self._rope_tables(plan.positions[plan.num_ar :]),
-        }
+    def hidden_states(self, plan: PassPlan, cache: KVCache, picks: Tensor) -> Tensor:
+        """Run the layers. Returns the final, normed hidden states [rows, hidden_size] of all rows.
+
+        picks: int32, the runner's picks, for tokens that the plan takes from there.
+        """
+        config = self.config
+        eps, dim = config.rms_norm_eps, config.head_dim
+        start = embed(
+            plan.tokens, plan.positions, picks, self._embedding, self._first_norm, eps, self._cos, self._sin
+        )
+        hidden, normed = start.hidden, start.normed
         for index, layer in enumerate(self._layers):
-            normed = rms_norm(hidden, layer.attention_norm, eps)
-            hidden = hidden + self._attend(index, layer, normed, plan, cache, rope)
-            gated = silu_mul(linear(rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up))
-            hidden = hidden + linear(gated, layer.down)
-        last = rms_norm(hidden[plan.logit_rows], self._final_norm, eps)
-        logits = linear(last, self._head)[: plan.num_logits]
-        return logits if logits.dtype == torch.float64 else logits.float()
+            qkv = linear(normed, layer.qkv, plan.num_ar).unflatten(1, (-1, dim))
+            qk_norm_rope(
+                qkv, layer.qk_norm, start.cos, start.sin, eps, plan.num_ar, plan.slots, *cache.slots[index]
+            )
+            attended = paged_attention(qkv, *cache.layers[index], plan.attention, dim**-0.5)
+            hidden, normed = linear_add_rms_norm(
+                attended, layer.out, hidden, layer.mlp_norm, eps, plan.num_ar
+            )
+            gated = linear_silu_mul(normed, layer.gate_up)
+            hidden, normed = linear_add_rms_norm(gated, layer.down, hidden, layer.after_norm, eps)
+        return normed
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits of final hidden states [rows, hidden_size]: float32 (float64 for a float64 model) [rows, vocab_size].
+
+        out: where they go. Without it, a 16-bit model's logits are rounded to 16 bits first.
+        """
+        if out is not None:
+            return linear(hidden, self._head, out=out)
+        logits = linear(hidden, self._head)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -28,8 +28,11 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """The right side of a Lark rule: JSON under a JSON Schema."""
-    options = {"whitespace_pattern": _WHITESPACE, **schema.get("x-guidance", {})}
+    """The right side of a Lark rule: JSON under a JSON Schema. Raises RequestError if its `x-guidance` can't be one."""
+    given = schema.get("x-guidance", {})
+    if not isinstance(given, dict):
+        raise RequestError("x-guidance must be an object, of llguidance's options", "response_format")
+    options = {"whitespace_pattern": _WHITESPACE, **given}
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
@@ -63,6 +66,8 @@ class GrammarMasks:
             )
         with self._lock:
             matcher = LLMatcher(self._vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0)
+            # A grammar that defines itself by itself shows only now.
+            matcher.compute_bitmask()
         if matcher.is_error():
             reason = matcher.get_error().partition("<state>")[0].strip()
             raise RequestError(f"the grammar or schema can't be used: {reason}", "response_format")

@@ -4,12 +4,9 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from enum import Enum
 
 from orthrus.plan import RowGroup, View
-from orthrus.request import SamplingParams
-from orthrus.sampling import PickRows, pick
 
 _ROWS = (2, 4, 8, 16, 32, 64, 128, 256)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -42,75 +39,93 @@ class PassCost:
 class DecodeCost:
     """step: an AR pass, by the number of sequences; draft, verify: the two passes of a cycle, by rows and sequences.
 
-    sampled_row: more for every row that is sampled rather than greedy.
+    lead: a draft pass with a lead, by the rows of the blocks alone. sampled_row: more for every row that is sampled rather
+    than greedy.
     """
 
     step: PassCost
     draft: PassCost
     verify: PassCost
+    lead: PassCost
     sampled_row: float = 0.0
 
     def ar(self, batch: int, greedy: bool) -> float:
         """Seconds of an AR step of `batch` sequences: one token each."""
         return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
-    def cycle(self, block_rows: int, batch: int, greedy: bool) -> float:
+    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
         """Seconds of a draft pass and a verify pass of `batch` sequences with `block_rows` rows each."""
         rows = block_rows * batch
-        seconds = self.draft(rows, batch) + self.verify(rows, batch)
-        # The draft pass picks one token less than it has rows.
-        return seconds + (0.0 if greedy else (2 * rows - batch) * self.sampled_row)
+        seconds = (self.lead if lead else self.draft)(rows, batch) + self.verify(rows, batch)
+        # Without a lead, the draft pass picks one token less than it has rows; with one, a token more.
+        return seconds + (0.0 if greedy else (2 * rows + (batch if lead else -batch)) * self.sampled_row)
 
 
-_Shape = tuple[View, int, int]
-"""View, rows of each group, groups."""
+class _Kind(Enum):
+    STEP = "step"
+    DRAFT = "draft"
+    VERIFY = "verify"
+    LEAD = "lead"
+
+
+_Shape = tuple[_Kind, int, int]
+"""Kind of pass, rows of each sequence (of its block), sequences."""
 
 
 def measure_decode_cost(
-    run: Callable[[list[RowGroup]], Tensor],
+    run: Callable[[list[RowGroup], float], None],
     *,
     context: int,
     page_size: int,
     num_pages: int,
     max_batch: int,
+    max_rows: int,
     mask_token_id: int,
 ) -> DecodeCost:
-    """Time `run`, which turns groups into logits, on shapes of decoding passes; two seconds, more for a slow model.
+    """Time `run(groups, temperature)`, a pass with its picks, on shapes of decoding; two seconds, more for a slow model.
 
-    context: the model's context limit. Pages 1 to num_pages - 1 are written to, so nothing may be in them yet.
+    context: the model's context limit. max_rows: of a pass. Pages 1 to num_pages - 1 are written to, so nothing may be in
+    them yet.
     """
     length = min(context, _CONTEXT, (num_pages - 1) * page_size)
     pages_each = -(-length // page_size)
-    most_groups = max(1, (num_pages - 1) // pages_each)
+    most_sequences = max(1, (num_pages - 1) // pages_each)
 
-    def group(view: View, rows: int, index: int) -> RowGroup:
-        first = 1 + index % most_groups * pages_each
-        tokens = [0] if view is View.AR else [0, *[mask_token_id] * (rows - 1)]
-        tokens = (tokens * rows)[:rows]
-        logits = rows if view is View.AR else rows - 1
-        return RowGroup(view, tokens, length - rows, range(first, first + pages_each), 0, logits)
+    def groups(kind: _Kind, rows: int, index: int) -> list[RowGroup]:
+        first = 1 + index % most_sequences * pages_each
+        pages, start = range(first, first + pages_each), length - rows
+        if kind in (_Kind.STEP, _Kind.VERIFY):
+            return [RowGroup(View.AR, [0] * rows, start, pages, 0, rows)]
+        block = [0, *[mask_token_id] * (rows - 1)]
+        if kind is _Kind.DRAFT:
+            return [RowGroup(View.DIFFUSION, block, start, pages, 0, rows - 1)]
+        return [
+            RowGroup(View.AR, [0], start, pages, 0, 1),
+            RowGroup(View.DIFFUSION, block, start, pages, 0, rows),
+        ]
 
     def time_pass(shape: _Shape) -> float:
-        view, rows, groups = shape
-        planned = [group(view, rows, i) for i in range(groups)]
-        begin = time.perf_counter()
-        run(planned).argmax(-1).tolist()
-        return time.perf_counter() - begin
+        kind, rows, sequences = shape
+        planned = [group for i in range(sequences) for group in groups(kind, rows, i)]
+        return _seconds(lambda: run(planned, 0.0))
 
-    sizes = [r for r in _ROWS if r < length]
+    sizes = [r for r in _ROWS if r < min(length, max_rows + 1)]
     batches = [b for b in _BATCHES if b <= max_batch]
+    blocks = (_Kind.DRAFT, _Kind.VERIFY, _Kind.LEAD)
     shapes: list[_Shape] = [
-        *((View.AR, 1, batch) for batch in batches),
-        *((view, rows, 1) for rows in sizes for view in View),
-        *((view, min(_GROUP_ROWS, sizes[-1]), _GROUPS) for view in View),
+        *((_Kind.STEP, 1, batch) for batch in batches),
+        *((kind, rows, 1) for rows in sizes for kind in blocks),
+        *((kind, min(_GROUP_ROWS, sizes[-1]), _GROUPS) for kind in blocks),
     ]
     best = _best_times(time_pass, sorted(shapes, key=lambda s: s[1] * s[2]))
-    step_batches = [b for b in batches if (View.AR, 1, b) in best]
+    step_batches = [b for b in batches if (_Kind.STEP, 1, b) in best]
+    sampled = groups(_Kind.VERIFY, _GROUP_ROWS, 0)
     return DecodeCost(
-        step=_curve(step_batches, [best[View.AR, 1, b] for b in step_batches]),
-        draft=_rows_curve(best, View.DIFFUSION),
-        verify=_rows_curve(best, View.AR),
-        sampled_row=_time_sampling(run([group(View.AR, _GROUP_ROWS, 0)])) / _GROUP_ROWS,
+        step=_curve(step_batches, [best[_Kind.STEP, 1, b] for b in step_batches]),
+        draft=_rows_curve(best, _Kind.DRAFT),
+        verify=_rows_curve(best, _Kind.VERIFY),
+        lead=_rows_curve(best, _Kind.LEAD),
+        sampled_row=_sampling_seconds(lambda temperature: run(sampled, temperature)) / _GROUP_ROWS,
     )
 
 
@@ -132,16 +147,16 @@ def _best_times(time_pass: Callable[[_Shape], float], shapes: Sequence[_Shape]) 
     return best
 
 
-def _rows_curve(best: dict[_Shape, float], view: View) -> PassCost:
-    sizes = sorted(rows for v, rows, groups in best if v is view and groups == 1 and rows > 1)
-    alone = _curve(sizes, [best[view, rows, 1] for rows in sizes])
-    crowded = [
-        (shape, seconds) for shape, seconds in best.items() if shape[0] is view and shape[1] > 1 < shape[2]
-    ]
+def _rows_curve(best: dict[_Shape, float], kind: _Kind) -> PassCost:
+    sizes = sorted(rows for k, rows, sequences in best if k is kind and sequences == 1)
+    alone = _curve(sizes, [best[kind, rows, 1] for rows in sizes])
+    crowded = [(shape, seconds) for shape, seconds in best.items() if shape[0] is kind and shape[2] > 1]
     if not crowded:
         return alone
-    (_, rows, groups), seconds = crowded[0]
-    return PassCost(alone.sizes, alone.seconds, max(0.0, (seconds - alone(rows * groups)) / (groups - 1)))
+    (_, rows, sequences), seconds = crowded[0]
+    return PassCost(
+        alone.sizes, alone.seconds, max(0.0, (seconds - alone(rows * sequences)) / (sequences - 1))
+    )
 
 
 def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> PassCost:
@@ -149,16 +164,13 @@ def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> PassCost:
     return PassCost(tuple(sizes), tuple(min(seconds[i:]) for i in range(len(sizes))))
 
 
-def _time_sampling(logits: Tensor) -> float:
-    """Seconds that sampling takes beyond greedy picks, for all rows of `logits`."""
+def _sampling_seconds(run: Callable[[float], None]) -> float:
+    """Seconds that a pass takes longer at temperature 1 than with greedy picks."""
+    greedy, sampled = (min(_seconds(lambda t=t: run(t)) for _ in range(8)) for t in (0.0, 1.0))  # type: ignore[misc]
+    return max(0.0, sampled - greedy)
 
-    def seconds(temperature: float) -> float:
-        rows = PickRows(SamplingParams(temperature=temperature), seed=0, position=1, count=logits.shape[0])
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            pick(logits, [rows])
-            times.append(time.perf_counter() - begin)
-        return min(times)
 
-    return max(0.0, seconds(1.0) - seconds(0.0))
+def _seconds(work: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin

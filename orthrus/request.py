@@ -21,8 +21,10 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
     max_tokens: None means up to the context limit. logprobs: number of top alternatives per token (0: the chosen
-    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. grammar: text of
-    the grammar (`orthrus.grammar`) that the answer must follow.
+    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. min_tokens: before
+    so many, neither the end of sequence nor a stop token is picked. skip_special_tokens: leave them out of the text, and
+    of where stop strings are looked for. include_stop_str_in_output: let the text end with the stop string that
+    ended it. grammar: text of the grammar (`orthrus.grammar`) that the answer must follow.
     Raises RequestError naming the field for a value out of range.
     """
 
@@ -41,6 +43,9 @@ class SamplingParams:
     max_tokens: int | None = None
     logprobs: int | None = None
     n: int = 1
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     grammar: str | None = None
 
     def __post_init__(self) -> None:
@@ -50,14 +55,13 @@ class SamplingParams:
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 0.0, 100.0),
+            ("repetition_penalty", 0.01, 100.0),
         ):
             value = getattr(self, name)
             if not math.isfinite(value) or not low <= value <= high:
                 raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", name)
-        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
-            name = "top_p" if self.top_p == 0.0 else "repetition_penalty"
-            raise RequestError(f"{name} must be greater than 0", name)
+        if self.top_p == 0.0:
+            raise RequestError("top_p must be greater than 0", "top_p")
         if 0 < self.temperature < 1e-3:
             raise RequestError(
                 f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature}", "temperature"
@@ -80,10 +84,15 @@ class SamplingParams:
             )
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", "stop")
-        if self.grammar is not None and self.ignore_eos:
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise RequestError(
-                "ignore_eos can't be combined with a grammar, whose end must end the text", "ignore_eos"
+                f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}", "min_tokens"
             )
+        for name in ("ignore_eos", "min_tokens"):
+            if self.grammar is not None and getattr(self, name):
+                raise RequestError(
+                    f"{name} can't be combined with a grammar, whose end must end the text", name
+                )
         for token, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise RequestError(
@@ -149,7 +158,8 @@ class Chunk:
     """The tokens that one pass committed for choice `index` of a request.
 
     The last chunk of a choice has `finish_reason` and `stats`; it may hold no tokens. `stop_reason` is the stop
-    string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error".
+    string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error", and with it
+    `error_param` where a field of the request is at fault.
     """
 
     request_id: str
@@ -160,6 +170,18 @@ class Chunk:
     stop_reason: int | str | None = None
     stats: RequestStats | None = None
     error: str | None = None
+    error_param: str | None = None
+
+
+def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one choice that followed one another, as one."""
+    last = chunks[-1]
+    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    return replace(
+        last,
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(item for part in scored for item in part) if scored else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,24 @@
 """Coupled sampling: the pick at a position is argmax(filtered logits / T + g(seed, position)), or plain argmax if greedy.
 
 Rows are grouped by their filter settings, never padded to each other's: a row's arithmetic must not depend on its neighbours.
-Order of operations: token mask, repetition, presence and frequency penalties, logit bias, temperature, top-k, top-p, min-p.
+Order of operations: token mask and forbidden ends, repetition, presence and frequency penalties, logit bias, temperature,
+top-k, top-p, min-p.
 """
 
-from collections import defaultdict
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import gumbel_noise
+from kernels import gumbel_argmax
+from kernels.sampling import noise_keys
 from orthrus.request import SamplingParams, TokenLogprob
 from orthrus.token_mask import TokenMask
+
+_WHOLE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class PickRows:
 
     prompt, generated: the committed tokens, needed for penalties only. ahead: tokens assumed at `position` and after it;
     row i predicts on top of the first i of them (a draft's own penalties leave them out: that costs acceptance only).
-    mask: what is allowed at `position`. drafting: each row predicts on top of the picks of those before it.
+    mask: what is allowed at `position`. drafting: each row predicts on top of the picks of those before it. ends: tokens
+    that are not allowed at positions below `may_end`.
     """
 
     params: SamplingParams
@@ -34,12 +40,31 @@ class PickRows:
     ahead: Seq[int] = ()
     mask: TokenMask | None = None
     drafting: bool = False
+    ends: Seq[int] = ()
+    may_end: int = 0
 
     @property
-    def adjusted(self) -> bool:
-        """Whether anything but temperature and filters changes the logits; a draft's mask comes after its picks."""
+    def endless_rows(self) -> int:
+        """Rows that may not pick one of `ends`."""
+        return min(self.count, max(0, self.may_end - self.position)) if self.ends else 0
+
+    @property
+    def reweighted(self) -> bool:
+        """Whether penalties or biases change the logits."""
+        return self.params.has_penalties or bool(self.params.logit_bias)
+
+    @property
+    def filters(self) -> tuple[bool, float, int, float, float]:
+        """Whether tokens are filtered out by their probability, and all that this depends on."""
+        p = self.params
+        wanted = not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+        return wanted, p.temperature, p.top_k, p.top_p, p.min_p
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are picked from as they are; a draft's mask comes after its picks."""
         masked = self.mask is not None and not self.drafting
-        return masked or self.params.has_penalties or bool(self.params.logit_bias)
+        return not (masked or self.endless_rows or self.reweighted or self.filters[0])
 
 
 def _penalise(logits: Tensor, rows: PickRows) -> None:
@@ -66,59 +91,98 @@ def _penalise(logits: Tensor, rows: PickRows) -> None:
         )
 
 
-def _filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """-inf where the filters drop a token; scores [rows, vocab] are logits / T. Ties with the last kept token are kept."""
+def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
+    """-inf where the filters drop a token of logits [rows, vocab]. Ties with the last kept token are kept."""
+    top_k, top_p, min_p = params.top_k, params.top_p, params.min_p
+    scores = logits / params.temperature
     if 0 < top_k < scores.shape[1] or top_p < 1.0:
         k = min(top_k, scores.shape[1]) if top_k else scores.shape[1]
         ranked = scores.topk(k, dim=-1).values
         threshold = ranked[:, -1:]
         if top_p < 1.0:
-            before = ranked.softmax(-1).cumsum(-1).roll(1, -1)
-            before[:, 0] = 0.0
-            kept = (before < top_p).sum(-1, keepdim=True)
+            # In whole numbers, whose sums are the same in any order: that of a floating-point scan may depend on the rows.
+            mass = (ranked.softmax(-1).double() * _WHOLE).long()
+            before = mass.cumsum(-1) - mass
+            # At least the best, also for a top_p that is next to nothing.
+            kept = (before < top_p * _WHOLE).sum(-1, keepdim=True).clamp_(min=1)
             threshold = ranked.gather(1, kept - 1)
-        scores = scores.masked_fill(scores < threshold, float("-inf"))
+        scores.masked_fill_(scores < threshold, float("-inf"))
     if min_p > 0.0:
         probabilities = scores.softmax(-1)
         floor = probabilities.amax(-1, keepdim=True) * min_p
-        scores = scores.masked_fill(probabilities < floor, float("-inf"))
-    return scores
+        scores.masked_fill_(probabilities < floor, float("-inf"))
+    return logits.masked_fill(scores == float("-inf"), float("-inf"))
+
+
+def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
+    """logits [rows, vocab] as `groups` want to pick from them, but for temperature and the masks of drafts.
+
+    What is not to be picked is -inf. Returns `logits` itself where nothing changes; waits for no device.
+    """
+    if all(group.plain for group in groups):
+        return logits
+    adjusted = logits.clone()
+    for group, span in zip(groups, _spans(groups), strict=True):
+        if group.mask is not None and not group.drafting:
+            _forbid(adjusted[span], group.mask.allowed(group.ahead[: group.count - 1]))
+        if endless := group.endless_rows:
+            ends = torch.tensor(group.ends, device=logits.device)
+            adjusted[span.start : span.start + endless, ends] = float("-inf")
+        if group.reweighted:
+            _penalise(adjusted[span], group)
+    # Neighbours with the same filters go through them together.
+    start = 0
+    for (filtered, *_), members in itertools.groupby(groups, key=lambda group: group.filters):
+        alike = list(members)
+        span = slice(start, start + sum(group.count for group in alike))
+        if filtered:
+            adjusted[span] = _filter(adjusted[span], alike[0].params)
+        start = span.stop
+    return adjusted
 
 
 def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
     """The token at every row of logits [rows, vocab], whose rows are those of `groups` in order. One list per group."""
-    scores = logits.clone() if any(g.adjusted for g in groups) else logits
-    spans: list[slice] = []
-    for group in groups:
-        start = spans[-1].stop if spans else 0
-        spans.append(slice(start, start + group.count))
-        if group.mask is not None and not group.drafting:
-            _forbid(scores[spans[-1]], group.mask.allowed(group.ahead[: group.count - 1]))
-        if group.adjusted:
-            _penalise(scores[spans[-1]], group)
-    picks = scores.argmax(-1)
+    device = logits.device
+    picks = torch.empty(logits.shape[0], dtype=torch.int32, device=device)
+    gumbel_argmax(
+        adjust(logits, groups),
+        torch.from_numpy(row_temperatures(groups)).to(device),
+        torch.from_numpy(row_keys(groups)).to(device),
+        picks,
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+    return follow_masks(logits, groups, picks.tolist())
 
-    sampled: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        params = group.params
-        if not params.greedy:
-            sampled[params.temperature, params.top_k, params.top_p, params.min_p].append(index)
-    for (temperature, top_k, top_p, min_p), members in sampled.items():
-        rows = torch.tensor(
-            [r for i in members for r in range(spans[i].start, spans[i].stop)], device=logits.device
-        )
-        seeds = [groups[i].seed for i in members for _ in range(groups[i].count)]
-        positions = [groups[i].position + offset for i in members for offset in range(groups[i].count)]
-        filtered = _filter(scores[rows] / temperature, top_k, top_p, min_p)
-        noise = gumbel_noise(seeds, positions, logits.shape[1], logits.device)
-        picks[rows] = (filtered + noise).argmax(-1)
-    flat = picks.tolist()
+
+def row_temperatures(groups: Seq[PickRows]) -> np.ndarray:
+    """The temperature of every row of `groups`: float32 [rows]."""
+    counts = [group.count for group in groups]
+    return np.repeat(np.array([group.params.temperature for group in groups], np.float32), counts)
+
+
+def row_keys(groups: Seq[PickRows]) -> np.ndarray:
+    """The noise keys of every row of `groups`: int32 [rows, 2]."""
+    counts = np.array([group.count for group in groups])
+    seeds = np.repeat(np.array([group.seed for group in groups], np.uint64), counts)
+    first = np.repeat(np.array([group.position for group in groups]), counts)
+    offset = np.arange(len(seeds)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return noise_keys(seeds, first + offset)
+
+
+def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> list[list[int]]:
+    """Cut `picks` [rows] up by group, and make drafts keep to their masks."""
     return [
-        _follow_mask(logits[span], group, flat[span])
+        _follow_mask(logits[span], group, picks[span])
         if group.mask is not None and group.drafting
-        else flat[span]
-        for group, span in zip(groups, spans, strict=True)
+        else picks[span]
+        for group, span in zip(groups, _spans(groups), strict=True)
     ]
+
+
+def _spans(groups: Seq[PickRows]) -> list[slice]:
+    ends = itertools.accumulate(group.count for group in groups)
+    return [slice(end - group.count, end) for group, end in zip(groups, ends, strict=True)]
 
 
 def _forbid(logits: Tensor, bits: Tensor) -> None:

@@ -7,12 +7,26 @@ that arrived last gives up its own and is computed again later: what it had comm
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from orthrus.kv_cache import PagePool
 from orthrus.page_hash import page_hashes
 from orthrus.plan import RowGroup, View
 from orthrus.schedules import Schedule
 from orthrus.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sequence's part of a pass. decoding: the schedule's rows; else rows of the prompt, in one group."""
+
+    sequence: Sequence
+    groups: tuple[RowGroup, ...]
+    decoding: bool
+
+    @property
+    def num_logits(self) -> int:
+        return sum(group.num_logits for group in self.groups)
 
 
 class Scheduler:
@@ -50,39 +64,49 @@ class Scheduler:
         # Copies: other threads ask too, while passes go on.
         return sum(s.rows_to_prefill for s in (*list(self.running), *list(self.waiting)))
 
-    def row_use(self, planned: Iterable[tuple[Sequence, RowGroup]]) -> float:
+    def row_use(self, planned: Iterable[Planned]) -> float:
         """How full the pass `planned` is, 0 to 1: the fuller of its two row budgets.
 
         One is `max_num_seqs`, a row for each decoding sequence: what drafts add is elastic, they take what is left over
         and shrink under load. The other is `prefill_chunk`, for prompts.
         """
         decoding = prefill = 0
-        for sequence, group in planned:
-            if sequence.decoding:
+        for part in planned:
+            if part.decoding:
                 decoding += 1
             else:
-                prefill += len(group.tokens)
+                prefill += len(part.groups[0].tokens)
         return max(decoding / self._max_num_seqs, prefill / self._prefill_chunk)
 
-    def plan(self) -> list[tuple[Sequence, RowGroup]]:
+    def may_preempt(self) -> bool:
+        """Whether the next plan may run out of pages."""
+        missing = 0
+        for sequence in self.running:
+            rows = self.schedule.max_rows if sequence.decoding else self._prefill_chunk
+            end = min(sequence.computed + rows, sequence.max_length)
+            missing += max(0, -(-end // self._page_size) - len(sequence.pages))
+        return missing > self.pool.available
+
+    def plan(self) -> list[Planned]:
         """The next pass, empty when there is nothing to do."""
-        planned: list[tuple[Sequence, RowGroup]] = []
+        planned: list[Planned] = []
         budget = self._prefill_chunk
         decoding = sum(s.decoding for s in self.running)
         for sequence in list(self.running):
-            if sequence not in self.running:
-                continue  # preempted by one before it
-            if sequence.decoding:
-                group = self.schedule.group(sequence, decoding)
+            if sequence.complete or sequence not in self.running:
+                continue  # The passes on their way end it, or one before it has taken its pages.
+            decodes = sequence.decoding
+            if decodes:
+                groups = self.schedule.groups(sequence, decoding)
             elif budget:
-                group = self._prefill_group(sequence, budget)
+                groups = (self._prefill_group(sequence, budget),)
             else:
                 continue
-            if not self._reserve(sequence, group):
+            if not self._reserve(sequence, groups):
                 continue
-            if not sequence.decoding:
-                budget -= len(group.tokens)
-            planned.append((sequence, group))
+            if not decodes:
+                budget -= len(groups[0].tokens)
+            planned.append(Planned(sequence, groups, decodes))
         while budget and self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             leader = sequence.leader
@@ -92,13 +116,17 @@ class Scheduler:
             if admitted is None:
                 break
             budget -= len(admitted.tokens)
-            planned.append((sequence, admitted))
+            planned.append(Planned(sequence, (admitted,), decoding=False))
         return planned
 
     def computed(self, sequence: Sequence, count: int) -> None:
-        """Note that `count` more positions of the sequence are final in the cache, and name the pages this filled."""
+        """Note that `count` more positions of the sequence are final in the cache, or will be after the passes on their way."""
         sequence.computed += count
-        full = sequence.computed // self._page_size
+        self.name_pages(sequence)
+
+    def name_pages(self, sequence: Sequence) -> None:
+        """Name the pages that are full of known tokens."""
+        full = min(sequence.computed, len(sequence.tokens)) // self._page_size
         if full > len(sequence.hashes):
             known = len(sequence.hashes)
             sequence.hashes = page_hashes(
@@ -127,9 +155,9 @@ class Scheduler:
         last = start + len(tokens) == len(sequence.tokens)
         return RowGroup(View.AR, tokens, start, sequence.pages, len(tokens) - last, len(tokens))
 
-    def _reserve(self, sequence: Sequence, group: RowGroup) -> bool:
-        """Give the sequence pages for the group's AR rows, preempting from the last arrival; False if it fell itself."""
-        while (missing := self._missing_pages(sequence, group)) > 0:
+    def _reserve(self, sequence: Sequence, groups: tuple[RowGroup, ...]) -> bool:
+        """Give the sequence pages for the groups' AR rows, preempting from the last arrival; False if it fell itself."""
+        while (missing := max(self._missing_pages(sequence, group) for group in groups)) > 0:
             pages = self.pool.allocate(missing)
             if pages is not None:
                 sequence.pages.extend(pages)

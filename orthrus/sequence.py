@@ -8,13 +8,27 @@ from orthrus.text import TextStream
 from orthrus.token_mask import TokenMask
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Drafted `tokens`, waiting to be verified. lead: whether they follow a token that came with them, exact.
+
+    led: whether the block's own first pick was that token.
+    """
+
+    tokens: list[int]
+    lead: bool = False
+    led: bool = False
+
+
 @dataclass(eq=False)
 class Sequence:
     """One choice. `tokens` holds prompt and committed tokens; the cache holds AR keys and values of positions < `computed`.
 
-    In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens).
-    `draft`: tokens drafted for the positions after n, waiting to be verified. `leader`: the first choice of the same
-    request, whose prefill this one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds.
+    In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens). `ends`:
+    those of `stop_ids` that may not be picked before `params.min_tokens`. `foreseen`: tokens behind tokens[-1] that passes on
+    their way will commit, as `RowGroup.tokens` refers to them; `computed` counts on those passes. `draft`: tokens drafted
+    for the positions after n, waiting to be verified. `leader`: the first choice of the same request, whose prefill this
+    one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds.
     """
 
     request_id: str
@@ -25,14 +39,16 @@ class Sequence:
     num_prompt: int
     max_length: int
     stop_ids: frozenset[int]
+    ends: tuple[int, ...] = ()
     text: TextStream | None = None
     mask: TokenMask | None = None
     leader: "Sequence | None" = None
     pages: list[int] = field(default_factory=list)
     hashes: list[PageHash] = field(default_factory=list)
     computed: int = 0
+    foreseen: list[int] = field(default_factory=list)
     cached_tokens: int = 0
-    draft: list[int] | None = None
+    draft: Draft | None = None
     cycles: int = 0
     passes: int = 0
     finish_reason: FinishReason | None = None
@@ -41,17 +57,32 @@ class Sequence:
 
     @property
     def newest(self) -> int:
-        """Position n of the newest committed token."""
-        return len(self.tokens) - 1
+        """Position n of the newest token."""
+        return len(self.tokens) + len(self.foreseen) - 1
+
+    @property
+    def newest_token(self) -> int:
+        """x_n, or what stands for it while no pass has picked it."""
+        return self.foreseen[-1] if self.foreseen else self.tokens[-1]
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def foreseeable(self) -> bool:
+        """Whether what a pass does for this sequence depends on earlier picks through its input tokens alone."""
+        return self.mask is None and not self.params.has_penalties and self.params.logprobs is None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it will have its full length when the passes on their way are over."""
+        return self.newest + 1 >= self.max_length
+
+    @property
     def decoding(self) -> bool:
         """Whether only the newest token lacks its key and value, so that the schedule decides what comes next."""
-        return self.num_generated > 0 and self.computed == self.newest
+        return self.newest >= self.num_prompt and self.computed == self.newest
 
     @property
     def rows_to_prefill(self) -> int:

@@ -27,11 +27,15 @@ def load_tokenizer(path: Path | str) -> Any:
     return tokenizer
 
 
-class TokenBytes:
-    """The bytes that each token stands for. Joined and read as UTF-8 they are the tokenizer's own `decode`."""
+class TokenBytes(dict[int, bytes]):
+    """The bytes that each token stands for. Joined and read as UTF-8 they are the tokenizer's own `decode`.
+
+    A token is looked up when it is first asked for: every token of every stream comes by here.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         """tokenizer: a fast, byte-level Hugging Face one."""
+        super().__init__()
         self._tokenizer = tokenizer.backend_tokenizer
         self.special_ids = frozenset(
             token_id
@@ -39,13 +43,16 @@ class TokenBytes:
             if token.special
         )
 
-    def __getitem__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> bytes:
         """Ids past the vocabulary, which padded embeddings have, stand for nothing."""
         token = self._tokenizer.id_to_token(token_id) or ""
         alphabet = _byte_alphabet()
         if all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
-        return token.encode()  # An added token, which is plain text.
+            spelt = bytes(alphabet[character] for character in token)
+        else:
+            spelt = token.encode()  # An added token, which is plain text.
+        self[token_id] = spelt
+        return spelt
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,8 @@
 
 The reference is the AR schedule with one request at a time. Against it, bit for bit in tokens and logprobs: the same
 requests under the Orthrus schedule, alone, and under both in random mixtures where requests join and leave a running
-batch of 1 to 16, with a short prefill chunk, a KV cache tight enough to evict, and drafts of full or adaptive length.
+batch of 1 to 16, with a short prefill chunk, a KV cache tight enough to evict, drafts of full or adaptive length, with and
+without a lead; some without logprobs, where a GPU launches passes ahead of what the host knows.
 Against Hugging Face's own Qwen3 forward, loaded from the same files: the KL divergence of every next-token
 distribution over the generated text.
 """
@@ -13,7 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,20 +43,28 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running the requests. mixed: in a batch they join and leave, else alone. adaptive: draft lengths."""
+    """A way of running the requests. mixed: in a batch they join and leave, else alone. adaptive: draft lengths.
+
+    lead: drafts have one. logprobs: asked for; without them, a pass may be launched before the one before it is read.
+    """
 
     name: str
     schedule: str
     mixed: bool = False
     adaptive: bool = False
+    lead: bool | None = None
+    logprobs: bool = True
 
 
 REFERENCE = Way("ar alone", "ar")
 WAYS = (
     Way("ar mixed", "ar", mixed=True),
+    Way("ar ahead", "ar", mixed=True, logprobs=False),
     Way("orthrus alone", "orthrus"),
     Way("orthrus mixed", "orthrus", mixed=True),
-    Way("orthrus adaptive", "orthrus", mixed=True, adaptive=True),
+    Way("orthrus lead", "orthrus", mixed=True, lead=True),
+    Way("orthrus ahead", "orthrus", mixed=True, lead=True, logprobs=False),
+    Way("orthrus adaptive", "orthrus", mixed=True, adaptive=True, logprobs=False),
 )
 
 
@@ -79,7 +88,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """All of one request's output: token ids, a logprob for each, and what it cost."""
+    """All of one request's output: token ids, a logprob for each if they were asked for, and what it cost."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
@@ -233,7 +242,7 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
         order = rng.sample(requests, len(requests))
         limits = _random_limits(rng, options.max_batch) if way.mixed else itertools.repeat(1)
         started = time.perf_counter()
-        results = run(engine, order, limits)
+        results = run(engine, order if way.logprobs else list(map(_without_logprobs, order)), limits)
         checks.append(summarize(way.name, engine, results, reference, time.perf_counter() - started))
         drifts += find_drifts(way.name, results, reference)
         del engine
@@ -307,6 +316,10 @@ def run(engine: Engine, requests: Sequence[Request], limits: Iterator[int]) -> d
     return results
 
 
+def _without_logprobs(request: Request) -> Request:
+    return replace(request, params=replace(request.params, logprobs=None))
+
+
 def _random_limits(rng: random.Random, largest: int) -> Iterator[int]:
     while True:
         yield rng.randint(1, largest)
@@ -321,8 +334,9 @@ def summarize(
         expected = reference[request_id]
         drifted_tokens += abs(len(expected.token_ids) - len(result.token_ids))
         drifted_tokens += sum(a != b for a, b in zip(expected.token_ids, result.token_ids, strict=False))
-        drifted_logprobs += abs(len(expected.logprobs) - len(result.logprobs))
-        drifted_logprobs += sum(a != b for a, b in zip(expected.logprobs, result.logprobs, strict=False))
+        if result.logprobs:
+            drifted_logprobs += abs(len(expected.logprobs) - len(result.logprobs))
+            drifted_logprobs += sum(a != b for a, b in zip(expected.logprobs, result.logprobs, strict=False))
     after_first = sum(result.stats.completion_tokens - 1 for result in results.values())
     return Check(
         name=name,
@@ -343,7 +357,12 @@ def find_drifts(check: str, results: dict[str, Result], reference: dict[str, Res
     drifts = []
     for request_id, result in results.items():
         expected = reference[request_id]
-        before, after = ([*zip(r.token_ids, r.logprobs, strict=True)] for r in (expected, result))
+        silent = [None] * len(expected.token_ids), [None] * len(result.token_ids)
+        scored = (expected.logprobs, result.logprobs) if result.logprobs else silent
+        before, after = (
+            [*zip(r.token_ids, values, strict=True)]
+            for r, values in zip((expected, result), scored, strict=True)
+        )
         if before == after:
             continue
         shared = min(len(before), len(after))
@@ -415,6 +434,7 @@ def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) 
                 "dtype": options.dtype,
                 "schedule": way.schedule,
                 "adaptive_draft": way.adaptive,
+                "draft_lead": way.lead,
                 "kv_cache_tokens": kv_cache_tokens,
                 "max_model_len": min(kv_cache_tokens, ModelConfig.from_dir(path).max_position_embeddings),
                 "max_num_seqs": options.max_batch if way.mixed else 1,
@@ -441,8 +461,8 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _show(tokens: Sequence[tuple[int, TokenLogprob]], position: int) -> str:
+def _show(tokens: Sequence[tuple[int, TokenLogprob | None]], position: int) -> str:
     if position >= len(tokens):
         return "the end"
     token, logprob = tokens[position]
-    return f"token {token} ({logprob.logprob!r})"
+    return f"token {token}" if logprob is None else f"token {token} ({logprob.logprob!r})"

@@ -1,7 +1,6 @@
 """Fixtures that several test modules share: tiny checkpoints, built once per run, read only."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from deployments.proto.orthrus_pb2_grpc import OrthrusStub
     from orthrus.engine import Engine
+    from tests.collector import Collector
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,14 +57,25 @@ def _one_thread() -> None:
 # --- one running Serve application for all test modules that talk to one: its start is dear
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+@pytest.fixture(scope="session")
+def collector() -> Iterator["Collector"]:
+    """Where the traces of the running application go, of those requests that ask to be traced."""
+    from tests.collector import running_collector
+
+    with running_collector() as collector:
+        yield collector
 
 
 @pytest.fixture(scope="session")
-def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+def serve_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the running application's ingress and replicas write their logs."""
+    return tmp_path_factory.mktemp("serve-logs")
+
+
+@pytest.fixture(scope="session")
+def ports(
+    tmp_path_factory: pytest.TempPathFactory, serve_logs: Path, collector: "Collector"
+) -> Iterator[tuple[int, int]]:
     """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's.
 
     It drafts whatever a pass costs: on a busy machine the cost model would rather not, and the tests assert on drafting.
@@ -72,13 +83,26 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]
     import ray
     from ray import serve
 
+    from deployments.environment import free_port
     from deployments.serve import serve_config
 
     config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
     web, rpc = free_port(), free_port()
     config["http_options"] = {"host": "127.0.0.1", "port": web}
     config["grpc_options"]["port"] = rpc
-    config["applications"][0]["args"]["engine"]["adaptive_draft"] = False
+    config["controller_options"]["runtime_env"]["env_vars"] |= {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    args = config["applications"][0]["args"]
+    args["engine"]["adaptive_draft"] = False
+    # One replica, so that its counters are those of all requests.
+    del args["replica"]["autoscaling_config"]
+    args["api"] = {"body_timeout_s": 3, "log_prompts": True}
+    for part in ("ingress", "replica"):
+        args[part]["logging_config"] = {"logs_dir": str(serve_logs), "encoding": "JSON"}
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     try:

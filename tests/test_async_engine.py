@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,18 @@ def served(engine: Engine) -> Iterator[AsyncEngine]:
 
 
 async def collect(served: AsyncEngine, request: Request, limit: int = 10**9) -> list[Chunk]:
-    """The chunks of a request; the stream is closed once `limit` chunks have come."""
-    chunks = []
-    stream = served.generate(request)
-    async for chunk in stream:
-        chunks.append(chunk)
-        if len(chunks) == limit:
-            break
-    await stream.aclose()
+    """The chunks of a request, which is cancelled once `limit` have come."""
+    chunks: list[Chunk] = []
+    task = asyncio.current_task()
+    assert task is not None
+
+    def sink(more: list[Chunk]) -> None:
+        chunks.extend(more)
+        if len(chunks) >= limit:
+            task.cancel()
+
+    with suppress(asyncio.CancelledError):
+        await served.run(request, sink)
     return chunks
 
 
@@ -74,6 +79,46 @@ def test_64_streams_with_cancellations_equal_their_texts_alone(served: AsyncEngi
     assert len(cut) > 10
 
 
+def test_a_cancelled_request_stops_within_a_pass(served: AsyncEngine, engine: Engine) -> None:
+    """What a call that is cancelled or overdue, over HTTP or gRPC, comes down to."""
+    passes: list[int] = []
+
+    async def main() -> None:
+        request = Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True))
+        running = asyncio.create_task(served.run(request, lambda _: passes.append(engine.stats.passes)))
+        while len(passes) < 3:
+            await asyncio.sleep(0)
+        passes.append(engine.stats.passes)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(main())
+    # The engine takes one message after the other: once this has been answered, the one before it has been seen to.
+    asyncio.run(collect(served, Request("next", [1], SamplingParams(temperature=0.0, max_tokens=1))))
+    # One pass may have been under way, one may have begun meanwhile, and one is the next request's.
+    assert engine.stats.passes - passes[-1] <= 3
+
+
+def test_the_chunks_of_a_pass_reach_their_sink_together(served: AsyncEngine) -> None:
+    """All of 6 requests' for one sink, those of 2 for another; nothing once the engine has no more of them."""
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    calls: dict[str, list[list[Chunk]]] = {"a": [], "b": []}
+    sinks = {name: calls[name].append for name in calls}
+
+    async def main() -> None:
+        names = ["a"] * 6 + ["b"] * 2
+        await asyncio.gather(
+            *(served.run(Request(f"{i}", [i], params), sinks[n]) for i, n in enumerate(names))
+        )
+
+    asyncio.run(main())
+    for name, requests in (("a", 6), ("b", 2)):
+        assert max(map(len, calls[name])) == requests
+        assert sum(len(chunk.token_ids) for call in calls[name] for chunk in call) == 12 * requests
+        assert sum(chunk.finish_reason == "length" for call in calls[name] for chunk in call) == requests
+
+
 def test_a_refused_request_costs_nothing(served: AsyncEngine) -> None:
     async def main() -> list[Chunk]:
         good = asyncio.create_task(
@@ -89,13 +134,23 @@ def test_a_refused_request_costs_nothing(served: AsyncEngine) -> None:
 def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
     served = AsyncEngine(engine)
 
-    async def main() -> list[Chunk]:
-        stream = served.generate(Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True)))
-        chunks = [await anext(stream)]
-        await asyncio.to_thread(served.close)
-        return chunks + [chunk async for chunk in stream]
+    chunks: list[Chunk] = []
 
-    chunks = asyncio.run(main())
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        def sink(more: list[Chunk]) -> None:
+            chunks.extend(more)
+            begun.set()
+
+        run = asyncio.create_task(
+            served.run(Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True)), sink)
+        )
+        await begun.wait()
+        await asyncio.to_thread(served.close)
+        await run
+
+    asyncio.run(main())
     assert not engine.has_work
     assert chunks[-1].finish_reason == "error" and "closed" in (chunks[-1].error or "")
     assert not served.healthy

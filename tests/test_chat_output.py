@@ -41,6 +41,8 @@ CASES: list[tuple[str, dict[str, bool], Parts]] = [
     (CALL, {"calls": True}, ("", "", [("f", ARGUMENTS)])),
     (f"Well.\n{CALL}\n{CALL}\n", {"calls": True}, ("Well.", "", [("f", ARGUMENTS)] * 2)),
     (f"<think>\n{CALL}\n</think>\n\n{CALL}", {"thinks": True, "calls": True}, ("", CALL, [("f", ARGUMENTS)])),
+    (f"{CALL}\n{CALL}\nand", {"calls": True, "one_call": True}, ("", "", [("f", ARGUMENTS)])),
+    ("<tool_call>1</tool_call> a", {"calls": True, "one_call": True}, ("<tool_call>1</tool_call> a", "", [])),
     ('<tool_call>{"arguments": {}, "name": "g"}</tool_call>', {"calls": True}, ("", "", [("g", "{}")])),
     ('<tool_call>{"name": "g"}</tool_call>', {"calls": True}, ("", "", [("g", "{}")])),
     (

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from cluster.check import check_config
+from deployments.api_keys import new_key
 from deployments.app import build
 from deployments.app_args import parse_args
 from deployments.serve import load_config, serve_config
@@ -99,6 +101,18 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda a: a["engine"].update(max_model_len=65536),
         "args.engine: the KV cache holds 32768 tokens, fewer than max_model_len 65536",
     ),
+    "api key": (
+        lambda a: a.update(api={"keys_fil": "x"}),
+        "args.api.keys_fil: unknown key, did you mean 'keys_file'?",
+    ),
+    "limits without keys": (
+        lambda a: a.update(api={"tokens_per_minute": 5}),
+        "args.api: requests_per_minute and tokens_per_minute are limits of a key, and there are no keys",
+    ),
+    "two places for keys": (
+        lambda a: a.update(api={"keys_file": "x", "keys_env": "X"}),
+        "args.api: keys_file and keys_env are two places for the same keys: remove one",
+    ),
     "name": (lambda a: a["replica"].update(name="mine"), "args.replica.name: deployments have the names"),
 }
 
@@ -111,6 +125,28 @@ def test_args_that_cannot_work_name_path_and_fix(fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(args)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_limit_the_size_of_grpc_messages(path: Path) -> None:
+    limit = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+    options = yaml.safe_load(path.read_text())["controller_options"]
+    assert int(options["runtime_env"]["env_vars"][limit]) == 8 << 20
+
+
+def test_config_check_looks_at_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys.yaml"
+    config = copy.deepcopy(TINY)
+    config["applications"][0]["args"]["api"] = {"keys_file": str(keys)}
+    file = str(written(tmp_path / "serve.yaml", config))
+    assert main(["config", "check", file]) == 0
+    assert "which is not on this machine" in capsys.readouterr().out
+    keys.write_text(new_key("a")[1] + new_key("b", datetime(2020, 1, 1))[1])
+    assert main(["config", "check", file]) == 0
+    assert f"2 keys in {keys}, 1 of them expired" in capsys.readouterr().out
+    keys.write_text("- {name: a}")
+    assert main(["config", "check", file]) == 1
+    assert f"{keys}: keys[0].sha256: Field required" in capsys.readouterr().err
 
 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:

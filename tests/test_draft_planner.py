@@ -1,12 +1,11 @@
 """The planner drafts where it pays, and decodes plainly where it doesn't; what it believes of costs is measured."""
 
 import pytest
-import torch
-from torch import Tensor
 
-from orthrus.draft_planner import DraftPlanner
+from orthrus.draft_planner import BlockPlan, DraftPlanner
 from orthrus.pass_cost import DecodeCost, PassCost, measure_decode_cost
 from orthrus.plan import RowGroup, View
+from orthrus.sequence import Draft
 
 
 def flat() -> PassCost:
@@ -25,50 +24,93 @@ def test_pass_cost_interpolates_and_goes_on_in_proportion() -> None:
     assert cost(4, groups=3) == 3.0
 
 
+def planner(
+    cost: PassCost, max_rows: int, *, lead: PassCost | None = None, pass_rows: int = 512
+) -> DraftPlanner:
+    """A planner for passes that all cost the same, but for draft passes with a lead, which cost twice as much if not given."""
+    double = PassCost(cost.sizes, tuple(2 * seconds for seconds in cost.seconds))
+    return DraftPlanner(max_rows, DecodeCost(cost, cost, cost, lead or double), pass_rows)
+
+
+def drafted(count: int, *, lead: bool = False, led: bool = False) -> Draft:
+    return Draft([0] * count, lead, led)
+
+
 def test_long_blocks_where_rows_are_free_and_none_where_they_are_dear() -> None:
-    free, costly = (DraftPlanner(16, DecodeCost(c(), c(), c())) for c in (flat, dear))
-    for planner in (free, costly):
+    free, costly = planner(flat(), 16), planner(dear(), 16)
+    for one in (free, costly):
         for _ in range(400):
-            planner.observe(True, 15, 6)
+            one.observe(True, drafted(15), 6)
     # Six drafts were always accepted and the seventh never: the block is they and the token before them.
-    assert free.block_rows(True, 1) == 7
-    assert {costly.block_rows(True, 1) for _ in range(100)} == {1}
+    assert free.plan(True, 1) == BlockPlan(7)
+    assert {costly.plan(True, 1) for _ in range(100)} == {BlockPlan(1)}
+
+
+def test_a_lead_where_first_drafts_fail_and_its_pass_is_cheap() -> None:
+    one = planner(flat(), 8, lead=flat())
+    for _ in range(200):
+        one.observe(True, drafted(7, lead=True), 3)
+    plans = [one.plan(True, 1) for _ in range(600)]
+    assert plans.count(BlockPlan(4, lead=True)) >= 595
+    assert any(not plan.lead for plan in plans), "the second best is never looked at"
+    # Blocks whose first token is right anyway don't need one that costs.
+    for _ in range(400):
+        one.observe(True, drafted(7, lead=True, led=True), 3)
+    assert planner(flat(), 8).plan(True, 1) == BlockPlan(8)
+    dear_lead = planner(flat(), 8)
+    for _ in range(400):
+        dear_lead.observe(True, drafted(7, lead=True, led=True), 3)
+    assert dear_lead.plan(True, 1) == BlockPlan(5)
+
+
+def test_blocks_fit_the_rows_of_a_pass() -> None:
+    assert planner(flat(), 16, pass_rows=64).plan(True, 8).rows <= 8
+    assert planner(flat(), 16, pass_rows=64).plan(True, 64) == BlockPlan(1)
+    assert DraftPlanner(16, None, 64).plan(True, 8) == BlockPlan(8)
+    assert DraftPlanner(16, None, 64, lead=True).plan(True, 1) == BlockPlan(16, lead=True)
 
 
 def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:
-    planner = DraftPlanner(8, DecodeCost(flat(), flat(), flat()))
+    one = planner(flat(), 8)
     for _ in range(200):
-        planner.observe(True, 7, 0)
-    decisions = [planner.block_rows(True, 1) for _ in range(600)]
+        one.observe(True, drafted(7), 0)
+        one.observe(True, drafted(7, lead=True), 0)
+    decisions = [one.plan(True, 1).rows for _ in range(600)]
     assert 1 <= sum(rows > 1 for rows in decisions) <= 5
     for _ in range(200):
-        planner.observe(True, 7, 7)
-    assert planner.block_rows(True, 1) == 8
+        one.observe(True, drafted(7), 7)
+    assert one.plan(True, 1) == BlockPlan(8)
 
 
 def test_greedy_and_sampled_text_are_counted_apart_and_sampling_has_its_cost() -> None:
-    planner = DraftPlanner(8, DecodeCost(flat(), flat(), flat()))
+    one = planner(flat(), 8)
     for _ in range(100):
-        planner.observe(False, 7, 0)
-    assert planner.block_rows(True, 1) > 1
-    assert planner.block_rows(False, 1) == 1
-    cost = DecodeCost(flat(), flat(), flat(), sampled_row=0.1)
+        one.observe(False, drafted(7), 0)
+        one.observe(False, drafted(7, lead=True), 0)
+    assert one.plan(True, 1).rows > 1
+    assert one.plan(False, 1) == BlockPlan(1)
+    cost = DecodeCost(flat(), flat(), flat(), flat(), sampled_row=0.1)
     assert cost.ar(4, greedy=False) == pytest.approx(flat()(4) + 0.4)
     assert cost.cycle(3, 4, greedy=False) == pytest.approx(2 * flat()(12) + 0.1 * (8 + 12))
+    assert cost.cycle(3, 4, greedy=False, lead=True) == pytest.approx(2 * flat()(12) + 0.1 * (16 + 12))
 
 
 def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> None:
-    seen: set[tuple[View, int, int]] = set()
+    seen: set[tuple[tuple[View, ...], int, int]] = set()
 
-    def run(groups: list[RowGroup]) -> Tensor:
+    def run(groups: list[RowGroup], temperature: float) -> None:
         for group in groups:
             assert group.start >= 0 and group.start + len(group.tokens) <= 40
             assert min(group.pages) >= 1 and max(group.pages) < 11
             assert len(group.pages) * 8 >= group.start + len(group.tokens)
-        seen.add((groups[0].view, len(groups[0].tokens), len(groups)))
-        return torch.zeros(sum(g.num_logits for g in groups), 50)
+        views = tuple(dict.fromkeys(group.view for group in groups))
+        seen.add((views, len(groups[-1].tokens), len(groups)))
 
-    cost = measure_decode_cost(run, context=40, page_size=8, num_pages=11, max_batch=4, mask_token_id=9)
-    assert {(View.AR, 1, 1), (View.AR, 1, 4), (View.AR, 16, 1), (View.DIFFUSION, 16, 1)} <= seen
-    assert cost.step.sizes == (1, 2, 4) and cost.draft.sizes == cost.verify.sizes == (2, 4, 8, 16, 32)
+    cost = measure_decode_cost(
+        run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512, mask_token_id=9
+    )
+    assert {((View.AR,), 1, 1), ((View.AR,), 1, 4), ((View.AR,), 16, 1), ((View.DIFFUSION,), 16, 1)} <= seen
+    assert ((View.AR, View.DIFFUSION), 16, 2) in seen
+    assert cost.step.sizes == (1, 2, 4)
+    assert cost.draft.sizes == cost.verify.sizes == cost.lead.sizes == (2, 4, 8, 16, 32)
     assert list(cost.draft.seconds) == sorted(cost.draft.seconds)

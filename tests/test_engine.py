@@ -11,6 +11,7 @@ import torch
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
+from orthrus.model_runner import EagerRunner
 from orthrus.request import Chunk, Completion, Request, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference_decode
@@ -56,6 +57,8 @@ MIXED = [
     SamplingParams(temperature=0.0, max_tokens=40, frequency_penalty=0.7, logprobs=5),
     SamplingParams(temperature=1.0, max_tokens=40, seed=5, logit_bias={7: 3.0, 11: -100.0}),
     SamplingParams(temperature=0.8, max_tokens=25, seed=6, stop_token_ids=(3, 9), n=3),
+    SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=tuple(range(100)), min_tokens=20),
+    SamplingParams(temperature=1.0, max_tokens=30, seed=7, stop_token_ids=tuple(range(100)), min_tokens=20),
 ]
 
 
@@ -69,6 +72,8 @@ MIXED = [
         {"prefix_caching": False, "max_num_seqs": 2},
         {"kv_cache_tokens": 512, "page_size": 8},
         {"draft_length": 3},
+        {"draft_lead": True, "kv_cache_tokens": 512, "page_size": 8},
+        {"draft_lead": True, "draft_length": 2},
     ],
     ids=str,
 )
@@ -103,6 +108,73 @@ def test_text_and_cycles_equal_the_slow_reference(tmp_path: Path, shape: dict[st
         [[completion]] = ours.generate([prompt], SamplingParams(temperature=0.0, max_tokens=48))
         assert list(completion.token_ids) == tokens
         assert completion.stats.cycles == cycles
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "ar"},
+        {},
+        {"draft_lead": True},
+        {"draft_lead": True, "kv_cache_tokens": 512, "page_size": 8, "prefill_chunk": 24},
+    ],
+    ids=str,
+)
+def test_passes_launched_before_the_last_is_read_change_nothing(
+    checkpoint: Path, ar: Engine, settings: dict[str, Any]
+) -> None:
+    """Tokens that the host doesn't know yet, ends that it learns of late, cancellations and evictions in between."""
+    rng = random.Random(3)
+    texts = prompts(24, seed=4)
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=rng.randint(1, 50), stop_token_ids=(3, 9))
+        for i in range(len(texts))
+    ]
+    ahead = engine(checkpoint, **settings)
+    ahead._runner = EagerRunner(ahead.forward, ahead.cache, feeds_tokens=True)
+    collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(texts))}
+    waiting = [Request(str(i), t, p) for i, (t, p) in enumerate(zip(texts, params, strict=True))]
+    foreseen = 0
+    while waiting or ahead.has_work:
+        for _ in range(rng.randint(0, 3)):
+            if waiting:
+                ahead.submit(waiting.pop())
+        for chunk in ahead.step():
+            collected[chunk.request_id].append(chunk)
+        foreseen += bool(ahead._in_flight)
+        if rng.random() < 0.05:
+            ahead.cancel(str(rng.randrange(len(texts))))
+    assert foreseen > 3, "every pass was waited for"
+    assert ahead.stats.kv_pages_used == 0
+    finished = [int(i) for i, chunks in collected.items() if chunks and chunks[-1].finish_reason]
+    assert len(finished) > 15
+    for i in finished:
+        [[alone]] = ar.generate([texts[i]], params[i])
+        assert tuple(t for chunk in collected[str(i)] for t in chunk.token_ids) == alone.token_ids
+        assert collected[str(i)][-1].finish_reason == alone.finish_reason
+    if ahead.schedule_name == "orthrus":
+        assert ahead.stats.tokens_per_cycle > (1.7 if "draft_lead" in settings else 1.2)
+
+
+def test_a_lead_brings_two_tokens_a_cycle_at_least(checkpoint: Path) -> None:
+    plain, led = engine(checkpoint), engine(checkpoint, draft_lead=True)
+    texts = prompts(4, seed=6)
+    same(plain.generate(texts, GREEDY), led.generate(texts, GREEDY))
+    # Two, but where one token is left to go.
+    assert led.stats.tokens_per_cycle > max(1.9, plain.stats.tokens_per_cycle)
+
+
+def test_no_end_is_picked_before_min_tokens(checkpoint: Path) -> None:
+    [prompt] = prompts(1)
+    ends = tuple(range(100))
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, max_tokens=40, seed=1, stop_token_ids=ends)
+        [[soon], [later]] = engine(checkpoint).generate(
+            [prompt] * 2, [params, replace(params, min_tokens=12)]
+        )
+        assert len(soon.token_ids) < 12 and soon.finish_reason == later.finish_reason == "stop"
+        assert len(later.token_ids) > 12 and not set(ends) & set(later.token_ids[:-1])
+        assert later.token_ids[: len(soon.token_ids) - 1] == soon.token_ids[:-1]
 
 
 def test_a_crowd_with_cancellations_and_too_little_cache(checkpoint: Path, ar: Engine) -> None:

@@ -9,16 +9,21 @@ import torch
 
 from kernels import (
     ROW_TILE,
-    AttentionBatch,
+    AttentionGroup,
+    AttentionPlan,
+    gumbel_argmax,
     gumbel_noise,
     linear,
+    linear_add_rms_norm,
+    linear_silu_mul,
+    pack_gated_linear,
     pack_linear,
     paged_attention,
-    rms_norm,
-    silu_mul,
 )
-from kernels.attention import KV_SPLIT
+from kernels.activation import silu_mul
+from kernels.rms_norm import rms_norm
 from kernels.rope import apply_rope
+from kernels.sampling import noise_keys
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
@@ -38,7 +43,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_rows_are_the_same_bits_in_any_company(outputs: int, inputs: int, bias: bool) -> None:
     weight, offset = randn(outputs, inputs), randn(outputs, seed=1) if bias else None
-    layer = pack_linear(weight, offset)
+    layer = pack_linear([weight.clone()], [offset] if offset is not None else None)
     x = randn(256, inputs, seed=2)
     full = linear(x, layer)
     exact = x.double() @ weight.double().T + (offset.double() if offset is not None else 0)
@@ -74,83 +79,98 @@ def test_rope_rotates_pairs_of_halves() -> None:
     torch.testing.assert_close(out, expected)
 
 
-def attention_case(
-    groups: int,
-    rows: int,
-    starts: list[int],
-    diffusion: bool,
-    pages_wide: int,
-    page: int = 16,
-    per_kv: int = 3,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch]:
-    """q, caches and batch; group g's pages and queries depend on g alone, so that cases of different size share values."""
-    kv_heads, dim, total = 2, 16, 256
-    q = torch.stack([randn(64, kv_heads * per_kv, dim, seed=100 + g)[:rows] for g in range(groups)])
-    keys, values = randn(kv_heads, total, page, dim, seed=1), randn(kv_heads, total, page, dim, seed=2)
-    tables = torch.stack(
-        [torch.randperm(255, generator=torch.Generator().manual_seed(g))[:48] + 1 for g in range(groups)]
+def test_rows_use_the_weights_of_their_view_and_what_follows_a_layer_is_its_parts() -> None:
+    weights, x, residual, norm = (
+        [randn(24, 16, seed=s) for s in (1, 2)],
+        randn(12, 16),
+        randn(12, 24),
+        randn(24),
     )
-    width = -(-pages_wide * page // KV_SPLIT) * (KV_SPLIT // page)
-    table = torch.zeros(groups, width, dtype=torch.int64)
-    table[:, :pages_wide] = tables[:, :pages_wide]
-    start = torch.tensor(starts)[:, None]
-    limits = start.expand(-1, rows) if diffusion else start + 1 + torch.arange(rows)
-    return q, keys, values, AttentionBatch(0, table, limits, page, per_kv, diffusion)
+    both = pack_linear([w.clone() for w in weights])
+    num_ar = torch.tensor([8], dtype=torch.int32)
+    parts = [
+        linear(x[:8], pack_linear([weights[0].clone()])),
+        linear(x[8:], pack_linear([weights[1].clone()])),
+    ]
+    assert torch.equal(linear(x, both, num_ar), torch.cat(parts))
+    hidden, normed = linear_add_rms_norm(x, both, residual, norm, 1e-6, num_ar)
+    assert torch.equal(hidden, residual + torch.cat(parts))
+    assert torch.equal(normed, rms_norm(hidden, norm, 1e-6))
+    gate, up = weights
+    gated = linear_silu_mul(x, pack_gated_linear(gate, up))
+    torch.testing.assert_close(gated, silu_mul(torch.cat([x @ gate.T, x @ up.T], -1)))
+
+
+def attention_case(
+    groups: list[tuple[int, int]], diffusion: bool, table: int = 48, page: int = 16, per_kv: int = 3
+) -> tuple[list[torch.Tensor], AttentionPlan]:
+    """qkv, caches and plan of groups (rows, start); what a group holds depends on its place alone, not on the others."""
+    kv_heads, dim, total = 2, 16, 256
+    heads = kv_heads * (per_kv + 2)
+    qkv = torch.cat([randn(64, heads, dim, seed=100 + g)[:rows] for g, (rows, _) in enumerate(groups)])
+    keys, values = randn(kv_heads, total, page, dim, seed=1), randn(kv_heads, total, page, dim, seed=2)
+    plan = []
+    for g, (rows, start) in enumerate(groups):
+        pages = (torch.randperm(255, generator=torch.Generator().manual_seed(g))[:table] + 1).tolist()
+        plan.append(AttentionGroup(sum(r for r, _ in groups[:g]), rows, start, pages, diffusion))
+    return [qkv, keys, values], AttentionPlan(tuple(plan), page, per_kv, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("diffusion", [False, True])
 @pytest.mark.parametrize("per_kv", [1, 3, 8])
 def test_paged_attention_matches_a_loop_over_rows(diffusion: bool, per_kv: int) -> None:
-    groups, rows, starts = 3, 5, [0, 37, 300]
-    q, keys, values, batch = attention_case(groups, rows, starts, diffusion, 20, per_kv=per_kv)
-    block_k, block_v = randn(groups, rows, 2, 16, seed=8), randn(groups, rows, 2, 16, seed=9)
-    block = (block_k, block_v) if diffusion else (None, None)
-    out = paged_attention(q, keys, values, batch, 0.25, *block)
-    for g in range(groups):
-        flat_k = keys[:, batch.page_table[g]].flatten(1, 2)
-        flat_v = values[:, batch.page_table[g]].flatten(1, 2)
-        for r in range(rows):
-            seen = int(batch.limits[g, r])
-            for head in range(q.shape[2]):
+    (qkv, keys, values), plan = attention_case([(5, 0), (5, 37), (3, 300)], diffusion, per_kv=per_kv)
+    out = paged_attention(qkv, keys, values, plan, 0.25).unflatten(1, (-1, 16))
+    heads = 2 * per_kv
+    for group in plan.groups:
+        flat_k, flat_v = (cache[:, group.pages].flatten(1, 2) for cache in (keys, values))
+        own = slice(group.first_row, group.first_row + group.num_rows)
+        for row, seen in enumerate(group.limits, group.first_row):
+            for head in range(heads):
                 kv = head // per_kv
                 k, v = flat_k[kv, :seen], flat_v[kv, :seen]
                 if diffusion:
-                    k, v = torch.cat([k, block_k[g, :, kv]]), torch.cat([v, block_v[g, :, kv]])
-                weights = (k @ q[g, r, head] * 0.25).softmax(0)
-                torch.testing.assert_close(out[g, r, head], weights @ v, rtol=1e-4, atol=1e-5)
+                    k, v = torch.cat([k, qkv[own, heads + kv]]), torch.cat([v, qkv[own, heads + 2 + kv]])
+                weights = (k @ qkv[row, head] * 0.25).softmax(0)
+                torch.testing.assert_close(out[row, head], weights @ v, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("per_kv", [1, 3, 4])
 def test_attention_rows_are_the_same_bits_in_any_company(per_kv: int) -> None:
-    """Alone or among others, as one row or within a block, with tables of any length."""
+    """Alone or among others, as one row or within a block, beside longer contexts."""
     starts = [300 + 11 * g for g in range(6)]
-    q, keys, values, batch = attention_case(6, 32, starts, False, 26, per_kv=per_kv)
-    full = paged_attention(q, keys, values, batch, 0.25)
-    for groups in (1, 2, 6):
+    tensors, plan = attention_case([(32, start) for start in starts], False, per_kv=per_kv)
+    full = paged_attention(*tensors, plan, 0.25).unflatten(0, (6, 32))
+    for count in (1, 2, 6):
         for rows in (1, 2, 5, 8, 32):
-            for wide in (26, 32, 48):
-                _, _, _, part = attention_case(groups, rows, starts[:groups], False, wide, per_kv=per_kv)
-                out = paged_attention(q[:groups, :rows], keys, values, part, 0.25)
-                assert torch.equal(out, full[:groups, :rows]), (groups, rows, wide)
+            for company in ([], [(4, 600)]):
+                cut = [(rows, start) for start in starts[:count]]
+                part, few = attention_case(cut + company, False, per_kv=per_kv)
+                out = paged_attention(*part, few, 0.25)[: count * rows].unflatten(0, (count, rows))
+                assert torch.equal(out, full[:count, :rows]), (count, rows, company)
 
 
-@pytest.mark.parametrize("wide", [16, 48])
-def test_pages_in_a_row_are_read_in_place_with_the_same_bits(wide: int) -> None:
+@pytest.mark.parametrize("start", [236, 748])
+def test_pages_in_a_row_are_read_in_place_with_the_same_bits(start: int) -> None:
     """Reading where they lie also puts other pages behind the table's end: hidden keys, whatever they hold."""
-    q, keys, values, batch = attention_case(1, 8, [wide * 16 - 20], False, wide)
-    gathered = paged_attention(q, keys, values, batch, 0.25)
+    (qkv, keys, values), plan = attention_case([(8, start)], False)
+    gathered = paged_attention(qkv, keys, values, plan, 0.25)
+    count = -(-(start + 8) // 16)
     for cache in (keys, values):
-        cache[:, 3 : 3 + wide] = cache[:, batch.page_table[0, :wide]].clone()
-    for first_page, total in ((3, 256), (3, 3 + wide)):
-        in_place = replace(batch, first_page=first_page)
-        assert torch.equal(paged_attention(q, keys[:, :total], values[:, :total], in_place, 0.25), gathered)
+        cache[:, 3 : 3 + count] = cache[:, plan.groups[0].pages[:count]].clone()
+    for total in (256, 3 + count):
+        in_place = replace(plan, groups=(replace(plan.groups[0], pages=range(3, 3 + count)),))
+        cut = [cache[:, :total].contiguous() for cache in (keys, values)]
+        assert torch.equal(paged_attention(qkv, *cut, in_place, 0.25), gathered)
 
 
 def test_gumbel_noise_is_gumbel_and_a_function_of_seed_position_and_token() -> None:
-    device = torch.device("cpu")
-    noise = gumbel_noise([1, 1, 2, 2**63 - 1], [10, 11, 10, 0], 50_000, device)
-    assert torch.equal(noise[2:3], gumbel_noise([2], [10], 50_000, device))
-    assert torch.equal(noise[0, :100], gumbel_noise([1], [10], 100, device)[0])
+    def noise_of(seeds: list[int], positions: list[int], vocab: int) -> torch.Tensor:
+        return gumbel_noise(torch.from_numpy(noise_keys(seeds, positions)), vocab)
+
+    noise = noise_of([1, 1, 2, 2**63 - 1], [10, 11, 10, 0], 50_000)
+    assert torch.equal(noise[2:3], noise_of([2], [10], 50_000))
+    assert torch.equal(noise[0, :100], noise_of([1], [10], 100)[0])
     euler, spread = 0.5772156649, math.pi / math.sqrt(6)
     for row in noise:
         assert abs(row.mean().item() - euler) < 0.03
@@ -161,3 +181,18 @@ def test_gumbel_noise_is_gumbel_and_a_function_of_seed_position_and_token() -> N
         assert (cdf - steps).abs().max().item() < 1.95 / math.sqrt(row.numel())
     correlation = torch.corrcoef(noise)
     assert (correlation - torch.eye(4)).abs().max().item() < 0.02
+
+
+def test_gumbel_argmax_draws_from_the_softmax_and_is_greedy_at_zero() -> None:
+    rows = 4000
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).repeat(rows, 1)
+    keys = torch.from_numpy(noise_keys([7] * rows, range(rows)))
+    picks = torch.full((rows + 2,), -1, dtype=torch.int32)
+    first = torch.tensor([1], dtype=torch.int32)
+    gumbel_argmax(logits, torch.full((rows,), 2.0), keys, picks, first)
+    assert picks[0] == picks[-1] == -1
+    shares = torch.bincount(picks[1:-1], minlength=4) / rows
+    # Three standard deviations of a share of 4,000 draws.
+    assert ((shares - (logits[0] / 2).softmax(0)).abs() < 0.024).all()
+    gumbel_argmax(logits, torch.zeros(rows), keys, picks, first)
+    assert (picks[1:-1] == 2).all()

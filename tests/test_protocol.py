@@ -4,20 +4,33 @@ import json
 import math
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+from urllib.parse import quote
 
 import grpc
 import pytest
 from grpc_tools import protoc
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import ValidationError
-from ray.serve.exceptions import BackPressureError
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParamsStreaming
+from openai.types.completion_create_params import CompletionCreateParamsStreaming
+from pydantic import TypeAdapter, ValidationError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deployments.chat_output import ChatDelta, ToolCallDelta
-from deployments.failures import BodyTooLarge, GenerationFailed, ModelNotFound, describe_failure
+from deployments.failures import (
+    BodyTooLarge,
+    BodyTooSlow,
+    GenerationFailed,
+    InvalidKey,
+    ModelNotFound,
+    RateLimited,
+    UnsupportedBody,
+    describe_failure,
+    unwrap,
+)
 from deployments.generation import Choice, TextChunk
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
 from deployments.openai_format import ResponseFormat
@@ -68,6 +81,9 @@ def test_every_sampling_parameter_arrives() -> None:
         "frequency_penalty": -0.5,
         "repetition_penalty": 1.1,
         "ignore_eos": True,
+        "min_tokens": 3,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
         "max_tokens": 9,
         "n": 2,
     }
@@ -76,6 +92,78 @@ def test_every_sampling_parameter_arrives() -> None:
     assert completion(**given, **lists).sampling() == expected
     lists |= {"logprobs": True, "top_logprobs": 4}
     assert chat(**given, **lists).sampling() == expected
+
+
+FULL_TEXT: dict[str, Any] = {
+    "model": "m",
+    "prompt": ["a"],
+    "best_of": 2,
+    "echo": True,
+    "frequency_penalty": 0.5,
+    "logit_bias": {"5": -100},
+    "logprobs": 2,
+    "max_tokens": 3,
+    "n": 2,
+    "presence_penalty": -2.0,
+    "seed": -5,
+    "stop": ["a", "b"],
+    "stream": True,
+    "stream_options": {"include_usage": True, "include_obfuscation": False},
+    "suffix": "s",
+    "temperature": 2.0,
+    "top_p": 0.1,
+    "user": "u",
+}
+FULL_CHAT: dict[str, Any] = {
+    **{name: value for name, value in FULL_TEXT.items() if name not in ("prompt", "best_of", "echo", "suffix")},
+    "messages": [
+        {"role": "developer", "content": "a", "name": "n"},
+        {"role": "system", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "a"}], "refusal": "r", "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "a", "tool_call_id": "c"},
+    ],
+    "logprobs": True,
+    "top_logprobs": 2,
+    "max_completion_tokens": 3,
+    "metadata": {"a": "b"},
+    "modalities": ["text"],
+    "parallel_tool_calls": False,
+    "prediction": {"type": "content", "content": "a"},
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "low",
+    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": True}},
+    "safety_identifier": "s",
+    "service_tier": "auto",
+    "store": False,
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}, "strict": True}}],
+    "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+        {"type": "function", "function": {"name": "f"}}]}},
+    "verbosity": "medium",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("full", "params", "body"),
+    [
+        (FULL_TEXT, CompletionCreateParamsStreaming, CompletionBody),
+        (FULL_CHAT, ChatParamsStreaming, ChatBody),
+    ],
+)
+def test_every_field_of_openais_requests_is_taken_or_refused_by_name(
+    full: Any, params: Any, body: Any
+) -> None:
+    TypeAdapter(params).validate_python(full)
+    known = set(get_type_hints(params))
+    assert body.model_validate_json(json.dumps(full)).stream
+    for name in known - set(full):
+        with pytest.raises(ValidationError) as caught:
+            body.model_validate_json(json.dumps({**full, name: {}}))
+        error = describe(caught.value)
+        assert error.param == name and error.message.startswith(f"{name} is not supported: ")
 
 
 def test_null_means_not_given_and_harmless_fields_change_nothing() -> None:
@@ -89,6 +177,9 @@ def test_null_means_not_given_and_harmless_fields_change_nothing() -> None:
     [
         ({"stop": "x"}, {"stop": ("x",)}),
         ({"top_k": -1}, {"top_k": 0}),
+        ({"seed": -1}, {"seed": 2**63 - 1}),
+        ({"seed": -(2**63)}, {"seed": 0}),
+        ({"temperature": -0.0}, {"temperature": 0.0}),
         ({"max_tokens": 5, "max_completion_tokens": 6}, {"max_tokens": 6}),
         ({"logprobs": True}, {"logprobs": 0}),
     ],
@@ -142,7 +233,12 @@ def test_bodies_that_cannot_be_read(fields: dict[str, Any], param: str, said: st
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a"] * 600, "n": 2}, "prompt"),
         ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"1_0": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"٣": 1.0}}, "logit_bias"),
+        ({"top_k": -2}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
         ({"n": 0}, "n"),
         ({"seed": 2**70}, "seed"),
     ],
@@ -187,6 +283,7 @@ def test_grpc_chats_are_http_chats() -> None:
         tools=[TOOL],
         tool_choice={"type": "function", "function": {"name": "f"}},
         enable_thinking=False,
+        parallel_tool_calls=False,
         chat_template_kwargs={"x": [1]},
     )
     messages = [
@@ -204,6 +301,7 @@ def test_grpc_chats_are_http_chats() -> None:
         tools=[pb.Tool(name="f", parameters='{"type": "object"}')],
         tool_choice="f",
         enable_thinking=False,
+        parallel_tool_calls=False,
         chat_template_kwargs='{"x": [1]}',
     )
     assert chat_body(request) == expected
@@ -227,12 +325,51 @@ def test_grpc_chats_that_cannot_be_served(fields: dict[str, Any], param: str) ->
 
 
 def test_messages_reach_the_template_as_text() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]
     body = chat(messages=[{"role": "developer", "content": parts}, {"role": "assistant", "content": None}])
     assert [message.for_template() for message in body.messages] == [
         {"role": "system", "content": "ab"},
         {"role": "assistant", "content": ""},
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinking"),
+    [
+        ({}, None),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "low"}, True),
+        ({"reasoning_effort": "high", "enable_thinking": False}, False),
+    ],
+)
+def test_reasoning_effort_is_whether_to_think(fields: dict[str, Any], thinking: bool | None) -> None:
+    assert chat(**fields).thinking is thinking
+
+
+OTHER_TOOL = {"type": "function", "function": {"name": "g"}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered", "callable_", "must"),
+    [
+        (None, "fg", "fg", False),
+        ("none", "", "", False),
+        ("required", "fg", "fg", True),
+        ({"type": "function", "function": {"name": "g"}}, "fg", "g", True),
+        (allowed("auto", "f"), "f", "f", False),
+        (allowed("required", "g"), "g", "g", True),
+    ],
+)
+def test_tool_choices(choice: Any, offered: str, callable_: str, must: bool) -> None:
+    body = chat(tools=[TOOL, OTHER_TOOL], tool_choice=choice)
+    assert [tool.function.name for tool in body.offered_tools] == list(offered)
+    assert [tool.function.name for tool in body.callable_tools] == list(callable_)
+    assert body.must_call is must
 
 
 def test_pictures_are_refused_by_path() -> None:
@@ -320,6 +457,28 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
     assert "".join(event.choices[0].delta.content or "" for event in parsed[:3]) == "ab"
 
 
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) -> None:
+    """Those that carry only text are put together from parts: nothing may show of it."""
+    call = (ToolCallDelta(0, "{}", "call_1", "f"),)
+    deltas = [
+        None,
+        *(ChatDelta(text) for text in ('"é\n\\', "\x00\u2028", "", "</script>")),
+        ChatDelta(reasoning="hm"),
+        ChatDelta("a", "b"),
+        ChatDelta("a", tool_calls=call),
+    ]
+    for delta in deltas:
+        out, whole = (ResponseFormat(delta is not None, 'm"é', tokenizer, include_usage) for _ in range(2))
+        whole.id, whole.created = out.id, out.created
+        text = 'x"\n' if delta is None else ""
+        for index, last in ((0, False), (3, False), (3, False), (3, True)):
+            item = TextChunk(index, text, chunk(index, (1,), last, last), delta, "length" if last else None)
+            said = out.stream(item, index)
+            assert said.startswith("data: ") and said.endswith("\n\n") and said.count("\n") == 2
+            assert json.loads(said.removeprefix("data: ")) == whole.event(item, index)
+
+
 def test_echo_puts_the_prompt_first(tokenizer: Any) -> None:
     out = ResponseFormat(False, "m", tokenizer, echo=["pq", "r"])
     items = [TextChunk(0, "ab", chunk(0, (1, 2), True, True), finish_reason="length")]
@@ -375,10 +534,7 @@ def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:
 
 
 def test_generated_stubs_are_up_to_date(tmp_path: Path) -> None:
-    """If this fails, run it for the working tree:
-
-    python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/proto/orthrus.proto
-    """
+    """If this fails: `make proto`."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     include = str(files("grpc_tools") / "_proto")
     source = "deployments/proto/orthrus.proto"
@@ -423,7 +579,12 @@ def test_grpc_answers() -> None:
         (RequestError("bad", "n"), 400, "INVALID_ARGUMENT", "invalid_request_error"),
         (ModelNotFound("none"), 404, "NOT_FOUND", "invalid_request_error"),
         (BodyTooLarge("big"), 413, "INVALID_ARGUMENT", "invalid_request_error"),
-        (BackPressureError(9, 8), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+        (unwrap(BackPressureError(9, 8)), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+        (unwrap(ReplicaUnavailableError("gone")), 503, "UNAVAILABLE", "server_error"),
+        (BodyTooSlow("slow"), 408, "DEADLINE_EXCEEDED", "invalid_request_error"),
+        (UnsupportedBody("form"), 415, "INVALID_ARGUMENT", "invalid_request_error"),
+        (InvalidKey("no key"), 401, "UNAUTHENTICATED", "invalid_request_error"),
+        (RateLimited("wait", 1.5), 429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
         (GenerationFailed("engine"), 500, "INTERNAL", "server_error"),
         (KeyError("secret"), 500, "INTERNAL", "server_error"),
     ],
@@ -434,3 +595,8 @@ def test_every_failure_has_an_answer(error: Exception, status: int, code: str, k
     body = failure.body["error"]
     assert set(body) == {"message", "type", "param", "code"} and body["type"] == kind
     assert "secret" not in body["message"]
+
+
+def test_messages_are_short_enough_for_a_grpc_trailer() -> None:
+    message = describe_failure(RequestError("😀" * 10**6)).message
+    assert len(quote(message)) < 8000 and message.endswith("...")

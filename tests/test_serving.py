@@ -79,6 +79,15 @@ def test_many_prompts_and_stop_strings(client: openai.OpenAI) -> None:
     )
     assert stopped.choices[0].text == text[: text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
+    shown = client.completions.create(
+        model=MODEL,
+        prompt=prompts[1],
+        max_tokens=24,
+        temperature=0,
+        stop=[stop],
+        extra_body={"include_stop_str_in_output": True},
+    )
+    assert shown.choices[0].text == text[: text.index(stop)] + stop
 
 
 BAD: dict[str, tuple[Any, int, str | None]] = {
@@ -151,7 +160,8 @@ def test_dropped_clients_free_their_pages(client: openai.OpenAI) -> None:
 
 def test_dropped_unstreamed_calls_free_their_pages(ports: tuple[int, int]) -> None:
     body = json.dumps({"model": MODEL, "prompt": ["a", "b"], "n": 2, "max_tokens": 1500, "ignore_eos": True})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    kind = "Content-Type: application/json\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{kind}Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", ports[0])) as unstreamed:
         unstreamed.sendall((head + body).encode())
         wait_until_busy()

@@ -4,40 +4,52 @@ The interpreter multiplies tiles with numpy, so bits are compared between launch
 bfloat16 on the matrix units, are compared in tests/gpu.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from kernels import (
-    AttentionBatch,
+    AttentionGroup,
+    AttentionPlan,
     PackedLinear,
-    activation_triton,
     attention_triton,
+    attention_work,
+    embed,
+    embedding_triton,
+    gumbel_argmax,
+    gumbel_noise,
+    linear,
+    linear_add_rms_norm,
+    linear_silu_mul,
     linear_triton,
     paged_attention,
     qk_norm_rope,
     qk_norm_rope_triton,
-    rms_norm,
-    rms_norm_triton,
     sampling_triton,
-    silu_mul,
 )
-from kernels.attention import KV_SPLIT
+from kernels.attention_work import AttentionWork, plan_work
 from kernels.linear_triton import LinearTiles
-from kernels.sampling import gumbel_noise, noise_keys
+from kernels.sampling import noise_keys
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"
 )
 
 DTYPES = [torch.float16, torch.float32]
+CPU = torch.device("cpu")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def assert_near(got: torch.Tensor, exact: torch.Tensor) -> None:
@@ -46,142 +58,251 @@ def assert_near(got: torch.Tensor, exact: torch.Tensor) -> None:
     assert error < 4 * torch.finfo(got.dtype).eps, error
 
 
+def layer_of(
+    outs: int, ins: int, views: int = 1, bias: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[PackedLinear, PackedLinear]:
+    """A layer in dtype, its views one behind the other, and the same numbers in float64."""
+    weights = torch.stack([randn(outs, ins, seed=100 + v, dtype=dtype) for v in range(views)])
+    offsets = randn(views, outs, seed=200, dtype=dtype) if bias else None
+    exact = PackedLinear(weights.double().unbind(), None if offsets is None else offsets.double())
+    return PackedLinear(weights.unbind(), offsets), exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outs", "ins", "bias"), [(72, 1064, True), (200, 320, False)])
+def test_linear_is_the_product(outs: int, ins: int, bias: bool, dtype: torch.dtype) -> None:
+    """Edges that no tile divides, a bias, more row tiles than a band."""
+    layer, exact = layer_of(outs, ins, bias=bias, dtype=dtype)
+    x = randn(300, ins, seed=2, dtype=dtype)
+    expected = linear(x.double(), exact)
+    tiles = LinearTiles(64, 16, 128, stages=2)
+    full = linear_triton.linear(x, layer, tiles=tiles)
+    assert_near(full, expected)
+    assert_near(linear_triton.linear(x, layer, tiles=LinearTiles(128, 32, 64)), expected)
+    wide = torch.empty(300, outs)
+    assert linear_triton.linear(x, layer, out=wide) is wide
+    assert_near(wide, expected.float())
+    for rows in (slice(0, 1), slice(3, 4), slice(3, 19)):
+        assert torch.equal(linear_triton.linear(x[rows], layer, tiles=tiles), full[rows])
+
+
+@pytest.mark.parametrize("num_ar", [0, 1, 16, 19, 40])
+def test_rows_below_num_ar_use_the_first_view(num_ar: int) -> None:
+    layer, exact = layer_of(136, 96, views=2, bias=True)
+    x = randn(40, 96, seed=2)
+    got = linear_triton.linear(x, layer, int32(num_ar), tiles=LinearTiles(64, 16, 32))
+    assert_near(got, linear(x.double(), exact, int32(num_ar)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_silu_mul_matches_its_reference(dtype: torch.dtype) -> None:
+    layer, exact = (replace(layer, interleaved=True) for layer in layer_of(2 * 72, 200, dtype=dtype))
+    x = randn(20, 200, seed=2, dtype=dtype) / 8
+    got = linear_triton.linear_silu_mul(x, layer)
+    assert_near(got, linear_silu_mul(x.double(), exact))
+    gate, up = (exact.weights[0].unflatten(0, (-1, 2, 8))[:, i].flatten(0, 1) for i in (0, 1))
+    plain = linear_silu_mul(x.double(), PackedLinear((torch.cat([gate, up]),)))
+    assert_near(got, plain)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("outs", "ins", "segments"), [(72, 1064, 2), (200, 320, 1), (64, 520, 4), (96, 2048, 4)]
+    ("ins", "segments", "views", "bias"), [(1064, 2, 2, True), (2048, 4, 1, False), (96, 1, 2, True)]
 )
-def test_linear_is_the_product_whatever_the_tiles(
-    outs: int, ins: int, segments: int, dtype: torch.dtype
+def test_linear_add_rms_norm_has_one_tree(
+    ins: int, segments: int, views: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    """Edges that no tile divides, a bias, more row tiles than a band, segments split and walked: one tree, equal bits."""
-    weight, bias, x = randn(outs, ins, dtype=dtype), randn(outs, seed=1, dtype=dtype), randn(20, ins, seed=2)
-    layer, x = PackedLinear(weight, bias, False), x.to(dtype)
-    exact = x.double() @ weight.double().T + bias.double()
-    tiles = LinearTiles(64, 16, 128, split=True, warps=4, stages=2)
-    split = linear_triton.linear(x, layer, tiles, segments)
-    assert_near(split, exact)
-    tiles = LinearTiles(64, 16, 128, split=False, warps=4, stages=2)
-    assert torch.equal(linear_triton.linear(x, layer, tiles, segments), split)
-    assert_near(linear_triton.linear(x, layer, LinearTiles(128, 32, 64, False, 4, 2), segments), exact)
-    for rows in (slice(0, 1), slice(3, 4), slice(3, 19)):
-        assert torch.equal(linear_triton.linear(x[rows], layer, tiles, segments), split[rows])
-    assert not linear_triton._arrivals(x.device).any()
+    """Segments split and walked: equal bits; near the reference."""
+    layer, exact = layer_of(72, ins, views, bias, dtype)
+    x, residual, norm = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(20, ins), (20, 72), (72,)]))
+    num_ar = int32(7)
+    expected = linear_add_rms_norm(x.double(), exact, residual.double(), norm.double(), 1e-6, num_ar)
 
+    def run(split: bool, rows: slice = slice(0, 20)) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_triton.linear_add_rms_norm(
+            x[rows], layer, residual[rows], norm, 1e-6, num_ar, tiles=LinearTiles(64, 16, 128, split), segments=segments
+        )  # fmt: skip
 
-def test_linear_without_bias_over_many_row_tiles() -> None:
-    x, weight = randn(300, 32), randn(70, 32, seed=1)
-    tiles = LinearTiles(64, 16, 32, False, 4, 2)
-    assert_near(
-        linear_triton.linear(x, PackedLinear(weight, None, False), tiles), x.double() @ weight.double().T
-    )
+    split = run(True)
+    for got, other, walked, few in zip(split, expected, run(False), run(True, slice(0, 9)), strict=True):
+        assert_near(got, other)
+        assert torch.equal(walked, got)
+        assert torch.equal(few, got[:9])
 
 
 def test_segments_depend_on_the_weight_and_fill_the_gpu() -> None:
-    shapes = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096), (1024, 1024)]
-    assert [linear_triton.num_segments(*shape) for shape in shapes] == [2, 4, 1, 4, 1, 2]
+    shapes = [(4096, 4096), (4096, 12288), (1024, 2048), (5120, 25600), (8192, 29568)]
+    assert [linear_triton.num_segments(*shape) for shape in shapes] == [2, 2, 2, 2, 1]
 
 
 def test_linear_refuses_rows_that_the_copy_engine_cannot_read() -> None:
     with pytest.raises(ValueError, match="50 inputs"):
-        linear_triton.linear(randn(4, 50), PackedLinear(randn(8, 50), None, False))
+        linear_triton.linear(randn(4, 50), layer_of(8, 50)[0])
+
+
+PAGE, KV_HEADS = 64, 2
 
 
 def attention_case(
-    groups: int, rows: int, starts: list[int], diffusion: bool, per_kv: int, dtype: torch.dtype, dim: int = 16
-) -> tuple[list[torch.Tensor], AttentionBatch]:
-    """q, caches with NaN where nothing was written, block keys and values, and the batch. Groups depend on their index alone."""
-    kv_heads, page = 2, 16
-    used = max(1, max(starts) + (0 if diffusion else rows))
-    width = -(-used // KV_SPLIT) * (KV_SPLIT // page)
-    q = torch.stack([randn(40, kv_heads * per_kv, dim, seed=10 + g)[:rows] for g in range(groups)])
-    keys, values = randn(kv_heads, 400, page, dim, seed=1), randn(kv_heads, 400, page, dim, seed=2)
-    table = torch.zeros(groups, width, dtype=torch.int64)
-    for g, start in enumerate(starts):
-        pages = torch.randperm(399, generator=torch.Generator().manual_seed(g))[:width] + 1
-        if groups * width < 300:
-            pages = torch.arange(width) + 1 + g * width
-        count = -(-(start + (0 if diffusion else rows)) // page)
-        table[g, :count] = pages[:count]
-    first = torch.tensor(starts)[:, None]
-    limits = first.expand(-1, rows).contiguous() if diffusion else first + 1 + torch.arange(rows)
-    block_k = torch.stack([randn(40, kv_heads, dim, seed=20 + g)[:rows] for g in range(groups)])
-    block_v = torch.stack([randn(40, kv_heads, dim, seed=30 + g)[:rows] for g in range(groups)])
-    tensors = [t.to(dtype) for t in (q, keys, values, block_k, block_v)]
-    return tensors, AttentionBatch(0, table, limits, page, per_kv, diffusion)
+    groups: list[tuple[int, int, bool]], per_kv: int, dtype: torch.dtype, dim: int = 16, padding: int = 0
+) -> tuple[list[torch.Tensor], AttentionPlan]:
+    """qkv, caches, and a plan for groups (rows, start, diffusion); a group's numbers depend on its start alone."""
+    heads = KV_HEADS * per_kv
+    qkv, plan = [], []
+    for rows, start, diffusion in groups:
+        pages = torch.randperm(99, generator=torch.Generator().manual_seed(start))[
+            : (start + rows) // PAGE + 1
+        ]
+        plan.append(AttentionGroup(sum(map(len, qkv)), rows, start, (pages + 1).tolist(), diffusion))
+        qkv.append(randn(40, heads + 2 * KV_HEADS, dim, seed=20 + start)[:rows])
+    qkv.append(torch.full((padding, heads + 2 * KV_HEADS, dim), float("nan")))
+    cache = [randn(KV_HEADS, 100, PAGE, dim, seed=s) for s in (1, 2)]
+    tensors = [t.to(dtype) for t in (torch.cat(qkv), *cache)]
+    return tensors, AttentionPlan(tuple(plan), PAGE, per_kv, CPU)
+
+
+def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int) -> AttentionPlan:
+    """More programs: items of fewer segments. With 0, every tile is one item."""
+    capacity = 1000 if programs else 0
+    limits, records, items = plan_work(
+        plan.groups, num_rows=num_rows, tile_rows=tile_rows, programs=max(1, programs), capacity=capacity
+    )
+    num_ar = sum(g.num_rows for g in plan.groups if not g.diffusion)
+    tensors = (torch.from_numpy(a) for a in (limits, records, items))
+    return replace(plan, work=AttentionWork(*tensors, int32(num_ar), tile_rows, capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("starts", "rows", "diffusion", "per_kv"),
-    [([0, 37, 260], 5, False, 3), ([1020], 5, False, 2), ([0, 1, 260], 7, True, 2), ([40], 1, True, 5)],
+    ("groups", "per_kv"),
+    [
+        ([(5, 0, False), (5, 37, False), (1, 260, False)], 3),
+        ([(7, 1018, False), (3, 300, True)], 2),
+        ([(7, 0, True), (7, 1, True), (7, 1100, True)], 2),
+        ([(1, 40, False)], 5),
+    ],
 )
-def test_attention_matches_its_reference(
-    starts: list[int], rows: int, diffusion: bool, per_kv: int, dtype: torch.dtype
+def test_attention_matches_its_reference_however_the_work_is_divided(
+    groups: list[tuple[int, int, bool]], per_kv: int, dtype: torch.dtype
 ) -> None:
-    (q, keys, values, block_k, block_v), batch = attention_case(
-        len(starts), rows, starts, diffusion, per_kv, dtype
-    )
-    block = (block_k, block_v) if diffusion else (None, None)
-    exact_block = (block_k.double(), block_v.double()) if diffusion else (None, None)
-    exact = paged_attention(q.double(), keys.double(), values.double(), batch, 0.25, *exact_block)
-    # Keys that no row sees may be anything, page 0 too.
-    seen = torch.zeros(400 * 16, dtype=torch.bool)
-    for g in range(len(starts)):
-        positions = torch.arange(int(batch.limits[g].max()))
-        seen[batch.page_table[g, positions // 16] * 16 + positions % 16] = True
-    for cache in (keys, values):
-        cache.flatten(1, 2)[:, ~seen] = float("nan")
-    split = attention_triton.paged_attention(q, keys, values, batch, 0.25, *block, split=True)
-    assert_near(split, exact)
-    walked = attention_triton.paged_attention(q, keys, values, batch, 0.25, *block, split=False)
-    assert torch.equal(walked, split)
+    tensors, plan = attention_case(groups, per_kv, dtype, padding=3)
+    num_rows = tensors[0].shape[0]
+    exact = paged_attention(*(t.double() for t in tensors), plan, 0.25)[: num_rows - 3]
+    results = [
+        attention_triton.paged_attention(*tensors, with_work(plan, num_rows, tile_rows, programs), 0.25)
+        for tile_rows, programs in ((3, 100), (3, 2), (3, 0))
+    ]
+    for result in results:
+        assert torch.equal(result[: num_rows - 3], results[0][: num_rows - 3])
+    assert_near(results[0][: num_rows - 3], exact)
 
 
 def test_attention_rows_are_the_same_bits_in_any_company() -> None:
-    """Alone, in a group of rows on either side of a segment's end, and beside other groups."""
-    starts = [250, 300]
-    (q, keys, values, *_), batch = attention_case(2, 12, starts, False, 4, torch.float16)
-    full = attention_triton.paged_attention(q, keys, values, batch, 0.25)
+    """Alone, on either side of a segment's end within a group, and beside other groups."""
+    tensors, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
+    full = attention_triton.paged_attention(*tensors, with_work(plan, 24, 4, 4), 0.25)
     for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
-        alone = AttentionBatch(
-            0, batch.page_table[g : g + 1], batch.limits[g : g + 1, row : row + 1], 16, 4, False
-        )
-        out = attention_triton.paged_attention(q[g : g + 1, row : row + 1], keys, values, alone, 0.25)
-        assert torch.equal(out[0, 0], full[g, row]), (g, row)
+        group = plan.groups[g]
+        alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=group.start + row),))
+        at = 12 * g + row
+        qkv, *cache = tensors
+        out = attention_triton.paged_attention(qkv[at : at + 1], *cache, with_work(alone, 1, 4, 4), 0.25)
+        assert torch.equal(out[0], full[at]), (g, row)
+
+
+def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
+    tensors, plan = attention_case([(1, 40, False)], 2, torch.float16)
+    pages = [cache.view(KV_HEADS, 200, 32, 16) for cache in tensors[1:]]
+    with pytest.raises(ValueError, match="page_size must be a multiple of 64"):
+        attention_triton.paged_attention(tensors[0], *pages, with_work(plan, 1, 4, 4), 0.25)
 
 
 def test_segments_tile_the_positions() -> None:
-    edges = [0, *(256 * i for i in range(1, 5)), *(1024 + 512 * i for i in range(1, 15)), 9216, 10240]
+    edges = [0, *range(128, 1025, 128), *range(1536, 8193, 512), *range(9216, 32769, 1024), 34816, 36864]
     for index, (begin, end) in enumerate(pairwise(edges)):
-        assert attention_triton.num_segments(begin + 1) == attention_triton.num_segments(end) == index + 1
+        assert attention_work.segment_start(index) == begin
+        assert attention_work.num_segments(begin + 1) == attention_work.num_segments(end) == index + 1
+
+
+def test_work_covers_every_segment_once_and_is_shared_out_evenly() -> None:
+    groups = [AttentionGroup(0, 40, 30_000, range(480), False), AttentionGroup(40, 8, 100, [500, 501], True)]
+    limits, records, items = plan_work(groups, num_rows=64, tile_rows=32, programs=16, capacity=10_000)
+    assert limits.tolist() == [*range(30_001, 30_041), *[100] * 8, *[0] * 16]
+    count = int(items[0])
+    table = items[8 : 8 + 9 * count].reshape(count, 9)
+    covered: dict[int, list[tuple[int, int]]] = {}
+    for first, rows, place, begin, end, seen, fresh, block_row, block in table.tolist():
+        covered.setdefault(first, []).append((begin, end))
+        assert rows == {0: 32, 32: 8, 40: 8}[first]
+        assert seen == limits[first + rows - 1]
+        assert items[place] == (500 if first == 40 else 0)
+        assert fresh == (100 if first == 40 else 30_000)
+        assert (block, block_row) == ((8, 40) if first == 40 else (0, 0)) or first == 32
+    assert sorted(covered[40]) == [(0, 1)]
+    for first in (0, 32):
+        spans = sorted(covered[first])
+        assert spans[0][0] == 0
+        assert spans[-1][1] == attention_work.num_segments(30_032)
+        assert all(a[1] == b[0] for a, b in pairwise(spans))
+        sizes = [attention_work.segment_start(e) - attention_work.segment_start(b) for b, e in spans]
+        assert max(sizes) < 1.5 * 60_000 / 16
+    # Rows of a divided tile have records of their own, in no other row's way.
+    own = np.sort(records[:40])
+    assert (np.diff(own) >= attention_work.num_segments(30_040)).all()
+    assert (records[40:] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_kernels_match_their_references(dtype: torch.dtype) -> None:
-    x, weight = randn(5, 40, dtype=dtype), randn(40, seed=1, dtype=dtype)
-    assert_near(rms_norm_triton.rms_norm(x, weight, 1e-6), rms_norm(x.double(), weight.double(), 1e-6))
-    assert_near(activation_triton.silu_mul(x), silu_mul(x.double()))
+def test_embed_matches_its_reference_and_takes_tokens_from_picks(dtype: torch.dtype) -> None:
+    table, weight = randn(50, 40, dtype=dtype), randn(40, seed=1, dtype=dtype)
+    cos, sin = randn(30, 6, seed=2, dtype=dtype), randn(30, 6, seed=3, dtype=dtype)
+    tokens, positions, picks = int32(7, -1, 49, -3), int32(0, 29, 3, 3), int32(11, 12, 13)
+    got = embedding_triton.embed(tokens, positions, picks, table, weight, 1e-6, cos, sin)
+    exact = embed(tokens, positions, picks, table.double(), weight.double(), 1e-6, cos.double(), sin.double())
+    assert torch.equal(got.hidden, table[[7, 11, 49, 13]])
+    for name, value in vars(got).items():
+        assert_near(value, getattr(exact, name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_ar", [0, 2, 3])
+def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(num_ar: int, dtype: torch.dtype) -> None:
     rows, heads, kv_heads, dim = 3, 4, 2, 16
-    qkv, weight = randn(rows, heads + 2 * kv_heads, dim, dtype=dtype), randn(heads + kv_heads, dim, seed=1)
-    cos, sin = randn(rows, 1, dim, seed=2), randn(rows, 1, dim, seed=3)
-    weight, cos, sin = weight.to(dtype), cos.to(dtype), sin.to(dtype)
-    slots = torch.tensor([7, 0, 33])
+    qkv = randn(rows, heads + 2 * kv_heads, dim, dtype=dtype)
+    weight = randn(2, heads + kv_heads, dim, seed=1, dtype=dtype)
+    cos, sin = randn(rows, 1, dim, seed=2, dtype=dtype), randn(rows, 1, dim, seed=3, dtype=dtype)
+    slots = int32(7, 0, 33)
     caches = [torch.zeros(kv_heads, 40, dim, dtype=dtype) for _ in range(2)]
     exact = [cache.double() for cache in caches]
-    out = qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, 1e-6, slots, *caches)
-    rope = cos.double(), sin.double()
-    assert_near(out, qk_norm_rope(qkv.double(), weight.double(), *rope, 1e-6, slots, exact[0], exact[1]))
+    qkv[0, -1, 3] = float("inf")
+    got, wide = qkv.clone(), [t.double() for t in (qkv.nan_to_num(posinf=0.0), weight, cos, sin)]
+    qk_norm_rope_triton.qk_norm_rope(got, weight, cos, sin, 1e-6, int32(num_ar), slots, *caches)
+    qk_norm_rope(*wide, 1e-6, int32(num_ar), slots, exact[0], exact[1])
+    assert_near(got, wide[0])
     for cache, other in zip(caches, exact, strict=True):
-        assert_near(cache, other)
-    assert torch.equal(qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, 1e-6), out)
+        if num_ar:
+            assert_near(cache, other)
+        assert torch.equal(cache == 0, other == 0)
+
+
+def keys_of(seeds: list[int], positions: list[int]) -> torch.Tensor:
+    return torch.from_numpy(noise_keys(seeds, positions))
 
 
 def test_gumbel_noise_has_the_counters_of_the_cpu() -> None:
-    seeds, positions = [5, 5, 2**63 - 1], [9, 10, 0]
-    keys = torch.tensor([noise_keys(s, p) for s, p in zip(seeds, positions, strict=True)])
-    expected = gumbel_noise(seeds, positions, 3000, torch.device("cpu"))
-    torch.testing.assert_close(sampling_triton.gumbel_noise(keys, 3000), expected, rtol=1e-5, atol=5e-6)
+    keys = keys_of([5, 5, 2**63 - 1], [9, 10, 0])
+    got, expected = sampling_triton.gumbel_noise(keys, 3000), gumbel_noise(keys, 3000)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6)
+
+
+def test_gumbel_argmax_picks_what_its_reference_picks() -> None:
+    """Greedy rows, sampled rows, equal logits, a vocabulary that no block divides, places in the middle of the picks."""
+    logits = randn(4, 9000) * 3
+    logits[1, [40, 8999]] = 50.0
+    temperatures, keys = torch.tensor([0.0, 0.0, 0.7, 1.3]), keys_of([1, 2, 3, 4], [5, 6, 7, 8])
+    got, expected = torch.zeros(9, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    sampling_triton.gumbel_argmax(logits, temperatures, keys, got, int32(3))
+    gumbel_argmax(logits, temperatures, keys, expected, int32(3))
+    assert torch.equal(got, expected)
+    assert got[4] == 40
+    assert not got[:3].any() and not got[7:].any()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64\x65ployments/proto/orthrus.proto\x12\x07orthrus\"\xf0\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12:\n\nlogit_bias\x18\t \x03(\x0b\x32&.orthrus.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\x03\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\r \x01(\x03H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x03H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\x03H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\x95\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12-\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x11.orthrus.TokenIdsH\x00\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.orthrus.SamplingParamsB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"S\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12 \n\x03top\x18\x03 \x03(\x0b\x32\x13.orthrus.TopLogprob\"\x98\x01\n\x05Stats\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x03\x12\x0e\n\x06\x63ycles\x18\x04 \x01(\x03\x12\x0e\n\x06passes\x18\x05 \x01(\x03\x12\x18\n\x10tokens_per_cycle\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\"\x9e\x01\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.orthrus.TokenLogprob\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x1d\n\x05stats\x18\x06 \x01(\x0b\x32\x0e.orthrus.Stats\";\n\x10GenerateResponse\x12\'\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x16.orthrus.GenerateChunk\"F\n\x08ToolCall\x12\r\n\x05index\x18\x01 \x01(\x05\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x84\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12%\n\ntool_calls\x18\x04 \x03(\x0b\x32\x11.orthrus.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\x87\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.orthrus.ChatMessage\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.orthrus.SamplingParams\x12\x1c\n\x05tools\x18\x04 \x03(\x0b\x32\r.orthrus.Tool\x12\x13\n\x0btool_choice\x18\x05 \x01(\t\x12\x1c\n\x0f\x65nable_thinking\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x14\x63hat_template_kwargs\x18\x07 \x01(\t\x12\x13\n\x0bjson_schema\x18\x08 \x01(\tB\x12\n\x10_enable_thinking\"\xdf\x01\n\tChatChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12%\n\ntool_calls\x18\x04 \x03(\x0b\x32\x11.orthrus.ToolCall\x12\x11\n\ttoken_ids\x18\x05 \x03(\x03\x12\'\n\x08logprobs\x18\x06 \x03(\x0b\x32\x15.orthrus.TokenLogprob\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\x12\x1d\n\x05stats\x18\x08 \x01(\x0b\x32\x0e.orthrus.Stats\"3\n\x0c\x43hatResponse\x12#\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x12.orthrus.ChatChunk2\xff\x01\n\x07Orthrus\x12?\n\x08Generate\x12\x18.orthrus.GenerateRequest\x1a\x19.orthrus.GenerateResponse\x12\x44\n\x0eGenerateStream\x12\x18.orthrus.GenerateRequest\x1a\x16.orthrus.GenerateChunk0\x01\x12\x33\n\x04\x43hat\x12\x14.orthrus.ChatRequest\x1a\x15.orthrus.ChatResponse\x12\x38\n\nChatStream\x12\x14.orthrus.ChatRequest\x1a\x12.orthrus.ChatChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64\x65ployments/proto/orthrus.proto\x12\x07orthrus\"\x9a\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12:\n\nlogit_bias\x18\t \x03(\x0b\x32&.orthrus.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\x03\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\x08\x88\x01\x01\x12\x17\n\nmax_tokens\x18\r \x01(\x03H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x03H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\x03H\x0b\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x10 \x01(\x03H\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_nB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_output\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"\x95\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12-\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x11.orthrus.TokenIdsH\x00\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.orthrus.SamplingParamsB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"S\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12 \n\x03top\x18\x03 \x03(\x0b\x32\x13.orthrus.TopLogprob\"\x98\x01\n\x05Stats\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x03\x12\x0e\n\x06\x63ycles\x18\x04 \x01(\x03\x12\x0e\n\x06passes\x18\x05 \x01(\x03\x12\x18\n\x10tokens_per_cycle\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x03\"\x9e\x01\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x03\x12\'\n\x08logprobs\x18\x04 \x03(\x0b\x32\x15.orthrus.TokenLogprob\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12\x1d\n\x05stats\x18\x06 \x01(\x0b\x32\x0e.orthrus.Stats\";\n\x10GenerateResponse\x12\'\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x16.orthrus.GenerateChunk\"F\n\x08ToolCall\x12\r\n\x05index\x18\x01 \x01(\x05\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\x84\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12%\n\ntool_calls\x18\x04 \x03(\x0b\x32\x11.orthrus.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xc1\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.orthrus.ChatMessage\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.orthrus.SamplingParams\x12\x1c\n\x05tools\x18\x04 \x03(\x0b\x32\r.orthrus.Tool\x12\x13\n\x0btool_choice\x18\x05 \x01(\t\x12\x1c\n\x0f\x65nable_thinking\x18\x06 \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x14\x63hat_template_kwargs\x18\x07 \x01(\t\x12\x13\n\x0bjson_schema\x18\x08 \x01(\t\x12 \n\x13parallel_tool_calls\x18\t \x01(\x08H\x01\x88\x01\x01\x42\x12\n\x10_enable_thinkingB\x16\n\x14_parallel_tool_calls\"\xdf\x01\n\tChatChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12%\n\ntool_calls\x18\x04 \x03(\x0b\x32\x11.orthrus.ToolCall\x12\x11\n\ttoken_ids\x18\x05 \x03(\x03\x12\'\n\x08logprobs\x18\x06 \x03(\x0b\x32\x15.orthrus.TokenLogprob\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\x12\x1d\n\x05stats\x18\x08 \x01(\x0b\x32\x0e.orthrus.Stats\"3\n\x0c\x43hatResponse\x12#\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x12.orthrus.ChatChunk2\xff\x01\n\x07Orthrus\x12?\n\x08Generate\x12\x18.orthrus.GenerateRequest\x1a\x19.orthrus.GenerateResponse\x12\x44\n\x0eGenerateStream\x12\x18.orthrus.GenerateRequest\x1a\x16.orthrus.GenerateChunk0\x01\x12\x33\n\x04\x43hat\x12\x14.orthrus.ChatRequest\x1a\x15.orthrus.ChatResponse\x12\x38\n\nChatStream\x12\x14.orthrus.ChatRequest\x1a\x12.orthrus.ChatChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS']._serialized_start=45
-  _globals['_SAMPLINGPARAMS']._serialized_end=669
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=451
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=499
-  _globals['_TOKENIDS']._serialized_start=671
-  _globals['_TOKENIDS']._serialized_end=694
-  _globals['_GENERATEREQUEST']._serialized_start=697
-  _globals['_GENERATEREQUEST']._serialized_end=846
-  _globals['_TOPLOGPROB']._serialized_start=848
-  _globals['_TOPLOGPROB']._serialized_end=895
-  _globals['_TOKENLOGPROB']._serialized_start=897
-  _globals['_TOKENLOGPROB']._serialized_end=980
-  _globals['_STATS']._serialized_start=983
-  _globals['_STATS']._serialized_end=1135
-  _globals['_GENERATECHUNK']._serialized_start=1138
-  _globals['_GENERATECHUNK']._serialized_end=1296
-  _globals['_GENERATERESPONSE']._serialized_start=1298
-  _globals['_GENERATERESPONSE']._serialized_end=1357
-  _globals['_TOOLCALL']._serialized_start=1359
-  _globals['_TOOLCALL']._serialized_end=1429
-  _globals['_CHATMESSAGE']._serialized_start=1432
-  _globals['_CHATMESSAGE']._serialized_end=1564
-  _globals['_TOOL']._serialized_start=1566
-  _globals['_TOOL']._serialized_end=1627
-  _globals['_CHATREQUEST']._serialized_start=1630
-  _globals['_CHATREQUEST']._serialized_end=1893
-  _globals['_CHATCHUNK']._serialized_start=1896
-  _globals['_CHATCHUNK']._serialized_end=2119
-  _globals['_CHATRESPONSE']._serialized_start=2121
-  _globals['_CHATRESPONSE']._serialized_end=2172
-  _globals['_ORTHRUS']._serialized_start=2175
-  _globals['_ORTHRUS']._serialized_end=2430
+  _globals['_SAMPLINGPARAMS']._serialized_end=839
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=551
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=599
+  _globals['_TOKENIDS']._serialized_start=841
+  _globals['_TOKENIDS']._serialized_end=864
+  _globals['_GENERATEREQUEST']._serialized_start=867
+  _globals['_GENERATEREQUEST']._serialized_end=1016
+  _globals['_TOPLOGPROB']._serialized_start=1018
+  _globals['_TOPLOGPROB']._serialized_end=1065
+  _globals['_TOKENLOGPROB']._serialized_start=1067
+  _globals['_TOKENLOGPROB']._serialized_end=1150
+  _globals['_STATS']._serialized_start=1153
+  _globals['_STATS']._serialized_end=1305
+  _globals['_GENERATECHUNK']._serialized_start=1308
+  _globals['_GENERATECHUNK']._serialized_end=1466
+  _globals['_GENERATERESPONSE']._serialized_start=1468
+  _globals['_GENERATERESPONSE']._serialized_end=1527
+  _globals['_TOOLCALL']._serialized_start=1529
+  _globals['_TOOLCALL']._serialized_end=1599
+  _globals['_CHATMESSAGE']._serialized_start=1602
+  _globals['_CHATMESSAGE']._serialized_end=1734
+  _globals['_TOOL']._serialized_start=1736
+  _globals['_TOOL']._serialized_end=1797
+  _globals['_CHATREQUEST']._serialized_start=1800
+  _globals['_CHATREQUEST']._serialized_end=2121
+  _globals['_CHATCHUNK']._serialized_start=2124
+  _globals['_CHATCHUNK']._serialized_end=2347
+  _globals['_CHATRESPONSE']._serialized_start=2349
+  _globals['_CHATRESPONSE']._serialized_end=2400
+  _globals['_ORTHRUS']._serialized_start=2403
+  _globals['_ORTHRUS']._serialized_end=2658
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,6 @@
 """Triton kernels on a GPU at Qwen3-8B's shapes in bfloat16: near float64, and the same bits for a row in any launch."""
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,21 +11,25 @@ if not torch.cuda.is_available():
 from torch import Tensor
 
 from kernels import (
-    AttentionBatch,
+    AttentionGroup,
+    AttentionPlan,
     PackedLinear,
-    attention_triton,
+    embed,
+    gumbel_argmax,
     gumbel_noise,
     linear,
+    linear_add_rms_norm,
+    linear_silu_mul,
     linear_triton,
     paged_attention,
     qk_norm_rope,
-    rms_norm,
-    silu_mul,
 )
-from kernels.bench import HEAD_DIM, HEADS, KV_HEADS, PAGE, SHAPES, variants
+from kernels.bench import HEAD_DIM, HEADS, KV_HEADS, PAGE, device_plan, linear_tiles
+from kernels.sampling import noise_keys
 
 DEVICE = torch.device("cuda")
 SCALE = HEAD_DIM**-0.5
+ROWS = (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -33,128 +37,157 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
 
 
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def layer_of(outs: int, ins: int, views: int = 1) -> PackedLinear:
+    return PackedLinear((randn(views, outs, ins) * ins**-0.5).unbind())
+
+
+def double(layer: PackedLinear) -> PackedLinear:
+    return replace(layer, weights=tuple(w.double() for w in layer.weights))
+
+
 def error(got: Tensor, exact: Tensor) -> float:
     """Relative Frobenius norm; NaN where got has one."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_linear_rows_are_the_same_bits_in_any_launch(name: str) -> None:
-    outs, ins = SHAPES[name]
-    weight, x = randn(outs, ins), randn(2048, ins, seed=1)
-    layer = PackedLinear(weight, None, False)
-    full = linear(x, layer)
-    assert error(full[:128], x[:128].double() @ weight[:, :].double().T) < 3e-3
-    assert error(full[-8:], x[-8:].double() @ weight.double().T) < 3e-3
-    for rows in (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512):
+@pytest.mark.parametrize(("outs", "ins", "views"), [(6144, 4096, 1), (6144, 4096, 2), (152_000, 1024, 1)])
+def test_linear_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views: int) -> None:
+    layer, x = layer_of(outs, ins, views), randn(2048, ins, seed=1)
+    num_ar = int32(700)
+    full = linear(x, layer, num_ar)
+    for rows in (slice(0, 100), slice(650, 750), slice(2000, 2048)):
+        split = int32(max(0, 700 - rows.start))
+        assert error(full[rows], linear(x[rows].double(), double(layer), split)) < 3e-3
+    for rows in ROWS:
+        for start in (0, 690, 2048 - rows):
+            got = linear(x[start : start + rows], layer, int32(max(0, min(rows, 700 - start))))
+            assert torch.equal(got, full[start : start + rows]), (rows, start)
+
+
+def test_gated_rows_are_the_same_bits_in_any_launch() -> None:
+    layer, x = replace(layer_of(24576, 4096), interleaved=True), randn(2048, 4096, seed=1)
+    full = linear_silu_mul(x, layer)
+    assert error(full[:64], linear_silu_mul(x[:64].double(), double(layer))) < 4e-3
+    for rows in ROWS:
         for start in (0, 2048 - rows):
-            assert torch.equal(linear(x[start : start + rows], layer), full[start : start + rows]), (
-                rows,
-                start,
-            )
+            assert torch.equal(linear_silu_mul(x[start : start + rows], layer), full[start : start + rows])
 
 
-@pytest.mark.parametrize("name", ["qkv", "o", "down"])
-def test_tiles_do_not_change_a_bit(name: str) -> None:
-    outs, ins = SHAPES[name]
-    layer, x = PackedLinear(randn(outs, ins), None, False), randn(2048, ins, seed=1)
-    differing: list[str] = []
-    expected: dict[int, Tensor] = {}
+@pytest.mark.parametrize(("outs", "ins", "views"), [(4096, 4096, 2), (4096, 12288, 1)])
+def test_residual_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views: int) -> None:
+    layer, x, residual = layer_of(outs, ins, views), randn(2048, ins, seed=1), randn(2048, outs, seed=2)
+    norm, num_ar = randn(outs, seed=3), int32(700)
+    full = linear_add_rms_norm(x, layer, residual, norm, 1e-6, num_ar)
+    exact = linear_add_rms_norm(
+        x[650:750].double(), double(layer), residual[650:750].double(), norm.double(), 1e-6, int32(50)
+    )
+    for got, other in zip(full, exact, strict=True):
+        assert error(got[650:750], other) < 5e-3
+    for rows in ROWS:
+        for start in (0, 690, 2048 - rows):
+            part = slice(start, start + rows)
+            split = int32(max(0, min(rows, 700 - start)))
+            got = linear_add_rms_norm(x[part], layer, residual[part], norm, 1e-6, split)
+            assert torch.equal(got[0], full[0][part]), (rows, start)
+            assert torch.equal(got[1], full[1][part]), (rows, start)
+
+
+@pytest.mark.parametrize(("outs", "ins"), [(6144, 4096), (4096, 12288)])
+def test_tiles_do_not_change_a_bit(outs: int, ins: int) -> None:
+    layer, x = layer_of(outs, ins), randn(2048, ins, seed=1)
+    residual, norm = torch.zeros(2048, outs, device=DEVICE, dtype=torch.bfloat16), randn(outs, seed=3)
+    expected = linear(x, layer)
+    by_segments: dict[int, Tensor] = {}
     for rows in (1, 32, 64, 128, 256, 2048):
-        for segments, tiles in variants(outs, ins, rows):
-            got = linear_triton.linear(x[:rows], layer, tiles, segments)
-            if segments not in expected:
-                cut = linear_triton.LinearTiles(128, 128, 64, False, 8, 4)
-                expected[segments] = linear_triton.linear(x, layer, cut, segments)
-            if not torch.equal(got, expected[segments][:rows]):
-                differing.append(f"{rows} rows, {segments} segments, {tiles}")
-    assert not differing
+        for tiles in linear_tiles(rows):
+            assert torch.equal(linear_triton.linear(x[:rows], layer, tiles=tiles), expected[:rows]), tiles
+            for segments in (1, 2):
+                got, _ = linear_triton.linear_add_rms_norm(
+                    x[:rows], layer, residual[:rows], norm, 1e-6, tiles=replace(tiles, split=rows <= 64), segments=segments
+                )  # fmt: skip
+                if segments not in by_segments:
+                    by_segments[segments], _ = linear_triton.linear_add_rms_norm(
+                        x, layer, residual, norm, 1e-6, segments=segments
+                    )
+                assert torch.equal(got, by_segments[segments][:rows]), (segments, tiles)
 
 
-def attention_inputs(rows: int, start: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Queries, page table, caches (NaN where no row of theirs sees them) and limits for causal rows from `start` on."""
+def attention_inputs(
+    rows: int, start: int, groups: int, diffusion: bool
+) -> tuple[list[Tensor], AttentionPlan]:
+    """qkv, caches and the plan of groups from `start` on."""
     used = -(-(start + rows) // PAGE)
-    width = -(-used // 8) * 8
-    table = torch.zeros(groups, width, dtype=torch.int64, device=DEVICE)
-    order = torch.randperm(groups * used, generator=torch.Generator(DEVICE).manual_seed(3), device=DEVICE) + 1
-    table[:, :used] = order.view(groups, used)
+    order = torch.randperm(groups * used, generator=torch.Generator().manual_seed(3)) + 1
     shape = (KV_HEADS, groups * used + 1, PAGE, HEAD_DIM)
-    k_cache, v_cache = randn(*shape, seed=4), randn(*shape, seed=5)
-    for cache in (k_cache, v_cache):
-        cache[:, 0] = float("nan")
-        tail = (start + rows) % PAGE
-        if tail:
-            cache[:, table[:, used - 1], tail:] = float("nan")
-    limits = (torch.arange(rows, device=DEVICE) + start + 1).repeat(groups, 1)
-    return randn(groups, rows, HEADS, HEAD_DIM, seed=6), table, k_cache, v_cache, limits
+    cache = [randn(*shape, seed=4), randn(*shape, seed=5)]
+    plan = []
+    for g in range(groups):
+        pages = order[g * used : (g + 1) * used].tolist()
+        plan.append(AttentionGroup(g * rows, rows, start, pages, diffusion))
+    qkv = randn(groups * rows, HEADS + 2 * KV_HEADS, HEAD_DIM, seed=7)
+    return [qkv, *cache], AttentionPlan(tuple(plan), PAGE, HEADS // KV_HEADS, DEVICE)
 
 
-def batch_of(table: Tensor, limits: Tensor, diffusion: bool = False) -> AttentionBatch:
-    return AttentionBatch(0, table, limits, PAGE, HEADS // KV_HEADS, diffusion)
-
-
+@pytest.mark.parametrize("diffusion", [False, True])
 @pytest.mark.parametrize(
     ("rows", "start", "groups"), [(1, 999, 1), (32, 1000, 1), (5, 200, 3), (300, 900, 1), (32, 9200, 2)]
 )
-def test_attention_rows_are_the_same_bits_in_any_launch(rows: int, start: int, groups: int) -> None:
-    q, table, k_cache, v_cache, limits = attention_inputs(rows, start, groups)
-    full = paged_attention(q, k_cache, v_cache, batch_of(table, limits), SCALE)
-    keys, values = (c.nan_to_num(0.0).double() for c in (k_cache, v_cache))
-    assert error(full, paged_attention(q.double(), keys, values, batch_of(table, limits), SCALE)) < 6e-3
-    for split in (True, False):
-        for queries in (64, 128):
-            got = attention_triton.paged_attention(
-                q, k_cache, v_cache, batch_of(table, limits), SCALE, split=split, queries=queries
-            )
-            assert torch.equal(got, full), (split, queries)
-    group = groups - 1
+def test_attention_rows_are_the_same_bits_however_the_work_is_divided(
+    rows: int, start: int, groups: int, diffusion: bool
+) -> None:
+    tensors, plan = attention_inputs(rows, start, groups, diffusion)
+    full = paged_attention(*tensors, device_plan(plan), SCALE)
+    wide = [t.double() for t in tensors]
+    assert error(full, paged_attention(*wide, plan, SCALE)) < 6e-3
+    for programs in (0, 4, 64):
+        assert torch.equal(paged_attention(*tensors, device_plan(plan, programs), SCALE), full), programs
+    if diffusion:
+        return
+    group = plan.groups[-1]
     for row in sorted({0, rows // 2, rows - 1}):
-        alone = batch_of(table[group : group + 1], limits[group : group + 1, row : row + 1])
-        got = paged_attention(q[group : group + 1, row : row + 1], k_cache, v_cache, alone, SCALE)
-        assert torch.equal(got[0, 0], full[group, row]), row
-
-
-@pytest.mark.parametrize(("rows", "start", "groups"), [(32, 1000, 1), (8, 0, 2), (32, 9200, 1)])
-def test_diffusion_blocks_see_the_cache_and_themselves(rows: int, start: int, groups: int) -> None:
-    q, table, k_cache, v_cache, limits = attention_inputs(rows, start, groups)
-    batch = batch_of(table, torch.full_like(limits, start), diffusion=True)
-    block_k = randn(groups, rows, HEADS + KV_HEADS, HEAD_DIM, seed=7)[:, :, HEADS:]
-    block_v = randn(groups, rows, KV_HEADS, HEAD_DIM, seed=8)
-    full = paged_attention(q, k_cache, v_cache, batch, SCALE, block_k, block_v)
-    keys, values = (c.nan_to_num(0.0).double() for c in (k_cache, v_cache))
-    exact = paged_attention(q.double(), keys, values, batch, SCALE, block_k.double(), block_v.double())
-    assert error(full, exact) < 6e-3
-    for split in (True, False):
-        got = attention_triton.paged_attention(
-            q, k_cache, v_cache, batch, SCALE, block_k, block_v, split=split
-        )
-        assert torch.equal(got, full), split
+        alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=start + row),))
+        at = slice(group.first_row + row, group.first_row + row + 1)
+        got = paged_attention(tensors[0][at], *tensors[1:], device_plan(alone), SCALE)
+        assert torch.equal(got[0], full[at.start]), row
 
 
 def test_row_kernels_match_their_references() -> None:
-    x, weight = randn(33, 4096), randn(4096, seed=1)
-    assert error(rms_norm(x, weight, 1e-6), rms_norm(x.double(), weight.double(), 1e-6)) < 5e-3
-    assert error(silu_mul(x), silu_mul(x.double())) < 3e-3
-    qkv, heads = randn(33, 48, HEAD_DIM, seed=2), randn(40, HEAD_DIM, seed=3)
-    cos, sin = randn(33, 1, HEAD_DIM, seed=4), randn(33, 1, HEAD_DIM, seed=5)
-    slots = torch.randperm(64, device=DEVICE)[:33]
+    table, weight = randn(500, 4096), randn(4096, seed=1)
+    cos, sin = randn(64, HEAD_DIM // 2, seed=4), randn(64, HEAD_DIM // 2, seed=5)
+    tokens, positions, picks = int32(*range(30), -1, -2, -3), int32(*range(33)), int32(7, 8, 9)
+    rows = embed(tokens, positions, picks, table, weight, 1e-6, cos, sin)
+    exact = embed(
+        tokens, positions, picks, *(t.double() for t in (table, weight)), 1e-6, cos.double(), sin.double()
+    )
+    for name, value in vars(rows).items():
+        assert error(value, getattr(exact, name)) < 5e-3, name
+    qkv, heads = randn(33, 48, HEAD_DIM, seed=2), randn(2, 40, HEAD_DIM, seed=3)
+    slots = torch.randperm(64, device=DEVICE)[:33].int()
     caches = [torch.zeros(8, 64, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
     expected = [cache.double() for cache in caches]
-    out = qk_norm_rope(qkv, heads, cos, sin, 1e-6, slots, *caches)
-    rope = cos.double(), sin.double()
-    exact = qk_norm_rope(qkv.double(), heads.double(), *rope, 1e-6, slots, expected[0], expected[1])
-    assert error(out, exact) < 6e-3
+    wide = [t.double() for t in (qkv, heads, rows.cos, rows.sin)]
+    got, alone = qkv.clone(), qkv[7:8].clone()
+    qk_norm_rope(got, heads, rows.cos, rows.sin, 1e-6, int32(20), slots, *caches)
+    qk_norm_rope(*wide, 1e-6, int32(20), slots, *expected)
+    assert error(got, wide[0]) < 6e-3
     assert error(caches[0], expected[0]) < 6e-3
     assert torch.equal(caches[1].double(), expected[1])
-
-    def alone(kernel: Callable[[Tensor], Tensor], rows: Tensor) -> None:
-        assert torch.equal(kernel(rows[7:8]), kernel(rows)[7:8])
-
-    alone(lambda rows: rms_norm(rows, weight, 1e-6), x)
-    alone(silu_mul, x)
+    qk_norm_rope(alone, heads, rows.cos[7:8], rows.sin[7:8], 1e-6, int32(1), slots[7:8], *caches)
+    assert torch.equal(alone[0], got[7])
 
 
-def test_gumbel_noise_has_the_counters_of_the_cpu() -> None:
-    arguments = ([5, 5, 2**63 - 1], [9, 10, 0], 151_936)
-    expected = gumbel_noise(*arguments, torch.device("cpu"))
-    torch.testing.assert_close(gumbel_noise(*arguments, DEVICE).cpu(), expected, rtol=1e-5, atol=5e-6)
+def test_noise_and_picks_are_those_of_the_cpu() -> None:
+    keys = torch.from_numpy(noise_keys([5, 5, 2**63 - 1, 8], [9, 10, 0, 1]))
+    expected = gumbel_noise(keys, 151_936)
+    torch.testing.assert_close(gumbel_noise(keys.to(DEVICE), 151_936).cpu(), expected, rtol=1e-5, atol=5e-6)
+    logits, temperatures = torch.randn(4, 151_936) * 3, torch.tensor([0.0, 0.7, 1.0, 0.0])
+    logits[3, [70, 150_000]] = 60.0
+    picks = [torch.zeros(9, dtype=torch.int32, device=device) for device in (DEVICE, torch.device("cpu"))]
+    gumbel_argmax(logits.to(DEVICE), temperatures.to(DEVICE), keys.to(DEVICE), picks[0], int32(2))
+    gumbel_argmax(logits, temperatures, keys, picks[1], torch.tensor([2]))
+    assert torch.equal(picks[0].cpu(), picks[1])
+    assert picks[1][5] == 70

@@ -1,0 +1,41 @@
+"""Settings of the API: who may call it and how much, what `deployments/` YAML calls `api:`."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ApiConfig(BaseModel):
+    """An application's rules for its callers, HTTP and gRPC alike. An unknown key or a value out of range is an error.
+
+    keys_file, keys_env: where the API keys are that may call (`deployments.api_keys`): a file on every node that runs an
+    ingress, or an environment variable of the ingress with the file's text. Neither: anyone who reaches the port may.
+    requests_per_minute, tokens_per_minute: limits of a key that has none of its own; prompt and generated tokens count.
+    max_body_bytes: size of a request; body_timeout_s: time that a client has for sending it. log_prompts: write
+    prompts into the log, which is without them by default.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys_file: Path | None = None
+    keys_env: str | None = Field(default=None, min_length=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    max_body_bytes: int = Field(default=4 << 20, ge=1)
+    body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    log_prompts: bool = False
+
+    @property
+    def has_keys(self) -> bool:
+        return self.keys_file is not None or self.keys_env is not None
+
+    @model_validator(mode="after")
+    def _limits_need_keys(self) -> "ApiConfig":
+        if self.keys_file is not None and self.keys_env is not None:
+            raise ValueError("keys_file and keys_env are two places for the same keys: remove one")
+        limited = self.requests_per_minute is not None or self.tokens_per_minute is not None
+        if limited and not self.has_keys:
+            raise ValueError(
+                "requests_per_minute and tokens_per_minute are limits of a key, and there are no keys: set keys_file"
+            )
+        return self

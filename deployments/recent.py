@@ -1,0 +1,28 @@
+"""Answers that cost others work, and that anyone may ask for: given to all who ask within a second."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+Answer = TypeVar("Answer")
+
+_SECONDS = 1.0
+
+
+class Recent(Generic[Answer]):
+    """What `ask` said at most a second ago. It is asked once at a time, however many wait; its errors are not kept."""
+
+    def __init__(
+        self, ask: Callable[[], Awaitable[Answer]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """clock: seconds, for tests."""
+        self._ask, self._clock = ask, clock
+        self._lock = asyncio.Lock()
+        self._known: tuple[float, Answer] | None = None
+
+    async def __call__(self) -> Answer:
+        async with self._lock:
+            if self._known is None or self._clock() - self._known[0] >= _SECONDS:
+                self._known = self._clock(), await self._ask()
+            return self._known[1]

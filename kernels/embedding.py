@@ -1,0 +1,48 @@
+"""The start of a pass: token embeddings, the first layer's norm, and each row's rotary angles."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.device import runs_triton
+from kernels.rms_norm import rms_norm
+
+
+@dataclass(frozen=True)
+class EmbeddedRows:
+    """hidden, normed: [rows, hidden_size]. cos, sin [rows, 1, head_dim]: as `apply_rope` takes them."""
+
+    hidden: Tensor
+    normed: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def embed(
+    tokens: Tensor,
+    positions: Tensor,
+    picks: Tensor,
+    table: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+) -> EmbeddedRows:
+    """Look up `tokens` [rows] in table [vocab_size, hidden_size] and norm them; look up `positions` [rows] in cos and sin.
+
+    picks: int32, what earlier passes picked: a token -1 - i stands for picks[i], which the host need not know. cos, sin
+    [positions, head_dim / 2]: of the rotary angles.
+    """
+    if runs_triton(table):
+        from kernels import embedding_triton
+
+        return embedding_triton.embed(tokens, positions, picks, table, norm_weight, eps, cos, sin)
+    if bool((tokens < 0).any()):
+        tokens = torch.where(tokens < 0, picks[(-1 - tokens).clamp_(min=0)].to(tokens.dtype), tokens)
+    hidden = F.embedding(tokens, table)
+    cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    return EmbeddedRows(
+        hidden, rms_norm(hidden, norm_weight, eps), torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    )

@@ -1,0 +1,287 @@
+"""The model runner of GPUs: every pass is a replay of a CUDA graph, fed by one copy of the plan.
+
+A graph is captured for each of a few row counts, when the engine starts; a pass is filled up to the next one. Nothing else of
+it is fixed: tokens, views, page tables and the work list of attention are numbers in one buffer on the device. The head has
+graphs of its own, by the number of rows that need logits. Picks stay on the device too, in a ring of two passes, and the
+plan of a pass may refer to them: so it is uploaded and launched while the one before it still runs, and the host waits only
+for what it has to know.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import AttentionPlan, gumbel_argmax
+from kernels.attention_triton import attention_programs, tile_rows
+from kernels.attention_work import HEADER, ITEM, AttentionWork, plan_work
+from orthrus.forward import LayerParallelForward
+from orthrus.kv_cache import KVCache
+from orthrus.model_runner import LaunchedPass
+from orthrus.plan import PassPlan, RowGroup, flatten
+from orthrus.sampling import PickRows, adjust, follow_masks, row_keys, row_temperatures
+
+_RECORDS = 4096
+"""Rows x segments of attention whose partial results have room; what needs more is not divided."""
+_GRAPH_BYTES = 1 << 30
+"""Room for the graphs themselves, compiled kernels, and what else is not counted."""
+_NUM_AR, _FIRST_PICK = 0, 1
+_BEFORE_HEAD = 8
+_HEAD_FIELDS = 4
+_ROW_FIELDS = 5
+
+
+def row_buckets(most: int) -> list[int]:
+    """Row counts that graphs are captured for, up to one that holds `most` rows: close together where passes are short."""
+    sizes = [8, 16, 32, 48, *range(64, 256, 32), *range(256, 512, 64), *range(512, 1 << 20, 256)]
+    last = next(i for i, size in enumerate(sizes) if size >= most)
+    return sizes[: last + 1]
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A pass on its way: `done` when its picks are in `host`."""
+
+    logits: Tensor
+    first_pick: int
+    rows: Sequence[PickRows]
+    host: Tensor
+    done: torch.cuda.Event
+
+    def picks(self) -> list[list[int]]:
+        self.done.synchronize()
+        count = sum(group.count for group in self.rows)
+        return follow_masks(self.logits, self.rows, self.host[:count].tolist())
+
+
+@dataclass
+class _Upload:
+    """A plan's numbers in page-locked memory, as a tensor and as the same array; see `CudaGraphRunner` for their order."""
+
+    size: int
+    tensor: Tensor = field(init=False)
+    array: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensor = torch.zeros(self.size, dtype=torch.int32, pin_memory=True)
+        self.array = self.tensor.numpy()
+
+
+def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max_logits: int) -> int:
+    """GPU memory that a runner of such passes needs besides weights and KV cache, by running its largest pass."""
+    device, rows = forward.device, row_buckets(max_rows)[-1]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
+    zeros = torch.zeros(_ROW_FIELDS, rows, dtype=torch.int32, device=device)
+    num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
+    work = AttentionWork(
+        zeros[3], zeros[4], zeros[0], num_ar, tile_rows(forward.heads_per_kv, forward.dtype), _RECORDS
+    )
+    attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
+    plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0], rows)
+    forward.hidden_states(plan, cache, zeros[0])
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del cache, plan, attention, work, zeros
+    torch.cuda.empty_cache()
+    head = row_buckets(max_logits)[-1] * (4 * forward.config.vocab_size + 2 * forward.config.hidden_size)
+    return peak + head + _GRAPH_BYTES
+
+
+class CudaGraphRunner:
+    """Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits. hidden: their final hidden states.
+
+    The buffer of a pass, int32: number of AR rows, place of the first pick; for the head: rows that need logits,
+    temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the bucket: tokens,
+    positions, slots, limits, records (see `AttentionWork`); then attention's work list and the page tables.
+    """
+
+    feeds_tokens = True
+
+    def __init__(
+        self,
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        max_rows: int,
+        max_logits: int,
+        max_pages: int,
+    ) -> None:
+        """max_pages: of the page tables of one pass. Captures all graphs, which takes some seconds."""
+        self._forward, self._cache = forward, cache
+        device = forward.device
+        self._tile_rows = tile_rows(forward.heads_per_kv, forward.dtype)
+        self._programs = max(1, attention_programs(device) // forward.config.num_key_value_heads)
+        self._row_buckets = row_buckets(max_rows)
+        self._head_buckets = row_buckets(max_logits)
+        most_logits = self.max_logits = self._head_buckets[-1]
+        self._rows_at = _BEFORE_HEAD + _HEAD_FIELDS * most_logits
+        most_rows = self._row_buckets[-1]
+        items = most_rows + 2 * attention_programs(device)
+        size = self._rows_at + _ROW_FIELDS * most_rows + HEADER + ITEM * items + max_pages
+        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        self._uploads = [_Upload(size), _Upload(size)]
+        self._picks = torch.zeros(2 * most_logits, dtype=torch.int32, device=device)
+        self._host_picks = [torch.zeros(most_logits, dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self.hidden = torch.zeros(most_logits, forward.config.hidden_size, device=device, dtype=forward.dtype)
+        self._logits = torch.zeros(most_logits, forward.config.vocab_size, device=device, dtype=torch.float32)
+        self._zero = torch.zeros(1, dtype=torch.int32, device=device)
+        self._turn = 0
+        self._pool = torch.cuda.graph_pool_handle()
+        self._row_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._capture_all()
+
+    def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
+        """Start a pass. One more may be launched before this one's picks are read, not two."""
+        most = self.max_logits
+        self._turn ^= 1
+        first_pick = self._turn * most
+        count = self._start(groups, rows, first_pick)
+        if not all(group.plain for group in rows):
+            self._pick_elsewhere(rows, first_pick)
+        host = self._host_picks[self._turn]
+        host[:count].copy_(self._picks[first_pick : first_pick + count], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Launched(self._logits, first_pick, rows, host, done)
+
+    def logits(self, groups: Sequence[RowGroup]) -> Tensor:
+        count = self._start(groups, (), self._turn * self.max_logits)
+        return self._logits[:count].clone()
+
+    def _start(self, groups: Sequence[RowGroup], rows: Sequence[PickRows], first_pick: int) -> int:
+        """Upload the plan and replay its graphs. Returns how many rows need logits."""
+        flat = flatten(groups, self._cache.page_size, 1)
+        used = len(flat.tokens)
+        bucket = next(size for size in self._row_buckets if size >= used)
+        count = len(flat.logit_rows)
+        limits, records, items = plan_work(
+            flat.groups,
+            num_rows=bucket,
+            tile_rows=self._tile_rows,
+            programs=self._programs,
+            capacity=_RECORDS,
+        )
+        upload = self._uploads[self._turn]
+        array = upload.array
+        # Rows that fill the bucket up are of the view that comes last.
+        array[_NUM_AR] = flat.num_ar if flat.num_ar < used else bucket
+        array[_FIRST_PICK] = first_pick
+        most = self.max_logits
+        logit_rows, temperatures, keys = np.split(array[_BEFORE_HEAD : self._rows_at], [most, 2 * most])
+        logit_rows[:count] = flat.logit_rows
+        logit_rows[count:] = 0
+        if rows:
+            temperatures[:count] = row_temperatures(rows).view(np.int32)
+            keys[: 2 * count] = row_keys(rows).ravel()
+        fields = array[self._rows_at : self._rows_at + _ROW_FIELDS * bucket].reshape(_ROW_FIELDS, bucket)
+        for row, values in zip(
+            fields, (flat.tokens, flat.positions, flat.slots, limits, records), strict=True
+        ):
+            row[: len(values)] = values
+            row[len(values) :] = 0
+        end = self._rows_at + _ROW_FIELDS * bucket + len(items)
+        array[end - len(items) : end] = items
+        self._buffer[:end].copy_(upload.tensor[:end], non_blocking=True)
+        self._row_graphs[bucket].replay()
+        if count:
+            self._head_graphs[next(size for size in self._head_buckets if size >= count)].replay()
+        return count
+
+    def _pick_elsewhere(self, rows: Sequence[PickRows], first_pick: int) -> None:
+        """Replace the picks of groups that don't pick from the logits as they are."""
+        temperatures, keys = self._pick_settings()
+        start = 0
+        for plain, members in itertools.groupby(rows, key=lambda group: group.plain):
+            groups = list(members)
+            end = start + sum(group.count for group in groups)
+            if not plain:
+                adjusted = adjust(self._logits[start:end], groups)
+                gumbel_argmax(
+                    adjusted,
+                    temperatures[start:end],
+                    keys[start:end],
+                    self._picks[first_pick + start :],
+                    self._zero,
+                )
+            start = end
+
+    def _pick_settings(self) -> tuple[Tensor, Tensor]:
+        """Temperatures [max_logits] and noise keys [max_logits, 2] in the buffer."""
+        most = self.max_logits
+        temperatures, keys = self._buffer[_BEFORE_HEAD + most : self._rows_at].split([most, 2 * most])
+        return temperatures.view(torch.float32), keys.view(-1, 2)
+
+    # --- capture
+
+    def _capture_all(self) -> None:
+        work = [
+            *((self._row_graphs, size, self._run_rows) for size in reversed(self._row_buckets)),
+            *((self._head_graphs, size, self._run_head) for size in reversed(self._head_buckets)),
+        ]
+        for graphs, size, run in tqdm(work, desc="CUDA graphs", unit="graph", disable=None):
+            graphs[size] = self._capture(run, size)
+
+    def _capture(self, run: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph:
+        """Capture `run(size)`, after a first run that compiles its kernels. The buffer is all zero: rows of no group."""
+        run(size)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph(): it collects garbage before each of many captures.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin(pool=self._pool)
+            run(size)
+            graph.capture_end()
+        return graph
+
+    def _plan(self, rows: int) -> PassPlan:
+        """The buffer as a plan for `rows` rows."""
+        first = self._rows_at
+        fields = self._buffer[first : first + _ROW_FIELDS * rows].view(_ROW_FIELDS, rows)
+        tokens, positions, slots, limits, records = fields.unbind()
+        num_ar = self._buffer[_NUM_AR : _NUM_AR + 1]
+        work = AttentionWork(
+            limits,
+            records,
+            self._buffer[first + _ROW_FIELDS * rows :],
+            num_ar,
+            self._tile_rows,
+            _RECORDS,
+        )
+        most = self.max_logits
+        return PassPlan(
+            tokens=tokens,
+            positions=positions,
+            slots=slots,
+            num_ar=num_ar,
+            attention=AttentionPlan(
+                (), self._cache.page_size, self._forward.heads_per_kv, self._buffer.device, work
+            ),
+            logit_rows=self._buffer[_BEFORE_HEAD : _BEFORE_HEAD + min(rows, most)],
+            num_logits=min(rows, most),
+        )
+
+    @torch.inference_mode()
+    def _run_rows(self, rows: int) -> None:
+        plan = self._plan(rows)
+        hidden = self._forward.hidden_states(plan, self._cache, self._picks)
+        torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[: plan.num_logits])
+
+    @torch.inference_mode()
+    def _run_head(self, rows: int) -> None:
+        temperatures, keys = self._pick_settings()
+        logits = self._logits[:rows]
+        self._forward.logits(self.hidden[:rows], logits)
+        gumbel_argmax(
+            logits,
+            temperatures[:rows],
+            keys[:rows],
+            self._picks,
+            self._buffer[_FIRST_PICK : _FIRST_PICK + 1],
+        )

@@ -1,0 +1,49 @@
+"""Final hidden states against float64, beside Hugging Face's own bfloat16 forward of the same weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from orthrus.cuda_graphs import CudaGraphRunner
+from orthrus.forward import LayerParallelForward
+from orthrus.kv_cache import KVCache
+from orthrus.plan import PassPlan, RowGroup, View
+from orthrus.shape_bench import hugging_face_model, random_weights, shape_config
+
+DEVICE = torch.device("cuda")
+MODEL = replace(shape_config("8B", diffusion=False), num_hidden_layers=6, vocab_size=8192)
+LENGTH, PAGE = 320, 64
+
+
+def test_hidden_states_are_as_near_float64_as_hugging_faces() -> None:
+    tokens = torch.randint(MODEL.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    group = RowGroup(View.AR, tokens, 0, list(range(1, 6)), 0, LENGTH)
+
+    def cache(dtype: torch.dtype) -> KVCache:
+        return KVCache.allocate(MODEL, 6, PAGE, DEVICE, dtype)
+
+    weights = random_weights(MODEL, DEVICE, torch.bfloat16)
+    exact_forward = LayerParallelForward(MODEL, {name: w.double() for name, w in weights.items()})
+    plan = PassPlan.build([group], page_size=PAGE, heads_per_kv=4, device=DEVICE)
+    none = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    exact = exact_forward.hidden_states(plan, cache(torch.float64), none)[:LENGTH]
+    del exact_forward
+
+    def error(hidden: torch.Tensor) -> float:
+        return ((hidden.double() - exact).norm() / exact.norm()).item()
+
+    with torch.inference_mode():
+        theirs = hugging_face_model(MODEL, DEVICE, torch.bfloat16).model(
+            torch.tensor([tokens], device=DEVICE)
+        )
+    limit = error(theirs.last_hidden_state[0])
+    forward = LayerParallelForward(MODEL, weights)
+    runner = CudaGraphRunner(forward, cache(torch.bfloat16), max_rows=LENGTH, max_logits=LENGTH, max_pages=64)
+    runner.logits([group])
+    ours = error(runner.hidden[:LENGTH])
+    print(f"relative error of final hidden states: ours {ours:.5f}, Hugging Face's {limit:.5f}")
+    assert ours <= limit

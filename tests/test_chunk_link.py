@@ -1,0 +1,188 @@
+"""The link between a replica and an ingress: real sockets on this machine, no Serve."""
+
+import asyncio
+import pickle
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.chunk_link import Address, ChunkLinks, ChunkReceiver, Inbox, LinkLost
+from orthrus.request import Chunk, RequestStats, TokenLogprob, joined_chunks
+
+STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)
+
+
+@contextmanager
+def ends() -> Iterator[tuple[ChunkReceiver, ChunkLinks]]:
+    """An ingress' end and a replica's."""
+    receiver, links = ChunkReceiver(), ChunkLinks()
+    try:
+        yield receiver, links
+    finally:
+        links.close()
+        receiver.close()
+
+
+def chunk(request: str, *tokens: int) -> Chunk:
+    return Chunk(request, 0, tokens)
+
+
+async def take_until(inbox: Inbox, token: int) -> list[int]:
+    """All tokens of an inbox up to `token`."""
+    tokens: list[int] = []
+    while not tokens or tokens[-1] != token:
+        tokens += [t for c in await inbox.take() for t in c.token_ids]
+    return tokens
+
+
+def test_chunks_of_two_replicas_reach_their_requests_in_order() -> None:
+    async def main() -> None:
+        with ends() as (receiver, links), ends() as (_, others):
+            address = await receiver.address()
+            inboxes = {name: receiver.open(name) for name in "abc"}
+            first, second = await links.to(address), await others.to(address)
+            for token in range(50):
+                first.send([chunk("a", token), chunk("b", 100 + token), chunk("nobody's", 7)])
+                second.send([chunk("c", 200 + token)])
+            for name, start in (("a", 0), ("b", 100), ("c", 200)):
+                assert await take_until(inboxes[name], start + 49) == list(range(start, start + 50))
+
+    asyncio.run(main())
+
+
+def test_everything_in_a_chunk_crosses() -> None:
+    scored = (TokenLogprob(3, -0.5, ((3, -0.5), (1, float("-inf")))),)
+    last = Chunk("a", 1, (3,), scored, "stop", "END", STATS, "why")
+
+    async def main() -> Chunk:
+        with ends() as (receiver, links):
+            inbox = receiver.open("a")
+            (await links.to(await receiver.address())).send([last])
+            [arrived] = await inbox.take()
+            return arrived
+
+    assert asyncio.run(main()) == last
+
+
+def test_what_a_slow_ingress_does_not_take_is_joined() -> None:
+    """An ingress that reads nothing for a while: its chunks wait together, and none is lost."""
+    chunks = [chunk("a", *range(1000), 10_000 + number) for number in range(8000)]
+
+    async def main() -> list[list[tuple[Any, ...]]]:
+        connected: asyncio.Future[asyncio.StreamReader] = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(lambda reader, _: connected.set_result(reader), "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        links = ChunkLinks()
+        link = await links.to(Address(host, port, b"secret"))
+        reader = await connected
+        for one in chunks:
+            link.send([one])
+            await asyncio.sleep(0)
+        await reader.readexactly(len(b"secret" + link.name))
+        messages: list[list[tuple[Any, ...]]] = []
+        while sum(map(len, messages)) < len(chunks):
+            (length,) = struct.unpack("<I", await reader.readexactly(4))
+            messages.append(pickle.loads(await reader.readexactly(length)))
+        links.close()
+        server.close()
+        return messages
+
+    messages = asyncio.run(main())
+    assert max(map(len, messages)) > 1000, "what waited was sent as one"
+    assert [Chunk(*values) for message in messages for values in message] == chunks
+
+
+def test_a_stranger_is_not_listened_to() -> None:
+    async def main() -> None:
+        with ends() as (receiver, links), ends() as (_, others):
+            address = await receiver.address()
+            inbox = receiver.open("a")
+            stranger = await others.to(replace(address, secret=bytes(len(address.secret))))
+            stranger.send([chunk("a", 666)])
+            await stranger.lost
+            (await links.to(address)).send([chunk("a", 1)])
+            assert await take_until(inbox, 1) == [1]
+
+    asyncio.run(main())
+
+
+def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
+    """What has come can still be taken; then the loss shows, and at once where the link is gone already."""
+
+    async def main() -> None:
+        with ends() as (receiver, links):
+            link = await links.to(await receiver.address())
+            inbox = receiver.open("a")
+            link.send([chunk("a", 1)])
+            assert await take_until(inbox, 1) == [1]
+            receiver.expect_rest("a", link.name)
+            link.close()
+            with pytest.raises(LinkLost):
+                await inbox.take()
+            late = receiver.open("b")
+            receiver.expect_rest("b", link.name)
+            with pytest.raises(LinkLost):
+                await late.take()
+
+    asyncio.run(main())
+
+
+def test_a_lost_link_is_opened_again_for_the_next_request() -> None:
+    async def main() -> None:
+        with ends() as (receiver, links):
+            address = await receiver.address()
+            first, again = await asyncio.gather(links.to(address), links.to(address))
+            assert first is again
+            first.close()
+            await first.lost
+            inbox = receiver.open("a")
+            (await links.to(address)).send([chunk("a", 1)])
+            assert await take_until(inbox, 1) == [1]
+
+    asyncio.run(main())
+
+
+def test_an_ingress_that_is_gone_is_told() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(LinkLost, match=f"127.0.0.1:{port}"):
+        asyncio.run(ChunkLinks().to(Address("127.0.0.1", port, b"")))
+
+
+def test_links_use_rays_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=ray -keyout key.pem -out cert.pem"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    for name, file in (("CA_CERT", "cert.pem"), ("SERVER_CERT", "cert.pem"), ("SERVER_KEY", "key.pem")):
+        monkeypatch.setenv(f"RAY_TLS_{name}", str(tmp_path / file))
+
+    async def main() -> None:
+        with ends() as (receiver, links):
+            address = await receiver.address()
+            inbox = receiver.open("a")
+            (await links.to(address)).send([chunk("a", 1)])
+            assert await take_until(inbox, 1) == [1]
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(address.secret + bytes(16))
+            assert await reader.read() == b"", "plain text is refused"
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_joined_chunks_are_what_one_pass_would_have_sent() -> None:
+    scored = tuple(TokenLogprob(t, -float(t)) for t in range(4))
+    parts = [
+        Chunk("a", 0, (0, 1), scored[:2]),
+        Chunk("a", 0, (2,), scored[2:3]),
+        Chunk("a", 0, (3,), scored[3:], "length", None, STATS),
+    ]
+    assert joined_chunks(parts) == Chunk("a", 0, (0, 1, 2, 3), scored, "length", None, STATS)
