@@ -1,4 +1,4 @@
-"""Pre-training of a small base model: next-token loss on packed documents, with a diffusion view beside it where wanted."""
+"""Pre-training of a small base model: next-token loss on packed documents."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,26 +10,14 @@ from torch import Tensor
 
 from orthrus.training.batches import TokenStream
 from orthrus.training.distributed import Processes
-from orthrus.training.drafts import DraftLoss, DraftSettings
 from orthrus.training.loop import autocast, optimise, to_device
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import TrainingSettings
 
 
-class BaseDraftSettings(DraftSettings):
-    """weight: of the drafts' loss beside the next-token loss."""
-
-    weight: float = 0.25
-
-
 class BaseSettings(TrainingSettings):
-    """drafts: train a diffusion view together with the base; None for a plain Qwen3. A small model's MLPs and embedding
-    of the mask token then learn to serve both views, which heads for a finished base can't teach them.
+    """eval_every: steps between held-out losses, on `eval_rows` rows."""
 
-    eval_every: steps between held-out losses, on `eval_rows` rows.
-    """
-
-    drafts: BaseDraftSettings | None = None
     rows: int = 48
     row_length: int = 2048
     optimizer: str = "muon"
@@ -78,40 +66,21 @@ def train_base(
     if settings.compile:
         model.compile_layers()
         loss_of = torch.compile(next_token_loss)
-    weight, drafts = 0.0, None
-    if settings.drafts is not None:
-        weight = settings.drafts.weight
-        drafts = DraftLoss(
-            model,
-            settings.drafts,
-            rows=settings.rows,
-            length=settings.row_length,
-            seed=settings.seed,
-            compiled=settings.compile,
-        )
 
     def backward(step: int, rows: range) -> None:
         batch = to_device(
             train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed), device
         )
         with autocast(device):
-            hidden, cache = model(batch[:, :-1])
-            loss = loss_of(hidden, model.head_weight, batch)
-        total = loss * (len(rows) / settings.rows)
-        if drafts is not None:
-            blocks = drafts.blocks(step, rows, batch[:, :-1])
-            with autocast(device):
-                # Drafts take the AR view's keys and values as they are: they change what is shared, not what it says.
-                drafted = model.diffuse(blocks, [(key.detach(), value.detach()) for key, value in cache])
-            total = total + weight * drafts(hidden, drafted, blocks)
-        total.backward()
+            loss = loss_of(model(batch[:, :-1])[0], model.head_weight, batch)
+        (loss * (len(rows) / settings.rows)).backward()
         sums.add_(torch.stack([loss.detach() * len(rows), loss.new_tensor(len(rows))]))
 
     def report() -> dict[str, Any]:
         processes.add([sums])
         total, count = sums.tolist()
         sums.zero_()
-        return {"loss": total / count} | (drafts.report(processes) if drafts is not None else {})
+        return {"loss": total / count}
 
     optimise(
         dict(model.named_parameters()),

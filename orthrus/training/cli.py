@@ -33,7 +33,6 @@ from orthrus.training.settings import read_settings
 from orthrus.training.tokenizer import (
     END_OF_TEXT,
     IM_END,
-    MASK,
     as_transformers,
     read_documents,
     train_tokenizer,
@@ -100,10 +99,8 @@ def _special(tokenizer: Tokenizer, token: str) -> int:
 def _base(run: Run) -> None:
     settings, shape, device = needed(run.base, "base"), needed(run.model, "model"), local_device()
     tokenizer = Tokenizer.from_file(str(run.work / "tokenizer.json"))
-    end, turn, mask = (_special(tokenizer, token) for token in (END_OF_TEXT, IM_END, MASK))
+    end, turn = (_special(tokenizer, token) for token in (END_OF_TEXT, IM_END))
     config = ModelConfig(**shape, eos_token_ids=(turn, end), pad_token_id=end, dtype="bfloat16")
-    if settings.drafts is not None:
-        config = replace(config, block_size=settings.drafts.block_size, mask_token_id=mask)
     with connected(device) as processes:
         train, held_out = (
             run.corpus_tokens(part, tokenizer, processes)

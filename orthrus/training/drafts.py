@@ -22,7 +22,8 @@ class DraftSettings(Settings):
     The loss of a draft is its KL ** kl_power, weighted with miss_decay for every wrong draft before it in its block; 1 and 1
     are the paper's. What comes after a wrong draft is thrown away. And a sampled draft is refused with a chance of at
     most sqrt(KL / 2) (Pinsker): a power of 0.5 spends less on drafts that nobody could foresee, and more on those that are
-    nearly right, the first of a block above all, which the AR view's own weights would get right every time.
+    nearly right. first_weight: how much of a draft a block's first one is, in the loss and as a miss: 1 is the paper's,
+    0 is right where every block has a lead (`orthrus.schedules.orthrus`), which knows that token.
     """
 
     block_size: int = 32
@@ -30,6 +31,7 @@ class DraftSettings(Settings):
     short_blocks: float = 0.0
     miss_decay: float = 1.0
     kl_power: float = 1.0
+    first_weight: float = 1.0
 
 
 class DraftLoss:
@@ -50,8 +52,11 @@ class DraftLoss:
         self._model, self._settings, self._mask = model, settings, model.config.mask_token_id
         self._rows, self._length, self._seed, self._compiled = rows, length, seed, compiled
         size = settings.block_size
-        self._sums = torch.zeros(2 * size + 3, dtype=torch.float64, device=model.head_weight.device)
-        self._kl, self._agreed, self._counted, self._blocks = self._sums.split([1, size, size, 2])
+        device = model.head_weight.device
+        self._share = torch.ones(size, device=device)
+        self._share[0] = settings.first_weight
+        self._sums = torch.zeros(2 * size + 4, dtype=torch.float64, device=device)
+        self._kl, self._agreed, self._counted, self._blocks = self._sums.split([1, size, size, 3])
 
     def blocks(self, step: int, rows: range, batch: Tensor) -> DraftBlocks:
         """Blocks of rows `rows` of a step, whose tokens are `batch` int64 [rows, length]: a function of seed and step."""
@@ -73,46 +78,43 @@ class DraftLoss:
         """
         settings, size, rows = self._settings, self._settings.block_size, len(hidden)
         index = blocks.positions + torch.arange(rows, device=hidden.device)[:, None] * self._length
-        index, targets = index.flatten(), hidden.detach().flatten(0, 1)
-        # Once per position, or only where there are drafts if those are fewer.
-        if len(index) < len(targets):
-            index, targets = torch.arange(len(index), device=hidden.device), targets[index]
         live = blocks.live.flatten(0, 1)
 
         def weigh(kl: Tensor, agree: Tensor) -> Tensor:
-            wrong = (~agree.view(-1, size)).long()
-            weight = settings.miss_decay ** (wrong.cumsum(1) - wrong) * live / self._live
+            wrong = ~agree.view(-1, size) * self._share
+            weight = settings.miss_decay ** (wrong.cumsum(1) - wrong) * self._share * live / self._live
             # The gradient of kl ** power is this times that of kl.
             return weight.flatten() * settings.kl_power * (kl + _MIN_KL) ** (settings.kl_power - 1)
 
         with torch.no_grad(), autocast(hidden.device):
-            targets = self._model.logits(targets)
+            targets = self._model.logits(hidden.flatten(0, 1))
             head = self._model.head_weight.to(targets.dtype)
         loss, kl, agree = forward_kl(
-            drafted.flatten(0, 1), targets, index, head, weigh, compiled=self._compiled
+            drafted.flatten(0, 1), targets, index.flatten(), head, weigh, compiled=self._compiled
         )
         self._add(kl.view(-1, size), agree.view(-1, size), live)
         return loss
 
     def _add(self, kl: Tensor, agree: Tensor, live: Tensor) -> None:
         agree = agree & live
-        # The last row's draft could not be verified in its own block: it is trained, and never used.
-        leading = agree[:, :-1].long().cumprod(1).sum(1)
+        # The last row's draft can only be verified behind a lead, which takes the place of the first row's.
+        leading, behind_lead = (part.long().cumprod(1).sum(1) for part in (agree[:, :-1], agree[:, 1:]))
         whole = live.all(1)
         self._kl += (kl * live).sum()
         self._agreed += agree.sum(0)
         self._counted += live.sum(0)
-        self._blocks += torch.stack([(leading * whole).sum(), whole.sum()])
+        self._blocks += torch.stack([(leading * whole).sum(), (behind_lead * whole).sum(), whole.sum()])
 
     def report(self, processes: Processes) -> dict[str, Any]:
-        """Since the last call: KL in nats, top-1 agreement by depth, and the tokens per cycle that leading rows of a block
-        which agree would give on text that is the model's greedy own."""
+        """Since the last call: KL in nats, top-1 agreement by depth, and the tokens per cycle, plain and with a lead, that
+        leading rows of a block which agree would give on text that is the model's greedy own."""
         processes.add([self._sums])
         agreement = self._agreed / self._counted.clamp(min=1)
-        leading, blocks = self._blocks.tolist()
+        leading, behind_lead, blocks = self._blocks.tolist()
         values = {
             "kl": self._kl.item() / max(1.0, self._counted.sum().item()),
             "tokens_per_cycle": 1 + leading / max(1, blocks),
+            "tokens_per_cycle_with_lead": 2 + behind_lead / max(1, blocks),
             "agreement": [round(v, 3) for v in agreement.tolist()],
         }
         self._sums.zero_()

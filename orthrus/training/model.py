@@ -206,17 +206,13 @@ class TwoViewModel(nn.Module):
 
 
 def initialise(model: TwoViewModel, seed: int) -> None:
-    """Random weights: normal with deviation 0.02; projections back into the residual stream start at zero, a diffusion
-    view as a copy of the AR one.
-    """
+    """Random weights of a plain Qwen3: normal with deviation 0.02; projections back into the residual stream start at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 continue
-            if "_diff." in name:
-                parameter.copy_(model.get_parameter(name.replace("_diff.", ".")))
-            elif name.split(".")[-2] in ("o_proj", "down_proj"):
+            if name.split(".")[-2] in ("o_proj", "down_proj"):
                 parameter.zero_()
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
