@@ -117,6 +117,7 @@ class Engine:
             page_size=self.page_size,
             max_num_seqs=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
+            decode_rows=self._decode_rows,
         )
         self._by_request: dict[str, list[Sequence]] = {}
         self._in_flight: deque[_InFlight] = deque()
