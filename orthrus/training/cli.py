@@ -194,8 +194,8 @@ def _eval(run: Run) -> None:
             f"eval.block_rows has no length up to the checkpoint's {config.block_size}: add one"
         )
     engine_config = run.engine_config(run.out, schedule="orthrus", adaptive_draft=False)
-    # With more sequences at a time, blocks would have fewer rows than asked for.
-    most = min(engine_config.max_num_seqs, DECODE_ROWS // lengths[-1])
+    # With more sequences at a time, blocks beside their leads would have fewer rows than asked for.
+    most = min(engine_config.max_num_seqs, DECODE_ROWS // (lengths[-1] + 1))
     engine = Engine.from_pretrained(engine_config.model_copy(update={"max_num_seqs": most}))
     report["held_out_loss"] = held_out_loss(engine, rows)
     drafts = []
