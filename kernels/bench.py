@@ -81,9 +81,9 @@ def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPl
         plan.groups, num_rows=num_rows, tile_rows=tile, programs=max(1, programs), capacity=capacity
     )
     num_ar = sum(group.num_rows for group in plan.groups if not group.diffusion)
-    tensors = [torch.from_numpy(a).to(plan.device) for a in arrays]
+    limits, records, items = (torch.from_numpy(a).to(plan.device) for a in arrays)
     split = torch.tensor([num_ar], dtype=torch.int32, device=plan.device)
-    return replace(plan, work=AttentionWork(*tensors, split, tile, capacity))
+    return replace(plan, work=AttentionWork(limits, records, items, split, tile, capacity))
 
 
 @cache
@@ -187,9 +187,8 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
         for segments, tiles in case.variants(sweep):
             try:
                 times[segments, tiles] = microseconds(partial(case.ours, segments, tiles), case.launches)
-            except (
-                Exception
-            ) as error:  # A tile that does not fit is left out of the table, not the end of it.
+            except Exception as error:
+                # A tile that does not fit is left out of the table, not the end of it.
                 print(f"  {name} {rows} {segments} {tiles}: {type(error).__name__}: {str(error)[:100]}")
         usual = times[case.segments, None]
         ranked = sorted(times, key=times.__getitem__)
@@ -206,12 +205,15 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
         line = f"{name:8}{rows:5}  cublas {cublas:8.1f}  ours {usual:8.1f} us {usual / cublas:5.2f}x"
         for segments in sorted({s for s, _ in times}) if sweep else ():
             best = [k for k in ranked if k[0] == segments][:3]
-            line += f" | S{segments} " + " ".join(
-                f"{times[k] / cublas:.2f}:{k[1].outs}x{k[1].rows}x{k[1].depth}w{k[1].warps}s{k[1].stages}"
-                for k in best
-            )
+            line += f" | S{segments} " + " ".join(f"{times[k] / cublas:.2f}:{_name(k[1])}" for k in best)
         print(line, flush=True)
     return found
+
+
+def _name(tiles: LinearTiles | None) -> str:
+    if tiles is None:
+        return "usual"
+    return f"{tiles.outs}x{tiles.rows}x{tiles.depth}w{tiles.warps}s{tiles.stages}"
 
 
 class AttentionCase:

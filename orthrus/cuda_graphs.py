@@ -138,7 +138,6 @@ class CudaGraphRunner:
         self._capture_all()
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
-        """Start a pass. One more may be launched before this one's picks are read, not two."""
         most = self.max_logits
         self._turn ^= 1
         first_pick = self._turn * most
@@ -153,7 +152,9 @@ class CudaGraphRunner:
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._turn * self.max_logits)
-        return self._logits[:count].clone()
+        logits = self._logits[:count].clone()
+        torch.cuda.current_stream().synchronize()  # The next pass's plan goes to the same page-locked memory.
+        return logits
 
     def _start(self, groups: Sequence[RowGroup], rows: Sequence[PickRows], first_pick: int) -> int:
         """Upload the plan and replay its graphs. Returns how many rows need logits."""

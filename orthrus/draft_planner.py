@@ -51,7 +51,7 @@ class BlockPlan:
 
 
 class DraftPlanner:
-    """Plans each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences.
+    """Plans each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences and their leads.
 
     lead: whether blocks have one; None for where that pays, and where nothing says so, not.
     """
@@ -80,13 +80,14 @@ class DraftPlanner:
 
     def plan(self, greedy: bool, batch: int) -> BlockPlan:
         """The next block of a sequence while `batch` sequences decode."""
-        most = max(1, min(self.max_rows, self._pass_rows // batch))
-        if most == 1:
+        most = {lead: min(self.max_rows, self._pass_rows // batch - lead) for lead in self._leads}
+        leads = [lead for lead in self._leads if most[lead] > 1]
+        if not leads:
             return BlockPlan(1)
         cost = self._cost
         if cost is None:
-            return BlockPlan(most, self._leads[0])
-        best = sorted((self._best(cost, most, greedy, batch, lead) for lead in self._leads), reverse=True)
+            return BlockPlan(most[leads[0]], leads[0])
+        best = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
         self._decisions += 1
         probe = self._decisions % (_PROBE_EVERY * batch) == 0
         rate, rows, lead = best[-1] if probe else best[0]

@@ -117,6 +117,7 @@ class Engine:
             page_size=self.page_size,
             max_num_seqs=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
+            decode_rows=self._decode_rows,
         )
         self._by_request: dict[str, list[Sequence]] = {}
         self._in_flight: deque[_InFlight] = deque()
@@ -307,7 +308,8 @@ class Engine:
         chunks = []
         while len(self._in_flight) > keep:
             this = self._in_flight.popleft()
-            picks = iter(this.launched.picks() if any(part.num_logits for part in this.planned) else ())
+            # Also for a pass without picks: the runner has no room for more than one that has not been waited for.
+            picks = iter(this.launched.picks())
             row = 0
             for part in this.planned:
                 if not part.num_logits:

@@ -42,7 +42,10 @@ class ModelRunner(Protocol):
     max_logits: int
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
-        """Start a pass over `groups`. rows: how to pick, for each group that needs logits."""
+        """Start a pass over `groups`. rows: how to pick, for each group that needs logits.
+
+        Of the passes before it, all but the last have been waited for (`LaunchedPass.picks`).
+        """
         ...
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:

@@ -33,8 +33,16 @@ class Scheduler:
     """Owns the waiting and running sequences, both in order of arrival, and their pages."""
 
     def __init__(
-        self, schedule: Schedule, pool: PagePool, *, page_size: int, max_num_seqs: int, prefill_chunk: int
+        self,
+        schedule: Schedule,
+        pool: PagePool,
+        *,
+        page_size: int,
+        max_num_seqs: int,
+        prefill_chunk: int,
+        decode_rows: int,
     ) -> None:
+        """prefill_chunk, decode_rows: most rows of prompts and of decoding sequences in a pass."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -45,6 +53,7 @@ class Scheduler:
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
+        self._decode_rows = decode_rows
 
     def add(self, sequence: Sequence) -> None:
         sequence.queued_at = time.monotonic()
@@ -90,7 +99,7 @@ class Scheduler:
     def plan(self) -> list[Planned]:
         """The next pass, empty when there is nothing to do."""
         planned: list[Planned] = []
-        budget = self._prefill_chunk
+        budget, decode_budget = self._prefill_chunk, self._decode_rows
         decoding = sum(s.decoding for s in self.running)
         for sequence in list(self.running):
             if sequence.complete or sequence not in self.running:
@@ -98,14 +107,18 @@ class Scheduler:
             decodes = sequence.decoding
             if decodes:
                 groups = self.schedule.groups(sequence, decoding)
+                if _rows(groups) > decode_budget:
+                    continue  # Blocks drafted when there were fewer sequences fill the pass: it takes part in the next.
             elif budget:
                 groups = (self._prefill_group(sequence, budget),)
             else:
                 continue
             if not self._reserve(sequence, groups):
                 continue
-            if not decodes:
-                budget -= len(groups[0].tokens)
+            if decodes:
+                decode_budget -= _rows(groups)
+            else:
+                budget -= _rows(groups)
             planned.append(Planned(sequence, groups, decodes))
         while budget and self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
@@ -201,3 +214,7 @@ class Scheduler:
         self.admitted += 1
         self.queue_wait_seconds += time.monotonic() - sequence.queued_at
         return group
+
+
+def _rows(groups: tuple[RowGroup, ...]) -> int:
+    return sum(len(group.tokens) for group in groups)

@@ -68,6 +68,7 @@ def test_blocks_fit_the_rows_of_a_pass() -> None:
     assert planner(flat(), 16, pass_rows=64).plan(True, 64) == BlockPlan(1)
     assert DraftPlanner(16, None, 64).plan(True, 8) == BlockPlan(8)
     assert DraftPlanner(16, None, 64, lead=True).plan(True, 1) == BlockPlan(16, lead=True)
+    assert DraftPlanner(16, None, 64, lead=True).plan(True, 8) == BlockPlan(7, lead=True)
 
 
 def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:

@@ -1,7 +1,8 @@
 """The engine's contract: a response depends on model, prompt, parameters and seed, and on nothing else."""
 
 import random
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.model_runner import EagerRunner
+from orthrus.model_runner import EagerRunner, LaunchedPass
+from orthrus.plan import RowGroup
 from orthrus.request import Chunk, Completion, Request, SamplingParams
+from orthrus.sampling import PickRows
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference_decode
 
@@ -110,6 +113,69 @@ def test_text_and_cycles_equal_the_slow_reference(tmp_path: Path, shape: dict[st
         assert completion.stats.cycles == cycles
 
 
+@dataclass
+class _ReadPass:
+    """Notes that its picks have been read."""
+
+    launched: LaunchedPass
+    read: bool = False
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self.launched.logits
+
+    @property
+    def first_pick(self) -> int:
+        return self.launched.first_pick
+
+    def picks(self) -> list[list[int]]:
+        self.read = True
+        return self.launched.picks()
+
+
+class LimitedRunner(EagerRunner):
+    """Runs passes ahead, within the limits of a GPU's runner, whose memory is laid out before the first pass."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.forward, engine.cache, feeds_tokens=True)
+        self._most_rows, self._most_logits = engine._max_rows, engine._max_logits
+        self._passes: list[_ReadPass] = []
+        self.fullest = 0
+
+    def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
+        used = sum(len(group.tokens) for group in groups)
+        assert used <= self._most_rows
+        assert sum(group.num_logits for group in groups) <= self._most_logits
+        assert all(launched.read for launched in self._passes[:-1]), (
+            "plans of two passes have memory, not of three"
+        )
+        self.fullest = max(self.fullest, used)
+        self._passes.append(_ReadPass(super().launch(groups, rows)))
+        return self._passes[-1]
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_passes_stay_within_the_memory_laid_out_for_them(checkpoint: Path, ar: Engine, lead: bool) -> None:
+    """A crowd that arrives while long drafts wait to be verified, and prompts of many chunks alone."""
+    ours = engine(checkpoint, draft_lead=lead, max_num_seqs=128, prefill_chunk=64)
+    ours._runner = runner = LimitedRunner(ours)
+    params = replace(GREEDY, max_tokens=10)
+    texts = [[i] for i in range(64)]
+    requests = [Request(f"{turn} {i}", text, params) for turn in range(2) for i, text in enumerate(texts)]
+    collected: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    for arriving, steps in ((requests[:64], 1), (requests[64:], 100)):
+        for request in arriving:
+            ours.submit(request)
+        for _ in range(steps):
+            for chunk in ours.step():
+                collected[chunk.request_id] += chunk.token_ids
+    assert not ours.has_work
+    assert runner.fullest == 512 + 64, "no pass was full"
+    expected = [list(c.token_ids) for [c] in ar.generate(texts, params)]
+    assert list(collected.values()) == expected * 2
+    same(ours.generate([[7] * 400], params), ar.generate([[7] * 400], params))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -131,7 +197,7 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for i in range(len(texts))
     ]
     ahead = engine(checkpoint, **settings)
-    ahead._runner = EagerRunner(ahead.forward, ahead.cache, feeds_tokens=True)
+    ahead._runner = LimitedRunner(ahead)
     collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(texts))}
     waiting = [Request(str(i), t, p) for i, (t, p) in enumerate(zip(texts, params, strict=True))]
     foreseen = 0

@@ -103,7 +103,7 @@ def test_rows_use_the_weights_of_their_view_and_what_follows_a_layer_is_its_part
 
 def attention_case(
     groups: list[tuple[int, int]], diffusion: bool, table: int = 48, page: int = 16, per_kv: int = 3
-) -> tuple[list[torch.Tensor], AttentionPlan]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan]:
     """qkv, caches and plan of groups (rows, start); what a group holds depends on its place alone, not on the others."""
     kv_heads, dim, total = 2, 16, 256
     heads = kv_heads * (per_kv + 2)
@@ -113,13 +113,13 @@ def attention_case(
     for g, (rows, start) in enumerate(groups):
         pages = (torch.randperm(255, generator=torch.Generator().manual_seed(g))[:table] + 1).tolist()
         plan.append(AttentionGroup(sum(r for r, _ in groups[:g]), rows, start, pages, diffusion))
-    return [qkv, keys, values], AttentionPlan(tuple(plan), page, per_kv, torch.device("cpu"))
+    return qkv, keys, values, AttentionPlan(tuple(plan), page, per_kv, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("diffusion", [False, True])
 @pytest.mark.parametrize("per_kv", [1, 3, 8])
 def test_paged_attention_matches_a_loop_over_rows(diffusion: bool, per_kv: int) -> None:
-    (qkv, keys, values), plan = attention_case([(5, 0), (5, 37), (3, 300)], diffusion, per_kv=per_kv)
+    qkv, keys, values, plan = attention_case([(5, 0), (5, 37), (3, 300)], diffusion, per_kv=per_kv)
     out = paged_attention(qkv, keys, values, plan, 0.25).unflatten(1, (-1, 16))
     heads = 2 * per_kv
     for group in plan.groups:
@@ -139,29 +139,29 @@ def test_paged_attention_matches_a_loop_over_rows(diffusion: bool, per_kv: int) 
 def test_attention_rows_are_the_same_bits_in_any_company(per_kv: int) -> None:
     """Alone or among others, as one row or within a block, beside longer contexts."""
     starts = [300 + 11 * g for g in range(6)]
-    tensors, plan = attention_case([(32, start) for start in starts], False, per_kv=per_kv)
-    full = paged_attention(*tensors, plan, 0.25).unflatten(0, (6, 32))
+    whole = attention_case([(32, start) for start in starts], False, per_kv=per_kv)
+    full = paged_attention(*whole, 0.25).unflatten(0, (6, 32))
     for count in (1, 2, 6):
         for rows in (1, 2, 5, 8, 32):
             for company in ([], [(4, 600)]):
                 cut = [(rows, start) for start in starts[:count]]
-                part, few = attention_case(cut + company, False, per_kv=per_kv)
-                out = paged_attention(*part, few, 0.25)[: count * rows].unflatten(0, (count, rows))
+                part = attention_case(cut + company, False, per_kv=per_kv)
+                out = paged_attention(*part, 0.25)[: count * rows].unflatten(0, (count, rows))
                 assert torch.equal(out, full[:count, :rows]), (count, rows, company)
 
 
 @pytest.mark.parametrize("start", [236, 748])
 def test_pages_in_a_row_are_read_in_place_with_the_same_bits(start: int) -> None:
     """Reading where they lie also puts other pages behind the table's end: hidden keys, whatever they hold."""
-    (qkv, keys, values), plan = attention_case([(8, start)], False)
+    qkv, keys, values, plan = attention_case([(8, start)], False)
     gathered = paged_attention(qkv, keys, values, plan, 0.25)
     count = -(-(start + 8) // 16)
     for cache in (keys, values):
         cache[:, 3 : 3 + count] = cache[:, plan.groups[0].pages[:count]].clone()
     for total in (256, 3 + count):
         in_place = replace(plan, groups=(replace(plan.groups[0], pages=range(3, 3 + count)),))
-        cut = [cache[:, :total].contiguous() for cache in (keys, values)]
-        assert torch.equal(paged_attention(qkv, *cut, in_place, 0.25), gathered)
+        cut_keys, cut_values = (cache[:, :total].contiguous() for cache in (keys, values))
+        assert torch.equal(paged_attention(qkv, cut_keys, cut_values, in_place, 0.25), gathered)
 
 
 def test_gumbel_noise_is_gumbel_and_a_function_of_seed_position_and_token() -> None:

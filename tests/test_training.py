@@ -1,6 +1,8 @@
 """Training: what a diffusion row sees, the distillation gradient, resumption, and a base that stays as it was."""
 
+import hashlib
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,20 @@ from orthrus.training.attention import draft_attention
 from orthrus.training.base import BaseSettings, train_base
 from orthrus.training.batches import TokenStream
 from orthrus.training.blocks import draft_blocks, random_anchors, visibility
-from orthrus.training.corpus import CorpusSettings, NearDuplicates, chat_documents, is_permissive
+from orthrus.training.corpus import (
+    HELD_OUT_FILE,
+    SEPARATOR,
+    TRAIN_FILE,
+    CorpusSettings,
+    NearDuplicates,
+    build,
+    chat_documents,
+    is_permissive,
+)
 from orthrus.training.distill import forward_kl
 from orthrus.training.distributed import Processes
-from orthrus.training.heads import HeadsSettings, train_heads
+from orthrus.training.drafts import DraftLoss
+from orthrus.training.heads import HeadsSettings, train_heads, two_views
 from orthrus.training.model import TwoViewModel, initialise, load_frozen
 from orthrus.training.settings import read_settings
 from tests.checkpoints import make_checkpoint
@@ -185,7 +197,9 @@ def test_fused_kl_has_the_loss_and_gradient_of_autograd(slice_rows: int | None) 
     student, teacher = (hidden @ head.T).log_softmax(-1), targets[index].log_softmax(-1)
     expected = ((teacher.exp() * (teacher - student)).sum(-1) * weight).sum()
     (gradient,) = torch.autograd.grad(expected * 3, hidden)
-    total, _, agree = forward_kl(hidden, targets, index, head, weight, slice_rows=slice_rows)
+    total, _, agree = forward_kl(
+        hidden, targets, index, head, lambda kl, agree: weight, slice_rows=slice_rows
+    )
     (fused,) = torch.autograd.grad(total * 3, hidden)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fused, gradient, rtol=1e-4, atol=1e-5)
@@ -214,8 +228,7 @@ def train(kind: str, base: Path, stream: TokenStream, folder: Path, **changes: A
     if kind == "base":
         model = TwoViewModel(CONFIG)
         initialise(model, seed=0)
-        settings = BASE.model_copy(update=changes)
-        train_base(model, stream, REPEATING, settings, folder, Processes())
+        train_base(model, stream, REPEATING, BASE.model_copy(update=changes), folder, Processes())
     else:
         model = with_heads(base)
         heads = HEADS.model_copy(update=changes | {"short_blocks": 0.5})
@@ -275,6 +288,40 @@ def test_head_training_changes_every_diffusion_weight_and_no_other(
     assert all(torch.equal(t, before[n.replace("_diff.", ".")]) for n, t in before.items())
 
 
+@pytest.mark.parametrize(
+    ("miss_decay", "kl_power", "first_weight"),
+    [(1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.5, 0.5, 1.0), (0.5, 0.5, 0.2), (1.0, 1.0, 0.0)],
+)
+def test_a_draft_weighs_less_for_each_wrong_one_before_it(
+    base: Path, stream: TokenStream, miss_decay: float, kl_power: float, first_weight: float
+) -> None:
+    model = with_heads(base)
+    rows = stream.rows(0, 2, LENGTH, seed=0)
+    changes = {"miss_decay": miss_decay, "kl_power": kl_power, "first_weight": first_weight}
+    settings = HEADS.model_copy(update=changes | {"short_blocks": 0.5})
+    loss = DraftLoss(model, settings, rows=2, length=LENGTH, seed=0, compiled=False)
+    blocks = loss.blocks(0, range(2), rows)
+    with torch.no_grad():
+        hidden, drafted = two_views(model, rows, blocks, False)
+        found = loss(hidden, drafted, blocks)
+        targets = model.logits(hidden).log_softmax(-1)
+        drafts = model.logits(drafted).log_softmax(-1).view(2, -1, BLOCK, CONFIG.vocab_size)
+    expected, count = 0.0, 0
+    for sequence in range(2):
+        for block, anchor in enumerate(blocks.anchors[sequence].tolist()):
+            weight = 1.0
+            for row in range(int(blocks.lengths[sequence, block])):
+                share = 1.0 if row else first_weight
+                target, draft = targets[sequence, anchor + row], drafts[sequence, block, row]
+                kl = (target.exp() * (target - draft)).sum().item()
+                # The loss is a tangent of kl ** power: of its gradient, at this kl.
+                expected += share * weight * kl * kl_power * (kl + 0.01) ** (kl_power - 1)
+                count += 1
+                if target.argmax() != draft.argmax():
+                    weight *= miss_decay**share
+    assert found.item() == pytest.approx(expected / count, rel=1e-4)
+
+
 def test_base_training_lowers_the_loss(base: Path, tmp_path: Path) -> None:
     train("base", base, REPEATING, tmp_path, steps=60, log_every=1)
     lines = (tmp_path / "base.jsonl").read_text().splitlines()
@@ -315,6 +362,54 @@ def test_near_duplicates_and_foreign_licences_stay_out() -> None:
     assert not is_permissive("")
     with pytest.raises(ValidationError, match="no pinned version"):
         CorpusSettings(packages=["flask"])
+
+
+def make_wheel(folder: Path, name: str, files: dict[str, str]) -> None:
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nLicense-Expression: MIT\n")
+        for path, text in files.items():
+            wheel.writestr(f"{name}/{path}", text)
+
+
+def test_a_corpus_keeps_neighbours_together_and_whole_packages_apart(tmp_path: Path) -> None:
+    def code(name: str) -> str:
+        return f"def {name}(value):\n" + "".join(f"    value = {name}_{i}(value, {i})\n" for i in range(20))
+
+    documented = (
+        'def shown(value):\n    """Show the value to whoever asks for it."""\n' + "    value += 1\n" * 20
+    )
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    make_wheel(
+        archives, "alpha", {f"{name}.py": code(f"alpha_{name}") for name in "dbca"} | {"e.py": documented}
+    )
+    for name in ("beta", "gamma", "delta"):
+        make_wheel(archives, name, {f"{i}.py": code(f"{name}_{i}") for i in range(9)})
+    names = ("alpha", "beta", "gamma", "delta")
+    rule = {name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 3 == 0}
+    assert 0 < len(rule | {"beta"}) < 4
+    config = CorpusSettings(
+        packages=[f"{name}==1.0" for name in names],
+        held_out=("beta",),
+        held_out_one_in=3,
+        max_held_out_bytes=1000,
+        chat_fraction=0.5,
+    )
+    sizes = build(config, tmp_path / "corpus", archives)
+    parts = {
+        part: (tmp_path / "corpus" / part).read_text().split(SEPARATOR)
+        for part in (TRAIN_FILE, HELD_OUT_FILE)
+    }
+    for name in names:
+        part = HELD_OUT_FILE if name in rule | {"beta"} else TRAIN_FILE
+        found = [text for text in parts[part] if text.startswith(f"def {name}_")]
+        assert found == sorted(found) and found
+        assert (len(found) < 9) == (part == HELD_OUT_FILE or name == "alpha")
+        assert not any(f"def {name}_" in text for other in parts if other != part for text in parts[other])
+    holder = parts[HELD_OUT_FILE if "alpha" in rule else TRAIN_FILE]
+    assert holder[-1].startswith("<|im_start|>user\n")
+    assert sizes["chat"] == len(holder[-1])
+    assert sizes[TRAIN_FILE] == sum(map(len, parts[TRAIN_FILE]))
 
 
 def test_chat_documents_hold_a_question_and_its_function() -> None:

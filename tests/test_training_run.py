@@ -119,19 +119,22 @@ def test_a_run_ends_in_heads_that_draft_through_the_engine(
 ) -> None:
     train("eval", run)
     report = json.loads((work_of(run) / "eval.json").read_text())
-    rows = {(row["temperature"], row["block_rows"]): row for row in report["drafts"]}
-    assert set(rows) == {(t, 4) for t in (0.0, 0.7, 1.0)}
-    assert rows[0.0, 4]["tokens_per_cycle"] > 2.0
-    assert len(rows[0.0, 4]["acceptance"]) == 3
+    rows = {(row["temperature"], row["block_rows"], row["lead"]): row for row in report["drafts"]}
+    assert set(rows) == {(t, 4, lead) for t in (0.0, 0.7, 1.0) for lead in (True, False)}
+    assert rows[0.0, 4, False]["tokens_per_cycle"] > 2.0
+    assert rows[0.0, 4, True]["tokens_per_cycle"] > rows[0.0, 4, False]["tokens_per_cycle"]
+    plain, behind_lead = (rows[0.0, 4, lead]["acceptance"] for lead in (False, True))
+    assert len(plain) == 3
+    assert behind_lead[0] == 1.0 > behind_lead[1] >= behind_lead[3] > 0
     assert 0 < report["held_out_loss"] < 5.5
-    assert f"{rows[0.0, 4]['tokens_per_cycle']:.2f}" in capsys.readouterr().out
+    assert f"{rows[0.0, 4, True]['tokens_per_cycle']:.2f}" in capsys.readouterr().out
     train("plot", run)
     for name in ("base", "heads", "eval"):
         assert "<svg" in (work_of(run) / f"{name}.svg").read_text()
     # Every step is accounted for, and what it predicts is what the engine then found, roughly.
     last = json.loads((work_of(run) / "heads.jsonl").read_text().splitlines()[-1])
     assert {"kl", "agreement", "tokens_per_second", "peak_memory_gib", "tokens"} <= set(last)
-    assert last["tokens_per_cycle"] > 2.0
+    assert last["tokens_per_cycle_with_lead"] > last["tokens_per_cycle"] > 2.0
 
 
 def test_the_base_is_in_the_result_byte_for_byte_and_its_tokenizer_too(run: Path) -> None:
@@ -333,7 +336,7 @@ def test_measured_cycles_are_those_of_the_reference(
     settings = EvalSettings(new_tokens=24, temperatures=(0.0,))
     engine = Engine.from_pretrained(full)
     prompts = [[1, 2, 3], [9, 8, 7, 6]]
-    values, texts = measure_drafts(engine, prompts, settings, 8, 0.0)
+    values, texts = measure_drafts(engine, prompts, settings, block_rows=8, lead=False, temperature=0.0)
     committed = cycles = 0
     for prompt, text in zip(prompts, texts, strict=True):
         expected, count = tiny_reference.decode(prompt, 24)
@@ -344,6 +347,14 @@ def test_measured_cycles_are_those_of_the_reference(
     assert len(reach) == len(agreement) == 7
     assert all(a >= b for a, b in pairwise(reach))
     assert reach[0] == agreement[0] > 0
+    with_lead, same = measure_drafts(engine, prompts, settings, block_rows=8, lead=True, temperature=0.0)
+    assert same == texts
+    assert with_lead["tokens_per_cycle"] >= 2.0
+    # The lead's token is right in every cycle, whatever the block's first draft was.
+    reach = with_lead["acceptance"]
+    assert len(reach) == len(with_lead["agreement"]) == 8
+    assert 1.0 == reach[0] > with_lead["agreement"][0] > 0
+    assert all(a >= b for a, b in pairwise(reach))
 
 
 def test_distinct_ngrams_counts_first_occurrences() -> None:

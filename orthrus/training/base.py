@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthrus.training.batches import TokenStream
 from orthrus.training.distributed import Processes
-from orthrus.training.loop import autocast, optimise
+from orthrus.training.loop import autocast, optimise, to_device
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import TrainingSettings
 
@@ -32,20 +32,21 @@ class BaseSettings(TrainingSettings):
     eval_rows: int = 64
 
 
-def next_token_loss(model: TwoViewModel, rows: Tensor) -> Tensor:
-    """Mean nats per token of rows int64 [batch, length]."""
-    hidden, _ = model(rows[:, :-1])
-    return F.cross_entropy(model.logits(hidden).float().flatten(0, 1), rows[:, 1:].flatten())
+def next_token_loss(hidden: Tensor, head: Tensor, rows: Tensor) -> Tensor:
+    """Mean nats per token of rows int64 [batch, length + 1] under the AR view's states hidden [batch, length, hidden_size]."""
+    return F.cross_entropy(F.linear(hidden, head).float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: TwoViewModel, rows: Tensor) -> float:
-    """Mean nats per token of rows int64 [batch, length]."""
+    """Mean nats per token of rows int64 [batch, length + 1]."""
     device = model.head_weight.device
     losses = []
-    for part in rows.split(8):
-        with autocast(device):
-            losses.append(next_token_loss(model, part.to(device)) * len(part))
+    # Other shapes than training's, a few times: not worth a compilation.
+    with autocast(device), torch.compiler.set_stance("force_eager"):
+        for part in rows.to(device).split(8):
+            loss = next_token_loss(model(part[:, :-1])[0], model.head_weight, part)
+            losses.append(loss * len(part))
     return float(torch.stack(losses).sum() / len(rows))
 
 
@@ -59,14 +60,19 @@ def train_base(
 ) -> None:
     """Train `model` in place, going on from `folder`/base.pt where there is one. Metrics go to `folder`/base.jsonl."""
     device, length = model.head_weight.device, settings.row_length + 1
-    loss_of = torch.compile(next_token_loss) if settings.compile else next_token_loss
     held_out_rows = held_out.even_rows(settings.eval_rows, length)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    loss_of = next_token_loss
+    if settings.compile:
+        model.compile_layers()
+        loss_of = torch.compile(next_token_loss)
 
     def backward(step: int, rows: range) -> None:
-        batch = train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed)
+        batch = to_device(
+            train.rows(step * settings.rows + rows.start, len(rows), length, settings.seed), device
+        )
         with autocast(device):
-            loss = loss_of(model, batch.to(device))
+            loss = loss_of(model(batch[:, :-1])[0], model.head_weight, batch)
         (loss * (len(rows) / settings.rows)).backward()
         sums.add_(torch.stack([loss.detach() * len(rows), loss.new_tensor(len(rows))]))
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 from orthrus.checkpoint import load_weights, save_checkpoint, tensor_shapes
 from orthrus.config import ModelConfig
-from orthrus.engine import Engine
+from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.errors import ConfigError
 from orthrus.text import load_tokenizer
 from orthrus.training import corpus as corpora
@@ -187,24 +188,31 @@ def _eval(run: Run) -> None:
         raise ConfigError(f"{run.out} has no diffusion view: run `orthrus train heads` first")
     prompts, rows = run.eval_texts(load_tokenizer(run.out))
     report: dict[str, object] = {"model": str(run.out), "block_size": config.block_size}
-    drafts = []
-    for length in sorted({length for length in settings.block_rows if length <= config.block_size}):
-        engine = Engine.from_pretrained(
-            run.engine_config(run.out, schedule="orthrus", draft_length=length, adaptive_draft=False)
+    lengths = sorted({length for length in settings.block_rows if length <= config.block_size})
+    if not lengths:
+        raise ConfigError(
+            f"eval.block_rows has no length up to the checkpoint's {config.block_size}: add one"
         )
-        if "held_out_loss" not in report:
-            report["held_out_loss"] = held_out_loss(engine, rows)
-        for temperature in settings.temperatures:
-            values, texts = measure_drafts(engine, prompts, settings, length, temperature)
-            drafts.append(values)
-            report[f"texts at {temperature:g}"] = [
-                engine.tokenizer.decode(text, skip_special_tokens=False) for text in texts[: settings.shown]
-            ]
-            print(
-                f"block {length}, temperature {temperature:g}: {values['tokens_per_cycle']} per cycle",
-                flush=True,
-            )
-    report["drafts"] = sorted(drafts, key=lambda row: (row["temperature"], row["block_rows"]))
+    engine_config = run.engine_config(run.out, schedule="orthrus", adaptive_draft=False)
+    # With more sequences at a time, blocks beside their leads would have fewer rows than asked for.
+    most = min(engine_config.max_num_seqs, DECODE_ROWS // (lengths[-1] + 1))
+    engine = Engine.from_pretrained(engine_config.model_copy(update={"max_num_seqs": most}))
+    report["held_out_loss"] = held_out_loss(engine, rows)
+    drafts = []
+    for temperature, lead, length in itertools.product(settings.temperatures, settings.leads, lengths):
+        values, texts = measure_drafts(
+            engine, prompts, settings, block_rows=length, lead=lead, temperature=temperature
+        )
+        drafts.append(values)
+        report[f"texts at {temperature:g}"] = [
+            engine.tokenizer.decode(text, skip_special_tokens=False) for text in texts[: settings.shown]
+        ]
+        print(
+            f"temperature {temperature:g}, block {length}{' with a lead' if lead else ''}: "
+            f"{values['tokens_per_cycle']} per cycle",
+            flush=True,
+        )
+    report["drafts"] = drafts
     (run.work / "eval.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
 

@@ -6,7 +6,6 @@ files of documents separated by NUL, which no source file contains.
 
 import ast
 import hashlib
-import itertools
 import random
 import re
 import subprocess
@@ -46,14 +45,17 @@ _COPYLEFT = re.compile(r"\b[al]?gpl|general public|mozilla|mpl-?2", re.IGNORECAS
 class CorpusSettings(Settings):
     """What to fetch and what to keep.
 
-    packages: requirements `name==version`; held_out: names among them that training never sees. max_file_bytes,
-    max_line: longer files or lines are data, not code. max_chars: of the whole training text, a random part of what
-    was kept. min_new_lines: a file is a near-duplicate when a smaller share
-    of its longer lines is new. chat_fraction: share of the characters that is rendered as chat.
+    packages: requirements `name==version`. held_out: names among them that training never sees; held_out_one_in: nor
+    those whose name's SHA-256, read as a number, is a multiple of it, a rule that knows nothing of what is in them (0:
+    none). max_file_bytes, max_line: longer files or lines are data, not code. max_package_bytes, max_held_out_bytes: of
+    one package, so that many of them share the text; a random part of its files is kept. min_new_lines: a file is a
+    near-duplicate when a smaller share of its longer lines is new. chat_fraction: share of the characters that is
+    rendered as chat.
     """
 
     packages: list[str]
     held_out: tuple[str, ...] = ()
+    held_out_one_in: int = 0
     suffixes: tuple[str, ...] = (".py", ".md", ".rst")
     min_file_bytes: int = 200
     max_file_bytes: int = 100_000
@@ -61,7 +63,7 @@ class CorpusSettings(Settings):
     max_non_ascii: float = 0.01
     min_new_lines: float = 0.35
     max_package_bytes: int = 20_000_000
-    max_chars: int = 250_000_000
+    max_held_out_bytes: int = 20_000_000
     chat_fraction: float = 0.07
     seed: int = 0
 
@@ -75,6 +77,13 @@ class CorpusSettings(Settings):
             if package_name(name) not in names:
                 raise ValueError(f"held_out: {name!r} is not among the packages")
         return self
+
+    def holds_out(self, package: str) -> bool:
+        """Whether the package of this normalised name is for evaluation alone."""
+        if package in map(package_name, self.held_out):
+            return True
+        digest = hashlib.sha256(package.encode()).hexdigest()
+        return self.held_out_one_in > 0 and int(digest, 16) % self.held_out_one_in == 0
 
 
 @dataclass(frozen=True)
@@ -204,14 +213,19 @@ def chat_documents(source: str, rng: random.Random) -> Iterator[str]:
                 ).split("\n")[1:]
             )
         )
-        summary = doc.split("\n\n")[0]
+        summary = " ".join(doc.split("\n\n")[0].split())
+        task = summary[0].lower() + summary[1:]
         name = node.name.replace("_", " ").strip()
         question, answer = rng.choice(
             [
+                (head, code),
+                (f"# {summary}", code),
+                (f"# {summary}\n{head}", code),
                 (f"{summary}\n\n{head}", code),
                 (f"Complete this function:\n\n{head}", code),
                 (f"Write a Python function named {node.name}. {summary}", code),
                 (f"Write a Python function: {summary}", code),
+                (f"Write a function to {task}", code),
                 (f"Write a function to {name}.", code),
                 (f"Write a docstring for this function:\n\n{plain}", doc),
             ]
@@ -220,19 +234,24 @@ def chat_documents(source: str, rng: random.Random) -> Iterator[str]:
 
 
 def sources(archives: Iterable[Path], config: CorpusSettings) -> Iterator[SourceFile]:
-    """Every file worth keeping, package by package. Archives under another licence are skipped, aloud."""
+    """Every file worth keeping, package by package, neighbours in a folder side by side.
+
+    Archives under another licence are skipped, aloud.
+    """
     duplicates, exact = NearDuplicates(config.min_new_lines), set[bytes]()
     for archive in sorted(archives):
         package = package_name(archive.name.split("-")[0])
         if not is_permissive(found := licence(archive)):
             print(f"skipped {archive.name}: licence {found or 'unknown'}", flush=True)
             continue
-        kept = 0
+        limit = config.max_held_out_bytes if config.holds_out(package) else config.max_package_bytes
+        kept: list[SourceFile] = []
+        size = 0
         files = [(path, data) for path, data in read_archive(archive) if path.endswith(config.suffixes)]
         # In an order of no meaning, so that the size limit does not prefer the letter A.
         random.Random(f"{config.seed} {package}").shuffle(files)
         for path, data in files:
-            if kept > config.max_package_bytes or (digest := hashlib.sha256(data).digest()) in exact:
+            if size > limit or (digest := hashlib.sha256(data).digest()) in exact:
                 continue
             exact.add(digest)
             try:
@@ -240,13 +259,18 @@ def sources(archives: Iterable[Path], config: CorpusSettings) -> Iterator[Source
             except UnicodeDecodeError:
                 continue
             if is_wanted(text, config) and duplicates.keep(text):
-                kept += len(text)
-                yield SourceFile(package, path, text)
-        print(f"{package}: {kept / 1e6:.1f} MB", flush=True)
+                size += len(text)
+                kept.append(SourceFile(package, path, text))
+        print(f"{package}: {size / 1e6:.1f} MB", flush=True)
+        yield from sorted(kept, key=lambda source: source.path)
 
 
 def build(config: CorpusSettings, folder: Path, archives: Path) -> dict[str, int]:
-    """Fetch the packages into `archives` and write the corpus to `folder`. Returns characters per part."""
+    """Fetch the packages into `archives` and write the corpus to `folder`. Returns characters per part.
+
+    Files follow one another as in their packages, so that a row of tokens holds what belongs together. Chat comes after
+    all of them in an order of its own: beside its source an answer would only have to be copied.
+    """
     download(config.packages, archives)
     wanted = {(package_name(p), p.split("==")[1]) for p in config.packages}
     found = [
@@ -254,23 +278,21 @@ def build(config: CorpusSettings, folder: Path, archives: Path) -> dict[str, int
         for f in archives.glob("*.whl")
         if (package_name(f.name.split("-")[0]), f.name.split("-")[1]) in wanted
     ]
-    held_out = {package_name(name) for name in config.held_out}
     rng = random.Random(config.seed)
-    parts: dict[str, list[str]] = {TRAIN_FILE: [], HELD_OUT_FILE: []}
-    plain = chat = 0
+    plain: dict[str, list[str]] = {TRAIN_FILE: [], HELD_OUT_FILE: []}
+    chat: dict[str, list[str]] = {TRAIN_FILE: [], HELD_OUT_FILE: []}
+    plain_size = dict.fromkeys(plain, 0)
+    chat_size = dict.fromkeys(plain, 0)
     for source in sources(found, config):
-        documents = parts[HELD_OUT_FILE if source.package in held_out else TRAIN_FILE]
-        documents.append(source.text)
-        plain += len(source.text)
-        if source.path.endswith(".py"):
-            for document in chat_documents(source.text, rng):
-                if chat < config.chat_fraction * plain:
-                    documents.append(document)
-                    chat += len(document)
+        part = HELD_OUT_FILE if config.holds_out(source.package) else TRAIN_FILE
+        plain[part].append(source.text)
+        plain_size[part] += len(source.text)
+        if source.path.endswith(".py") and chat_size[part] < config.chat_fraction * plain_size[part]:
+            documents = list(chat_documents(source.text, rng))
+            chat[part] += documents
+            chat_size[part] += sum(map(len, documents))
     folder.mkdir(parents=True, exist_ok=True)
-    for file, documents in parts.items():
-        rng.shuffle(documents)
-        sizes = itertools.accumulate(map(len, documents))
-        del documents[sum(size <= config.max_chars for size in sizes) :]
-        (folder / file).write_text(SEPARATOR.join(documents), encoding="utf-8")
-    return {file: sum(map(len, documents)) for file, documents in parts.items()} | {"chat": chat}
+    for part, documents in plain.items():
+        rng.shuffle(chat[part])
+        (folder / part).write_text(SEPARATOR.join(documents + chat[part]), encoding="utf-8")
+    return {part: plain_size[part] + chat_size[part] for part in plain} | {"chat": sum(chat_size.values())}

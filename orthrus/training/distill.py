@@ -4,6 +4,7 @@ The vocabulary is the widest thing in the model: logits of all rows in float32, 
 more memory than everything else. The head is frozen, so the gradient of the hidden states is all there is to keep.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _slice_kl(hidden: Tensor, target: Tensor, head: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL [rows], the weighted sum's gradient by hidden [rows, hidden_size], and top-1 agreement bool [rows]."""
+def _slice_kl(hidden: Tensor, target: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL [rows], its gradient by hidden [rows, hidden_size], and top-1 agreement bool [rows]."""
     logits = F.linear(hidden, head).float()
     student, teacher = F.log_softmax(logits, -1), F.log_softmax(target.float(), -1)
     probability = teacher.exp()
     kl = (probability * (teacher - student)).sum(-1)
-    gradient = (student.exp() - probability) * weight[:, None]
+    gradient = student.exp() - probability
     return kl, gradient.to(hidden.dtype) @ head, logits.argmax(-1) == target.argmax(-1)
 
 
@@ -30,18 +31,17 @@ class _ForwardKL(torch.autograd.Function):
         targets: Tensor,
         index: Tensor,
         head: Tensor,
-        weight: Tensor,
+        weigh: Callable[[Tensor, Tensor], Tensor],
         slice_rows: int,
         kernel: Callable[..., Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         parts = [
-            kernel(h, targets[i], head, w)
-            for h, i, w in zip(
-                hidden.split(slice_rows), index.split(slice_rows), weight.split(slice_rows), strict=True
-            )
+            kernel(h, targets[i], head)
+            for h, i in zip(hidden.split(slice_rows), index.split(slice_rows), strict=True)
         ]
         kl, gradient, agree = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        ctx.save_for_backward(gradient)
+        weight = weigh(kl, agree)
+        ctx.save_for_backward(gradient * weight[:, None].to(gradient.dtype))
         ctx.mark_non_differentiable(kl, agree)
         return (kl * weight).sum(), kl, agree
 
@@ -62,20 +62,26 @@ def forward_kl(
     targets: Tensor,
     index: Tensor,
     head: Tensor,
-    weight: Tensor,
+    weigh: Callable[[Tensor, Tensor], Tensor],
     *,
     slice_rows: int | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum of weight x KL(target || softmax(hidden @ head.T)) over rows.
+    """sum of weight x KL(target || softmax(hidden @ head.T)) over rows, in float32 whatever autocast says.
 
     hidden [rows, hidden_size]: the diffusion view's; targets [positions, vocab_size]: AR logits, once per position;
-    index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weight float32 [rows];
-    slice_rows: rows at a time, None for as many as the vocabulary allows.
+    index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weigh: weights float [rows],
+    taken as given, from KL and agreement [rows] as below; slice_rows: rows at a time, None for as many as the vocabulary allows.
     Returns the sum (differentiable by hidden), KL [rows] in nats and top-1 agreement bool [rows].
     """
     if compiled not in _compiled:
         _compiled[compiled] = torch.compile(_slice_kl) if compiled else _slice_kl
-    slice_rows = slice_rows or max(1, _SLICE_LOGITS // head.shape[0])
-    total, kl, agree = _ForwardKL.apply(hidden, targets, index, head, weight, slice_rows, _compiled[compiled])
+    if slice_rows is None:
+        # Even slices: the kernel is compiled for one shape.
+        slices = math.ceil(len(hidden) * head.shape[0] / _SLICE_LOGITS)
+        slice_rows = math.ceil(len(hidden) / slices)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total, kl, agree = _ForwardKL.apply(
+            hidden.to(head.dtype), targets, index, head, weigh, slice_rows, _compiled[compiled]
+        )
     return total, kl, agree

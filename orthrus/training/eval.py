@@ -1,7 +1,6 @@
 """What the drafts are worth, through the engine that serves them: tokens per cycle and agreement by depth, and the AR loss.
 
-Everything is read off the engine's own chunks: after the first, each is one cycle and holds the accepted drafts and the
-AR view's pick after them.
+The figures are the engine's own: its count of cycles, and what its schedule tells the planner of every verified draft.
 """
 
 from collections.abc import Sequence
@@ -14,8 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from tqdm import tqdm
 
-from orthrus.engine import Engine
+from orthrus.draft_planner import DraftPlanner
+from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.request import Request, SamplingParams
+from orthrus.schedules.orthrus import OrthrusSchedule
+from orthrus.sequence import Draft
 from orthrus.training.settings import Settings
 
 
@@ -24,7 +26,8 @@ class EvalSettings(Settings):
 
     prompts: a JSONL file (see `read_prompts`), which is then also what the loss is measured on; None takes both from the
     held-out part of the corpus, prompts of `prompt_length` tokens, continued past the end of a document. block_rows:
-    block lengths to try; longer ones than the checkpoint's are left out. shown: texts to keep in the report.
+    block lengths to try; longer ones than the checkpoint's are left out. leads: whether with a lead, without, or both.
+    shown: texts to keep in the report.
     """
 
     prompts: Path | None = None
@@ -36,6 +39,7 @@ class EvalSettings(Settings):
     new_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     block_rows: tuple[int, ...] = (4, 8, 16, 32)
+    leads: tuple[bool, ...] = (True, False)
     shown: int = 10
     seed: int = 1
 
@@ -50,20 +54,38 @@ def held_out_loss(engine: Engine, rows: Sequence[Sequence[int]]) -> float:
     return total / max(1, count)
 
 
+class _Recorder(DraftPlanner):
+    """Plans blocks of one length, and keeps what came of them: each verified draft and how much of it was accepted."""
+
+    def __init__(self, rows: int, lead: bool) -> None:
+        super().__init__(rows, None, DECODE_ROWS, lead)
+        self.verified: list[tuple[Draft, int]] = []
+
+    def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
+        self.verified.append((draft, accepted))
+
+
 def measure_drafts(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     settings: EvalSettings,
+    *,
     block_rows: int,
+    lead: bool,
     temperature: float,
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """Continue `prompts` with drafts of `block_rows` rows, the engine's fixed draft length; the texts come back too.
+    """Continue `prompts` with blocks of `block_rows` rows; the texts come back too. The engine keeps the schedule.
 
-    tokens_per_cycle: committed by one draft and one verify pass; cycles: those with a whole block, which the figures by
-    depth count; acceptance: share of them in which the first d drafts were all accepted, d = 1, 2, ...; agreement: share
-    of the drafts at depth d that the AR view agreed with, among those whose predecessors it agreed with; distinct_8grams:
-    share of a text's 8-grams that are new to it.
+    Depth d is the d-th token after the newest committed one. tokens_per_cycle: committed by one draft and one verify pass;
+    cycles: those with a whole block, which the figures by depth count; acceptance: share of them in which the first d tokens
+    were right, d = 1, 2, ...; agreement: share of the drafts at depth d that the AR view agreed with, among those whose
+    predecessors were right. A lead's own token, the first, always is; agreement at depth 1 is then that of the draft which it
+    makes superfluous. distinct_8grams: share of a text's 8-grams that are new to it.
     """
+    mask = engine.model_config.mask_token_id
+    assert mask is not None, "only a checkpoint with a diffusion view can draft"
+    recorder = _Recorder(block_rows, lead)
+    engine.use_schedule(OrthrusSchedule(recorder, mask))
     for index, prompt in enumerate(prompts):
         params = SamplingParams(
             temperature=temperature,
@@ -73,27 +95,30 @@ def measure_drafts(
         )
         engine.submit(Request(str(index), prompt, params))
     texts: list[list[int]] = [[] for _ in prompts]
-    accepted: list[int] = []
     tokens = cycles = 0
     while engine.has_work:
         for chunk in engine.step():
-            text = texts[int(chunk.request_id)]
-            # The prefill's token is no cycle; where fewer tokens than a block are due, fewer rows are drafted.
-            whole = text and settings.new_tokens - len(text) >= block_rows and chunk.finish_reason is None
-            if whole:
-                accepted.append(len(chunk.token_ids) - 1)
-            text.extend(chunk.token_ids)
+            texts[int(chunk.request_id)].extend(chunk.token_ids)
             if chunk.stats is not None:
                 tokens += chunk.stats.completion_tokens - 1
                 cycles += chunk.stats.cycles
-    reached = [sum(a >= depth for a in accepted) for depth in range(block_rows)]
+    # Near a text's end, fewer rows are drafted.
+    whole = [
+        (draft, accepted) for draft, accepted in recorder.verified if len(draft.tokens) == block_rows - 1
+    ]
+    right = [lead + accepted for _, accepted in whole]
+    reached = [sum(r >= depth for r in right) for depth in range(block_rows + lead)]
+    agreed = [r / max(1, b) for b, r in pairwise(reached)]
+    if lead:
+        agreed[0] = sum(draft.led for draft, _ in whole) / max(1, len(whole))
     values = {
         "temperature": temperature,
         "block_rows": block_rows,
-        "cycles": len(accepted),
+        "lead": lead,
+        "cycles": len(whole),
         "tokens_per_cycle": round(tokens / max(1, cycles), 3),
-        "acceptance": [round(r / max(1, len(accepted)), 3) for r in reached[1:]],
-        "agreement": [round(r / max(1, b), 3) for b, r in pairwise(reached)],
+        "acceptance": [round(r / max(1, len(whole)), 3) for r in reached[1:]],
+        "agreement": [round(a, 3) for a in agreed],
         "distinct_8grams": round(sum(map(distinct_ngrams, texts)) / len(texts), 3),
     }
     return values, texts
@@ -111,13 +136,14 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"held-out loss {report['held_out_loss']:.3f} nats per token",
         "",
-        "temperature  block  tokens/cycle  distinct 8-grams  agreement at depth "
+        "temperature  block  lead  tokens/cycle  distinct 8-grams  agreement at depth "
         + "".join(f"{depth:>6}" for depth in depths),
     ]
     for row in report["drafts"]:
-        agreement = "".join(f"{row['agreement'][d - 1]:6.2f}" for d in depths if d < row["block_rows"])
+        agreement = "".join(f"{row['agreement'][d - 1]:6.2f}" for d in depths if d <= len(row["agreement"]))
         lines.append(
-            f"{row['temperature']:>11g}  {row['block_rows']:>5}  {row['tokens_per_cycle']:>12.2f}  "
+            f"{row['temperature']:>11g}  {row['block_rows']:>5}  {'yes' if row['lead'] else 'no':>4}  "
+            f"{row['tokens_per_cycle']:>12.2f}  "
             f"{row['distinct_8grams']:>16.2f}  {'':19}{agreement}"
         )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orthrus.training.distributed import Processes
 from orthrus.training.optim import build_optimizers, learning_rate, set_learning_rate
@@ -23,6 +23,11 @@ _FREE = {
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 on an accelerator; float32 on a CPU, where tests compare bits."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
+
+
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """`rows` on `device`, without a wait for the work that is queued there."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def optimise(

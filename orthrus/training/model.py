@@ -65,8 +65,12 @@ class Attention(nn.Module):
             projected: Tensor = getattr(self, f"{name}_proj{suffix}")(x)
             return projected.unflatten(-1, (-1, self.dim)).transpose(1, 2)
 
-        query, key = (rotate(getattr(self, f"{n}_norm{suffix}")(heads(n)), cos, sin) for n in "qk")
-        return query, key, heads("v")
+        value = heads("v")
+        # Under autocast some versions of torch norm in float32; attention takes one dtype.
+        query, key = (
+            rotate(getattr(self, f"{n}_norm{suffix}")(heads(n)), cos, sin).to(value.dtype) for n in "qk"
+        )
+        return query, key, value
 
     def merge(self, attended: Tensor, suffix: str = "") -> Tensor:
         """The output projection of attended [batch, heads, rows, head_dim]."""
@@ -138,6 +142,12 @@ class TwoViewModel(nn.Module):
         self.inv_freq: Tensor
         inv_freq, self._rope_scaling = config.rotary()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self._autoregressive, self._diffusion = Layer.autoregressive, Layer.diffusion
+
+    def compile_layers(self) -> None:
+        """Have torch.compile compile a layer's passes, once for all layers: the whole model would take ten times as long."""
+        self._autoregressive = torch.compile(Layer.autoregressive, fullgraph=True)
+        self._diffusion = torch.compile(Layer.diffusion, fullgraph=True)
 
     @property
     def head_weight(self) -> Tensor:
@@ -162,10 +172,11 @@ class TwoViewModel(nn.Module):
         [batch, kv_heads, rows, head_dim].
         """
         cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-        hidden = self.model.embed_tokens(tokens)
+        # In the compute dtype from layer to layer, as it is served.
+        hidden = self.model.embed_tokens(tokens).to(cos.dtype)
         cache = []
         for layer in self.model.layers:
-            hidden, keys_values = layer.autoregressive(hidden, cos, sin)
+            hidden, keys_values = self._autoregressive(layer, hidden, cos, sin)
             cache.append(keys_values)
         return self.model.norm(hidden), cache
 
@@ -175,17 +186,17 @@ class TwoViewModel(nn.Module):
         recompute: keep only each layer's input for the backward pass, and run the layer again there.
         """
         cos, sin = self.rope(blocks.positions)
-        hidden = self.model.embed_tokens(blocks.tokens)
+        hidden = self.model.embed_tokens(blocks.tokens).to(cos.dtype)
         for layer, keys_values in zip(self.model.layers, cache, strict=True):
             if recompute:
                 hidden = checkpoint(
-                    layer.diffusion,
-                    *(hidden, cos, sin, keys_values, blocks),
+                    self._diffusion,
+                    *(layer, hidden, cos, sin, keys_values, blocks),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                hidden = layer.diffusion(hidden, cos, sin, keys_values, blocks)
+                hidden = self._diffusion(layer, hidden, cos, sin, keys_values, blocks)
         final: Tensor = self.model.norm(hidden)
         return final
 
@@ -195,13 +206,13 @@ class TwoViewModel(nn.Module):
 
 
 def initialise(model: TwoViewModel, seed: int) -> None:
-    """Random weights: normal with deviation 0.02; projections back into the residual stream start at zero."""
+    """Random weights of a plain Qwen3: normal with deviation 0.02; projections back into the residual stream start at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 continue
-            if name.split(".")[-2].removesuffix("_diff") in ("o_proj", "down_proj"):
+            if name.split(".")[-2] in ("o_proj", "down_proj"):
                 parameter.zero_()
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)

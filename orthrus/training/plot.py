@@ -47,7 +47,7 @@ def _training_panels(file: Path, keys: tuple[str, ...]) -> dict[str, Panel]:
 def _eval_panels(file: Path) -> dict[str, Panel]:
     panels: dict[str, Panel] = {"tokens per cycle by block length": {}, "acceptance by depth": {}}
     for row in json.loads(file.read_text(encoding="utf-8"))["drafts"]:
-        name = f"T = {row['temperature']:g}"
+        name = f"T = {row['temperature']:g}" + (", lead" if row["lead"] else "")
         point = (row["block_rows"], row["tokens_per_cycle"])
         panels["tokens per cycle by block length"].setdefault(name, []).append(point)
         # Of the longest block, which comes last.

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from orthrus.checkpoint import tensor_shapes
 from orthrus.config import ModelConfig
+from orthrus.cuda_graphs import CudaGraphRunner
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
-from orthrus.plan import PassPlan, RowGroup, View
+from orthrus.model_runner import EagerRunner, ModelRunner
+from orthrus.plan import RowGroup, View
 
 DEVICE = torch.device("cuda")
 CONFIG = ModelConfig(
@@ -28,7 +30,9 @@ CONFIG = ModelConfig(
     block_size=32,
     mask_token_id=31_999,
 )
-PAGE, LENGTH = 16, 640
+PAGE, LENGTH = 64, 640
+PAGES = LENGTH // PAGE
+"""Of a sequence."""
 
 
 def weights(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,57 +49,70 @@ def weights(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 class Model:
-    """A forward and a cache, fed with groups."""
+    """A cache and what runs passes over it: in float64 plain PyTorch, else the Triton kernels."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._forward = LayerParallelForward(CONFIG, weights(dtype))
-        self.cache = KVCache.allocate(CONFIG, 200, PAGE, DEVICE, dtype)
+        forward = LayerParallelForward(CONFIG, weights(dtype))
+        self.cache = KVCache.allocate(CONFIG, 1 + 4 * PAGES, PAGE, DEVICE, dtype)
+        self._runner: ModelRunner
+        if dtype == torch.float64:
+            self._runner = EagerRunner(forward, self.cache)
+        else:
+            self._runner = CudaGraphRunner(
+                forward, self.cache, max_rows=LENGTH, max_logits=LENGTH, max_pages=64 * PAGES
+            )
 
     def run(self, *groups: RowGroup) -> Tensor:
-        plan = PassPlan.build(groups, page_size=PAGE, heads_per_kv=4, device=DEVICE)
-        return self._forward(plan, self.cache)
+        """Logits of all rows, in the order of the groups."""
+        return self._runner.logits(groups)
 
 
-def rows(tokens: list[int], start: int, count: int, first_page: int, view: View = View.AR) -> RowGroup:
-    pages = range(first_page, first_page + 45)
-    return RowGroup(view, tokens[start : start + count], start, pages, 0, count)
+def pages_of(sequence: int) -> range:
+    first = 1 + sequence * PAGES
+    return range(first, first + PAGES)
+
+
+def rows(tokens: list[int], start: int, count: int, sequence: int) -> RowGroup:
+    return RowGroup(View.AR, tokens[start : start + count], start, pages_of(sequence), 0, count)
+
+
+def draft(token: int, start: int, sequence: int) -> RowGroup:
+    return RowGroup(View.DIFFUSION, [token, *[31_999] * 7], start, pages_of(sequence), 0, 8)
 
 
 def test_logits_keep_their_bits_in_every_plan() -> None:
     tokens = torch.randint(31_000, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
     model = Model(torch.bfloat16)
-    expected = model.run(rows(tokens, 0, LENGTH, 1))
-    keys = model.cache.keys[:, :, 1:41].clone()
+    expected = model.run(rows(tokens, 0, LENGTH, 0))
+    keys = model.cache.keys[:, :, pages_of(0)].clone()
 
     # In chunks, beside the same sequence on other pages, with a draft in the same pass.
-    cut = [0, 3, 100, 500, 504, 520, LENGTH]
     mixed = []
-    for begin, end in pairwise(cut):
-        other = rows(tokens, begin, max(1, (end - begin) // 2), 60)
-        logits = model.run(rows(tokens, begin, end - begin, 110), other)
-        mixed.append(logits[: end - begin])
+    for begin, end in pairwise([0, 3, 100, 500, 504, 520, LENGTH]):
+        other = rows(tokens, begin, max(1, (end - begin) // 2), 1)
+        mixed.append(model.run(rows(tokens, begin, end - begin, 2), other)[: end - begin])
         if end < LENGTH:
-            block = rows([*tokens[end : end + 1], *[31_999] * 7], 0, 8, 110)
-            block = RowGroup(View.DIFFUSION, block.tokens, end, block.pages, 0, 8)
-            step = RowGroup(View.AR, tokens[end : end + 1], end, rows(tokens, 0, 1, 110).pages, 0, 1)
-            assert torch.equal(model.run(block, step)[8], expected[end]), f"beside a draft at {end}"
+            step = rows(tokens, end, 1, 2)
+            assert torch.equal(model.run(draft(tokens[end], end, 2), step)[8], expected[end]), end
     differing = (torch.cat(mixed) != expected).any(1).nonzero().flatten().tolist()
     assert not differing, f"rows {differing[:20]} of {len(differing)}"
-    assert torch.equal(model.cache.keys[:, :, 110:150], keys)
+    assert torch.equal(model.cache.keys[:, :, pages_of(2)], keys)
+
+    # One pass behind the other, none waited for.
+    chunks = [model.run(rows(tokens, at, 32, 3)) for at in range(0, LENGTH, 32)]
+    assert torch.equal(torch.cat(chunks), expected)
 
     # One by one, many sequences at once.
-    for position in (1, 255, 256, 257, 511, 639):
-        alone = model.run(rows(tokens, position, 1, 1))
+    for position in (1, 127, 128, 129, 511, 639):
+        alone = model.run(rows(tokens, position, 1, 0))
         assert torch.equal(alone[0], expected[position]), position
-        company = model.run(*[rows(tokens, position, 1, 1) for _ in range(64)])
+        company = model.run(*[rows(tokens, position, 1, 0) for _ in range(64)])
         assert torch.equal(company, expected[position].expand(64, -1)), position
 
 
 def test_logits_are_near_float64() -> None:
     tokens = torch.randint(31_000, (64,), generator=torch.Generator().manual_seed(1)).tolist()
-    exact = Model(torch.float64).run(rows(tokens, 0, 64, 1))
-    got = Model(torch.bfloat16).run(rows(tokens, 0, 64, 1))
-    assert ((got.double() - exact).norm() / exact.norm()).item() < 2e-2
-    draft = [RowGroup(View.DIFFUSION, [tokens[0], *[31_999] * 7], 0, list(range(1, 46)), 0, 8)]
-    exact, got = Model(torch.float64).run(*draft), Model(torch.bfloat16).run(*draft)
-    assert ((got.double() - exact).norm() / exact.norm()).item() < 2e-2
+    reference, model = Model(torch.float64), Model(torch.bfloat16)
+    for group in (rows(tokens, 0, 64, 0), draft(tokens[0], 0, 1), draft(tokens[63], 63, 0)):
+        exact, got = reference.run(group), model.run(group)
+        assert ((got.double() - exact).norm() / exact.norm()).item() < 2e-2, group.view

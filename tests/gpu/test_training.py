@@ -1,5 +1,6 @@
-"""Head training on a GPU: flex attention against the two-part form that CPUs use, and its memory at the paper's size."""
+"""Training on a GPU: flex attention against the two-part form that CPUs use, and its memory at the paper's size."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
+from orthrus.config import ModelConfig
 from orthrus.training.attention import draft_attention
+from orthrus.training.base import BaseSettings, train_base
 from orthrus.training.batches import TokenStream
 from orthrus.training.blocks import DraftBlocks, draft_blocks, random_anchors
 from orthrus.training.distributed import Processes
 from orthrus.training.heads import HeadsSettings, train_heads
-from orthrus.training.model import load_frozen
+from orthrus.training.model import TwoViewModel, initialise, load_frozen
 from tests.checkpoints import make_checkpoint
 
 
@@ -83,3 +86,25 @@ def test_compiled_training_learns_and_leaves_the_base_alone(tmp_path: Path, reco
         trained = "_diff." in name
         assert tensor.dtype == (torch.float32 if trained else torch.bfloat16)
         assert torch.equal(tensor, before[name]) != trained, name
+
+
+def test_a_compiled_base_learns_to_write(tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    model = TwoViewModel(config)
+    initialise(model, seed=0)
+    settings = BaseSettings(steps=100, rows=8, row_length=128, log_every=20, eval_every=50, eval_rows=4)
+    text = TokenStream(np.arange(20_000) % 7, "a repeating text")
+    train_base(model.cuda(), text, text, settings, tmp_path, Processes())
+    lines = [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    assert last["loss"] < 0.1
+    assert lines[-1]["held_out_loss"] < 0.1
