@@ -46,11 +46,12 @@ class EngineConfig(BaseModel):
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
-    def _draft_needs_orthrus(self) -> "EngineConfig":
-        if self.schedule == "ar" and self.draft_length is not None:
-            raise ValueError(
-                "draft_length has no meaning with schedule 'ar': remove it or use schedule 'orthrus'"
-            )
+    def _drafts_need_orthrus(self) -> "EngineConfig":
+        for name in ("draft_length", "draft_lead"):
+            if self.schedule == "ar" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} has no meaning with schedule 'ar': remove it or use schedule 'orthrus'"
+                )
         return self
 
     @model_validator(mode="after")

@@ -101,6 +101,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda a: a["engine"].update(max_model_len=65536),
         "args.engine: the KV cache holds 32768 tokens, fewer than max_model_len 65536",
     ),
+    "a lead without drafts": (
+        lambda a: a["engine"].update(schedule="ar", draft_lead=True),
+        "args.engine: draft_lead has no meaning with schedule 'ar': remove it or use schedule 'orthrus'",
+    ),
     "api key": (
         lambda a: a.update(api={"keys_fil": "x"}),
         "args.api.keys_fil: unknown key, did you mean 'keys_file'?",
