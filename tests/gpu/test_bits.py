@@ -72,7 +72,7 @@ def test_no_bit_differs(ahead: bool) -> None:
     del reference
     torch.cuda.empty_cache()
 
-    other = engine("ar", prefill_chunk=128, kv_cache_tokens=16 * LONGEST)
+    other = engine("ar", prefill_chunk=128, kv_cache_tokens=8 * LONGEST)
     order = random.Random(1).sample(asked, len(asked))
     got = run(other, order, limits(1))
     assert not find_drifts("ar", got, expected)
@@ -80,7 +80,7 @@ def test_no_bit_differs(ahead: bool) -> None:
     del other
     torch.cuda.empty_cache()
 
-    orthrus = engine("orthrus", prefill_chunk=512, kv_cache_tokens=16 * LONGEST)
+    orthrus = engine("orthrus", prefill_chunk=512, kv_cache_tokens=8 * LONGEST)
     schedule = replaying(orthrus, agreement_for(4.0, 32))
     for request in asked:
         schedule.learn(request.prompt, request.params, expected[request.request_id].token_ids)
