@@ -6,6 +6,7 @@ passes run in full. What a trained checkpoint adds is its own acceptance, not ot
 """
 
 import json
+import math
 import random
 import statistics
 import time
@@ -26,6 +27,8 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.plan import RowGroup, View
 from orthrus.request import SamplingParams
+from orthrus.schedules import Schedule
+from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.sequence import Draft
 from orthrus.sequence import Sequence as EngineSequence
@@ -34,12 +37,14 @@ from orthrus.shapes import QWEN3_SHAPES
 Progress = Callable[[str], None]
 
 BLOCK_SIZE, PASSES = 32, 30
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_PAGE = 64
 EAGER, COMPILED = "hf eager", "hf static, compiled"
 
 
 @dataclass(frozen=True)
 class ShapeBenchOptions:
-    """What to measure: greedy decoding of `new_tokens` behind `context` tokens, at each of `batches`, `rounds` times.
+    """What to measure: greedy decoding of `new_tokens` behind `context` tokens and one, at each of `batches`, `rounds` times.
 
     shape: a key of `QWEN3_SHAPES`. tokens_per_cycle: what the replayed drafts bring. hugging_face: measure it too; the compiled
     one at the first batch size only.
@@ -48,7 +53,7 @@ class ShapeBenchOptions:
     shape: str = "8B"
     batches: tuple[int, ...] = (1, 64)
     context: int = 1024
-    new_tokens: int = 128
+    new_tokens: int = 256
     rounds: int = 3
     tokens_per_cycle: float = 10.6
     hugging_face: bool = True
@@ -129,7 +134,8 @@ class ReplaySchedule(OrthrusSchedule):
     ) -> None:
         super().__init__(planner, mask_token_id)
         self._texts: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        self._vocab_size, self._agreement, self._seed = vocab_size, agreement, seed
+        self._vocab_size, self._seed = vocab_size, seed
+        self._log_agreement = math.log(min(max(agreement, 1e-9), 1 - 1e-9))
 
     def learn(self, prompt: Sequence[int], params: SamplingParams, tokens: Sequence[int]) -> None:
         """Note that the AR schedule continues `prompt` with `tokens`."""
@@ -152,9 +158,12 @@ class ReplaySchedule(OrthrusSchedule):
 
     def _replay(self, sequence: EngineSequence, block: RowGroup) -> Draft:
         text = self._texts[_key(sequence.tokens[: sequence.num_prompt], sequence.params)]
-        rng = random.Random(hash((self._seed, block.start, *text[-4:])))
         right = text[block.start + 1 : block.start + 1 + block.num_logits]
-        tokens = [t if rng.random() < self._agreement else (t + 1) % self._vocab_size for t in right]
+        # Draws that spread evenly over a sequence's cycles: a few bring what many would on average.
+        first = random.Random(hash((self._seed, *text[-4:]))).random()
+        draw = (first + sequence.cycles * _GOLDEN) % 1.0
+        wrong = int(math.log1p(-draw) / self._log_agreement)
+        tokens = [(t + (depth == wrong)) % self._vocab_size for depth, t in enumerate(right)]
         return Draft(tokens + [0] * (block.num_logits - len(tokens)))
 
 
@@ -227,35 +236,37 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shape_config(options.shape)
     most = max(options.batches)
-    length = options.context + options.new_tokens
-    cache = most * (-(-length // 64) + 1) * 64
+    # Prompts end one token behind a page that stays cached: all sequences decode from the second pass on.
+    context = -(-options.context // _PAGE) * _PAGE
+    new_pages = -(-(1 + options.new_tokens + BLOCK_SIZE) // _PAGE)
+    pages = context // _PAGE + new_pages
     settings = {
-        "kv_cache_tokens": cache,
-        "max_model_len": cache // most,
+        # Texts of finished requests stay cached too.
+        "kv_cache_tokens": most * (pages + new_pages) * _PAGE,
+        "max_model_len": pages * _PAGE,
         "max_num_seqs": most,
         "prefill_chunk": 2048,
+        "page_size": _PAGE,
     }
     _, read = bandwidths()
     rng = random.Random(0)
-    prompts = [[rng.randrange(100_000) for _ in range(options.context)] for _ in range(most)]
+    prompts = [[rng.randrange(100_000) for _ in range(context + 1)] for _ in range(most)]
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    progress("orthrus engine")
-    orthrus = shape_engine(model, "orthrus", device, dtype, prefix_caching=False, **settings)
-    schedule = replaying(orthrus, agreement_for(options.tokens_per_cycle, BLOCK_SIZE))
-    passes = tuple(pass_times(orthrus, options, read))
+    progress("our engine")
+    engine = shape_engine(model, "orthrus", device, dtype, **settings)
+    schedule = replaying(engine, agreement_for(options.tokens_per_cycle, BLOCK_SIZE))
+    passes = tuple(pass_times(engine, options, read))
     for p in passes:
         progress(f"{p.name}: {p.milliseconds:.3f} ms")
-    held = weight_bytes(model, dtype) + cache * kv_bytes_per_token(model, dtype)
+    held = weight_bytes(model, dtype) + engine.cache.keys.nbytes + engine.cache.values.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
-    progress("ar engine")
-    ar = shape_engine(
-        shape_config(options.shape, diffusion=False), "ar", device, dtype, prefix_caching=False, **settings
-    )
-
-    contestants = [_recorded(engine_contestant(ar), schedule), engine_contestant(orthrus)]
+    contestants = [
+        _recorded(_scheduled("ar", engine, ARSchedule()), schedule),
+        _scheduled("orthrus", engine, schedule),
+    ]
     if options.hugging_face:
         progress("Hugging Face")
         contestants += hugging_face_contestants(model, device, dtype)
@@ -358,6 +369,17 @@ def plot(report: ShapeReport, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)
+
+
+def _scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
+    """The engine with one of its schedules: weights and cache are there once."""
+    contestant = engine_contestant(engine)
+
+    def run(prompts: list[list[int]], new_tokens: int) -> Output:
+        engine.use_schedule(schedule)
+        return contestant.run(prompts, new_tokens)
+
+    return Contestant(name, run)
 
 
 def _recorded(contestant: Contestant, schedule: ReplaySchedule) -> Contestant:

@@ -62,8 +62,7 @@ def test_replayed_drafts_bring_what_is_asked_and_change_no_token() -> None:
         schedule.learn(prompt, one, completion.token_ids)
     got = orthrus.generate(prompts, params)
     assert [c.token_ids for [c] in got] == [c.token_ids for [c] in expected]
-    # Six texts of about 50 cycles each: three standard deviations of the mean are about 0.4.
-    assert 3.5 < orthrus.stats.tokens_per_cycle < 4.5
+    assert 3.8 < orthrus.stats.tokens_per_cycle < 4.2
     assert len({token for [c] in expected for token in c.token_ids}) > 150, "such text proves little"
 
 
