@@ -1,10 +1,13 @@
 """Paged attention on a GPU whose copy engine can fill shared memory by itself (compute capability 9.0 on).
 
-The arithmetic of `attention_triton`, in the order that its work list gives. What differs is how keys and values arrive: a program
-keeps rings of tiles in shared memory filled, over the end of one item and the beginning of the next, and starts with keys
-that this pass doesn't write before the kernels ahead in the stream have finished. Two tiles, 128 keys, are one step of the
-running softmax. A diffusion block's own keys are a further step. All that is read is finite, see `qk_norm_rope`, so that
-hidden keys take part as 0 x something.
+The arithmetic of `attention_triton`, in the order that its work list gives. A multiprocessor's program has two consumers of 64
+queries each and two producers, warps that only ask for tiles of keys and values ahead of the consumers. Consumer, producer
+and every other place of the ring of tiles make a lane. The rows of a shared item go to both consumers, which read the
+same tiles, so that they cross the L2 cache once for 128 queries; producers take turns with them. Afterwards a lane goes
+through items of one consumer's rows by itself. What a row goes through, and in which order, is the same either way.
+
+Keys that this pass doesn't write are fetched before the kernels ahead in the stream have finished. A diffusion block's own keys
+are further tiles. All that is read is finite, see `qk_norm_rope`, so that hidden keys take part as 0 x something.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
 """
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 _SHARED_BYTES = 227 * 1024
 """Of a multiprocessor."""
+_OTHER_BYTES = 2048
+"""Of it for mbarriers and what the warps hand each other."""
 
 
 @gluon.jit
@@ -44,64 +49,98 @@ def _segment_start(index):
 
 
 @gluon.jit
-def _pages(work, table, at, end, PAGE: gl.constexpr, KEYS: gl.constexpr):
-    """The pages of the two tiles from key `at` on; page 0, which is nobody's, past the end."""
-    first = gl.load(work + table + at // PAGE, mask=at < end, other=0)
-    second = gl.load(work + table + (at + KEYS) // PAGE, mask=at + KEYS < end, other=0)
-    return first, second
+def _share(work, LANE: gl.constexpr, KV_HEADS: gl.constexpr, PROGRAMS: gl.constexpr):
+    """A lane's part of the work list: how many shared items, how many of its own, the index of the first of these.
+
+    Shared items go round the programs; the others go on where they end, first to one lane of each program.
+    """
+    program = gl.program_id(0)
+    count, shared = gl.load(work) * KV_HEADS, gl.load(work + 1) * KV_HEADS
+    first = shared + (program + PROGRAMS - shared % PROGRAMS) % PROGRAMS + LANE * PROGRAMS
+    together = gl.cdiv(gl.maximum(shared - program, 0), PROGRAMS)
+    return together, gl.cdiv(gl.maximum(count - first, 0), 2 * PROGRAMS), first
 
 
 @gluon.jit
-def _open(
-    work, index, count,
-    KEYS: gl.constexpr, PAGE: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, KV_HEADS: gl.constexpr,
-):  # fmt: skip
-    """The index-th item's tiles: cached keys at .. end, block rows 0 .. block, where both lie. None past the last item."""
-    there = index < count
-    item = work + BEFORE + index // KV_HEADS * PER
-    table = gl.load(item + 2, mask=there, other=0)
-    first, last = gl.load(item + 3, mask=there, other=0), gl.load(item + 4, mask=there, other=0)
-    seen, fresh = gl.load(item + 5, mask=there, other=0), gl.load(item + 6, mask=there, other=0)
-    block_row, block = gl.load(item + 7, mask=there, other=0), gl.load(item + 8, mask=there, other=0)
-    at = _segment_start(first)
-    end = gl.minimum(_segment_start(last), seen)
-    page, next_page = _pages(work, table, at, end, PAGE, KEYS)
-    return at, end, 0, block, table, fresh, block_row, page, next_page
+def _index(turn, together, first, PROGRAMS: gl.constexpr):
+    """Which item a lane takes in its `turn`."""
+    return gl.where(
+        turn < together, gl.program_id(0) + turn * PROGRAMS, first + (turn - together) * 2 * PROGRAMS
+    )
 
 
 @gluon.jit
-def _advance(
-    work, index, at, end, own, block, table, fresh, block_row, page, next_page, count,
-    KEYS: gl.constexpr, PAGE: gl.constexpr, PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-):  # fmt: skip
-    """The pair of tiles after this one; the next item's first after an item's last."""
-    cached = at < end
-    at += gl.where(cached, 2 * KEYS, 0)
-    own += gl.where(cached, 0, 2 * KEYS)
-    if (at >= end) & (own >= block):
-        index += PROGRAMS
-        at, end, own, block, table, fresh, block_row, page, next_page = _open(
-            work, index, count, KEYS, PAGE, BEFORE, PER, KV_HEADS
-        )
-    else:
-        page, next_page = _pages(work, table, at, end, PAGE, KEYS)
-    return index, at, end, own, block, table, fresh, block_row, page, next_page
+def _keys(item, KEYS: gl.constexpr):
+    """An item's first cached key, and its tiles of cached keys and of its block's."""
+    begin = _segment_start(gl.load(item + 3))
+    end = gl.minimum(_segment_start(gl.load(item + 4)), gl.load(item + 5))
+    return begin, gl.cdiv(gl.maximum(end - begin, 0), KEYS), gl.cdiv(gl.load(item + 8), KEYS)
 
 
 @gluon.jit
-def _fetch(
-    pages, rows, full, ring, place, cached, slot, next_slot, row, column, KEYS: gl.constexpr, BYTES: gl.constexpr
-):  # fmt: skip
-    """Ask for a pair of tiles of keys or values: from two places of the cache, or rows of the pass from `row` on."""
-    barrier = full.index(place)
-    mbarrier.expect(barrier, 2 * BYTES)
+def _advance(place, phase, step, RING: gl.constexpr):
+    """The place in the ring `step` places on, and its phase."""
+    place += step
+    wraps = place >= RING
+    return gl.where(wraps, place - RING, place), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _fetch(pages, rows, barrier, target, cached, slot, row, column, BYTES: gl.constexpr):
+    """Ask for a tile of keys or values: from the cache at `slot`, or rows of the pass from `row` on."""
+    mbarrier.expect(barrier, BYTES)
     if cached:
-        tma.async_copy_global_to_shared(pages, [slot, 0], barrier, ring.index(2 * place))
-        tma.async_copy_global_to_shared(pages, [next_slot, 0], barrier, ring.index(2 * place + 1))
+        tma.async_copy_global_to_shared(pages, [slot, 0], barrier, target)
     else:
-        tma.async_copy_global_to_shared(rows, [row, column], barrier, ring.index(2 * place))
-        tma.async_copy_global_to_shared(rows, [row + KEYS, column], barrier, ring.index(2 * place + 1))
+        tma.async_copy_global_to_shared(rows, [row, column], barrier, target)
+
+
+@gluon.jit
+def _produce(
+    k_pages, v_pages, rows_desc, work, slots, k_ring, v_ring, k_full, v_full, empty,
+    LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
+    PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
+):  # fmt: skip
+    """Fetch a lane's tiles: all of its own items, every other one of the shared items, counted over all of them."""
+    RING: gl.constexpr = k_ring.shape[0]
+    KEYS: gl.constexpr = k_ring.shape[1]
+    tile_bytes: gl.constexpr = KEYS * k_ring.shape[2] * k_ring.dtype.primitive_bitwidth // 8
+    key_column: gl.constexpr = KV_HEADS * PER_KV * DIM
+    value_column: gl.constexpr = key_column + KV_HEADS * DIM
+    together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
+    place, phase, odd, ahead = LANE, 0, 0, CHAINED
+    for turn in range(together + alone):
+        index = _index(turn, together, first, PROGRAMS)
+        item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
+        begin, cached_tiles, block_tiles = _keys(item, KEYS)
+        table, fresh, block_row = work + gl.load(item + 2), gl.load(item + 6), gl.load(item + 7)
+        shared = turn < together
+        step = gl.where(shared, 2, 1)
+        start = gl.where(shared, odd ^ LANE, 0)
+        tiles = cached_tiles + block_tiles
+        odd ^= tiles & 1  # Counts for shared items only: others start with their first tile.
+        page = gl.load(table + (begin + start * KEYS) // PAGE, mask=start < cached_tiles, other=0)
+        for tile in range(start, tiles, step):
+            at = begin + tile * KEYS
+            # The next page is looked up while this tile waits for room.
+            next_page = gl.load(table + (at + step * KEYS) // PAGE, mask=tile + step < cached_tiles, other=0)
+            cached = tile < cached_tiles
+            if ahead & ((tile >= cached_tiles) | (at + KEYS > fresh)):
+                gdc_wait()
+                ahead = False
+            slot = kv_head * slots + page * PAGE + at % PAGE
+            row, column = block_row + (tile - cached_tiles) * KEYS, kv_head * DIM
+            mbarrier.wait(empty.index(place), phase ^ 1)
+            _fetch(
+                k_pages, rows_desc, k_full.index(place), k_ring.index(place), cached, slot, row,
+                key_column + column, tile_bytes,
+            )  # fmt: skip
+            _fetch(
+                v_pages, rows_desc, v_full.index(place), v_ring.index(place), cached, slot, row,
+                value_column + column, tile_bytes,
+            )  # fmt: skip
+            place, phase = _advance(place, phase, 2, RING)
+            page = next_page
 
 
 @gluon.jit
@@ -139,6 +178,143 @@ def _end_segment(
 
 
 @gluon.jit
+def _consume(
+    qkv, work, limits, records, out, partials, tops, norms, scale, query_tile, k_ring, v_ring, k_full, v_full, empty,
+    LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PROGRAMS: gl.constexpr,
+    BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
+):  # fmt: skip
+    """Attend with a lane's queries: its half of the rows of shared items, then all rows of its own items."""
+    QUERIES: gl.constexpr = query_tile.shape[0]
+    RING: gl.constexpr = k_ring.shape[0]
+    KEYS: gl.constexpr = k_ring.shape[1]
+    WIDTH: gl.constexpr = k_ring.shape[2]
+    ROWS: gl.constexpr = QUERIES // PER_KV
+    num_warps: gl.constexpr = gl.num_warps()
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
+    by_query: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    by_key: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    load_lanes: gl.constexpr = min(32, WIDTH // 8)
+    load_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 // load_lanes, load_lanes], [num_warps, 1], [1, 0]
+    )
+    heads: gl.constexpr = KV_HEADS * PER_KV
+
+    query_index = gl.arange(0, QUERIES, by_query)
+    load_index = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
+    load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
+    keys = gl.arange(0, KEYS, by_key)
+    none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
+    together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
+    if CHAINED:
+        gdc_wait()
+    place, phase = 0, 0
+    for turn in range(together + alone):
+        shared = turn < together
+        step = gl.where(shared, 1, 2)
+        if (turn == together) & (place % 2 != LANE):
+            place, phase = _advance(place, phase, 1, RING)
+        index = _index(turn, together, first, PROGRAMS)
+        item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
+        first_row, rows = gl.load(item), gl.load(item + 1)
+        if LANE == 1:
+            first_row += gl.where(shared, ROWS, 0)
+            rows -= gl.where(shared, ROWS, 0)
+        segment, last_segment, block = gl.load(item + 3), gl.load(item + 4), gl.load(item + 8)
+        begin, cached_tiles, block_tiles = _keys(item, KEYS)
+        tiles = cached_tiles + block_tiles
+        # A KV head's queries: all its query heads of a row, then the next row's.
+        row = first_row + query_index // PER_KV
+        head = kv_head * PER_KV + query_index % PER_KV
+        inside = query_index // PER_KV < gl.minimum(rows, ROWS)
+        limit = gl.load(limits + row, mask=inside, other=0)
+        record = gl.load(records + row, mask=inside, other=-1)
+        divided = gl.load(records + first_row) >= 0
+        common = gl.load(limits + first_row)  # Keys that all rows see: the first row sees least.
+
+        load_row = first_row + load_index // PER_KV
+        load_head = kv_head * PER_KV + load_index % PER_KV
+        source = (load_row * (heads + 2 * KV_HEADS) + load_head).to(gl.int64) * DIM
+        mask = (load_index // PER_KV < gl.minimum(rows, ROWS))[:, None] & (load_dims < DIM)[None, :]
+        query_tile.store(gl.load(qkv + source[:, None] + load_dims[None, :], mask=mask, other=0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+
+        # Scores are computed one tile ahead of what follows from them.
+        mbarrier.wait(k_full.index(place), phase)
+        scores = warpgroup_mma(
+            query_tile, k_ring.index(place).permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+
+        top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
+        norm = gl.zeros((QUERIES,), gl.float32, by_query)
+        acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+        part_top, part_norm, part_acc = top, norm, acc
+        here, next_start = begin, _segment_start(segment + 1)
+        for tile in range(tiles):
+            in_block = tile >= cached_tiles
+            if gl.where(in_block, tile == cached_tiles, here == next_start) & (tile > 0):
+                top, norm, acc = _end_segment(
+                    divided, tops, norms, partials, record + segment, heads, head, inside,
+                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
+                )  # fmt: skip
+                segment += 1
+                next_start = _segment_start(segment + 1)
+                part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
+                part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
+                part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+            # After an item's last tile this computes scores that nobody reads, of whatever is in the ring.
+            more = tile + 1 < tiles
+            next_place, next_phase = _advance(place, phase, step, RING)
+            mbarrier.wait(k_full.index(next_place), next_phase, pred=more)
+            next_scores = warpgroup_mma(
+                query_tile, k_ring.index(next_place).permute((1, 0)), none, use_acc=False, is_async=True
+            )
+            left = block - (tile - cached_tiles) * KEYS
+            if gl.where(in_block, left, common - here) < KEYS:
+                bound = gl.where(in_block, left, limit - here)
+                scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
+            new_top = gl.maximum(part_top, gl.max(scores, 1) * scale)
+            # A row that has seen nothing yet: any finite value will do, its weights are zero.
+            base = gl.where(new_top == float("-inf"), 0.0, new_top)
+            shift = gl.zeros_like(scores) - base[:, None]
+            weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + scale, shift))
+            fade = gl.exp2(part_top - base)
+            part_norm = gl.fma(part_norm, fade, gl.sum(weights, 1))
+            part_top = new_top
+            part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
+            operand = gl.convert_layout(weights.to(k_ring.dtype), operand_layout)
+            mbarrier.wait(v_full.index(place), phase)
+            part_acc = warpgroup_mma(operand, v_ring.index(place), part_acc, is_async=True)
+            scores, part_acc = warpgroup_mma_wait(0, deps=(next_scores, part_acc))
+            # Once all warps have read them, the tile's keys and values make room: when both consumers say so, or the
+            # one that has them for itself says it twice.
+            gl.thread_barrier()
+            if shared:
+                mbarrier.arrive(empty.index(place), count=1)
+            else:
+                mbarrier.arrive(empty.index(place), count=2)
+            place, phase = next_place, next_phase
+            here += KEYS
+        last_seen = (block > 0) | (_segment_start(segment) < limit)
+        last_record = gl.where(block > 0, last_segment, segment)
+        top, norm, acc = _end_segment(
+            divided, tops, norms, partials, record + last_record, heads, head, inside, last_seen,
+            top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
+        )  # fmt: skip
+        if divided == 0:
+            wide: gl.constexpr = gl.SliceLayout(1, acc_layout)
+            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
+            total = gl.convert_layout(gl.where(inside, norm, 1.0), wide)
+            goal = gl.convert_layout((row * heads + head).to(gl.int64) * DIM, wide)
+            wanted = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
+            result = (acc / total[:, None]).to(out.dtype.element_ty)
+            gl.store(out + goal[:, None] + dims[None, :], result, mask=wanted)
+
+
+@gluon.jit
 def _attention_kernel(
     qkv,
     k_pages,
@@ -160,215 +336,48 @@ def _attention_kernel(
     WIDTH: gl.constexpr,
     QUERIES: gl.constexpr,
     KEYS: gl.constexpr,
-    K_RING: gl.constexpr,
-    V_RING: gl.constexpr,
+    RING: gl.constexpr,
     PROGRAMS: gl.constexpr,
     BEFORE: gl.constexpr,
     PER: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     CHAINED: gl.constexpr,
-    num_warps: gl.constexpr,
 ):
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
-    by_query: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    by_key: gl.constexpr = gl.SliceLayout(0, scores_layout)
-    operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    lanes: gl.constexpr = min(32, WIDTH // 8)
-    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
-    tile_bytes: gl.constexpr = KEYS * WIDTH * k_pages.dtype.primitive_bitwidth // 8
-    heads: gl.constexpr = KV_HEADS * PER_KV
-    key_column: gl.constexpr = heads * DIM
-    value_column: gl.constexpr = (heads + KV_HEADS) * DIM
-
-    k_ring = gl.allocate_shared_memory(k_pages.dtype, [2 * K_RING, KEYS, WIDTH], k_pages.layout)
-    v_ring = gl.allocate_shared_memory(v_pages.dtype, [2 * V_RING, KEYS, WIDTH], v_pages.layout)
-    query_tile = gl.allocate_shared_memory(k_pages.dtype, [QUERIES, WIDTH], QUERY_TILE)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_RING, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [V_RING, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(K_RING):
+    query_tiles = gl.allocate_shared_memory(k_pages.dtype, [2, QUERIES, WIDTH], QUERY_TILE)
+    k_ring = gl.allocate_shared_memory(k_pages.dtype, [RING, KEYS, WIDTH], k_pages.layout)
+    v_ring = gl.allocate_shared_memory(v_pages.dtype, [RING, KEYS, WIDTH], v_pages.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
         mbarrier.init(k_full.index(i), count=1)
-    for i in gl.static_range(V_RING):
         mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     if CHAINED:
         gdc_launch_dependents()
-
     # The work list is uploaded before the pass: no kernel writes it.
-    count = gl.load(work) * KV_HEADS
-    program = gl.program_id(0)
-    # The first tiles: those that this pass doesn't write at once, the others when the kernels ahead are done. Keys and
-    # values have a cursor each; that of the values, with the shorter ring, stays behind.
-    index = program
-    at, end, own, block, table, fresh, block_row, page, next_page = _open(
-        work, index, count, KEYS, PAGE, BEFORE, PER, KV_HEADS
-    )
-    for i in gl.static_range(K_RING):
-        if (at < end) & (gl.minimum(at + 2 * KEYS, end) <= fresh):
-            slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
-            next_slot = index % KV_HEADS * slots + next_page * PAGE + (at + KEYS) % PAGE
-            _fetch(k_pages, rows_desc, k_full, k_ring, i, True, slot, next_slot, 0, 0, KEYS, tile_bytes)
-            if i < V_RING:
-                _fetch(v_pages, rows_desc, v_full, v_ring, i, True, slot, next_slot, 0, 0, KEYS, tile_bytes)
-        index, at, end, own, block, table, fresh, block_row, page, next_page = _advance(
-            work, index, at, end, own, block, table, fresh, block_row, page, next_page, count,
-            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
-        )  # fmt: skip
-    if CHAINED:
-        gdc_wait()
-    index = program
-    at, end, own, block, table, fresh, block_row, page, next_page = _open(
-        work, index, count, KEYS, PAGE, BEFORE, PER, KV_HEADS
-    )
-    v_index, v_at, v_end, v_own, v_block, v_table, v_fresh, v_block_row, v_page, v_next_page = (
-        index, at, end, own, block, table, fresh, block_row, page, next_page
+    gl.warp_specialize(
+        [
+            (_consume, (
+                qkv, work, limits, records, out, partials, tops, norms, scale, query_tiles.index(0), k_ring, v_ring,
+                k_full, v_full, empty, 0, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+            )),
+            (_consume, (
+                qkv, work, limits, records, out, partials, tops, norms, scale, query_tiles.index(1), k_ring, v_ring,
+                k_full, v_full, empty, 1, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+            )),
+            (_produce, (
+                k_pages, v_pages, rows_desc, work, slots, k_ring, v_ring, k_full, v_full, empty, 0,
+                PER_KV, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+            )),
+            (_produce, (
+                k_pages, v_pages, rows_desc, work, slots, k_ring, v_ring, k_full, v_full, empty, 1,
+                PER_KV, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip
-    for i in gl.static_range(K_RING):
-        if (index < count) & ((at >= end) | (gl.minimum(at + 2 * KEYS, end) > fresh)):
-            slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
-            next_slot = index % KV_HEADS * slots + next_page * PAGE + (at + KEYS) % PAGE
-            column = index % KV_HEADS * DIM
-            _fetch(
-                k_pages, rows_desc, k_full, k_ring, i, at < end, slot, next_slot, block_row + own,
-                key_column + column, KEYS, tile_bytes,
-            )  # fmt: skip
-            if i < V_RING:
-                _fetch(
-                    v_pages, rows_desc, v_full, v_ring, i, at < end, slot, next_slot, block_row + own,
-                    value_column + column, KEYS, tile_bytes,
-                )  # fmt: skip
-        index, at, end, own, block, table, fresh, block_row, page, next_page = _advance(
-            work, index, at, end, own, block, table, fresh, block_row, page, next_page, count,
-            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
-        )  # fmt: skip
-        if i < V_RING:
-            v_index, v_at, v_end, v_own, v_block, v_table, v_fresh, v_block_row, v_page, v_next_page = (
-                index, at, end, own, block, table, fresh, block_row, page, next_page
-            )  # fmt: skip
-
-    k_stage, k_phase, v_stage, v_phase = 0, 0, 0, 0
-    query_index = gl.arange(0, QUERIES, by_query)
-    keys = gl.arange(0, KEYS, by_key)
-    none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
-    for this in range(program, count, PROGRAMS):
-        item = work + BEFORE + this // KV_HEADS * PER
-        this_head = this % KV_HEADS
-        first_row, rows = gl.load(item), gl.load(item + 1)
-        segment, last_segment = gl.load(item + 3), gl.load(item + 4)
-        seen, this_block = gl.load(item + 5), gl.load(item + 8)
-        # A KV head's queries: all its query heads of a row, then the next row's.
-        row = first_row + query_index // PER_KV
-        head = this_head * PER_KV + query_index % PER_KV
-        inside = query_index // PER_KV < rows
-        limit = gl.load(limits + row, mask=inside, other=0)
-        record = gl.load(records + row, mask=inside, other=-1)
-        divided = gl.load(records + first_row) >= 0
-        begin = _segment_start(segment)
-        past = gl.minimum(_segment_start(last_segment), seen)
-        cached_pairs = gl.cdiv(gl.maximum(past - begin, 0), 2 * KEYS)
-        common = gl.load(limits + first_row)  # Keys that all rows see: the tile's first row sees least.
-
-        load_index = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
-        load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
-        load_row = first_row + load_index // PER_KV
-        load_head = this_head * PER_KV + load_index % PER_KV
-        place = (load_row * (heads + 2 * KV_HEADS) + load_head).to(gl.int64) * DIM
-        mask = (load_index // PER_KV < rows)[:, None] & (load_dims < DIM)[None, :]
-        query_tile.store(gl.load(qkv + place[:, None] + load_dims[None, :], mask=mask, other=0.0))
-        fence_async_shared()
-
-        top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
-        norm = gl.zeros((QUERIES,), gl.float32, by_query)
-        acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
-        part_top, part_norm, part_acc = top, norm, acc
-        here, next_start = begin, _segment_start(segment + 1)
-        for pair in range(cached_pairs + gl.cdiv(this_block, 2 * KEYS)):
-            in_block = pair >= cached_pairs
-            if gl.where(in_block, pair == cached_pairs, here == next_start) & (pair > 0):
-                top, norm, acc = _end_segment(
-                    divided, tops, norms, partials, record + segment, heads, head, inside,
-                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
-                )  # fmt: skip
-                segment += 1
-                next_start = _segment_start(segment + 1)
-                part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
-                part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
-                part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
-            mbarrier.wait(k_full.index(k_stage), k_phase)
-            scores = warpgroup_mma(
-                query_tile, k_ring.index(2 * k_stage).permute((1, 0)), none, use_acc=False, is_async=True
-            )
-            scores2 = warpgroup_mma(
-                query_tile, k_ring.index(2 * k_stage + 1).permute((1, 0)), none, use_acc=False, is_async=True
-            )
-            scores, scores2 = warpgroup_mma_wait(0, deps=(scores, scores2))
-            if index < count:
-                slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
-                next_slot = index % KV_HEADS * slots + next_page * PAGE + (at + KEYS) % PAGE
-                _fetch(
-                    k_pages, rows_desc, k_full, k_ring, k_stage, at < end, slot, next_slot, block_row + own,
-                    key_column + index % KV_HEADS * DIM, KEYS, tile_bytes,
-                )  # fmt: skip
-            k_stage += 1
-            if k_stage == K_RING:
-                k_stage = 0
-                k_phase ^= 1
-            left = this_block - (pair - cached_pairs) * 2 * KEYS
-            if gl.where(in_block, left, common - here) < 2 * KEYS:
-                bound = gl.where(in_block, left, limit - here)
-                scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
-                scores2 = gl.where(keys[None, :] + KEYS < bound[:, None], scores2, float("-inf"))
-            best = gl.maximum(gl.max(scores, 1), gl.max(scores2, 1))
-            new_top = gl.maximum(part_top, best * scale)
-            # A row that has seen nothing yet: any finite value will do, its weights are zero.
-            base = gl.where(new_top == float("-inf"), 0.0, new_top)
-            shift = gl.zeros_like(scores) - base[:, None]
-            weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + scale, shift))
-            weights2 = gl.exp2(gl.fma(scores2, gl.zeros_like(scores) + scale, shift))
-            fade = gl.exp2(part_top - base)
-            part_norm = gl.fma(part_norm, fade, gl.sum(weights, 1) + gl.sum(weights2, 1))
-            part_top = new_top
-            part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
-            operand = gl.convert_layout(weights.to(k_pages.dtype), operand_layout)
-            operand2 = gl.convert_layout(weights2.to(k_pages.dtype), operand_layout)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            part_acc = warpgroup_mma(operand, v_ring.index(2 * v_stage), part_acc, is_async=True)
-            part_acc = warpgroup_mma(operand2, v_ring.index(2 * v_stage + 1), part_acc, is_async=True)
-            if index < count:
-                index, at, end, own, block, table, fresh, block_row, page, next_page = _advance(
-                    work, index, at, end, own, block, table, fresh, block_row, page, next_page, count,
-                    KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
-                )  # fmt: skip
-            part_acc = warpgroup_mma_wait(0, deps=(part_acc,))
-            if v_index < count:
-                slot = v_index % KV_HEADS * slots + v_page * PAGE + v_at % PAGE
-                next_slot = v_index % KV_HEADS * slots + v_next_page * PAGE + (v_at + KEYS) % PAGE
-                _fetch(
-                    v_pages, rows_desc, v_full, v_ring, v_stage, v_at < v_end, slot, next_slot, v_block_row + v_own,
-                    value_column + v_index % KV_HEADS * DIM, KEYS, tile_bytes,
-                )  # fmt: skip
-                v_index, v_at, v_end, v_own, v_block, v_table, v_fresh, v_block_row, v_page, v_next_page = _advance(
-                    work, v_index, v_at, v_end, v_own, v_block, v_table, v_fresh, v_block_row, v_page, v_next_page,
-                    count, KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
-                )  # fmt: skip
-            v_stage += 1
-            if v_stage == V_RING:
-                v_stage = 0
-                v_phase ^= 1
-            here += 2 * KEYS
-        last_seen = (this_block > 0) | (_segment_start(segment) < limit)
-        last_record = gl.where(this_block > 0, last_segment, segment)
-        top, norm, acc = _end_segment(
-            divided, tops, norms, partials, record + last_record, heads, head, inside, last_seen,
-            top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
-        )  # fmt: skip
-        if divided == 0:
-            wide: gl.constexpr = gl.SliceLayout(1, acc_layout)
-            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
-            total = gl.convert_layout(gl.where(inside, norm, 1.0), wide)
-            goal = gl.convert_layout((row * heads + head).to(gl.int64) * DIM, wide)
-            wanted_out = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
-            result = (acc / total[:, None]).to(out.dtype.element_ty)
-            gl.store(out + goal[:, None] + dims[None, :], result, mask=wanted_out)
 
 
 def launch(
@@ -387,14 +396,14 @@ def launch(
     width: int,
     programs: int,
 ) -> None:
-    """The first kernel of `attention_triton.paged_attention`; scale: of scores to base 2."""
+    """The first kernel of `attention_triton.paged_attention`; scale: of scores to base 2; programs: one multiprocessor each."""
     work = plan.work
     assert work is not None
     kv_heads, pages, page_size, dim = k_cache.shape
     all_heads = qkv.shape[1]
     dtype = gl.bfloat16 if qkv.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([keys, width], dtype)
-    pairs = min(8, (_SHARED_BYTES // 2 - 1024 - queries * width * 2) // (2 * keys * width * 2))
+    room = _SHARED_BYTES - _OTHER_BYTES - 2 * queries * width * 2
 
     def tiles(tensor: Tensor, columns: int) -> TensorDescriptor:
         return TensorDescriptor(
@@ -422,8 +431,8 @@ def launch(
         WIDTH=width,
         QUERIES=queries,
         KEYS=keys,
-        K_RING=max(1, pairs - pairs // 2),
-        V_RING=max(1, pairs // 2),
+        # Both lanes' places, the same number for each.
+        RING=2 * min(8, room // (2 * 2 * keys * width * 2)),
         PROGRAMS=programs,
         BEFORE=HEADER,
         PER=ITEM,

@@ -6,7 +6,7 @@ order; segments are merged in order, then the row's own diffusion block. It is t
 walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
 matrix unit, those of one KV head side by side: one instruction for any number of rows.
 
-The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place.
+The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place in 16-bit types.
 """
 
 from typing import TYPE_CHECKING
@@ -316,10 +316,10 @@ def paged_attention(
     queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
-    if chaining()["CHAINED"] and qkv.itemsize == 2:
+    if shares_tiles(qkv.dtype, dim):
         attention_stream.launch(
             qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms,
-            queries=queries, keys=keys, width=width, programs=programs,
+            queries=queries, keys=keys, width=width, programs=programs // 2,
         )  # fmt: skip
     else:
         _attention_kernel[(programs,)](
@@ -373,10 +373,15 @@ def _queries(dtype: torch.dtype) -> int:
 
 
 def attention_programs(device: torch.device) -> int:
-    """Programs of a launch: as many as run at a time, two on a multiprocessor."""
+    """Among how many the work list is divided: two on a multiprocessor, programs or lanes of one program."""
     return 2 * multiprocessors(device)
 
 
 def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
     """Rows of a tile of the work list: as many as their queries have room for."""
     return max(1, _queries(dtype) // heads_per_kv)
+
+
+def shares_tiles(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the work list is for `attention_stream`, which takes shared tiles; its rings have no room for wider heads."""
+    return bool(chaining()["CHAINED"]) and dtype.itemsize == 2 and head_dim <= 128
