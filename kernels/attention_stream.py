@@ -239,7 +239,6 @@ def _consume(
         mask = (load_index // PER_KV < gl.minimum(rows, ROWS))[:, None] & (load_dims < DIM)[None, :]
         query_tile.store(gl.load(qkv + source[:, None] + load_dims[None, :], mask=mask, other=0.0))
         fence_async_shared()
-        gl.thread_barrier()
 
         # Scores are computed one tile ahead of what follows from them.
         mbarrier.wait(k_full.index(place), phase)
@@ -289,9 +288,8 @@ def _consume(
             mbarrier.wait(v_full.index(place), phase)
             part_acc = warpgroup_mma(operand, v_ring.index(place), part_acc, is_async=True)
             scores, part_acc = warpgroup_mma_wait(0, deps=(next_scores, part_acc))
-            # Once all warps have read them, the tile's keys and values make room: when both consumers say so, or the
-            # one that has them for itself says it twice.
-            gl.thread_barrier()
+            # The tile makes room: when both consumers say so, or the one that has it for itself says it twice. The compiler
+            # puts a barrier of the consumer's warps before it.
             if shared:
                 mbarrier.arrive(empty.index(place), count=1)
             else:
