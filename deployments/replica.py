@@ -1,6 +1,7 @@
 """One model replica: an engine in its own thread behind a Serve deployment."""
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -38,6 +39,9 @@ class OrthrusReplica:
         self._links = ChunkLinks()
         self._load_since = time.monotonic(), engine.stats
         self._metrics = MetricsExporter(engine)
+        # What has been loaded stays: no pass shall wait for a search through all of it.
+        gc.collect()
+        gc.freeze()
         logger.info(
             "%s ready: schedule %s, context %d", config.model, engine.schedule_name, engine.max_model_len
         )

@@ -1,10 +1,11 @@
 """Paged attention on a GPU whose copy engine can fill shared memory by itself (compute capability 9.0 on).
 
 The arithmetic of `attention_triton`, in the order that its work list gives. A multiprocessor's program has two consumers of 64
-queries each and two producers, warps that only ask for tiles of keys and values ahead of the consumers. Consumer, producer
-and every other place of the ring of tiles make a lane. The rows of a shared item go to both consumers, which read the
-same tiles, so that they cross the L2 cache once for 128 queries; producers take turns with them. Afterwards a lane goes
-through items of one consumer's rows by itself. What a row goes through, and in which order, is the same either way.
+queries each, and producers, warps that only ask for tiles of keys or of values ahead of the consumers. A consumer, two
+producers and every other place of the rings of tiles make a lane. The rows of a shared item go to both consumers, which
+read the same tiles, so that they cross the L2 cache once for 128 queries; the lanes' producers take turns with them.
+Afterwards a lane goes through items of one consumer's rows by itself. What a row goes through, and in which order, is the
+same either way: two tiles, 128 keys, are one step of its running softmax.
 
 Keys that this pass doesn't write are fetched before the kernels ahead in the stream have finished. A diffusion block's own keys
 are further tiles. All that is read is finite, see `qk_norm_rope`, so that hidden keys take part as 0 x something.
@@ -71,10 +72,10 @@ def _index(turn, together, first, PROGRAMS: gl.constexpr):
 
 @gluon.jit
 def _keys(item, KEYS: gl.constexpr):
-    """An item's first cached key, and its tiles of cached keys and of its block's."""
+    """An item's first cached key and the one behind its last, and its steps over cached keys and over its block's."""
     begin = _segment_start(gl.load(item + 3))
     end = gl.minimum(_segment_start(gl.load(item + 4)), gl.load(item + 5))
-    return begin, gl.cdiv(gl.maximum(end - begin, 0), KEYS), gl.cdiv(gl.load(item + 8), KEYS)
+    return begin, end, gl.cdiv(gl.maximum(end - begin, 0), 2 * KEYS), gl.cdiv(gl.load(item + 8), 2 * KEYS)
 
 
 @gluon.jit
@@ -86,61 +87,63 @@ def _advance(place, phase, step, RING: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(pages, rows, barrier, target, cached, slot, row, column, BYTES: gl.constexpr):
-    """Ask for a tile of keys or values: from the cache at `slot`, or rows of the pass from `row` on."""
-    mbarrier.expect(barrier, BYTES)
-    if cached:
-        tma.async_copy_global_to_shared(pages, [slot, 0], barrier, target)
-    else:
-        tma.async_copy_global_to_shared(rows, [row, column], barrier, target)
-
-
-@gluon.jit
 def _produce(
-    k_pages, v_pages, rows_desc, work, slots, k_ring, v_ring, k_full, v_full, empty,
-    LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
+    pages, rows_desc, work, slots, ring, full, empty,
+    FIRST_COLUMN: gl.constexpr, LANE: gl.constexpr, KV_HEADS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
     PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    """Fetch a lane's tiles: all of its own items, every other one of the shared items, counted over all of them."""
-    RING: gl.constexpr = k_ring.shape[0]
-    KEYS: gl.constexpr = k_ring.shape[1]
-    tile_bytes: gl.constexpr = KEYS * k_ring.shape[2] * k_ring.dtype.primitive_bitwidth // 8
-    key_column: gl.constexpr = KV_HEADS * PER_KV * DIM
-    value_column: gl.constexpr = key_column + KV_HEADS * DIM
+    """Fetch a lane's tiles of keys or of values: all of its own items, every other one of the shared items.
+
+    From `pages` of the cache, and of blocks from the pass's rows, where FIRST_COLUMN is that of the first KV head.
+    """
+    RING: gl.constexpr = ring.shape[0]
+    KEYS: gl.constexpr = ring.shape[1]
+    tile_bytes: gl.constexpr = KEYS * ring.shape[2] * ring.dtype.primitive_bitwidth // 8
     together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
-    place, phase, odd, ahead = LANE, 0, 0, CHAINED
+    place, phase, ahead = LANE, 0, CHAINED
     for turn in range(together + alone):
         index = _index(turn, together, first, PROGRAMS)
         item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
-        begin, cached_tiles, block_tiles = _keys(item, KEYS)
+        begin, end, cached_steps, block_steps = _keys(item, KEYS)
         table, fresh, block_row = work + gl.load(item + 2), gl.load(item + 6), gl.load(item + 7)
         shared = turn < together
-        step = gl.where(shared, 2, 1)
-        start = gl.where(shared, odd ^ LANE, 0)
-        tiles = cached_tiles + block_tiles
-        odd ^= tiles & 1  # Counts for shared items only: others start with their first tile.
-        page = gl.load(table + (begin + start * KEYS) // PAGE, mask=start < cached_tiles, other=0)
-        for tile in range(start, tiles, step):
+        stride = gl.where(shared, 2, 1)
+        start = gl.where(shared, LANE, 0)
+        cached_tiles = 2 * cached_steps
+        # Past the end, page 0, which is nobody's.
+        page = gl.load(table + (begin + start * KEYS) // PAGE, mask=begin + start * KEYS < end, other=0)
+        for tile in range(start, cached_tiles + 2 * block_steps, stride):
             at = begin + tile * KEYS
             # The next page is looked up while this tile waits for room.
-            next_page = gl.load(table + (at + step * KEYS) // PAGE, mask=tile + step < cached_tiles, other=0)
+            next_at = at + stride * KEYS
+            next_page = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
             cached = tile < cached_tiles
-            if ahead & ((tile >= cached_tiles) | (at + KEYS > fresh)):
+            if ahead & ((tile >= cached_tiles) | (gl.minimum(at + KEYS, end) > fresh)):
                 gdc_wait()
                 ahead = False
             slot = kv_head * slots + page * PAGE + at % PAGE
-            row, column = block_row + (tile - cached_tiles) * KEYS, kv_head * DIM
+            row, column = block_row + (tile - cached_tiles) * KEYS, FIRST_COLUMN + kv_head * DIM
             mbarrier.wait(empty.index(place), phase ^ 1)
-            _fetch(
-                k_pages, rows_desc, k_full.index(place), k_ring.index(place), cached, slot, row,
-                key_column + column, tile_bytes,
-            )  # fmt: skip
-            _fetch(
-                v_pages, rows_desc, v_full.index(place), v_ring.index(place), cached, slot, row,
-                value_column + column, tile_bytes,
-            )  # fmt: skip
+            mbarrier.expect(full.index(place), tile_bytes)
+            if cached:
+                tma.async_copy_global_to_shared(pages, [slot, 0], full.index(place), ring.index(place))
+            else:
+                tma.async_copy_global_to_shared(
+                    rows_desc, [row, column], full.index(place), ring.index(place)
+                )
             place, phase = _advance(place, phase, 2, RING)
             page = next_page
+
+
+@gluon.jit
+def _leave(empty, place, second, shared):
+    """Give two places back: when both consumers have said so, or the one that has them for itself has said it twice."""
+    if shared:
+        mbarrier.arrive(empty.index(place), count=1)
+        mbarrier.arrive(empty.index(second), count=1)
+    else:
+        mbarrier.arrive(empty.index(place), count=2)
+        mbarrier.arrive(empty.index(second), count=2)
 
 
 @gluon.jit
@@ -179,8 +182,8 @@ def _end_segment(
 
 @gluon.jit
 def _consume(
-    qkv, work, limits, records, out, partials, tops, norms, scale, query_tile, k_ring, v_ring, k_full, v_full, empty,
-    LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PROGRAMS: gl.constexpr,
+    qkv, work, limits, records, out, partials, tops, norms, scale, query_tile, k_ring, v_ring, k_full, v_full,
+    k_empty, v_empty, LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PROGRAMS: gl.constexpr,
     BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Attend with a lane's queries: its half of the rows of shared items, then all rows of its own items."""
@@ -212,8 +215,8 @@ def _consume(
     place, phase = 0, 0
     for turn in range(together + alone):
         shared = turn < together
-        step = gl.where(shared, 1, 2)
-        if (turn == together) & (place % 2 != LANE):
+        stride = gl.where(shared, 1, 2)
+        if (turn == together) & (LANE == 1):
             place, phase = _advance(place, phase, 1, RING)
         index = _index(turn, together, first, PROGRAMS)
         item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
@@ -222,8 +225,7 @@ def _consume(
             first_row += gl.where(shared, ROWS, 0)
             rows -= gl.where(shared, ROWS, 0)
         segment, last_segment, block = gl.load(item + 3), gl.load(item + 4), gl.load(item + 8)
-        begin, cached_tiles, block_tiles = _keys(item, KEYS)
-        tiles = cached_tiles + block_tiles
+        begin, _, cached_steps, block_steps = _keys(item, KEYS)
         # A KV head's queries: all its query heads of a row, then the next row's.
         row = first_row + query_index // PER_KV
         head = kv_head * PER_KV + query_index % PER_KV
@@ -240,21 +242,14 @@ def _consume(
         query_tile.store(gl.load(qkv + source[:, None] + load_dims[None, :], mask=mask, other=0.0))
         fence_async_shared()
 
-        # Scores are computed one tile ahead of what follows from them.
-        mbarrier.wait(k_full.index(place), phase)
-        scores = warpgroup_mma(
-            query_tile, k_ring.index(place).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-
         top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
         norm = gl.zeros((QUERIES,), gl.float32, by_query)
         acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
         part_top, part_norm, part_acc = top, norm, acc
         here, next_start = begin, _segment_start(segment + 1)
-        for tile in range(tiles):
-            in_block = tile >= cached_tiles
-            if gl.where(in_block, tile == cached_tiles, here == next_start) & (tile > 0):
+        for step in range(cached_steps + block_steps):
+            in_block = step >= cached_steps
+            if gl.where(in_block, step == cached_steps, here == next_start) & (step > 0):
                 top, norm, acc = _end_segment(
                     divided, tops, norms, partials, record + segment, heads, head, inside,
                     _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
@@ -264,38 +259,42 @@ def _consume(
                 part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
                 part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
                 part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
-            # After an item's last tile this computes scores that nobody reads, of whatever is in the ring.
-            more = tile + 1 < tiles
-            next_place, next_phase = _advance(place, phase, step, RING)
-            mbarrier.wait(k_full.index(next_place), next_phase, pred=more)
-            next_scores = warpgroup_mma(
-                query_tile, k_ring.index(next_place).permute((1, 0)), none, use_acc=False, is_async=True
+            second, second_phase = _advance(place, phase, stride, RING)
+            mbarrier.wait(k_full.index(place), phase)
+            mbarrier.wait(k_full.index(second), second_phase)
+            scores = warpgroup_mma(
+                query_tile, k_ring.index(place).permute((1, 0)), none, use_acc=False, is_async=True
             )
-            left = block - (tile - cached_tiles) * KEYS
-            if gl.where(in_block, left, common - here) < KEYS:
+            scores2 = warpgroup_mma(
+                query_tile, k_ring.index(second).permute((1, 0)), none, use_acc=False, is_async=True
+            )
+            scores, scores2 = warpgroup_mma_wait(0, deps=(scores, scores2))
+            _leave(k_empty, place, second, shared)
+            left = block - (step - cached_steps) * 2 * KEYS
+            if gl.where(in_block, left, common - here) < 2 * KEYS:
                 bound = gl.where(in_block, left, limit - here)
                 scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
-            new_top = gl.maximum(part_top, gl.max(scores, 1) * scale)
+                scores2 = gl.where(keys[None, :] + KEYS < bound[:, None], scores2, float("-inf"))
+            new_top = gl.maximum(part_top, gl.max(gl.maximum(scores, scores2), 1) * scale)
             # A row that has seen nothing yet: any finite value will do, its weights are zero.
             base = gl.where(new_top == float("-inf"), 0.0, new_top)
             shift = gl.zeros_like(scores) - base[:, None]
             weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + scale, shift))
+            weights2 = gl.exp2(gl.fma(scores2, gl.zeros_like(scores) + scale, shift))
             fade = gl.exp2(part_top - base)
-            part_norm = gl.fma(part_norm, fade, gl.sum(weights, 1))
+            part_norm = gl.fma(part_norm, fade, gl.sum(weights + weights2, 1))
             part_top = new_top
             part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
             operand = gl.convert_layout(weights.to(k_ring.dtype), operand_layout)
+            operand2 = gl.convert_layout(weights2.to(k_ring.dtype), operand_layout)
             mbarrier.wait(v_full.index(place), phase)
+            mbarrier.wait(v_full.index(second), second_phase)
             part_acc = warpgroup_mma(operand, v_ring.index(place), part_acc, is_async=True)
-            scores, part_acc = warpgroup_mma_wait(0, deps=(next_scores, part_acc))
-            # The tile makes room: when both consumers say so, or the one that has it for itself says it twice. The compiler
-            # puts a barrier of the consumer's warps before it.
-            if shared:
-                mbarrier.arrive(empty.index(place), count=1)
-            else:
-                mbarrier.arrive(empty.index(place), count=2)
-            place, phase = next_place, next_phase
-            here += KEYS
+            part_acc = warpgroup_mma(operand2, v_ring.index(second), part_acc, is_async=True)
+            part_acc = warpgroup_mma_wait(0, deps=(part_acc,))
+            _leave(v_empty, place, second, shared)
+            place, phase = _advance(second, second_phase, stride, RING)
+            here += 2 * KEYS
         last_seen = (block > 0) | (_segment_start(segment) < limit)
         last_record = gl.where(block > 0, last_segment, segment)
         top, norm, acc = _end_segment(
@@ -346,35 +345,47 @@ def _attention_kernel(
     v_ring = gl.allocate_shared_memory(v_pages.dtype, [RING, KEYS, WIDTH], v_pages.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(RING):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
     if CHAINED:
         gdc_launch_dependents()
     # The work list is uploaded before the pass: no kernel writes it.
+    key_column: gl.constexpr = KV_HEADS * PER_KV * DIM
+    value_column: gl.constexpr = key_column + KV_HEADS * DIM
     gl.warp_specialize(
         [
             (_consume, (
                 qkv, work, limits, records, out, partials, tops, norms, scale, query_tiles.index(0), k_ring, v_ring,
-                k_full, v_full, empty, 0, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+                k_full, v_full, k_empty, v_empty, 0, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
             )),
             (_consume, (
                 qkv, work, limits, records, out, partials, tops, norms, scale, query_tiles.index(1), k_ring, v_ring,
-                k_full, v_full, empty, 1, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+                k_full, v_full, k_empty, v_empty, 1, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
             )),
             (_produce, (
-                k_pages, v_pages, rows_desc, work, slots, k_ring, v_ring, k_full, v_full, empty, 0,
-                PER_KV, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+                k_pages, rows_desc, work, slots, k_ring, k_full, k_empty,
+                key_column, 0, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
             )),
             (_produce, (
-                k_pages, v_pages, rows_desc, work, slots, k_ring, v_ring, k_full, v_full, empty, 1,
-                PER_KV, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+                v_pages, rows_desc, work, slots, v_ring, v_full, v_empty,
+                value_column, 0, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+            )),
+            (_produce, (
+                k_pages, rows_desc, work, slots, k_ring, k_full, k_empty,
+                key_column, 1, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+            )),
+            (_produce, (
+                v_pages, rows_desc, work, slots, v_ring, v_full, v_empty,
+                value_column, 1, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
             )),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 1, 1],
+        [240, 24, 24, 24, 24],
     )  # fmt: skip
 
 

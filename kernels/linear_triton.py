@@ -196,15 +196,12 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
     if rows <= 64:
         return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
     if rows <= 128:
-        return (
-            LinearTiles(64, 128, 64, few, 4, 6)
-            if out_features <= 8192
-            else LinearTiles(128, 128, 64, few, 8, 4)
-        )
+        if out_features <= 8192:
+            return LinearTiles(64, 128, 64, few, 4, 6)
+        # As many programs on a multiprocessor as take all tiles of a gated layer at once; the head has enough for any.
+        return LinearTiles(64 if out_features <= 65536 else 128, 128, 64, few, 4, 3)
     if rows <= 256:
-        if out_features > 65536:
-            return LinearTiles(128, 256, 64, False, 8, 4)
-        return LinearTiles(128, 128, 64, few, 8, 4)
+        return LinearTiles(128, 128, 64, few, *((8, 4) if out_features <= 65536 else (4, 3)))
     return LinearTiles(128, 128 if few else 256, 64, False, 8, 4 if few else 3)
 
 

@@ -36,8 +36,8 @@ _ROW_FIELDS = 5
 
 
 def row_buckets(most: int) -> list[int]:
-    """Row counts that graphs are captured for, up to one that holds `most` rows: close together where passes are short."""
-    sizes = [8, 16, 32, 48, *range(64, 256, 32), *range(256, 512, 64), *range(512, 1 << 20, 256)]
+    """Row counts that graphs are captured for, up to one that holds `most` rows: those that fill the linear layers' tiles."""
+    sizes = [8, 16, 32, 48, 64, 128, *range(256, 1 << 20, 256)]
     last = next(i for i, size in enumerate(sizes) if size >= most)
     return sizes[: last + 1]
 

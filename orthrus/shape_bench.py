@@ -5,6 +5,7 @@ so no draft of theirs would ever be right: drafts are replayed from the AR text 
 passes run in full. What a trained checkpoint adds is its own acceptance, not other work.
 """
 
+import gc
 import json
 import math
 import random
@@ -44,7 +45,7 @@ EAGER, COMPILED = "hf eager", "hf static, compiled"
 
 @dataclass(frozen=True)
 class ShapeBenchOptions:
-    """What to measure: greedy decoding of `new_tokens` behind `context` tokens and one, at each of `batches`, `rounds` times.
+    """What to measure: greedy decoding of `new_tokens` around a context of `context`, at each of `batches`, `rounds` times.
 
     shape: a key of `QWEN3_SHAPES`. tokens_per_cycle: what the replayed drafts bring. hugging_face: measure it too; the compiled
     one at the first batch size only.
@@ -102,7 +103,7 @@ class ShapeReport:
     def to_text(self) -> str:
         lines = [
             f"Qwen3-{self.shape} shape, random weights, bfloat16, {self.hardware}, torch {self.torch}",
-            f"{self.context} tokens of context, {self.new_tokens} new; drafts are replayed from the AR text",
+            f"{self.new_tokens} new tokens around a context of {self.context}; drafts are replayed from the AR text",
             f"read bandwidth {self.read_gbps:.0f} GB/s, weights {self.weights_gib:.1f} GiB, peak memory "
             f"{self.memory_over:.1%} over weights and KV cache",
             "",
@@ -236,8 +237,9 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shape_config(options.shape)
     most = max(options.batches)
-    # Prompts end one token behind a page that stays cached: all sequences decode from the second pass on.
-    context = -(-options.context // _PAGE) * _PAGE
+    # Prompts end one token behind a page that stays cached: all sequences decode from the second pass on. The context is
+    # that of the text's middle.
+    context = max(1, round((options.context - options.new_tokens / 2) / _PAGE)) * _PAGE
     new_pages = -(-(1 + options.new_tokens + BLOCK_SIZE) // _PAGE)
     pages = context // _PAGE + new_pages
     settings = {
@@ -270,6 +272,8 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     if options.hugging_face:
         progress("Hugging Face")
         contestants += hugging_face_contestants(model, device, dtype)
+    gc.collect()
+    gc.freeze()  # As a replica does.
     speeds, exact = _race(contestants, prompts, options, progress)
     return ShapeReport(
         shape=options.shape,
