@@ -1,14 +1,9 @@
 """Paged attention on a GPU whose copy engine can fill shared memory by itself (compute capability 9.0 on).
 
-The arithmetic of `attention_triton`, in the order that its work list gives. A multiprocessor's program has two consumers of 64
-queries each, and producers, warps that only ask for tiles of keys or of values ahead of the consumers. A consumer, two
-producers and every other place of the rings of tiles make a lane. The rows of a shared item go to both consumers, which
-read the same tiles, so that they cross the L2 cache once for 128 queries; the lanes' producers take turns with them.
-Afterwards a lane goes through items of one consumer's rows by itself. What a row goes through, and in which order, is the
-same either way: two tiles, 128 keys, are one step of its running softmax.
-
-Keys that this pass doesn't write are fetched before the kernels ahead in the stream have finished. A diffusion block's own keys
-are further tiles. All that is read is finite, see `qk_norm_rope`, so that hidden keys take part as 0 x something.
+The arithmetic of `attention_triton`, in the order that its work list gives. What differs is how keys and values arrive: a program
+keeps a ring of tiles in shared memory filled, over the end of one item and the beginning of the next, and starts with keys
+that this pass doesn't write before the kernels ahead in the stream have finished. A diffusion block's own keys are a
+further tile. All that is read is finite, see `qk_norm_rope`, so that hidden keys take part as 0 x something.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
 """
@@ -37,8 +32,6 @@ if TYPE_CHECKING:
 
 _SHARED_BYTES = 227 * 1024
 """Of a multiprocessor."""
-_OTHER_BYTES = 2048
-"""Of it for mbarriers and what the warps hand each other."""
 
 
 @gluon.jit
@@ -50,100 +43,50 @@ def _segment_start(index):
 
 
 @gluon.jit
-def _share(work, LANE: gl.constexpr, KV_HEADS: gl.constexpr, PROGRAMS: gl.constexpr):
-    """A lane's part of the work list: how many shared items, how many of its own, the index of the first of these.
-
-    Shared items go round the programs; the others go on where they end, first to one lane of each program.
-    """
-    program = gl.program_id(0)
-    count, shared = gl.load(work) * KV_HEADS, gl.load(work + 1) * KV_HEADS
-    first = shared + (program + PROGRAMS - shared % PROGRAMS) % PROGRAMS + LANE * PROGRAMS
-    together = gl.cdiv(gl.maximum(shared - program, 0), PROGRAMS)
-    return together, gl.cdiv(gl.maximum(count - first, 0), 2 * PROGRAMS), first
-
-
-@gluon.jit
-def _index(turn, together, first, PROGRAMS: gl.constexpr):
-    """Which item a lane takes in its `turn`."""
-    return gl.where(
-        turn < together, gl.program_id(0) + turn * PROGRAMS, first + (turn - together) * 2 * PROGRAMS
-    )
-
-
-@gluon.jit
-def _keys(item, KEYS: gl.constexpr):
-    """An item's first cached key and the one behind its last, and its steps over cached keys and over its block's."""
-    begin = _segment_start(gl.load(item + 3))
-    end = gl.minimum(_segment_start(gl.load(item + 4)), gl.load(item + 5))
-    return begin, end, gl.cdiv(gl.maximum(end - begin, 0), 2 * KEYS), gl.cdiv(gl.load(item + 8), 2 * KEYS)
-
-
-@gluon.jit
-def _advance(place, phase, step, RING: gl.constexpr):
-    """The place in the ring `step` places on, and its phase."""
-    place += step
-    wraps = place >= RING
-    return gl.where(wraps, place - RING, place), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
-def _produce(
-    pages, rows_desc, work, slots, ring, full, empty,
-    FIRST_COLUMN: gl.constexpr, LANE: gl.constexpr, KV_HEADS: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
-    PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
+def _open(
+    work, index, count, PAGE: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, KV_HEADS: gl.constexpr
 ):  # fmt: skip
-    """Fetch a lane's tiles of keys or of values: all of its own items, every other one of the shared items.
-
-    From `pages` of the cache, and of blocks from the pass's rows, where FIRST_COLUMN is that of the first KV head.
-    """
-    RING: gl.constexpr = ring.shape[0]
-    KEYS: gl.constexpr = ring.shape[1]
-    tile_bytes: gl.constexpr = KEYS * ring.shape[2] * ring.dtype.primitive_bitwidth // 8
-    together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
-    place, phase, ahead = LANE, 0, CHAINED
-    for turn in range(together + alone):
-        index = _index(turn, together, first, PROGRAMS)
-        item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
-        begin, end, cached_steps, block_steps = _keys(item, KEYS)
-        table, fresh, block_row = work + gl.load(item + 2), gl.load(item + 6), gl.load(item + 7)
-        shared = turn < together
-        stride = gl.where(shared, 2, 1)
-        start = gl.where(shared, LANE, 0)
-        cached_tiles = 2 * cached_steps
-        # Past the end, page 0, which is nobody's.
-        page = gl.load(table + (begin + start * KEYS) // PAGE, mask=begin + start * KEYS < end, other=0)
-        for tile in range(start, cached_tiles + 2 * block_steps, stride):
-            at = begin + tile * KEYS
-            # The next page is looked up while this tile waits for room.
-            next_at = at + stride * KEYS
-            next_page = gl.load(table + next_at // PAGE, mask=next_at < end, other=0)
-            cached = tile < cached_tiles
-            if ahead & ((tile >= cached_tiles) | (gl.minimum(at + KEYS, end) > fresh)):
-                gdc_wait()
-                ahead = False
-            slot = kv_head * slots + page * PAGE + at % PAGE
-            row, column = block_row + (tile - cached_tiles) * KEYS, FIRST_COLUMN + kv_head * DIM
-            mbarrier.wait(empty.index(place), phase ^ 1)
-            mbarrier.expect(full.index(place), tile_bytes)
-            if cached:
-                tma.async_copy_global_to_shared(pages, [slot, 0], full.index(place), ring.index(place))
-            else:
-                tma.async_copy_global_to_shared(
-                    rows_desc, [row, column], full.index(place), ring.index(place)
-                )
-            place, phase = _advance(place, phase, 2, RING)
-            page = next_page
+    """The index-th item's tiles: cached keys at .. end, block rows 0 .. block, where both lie. None past the last item."""
+    there = index < count
+    item = work + BEFORE + index // KV_HEADS * PER
+    table = gl.load(item + 2, mask=there, other=0)
+    first, last = gl.load(item + 3, mask=there, other=0), gl.load(item + 4, mask=there, other=0)
+    seen, fresh = gl.load(item + 5, mask=there, other=0), gl.load(item + 6, mask=there, other=0)
+    block_row, block = gl.load(item + 7, mask=there, other=0), gl.load(item + 8, mask=there, other=0)
+    at = _segment_start(first)
+    end = gl.minimum(_segment_start(last), seen)
+    page = gl.load(work + table + at // PAGE, mask=at < end, other=0)
+    return at, end, 0, block, table, fresh, block_row, page
 
 
 @gluon.jit
-def _leave(empty, place, second, shared):
-    """Give two places back: when both consumers have said so, or the one that has them for itself has said it twice."""
-    if shared:
-        mbarrier.arrive(empty.index(place), count=1)
-        mbarrier.arrive(empty.index(second), count=1)
+def _advance(
+    work, index, at, end, own, block, table, fresh, block_row, page, count,
+    KEYS: gl.constexpr, PAGE: gl.constexpr, PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+):  # fmt: skip
+    """The tile after this one; the next item's first after an item's last."""
+    cached = at < end
+    at += gl.where(cached, KEYS, 0)
+    own += gl.where(cached, 0, KEYS)
+    if (at >= end) & (own >= block):
+        index += PROGRAMS
+        at, end, own, block, table, fresh, block_row, page = _open(
+            work, index, count, PAGE, BEFORE, PER, KV_HEADS
+        )
     else:
-        mbarrier.arrive(empty.index(place), count=2)
-        mbarrier.arrive(empty.index(second), count=2)
+        page = gl.load(work + table + at // PAGE, mask=at < end, other=0)
+    return index, at, end, own, block, table, fresh, block_row, page
+
+
+@gluon.jit
+def _fetch(pages, rows, barrier, target, cached, slot, row, column, BYTES: gl.constexpr):
+    """Ask for a tile of keys or values: from the cache at `slot`, or rows of the pass from `row` on."""
+    mbarrier.expect(barrier, BYTES)
+    if cached:
+        tma.async_copy_global_to_shared(pages, [slot, 0], barrier, target)
+    else:
+        tma.async_copy_global_to_shared(rows, [row, column], barrier, target)
 
 
 @gluon.jit
@@ -181,137 +124,6 @@ def _end_segment(
 
 
 @gluon.jit
-def _consume(
-    qkv, work, limits, records, out, partials, tops, norms, scale, query_tile, k_ring, v_ring, k_full, v_full,
-    k_empty, v_empty, LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PROGRAMS: gl.constexpr,
-    BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
-):  # fmt: skip
-    """Attend with a lane's queries: its half of the rows of shared items, then all rows of its own items."""
-    QUERIES: gl.constexpr = query_tile.shape[0]
-    RING: gl.constexpr = k_ring.shape[0]
-    KEYS: gl.constexpr = k_ring.shape[1]
-    WIDTH: gl.constexpr = k_ring.shape[2]
-    ROWS: gl.constexpr = QUERIES // PER_KV
-    num_warps: gl.constexpr = gl.num_warps()
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
-    by_query: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    by_key: gl.constexpr = gl.SliceLayout(0, scores_layout)
-    operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    load_lanes: gl.constexpr = min(32, WIDTH // 8)
-    load_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // load_lanes, load_lanes], [num_warps, 1], [1, 0]
-    )
-    heads: gl.constexpr = KV_HEADS * PER_KV
-
-    query_index = gl.arange(0, QUERIES, by_query)
-    load_index = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
-    load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
-    keys = gl.arange(0, KEYS, by_key)
-    none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
-    together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
-    if CHAINED:
-        gdc_wait()
-    place, phase = 0, 0
-    for turn in range(together + alone):
-        shared = turn < together
-        stride = gl.where(shared, 1, 2)
-        if (turn == together) & (LANE == 1):
-            place, phase = _advance(place, phase, 1, RING)
-        index = _index(turn, together, first, PROGRAMS)
-        item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
-        first_row, rows = gl.load(item), gl.load(item + 1)
-        if LANE == 1:
-            first_row += gl.where(shared, ROWS, 0)
-            rows -= gl.where(shared, ROWS, 0)
-        segment, last_segment, block = gl.load(item + 3), gl.load(item + 4), gl.load(item + 8)
-        begin, _, cached_steps, block_steps = _keys(item, KEYS)
-        # A KV head's queries: all its query heads of a row, then the next row's.
-        row = first_row + query_index // PER_KV
-        head = kv_head * PER_KV + query_index % PER_KV
-        inside = query_index // PER_KV < gl.minimum(rows, ROWS)
-        limit = gl.load(limits + row, mask=inside, other=0)
-        record = gl.load(records + row, mask=inside, other=-1)
-        divided = gl.load(records + first_row) >= 0
-        common = gl.load(limits + first_row)  # Keys that all rows see: the first row sees least.
-
-        load_row = first_row + load_index // PER_KV
-        load_head = kv_head * PER_KV + load_index % PER_KV
-        source = (load_row * (heads + 2 * KV_HEADS) + load_head).to(gl.int64) * DIM
-        mask = (load_index // PER_KV < gl.minimum(rows, ROWS))[:, None] & (load_dims < DIM)[None, :]
-        query_tile.store(gl.load(qkv + source[:, None] + load_dims[None, :], mask=mask, other=0.0))
-        fence_async_shared()
-
-        top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
-        norm = gl.zeros((QUERIES,), gl.float32, by_query)
-        acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
-        part_top, part_norm, part_acc = top, norm, acc
-        here, next_start = begin, _segment_start(segment + 1)
-        for step in range(cached_steps + block_steps):
-            in_block = step >= cached_steps
-            if gl.where(in_block, step == cached_steps, here == next_start) & (step > 0):
-                top, norm, acc = _end_segment(
-                    divided, tops, norms, partials, record + segment, heads, head, inside,
-                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
-                )  # fmt: skip
-                segment += 1
-                next_start = _segment_start(segment + 1)
-                part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
-                part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
-                part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
-            second, second_phase = _advance(place, phase, stride, RING)
-            mbarrier.wait(k_full.index(place), phase)
-            mbarrier.wait(k_full.index(second), second_phase)
-            scores = warpgroup_mma(
-                query_tile, k_ring.index(place).permute((1, 0)), none, use_acc=False, is_async=True
-            )
-            scores2 = warpgroup_mma(
-                query_tile, k_ring.index(second).permute((1, 0)), none, use_acc=False, is_async=True
-            )
-            scores, scores2 = warpgroup_mma_wait(0, deps=(scores, scores2))
-            _leave(k_empty, place, second, shared)
-            left = block - (step - cached_steps) * 2 * KEYS
-            if gl.where(in_block, left, common - here) < 2 * KEYS:
-                bound = gl.where(in_block, left, limit - here)
-                scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
-                scores2 = gl.where(keys[None, :] + KEYS < bound[:, None], scores2, float("-inf"))
-            new_top = gl.maximum(part_top, gl.max(gl.maximum(scores, scores2), 1) * scale)
-            # A row that has seen nothing yet: any finite value will do, its weights are zero.
-            base = gl.where(new_top == float("-inf"), 0.0, new_top)
-            shift = gl.zeros_like(scores) - base[:, None]
-            weights = gl.exp2(gl.fma(scores, gl.zeros_like(scores) + scale, shift))
-            weights2 = gl.exp2(gl.fma(scores2, gl.zeros_like(scores) + scale, shift))
-            fade = gl.exp2(part_top - base)
-            part_norm = gl.fma(part_norm, fade, gl.sum(weights + weights2, 1))
-            part_top = new_top
-            part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
-            operand = gl.convert_layout(weights.to(k_ring.dtype), operand_layout)
-            operand2 = gl.convert_layout(weights2.to(k_ring.dtype), operand_layout)
-            mbarrier.wait(v_full.index(place), phase)
-            mbarrier.wait(v_full.index(second), second_phase)
-            part_acc = warpgroup_mma(operand, v_ring.index(place), part_acc, is_async=True)
-            part_acc = warpgroup_mma(operand2, v_ring.index(second), part_acc, is_async=True)
-            part_acc = warpgroup_mma_wait(0, deps=(part_acc,))
-            _leave(v_empty, place, second, shared)
-            place, phase = _advance(second, second_phase, stride, RING)
-            here += 2 * KEYS
-        last_seen = (block > 0) | (_segment_start(segment) < limit)
-        last_record = gl.where(block > 0, last_segment, segment)
-        top, norm, acc = _end_segment(
-            divided, tops, norms, partials, record + last_record, heads, head, inside, last_seen,
-            top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
-        )  # fmt: skip
-        if divided == 0:
-            wide: gl.constexpr = gl.SliceLayout(1, acc_layout)
-            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
-            total = gl.convert_layout(gl.where(inside, norm, 1.0), wide)
-            goal = gl.convert_layout((row * heads + head).to(gl.int64) * DIM, wide)
-            wanted = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
-            result = (acc / total[:, None]).to(out.dtype.element_ty)
-            gl.store(out + goal[:, None] + dims[None, :], result, mask=wanted)
-
-
-@gluon.jit
 def _attention_kernel(
     qkv,
     k_pages,
@@ -339,54 +151,208 @@ def _attention_kernel(
     PER: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     CHAINED: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    query_tiles = gl.allocate_shared_memory(k_pages.dtype, [2, QUERIES, WIDTH], QUERY_TILE)
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
+    by_query: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    by_key: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    lanes: gl.constexpr = min(32, WIDTH // 8)
+    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+    tile_bytes: gl.constexpr = KEYS * WIDTH * k_pages.dtype.primitive_bitwidth // 8
+    heads: gl.constexpr = KV_HEADS * PER_KV
+    key_column: gl.constexpr = heads * DIM
+    value_column: gl.constexpr = (heads + KV_HEADS) * DIM
+
     k_ring = gl.allocate_shared_memory(k_pages.dtype, [RING, KEYS, WIDTH], k_pages.layout)
     v_ring = gl.allocate_shared_memory(v_pages.dtype, [RING, KEYS, WIDTH], v_pages.layout)
+    query_tile = gl.allocate_shared_memory(k_pages.dtype, [QUERIES, WIDTH], QUERY_TILE)
     k_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(RING):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
     if CHAINED:
         gdc_launch_dependents()
+
     # The work list is uploaded before the pass: no kernel writes it.
-    key_column: gl.constexpr = KV_HEADS * PER_KV * DIM
-    value_column: gl.constexpr = key_column + KV_HEADS * DIM
-    gl.warp_specialize(
-        [
-            (_consume, (
-                qkv, work, limits, records, out, partials, tops, norms, scale, query_tiles.index(0), k_ring, v_ring,
-                k_full, v_full, k_empty, v_empty, 0, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
-            )),
-            (_consume, (
-                qkv, work, limits, records, out, partials, tops, norms, scale, query_tiles.index(1), k_ring, v_ring,
-                k_full, v_full, k_empty, v_empty, 1, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, CHAINED,
-            )),
-            (_produce, (
-                k_pages, rows_desc, work, slots, k_ring, k_full, k_empty,
-                key_column, 0, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
-            )),
-            (_produce, (
-                v_pages, rows_desc, work, slots, v_ring, v_full, v_empty,
-                value_column, 0, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
-            )),
-            (_produce, (
-                k_pages, rows_desc, work, slots, k_ring, k_full, k_empty,
-                key_column, 1, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
-            )),
-            (_produce, (
-                v_pages, rows_desc, work, slots, v_ring, v_full, v_empty,
-                value_column, 1, KV_HEADS, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
-            )),
-        ],
-        [4, 1, 1, 1, 1],
-        [240, 24, 24, 24, 24],
-    )  # fmt: skip
+    count = gl.load(work) * KV_HEADS
+    program = gl.program_id(0)
+    # The first tiles: those that this pass doesn't write at once, the others when the kernels ahead are done.
+    index = program
+    at, end, own, block, table, fresh, block_row, page = _open(
+        work, index, count, PAGE, BEFORE, PER, KV_HEADS
+    )
+    for i in gl.static_range(RING):
+        if (at < end) & (at + KEYS <= fresh):
+            slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+            _fetch(k_pages, rows_desc, k_full.index(i), k_ring.index(i), True, slot, 0, 0, tile_bytes)
+            _fetch(v_pages, rows_desc, v_full.index(i), v_ring.index(i), True, slot, 0, 0, tile_bytes)
+        index, at, end, own, block, table, fresh, block_row, page = _advance(
+            work, index, at, end, own, block, table, fresh, block_row, page, count,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
+        )  # fmt: skip
+    if CHAINED:
+        gdc_wait()
+    index = program
+    at, end, own, block, table, fresh, block_row, page = _open(
+        work, index, count, PAGE, BEFORE, PER, KV_HEADS
+    )
+    for i in gl.static_range(RING):
+        if (index < count) & ((at >= end) | (at + KEYS > fresh)):
+            slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+            column = index % KV_HEADS * DIM
+            _fetch(
+                k_pages, rows_desc, k_full.index(i), k_ring.index(i), at < end, slot, block_row + own,
+                key_column + column, tile_bytes,
+            )  # fmt: skip
+            _fetch(
+                v_pages, rows_desc, v_full.index(i), v_ring.index(i), at < end, slot, block_row + own,
+                value_column + column, tile_bytes,
+            )  # fmt: skip
+        index, at, end, own, block, table, fresh, block_row, page = _advance(
+            work, index, at, end, own, block, table, fresh, block_row, page, count,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
+        )  # fmt: skip
+
+    # Scores are computed one tile ahead of what follows from them, so keys are one place further in their ring than values.
+    # v_*: where the tile of values lies that follows the keys fetched last.
+    k_stage, k_phase, v_stage, v_phase = 0, 0, 0, 0
+    query_index = gl.arange(0, QUERIES, by_query)
+    keys = gl.arange(0, KEYS, by_key)
+    for this in range(program, count, PROGRAMS):
+        item = work + BEFORE + this // KV_HEADS * PER
+        this_head = this % KV_HEADS
+        first_row, rows = gl.load(item), gl.load(item + 1)
+        segment, last_segment = gl.load(item + 3), gl.load(item + 4)
+        seen, this_block = gl.load(item + 5), gl.load(item + 8)
+        # A KV head's queries: all its query heads of a row, then the next row's.
+        row = first_row + query_index // PER_KV
+        head = this_head * PER_KV + query_index % PER_KV
+        inside = query_index // PER_KV < rows
+        limit = gl.load(limits + row, mask=inside, other=0)
+        record = gl.load(records + row, mask=inside, other=-1)
+        divided = gl.load(records + first_row) >= 0
+        begin = _segment_start(segment)
+        past = gl.minimum(_segment_start(last_segment), seen)
+        cached_tiles = gl.cdiv(gl.maximum(past - begin, 0), KEYS)
+        common = gl.load(limits + first_row)  # Keys that all rows see: the tile's first row sees least.
+
+        load_index = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
+        load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
+        load_row = first_row + load_index // PER_KV
+        load_head = this_head * PER_KV + load_index % PER_KV
+        place = (load_row * (heads + 2 * KV_HEADS) + load_head).to(gl.int64) * DIM
+        mask = (load_index // PER_KV < rows)[:, None] & (load_dims < DIM)[None, :]
+        query_tile.store(gl.load(qkv + place[:, None] + load_dims[None, :], mask=mask, other=0.0))
+        fence_async_shared()
+
+        none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        scores = warpgroup_mma(
+            query_tile, k_ring.index(k_stage).permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        v_wanted, v_cached, v_row = index < count, at < end, block_row + own
+        v_slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+        v_column = index % KV_HEADS * DIM
+        if v_wanted:
+            _fetch(
+                k_pages, rows_desc, k_full.index(k_stage), k_ring.index(k_stage), v_cached, v_slot, v_row,
+                key_column + v_column, tile_bytes,
+            )  # fmt: skip
+        index, at, end, own, block, table, fresh, block_row, page = _advance(
+            work, index, at, end, own, block, table, fresh, block_row, page, count,
+            KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
+        )  # fmt: skip
+        k_stage += 1
+        if k_stage == RING:
+            k_stage = 0
+            k_phase ^= 1
+
+        top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
+        norm = gl.zeros((QUERIES,), gl.float32, by_query)
+        acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+        part_top, part_norm, part_acc = top, norm, acc
+        here, next_start = begin, _segment_start(segment + 1)
+        tiles = cached_tiles + gl.cdiv(this_block, KEYS)
+        for tile in range(tiles):
+            in_block = tile >= cached_tiles
+            if gl.where(in_block, tile == cached_tiles, here == next_start) & (tile > 0):
+                top, norm, acc = _end_segment(
+                    divided, tops, norms, partials, record + segment, heads, head, inside,
+                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
+                )  # fmt: skip
+                segment += 1
+                next_start = _segment_start(segment + 1)
+                part_top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
+                part_norm = gl.zeros((QUERIES,), gl.float32, by_query)
+                part_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+            # After an item's last tile this computes scores that nobody reads, of whatever is in the ring.
+            more = tile + 1 < tiles
+            mbarrier.wait(k_full.index(k_stage), k_phase, pred=more)
+            next_scores = warpgroup_mma(
+                query_tile, k_ring.index(k_stage).permute((1, 0)), none, use_acc=False, is_async=True
+            )
+            left = this_block - (tile - cached_tiles) * KEYS
+            if gl.where(in_block, left, common - here) < KEYS:
+                bound = gl.where(in_block, left, limit - here)
+                scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
+            new_top = gl.maximum(part_top, gl.max(scores, 1) * scale)
+            # A row that has seen nothing yet: any finite value will do, its weights are zero.
+            base = gl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = gl.exp2(
+                gl.fma(scores, gl.zeros_like(scores) + scale, gl.zeros_like(scores) - base[:, None])
+            )
+            fade = gl.exp2(part_top - base)
+            part_norm = gl.fma(part_norm, fade, gl.sum(weights, 1))
+            part_top = new_top
+            part_acc = part_acc * gl.convert_layout(fade, gl.SliceLayout(1, acc_layout))[:, None]
+            operand = gl.convert_layout(weights.to(k_pages.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+            mbarrier.wait(v_full.index(v_stage), v_phase)
+            part_acc = warpgroup_mma(operand, v_ring.index(v_stage), part_acc, is_async=True)
+            scores, part_acc = warpgroup_mma_wait(0, deps=(next_scores, part_acc))
+            if v_wanted:
+                _fetch(
+                    v_pages, rows_desc, v_full.index(v_stage), v_ring.index(v_stage), v_cached, v_slot, v_row,
+                    value_column + v_column, tile_bytes,
+                )  # fmt: skip
+            v_stage += 1
+            if v_stage == RING:
+                v_stage = 0
+                v_phase ^= 1
+            if more:
+                v_wanted, v_cached, v_row = index < count, at < end, block_row + own
+                v_slot = index % KV_HEADS * slots + page * PAGE + at % PAGE
+                v_column = index % KV_HEADS * DIM
+                if v_wanted:
+                    _fetch(
+                        k_pages, rows_desc, k_full.index(k_stage), k_ring.index(k_stage), v_cached, v_slot, v_row,
+                        key_column + v_column, tile_bytes,
+                    )  # fmt: skip
+                index, at, end, own, block, table, fresh, block_row, page = _advance(
+                    work, index, at, end, own, block, table, fresh, block_row, page, count,
+                    KEYS, PAGE, PROGRAMS, BEFORE, PER, KV_HEADS,
+                )  # fmt: skip
+                k_stage += 1
+                if k_stage == RING:
+                    k_stage = 0
+                    k_phase ^= 1
+            here += KEYS
+        last_seen = (this_block > 0) | (_segment_start(segment) < limit)
+        last_record = gl.where(this_block > 0, last_segment, segment)
+        top, norm, acc = _end_segment(
+            divided, tops, norms, partials, record + last_record, heads, head, inside, last_seen,
+            top, norm, acc, part_top, part_norm, part_acc, DIM, acc_layout,
+        )  # fmt: skip
+        if divided == 0:
+            wide: gl.constexpr = gl.SliceLayout(1, acc_layout)
+            dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
+            total = gl.convert_layout(gl.where(inside, norm, 1.0), wide)
+            goal = gl.convert_layout((row * heads + head).to(gl.int64) * DIM, wide)
+            wanted_out = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
+            result = (acc / total[:, None]).to(out.dtype.element_ty)
+            gl.store(out + goal[:, None] + dims[None, :], result, mask=wanted_out)
 
 
 def launch(
@@ -405,14 +371,14 @@ def launch(
     width: int,
     programs: int,
 ) -> None:
-    """The first kernel of `attention_triton.paged_attention`; scale: of scores to base 2; programs: one multiprocessor each."""
+    """The first kernel of `attention_triton.paged_attention`; scale: of scores to base 2."""
     work = plan.work
     assert work is not None
     kv_heads, pages, page_size, dim = k_cache.shape
     all_heads = qkv.shape[1]
     dtype = gl.bfloat16 if qkv.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([keys, width], dtype)
-    room = _SHARED_BYTES - _OTHER_BYTES - 2 * queries * width * 2
+    room = _SHARED_BYTES // 2 - 1024 - queries * width * 2
 
     def tiles(tensor: Tensor, columns: int) -> TensorDescriptor:
         return TensorDescriptor(
@@ -440,8 +406,7 @@ def launch(
         WIDTH=width,
         QUERIES=queries,
         KEYS=keys,
-        # Both lanes' places, the same number for each.
-        RING=2 * min(8, room // (2 * 2 * keys * width * 2)),
+        RING=min(8, room // (2 * keys * width * 2)),
         PROGRAMS=programs,
         BEFORE=HEADER,
         PER=ITEM,

@@ -6,7 +6,7 @@ order; segments are merged in order, then the row's own diffusion block. It is t
 walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
 matrix unit, those of one KV head side by side: one instruction for any number of rows.
 
-The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place in 16-bit types.
+The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place.
 """
 
 from typing import TYPE_CHECKING
@@ -24,8 +24,6 @@ from kernels.device import chaining, multiprocessors
 if TYPE_CHECKING:
     from kernels.attention import AttentionPlan
 
-_MERGED_HEADS = 4
-"""Heads of a program that merges segments, a warp for each."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -70,8 +68,11 @@ def _merge(seen, top, norm, acc, part_top, part_norm, part_acc):
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     old, new = tl.exp2(top - base), tl.exp2(part_top - base)
     norm = tl.where(seen, tl.fma(norm, old, part_norm * new), norm)
-    merged = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), part_acc * new[:, None])
-    acc = tl.where(seen[:, None], merged, acc)
+    if len(acc.shape) == 2:  # A tile of queries; in the second kernel, one query.
+        old, new, seen_acc = tl.broadcast_to(old[:, None], acc.shape), new[:, None], seen[:, None]
+    else:
+        seen_acc = seen
+    acc = tl.where(seen_acc, tl.fma(acc, old, part_acc * new), acc)
     return tl.where(seen, new_top, top), norm, acc
 
 
@@ -224,13 +225,11 @@ def _merge_kernel(
     heads,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    LEVELS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Merge one row's segments in order, for HEADS of its heads; its block, if it has one, is the last record."""
+    """Merge one row's segments in order, for one head; its block, if it has one, is the last record."""
     row = tl.program_id(0)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = tl.program_id(1)
     record = tl.load(records + row)
     limit = tl.load(limits + row)
     diffusion = row >= tl.load(num_ar)
@@ -240,70 +239,62 @@ def _merge_kernel(
     if record < 0:
         return
     first = record.to(tl.int64) * heads + head
-    top = tl.full((HEADS,), float("-inf"), tl.float32)
-    norm = tl.zeros((HEADS,), tl.float32)
-    acc = tl.zeros((HEADS, WIDTH), tl.float32)
-    inside = head < heads
-    BATCH: tl.constexpr = 1 << LEVELS
-    segments = _num_segments(limit)
-    # The block comes behind the segments. Many records are read at once, all factors computed at once; the sums go in order.
-    count = segments + diffusion.to(tl.int32)
     dims = tl.arange(0, WIDTH)
-    for start in range(0, count, BATCH):
-        index = start + tl.arange(0, BATCH)
-        there = (index < count)[:, None] & inside[None, :]
-        place = first[None, :] + index[:, None] * heads
-        part_top = tl.load(tops + place, mask=there, other=float("-inf"))
-        top_before = tl.load(tops + place - heads, mask=there & (index > 0)[:, None], other=float("-inf"))
-        part_norm = tl.load(norms + place, mask=there, other=0.0)
-        mask = there[:, :, None] & (dims < DIM)[None, None, :]
-        part_acc = tl.load(partials + place[:, :, None] * DIM + dims[None, None, :], mask=mask, other=0.0)
-        # As in `_merge`, with the highest score up to each record; a record that isn't there changes nothing.
-        before = tl.maximum(tl.associative_scan(top_before, 0, _maximum), top[None, :])
-        after = tl.maximum(before, part_top)
-        base = tl.where(after == float("-inf"), 0.0, after)
-        old = tl.where(there, tl.exp2(before - base), 1.0)
-        new = tl.exp2(part_top - base)
-        olds, new_norms = _apart(old, LEVELS), _apart(part_norm * new, LEVELS)
-        new_accs = _apart(part_acc * new[:, :, None], LEVELS)
-        for i in tl.static_range(BATCH):
-            norm = tl.fma(norm, olds[i], new_norms[i])
-            acc = tl.fma(acc, tl.broadcast_to(olds[i][:, None], acc.shape), new_accs[i])
-        top = tl.max(after, 0)
-    place = out + (row * heads + head).to(tl.int64)[:, None] * DIM + dims[None, :]
-    result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
-    tl.store(place, result, mask=inside[:, None] & (dims < DIM)[None, :])
+    inside = dims < DIM
+    top = tl.full((WIDTH,), float("-inf"), tl.float32)
+    norm = tl.zeros((WIDTH,), tl.float32)
+    acc = tl.zeros((WIDTH,), tl.float32)
+    segments = _num_segments(limit)
+    for segment in range(0, segments, 8):  # Eight reads in flight; merging stays in order.
+        place = first + segment * heads
+        top0, norm0, acc0 = _load_part(
+            partials, tops, norms, place + 0 * heads, segment + 0 < segments, dims, DIM
+        )
+        top1, norm1, acc1 = _load_part(
+            partials, tops, norms, place + 1 * heads, segment + 1 < segments, dims, DIM
+        )
+        top2, norm2, acc2 = _load_part(
+            partials, tops, norms, place + 2 * heads, segment + 2 < segments, dims, DIM
+        )
+        top3, norm3, acc3 = _load_part(
+            partials, tops, norms, place + 3 * heads, segment + 3 < segments, dims, DIM
+        )
+        top4, norm4, acc4 = _load_part(
+            partials, tops, norms, place + 4 * heads, segment + 4 < segments, dims, DIM
+        )
+        top5, norm5, acc5 = _load_part(
+            partials, tops, norms, place + 5 * heads, segment + 5 < segments, dims, DIM
+        )
+        top6, norm6, acc6 = _load_part(
+            partials, tops, norms, place + 6 * heads, segment + 6 < segments, dims, DIM
+        )
+        top7, norm7, acc7 = _load_part(
+            partials, tops, norms, place + 7 * heads, segment + 7 < segments, dims, DIM
+        )
+        top, norm, acc = _merge(inside & (segment + 0 < segments), top, norm, acc, top0, norm0, acc0)
+        top, norm, acc = _merge(inside & (segment + 1 < segments), top, norm, acc, top1, norm1, acc1)
+        top, norm, acc = _merge(inside & (segment + 2 < segments), top, norm, acc, top2, norm2, acc2)
+        top, norm, acc = _merge(inside & (segment + 3 < segments), top, norm, acc, top3, norm3, acc3)
+        top, norm, acc = _merge(inside & (segment + 4 < segments), top, norm, acc, top4, norm4, acc4)
+        top, norm, acc = _merge(inside & (segment + 5 < segments), top, norm, acc, top5, norm5, acc5)
+        top, norm, acc = _merge(inside & (segment + 6 < segments), top, norm, acc, top6, norm6, acc6)
+        top, norm, acc = _merge(inside & (segment + 7 < segments), top, norm, acc, top7, norm7, acc7)
+    if diffusion:
+        place = first + segments * heads
+        own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, True, dims, DIM)
+        top, norm, acc = _merge(inside, top, norm, acc, own_top, own_norm, own_acc)
+    place = out + (row * heads + head).to(tl.int64) * DIM + dims
+    tl.store(place, (acc / tl.where(inside, norm, 1.0)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _apart(x, LEVELS: tl.constexpr):
-    """The slices of x along its first axis, of length 2^LEVELS, as a tuple."""
-    slices = (x,)
-    for _ in tl.static_range(LEVELS):
-        halves = ()
-        for i in tl.static_range(len(slices)):
-            halves = halves + _halves(slices[i])
-        slices = halves
-    found = ()
-    for i in tl.static_range(len(slices)):
-        found = found + (tl.reshape(slices[i], x.shape[1:]),)  # noqa: RUF005 -- not in this language
-    return found
-
-
-@triton.jit
-def _halves(x):
-    """The two halves of x [length, heads] or [length, heads, width] along its first axis."""
-    half: tl.constexpr = x.shape[0] // 2
-    if len(x.shape) == 2:
-        pairs = tl.permute(tl.reshape(x, (2, half, x.shape[1])), (1, 2, 0))
-    else:
-        pairs = tl.permute(tl.reshape(x, (2, half, x.shape[1], x.shape[2])), (1, 2, 3, 0))
-    return tl.split(pairs)
+def _load_part(partials, tops, norms, place, seen, dims, DIM: tl.constexpr):
+    """A query's running softmax over one segment, the scalars spread over its dims."""
+    mask = tl.where(seen, dims, DIM) < DIM
+    spread = dims * 0
+    top = tl.load(tops + place + spread, mask=mask, other=float("-inf"))
+    norm = tl.load(norms + place + spread, mask=mask, other=0.0)
+    return top, norm, tl.load(partials + place * DIM + dims, mask=mask, other=0.0)
 
 
 def paged_attention(
@@ -325,10 +316,10 @@ def paged_attention(
     queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
-    if shares_tiles(qkv.dtype, dim):
+    if chaining()["CHAINED"] and qkv.itemsize == 2:
         attention_stream.launch(
             qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms,
-            queries=queries, keys=keys, width=width, programs=programs // 2,
+            queries=queries, keys=keys, width=width, programs=programs,
         )  # fmt: skip
     else:
         _attention_kernel[(programs,)](
@@ -360,7 +351,7 @@ def paged_attention(
             **chaining(),
         )
     if work.capacity:
-        _merge_kernel[(rows, triton.cdiv(heads, _MERGED_HEADS))](
+        _merge_kernel[(rows, heads)](
             work.limits,
             work.records,
             work.num_ar,
@@ -371,9 +362,7 @@ def paged_attention(
             heads,
             DIM=dim,
             WIDTH=width,
-            HEADS=_MERGED_HEADS,
-            LEVELS=4,
-            num_warps=_MERGED_HEADS,
+            num_warps=1,
             **chaining(),
         )
     return out
@@ -384,15 +373,10 @@ def _queries(dtype: torch.dtype) -> int:
 
 
 def attention_programs(device: torch.device) -> int:
-    """Among how many the work list is divided: two on a multiprocessor, programs or lanes of one program."""
+    """Programs of a launch: as many as run at a time, two on a multiprocessor."""
     return 2 * multiprocessors(device)
 
 
 def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
     """Rows of a tile of the work list: as many as their queries have room for."""
     return max(1, _queries(dtype) // heads_per_kv)
-
-
-def shares_tiles(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the work list is for `attention_stream`, which takes shared tiles; its rings have no room for wider heads."""
-    return bool(chaining()["CHAINED"]) and dtype.itemsize == 2 and head_dim <= 128

@@ -1,10 +1,9 @@
 """Attention of one pass as a work list for a GPU: which rows meet which keys, in pieces of similar cost.
 
-A tile is up to `tile_rows` rows of one group; a shared tile, twice as many, for a kernel that brings keys once for two consumers.
-Keys are cut into segments at fixed positions: short ones first, so that a short context still fills the GPU, longer ones
-further on, so that a long one does not drown in partial results. An item is a tile and a run of segments, for one KV head at a
-time. A tile with one item is finished by it. The segments of a tile with several leave one partial result each, a record, and
-are merged afterwards. How a tile is divided changes no bit of it.
+A tile is up to `tile_rows` rows of one group. Keys are cut into segments at fixed positions: short ones first, so that a short
+context still fills the GPU, longer ones further on, so that a long one does not drown in partial results. An item is a tile and a
+run of segments, for one KV head at a time. A tile with one item is finished by it. The segments of a tile with several leave one
+partial result each, a record, and are merged afterwards. How a tile is divided changes no bit of it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ ITEM = 9
 that the tile's last row sees; the first key that this pass writes; first row of its diffusion block and rows of the block,
 0 unless this item adds it."""
 HEADER = 8
-"""Numbers before the items: how many there are, and how many of them have a shared tile, which come first."""
+"""Numbers before the items; the first says how many items there are."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,14 @@ class AttentionWork:
     """A work list on its device, all int32.
 
     limits [rows]: cache keys that a row sees. records [rows]: the row's first record, -1 if it has none. items: header,
-    items, page tables. capacity: records that there is room for.
+    items, page tables. tile_rows: most rows of a tile. capacity: records that there is room for.
     """
 
     limits: Tensor
     records: Tensor
     items: Tensor
     num_ar: Tensor
+    tile_rows: int
     capacity: int
 
 
@@ -72,19 +72,12 @@ def num_segments(keys: int) -> int:
 
 
 def plan_work(
-    groups: Sequence[AttentionGroup],
-    *,
-    num_rows: int,
-    tile_rows: int,
-    shared: bool,
-    programs: int,
-    capacity: int,
+    groups: Sequence[AttentionGroup], *, num_rows: int, tile_rows: int, programs: int, capacity: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """limits, records and items of `AttentionWork` as int32 arrays.
 
-    num_rows: of the pass; rows of no group see nothing. shared: make shared tiles, each for two programs. programs: how many
-    there are for each KV head; work is divided so that each gets about as many keys. Tiles that would need more than
-    `capacity` records are not divided.
+    num_rows: of the pass; rows of no group see nothing. programs: how many programs there are for each KV head; work is
+    divided so that each gets about as many keys. Tiles that would need more than `capacity` records are not divided.
     """
     limits, records = np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32)
     tiles: list[tuple[int, ...]] = []
@@ -99,17 +92,16 @@ def plan_work(
         place = len(tables)
         tables.extend(group.pages)
         block = count if group.diffusion else 0
-        most = 2 * tile_rows if shared else tile_rows
-        for at in range(0, count, most):
-            rows = min(most, count - at)
+        for at in range(0, count, tile_rows):
+            rows = min(tile_rows, count - at)
             seen = start if group.diffusion else start + at + rows
             tiles.append((first + at, rows, place, seen, start, first, block))
             keys += seen
+    share = max(128, -(-keys // programs))
     items: list[tuple[int, ...]] = []
     used = 0
     for first, rows, place, seen, fresh, block_row, block in tiles:
         segments = num_segments(seen)
-        share = max(128, -(-keys * (1 + (rows > tile_rows)) // programs))
         parts = max(1, min(round(seen / share), segments))
         needed = rows * (segments + (block > 0))
         if parts > 1 and used + needed <= capacity:
@@ -125,12 +117,11 @@ def plan_work(
             if end > begin or own:
                 items.append((first, rows, place, begin, end, seen, fresh, block_row, own))
             begin = end
-    # Shared items first, and of either kind the longest: what comes last should be short.
-    items.sort(key=lambda item: (item[1] <= tile_rows, segment_start(item[3]) - segment_start(item[4])))
+    # The longest first: what comes last should be short.
+    items.sort(key=lambda item: segment_start(item[3]) - segment_start(item[4]))
     out = np.empty(HEADER + ITEM * len(items) + len(tables), np.int32)
     out[:HEADER] = 0
     out[0] = len(items)
-    out[1] = sum(item[1] > tile_rows for item in items)
     behind = HEADER + ITEM * len(items)
     if items:
         table = np.array(items, np.int32)

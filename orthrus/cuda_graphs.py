@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import AttentionPlan, gumbel_argmax
-from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
+from kernels.attention_triton import attention_programs, tile_rows
 from kernels.attention_work import HEADER, ITEM, AttentionWork, plan_work
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
@@ -80,7 +80,9 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
     cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
     zeros = torch.zeros(_ROW_FIELDS, rows, dtype=torch.int32, device=device)
     num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
-    work = AttentionWork(zeros[3], zeros[4], zeros[0], num_ar, _RECORDS)
+    work = AttentionWork(
+        zeros[3], zeros[4], zeros[0], num_ar, tile_rows(forward.heads_per_kv, forward.dtype), _RECORDS
+    )
     attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
     plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0], rows)
     forward.hidden_states(plan, cache, zeros[0])
@@ -114,7 +116,6 @@ class CudaGraphRunner:
         self._forward, self._cache = forward, cache
         device = forward.device
         self._tile_rows = tile_rows(forward.heads_per_kv, forward.dtype)
-        self._shares_tiles = shares_tiles(forward.dtype, forward.config.head_dim)
         self._programs = max(1, attention_programs(device) // forward.config.num_key_value_heads)
         self._row_buckets = row_buckets(max_rows)
         self._head_buckets = row_buckets(max_logits)
@@ -165,7 +166,6 @@ class CudaGraphRunner:
             flat.groups,
             num_rows=bucket,
             tile_rows=self._tile_rows,
-            shared=self._shares_tiles,
             programs=self._programs,
             capacity=_RECORDS,
         )
@@ -252,6 +252,7 @@ class CudaGraphRunner:
             records,
             self._buffer[first + _ROW_FIELDS * rows :],
             num_ar,
+            self._tile_rows,
             _RECORDS,
         )
         most = self.max_logits

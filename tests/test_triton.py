@@ -166,16 +166,11 @@ def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int)
     """More programs: items of fewer segments. With 0, every tile is one item."""
     capacity = 1000 if programs else 0
     arrays = plan_work(
-        plan.groups,
-        num_rows=num_rows,
-        tile_rows=tile_rows,
-        shared=False,
-        programs=max(1, programs),
-        capacity=capacity,
+        plan.groups, num_rows=num_rows, tile_rows=tile_rows, programs=max(1, programs), capacity=capacity
     )
     limits, records, items = map(torch.from_numpy, arrays)
     num_ar = sum(g.num_rows for g in plan.groups if not g.diffusion)
-    return replace(plan, work=AttentionWork(limits, records, items, int32(num_ar), capacity))
+    return replace(plan, work=AttentionWork(limits, records, items, int32(num_ar), tile_rows, capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -235,9 +230,7 @@ def test_segments_tile_the_positions() -> None:
 
 def test_work_covers_every_segment_once_and_is_shared_out_evenly() -> None:
     groups = [AttentionGroup(0, 40, 30_000, range(480), False), AttentionGroup(40, 8, 100, [500, 501], True)]
-    limits, records, items = plan_work(
-        groups, num_rows=64, tile_rows=32, shared=False, programs=16, capacity=10_000
-    )
+    limits, records, items = plan_work(groups, num_rows=64, tile_rows=32, programs=16, capacity=10_000)
     assert limits.tolist() == [*range(30_001, 30_041), *[100] * 8, *[0] * 16]
     count = int(items[0])
     table = items[8 : 8 + 9 * count].reshape(count, 9)
@@ -261,63 +254,6 @@ def test_work_covers_every_segment_once_and_is_shared_out_evenly() -> None:
     own = np.sort(records[:40])
     assert (np.diff(own) >= attention_work.num_segments(30_040)).all()
     assert (records[40:] == -1).all()
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("programs", "capacity"), [(1, 0), (33, 1 << 15), (33, 900), (500, 1 << 15)])
-def test_every_row_meets_every_key_once_in_tiles_of_either_kind(
-    shared: bool, programs: int, capacity: int
-) -> None:
-    """Both halves of a shared tile, whose rows see different keys, go through all keys of its items."""
-    shapes = [
-        (32, 5000, False), (16, 0, False), (17, 300, True), (1, 9000, False), (70, 200, False), (33, 0, True)
-    ]  # fmt: skip
-    groups: list[AttentionGroup] = []
-    rows = 0
-    for count, start, diffusion in shapes:
-        groups.append(AttentionGroup(rows, count, start, [len(groups) + 1] * (start // 64 + 2), diffusion))
-        rows += count
-    limits, records, work = plan_work(
-        groups, num_rows=rows, tile_rows=16, shared=shared, programs=programs, capacity=capacity
-    )
-    seen = np.zeros((rows, 9001), int)
-    own = np.zeros((rows, 33), int)
-    table = work[8 : 8 + 9 * work[0]].reshape(-1, 9)
-    begins, ends = (np.array([attention_work.segment_start(s) for s in table[:, i]]) for i in (3, 4))
-    for (first, count, place, _, _, last, fresh, block_row, block), begin, end in zip(
-        table.tolist(), begins, ends, strict=True
-    ):
-        group = next(g for g in groups if g.first_row <= first < g.first_row + g.num_rows)
-        assert work[place] == group.pages[0]
-        assert (fresh, block_row) == (group.start, group.first_row)
-        assert last == limits[first + count - 1]
-        assert 0 < count <= (32 if shared else 16)
-        seen[first : first + count, begin : min(end, last)] += 1
-        own[first : first + count, :block] += 1
-        divided = records[first : first + count] >= 0
-        assert divided.all() or not divided.any()
-    for group in groups:
-        for row, limit in enumerate(group.limits, group.first_row):
-            assert (seen[row, :limit] == 1).all()
-            assert own[row].sum() == (group.num_rows if group.diffusion else 0)
-    # Shared items come first, and of either kind the longest.
-    big = int((table[:, 1] > 16).sum())
-    assert work[1] == big
-    assert (big > 0) == shared
-    assert (table[:big, 1] > 16).all()
-    for lengths in np.split(ends - begins, [big]):
-        assert (np.diff(lengths) <= 0).all()
-    # No two rows' records overlap, and there is room for all.
-    divided_rows = np.flatnonzero(records >= 0)
-    assert bool(divided_rows.size) == (capacity > 0)
-    diffuse = np.concatenate([[group.diffusion] * group.num_rows for group in groups])
-    spans = [
-        (records[row], records[row] + attention_work.num_segments(int(limits[row])) + diffuse[row])
-        for row in divided_rows
-    ]
-    spans.sort()
-    assert all(a[1] <= b[0] for a, b in pairwise(spans))
-    assert not spans or spans[-1][1] <= capacity
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
