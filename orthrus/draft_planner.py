@@ -21,6 +21,10 @@ _PROBE_EVERY = 256
 """Every so many decisions the second best is taken, to notice when the text becomes another."""
 
 
+_Choice = tuple[float, int, bool]
+"""Tokens per second and sequence; the block's rows, and whether it has a lead."""
+
+
 class _Acceptance:
     """Decayed counts of how often the draft at each depth agreed, given that all before it did."""
 
@@ -67,9 +71,12 @@ class DraftPlanner:
             (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
         }
         self._decisions = 0
+        # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
+        self._ranked: dict[tuple[bool, int], list[_Choice]] = {}
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
         """Note that of one verified draft the first `accepted` tokens agreed."""
+        self._ranked.clear()
         drafted = len(draft.tokens)
         self._acceptance[greedy, draft.lead].observe(drafted, accepted)
         if draft.lead:
@@ -87,7 +94,10 @@ class DraftPlanner:
         cost = self._cost
         if cost is None:
             return BlockPlan(most[leads[0]], leads[0])
-        best = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
+        best = self._ranked.get((greedy, batch))
+        if best is None:
+            best = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
+            self._ranked[greedy, batch] = best
         self._decisions += 1
         probe = self._decisions % (_PROBE_EVERY * batch) == 0
         rate, rows, lead = best[-1] if probe else best[0]
@@ -95,10 +105,8 @@ class DraftPlanner:
             return BlockPlan(1)
         return BlockPlan(rows, lead)
 
-    def _best(
-        self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool
-    ) -> tuple[float, int, bool]:
-        """The best rate of blocks with or without a lead, in tokens per second and sequence, and its block."""
+    def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:
+        """The best of the blocks with or without a lead."""
         verified = self._acceptance[greedy, lead].expected_tokens()
         return max(
             ((lead + verified[rows - 1]) / cost.cycle(rows, batch, greedy, lead), rows, lead)
