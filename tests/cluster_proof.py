@@ -143,10 +143,11 @@ def test_ray_up_serve_lose_a_host_ray_down(hosts: NetworkHosts) -> None:
     finally:
         print(ray("down", "--yes", file, seconds=120))
     # `ray down` stops the head; a worker ends itself when it has not reached the head for a minute, all but Ray's log
-    # monitor, which stays until the next `ray stop` there.
+    # monitor and HAProxy, which stay until the next `ray up` stops them.
     deadline = time.monotonic() + 150
+    stay = {"head": ("log_monitor",), "worker1": ("log_monitor", "haproxy-serve")}
     while left := [
-        p for name in ("head", "worker1") for p in hosts.processes(name) if "log_monitor" not in p
+        p for name in stay for p in hosts.processes(name) if not any(part in p for part in stay[name])
     ]:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
