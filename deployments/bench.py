@@ -252,9 +252,10 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
         update={
             "schedule": "ar",
             "draft_length": None,
+            "draft_lead": None,
             "prefix_caching": False,
             "max_num_seqs": options.streams,
-            "kv_cache_tokens": max(tokens, engine.kv_cache_tokens or 0),
+            "kv_cache_tokens": max(tokens, engine.kv_cache_tokens or 0, engine.max_model_len or 0),
         }
     )
     load = EngineLoader(options.pass_ms)

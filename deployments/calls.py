@@ -66,11 +66,9 @@ class Call:
 
     def add(self, chunk: Chunk, prompt_tokens: int) -> None:
         """Count a chunk of an engine request whose prompt has `prompt_tokens`."""
+        self.add_prompt(chunk.request_id, prompt_tokens)
         tokens = len(chunk.token_ids)
         self._completion_tokens += tokens
-        if chunk.request_id not in self._prompt_tokens:
-            self._prompt_tokens[chunk.request_id] = prompt_tokens
-            tokens += prompt_tokens
         if self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._started
             self.span.add_event("first token")
@@ -81,6 +79,15 @@ class Call:
             if chunk.index == 0:
                 # A prompt counts once, however many choices it has.
                 self._cached_tokens += chunk.stats.cached_tokens
+        self._spend(tokens)
+
+    def add_prompt(self, request_id: str, tokens: int) -> None:
+        """Count the prompt of an engine request, once."""
+        if request_id not in self._prompt_tokens:
+            self._prompt_tokens[request_id] = tokens
+            self._spend(tokens)
+
+    def _spend(self, tokens: int) -> None:
         if self.quotas is not None and self.key is not None:
             self.quotas.spend(self.key.name, tokens)
 
@@ -200,6 +207,10 @@ class CallMiddleware:
             await self._app(scope, receive, send_with_headers)
         except (ClientDisconnect, TaskCancelledError):
             pass  # The client has gone, and Serve with it: there is nobody to tell.
+        except Exception as error:
+            if "call" in state:
+                state["call"].outcome = type(error).__name__
+            raise
         finally:
             if "call" in state:
                 state["call"].end()

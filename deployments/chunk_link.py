@@ -184,7 +184,13 @@ class ChunkReceiver:
                 lambda: _Incoming(self), self._host, 0, ssl=_tls(ssl.Purpose.CLIENT_AUTH)
             )
             self._listening = asyncio.create_task(listen)
-        server = await asyncio.shield(self._listening)
+        listening = self._listening
+        try:
+            server = await asyncio.shield(listening)
+        except OSError:
+            if self._listening is listening:
+                self._listening = None  # The next call tries again.
+            raise
         return Address(self._host, server.sockets[0].getsockname()[1], self._secret)
 
     def close(self) -> None:
@@ -202,6 +208,8 @@ class ChunkReceiver:
     def forget(self, request_id: str) -> None:
         """Drop what may still come for a request."""
         self._inboxes.pop(request_id, None)
+        for incoming in self._links.values():
+            incoming.expected.discard(request_id)
 
     def expect_rest(self, request_id: str, link: bytes) -> None:
         """The replica has sent all of a request over `link`: what has not come yet is lost if the link is."""

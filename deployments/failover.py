@@ -41,8 +41,6 @@ async def generate_on_replica(
                 begun = True
                 unfinished -= sum(chunk.finish_reason is not None for chunk in chunks)
                 yield chunks
-                if chunks[-1].finish_reason == "error":
-                    unfinished = 0  # One choice's end ends them all.
             await call
             return
         except REPLICA_LOST as error:

@@ -19,6 +19,8 @@ from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined
 from orthrus.text import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
+_MOST_PROMPTS_AT_ONCE = 128
+"""Of one request: far fewer than may wait for a replica."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ async def generate(
     texts = [TextStream(tokenizer, params.stop, params.skip_special_tokens) for _ in range(params.n)]
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
     stream = generate_on_replica(replica.options(session_id=call.session), receiver, request)
-    unlogged = call.prompts
+    unlogged, begun = call.prompts, False
     try:
         async for chunks in stream:
             for chunk in _by_choice(chunks):
@@ -70,11 +72,16 @@ async def generate(
                     message, param = chunk.error or "", chunk.error_param
                     raise RequestError(message, param) if param else GenerationFailed(message)
                 call.add(chunk, len(prompt))
+                begun = True
                 if unlogged is not None:
                     # Only now is it certain that the ids are tokens.
                     unlogged.append(await asyncio.to_thread(tokenizer.decode, prompt))
                     unlogged = None
                 yield _text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
+    except (asyncio.CancelledError, GeneratorExit):
+        if not begun:
+            call.add_prompt(request.request_id, len(prompt))  # Some of its rows may have been computed.
+        raise
     except Exception as error:
         cause = unwrap(error)
         if isinstance(cause, EXPECTED):
@@ -158,11 +165,13 @@ async def merge(streams: list[AsyncGenerator[TextChunk]], n: int) -> AsyncGenera
                 yield item.index, item
         return
     queue: asyncio.Queue[tuple[int, TextChunk] | BaseException | None] = asyncio.Queue()
+    room = asyncio.Semaphore(_MOST_PROMPTS_AT_ONCE)
 
     async def pump(number: int, stream: AsyncGenerator[TextChunk]) -> None:
         try:
-            async for item in stream:
-                await queue.put((number * n + item.index, item))
+            async with room:
+                async for item in stream:
+                    await queue.put((number * n + item.index, item))
             await queue.put(None)
         except Exception as error:
             await queue.put(error)

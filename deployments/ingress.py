@@ -151,7 +151,7 @@ class Ingress:
 
     @api.post("/tokenize")
     async def tokenize(self, request: HTTPRequest) -> dict[str, Any]:
-        await self._admit("tokenize", request)
+        call = await self._admit("tokenize", request)
         body = await read_body(request, TokenizeBody, self._config)
         self._check_model(body.model)
         if body.prompt is None:
@@ -165,17 +165,20 @@ class Ingress:
         }
         if body.return_token_strs:
             answer["token_strs"] = [spell(self._tokenizer, token) for token in tokens]
+        call.outcome = "ok"
         return answer
 
     @api.post("/detokenize")
     async def detokenize(self, request: HTTPRequest) -> dict[str, str]:
-        await self._admit("detokenize", request)
+        call = await self._admit("detokenize", request)
         body = await read_body(request, DetokenizeBody, self._config)
         self._check_model(body.model)
         known = len(self._tokenizer)
         if any(not 0 <= token < known for token in body.tokens):
             raise RequestError(f"token ids must be between 0 and {known - 1}", "tokens")
-        return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens)}
+        text = await asyncio.to_thread(self._tokenizer.decode, body.tokens)
+        call.outcome = "ok"
+        return {"prompt": text}
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from deployments.app_args import AppArgs, parse_args
 from deployments.config_faults import describe_faults
 from deployments.environment import set_environment
 from deployments.model_check import check_model, locate
+from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -165,11 +166,12 @@ def _wait_for_signal() -> None:
 
 def _print_endpoints(config: ServeDeploySchema) -> None:
     """Where to send requests, and one to try."""
-    engine = config.applications[0].args["engine"]
-    model = engine.get("served_model_name") or Path(engine["model"]).name
+    ours = [app for app in config.applications if "engine" in app.args]
+    model = locate(EngineConfig.model_validate(ours[0].args["engine"])).served_model_name if ours else None
     port = config.http_options.port
     print(f"Ready. OpenAI API: http://localhost:{port}/v1   gRPC: localhost:{config.grpc_options.port}\n")
-    print("Try:")
-    print(f"""  curl -N http://localhost:{port}/v1/completions -H 'Content-Type: application/json' \\
+    if model is not None:
+        print("Try:")
+        print(f"""  curl -N http://localhost:{port}/v1/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "{model}", "prompt": "def fibonacci(n):\\n", "max_tokens": 64, "temperature": 0, "stream": true}}'""")
     print("\nCtrl-C ends it.", flush=True)

@@ -1,4 +1,4 @@
-"""Paged attention on a GPU whose copy engine can fill shared memory by itself (compute capability 9.0 on).
+"""Paged attention on Hopper (compute capability 9.0), whose copy engine fills shared memory by itself.
 
 The arithmetic of `attention_triton`, in the order that its work list gives. What differs is how keys and values arrive: a program
 keeps a ring of tiles in shared memory filled, over the end of one item and the beginning of the next, and starts with keys

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import attention_stream
 from kernels.attention_work import HEADER, ITEM
-from kernels.device import chaining, multiprocessors
+from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionPlan
@@ -316,7 +316,7 @@ def paged_attention(
     queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
-    if chaining()["CHAINED"] and qkv.itemsize == 2:
+    if has_warpgroup_mma() and qkv.itemsize == 2:
         attention_stream.launch(
             qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms,
             queries=queries, keys=keys, width=width, programs=programs,

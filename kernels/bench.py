@@ -1,6 +1,6 @@
 """`python -m kernels.bench`: what the kernels reach on this GPU, at Qwen3-8B's shapes in bfloat16.
 
-Linear layers run beside cuBLAS (torch.matmul) in one run, attention beside the measured copy bandwidth, and a stack of whole
+Linear layers run beside cuBLAS (torch.matmul) in one run, attention beside the measured read bandwidth, and a stack of whole
 layers beside the time that reading its weights takes. Each figure is the median over replays of a CUDA graph of several
 launches, which take turns over more copies of their inputs than the L2 cache holds. `--sweep` tries other tiles too.
 """
@@ -298,18 +298,14 @@ class LayerStack:
         self.slots = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.slot_cache = [cache.flatten(1, 2) for cache in self.attention.cache]
         self.bytes = depth * sum(outs * ins * 2 for name, (outs, ins) in SHAPES.items() if name != "lm_head")
-        self.parts = {"rope", "attention"}
 
     def __call__(self, i: int) -> Tensor:
         hidden, normed = self.hidden, self.hidden
         rows = hidden.shape[0]
         for qkv_layer, out, gate_up, down, norms in self.layers:
             qkv = linear_triton.linear(normed, qkv_layer, self.num_ar).view(rows, -1, HEAD_DIM)
-            if "rope" in self.parts:
-                qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache)
-            attended = normed
-            if "attention" in self.parts:
-                attended = paged_attention(qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
+            qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache)
+            attended = paged_attention(qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
             hidden, normed = linear_triton.linear_add_rms_norm(
                 attended, out, hidden, self.norm, 1e-6, self.num_ar
             )

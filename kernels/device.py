@@ -25,6 +25,12 @@ def chaining() -> dict[str, Any]:
 
 
 @cache
+def has_warpgroup_mma() -> bool:
+    """Whether kernels with Hopper's own matrix instructions run; later GPUs have others."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 4 on a CPU, where Triton's interpreter runs programs one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

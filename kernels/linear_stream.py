@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.device import chaining, multiprocessors
+from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from kernels.linear import PackedLinear
 
 MOST_ROWS = 64
@@ -32,7 +32,7 @@ _RING_BYTES = 200_000
 
 @gluon.jit
 def _place(
-    unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS: gl.constexpr, ROWS: gl.constexpr
+    unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
     """Where a unit of work lies: first weight row, first output, first input row, the row after its last, segment."""
     segment = unit % segments
@@ -58,7 +58,7 @@ def _advance(
         step = 0
         unit += programs
         weight_at, _, row_at, _, segment = _place(
-            unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS, ROWS
+            unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
         )
         k = segment * steps * DEPTH
     return unit, step, weight_at, row_at, k
@@ -104,7 +104,7 @@ def _stream_kernel(
     unit, programs = gl.program_id(0), gl.num_programs(0)
     total = gl.cdiv(gl.maximum(units - unit, 0), programs) * steps
     weight_at, _, row_at, _, segment = _place(
-        unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS, ROWS
+        unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
     )
 
     # Weights of the first steps, before the input rows are there.
@@ -152,7 +152,7 @@ def _stream_kernel(
                 phase ^= 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _, out_at, row_at, row_end, segment = _place(
-            this, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps, OUTS, ROWS
+            this, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
         )
         row_index = row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
         width = num_outs
@@ -185,7 +185,7 @@ def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 def streams(x: Tensor) -> bool:
     """Whether a layer of x [rows, in_features] is for `launch`."""
-    return x.shape[0] <= MOST_ROWS and x.itemsize == 2 and chaining()["CHAINED"]
+    return x.shape[0] <= MOST_ROWS and x.itemsize == 2 and has_warpgroup_mma()
 
 
 def launch(
@@ -195,13 +195,10 @@ def launch(
     num_ar: Tensor | None,
     segments: int,
     segment: int,
-    *,
-    ring: int | None = None,
-    programs: int | None = None,
 ) -> None:
     """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several.
 
-    segment: inputs of each. ring, programs: for measurements: tiles in the ring, and programs of the launch.
+    segment: inputs of each.
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)
@@ -209,7 +206,7 @@ def launch(
     bias = layer.bias if segments == 1 else None
     weight_block, row_block = (_OUTS, _DEPTH), (row_tile, _DEPTH)
     weight, last = layer.weights[0], [ins, 1]
-    _stream_kernel[(programs or multiprocessors(x.device),)](
+    _stream_kernel[(multiprocessors(x.device),)](
         TensorDescriptor(
             weight, [views * outs, ins], last, list(weight_block), _layout(weight_block, x.dtype)
         ),
@@ -224,7 +221,7 @@ def launch(
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=_DEPTH,
-        RING=ring or _RING_BYTES // ((_OUTS + row_tile) * _DEPTH * 2),
+        RING=_RING_BYTES // ((_OUTS + row_tile) * _DEPTH * 2),
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SPLIT=segments > 1,

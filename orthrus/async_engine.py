@@ -61,7 +61,10 @@ class AsyncEngine:
         One choice that ends with an error ends them all. Cancelling the call cancels the request. Raises RequestError
         before anything runs, and RuntimeError if the engine has failed.
         """
-        self.engine.check(request)
+        if request.params.grammar is None:
+            self.engine.check(request)
+        else:  # A new grammar takes up to a second to compile.
+            await asyncio.to_thread(self.engine.check, request)
         loop = asyncio.get_running_loop()
         listener = _Listener(request, sink, loop, loop.create_future())
         self._inbox.put(listener)
@@ -81,6 +84,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            self.engine.use_device()
             while self._take_messages():
                 self._deliver(self.engine.step())
         except Exception as error:

@@ -186,7 +186,10 @@ def _add_shape_bench(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "--batch", type=_positive, nargs="+", default=[1, 64], help="batch sizes (default: 1 64)"
     )
     parser.add_argument(
-        "--context", type=_positive, default=1024, help="tokens before the new ones (default: %(default)s)"
+        "--context",
+        type=_positive,
+        default=1024,
+        help="tokens of the text, half of the new ones included (default: %(default)s)",
     )
     parser.add_argument(
         "--new-tokens", type=_positive, default=256, help="per request (default: %(default)s)"

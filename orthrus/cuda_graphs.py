@@ -36,7 +36,10 @@ _ROW_FIELDS = 5
 
 
 def row_buckets(most: int) -> list[int]:
-    """Row counts that graphs are captured for, up to one that holds `most` rows: those that fill the linear layers' tiles."""
+    """Row counts that graphs are captured for, up to one that holds `most` rows.
+
+    From 64 on they fill the linear layers' tiles.
+    """
     sizes = [8, 16, 32, 48, 64, 128, *range(256, 1 << 20, 256)]
     last = next(i for i, size in enumerate(sizes) if size >= most)
     return sizes[: last + 1]

@@ -18,7 +18,7 @@ _DECAY = 0.99
 _MARGIN = 1.03
 """A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
 _PROBE_EVERY = 256
-"""Every so many decisions the second best is taken, to notice when the text becomes another."""
+"""Every so many decisions the next best block is drafted, to notice when the text becomes another."""
 
 
 _Choice = tuple[float, int, bool]
@@ -100,9 +100,12 @@ class DraftPlanner:
             self._ranked[greedy, batch] = best
         self._decisions += 1
         probe = self._decisions % (_PROBE_EVERY * batch) == 0
-        rate, rows, lead = best[-1] if probe else best[0]
-        if rate < _MARGIN / cost.ar(batch, greedy) and not probe:
-            return BlockPlan(1)
+        rate, rows, lead = best[0]
+        if rate < _MARGIN / cost.ar(batch, greedy):
+            if not probe:
+                return BlockPlan(1)
+        elif probe:
+            _, rows, lead = best[-1]
         return BlockPlan(rows, lead)
 
     def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:

@@ -102,8 +102,14 @@ class Engine:
         self._masks = masks
         self.forward = LayerParallelForward(model_config, weights)
         self.device = self.forward.device
+        self.use_device()
 
         self.page_size = config.page_size or (64 if self.device.type == "cuda" else 16)
+        if self.device.type == "cuda" and self.page_size % 64:
+            raise ConfigError(
+                f"page_size {self.page_size} is too small for a GPU, which reads 64 tokens at a time: leave it out or set it "
+                "to 64, 128 or 256"
+            )
         num_pages = self._num_pages()
         self.max_model_len = self._context_limit(num_pages * self.page_size)
         self.cache = KVCache.allocate(
@@ -140,6 +146,11 @@ class Engine:
         tokenizer = load_tokenizer(path)
         masks = GrammarMasks(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         return cls(config, model_config, weights, tokenizer, masks)
+
+    def use_device(self) -> None:
+        """Launch what this thread launches on the engine's GPU, if it has one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @property
     def schedule_name(self) -> str:
@@ -548,7 +559,7 @@ class Engine:
         assert model.block_size is not None and model.mask_token_id is not None, "checked by check_model"
         rows = self.config.draft_length or model.block_size
         cost = None
-        if self.config.adaptive_draft:
+        if self.config.adaptive_draft and self.max_model_len > 2:  # Else no block fits.
             cost = measure_decode_cost(
                 self._run_once,
                 context=self.max_model_len,

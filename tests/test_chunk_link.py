@@ -134,6 +134,22 @@ def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
     asyncio.run(main())
 
 
+def test_a_request_that_is_over_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        with ends() as (receiver, links):
+            link = await links.to(await receiver.address())
+            inbox = receiver.open("a")
+            link.send([chunk("a", 1)])
+            assert await take_until(inbox, 1) == [1]
+            receiver.expect_rest("a", link.name)
+            [incoming] = receiver._links.values()
+            assert incoming.expected == {"a"}
+            receiver.forget("a")
+            assert not incoming.expected
+
+    asyncio.run(main())
+
+
 def test_a_lost_link_is_opened_again_for_the_next_request() -> None:
     async def main() -> None:
         with ends() as (receiver, links):

@@ -54,8 +54,6 @@ def test_a_lead_where_first_drafts_fail_and_its_pass_is_cheap() -> None:
     assert plans.count(BlockPlan(4, lead=True)) >= 595
     assert any(not plan.lead for plan in plans), "the second best is never looked at"
     # Blocks whose first token is right anyway don't need one that costs.
-    for _ in range(400):
-        one.observe(True, drafted(7, lead=True, led=True), 3)
     assert planner(flat(), 8).plan(True, 1) == BlockPlan(8)
     dear_lead = planner(flat(), 8)
     for _ in range(400):

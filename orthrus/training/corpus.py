@@ -10,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-import tarfile
 import textwrap
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,6 @@ from orthrus.training.settings import Settings
 
 SEPARATOR = "\0"
 TRAIN_FILE, HELD_OUT_FILE = "train.txt", "held_out.txt"
-_ARCHIVES = (".whl", ".zip", ".tar.gz")
 # The same wheels on every machine, whatever Python runs there: their Python source is what counts.
 _WHEEL_TARGET = (
     "--python-version=3.12",
@@ -130,17 +128,11 @@ def download(packages: list[str], folder: Path, workers: int = 4) -> None:
 
 
 def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Path and contents of every file in a wheel or source distribution."""
-    if archive.name.endswith(".tar.gz"):
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and (stream := tar.extractfile(member)) is not None:
-                    yield member.name, stream.read()
-    else:
-        with zipfile.ZipFile(archive) as bundle:
-            for info in bundle.infolist():
-                if not info.is_dir():
-                    yield info.filename, bundle.read(info)
+    """Path and contents of every file in a wheel."""
+    with zipfile.ZipFile(archive) as bundle:
+        for info in bundle.infolist():
+            if not info.is_dir():
+                yield info.filename, bundle.read(info)
 
 
 def licence(archive: Path) -> str:

@@ -91,6 +91,7 @@ class Run(Settings):
         if settings.prompts is not None:
             prompts = read_prompts(settings.prompts, tokenizer, settings.template_arguments)
             rows = [row[: settings.row_length] for row in prompts if len(row) > 1]
+            prompts = [prompt for prompt in prompts if len(prompt) <= settings.row_length]
             return prompts[: settings.texts], rows[: settings.rows]
         held_out = self.corpus_tokens(HELD_OUT_FILE, tokenizer.backend_tokenizer, Processes())
         return (

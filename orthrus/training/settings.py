@@ -18,8 +18,8 @@ class Settings(BaseModel):
 class TrainingSettings(Settings):
     """What every kind of training has in common.
 
-    The length is one of: `steps`, optimiser steps; `epochs`, passes over the data; `seconds` of wall clock, for a machine
-    lent for a time (only the first two give the same weights twice). rows: per optimiser step, over all processes;
+    The length is one of: `steps`, optimiser steps; `epochs`, passes over the data; `seconds` of wall clock (only the first
+    two give the same weights twice). rows: per optimiser step, over all processes;
     micro_batch: rows in one forward and backward pass of one process, None for all of its share; row_length: in tokens.
     optimizer: "adamw", or "muon" for the matrices inside the layers, at rate `matrix_lr`. warmup: share of the run;
     final_lr: share of the peak rate at the end of the cosine; clip: largest gradient norm. *_every: in steps.
