@@ -13,12 +13,14 @@ from orthrus.sequence import Draft
 
 _PRIOR_ACCEPTANCE = 0.85
 _PRIOR_WEIGHT = 2.0
-_DECAY = 0.99
-"""Weight of the past at each observation: about the last hundred cycles count."""
+_DECAY = 0.95
+"""Weight of the past at each observation: about the last twenty cycles count."""
 _MARGIN = 1.03
 """A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
-_PROBE_EVERY = 256
-"""Every so many decisions the next best block is drafted, to notice when the text becomes another."""
+_OTHER_EVERY = 256
+"""Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
+_FIRST_PROBE, _LAST_PROBE = 16, 1024
+"""Steps of a sequence without a draft, until one is tried: few at first, twice as many each time that it changed nothing."""
 
 
 _Choice = tuple[float, int, bool]
@@ -70,7 +72,8 @@ class DraftPlanner:
         self._acceptance = {
             (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
         }
-        self._decisions = 0
+        self._blocks = self._steps = 0
+        self._probe_after = _FIRST_PROBE
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
         self._ranked: dict[tuple[bool, int], list[_Choice]] = {}
 
@@ -98,14 +101,17 @@ class DraftPlanner:
         if best is None:
             best = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
             self._ranked[greedy, batch] = best
-        self._decisions += 1
-        probe = self._decisions % (_PROBE_EVERY * batch) == 0
         rate, rows, lead = best[0]
-        if rate < _MARGIN / cost.ar(batch, greedy):
-            if not probe:
-                return BlockPlan(1)
-        elif probe:
-            _, rows, lead = best[-1]
+        if rate >= _MARGIN / cost.ar(batch, greedy):
+            self._steps, self._probe_after = 0, _FIRST_PROBE
+            self._blocks += 1
+            if self._blocks % (_OTHER_EVERY * batch) == 0:
+                _, rows, lead = best[-1]
+            return BlockPlan(rows, lead)
+        self._steps += 1
+        if self._steps < self._probe_after * batch:
+            return BlockPlan(1)
+        self._steps, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
         return BlockPlan(rows, lead)
 
     def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:

@@ -43,7 +43,7 @@ def test_long_blocks_where_rows_are_free_and_none_where_they_are_dear() -> None:
             one.observe(True, drafted(15), 6)
     # Six drafts were always accepted and the seventh never: the block is they and the token before them.
     assert free.plan(True, 1) == BlockPlan(7)
-    assert {costly.plan(True, 1) for _ in range(100)} == {BlockPlan(1)}
+    assert 990 <= [costly.plan(True, 1) for _ in range(1000)].count(BlockPlan(1)) < 1000
 
 
 def test_a_lead_where_first_drafts_fail_and_its_pass_is_cheap() -> None:
