@@ -173,5 +173,5 @@ def _print_endpoints(config: ServeDeploySchema) -> None:
     if model is not None:
         print("Try:")
         print(f"""  curl -N http://localhost:{port}/v1/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "{model}", "prompt": "def fibonacci(n):\\n", "max_tokens": 64, "temperature": 0, "stream": true}}'""")
+    -d '{{"model": "{model}", "prompt": "def load_config(path):\\n", "max_tokens": 64, "temperature": 0, "stream": true}}'""")
     print("\nCtrl-C ends it.", flush=True)
