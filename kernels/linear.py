@@ -83,10 +83,10 @@ def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Te
     else:
         assert num_ar is not None, "a layer of two views needs num_ar"
         split = int(num_ar)
-        parts = [
-            _one_view(rows, layer, view) for view, rows in enumerate((x[:split], x[split:])) if len(rows)
-        ]
-        result = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if split in (0, x.shape[0]):
+            result = _one_view(x, layer, int(split == 0))
+        else:
+            result = torch.cat([_one_view(x[:split], layer, 0), _one_view(x[split:], layer, 1)])
     return result if out is None else out.copy_(result)
 
 
