@@ -96,14 +96,25 @@ def _tile(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[-2] % _QUERY_TILE))
 
 
-def _in_splits(cache: Tensor, batch: _Batch) -> Tensor:
+def _places(cache: Tensor, batch: _Batch) -> Tensor | None:
+    """Where the groups' pages lie in the cache as a list of all KV heads' pages; None where they can be read in place."""
+    kv_heads, pages = cache.shape[:2]
+    first = batch.first_page
+    if first is not None and first + batch.page_table.shape[1] <= pages:
+        return None
+    heads = torch.arange(0, kv_heads * pages, pages, device=cache.device)
+    return (heads[:, None] + batch.page_table.view(1, -1)).flatten()
+
+
+def _in_splits(cache: Tensor, batch: _Batch, places: Tensor | None) -> Tensor:
     """The groups' cached keys or values [kv_heads, groups, splits, KV_SPLIT, dim]."""
-    count, first = batch.page_table.shape[1], batch.first_page
-    if first is not None and first + count <= cache.shape[1]:
+    if places is None:
+        assert batch.first_page is not None
         # The table's padding is then whatever pages come next: hidden keys like any other.
-        pages = cache.narrow(1, first, count)
+        pages = cache.narrow(1, batch.first_page, batch.page_table.shape[1])
     else:
-        pages = cache.index_select(1, batch.page_table.reshape(-1))
+        # Whole pages along the first axis: along the second, index_select takes them apart.
+        pages = cache.flatten(0, 1).index_select(0, places)
     return pages.view(cache.shape[0], -1, batch.splits, KV_SPLIT, cache.shape[-1])
 
 
@@ -153,7 +164,8 @@ def _attend(
         .reshape(kv_heads, groups, 1, queries, dim)
     )
     x = _tile(x) * scale
-    keys, values = _in_splits(k_cache, batch), _in_splits(v_cache, batch)
+    places = _places(k_cache, batch)
+    keys, values = _in_splits(k_cache, batch, places), _in_splits(v_cache, batch, places)
     scores = torch.matmul(x, keys.transpose(-1, -2)).to(wide)
     scores.masked_fill_(batch.hidden, float("-inf"))
     top = scores.amax((2, 4), keepdim=True)

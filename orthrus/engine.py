@@ -21,6 +21,7 @@ from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
 from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache, PagePool
+from orthrus.malloc import keep_freed_memory
 from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
@@ -527,6 +528,7 @@ class Engine:
 
     def _make_runner(self) -> ModelRunner:
         if self.device.type != "cuda" or self.forward.dtype == torch.float64:
+            keep_freed_memory()
             return EagerRunner(self.forward, self.cache)
         from orthrus.cuda_graphs import CudaGraphRunner
 

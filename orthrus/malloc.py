@@ -1,0 +1,18 @@
+"""glibc's malloc, as passes on a CPU need it."""
+
+import ctypes
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep what it frees, up to 256 MiB: from now on, for all of it; without effect where there is no glibc.
+
+    Every layer of a pass takes megabytes and gives them back. glibc would return them to the kernel each time, and have them
+    cleared and mapped anew: an eighth of a decode step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TOP_PAD, 64 << 20)
+        mallopt(_TRIM_THRESHOLD, 256 << 20)
