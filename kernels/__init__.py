@@ -1,5 +1,5 @@
 """The arithmetic of a pass: one file per kernel. `X.py` is plain PyTorch, `X_triton.py` the same function on a GPU, `X_stream.py`
-a faster version for compute capability 9.0 on.
+a faster version for Hopper.
 
 Every function obeys one rule: a row's result depends on that row's inputs only, to the last bit, whatever the number of
 rows in the launch and whatever they hold. Zero drift rests on it. On a CPU, callers keep each view's row count a multiple of

@@ -6,7 +6,7 @@ order; segments are merged in order, then the row's own diffusion block. It is t
 walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
 matrix unit, those of one KV head side by side: one instruction for any number of rows.
 
-The first kernel here runs on any GPU; from compute capability 9.0 on, `attention_stream` takes its place.
+The first kernel here runs on any GPU; on Hopper, `attention_stream` takes its place.
 """
 
 from typing import TYPE_CHECKING

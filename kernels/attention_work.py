@@ -46,14 +46,13 @@ class AttentionWork:
     """A work list on its device, all int32.
 
     limits [rows]: cache keys that a row sees. records [rows]: the row's first record, -1 if it has none. items: header,
-    items, page tables. tile_rows: most rows of a tile. capacity: records that there is room for.
+    items, page tables. capacity: records that there is room for.
     """
 
     limits: Tensor
     records: Tensor
     items: Tensor
     num_ar: Tensor
-    tile_rows: int
     capacity: int
 
 

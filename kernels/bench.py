@@ -83,7 +83,7 @@ def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPl
     num_ar = sum(group.num_rows for group in plan.groups if not group.diffusion)
     limits, records, items = (torch.from_numpy(a).to(plan.device) for a in arrays)
     split = torch.tensor([num_ar], dtype=torch.int32, device=plan.device)
-    return replace(plan, work=AttentionWork(limits, records, items, split, tile, capacity))
+    return replace(plan, work=AttentionWork(limits, records, items, split, capacity))
 
 
 @cache

@@ -83,9 +83,7 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
     cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
     zeros = torch.zeros(_ROW_FIELDS, rows, dtype=torch.int32, device=device)
     num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
-    work = AttentionWork(
-        zeros[3], zeros[4], zeros[0], num_ar, tile_rows(forward.heads_per_kv, forward.dtype), _RECORDS
-    )
+    work = AttentionWork(zeros[3], zeros[4], zeros[0], num_ar, _RECORDS)
     attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
     plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0], rows)
     forward.hidden_states(plan, cache, zeros[0])
@@ -255,7 +253,6 @@ class CudaGraphRunner:
             records,
             self._buffer[first + _ROW_FIELDS * rows :],
             num_ar,
-            self._tile_rows,
             _RECORDS,
         )
         most = self.max_logits

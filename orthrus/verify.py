@@ -144,9 +144,13 @@ class HuggingFaceCheck:
     seconds: float
 
     @property
+    def limited(self) -> bool:
+        """Whether limits apply. In 16 bits both forwards round, each in its own way, and the figures are for the reader."""
+        return self.dtype not in ("float16", "bfloat16")
+
+    @property
     def ok(self) -> bool:
-        """Within limits. In 16 bits both forwards round, each in its own way, and the figures are for the reader."""
-        if self.dtype in ("float16", "bfloat16"):
+        if not self.limited:
             return True
         return self.max_kl <= KL_LIMIT and max(self.max_logprob_gap, self.max_regret) <= LOGPROB_LIMIT
 
@@ -187,10 +191,11 @@ class Report:
             for c in self.checks
         ]
         if (hf := self.hugging_face) is not None:
+            limit = f"limit {KL_LIMIT:.0e}" if hf.limited else "no limit in 16 bits"
             lines += [
                 "",
                 f"Hugging Face, {hf.dtype}, {hf.positions} positions: KL max {hf.max_kl:.1e}, mean {hf.mean_kl:.1e} "
-                f"(limit {KL_LIMIT:.0e}); logprobs within {hf.max_logprob_gap:.1e}; "
+                f"({limit}); logprobs within {hf.max_logprob_gap:.1e}; "
                 f"{hf.greedy_disagreements} greedy picks differ",
             ]
         lines += [

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments.chunk_link import Address, ChunkLinks, ChunkReceiver, Inbox, LinkLost
+from deployments.chunk_link import Address, ChunkLink, ChunkLinks, ChunkReceiver, Inbox, LinkLost
 from orthrus.request import Chunk, RequestStats, TokenLogprob, joined_chunks
 
 STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)
@@ -113,16 +113,22 @@ def test_a_stranger_is_not_listened_to() -> None:
     asyncio.run(main())
 
 
+async def begun(receiver: ChunkReceiver, links: ChunkLinks) -> tuple[ChunkLink, Inbox]:
+    """Request "a" after its first chunk, when all the others are on their way."""
+    link = await links.to(await receiver.address())
+    inbox = receiver.open("a")
+    link.send([chunk("a", 1)])
+    assert await take_until(inbox, 1) == [1]
+    receiver.expect_rest("a", link.name)
+    return link, inbox
+
+
 def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
     """What has come can still be taken; then the loss shows, and at once where the link is gone already."""
 
     async def main() -> None:
         with ends() as (receiver, links):
-            link = await links.to(await receiver.address())
-            inbox = receiver.open("a")
-            link.send([chunk("a", 1)])
-            assert await take_until(inbox, 1) == [1]
-            receiver.expect_rest("a", link.name)
+            link, inbox = await begun(receiver, links)
             link.close()
             with pytest.raises(LinkLost):
                 await inbox.take()
@@ -137,11 +143,7 @@ def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
 def test_a_request_that_is_over_leaves_nothing_behind() -> None:
     async def main() -> None:
         with ends() as (receiver, links):
-            link = await links.to(await receiver.address())
-            inbox = receiver.open("a")
-            link.send([chunk("a", 1)])
-            assert await take_until(inbox, 1) == [1]
-            receiver.expect_rest("a", link.name)
+            await begun(receiver, links)
             [incoming] = receiver._links.values()
             assert incoming.expected == {"a"}
             receiver.forget("a")

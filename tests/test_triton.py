@@ -170,7 +170,7 @@ def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int)
     )
     limits, records, items = map(torch.from_numpy, arrays)
     num_ar = sum(g.num_rows for g in plan.groups if not g.diffusion)
-    return replace(plan, work=AttentionWork(limits, records, items, int32(num_ar), tile_rows, capacity))
+    return replace(plan, work=AttentionWork(limits, records, items, int32(num_ar), capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
