@@ -143,7 +143,7 @@ def _linear_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["plane"])
+@triton.jit
 def _add_rms_norm_kernel(
     x,
     bias,
@@ -168,10 +168,17 @@ def _add_rms_norm_kernel(
     scale = tl.load(weight + place, mask=inside, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
+        # The residual was last touched many weights ago: it is fetched from memory while the layer ahead still runs, not when
+        # the next one's weights queue there. Only into the L2 cache, since other kernels may still be writing it.
+        sector = tl.minimum(tl.arange(0, WIDTH // 16) * 16, width - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [residual + row * width + sector],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
         gdc_wait()
     dtype = hidden.dtype.element_ty
-    total = tl.load(x + row * width + place, mask=inside, other=0.0)
     before = tl.load(residual + row * width + place, mask=inside, other=0.0)
+    total = tl.load(x + row * width + place, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(x + part * plane + row * width + place, mask=inside, other=0.0)
     if HAS_BIAS:
@@ -197,12 +204,20 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
         return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
     if rows <= 128:
         if out_features <= 8192:
-            return LinearTiles(64, 128, 64, few, 4, 6)
+            return (
+                LinearTiles(64, 128, 64, True, 4, 6) if few else LinearTiles(64, 128, 128, warps=4, stages=4)
+            )
         # As many programs on a multiprocessor as take all tiles of a gated layer at once; the head has enough for any.
         return LinearTiles(64 if out_features <= 65536 else 128, 128, 64, few, 4, 3)
     if rows <= 256:
-        return LinearTiles(128, 128, 64, few, *((8, 4) if out_features <= 65536 else (4, 3)))
-    return LinearTiles(128, 128 if few else 256, 64, False, 8, 4 if few else 3)
+        if few:
+            return LinearTiles(64, 128, 128, warps=4, stages=4)
+        return LinearTiles(128, 128, 64, warps=4, stages=5 if out_features <= 65536 else 3)
+    if few:
+        return LinearTiles(128, 128, 64, warps=8, stages=4)
+    if out_features > 65536:
+        return LinearTiles(256, 128, 64, warps=8, stages=4)
+    return LinearTiles(128, 256, 64, warps=8, stages=3)
 
 
 def linear(
@@ -285,7 +300,9 @@ def add_rms_norm(
         PARTS=x.shape[0] if x.dim() == 3 else 1,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
-        num_warps=8,
+        # So many that a thread has all it reads on its way at once: with more to read, the compiler saves registers and waits
+        # for one part after the other. By the width alone, which the order of the norm's sum depends on.
+        num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
         **chaining(),
     )
     return hidden, normed

@@ -33,22 +33,25 @@ def _qk_norm_rope_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     dims = tl.arange(0, WIDTH)
     inside = dims < DIM
+    # The other half of the head, for the rotation: read again rather than moved between threads.
+    other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
+    weight += (head + tl.where(writes, 0, normed)) * DIM
+    scaled = dims < tl.where(head < normed, DIM, 0)
+    dim_weight = tl.load(weight + dims, mask=scaled, other=0.0)
+    other_weight = tl.load(weight + other, mask=scaled, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     source = qkv + (row * (normed + kv_heads) + head) * DIM
     if head < normed:
-        # The other half of the head, for the rotation: read again rather than moved between threads.
-        other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
         value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
         swapped = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-        dtype = qkv.dtype.element_ty
-        weight += (head + tl.where(writes, 0, normed)) * DIM
-        value = (value * scale).to(dtype) * tl.load(weight + dims, mask=inside, other=0.0)
-        swapped = (swapped * scale).to(dtype) * tl.load(weight + other, mask=inside, other=0.0)
         cosine = tl.load(cos + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
         sine = tl.load(sin + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
+        dtype = qkv.dtype.element_ty
+        value = (value * scale).to(dtype) * dim_weight
+        swapped = (swapped * scale).to(dtype) * other_weight
         result = (value.to(tl.float32) * cosine + swapped.to(tl.float32) * sine).to(dtype)
         result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
         tl.store(source + dims, result, mask=inside)
