@@ -20,6 +20,7 @@ from kernels.linear import (
 )
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.sampling import gumbel_argmax, gumbel_noise
+from kernels.upload import upload
 
 __all__ = [
     "ROW_TILE",
@@ -36,4 +37,5 @@ __all__ = [
     "pack_linear",
     "paged_attention",
     "qk_norm_rope",
+    "upload",
 ]

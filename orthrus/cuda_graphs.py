@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import AttentionPlan, gumbel_argmax
+from kernels import AttentionPlan, gumbel_argmax, upload
 from kernels.attention_triton import attention_programs, tile_rows
 from kernels.attention_work import HEADER, ITEM, AttentionWork, plan_work
 from orthrus.forward import LayerParallelForward
@@ -133,6 +133,8 @@ class CudaGraphRunner:
         self._logits = torch.zeros(most_logits, forward.config.vocab_size, device=device, dtype=torch.float32)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._turn = 0
+        # Where picks go to the host, so that the next pass does not wait for that.
+        self._downloads = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._row_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -146,9 +148,11 @@ class CudaGraphRunner:
         if not all(group.plain for group in rows):
             self._pick_elsewhere(rows, first_pick)
         host = self._host_picks[self._turn]
-        host[:count].copy_(self._picks[first_pick : first_pick + count], non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        self._downloads.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._downloads):
+            host[:count].copy_(self._picks[first_pick : first_pick + count], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         return _Launched(self._logits, first_pick, rows, host, done)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
@@ -170,8 +174,8 @@ class CudaGraphRunner:
             programs=self._programs,
             capacity=_RECORDS,
         )
-        upload = self._uploads[self._turn]
-        array = upload.array
+        staged = self._uploads[self._turn]
+        array = staged.array
         # Rows that fill the bucket up are of the view that comes last.
         array[_NUM_AR] = flat.num_ar if flat.num_ar < used else bucket
         array[_FIRST_PICK] = first_pick
@@ -190,7 +194,7 @@ class CudaGraphRunner:
             row[len(values) :] = 0
         end = self._rows_at + _ROW_FIELDS * bucket + len(items)
         array[end - len(items) : end] = items
-        self._buffer[:end].copy_(upload.tensor[:end], non_blocking=True)
+        upload(staged.tensor[:end], self._buffer[:end])
         self._row_graphs[bucket].replay()
         if count:
             self._head_graphs[next(size for size in self._head_buckets if size >= count)].replay()

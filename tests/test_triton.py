@@ -4,6 +4,7 @@ The interpreter multiplies tiles with numpy, so bits are compared between launch
 bfloat16 on the matrix units, are compared in tests/gpu.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -31,6 +32,8 @@ from kernels import (
     qk_norm_rope,
     qk_norm_rope_triton,
     sampling_triton,
+    upload,
+    upload_triton,
 )
 from kernels.attention_work import AttentionWork, plan_work
 from kernels.linear_triton import LinearTiles
@@ -254,6 +257,15 @@ def test_work_covers_every_segment_once_and_is_shared_out_evenly() -> None:
     own = np.sort(records[:40])
     assert (np.diff(own) >= attention_work.num_segments(30_040)).all()
     assert (records[40:] == -1).all()
+
+
+@pytest.mark.parametrize("copy", [upload, upload_triton.upload])
+@pytest.mark.parametrize("count", [1, 1024, 1500])
+def test_upload_copies_all_and_nothing_else(copy: Callable[..., None], count: int) -> None:
+    source, target = torch.arange(1, 2001, dtype=torch.int32), torch.zeros(2000, dtype=torch.int32)
+    copy(source[:count], target[:count])
+    assert torch.equal(target[:count], source[:count])
+    assert not target[count:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

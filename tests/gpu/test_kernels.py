@@ -23,6 +23,7 @@ from kernels import (
     linear_triton,
     paged_attention,
     qk_norm_rope,
+    upload,
 )
 from kernels.bench import HEAD_DIM, HEADS, KV_HEADS, PAGE, device_plan, linear_tiles
 from kernels.sampling import noise_keys
@@ -154,6 +155,14 @@ def test_attention_rows_are_the_same_bits_however_the_work_is_divided(
         at = slice(group.first_row + row, group.first_row + row + 1)
         got = paged_attention(qkv[at], keys, values, device_plan(alone), SCALE)
         assert torch.equal(got[0], full[at.start]), row
+
+
+def test_a_plan_is_uploaded_from_page_locked_memory() -> None:
+    source = torch.arange(70_001, dtype=torch.int32).pin_memory()
+    target = torch.zeros(80_000, dtype=torch.int32, device=DEVICE)
+    upload(source, target[:70_001])
+    assert torch.equal(target[:70_001].cpu(), source)
+    assert not target[70_001:].any()
 
 
 def test_row_kernels_match_their_references() -> None:
