@@ -162,15 +162,13 @@ def attention_case(
     return torch.cat(rows).to(dtype), keys, values, AttentionPlan(tuple(plan), PAGE, per_kv, CPU)
 
 
-def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int) -> AttentionPlan:
+def with_work(plan: AttentionPlan, tile_rows: int, programs: int) -> AttentionPlan:
     """More programs: items of fewer segments. With 0, every tile is one item."""
     capacity = 1000 if programs else 0
-    arrays = plan_work(
-        plan.groups, num_rows=num_rows, tile_rows=tile_rows, programs=max(1, programs), capacity=capacity
+    numbers = plan_work(
+        plan.groups, tile_rows=tile_rows, shared=False, programs=max(1, programs), capacity=capacity
     )
-    limits, records, items = map(torch.from_numpy, arrays)
-    num_ar = sum(g.num_rows for g in plan.groups if not g.diffusion)
-    return replace(plan, work=AttentionWork(limits, records, items, int32(num_ar), capacity))
+    return replace(plan, work=AttentionWork(torch.from_numpy(numbers), capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,6 +179,7 @@ def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int)
         ([(3, 1022, False), (3, 140, True)], 2),
         ([(4, 0, True), (2, 1, True), (2, 1100, True)], 2),
         ([(1, 40, False)], 5),
+        ([(3, 2046, False), (2, 4100, True), (1, 2048, True)], 2),
     ],
 )
 def test_attention_matches_its_reference_however_the_work_is_divided(
@@ -191,9 +190,9 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
     exact = paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25)[: num_rows - 3]
     results = [
         attention_triton.paged_attention(
-            qkv, keys, values, with_work(plan, num_rows, tile_rows, programs), 0.25
+            qkv, keys, values, with_work(plan, 3, programs), 0.25
         )
-        for tile_rows, programs in ((3, 100), (3, 2), (3, 0))
+        for programs in (100, 4, 2, 0)
     ]
     for result in results:
         assert torch.equal(result[: num_rows - 3], results[0][: num_rows - 3])
@@ -203,13 +202,13 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
 def test_attention_rows_are_the_same_bits_in_any_company() -> None:
     """Alone, on either side of a segment's end within a group, and beside other groups."""
     qkv, keys, values, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
-    full = attention_triton.paged_attention(qkv, keys, values, with_work(plan, 24, 4, 4), 0.25)
+    full = attention_triton.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
     for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
         group = plan.groups[g]
         alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=group.start + row),))
         at = 12 * g + row
         out = attention_triton.paged_attention(
-            qkv[at : at + 1], keys, values, with_work(alone, 1, 4, 4), 0.25
+            qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25
         )
         assert torch.equal(out[0], full[at]), (g, row)
 
@@ -218,7 +217,7 @@ def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
     qkv, keys, values, plan = attention_case([(1, 40, False)], 2, torch.float16)
     keys, values = (cache.view(KV_HEADS, 200, 32, 16) for cache in (keys, values))
     with pytest.raises(ValueError, match="page_size must be a multiple of 64"):
-        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 1, 4, 4), 0.25)
+        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
 
 
 def test_segments_tile_the_positions() -> None:
