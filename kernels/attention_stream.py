@@ -203,6 +203,7 @@ def _consume(
     query = gl.arange(0, QUERIES, by_query)
     keys = gl.arange(0, KEYS, by_key)
     dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
+    acc_at = partials + dims[None, :]
     load_query = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
     load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
     none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
@@ -218,8 +219,9 @@ def _consume(
         begin, _, cached_steps, block_steps = _keys(item, 2 * KEYS)
         first_row, rows = gl.load(item), gl.load(item + 1)
         segment, seen, block, causal = gl.load(item + 3), gl.load(item + 5), gl.load(item + 8), gl.load(item + 9)
-        record, records, by_span = gl.load(item + 10), gl.load(item + 11), gl.load(item + 12) != 0
+        record, records = gl.load(item + 10), gl.load(item + 11)
         divided = record >= 0
+        spans_from = gl.cdiv(begin, SPAN) * SPAN  # Before it, a record for each segment.
         # This lane's rows of the tile. A KV head's queries: all its query heads of a row, then the next row's.
         skipped = gl.where(shared, LANE * ROWS, 0)
         row = skipped + query // PER_KV
@@ -244,9 +246,10 @@ def _consume(
         fence_async_shared()
 
         mask = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
-        top, norm, acc = _nothing(QUERIES, WIDTH, by_query, acc_layout)
         part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH, by_query, acc_layout)
+        top, norm, acc = part_top, part_norm, part_acc
         here, next_start, steps, left = begin, _segment_start(segment + 1), cached_steps + block_steps, False
+        begun = False
         for step in range(steps):
             # Keys, then values.
             mbarrier.wait(full.index(place), phase)
@@ -286,26 +289,30 @@ def _consume(
             here += 2 * KEYS
             last, cached_end = step + 1 == steps, step + 1 == cached_steps
             if last | cached_end | (here == next_start):
-                top, norm, acc = _merge(top, norm, acc, part_top, part_norm, part_acc, acc_layout)
+                if begun:
+                    part_top, part_norm, part_acc = _merge(
+                        top, norm, acc, part_top, part_norm, part_acc, acc_layout
+                    )
+                closes = last | (here <= spans_from) | ((here % SPAN == 0) & (cached_end == 0))
+                if closes & left & (divided == 0):
+                    part_top, part_norm, part_acc = _merge(
+                        gl.load(tops + left_at, mask=inside, other=0.0),
+                        gl.load(norms + left_at, mask=inside, other=0.0),
+                        gl.load(acc_at + gl.convert_layout(left_at, wide)[:, None] * DIM, mask=mask, other=0.0),
+                        part_top, part_norm, part_acc, acc_layout,
+                    )  # fmt: skip
+                if closes & (divided | (last == 0)):
+                    gl.store(tops + left_at, part_top, mask=inside)
+                    gl.store(norms + left_at, part_norm, mask=inside)
+                    gl.store(acc_at + gl.convert_layout(left_at, wide)[:, None] * DIM, part_acc, mask=mask)
+                    left_at += gl.where(divided, heads, 0)
+                    begun, left = False, True
+                else:
+                    top, norm, acc = part_top, part_norm, part_acc
+                    begun = True
                 part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH, by_query, acc_layout)
                 segment += 1
                 next_start = gl.where(step + 1 < cached_steps, _segment_start(segment + 1), 0)
-                if last | (by_span == 0) | ((here % SPAN == 0) & (cached_end == 0)):
-                    acc_at = (partials + gl.convert_layout(left_at, wide) * DIM)[:, None] + dims[None, :]
-                    if left & (divided == 0):
-                        top, norm, acc = _merge(
-                            gl.load(tops + left_at, mask=inside, other=0.0),
-                            gl.load(norms + left_at, mask=inside, other=0.0),
-                            gl.load(acc_at, mask=mask, other=0.0),
-                            top, norm, acc, acc_layout,
-                        )  # fmt: skip
-                    if divided | (last == 0):
-                        gl.store(tops + left_at, top, mask=inside)
-                        gl.store(norms + left_at, norm, mask=inside)
-                        gl.store(acc_at, acc, mask=mask)
-                        top, norm, acc = _nothing(QUERIES, WIDTH, by_query, acc_layout)
-                        left_at += gl.where(divided, heads, 0)
-                        left = True
         if divided == 0:
             share = gl.convert_layout(1.0 / gl.where(inside, norm, 1.0), wide)
             goal = out + gl.convert_layout(((first_row + row) * heads + head).to(gl.int64) * DIM, wide)

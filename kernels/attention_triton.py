@@ -128,7 +128,7 @@ def _attention_kernel(
             tl.load(item + 8),
             tl.load(item + 9),
         )
-        record, records, by_span = tl.load(item + 10), tl.load(item + 11), tl.load(item + 12) != 0
+        record, records = tl.load(item + 10), tl.load(item + 11)
         divided = record >= 0
         # A KV head's queries: all its query heads of a row, then the next row's.
         row = query_index // PER_KV
@@ -143,6 +143,7 @@ def _attention_kernel(
             spare + tl.program_id(0) * QUERIES + query_index,
         )
         begin, end = _segment_start(segment), min(_segment_start(last_segment), seen)
+        spans_from = tl.cdiv(begin, SPAN) * SPAN  # Before it, a record for each segment.
         if CHAINED:
             gdc_wait()
         place = ((first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
@@ -183,7 +184,7 @@ def _attention_kernel(
                 part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH)
                 segment += 1
                 next_start = tl.where(tile + 1 < cached, _segment_start(segment + 1), 0)
-                if last | (by_span == 0) | ((at % SPAN == 0) & (cached_end == 0)):
+                if last | (at <= spans_from) | ((at % SPAN == 0) & (cached_end == 0)):
                     if left & (divided == 0):
                         tl.debug_barrier()  # Other threads may have stored it.
                         spans = _load(partials, tops, norms, left_at, inside, WIDTH, DIM)
@@ -245,9 +246,11 @@ def _merge_kernel(
                 span_top, span_norm, span_acc = _merge(
                     span_top, span_norm, span_acc, part[0], part[1], part[2]
                 )
-                if (ends >> i) & 1:
-                    top, norm, acc = _merge(top, norm, acc, span_top, span_norm, span_acc)
-                    span_top, span_norm, span_acc = _nothing(HEADS, WIDTH)
+                # A highest score of -inf stands for no keys: until the span is complete, then for the next one.
+                ends_span = (ends >> i) & 1 != 0
+                complete_top = tl.where(ends_span, span_top, float("-inf"))
+                top, norm, acc = _merge(top, norm, acc, complete_top, span_norm, span_acc)
+                span_top = tl.where(ends_span, float("-inf"), span_top)
         goal = (out + (row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
         inside = head < heads
         result = (acc * (1.0 / tl.where(inside, norm, 1.0))[:, None]).to(out.dtype.element_ty)

@@ -4,8 +4,8 @@ A tile is up to `tile_rows` rows of one group; a shared tile, twice as many, for
 Keys are cut into segments at fixed positions: short ones first, so that a short context still fills the GPU, longer ones
 further on. The segments of a span of 2,048 keys are merged in order, then the spans; a row's diffusion block is merged behind
 the last segment of its last span. An item is a tile and a run of segments, for one KV head at a time. A tile with one item is
-finished by it. The items of a divided tile leave partial results, records, which are merged afterwards: one for each span
-where an item has only whole spans, else one for each segment. How a tile is divided changes no bit of it.
+finished by it. The items of a divided tile leave partial results, records, which are merged afterwards: one for each span that
+an item begins, one for each segment of a span that it doesn't. How a tile is divided changes no bit of it.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ from torch import Tensor
 
 SPAN = 2048
 """Keys whose segments are merged with one another before anything else."""
+_LONG_SHARE = 1024
+"""Keys of an item from which on it takes its tile's block along rather than leave it to another program."""
 HEADER = 8
 """Numbers before the items: how many there are, how many of them have a shared tile (these come first), how many rows are
 divided, and where these rows' list begins."""
@@ -24,7 +26,7 @@ ITEM = 16
 """Numbers of an item: first row and number of rows; where the page table begins; first and last + 1 of its segments; keys
 that the tile's last row sees; the first key that this pass writes; first row of its diffusion block and rows of the block,
 0 unless this item adds it; keys that each row sees more than the one before; first record of the first row, -1 if the tile
-isn't divided, and how many a row has; whether records are of spans. The rest is unused."""
+isn't divided, and how many a row has. The rest is unused."""
 DIVIDED_ROW = 4
 """Numbers of a divided row: itself, its first record, how many it has, and where a bit for each begins: whether it is the last of
 its span."""
@@ -90,10 +92,11 @@ class _Tile:
     causal: int
 
     def item(
-        self, begin: int, end: int, block: int, record: int = -1, records: int = 0, by_span: bool = True
+        self, begin: int, end: int, block: int, record: int = -1, records: int = 0
     ) -> tuple[int, ...]:
+        """Segments begin .. end - 1; block: its rows, 0 if another item adds it."""
         tile = (self.first_row, self.rows, self.table, begin, end, self.seen, self.fresh, self.block_row)
-        return (*tile, block, self.causal, record, records, by_span, 0, 0, 0)
+        return (*tile, block, self.causal, record, records, 0, 0, 0, 0)
 
 
 def plan_work(
@@ -118,29 +121,34 @@ def plan_work(
     keys = sum(tile.seen for tile in tiles)
     items: list[tuple[int, ...]] = []
     rows_divided: list[tuple[int, ...]] = []
-    ends: list[int] = []
+    span_ends: list[int] = []
     used = 0
     for tile in tiles:
         share = max(128, -(-keys * (1 + (tile.rows > tile_rows)) // programs))
         runs = _runs(tile.seen, round(tile.seen / share))
-        bits = [bit for run in runs for bit in _span_ends(tile.seen, *run)]
-        if tile.block:  # Merged with the last span.
-            bits[-1:] = [False, True]
+        # Segments, rows of the block, and for each record whether it is the last of its span.
+        parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
+        if tile.block and runs:
+            (begin, end, _, ends) = parts.pop()
+            if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
+                parts += [(begin, end, 0, [*ends[:-1], False]), (end, end, tile.block, [True])]
+            elif segment_start(end) > _spans_from(begin):
+                parts.append((begin, end, tile.block, ends))
+            else:
+                parts.append((begin, end, tile.block, [*ends[:-1], False, True]))
+        bits = [bit for part in parts for bit in part[3]]
         if len(runs) < 2 or used + tile.rows * len(bits) > capacity:
             items.append(tile.item(0, num_segments(tile.seen), tile.block))
             continue
         record = used
-        for begin, end in runs:
-            own_bits = _span_ends(tile.seen, begin, end)
-            items.append(tile.item(begin, end, 0, record, len(bits), all(own_bits)))
-            record += len(own_bits)
-        if tile.block:
-            items.append(tile.item(end, end, tile.block, record, len(bits)))
+        for begin, end, block, ends in parts:
+            items.append(tile.item(begin, end, block, record, len(bits)))
+            record += len(ends)
         for row in range(tile.first_row, tile.first_row + tile.rows):
-            rows_divided.append((row, used, len(bits), len(ends)))
+            rows_divided.append((row, used, len(bits), len(span_ends)))
             used += len(bits)
         for at in range(0, len(bits), 32):
-            ends.append(sum(bit << i for i, bit in enumerate(bits[at : at + 32])))
+            span_ends.append(sum(bit << i for i, bit in enumerate(bits[at : at + 32])))
     # Shared items first, and of either kind the longest: what comes last should be short.
     items.sort(key=lambda item: (item[1] <= tile_rows, segment_start(item[3]) - segment_start(item[4])))
     shared_items = sum(item[1] > tile_rows for item in items)
@@ -148,10 +156,10 @@ def plan_work(
     row_table = np.array(rows_divided, np.int32).reshape(-1, DIVIDED_ROW)
     rows_at = HEADER + item_table.size
     ends_at = rows_at + row_table.size
-    item_table[:, 2] += ends_at + len(ends)
+    item_table[:, 2] += ends_at + len(span_ends)
     row_table[:, 3] += ends_at
     header = np.array([len(items), shared_items, len(row_table), rows_at, 0, 0, 0, 0], np.int32)
-    bits_table = np.array(ends, np.uint32).view(np.int32)
+    bits_table = np.array(span_ends, np.uint32).view(np.int32)
     return np.concatenate(
         [header, item_table.ravel(), row_table.ravel(), bits_table, np.array(tables, np.int32)]
     )
@@ -177,12 +185,20 @@ def _nearest_segment(keys: int) -> int:
     return segment
 
 
+def _spans_from(begin: int) -> int:
+    """The first key from which on an item whose first segment is `begin` leaves records of spans or their beginnings."""
+    return -(-segment_start(begin) // SPAN) * SPAN
+
+
 def _span_ends(keys: int, begin: int, end: int) -> list[bool]:
     """For each record that a run of the segments of `keys` keys leaves: whether it is the last of its span.
 
-    One of each span where these are whole, else one of each segment.
+    A record for each segment as far as the run's first span isn't there from its beginning, then one for each span.
     """
-    segments = num_segments(keys)
-    ends = [segment_start(s) % SPAN == 0 or s == segments for s in range(begin + 1, end + 1)]
-    whole = segment_start(begin) % SPAN == 0 and ends[-1]
-    return [True] * sum(ends) if whole else ends
+    ends: list[bool] = []
+    for behind in range(begin + 1, end + 1):
+        at = segment_start(behind)
+        ends_span = at % SPAN == 0 or behind == num_segments(keys)
+        if ends_span or behind == end or at <= _spans_from(begin):
+            ends.append(ends_span)
+    return ends
