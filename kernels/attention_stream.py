@@ -126,7 +126,9 @@ def _produce(
                 if step >= cached_steps:
                     column = (KV_HEADS * (PER_KV + values) + kv_head) * DIM
                     tma.async_copy_global_to_shared(rows_desc, [row, column], full.index(place), target)
-                    tma.async_copy_global_to_shared(rows_desc, [row + KEYS, column], full.index(place), target2)
+                    tma.async_copy_global_to_shared(
+                        rows_desc, [row + KEYS, column], full.index(place), target2
+                    )
                 elif values == 0:
                     tma.async_copy_global_to_shared(k_pages, [slot, 0], full.index(place), target)
                     tma.async_copy_global_to_shared(k_pages, [slot2, 0], full.index(place), target2)
@@ -155,11 +157,17 @@ def _exp2(x):
 
 
 @gluon.jit
-def _nothing(QUERIES: gl.constexpr, WIDTH: gl.constexpr, by_query: gl.constexpr, acc_layout: gl.constexpr):
-    """The running softmax of queries that have seen no key: highest score, norm, weighted sum of values."""
-    top = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
-    norm = gl.zeros((QUERIES,), gl.float32, by_query)
-    return top, norm, gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+def _places(base, first, inside, DIM: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Pointers to base[first], base[first + 1], ... [queries, WIDTH / 8, 8] in `layout`, and which of these are a query's.
+
+    In eights, so that a thread's places differ by constants, which are part of its instructions.
+    """
+    of_query: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+    eights = 8 * gl.arange(0, WIDTH // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    ones = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    place = (base + gl.convert_layout(first, of_query))[:, None, None] + ones[None, None, :]
+    mask = gl.convert_layout(inside, of_query)[:, None, None] & (eights < DIM)[None, :, None]
+    return place + eights[None, :, None], mask
 
 
 @gluon.jit
@@ -202,11 +210,14 @@ def _consume(
 
     query = gl.arange(0, QUERIES, by_query)
     keys = gl.arange(0, KEYS, by_key)
-    dims = gl.arange(0, WIDTH, gl.SliceLayout(0, acc_layout))
-    acc_at = partials + dims[None, :]
     load_query = gl.arange(0, QUERIES, gl.SliceLayout(1, load_layout))
     load_dims = gl.arange(0, WIDTH, gl.SliceLayout(0, load_layout))
     none = gl.zeros((QUERIES, KEYS), gl.float32, scores_layout)
+    no_norm = gl.zeros((QUERIES,), gl.float32, by_query)
+    no_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
+    eights_layout: gl.constexpr = no_acc.reshape((QUERIES, WIDTH // 8, 8)).type.layout
+    # With this as its highest score a running softmax begins anew: whatever it has summed counts nothing.
+    unseen = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
     together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
     place, phase = 0, 0
     for turn in range(together + alone):
@@ -218,7 +229,12 @@ def _consume(
         item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
         begin, _, cached_steps, block_steps = _keys(item, 2 * KEYS)
         first_row, rows = gl.load(item), gl.load(item + 1)
-        segment, seen, block, causal = gl.load(item + 3), gl.load(item + 5), gl.load(item + 8), gl.load(item + 9)
+        segment, seen, block, causal = (
+            gl.load(item + 3),
+            gl.load(item + 5),
+            gl.load(item + 8),
+            gl.load(item + 9),
+        )
         record, records = gl.load(item + 10), gl.load(item + 11)
         divided = record >= 0
         spans_from = gl.cdiv(begin, SPAN) * SPAN  # Before it, a record for each segment.
@@ -241,15 +257,13 @@ def _consume(
         load_row = first_row + skipped + load_query // PER_KV
         load_head = kv_head * PER_KV + load_query % PER_KV
         source = (load_row * (heads + 2 * KV_HEADS) + load_head).to(gl.int64) * DIM
-        mask = (skipped + load_query // PER_KV < rows)[:, None] & (load_dims < DIM)[None, :]
-        query_tile.store(gl.load(qkv + source[:, None] + load_dims[None, :], mask=mask, other=0.0))
+        load_mask = (skipped + load_query // PER_KV < rows)[:, None] & (load_dims < DIM)[None, :]
+        query_tile.store(gl.load(qkv + source[:, None] + load_dims[None, :], mask=load_mask, other=0.0))
         fence_async_shared()
 
-        mask = gl.convert_layout(inside, wide)[:, None] & (dims < DIM)[None, :]
-        part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH, by_query, acc_layout)
-        top, norm, acc = part_top, part_norm, part_acc
+        top, norm, acc = unseen, no_norm, no_acc
+        part_top, part_norm, part_acc = unseen, no_norm, no_acc
         here, next_start, steps, left = begin, _segment_start(segment + 1), cached_steps + block_steps, False
-        begun = False
         for step in range(steps):
             # Keys, then values.
             mbarrier.wait(full.index(place), phase)
@@ -289,35 +303,33 @@ def _consume(
             here += 2 * KEYS
             last, cached_end = step + 1 == steps, step + 1 == cached_steps
             if last | cached_end | (here == next_start):
-                if begun:
-                    part_top, part_norm, part_acc = _merge(
-                        top, norm, acc, part_top, part_norm, part_acc, acc_layout
-                    )
-                closes = last | (here <= spans_from) | ((here % SPAN == 0) & (cached_end == 0))
-                if closes & left & (divided == 0):
-                    part_top, part_norm, part_acc = _merge(
-                        gl.load(tops + left_at, mask=inside, other=0.0),
-                        gl.load(norms + left_at, mask=inside, other=0.0),
-                        gl.load(acc_at + gl.convert_layout(left_at, wide)[:, None] * DIM, mask=mask, other=0.0),
-                        part_top, part_norm, part_acc, acc_layout,
-                    )  # fmt: skip
-                if closes & (divided | (last == 0)):
-                    gl.store(tops + left_at, part_top, mask=inside)
-                    gl.store(norms + left_at, part_norm, mask=inside)
-                    gl.store(acc_at + gl.convert_layout(left_at, wide)[:, None] * DIM, part_acc, mask=mask)
-                    left_at += gl.where(divided, heads, 0)
-                    begun, left = False, True
-                else:
-                    top, norm, acc = part_top, part_norm, part_acc
-                    begun = True
-                part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH, by_query, acc_layout)
+                top, norm, acc = _merge(top, norm, acc, part_top, part_norm, part_acc, acc_layout)
+                part_top = unseen
                 segment += 1
                 next_start = gl.where(step + 1 < cached_steps, _segment_start(segment + 1), 0)
+                if last | (here <= spans_from) | ((here % SPAN == 0) & (cached_end == 0)):
+                    acc_at, mask = _places(partials, left_at * DIM, inside, DIM, WIDTH, eights_layout)
+                    if left & (divided == 0):
+                        top, norm, acc = _merge(
+                            gl.load(tops + left_at, mask=inside, other=0.0),
+                            gl.load(norms + left_at, mask=inside, other=0.0),
+                            gl.convert_layout(
+                                gl.load(acc_at, mask=mask, other=0.0).reshape((QUERIES, WIDTH)), acc_layout
+                            ),
+                            top, norm, acc, acc_layout,
+                        )  # fmt: skip
+                    if divided | (last == 0):
+                        gl.store(tops + left_at, top, mask=inside)
+                        gl.store(norms + left_at, norm, mask=inside)
+                        gl.store(acc_at, acc.reshape((QUERIES, WIDTH // 8, 8)), mask=mask)
+                        top = unseen
+                        left_at += gl.where(divided, heads, 0)
+                        left = True
         if divided == 0:
-            share = gl.convert_layout(1.0 / gl.where(inside, norm, 1.0), wide)
-            goal = out + gl.convert_layout(((first_row + row) * heads + head).to(gl.int64) * DIM, wide)
-            result = (acc * share[:, None]).to(out.dtype.element_ty)
-            gl.store(goal[:, None] + dims[None, :], result, mask=mask)
+            result = acc * gl.convert_layout(1.0 / gl.where(inside, norm, 1.0), wide)[:, None]
+            goal = ((first_row + row) * heads + head).to(gl.int64) * DIM
+            out_at, mask = _places(out, goal, inside, DIM, WIDTH, eights_layout)
+            gl.store(out_at, result.to(out.dtype.element_ty).reshape((QUERIES, WIDTH // 8, 8)), mask=mask)
     if CHAINED:
         gdc_wait()  # Programs without an item wait too: this launch must not be over before the one ahead of it.
 

@@ -205,6 +205,20 @@ def _attention_kernel(
 
 
 @triton.jit
+def _load_record(place, i, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """The i-th record of a row for some of its heads, and whether it is the last of its span, as a tuple of one.
+
+    place: where records lie; of the row, the bits of span ends, its first record, how many it has; of the pass, how many heads
+    there are; which heads. Past the last record, nothing.
+    """
+    partials, tops, norms, span_ends, record, records, heads, head = place
+    ends_span = (tl.load(span_ends + i // 32, mask=i < records, other=0) >> i % 32) & 1 != 0
+    inside = head < tl.where(i < records, heads, 0)
+    top, norm, acc = _load(partials, tops, norms, (record + i) * heads + head, inside, WIDTH, DIM)
+    return ((top, norm, acc, ends_span),)
+
+
+@triton.jit
 def _merge_kernel(
     work,
     out,
@@ -215,7 +229,7 @@ def _merge_kernel(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
-    BATCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     PER_ROW: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -234,23 +248,19 @@ def _merge_kernel(
         top, norm, acc = _nothing(HEADS, WIDTH)
         if CHAINED:
             gdc_wait()
-        for start in range(0, records, BATCH):
-            ends = tl.load(span_ends + start // 32) >> start % 32
-            parts = ()
-            for i in tl.static_range(BATCH):  # Many reads in flight; merging stays in order.
-                there = head < tl.where(start + i < records, heads, 0)
-                at = (record + start + i) * heads + head
-                parts = parts + (_load(partials, tops, norms, at, there, WIDTH, DIM),)  # noqa: RUF005
-            for i in tl.static_range(BATCH):
-                part = parts[i]
-                span_top, span_norm, span_acc = _merge(
-                    span_top, span_norm, span_acc, part[0], part[1], part[2]
-                )
-                # A highest score of -inf stands for no keys: until the span is complete, then for the next one.
-                ends_span = (ends >> i) & 1 != 0
-                complete_top = tl.where(ends_span, span_top, float("-inf"))
-                top, norm, acc = _merge(top, norm, acc, complete_top, span_norm, span_acc)
-                span_top = tl.where(ends_span, float("-inf"), span_top)
+        # Several reads in flight, in a short loop: fetching the instructions of a long one would take most of the time.
+        place = partials, tops, norms, span_ends, record, records, heads, head
+        coming = _load_record(place, 0, WIDTH, DIM)
+        for i in tl.static_range(1, AHEAD):
+            coming = coming + _load_record(place, i, WIDTH, DIM)
+        for i in range(records):
+            part = coming[0]
+            coming = coming[1:] + _load_record(place, i + AHEAD, WIDTH, DIM)
+            span_top, span_norm, span_acc = _merge(span_top, span_norm, span_acc, part[0], part[1], part[2])
+            # A highest score of -inf stands for no keys: until the span is complete, then for the next one.
+            complete_top = tl.where(part[3], span_top, float("-inf"))
+            top, norm, acc = _merge(top, norm, acc, complete_top, span_norm, span_acc)
+            span_top = tl.where(part[3], float("-inf"), span_top)
         goal = (out + (row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
         inside = head < heads
         result = (acc * (1.0 / tl.where(inside, norm, 1.0))[:, None]).to(out.dtype.element_ty)
@@ -326,7 +336,7 @@ def paged_attention(
             DIM=dim,
             WIDTH=width,
             HEADS=_MERGED_HEADS,
-            BATCH=8,
+            AHEAD=6,
             PER_ROW=DIVIDED_ROW,
             num_warps=_MERGED_HEADS,
             **chaining(),

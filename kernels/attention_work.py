@@ -91,9 +91,7 @@ class _Tile:
     block: int
     causal: int
 
-    def item(
-        self, begin: int, end: int, block: int, record: int = -1, records: int = 0
-    ) -> tuple[int, ...]:
+    def item(self, begin: int, end: int, block: int, record: int = -1, records: int = 0) -> tuple[int, ...]:
         """Segments begin .. end - 1; block: its rows, 0 if another item adds it."""
         tile = (self.first_row, self.rows, self.table, begin, end, self.seen, self.fresh, self.block_row)
         return (*tile, block, self.causal, record, records, 0, 0, 0, 0)

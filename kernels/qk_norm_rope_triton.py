@@ -7,7 +7,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining
 
-
 _HEADS = 32
 """Heads of a program, a warp for each: few programs leave most multiprocessors to the kernel behind this one."""
 
