@@ -1,11 +1,11 @@
-"""Paged attention on a GPU whose copy engine can fill shared memory by itself (compute capability 9.0 on).
+"""Paged attention on Hopper (compute capability 9.0), whose copy engine fills shared memory by itself.
 
-The arithmetic of `attention_triton`, in the order that its work list gives. A multiprocessor's program has two consumers of 64
-queries each, and producers, warps that only ask for tiles of keys or of values ahead of the consumers. A consumer, two
-producers and every other place of the rings of tiles make a lane. The rows of a shared item go to both consumers, which
-read the same tiles, so that they cross the L2 cache once for 128 queries; the lanes' producers take turns with them.
-Afterwards a lane goes through items of one consumer's rows by itself. What a row goes through, and in which order, is the
-same either way: two tiles, 128 keys, are one step of its running softmax.
+The arithmetic of `attention_triton`, in the order that its work list gives, in steps of 128 keys. A multiprocessor's program has
+two consumers of 64 queries each, and two producers, warps that only ask for keys and values ahead of the consumers. A
+consumer, a producer and every other place of a ring in shared memory make a lane; a place holds the keys or the values of a
+step. The rows of a shared item go to both consumers, which read the same places, so that keys and values cross the L2 cache
+once for 128 queries: one producer brings the keys, the other the values. Afterwards a lane goes through items of one
+consumer's rows by itself. What a row goes through, and in which order, is the same either way.
 
 Keys that this pass doesn't write are fetched before the kernels ahead in the stream have finished. A diffusion block's own keys
 are further tiles. All that is read is finite, see `qk_norm_rope`, so that hidden keys take part as 0 x something.
@@ -79,11 +79,18 @@ def _keys(item, STEP: gl.constexpr):
 
 
 @gluon.jit
-def _advance(place, phase, step, RING: gl.constexpr):
+def _advance(place, phase, step, PLACES: gl.constexpr):
     """The place in the ring `step` places on, and its phase."""
     place += step
-    wraps = place >= RING
-    return gl.where(wraps, place - RING, place), gl.where(wraps, phase ^ 1, phase)
+    wraps = place >= PLACES
+    return gl.where(wraps, place - PLACES, place), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _fetch(source, row, row2, column, ring, full, place):
+    """Ask for a step's two tiles, from `row` and from `row2` of the source on."""
+    tma.async_copy_global_to_shared(source, [row, column], full.index(place), ring.index(2 * place))
+    tma.async_copy_global_to_shared(source, [row2, column], full.index(place), ring.index(2 * place + 1))
 
 
 @gluon.jit
@@ -122,19 +129,13 @@ def _produce(
                 values = gl.where(kinds == 1, LANE, own_kind)
                 mbarrier.wait(empty.index(place), phase ^ 1)
                 mbarrier.expect(full.index(place), step_bytes)
-                target, target2 = ring.index(2 * place), ring.index(2 * place + 1)
                 if step >= cached_steps:
                     column = (KV_HEADS * (PER_KV + values) + kv_head) * DIM
-                    tma.async_copy_global_to_shared(rows_desc, [row, column], full.index(place), target)
-                    tma.async_copy_global_to_shared(
-                        rows_desc, [row + KEYS, column], full.index(place), target2
-                    )
+                    _fetch(rows_desc, row, row + KEYS, column, ring, full, place)
                 elif values == 0:
-                    tma.async_copy_global_to_shared(k_pages, [slot, 0], full.index(place), target)
-                    tma.async_copy_global_to_shared(k_pages, [slot2, 0], full.index(place), target2)
+                    _fetch(k_pages, slot, slot2, 0, ring, full, place)
                 else:
-                    tma.async_copy_global_to_shared(v_pages, [slot, 0], full.index(place), target)
-                    tma.async_copy_global_to_shared(v_pages, [slot2, 0], full.index(place), target2)
+                    _fetch(v_pages, slot, slot2, 0, ring, full, place)
                 place, phase = _advance(place, phase, 2, PLACES)
             page, page2 = next_page, next_page2
 

@@ -2,11 +2,12 @@
 
 A launch has a fixed number of programs, which go through the pass's work list (`attention_work.py`): its shape depends on nothing
 but the number of rows, so that a CUDA graph can hold it. Inside a segment a running softmax goes over tiles of keys in
-order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
-walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
-matrix unit, those of one KV head side by side: one instruction for any number of rows.
+order; the segments of a span are merged in order, then the spans; the row's own diffusion block is merged with its last
+span. It is the same arithmetic whether one program walks over all segments of its rows or several take some each and a
+second kernel merges. Queries fill 64 rows of the matrix unit, those of one KV head side by side: one instruction for any
+number of rows.
 
-The first kernel here runs on any GPU; on Hopper, `attention_stream` takes its place.
+The first kernel here runs on any GPU; on Hopper, in 16-bit types, `attention_stream` takes its place.
 """
 
 from typing import TYPE_CHECKING
@@ -206,16 +207,13 @@ def _attention_kernel(
 
 @triton.jit
 def _load_record(place, i, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """The i-th record of a row for some of its heads, and whether it is the last of its span, as a tuple of one.
+    """A row's i-th record for some of its heads, as a tuple of one; nothing past the last record.
 
-    place: where records lie; of the row, the bits of span ends, its first record, how many it has; of the pass, how many heads
-    there are; which heads. Past the last record, nothing.
+    place: where records lie; the row's first record and how many it has; how many heads the pass has, and which are wanted.
     """
-    partials, tops, norms, span_ends, record, records, heads, head = place
-    ends_span = (tl.load(span_ends + i // 32, mask=i < records, other=0) >> i % 32) & 1 != 0
+    partials, tops, norms, record, records, heads, head = place
     inside = head < tl.where(i < records, heads, 0)
-    top, norm, acc = _load(partials, tops, norms, (record + i) * heads + head, inside, WIDTH, DIM)
-    return ((top, norm, acc, ends_span),)
+    return (_load(partials, tops, norms, (record + i) * heads + head, inside, WIDTH, DIM),)
 
 
 @triton.jit
@@ -229,7 +227,7 @@ def _merge_kernel(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    BATCH: tl.constexpr,
     PER_ROW: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -248,19 +246,21 @@ def _merge_kernel(
         top, norm, acc = _nothing(HEADS, WIDTH)
         if CHAINED:
             gdc_wait()
-        # Several reads in flight, in a short loop: fetching the instructions of a long one would take most of the time.
-        place = partials, tops, norms, span_ends, record, records, heads, head
-        coming = _load_record(place, 0, WIDTH, DIM)
-        for i in tl.static_range(1, AHEAD):
-            coming = coming + _load_record(place, i, WIDTH, DIM)
-        for i in range(records):
-            part = coming[0]
-            coming = coming[1:] + _load_record(place, i + AHEAD, WIDTH, DIM)
-            span_top, span_norm, span_acc = _merge(span_top, span_norm, span_acc, part[0], part[1], part[2])
-            # A highest score of -inf stands for no keys: until the span is complete, then for the next one.
-            complete_top = tl.where(part[3], span_top, float("-inf"))
-            top, norm, acc = _merge(top, norm, acc, complete_top, span_norm, span_acc)
-            span_top = tl.where(part[3], float("-inf"), span_top)
+        place = partials, tops, norms, record, records, heads, head
+        for start in range(0, records, BATCH):
+            ends = tl.load(span_ends + start // 32) >> start % 32
+            # Many reads in flight; merging stays in order.
+            parts = _load_record(place, start, WIDTH, DIM)
+            for i in tl.static_range(1, BATCH):
+                parts = parts + _load_record(place, start + i, WIDTH, DIM)
+            for i in tl.static_range(BATCH):
+                part = parts[i]
+                span_top, span_norm, span_acc = _merge(
+                    span_top, span_norm, span_acc, part[0], part[1], part[2]
+                )
+                if (ends >> i) & 1:
+                    top, norm, acc = _merge(top, norm, acc, span_top, span_norm, span_acc)
+                    span_top, span_norm, span_acc = _nothing(HEADS, WIDTH)
         goal = (out + (row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
         inside = head < heads
         result = (acc * (1.0 / tl.where(inside, norm, 1.0))[:, None]).to(out.dtype.element_ty)
@@ -326,7 +326,7 @@ def paged_attention(
             **chaining(),
         )
     if work.capacity:
-        _merge_kernel[(min(programs, rows * triton.cdiv(heads, _MERGED_HEADS)),)](
+        _merge_kernel[(min(4 * programs, rows * triton.cdiv(heads, _MERGED_HEADS)),)](
             work.numbers,
             out,
             partials,
@@ -336,7 +336,7 @@ def paged_attention(
             DIM=dim,
             WIDTH=width,
             HEADS=_MERGED_HEADS,
-            AHEAD=6,
+            BATCH=8,
             PER_ROW=DIVIDED_ROW,
             num_warps=_MERGED_HEADS,
             **chaining(),

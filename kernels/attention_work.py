@@ -127,7 +127,7 @@ def plan_work(
         # Segments, rows of the block, and for each record whether it is the last of its span.
         parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
         if tile.block and runs:
-            (begin, end, _, ends) = parts.pop()
+            begin, end, _, ends = parts.pop()
             if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
                 parts += [(begin, end, 0, [*ends[:-1], False]), (end, end, tile.block, [True])]
             elif segment_start(end) > _spans_from(begin):

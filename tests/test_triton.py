@@ -199,7 +199,7 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
     exact = paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25)[: num_rows - 3]
     results = [
         attention_triton.paged_attention(qkv, keys, values, with_work(plan, 3, programs), 0.25)
-        for programs in (100, 4, 2, 0)
+        for programs in (100, 3, 0)
     ]
     for result in results:
         assert torch.equal(result[: num_rows - 3], results[0][: num_rows - 3])
