@@ -2,11 +2,12 @@
 
 A launch has a fixed number of programs, which go through the pass's work list (`attention_work.py`): its shape depends on nothing
 but the number of rows, so that a CUDA graph can hold it. Inside a segment a running softmax goes over tiles of keys in
-order; segments are merged in order, then the row's own diffusion block. It is the same arithmetic whether one program
-walks over all segments of its rows or several take some each and a second kernel merges. Queries fill 64 rows of the
-matrix unit, those of one KV head side by side: one instruction for any number of rows.
+order; the segments of a span are merged in order, then the spans; the row's own diffusion block is merged with its last
+span. It is the same arithmetic whether one program walks over all segments of its rows or several take some each and a
+second kernel merges. Queries fill 64 rows of the matrix unit, those of one KV head side by side: one instruction for any
+number of rows.
 
-The first kernel here runs on any GPU; on Hopper, `attention_stream` takes its place.
+The first kernel here runs on any GPU; on Hopper, in 16-bit types, `attention_stream` takes its place.
 """
 
 from typing import TYPE_CHECKING
@@ -18,12 +19,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import attention_stream
-from kernels.attention_work import HEADER, ITEM
+from kernels.attention_work import DIVIDED_ROW, HEADER, ITEM, SPAN
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionPlan
 
+_MERGED_HEADS = 4
+"""Heads of a program that merges records, a warp for each."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -33,14 +36,6 @@ def _segment_start(index):
     near, middle = index * 128, 1024 + (index - 8) * 512
     far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
     return tl.where(index < 22, tl.where(index < 8, near, middle), tl.where(index < 46, far, farther))
-
-
-@triton.jit
-def _num_segments(keys):
-    """`attention_work.num_segments`."""
-    near, middle = tl.cdiv(keys, 128), 8 + tl.cdiv(keys - 1024, 512)
-    far, farther = 22 + tl.cdiv(keys - 8192, 1024), 46 + tl.cdiv(keys - 32768, 2048)
-    return tl.where(keys <= 8192, tl.where(keys <= 1024, near, middle), tl.where(keys <= 32768, far, farther))
 
 
 @triton.jit
@@ -62,50 +57,31 @@ def _see(query, keys, values, top, norm, acc, scale, visible):
 
 
 @triton.jit
-def _merge(seen, top, norm, acc, part_top, part_norm, part_acc):
-    """Put a segment's running softmax behind what came before it, for the rows that have `seen` it."""
-    new_top = tl.maximum(top, part_top)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    old, new = tl.exp2(top - base), tl.exp2(part_top - base)
-    norm = tl.where(seen, tl.fma(norm, old, part_norm * new), norm)
-    if len(acc.shape) == 2:  # A tile of queries; in the second kernel, one query.
-        old, new, seen_acc = tl.broadcast_to(old[:, None], acc.shape), new[:, None], seen[:, None]
-    else:
-        seen_acc = seen
-    acc = tl.where(seen_acc, tl.fma(acc, old, part_acc * new), acc)
-    return tl.where(seen, new_top, top), norm, acc
+def _nothing(QUERIES: tl.constexpr, WIDTH: tl.constexpr):
+    """The running softmax of queries that have seen no key: highest score, norm, weighted sum of values."""
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    return top, tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES, WIDTH), tl.float32)
 
 
 @triton.jit
-def _end_segment(
-    divided,
-    tops,
-    norms,
-    partials,
-    record,
-    heads,
-    head,
-    inside,
-    seen,
-    top,
-    norm,
-    acc,
-    part_top,
-    part_norm,
-    part_acc,
-    DIM: tl.constexpr,
-):
-    """Leave a segment's running softmax in each query's `record` where the tile is divided, else merge it."""
-    if divided:
-        at = record.to(tl.int64) * heads + head
-        dims = tl.arange(0, acc.shape[1])
-        tl.store(tops + at, part_top, mask=inside)
-        tl.store(norms + at, part_norm, mask=inside)
-        place = partials + at[:, None] * DIM + dims[None, :]
-        tl.store(place, part_acc, mask=inside[:, None] & (dims < DIM)[None, :])
-    else:
-        top, norm, acc = _merge(seen, top, norm, acc, part_top, part_norm, part_acc)
-    return top, norm, acc
+def _merge(top, norm, acc, part_top, part_norm, part_acc):
+    """Put a running softmax behind another one. One that has seen nothing changes no bit."""
+    new_top = tl.maximum(top, part_top)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    old, new = tl.exp2(top - base), tl.exp2(part_top - base)
+    norm = tl.fma(norm, old, part_norm * new)
+    acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), part_acc * new[:, None])
+    return new_top, norm, acc
+
+
+@triton.jit
+def _load(partials, tops, norms, at, inside, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """The partial results `at` these places; where not `inside`, nothing."""
+    dims = tl.arange(0, WIDTH)
+    mask = inside[:, None] & (dims < DIM)[None, :]
+    top = tl.load(tops + at, mask=inside, other=float("-inf"))
+    norm = tl.load(norms + at, mask=inside, other=0.0)
+    return top, norm, tl.load((partials + at * DIM)[:, None] + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -114,8 +90,6 @@ def _attention_kernel(
     k_cache,
     v_cache,
     work,
-    limits,
-    records,
     out,
     partials,
     tops,
@@ -124,6 +98,7 @@ def _attention_kernel(
     kv_heads,
     slots,
     scale,
+    spare,
     PER_KV: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -133,6 +108,7 @@ def _attention_kernel(
     PROGRAMS: tl.constexpr,
     BEFORE_ITEMS: tl.constexpr,
     PER_ITEM: tl.constexpr,
+    SPAN: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     if CHAINED:
@@ -147,39 +123,41 @@ def _attention_kernel(
         first_row, rows = tl.load(item), tl.load(item + 1)
         table = work + tl.load(item + 2)
         segment, last_segment = tl.load(item + 3), tl.load(item + 4)
-        seen, block_row, block = tl.load(item + 5), tl.load(item + 7), tl.load(item + 8)
+        seen, block_row, block, causal = (
+            tl.load(item + 5),
+            tl.load(item + 7),
+            tl.load(item + 8),
+            tl.load(item + 9),
+        )
+        record, records = tl.load(item + 10), tl.load(item + 11)
+        divided = record >= 0
         # A KV head's queries: all its query heads of a row, then the next row's.
-        row = first_row + query_index // PER_KV
+        row = query_index // PER_KV
         head = kv_head * PER_KV + query_index % PER_KV
-        inside = query_index // PER_KV < rows
+        inside = row < rows
         mask = inside[:, None] & (dims < DIM)[None, :]
-        limit = tl.load(limits + row, mask=inside, other=0)
-        record = tl.load(records + row, mask=inside, other=-1)
-        divided = tl.load(records + first_row) >= 0
+        limit = seen - (rows - 1 - row) * causal
+        # Where partial results go: records, or the program's own place.
+        left_at = tl.where(
+            divided,
+            (record + row * records) * heads + head,
+            spare + tl.program_id(0) * QUERIES + query_index,
+        )
         begin, end = _segment_start(segment), min(_segment_start(last_segment), seen)
+        spans_from = tl.cdiv(begin, SPAN) * SPAN  # Before it, a record for each segment.
         if CHAINED:
             gdc_wait()
-        place = (row * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
+        place = ((first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
         query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
-        top = tl.full((QUERIES,), float("-inf"), tl.float32)
-        norm = tl.zeros((QUERIES,), tl.float32)
-        acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-        part_top, part_norm, part_acc = top, norm, acc
-        # Cached keys, then the block's own: a segment of its own, behind the others.
+        top, norm, acc = _nothing(QUERIES, WIDTH)
+        part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH)
+        # Cached keys, then the block's own.
         cached = tl.cdiv(max(end - begin, 0), KEYS)
-        for tile in range(cached + tl.cdiv(block, KEYS)):
+        tiles = cached + tl.cdiv(block, KEYS)
+        next_start, left = _segment_start(segment + 1), False
+        for tile in range(tiles):
             at = begin + tile * KEYS
             own = (tile - cached) * KEYS
-            ends = at == _segment_start(segment + 1) if tile < cached else tile == cached
-            if ends & (tile > 0):
-                top, norm, acc = _end_segment(
-                    divided, tops, norms, partials, record + segment, heads, head, inside,
-                    _segment_start(segment) < limit, top, norm, acc, part_top, part_norm, part_acc, DIM,
-                )  # fmt: skip
-                segment += 1
-                part_top = tl.full((QUERIES,), float("-inf"), tl.float32)
-                part_norm = tl.zeros((QUERIES,), tl.float32)
-                part_acc = tl.zeros((QUERIES, WIDTH), tl.float32)
             key = tl.arange(0, KEYS)
             if tile < cached:
                 page = tl.load(table + at // PAGE)
@@ -200,24 +178,47 @@ def _attention_kernel(
             part_top, part_norm, part_acc = _see(
                 query, keys, values, part_top, part_norm, part_acc, scale, visible
             )
-        seen_last = (_segment_start(segment) < limit) | (block > 0)
-        top, norm, acc = _end_segment(
-            divided, tops, norms, partials, record + (last_segment if block > 0 else segment), heads, head, inside,
-            seen_last, top, norm, acc, part_top, part_norm, part_acc, DIM,
-        )  # fmt: skip
-        if not divided:
-            result = (acc / tl.where(inside, norm, 1.0)[:, None]).to(out.dtype.element_ty)
-            goal = (row * heads + head).to(tl.int64) * DIM
+            at += KEYS
+            last, cached_end = tile + 1 == tiles, tile + 1 == cached
+            if last | cached_end | (at == next_start):
+                top, norm, acc = _merge(top, norm, acc, part_top, part_norm, part_acc)
+                part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH)
+                segment += 1
+                next_start = tl.where(tile + 1 < cached, _segment_start(segment + 1), 0)
+                if last | (at <= spans_from) | ((at % SPAN == 0) & (cached_end == 0)):
+                    if left & (divided == 0):
+                        tl.debug_barrier()  # Other threads may have stored it.
+                        spans = _load(partials, tops, norms, left_at, inside, WIDTH, DIM)
+                        top, norm, acc = _merge(spans[0], spans[1], spans[2], top, norm, acc)
+                    if divided | (last == 0):
+                        tl.store(tops + left_at, top, mask=inside)
+                        tl.store(norms + left_at, norm, mask=inside)
+                        tl.store((partials + left_at * DIM)[:, None] + dims[None, :], acc, mask=mask)
+                        top, norm, acc = _nothing(QUERIES, WIDTH)
+                        left_at += tl.where(divided, heads, 0)
+                        left = True
+        if divided == 0:
+            result = (acc * (1.0 / tl.where(inside, norm, 1.0))[:, None]).to(out.dtype.element_ty)
+            goal = ((first_row + row) * heads + head).to(tl.int64) * DIM
             tl.store(out + goal[:, None] + dims[None, :], result, mask=mask)
     if CHAINED:
         gdc_wait()  # Programs without an item wait too: this launch must not be over before the one ahead of it.
 
 
 @triton.jit
+def _load_record(place, i, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """A row's i-th record for some of its heads, as a tuple of one; nothing past the last record.
+
+    place: where records lie; the row's first record and how many it has; how many heads the pass has, and which are wanted.
+    """
+    partials, tops, norms, record, records, heads, head = place
+    inside = head < tl.where(i < records, heads, 0)
+    return (_load(partials, tops, norms, (record + i) * heads + head, inside, WIDTH, DIM),)
+
+
+@triton.jit
 def _merge_kernel(
-    limits,
-    records,
-    num_ar,
+    work,
     out,
     partials,
     tops,
@@ -225,76 +226,47 @@ def _merge_kernel(
     heads,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    BATCH: tl.constexpr,
+    PER_ROW: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Merge one row's segments in order, for one head; its block, if it has one, is the last record."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    record = tl.load(records + row)
-    limit = tl.load(limits + row)
-    diffusion = row >= tl.load(num_ar)
+    """Merge the records of divided rows, HEADS heads of a row at a time: those of each span in order, then the spans."""
     if CHAINED:
         gdc_launch_dependents()
-        gdc_wait()
-    if record < 0:
-        return
-    first = record.to(tl.int64) * heads + head
+    row_count, rows = tl.load(work + 2), work + tl.load(work + 3)
+    groups = tl.cdiv(heads, HEADS)
     dims = tl.arange(0, WIDTH)
-    inside = dims < DIM
-    top = tl.full((WIDTH,), float("-inf"), tl.float32)
-    norm = tl.zeros((WIDTH,), tl.float32)
-    acc = tl.zeros((WIDTH,), tl.float32)
-    segments = _num_segments(limit)
-    for segment in range(0, segments, 8):  # Eight reads in flight; merging stays in order.
-        place = first + segment * heads
-        top0, norm0, acc0 = _load_part(
-            partials, tops, norms, place + 0 * heads, segment + 0 < segments, dims, DIM
-        )
-        top1, norm1, acc1 = _load_part(
-            partials, tops, norms, place + 1 * heads, segment + 1 < segments, dims, DIM
-        )
-        top2, norm2, acc2 = _load_part(
-            partials, tops, norms, place + 2 * heads, segment + 2 < segments, dims, DIM
-        )
-        top3, norm3, acc3 = _load_part(
-            partials, tops, norms, place + 3 * heads, segment + 3 < segments, dims, DIM
-        )
-        top4, norm4, acc4 = _load_part(
-            partials, tops, norms, place + 4 * heads, segment + 4 < segments, dims, DIM
-        )
-        top5, norm5, acc5 = _load_part(
-            partials, tops, norms, place + 5 * heads, segment + 5 < segments, dims, DIM
-        )
-        top6, norm6, acc6 = _load_part(
-            partials, tops, norms, place + 6 * heads, segment + 6 < segments, dims, DIM
-        )
-        top7, norm7, acc7 = _load_part(
-            partials, tops, norms, place + 7 * heads, segment + 7 < segments, dims, DIM
-        )
-        top, norm, acc = _merge(inside & (segment + 0 < segments), top, norm, acc, top0, norm0, acc0)
-        top, norm, acc = _merge(inside & (segment + 1 < segments), top, norm, acc, top1, norm1, acc1)
-        top, norm, acc = _merge(inside & (segment + 2 < segments), top, norm, acc, top2, norm2, acc2)
-        top, norm, acc = _merge(inside & (segment + 3 < segments), top, norm, acc, top3, norm3, acc3)
-        top, norm, acc = _merge(inside & (segment + 4 < segments), top, norm, acc, top4, norm4, acc4)
-        top, norm, acc = _merge(inside & (segment + 5 < segments), top, norm, acc, top5, norm5, acc5)
-        top, norm, acc = _merge(inside & (segment + 6 < segments), top, norm, acc, top6, norm6, acc6)
-        top, norm, acc = _merge(inside & (segment + 7 < segments), top, norm, acc, top7, norm7, acc7)
-    if diffusion:
-        place = first + segments * heads
-        own_top, own_norm, own_acc = _load_part(partials, tops, norms, place, True, dims, DIM)
-        top, norm, acc = _merge(inside, top, norm, acc, own_top, own_norm, own_acc)
-    place = out + (row * heads + head).to(tl.int64) * DIM + dims
-    tl.store(place, (acc / tl.where(inside, norm, 1.0)).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _load_part(partials, tops, norms, place, seen, dims, DIM: tl.constexpr):
-    """A query's running softmax over one segment, the scalars spread over its dims."""
-    mask = tl.where(seen, dims, DIM) < DIM
-    spread = dims * 0
-    top = tl.load(tops + place + spread, mask=mask, other=float("-inf"))
-    norm = tl.load(norms + place + spread, mask=mask, other=0.0)
-    return top, norm, tl.load(partials + place * DIM + dims, mask=mask, other=0.0)
+    for unit in range(tl.program_id(0), row_count * groups, tl.num_programs(0)):
+        entry = rows + unit // groups * PER_ROW
+        row, record, records = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        span_ends = work + tl.load(entry + 3)
+        head = unit % groups * HEADS + tl.arange(0, HEADS)
+        span_top, span_norm, span_acc = _nothing(HEADS, WIDTH)
+        top, norm, acc = _nothing(HEADS, WIDTH)
+        if CHAINED:
+            gdc_wait()
+        place = partials, tops, norms, record, records, heads, head
+        for start in range(0, records, BATCH):
+            ends = tl.load(span_ends + start // 32) >> start % 32
+            # Many reads in flight; merging stays in order.
+            parts = _load_record(place, start, WIDTH, DIM)
+            for i in tl.static_range(1, BATCH):
+                parts = parts + _load_record(place, start + i, WIDTH, DIM)
+            for i in tl.static_range(BATCH):
+                part = parts[i]
+                span_top, span_norm, span_acc = _merge(
+                    span_top, span_norm, span_acc, part[0], part[1], part[2]
+                )
+                if (ends >> i) & 1:
+                    top, norm, acc = _merge(top, norm, acc, span_top, span_norm, span_acc)
+                    span_top, span_norm, span_acc = _nothing(HEADS, WIDTH)
+        goal = (out + (row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
+        inside = head < heads
+        result = (acc * (1.0 / tl.where(inside, norm, 1.0))[:, None]).to(out.dtype.element_ty)
+        tl.store(goal, result, mask=inside[:, None] & (dims < DIM)[None, :])
+    if CHAINED:
+        gdc_wait()  # Programs without a row wait too.
 
 
 def paged_attention(
@@ -310,25 +282,26 @@ def paged_attention(
         raise ValueError(
             f"pages of {page_size} tokens can't be read on a GPU: page_size must be a multiple of {keys}"
         )
-    out = torch.empty(rows, heads * dim, device=qkv.device, dtype=qkv.dtype)
-    partials = torch.empty(max(1, work.capacity), heads, dim, device=qkv.device, dtype=torch.float32)
-    tops, norms = torch.empty(2, max(1, work.capacity), heads, device=qkv.device, dtype=torch.float32)
     queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
-    if has_warpgroup_mma() and qkv.itemsize == 2:
+    out = torch.empty(rows, heads * dim, device=qkv.device, dtype=qkv.dtype)
+    # Records, then a place for each program.
+    spare = work.capacity * heads
+    places = spare + programs * queries
+    partials = torch.empty(places, dim, device=qkv.device, dtype=torch.float32)
+    tops, norms = torch.empty(2, places, device=qkv.device, dtype=torch.float32)
+    if shares_tiles(qkv.dtype, dim):
         attention_stream.launch(
             qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, partials, tops, norms,
-            queries=queries, keys=keys, width=width, programs=programs,
+            spare=spare, queries=queries, keys=keys, width=width, programs=programs // 2,
         )  # fmt: skip
     else:
         _attention_kernel[(programs,)](
             qkv,
             k_cache,
             v_cache,
-            work.items,
-            work.limits,
-            work.records,
+            work.numbers,
             out,
             partials,
             tops,
@@ -337,6 +310,7 @@ def paged_attention(
             kv_heads,
             pages * page_size,
             scale * _LOG2_E,
+            spare,
             PER_KV=plan.heads_per_kv,
             PAGE=page_size,
             DIM=dim,
@@ -346,15 +320,14 @@ def paged_attention(
             PROGRAMS=programs,
             BEFORE_ITEMS=HEADER,
             PER_ITEM=ITEM,
+            SPAN=SPAN,
             num_warps=4,
             num_stages=2,
             **chaining(),
         )
     if work.capacity:
-        _merge_kernel[(rows, heads)](
-            work.limits,
-            work.records,
-            work.num_ar,
+        _merge_kernel[(min(4 * programs, rows * triton.cdiv(heads, _MERGED_HEADS)),)](
+            work.numbers,
             out,
             partials,
             tops,
@@ -362,7 +335,10 @@ def paged_attention(
             heads,
             DIM=dim,
             WIDTH=width,
-            num_warps=1,
+            HEADS=_MERGED_HEADS,
+            BATCH=8,
+            PER_ROW=DIVIDED_ROW,
+            num_warps=_MERGED_HEADS,
             **chaining(),
         )
     return out
@@ -373,10 +349,15 @@ def _queries(dtype: torch.dtype) -> int:
 
 
 def attention_programs(device: torch.device) -> int:
-    """Programs of a launch: as many as run at a time, two on a multiprocessor."""
+    """Among how many the work list is divided: two on a multiprocessor, programs or lanes of one program."""
     return 2 * multiprocessors(device)
 
 
 def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
     """Rows of a tile of the work list: as many as their queries have room for."""
     return max(1, _queries(dtype) // heads_per_kv)
+
+
+def shares_tiles(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the work list is for `attention_stream`, which takes shared tiles; its rings have no room for wider heads."""
+    return has_warpgroup_mma() and dtype.itemsize == 2 and head_dim <= 128

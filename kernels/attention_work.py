@@ -1,23 +1,35 @@
 """Attention of one pass as a work list for a GPU: which rows meet which keys, in pieces of similar cost.
 
-A tile is up to `tile_rows` rows of one group. Keys are cut into segments at fixed positions: short ones first, so that a short
-context still fills the GPU, longer ones further on, so that a long one does not drown in partial results. An item is a tile and a
-run of segments, for one KV head at a time. A tile with one item is finished by it. The segments of a tile with several leave one
-partial result each, a record, and are merged afterwards. How a tile is divided changes no bit of it.
+A tile is up to `tile_rows` rows of one group; a shared tile, twice as many, for a kernel that brings keys once for two consumers.
+Keys are cut into segments at fixed positions: short ones first, so that a short context still fills the GPU, longer ones
+further on. The segments of a span of 2,048 keys are merged in order, then the spans; a row's diffusion block is merged behind
+the last segment of its last span. An item is a tile and a run of segments, for one KV head at a time. A tile with one item is
+finished by it. The items of a divided tile leave partial results, records, which are merged afterwards: one for each span that
+an item begins, one for each segment of a span that it doesn't. How a tile is divided changes no bit of it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-ITEM = 9
+SPAN = 2048
+"""Keys whose segments are merged with one another before anything else."""
+_LONG_SHARE = 1024
+"""Keys of an item from which on it takes its tile's block along rather than leave it to another program."""
+HEADER = 8
+"""Numbers before the items: how many there are, how many of them have a shared tile (these come first), how many rows are
+divided, and where these rows' list begins."""
+ITEM = 16
 """Numbers of an item: first row and number of rows; where the page table begins; first and last + 1 of its segments; keys
 that the tile's last row sees; the first key that this pass writes; first row of its diffusion block and rows of the block,
-0 unless this item adds it."""
-HEADER = 8
-"""Numbers before the items; the first says how many items there are."""
+0 unless this item adds it; keys that each row sees more than the one before; first record of the first row, -1 if the tile
+isn't divided, and how many a row has. The rest is unused."""
+DIVIDED_ROW = 4
+"""Numbers of a divided row: itself, its first record, how many it has, and where a bit for each begins: whether it is the last of
+its span."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +55,12 @@ class AttentionGroup:
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """A work list on its device, all int32.
+    """A work list on its device. capacity: records that there is room for.
 
-    limits [rows]: cache keys that a row sees. records [rows]: the row's first record, -1 if it has none. items: header,
-    items, page tables. capacity: records that there is room for.
+    numbers, int32: header, items, divided rows, their bits, page tables.
     """
 
-    limits: Tensor
-    records: Tensor
-    items: Tensor
-    num_ar: Tensor
+    numbers: Tensor
     capacity: int
 
 
@@ -70,69 +78,125 @@ def num_segments(keys: int) -> int:
     return 22 + -(-(keys - 8192) // 1024) if keys <= 32768 else 46 + -(-(keys - 32768) // 2048)
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Numbers of an item that are its tile's."""
+
+    first_row: int
+    rows: int
+    table: int
+    seen: int
+    fresh: int
+    block_row: int
+    block: int
+    causal: int
+
+    def item(self, begin: int, end: int, block: int, record: int = -1, records: int = 0) -> tuple[int, ...]:
+        """Segments begin .. end - 1; block: its rows, 0 if another item adds it."""
+        tile = (self.first_row, self.rows, self.table, begin, end, self.seen, self.fresh, self.block_row)
+        return (*tile, block, self.causal, record, records, 0, 0, 0, 0)
+
+
 def plan_work(
-    groups: Sequence[AttentionGroup], *, num_rows: int, tile_rows: int, programs: int, capacity: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """limits, records and items of `AttentionWork` as int32 arrays.
+    groups: Sequence[AttentionGroup], *, tile_rows: int, shared: bool, programs: int, capacity: int
+) -> np.ndarray:
+    """`AttentionWork.numbers`.
 
-    num_rows: of the pass; rows of no group see nothing. programs: how many programs there are for each KV head; work is
-    divided so that each gets about as many keys. Tiles that would need more than `capacity` records are not divided.
+    shared: make shared tiles, each for two programs. programs: how many there are for each KV head; work is divided so that
+    each gets about as many keys. Tiles that would need more than `capacity` records are not divided.
     """
-    limits, records = np.zeros(num_rows, np.int32), np.full(num_rows, -1, np.int32)
-    tiles: list[tuple[int, ...]] = []
+    tiles: list[_Tile] = []
     tables: list[int] = []
-    keys = 0
+    most = 2 * tile_rows if shared else tile_rows
     for group in groups:
-        first, count, start = group.first_row, group.num_rows, group.start
-        if group.diffusion:
-            limits[first : first + count] = start
-        else:
-            limits[first : first + count] = np.arange(start + 1, start + count + 1, dtype=np.int32)
-        place = len(tables)
+        count, start = group.num_rows, group.start
+        for at in range(0, count, most):
+            rows = min(most, count - at)
+            seen, block = (start, count) if group.diffusion else (start + at + rows, 0)
+            where = (group.first_row + at, rows, len(tables), seen, start, group.first_row)
+            tiles.append(_Tile(*where, block, int(not group.diffusion)))
         tables.extend(group.pages)
-        block = count if group.diffusion else 0
-        for at in range(0, count, tile_rows):
-            rows = min(tile_rows, count - at)
-            seen = start if group.diffusion else start + at + rows
-            tiles.append((first + at, rows, place, seen, start, first, block))
-            keys += seen
-    share = max(128, -(-keys // programs))
+    keys = sum(tile.seen for tile in tiles)
     items: list[tuple[int, ...]] = []
+    rows_divided: list[tuple[int, ...]] = []
+    span_ends: list[int] = []
     used = 0
-    for first, rows, place, seen, fresh, block_row, block in tiles:
-        segments = num_segments(seen)
-        parts = max(1, min(round(seen / share), segments))
-        needed = rows * (segments + (block > 0))
-        if parts > 1 and used + needed <= capacity:
-            stride = segments + (block > 0)
-            records[first : first + rows] = used + stride * np.arange(rows, dtype=np.int32)
-            used += needed
-        else:
-            parts = 1
-        begin = 0
-        for part in range(1, parts + 1):
-            end = segments if part == parts else _cut(seen * part // parts, begin)
-            own = block if part == parts else 0
-            if end > begin or own:
-                items.append((first, rows, place, begin, end, seen, fresh, block_row, own))
-            begin = end
-    # The longest first: what comes last should be short.
-    items.sort(key=lambda item: segment_start(item[3]) - segment_start(item[4]))
-    out = np.empty(HEADER + ITEM * len(items) + len(tables), np.int32)
-    out[:HEADER] = 0
-    out[0] = len(items)
-    behind = HEADER + ITEM * len(items)
-    if items:
-        table = np.array(items, np.int32)
-        table[:, 2] += behind
-        out[HEADER:behind] = table.ravel()
-    out[behind:] = tables
-    return limits, records, out
+    for tile in tiles:
+        share = max(128, -(-keys * (1 + (tile.rows > tile_rows)) // programs))
+        runs = _runs(tile.seen, round(tile.seen / share))
+        # Segments, rows of the block, and for each record whether it is the last of its span.
+        parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
+        if tile.block and runs:
+            begin, end, _, ends = parts.pop()
+            if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
+                parts += [(begin, end, 0, [*ends[:-1], False]), (end, end, tile.block, [True])]
+            elif segment_start(end) > _spans_from(begin):
+                parts.append((begin, end, tile.block, ends))
+            else:
+                parts.append((begin, end, tile.block, [*ends[:-1], False, True]))
+        bits = [bit for part in parts for bit in part[3]]
+        if len(runs) < 2 or used + tile.rows * len(bits) > capacity:
+            items.append(tile.item(0, num_segments(tile.seen), tile.block))
+            continue
+        record = used
+        for begin, end, block, ends in parts:
+            items.append(tile.item(begin, end, block, record, len(bits)))
+            record += len(ends)
+        for row in range(tile.first_row, tile.first_row + tile.rows):
+            rows_divided.append((row, used, len(bits), len(span_ends)))
+            used += len(bits)
+        for at in range(0, len(bits), 32):
+            span_ends.append(sum(bit << i for i, bit in enumerate(bits[at : at + 32])))
+    # Shared items first, and of either kind the longest: what comes last should be short.
+    items.sort(key=lambda item: (item[1] <= tile_rows, segment_start(item[3]) - segment_start(item[4])))
+    shared_items = sum(item[1] > tile_rows for item in items)
+    item_table = np.array(items, np.int32).reshape(-1, ITEM)
+    row_table = np.array(rows_divided, np.int32).reshape(-1, DIVIDED_ROW)
+    rows_at = HEADER + item_table.size
+    ends_at = rows_at + row_table.size
+    item_table[:, 2] += ends_at + len(span_ends)
+    row_table[:, 3] += ends_at
+    header = np.array([len(items), shared_items, len(row_table), rows_at, 0, 0, 0, 0], np.int32)
+    bits_table = np.array(span_ends, np.uint32).view(np.int32)
+    return np.concatenate(
+        [header, item_table.ravel(), row_table.ravel(), bits_table, np.array(tables, np.int32)]
+    )
 
 
-def _cut(keys: int, begin: int) -> int:
-    """The segment boundary nearest to `keys`, behind `begin`."""
+def work_size(*, rows: int, programs: int, capacity: int, pages: int) -> int:
+    """Length of the longest list for so many rows and pages: rows that are tiles, each with a block, and divided."""
+    return HEADER + ITEM * 2 * (rows + programs) + (DIVIDED_ROW + 1) * rows + capacity // 32 + pages
+
+
+def _runs(keys: int, parts: int) -> list[tuple[int, int]]:
+    """The segments of `keys` keys in up to so many runs of about as many keys."""
+    segments = num_segments(keys)
+    cuts = [_nearest_segment(keys * part // parts) for part in range(1, parts)]
+    return [(begin, end) for begin, end in pairwise([0, *cuts, segments]) if end > begin]
+
+
+def _nearest_segment(keys: int) -> int:
+    """The segment whose start is nearest to `keys`."""
     segment = num_segments(keys)
     if segment > 0 and keys - segment_start(segment - 1) < segment_start(segment) - keys:
         segment -= 1
-    return max(segment, begin)
+    return segment
+
+
+def _spans_from(begin: int) -> int:
+    """The first key from which on an item whose first segment is `begin` leaves records of spans or their beginnings."""
+    return -(-segment_start(begin) // SPAN) * SPAN
+
+
+def _span_ends(keys: int, begin: int, end: int) -> list[bool]:
+    """For each record that a run of the segments of `keys` keys leaves: whether it is the last of its span.
+
+    A record for each segment as far as the run's first span isn't there from its beginning, then one for each span.
+    """
+    ends: list[bool] = []
+    for behind in range(begin + 1, end + 1):
+        at = segment_start(behind)
+        ends_span = at % SPAN == 0 or behind == num_segments(keys)
+        if ends_span or behind == end or at <= _spans_from(begin):
+            ends.append(ends_span)
+    return ends

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels import linear_triton
 from kernels.attention import AttentionPlan, paged_attention
-from kernels.attention_triton import attention_programs, tile_rows
+from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention_work import AttentionGroup, AttentionWork, plan_work
 from kernels.linear import PackedLinear
 from kernels.linear_triton import LinearTiles, num_segments
@@ -74,16 +74,15 @@ def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPl
     """The plan with a work list. programs, for each KV head: how finely it is divided; 0: every tile is one item."""
     if programs is None:
         programs = attention_programs(plan.device) // KV_HEADS
-    num_rows = sum(group.num_rows for group in plan.groups)
     capacity = 1 << 15 if programs else 0
-    tile = tile_rows(plan.heads_per_kv, torch.bfloat16)
-    arrays = plan_work(
-        plan.groups, num_rows=num_rows, tile_rows=tile, programs=max(1, programs), capacity=capacity
+    numbers = plan_work(
+        plan.groups,
+        tile_rows=tile_rows(plan.heads_per_kv, torch.bfloat16),
+        shared=shares_tiles(torch.bfloat16, HEAD_DIM),
+        programs=max(1, programs),
+        capacity=capacity,
     )
-    num_ar = sum(group.num_rows for group in plan.groups if not group.diffusion)
-    limits, records, items = (torch.from_numpy(a).to(plan.device) for a in arrays)
-    split = torch.tensor([num_ar], dtype=torch.int32, device=plan.device)
-    return replace(plan, work=AttentionWork(limits, records, items, split, capacity))
+    return replace(plan, work=AttentionWork(torch.from_numpy(numbers).to(plan.device), capacity))
 
 
 @cache

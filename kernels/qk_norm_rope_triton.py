@@ -1,4 +1,4 @@
-"""QK norm, rotary embedding and cache write on a GPU in one kernel: one program per row and head."""
+"""QK norm, rotary embedding and cache write on a GPU in one kernel: a warp per row and head."""
 
 import triton
 import triton.language as tl
@@ -6,6 +6,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining
+
+_HEADS = 32
+"""Heads of a program, a warp for each: few programs leave most multiprocessors to the kernel behind this one."""
 
 
 @triton.jit
@@ -18,53 +21,52 @@ def _qk_norm_rope_kernel(
     slots,
     k_cache,
     v_cache,
+    count,
     heads,
     kv_heads,
     places,
     eps,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    unit = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     normed = heads + kv_heads
-    writes = row < tl.load(num_ar)
-    slot = tl.load(slots + row).to(tl.int64)
-    dims = tl.arange(0, WIDTH)
-    inside = dims < DIM
+    row, head = unit // (normed + kv_heads), unit % (normed + kv_heads)
+    writes = (unit < count) & (row < tl.load(num_ar))
+    slot = tl.load(slots + row, mask=writes, other=0)
+    dims = tl.arange(0, WIDTH)[None, :]
+    inside = (unit < count)[:, None] & (dims < DIM)
     # The other half of the head, for the rotation: read again rather than moved between threads.
     other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
-    weight += (head + tl.where(writes, 0, normed)) * DIM
-    scaled = dims < tl.where(head < normed, DIM, 0)
-    dim_weight = tl.load(weight + dims, mask=scaled, other=0.0)
-    other_weight = tl.load(weight + other, mask=scaled, other=0.0)
+    weight += ((head + tl.where(row < tl.load(num_ar), 0, normed)) * DIM)[:, None]
+    turned = inside & (head < normed)[:, None]
+    own_weight = tl.load(weight + dims, mask=turned, other=0.0)
+    other_weight = tl.load(weight + other, mask=turned, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    source = qkv + (row * (normed + kv_heads) + head) * DIM
-    if head < normed:
-        value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
-        swapped = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
-        cosine = tl.load(cos + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
-        sine = tl.load(sin + row * DIM + dims, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(value * value) / DIM + eps)
-        dtype = qkv.dtype.element_ty
-        value = (value * scale).to(dtype) * dim_weight
-        swapped = (swapped * scale).to(dtype) * other_weight
-        result = (value.to(tl.float32) * cosine + swapped.to(tl.float32) * sine).to(dtype)
-        result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
-        tl.store(source + dims, result, mask=inside)
-        if writes and head >= heads:
-            place = k_cache + ((head - heads).to(tl.int64) * places + slot) * DIM
-            tl.store(place + dims, result, mask=inside)
-    else:
-        value = tl.load(source + dims, mask=inside, other=0.0)
-        value = tl.where(tl.abs(value.to(tl.float32)) < float("inf"), value, 0.0)
-        tl.store(source + dims, value, mask=inside)
-        if writes:
-            place = v_cache + ((head - normed).to(tl.int64) * places + slot) * DIM
-            tl.store(place + dims, value, mask=inside)
+    angle = (row * DIM)[:, None] + dims
+    cosine = tl.load(cos + angle, mask=turned, other=0.0).to(tl.float32)
+    sine = tl.load(sin + angle, mask=turned, other=0.0).to(tl.float32)
+    source = qkv + (unit.to(tl.int64) * DIM)[:, None]
+    raw = tl.load(source + dims, mask=inside, other=0.0)
+    value = tl.where(turned, raw.to(tl.float32), 0.0)
+    swapped = tl.load(source + other, mask=turned, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)[:, None]
+    dtype = qkv.dtype.element_ty
+    value = (value * scale).to(dtype) * own_weight
+    swapped = (swapped * scale).to(dtype) * other_weight
+    result = (value.to(tl.float32) * cosine + swapped.to(tl.float32) * sine).to(dtype)
+    result = tl.where((head < normed)[:, None], result, raw)
+    result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
+    tl.store(source + dims, result, mask=inside)
+    is_key, is_value = writes & (head >= heads) & (head < normed), writes & (head >= normed)
+    key_place = ((head - heads).to(tl.int64) * places + slot) * DIM
+    value_place = ((head - normed).to(tl.int64) * places + slot) * DIM
+    tl.store(k_cache + key_place[:, None] + dims, result, mask=is_key[:, None] & inside)
+    tl.store(v_cache + value_place[:, None] + dims, result, mask=is_value[:, None] & inside)
 
 
 def qk_norm_rope(
@@ -82,7 +84,7 @@ def qk_norm_rope(
     rows, all_heads, dim = qkv.shape
     normed = weight.shape[1]
     kv_heads = all_heads - normed
-    _qk_norm_rope_kernel[(rows, all_heads)](
+    _qk_norm_rope_kernel[(triton.cdiv(rows * all_heads, _HEADS),)](
         qkv,
         weight,
         cos,
@@ -91,12 +93,14 @@ def qk_norm_rope(
         slots,
         k_cache,
         v_cache,
+        rows * all_heads,
         normed - kv_heads,
         kv_heads,
         k_cache.shape[1],
         eps,
         DIM=dim,
         WIDTH=triton.next_power_of_2(dim),
-        num_warps=1,
+        HEADS=_HEADS,
+        num_warps=_HEADS,
         **chaining(),
     )

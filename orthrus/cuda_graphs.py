@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import AttentionPlan, gumbel_argmax, upload
-from kernels.attention_triton import attention_programs, tile_rows
-from kernels.attention_work import HEADER, ITEM, AttentionWork, plan_work
+from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
+from kernels.attention_work import AttentionWork, plan_work, work_size
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
 from orthrus.model_runner import LaunchedPass
@@ -32,7 +32,7 @@ _GRAPH_BYTES = 1 << 30
 _NUM_AR, _FIRST_PICK = 0, 1
 _BEFORE_HEAD = 8
 _HEAD_FIELDS = 4
-_ROW_FIELDS = 5
+_ROW_FIELDS = 3
 
 
 def row_buckets(most: int) -> list[int]:
@@ -83,7 +83,7 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
     cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
     zeros = torch.zeros(_ROW_FIELDS, rows, dtype=torch.int32, device=device)
     num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
-    work = AttentionWork(zeros[3], zeros[4], zeros[0], num_ar, _RECORDS)
+    work = AttentionWork(zeros[0], _RECORDS)
     attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
     plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0], rows)
     forward.hidden_states(plan, cache, zeros[0])
@@ -99,7 +99,7 @@ class CudaGraphRunner:
 
     The buffer of a pass, int32: number of AR rows, place of the first pick; for the head: rows that need logits,
     temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the bucket: tokens,
-    positions, slots, limits, records (see `AttentionWork`); then attention's work list and the page tables.
+    positions, slots; then attention's work list.
     """
 
     feeds_tokens = True
@@ -117,14 +117,15 @@ class CudaGraphRunner:
         self._forward, self._cache = forward, cache
         device = forward.device
         self._tile_rows = tile_rows(forward.heads_per_kv, forward.dtype)
+        self._shares_tiles = shares_tiles(forward.dtype, forward.config.head_dim)
         self._programs = max(1, attention_programs(device) // forward.config.num_key_value_heads)
         self._row_buckets = row_buckets(max_rows)
         self._head_buckets = row_buckets(max_logits)
         most_logits = self.max_logits = self._head_buckets[-1]
         self._rows_at = _BEFORE_HEAD + _HEAD_FIELDS * most_logits
         most_rows = self._row_buckets[-1]
-        items = most_rows + 2 * attention_programs(device)
-        size = self._rows_at + _ROW_FIELDS * most_rows + HEADER + ITEM * items + max_pages
+        size = self._rows_at + _ROW_FIELDS * most_rows
+        size += work_size(rows=most_rows, programs=self._programs, capacity=_RECORDS, pages=max_pages)
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
         self._uploads = [_Upload(size), _Upload(size)]
         self._picks = torch.zeros(2 * most_logits, dtype=torch.int32, device=device)
@@ -167,10 +168,10 @@ class CudaGraphRunner:
         used = len(flat.tokens)
         bucket = next(size for size in self._row_buckets if size >= used)
         count = len(flat.logit_rows)
-        limits, records, items = plan_work(
+        work = plan_work(
             flat.groups,
-            num_rows=bucket,
             tile_rows=self._tile_rows,
+            shared=self._shares_tiles,
             programs=self._programs,
             capacity=_RECORDS,
         )
@@ -187,13 +188,11 @@ class CudaGraphRunner:
             temperatures[:count] = row_temperatures(rows).view(np.int32)
             keys[: 2 * count] = row_keys(rows).ravel()
         fields = array[self._rows_at : self._rows_at + _ROW_FIELDS * bucket].reshape(_ROW_FIELDS, bucket)
-        for row, values in zip(
-            fields, (flat.tokens, flat.positions, flat.slots, limits, records), strict=True
-        ):
+        for row, values in zip(fields, (flat.tokens, flat.positions, flat.slots), strict=True):
             row[: len(values)] = values
             row[len(values) :] = 0
-        end = self._rows_at + _ROW_FIELDS * bucket + len(items)
-        array[end - len(items) : end] = items
+        end = self._rows_at + _ROW_FIELDS * bucket + len(work)
+        array[end - len(work) : end] = work
         upload(staged.tensor[:end], self._buffer[:end])
         self._row_graphs[bucket].replay()
         if count:
@@ -250,15 +249,9 @@ class CudaGraphRunner:
         """The buffer as a plan for `rows` rows."""
         first = self._rows_at
         fields = self._buffer[first : first + _ROW_FIELDS * rows].view(_ROW_FIELDS, rows)
-        tokens, positions, slots, limits, records = fields.unbind()
+        tokens, positions, slots = fields.unbind()
         num_ar = self._buffer[_NUM_AR : _NUM_AR + 1]
-        work = AttentionWork(
-            limits,
-            records,
-            self._buffer[first + _ROW_FIELDS * rows :],
-            num_ar,
-            _RECORDS,
-        )
+        work = AttentionWork(self._buffer[first + _ROW_FIELDS * rows :], _RECORDS)
         most = self.max_logits
         return PassPlan(
             tokens=tokens,

@@ -35,7 +35,16 @@ from kernels import (
     upload,
     upload_triton,
 )
-from kernels.attention_work import AttentionWork, plan_work
+from kernels.attention_work import (
+    DIVIDED_ROW,
+    HEADER,
+    ITEM,
+    SPAN,
+    AttentionWork,
+    plan_work,
+    segment_start,
+    work_size,
+)
 from kernels.linear_triton import LinearTiles
 from kernels.sampling import noise_keys
 
@@ -165,15 +174,13 @@ def attention_case(
     return torch.cat(rows).to(dtype), keys, values, AttentionPlan(tuple(plan), PAGE, per_kv, CPU)
 
 
-def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int) -> AttentionPlan:
+def with_work(plan: AttentionPlan, tile_rows: int, programs: int) -> AttentionPlan:
     """More programs: items of fewer segments. With 0, every tile is one item."""
     capacity = 1000 if programs else 0
-    arrays = plan_work(
-        plan.groups, num_rows=num_rows, tile_rows=tile_rows, programs=max(1, programs), capacity=capacity
+    numbers = plan_work(
+        plan.groups, tile_rows=tile_rows, shared=False, programs=max(1, programs), capacity=capacity
     )
-    limits, records, items = map(torch.from_numpy, arrays)
-    num_ar = sum(g.num_rows for g in plan.groups if not g.diffusion)
-    return replace(plan, work=AttentionWork(limits, records, items, int32(num_ar), capacity))
+    return replace(plan, work=AttentionWork(torch.from_numpy(numbers), capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,6 +191,7 @@ def with_work(plan: AttentionPlan, num_rows: int, tile_rows: int, programs: int)
         ([(3, 1022, False), (3, 140, True)], 2),
         ([(4, 0, True), (2, 1, True), (2, 1100, True)], 2),
         ([(1, 40, False)], 5),
+        ([(3, 2046, False), (2, 4100, True), (1, 2048, True)], 2),
     ],
 )
 def test_attention_matches_its_reference_however_the_work_is_divided(
@@ -193,10 +201,8 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
     num_rows = qkv.shape[0]
     exact = paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25)[: num_rows - 3]
     results = [
-        attention_triton.paged_attention(
-            qkv, keys, values, with_work(plan, num_rows, tile_rows, programs), 0.25
-        )
-        for tile_rows, programs in ((3, 100), (3, 2), (3, 0))
+        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 3, programs), 0.25)
+        for programs in (100, 3, 0)
     ]
     for result in results:
         assert torch.equal(result[: num_rows - 3], results[0][: num_rows - 3])
@@ -206,14 +212,12 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
 def test_attention_rows_are_the_same_bits_in_any_company() -> None:
     """Alone, on either side of a segment's end within a group, and beside other groups."""
     qkv, keys, values, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
-    full = attention_triton.paged_attention(qkv, keys, values, with_work(plan, 24, 4, 4), 0.25)
+    full = attention_triton.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
     for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
         group = plan.groups[g]
         alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=group.start + row),))
         at = 12 * g + row
-        out = attention_triton.paged_attention(
-            qkv[at : at + 1], keys, values, with_work(alone, 1, 4, 4), 0.25
-        )
+        out = attention_triton.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
         assert torch.equal(out[0], full[at]), (g, row)
 
 
@@ -221,7 +225,7 @@ def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
     qkv, keys, values, plan = attention_case([(1, 40, False)], 2, torch.float16)
     keys, values = (cache.view(KV_HEADS, 200, 32, 16) for cache in (keys, values))
     with pytest.raises(ValueError, match="page_size must be a multiple of 64"):
-        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 1, 4, 4), 0.25)
+        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
 
 
 def test_segments_tile_the_positions() -> None:
@@ -231,32 +235,89 @@ def test_segments_tile_the_positions() -> None:
         assert attention_work.num_segments(begin + 1) == attention_work.num_segments(end) == index + 1
 
 
-def test_work_covers_every_segment_once_and_is_shared_out_evenly() -> None:
-    groups = [AttentionGroup(0, 40, 30_000, range(480), False), AttentionGroup(40, 8, 100, [500, 501], True)]
-    limits, records, items = plan_work(groups, num_rows=64, tile_rows=32, programs=16, capacity=10_000)
-    assert limits.tolist() == [*range(30_001, 30_041), *[100] * 8, *[0] * 16]
-    count = int(items[0])
-    table = items[8 : 8 + 9 * count].reshape(count, 9)
-    covered: dict[int, list[tuple[int, int]]] = {}
-    for first, rows, place, begin, end, seen, fresh, block_row, block in table.tolist():
-        covered.setdefault(first, []).append((begin, end))
-        assert rows == {0: 32, 32: 8, 40: 8}[first]
-        assert seen == limits[first + rows - 1]
-        assert items[place] == (500 if first == 40 else 0)
-        assert fresh == (100 if first == 40 else 30_000)
-        assert (block, block_row) == ((8, 40) if first == 40 else (0, 0)) or first == 32
-    assert sorted(covered[40]) == [(0, 1)]
-    for first in (0, 32):
-        spans = sorted(covered[first])
-        assert spans[0][0] == 0
-        assert spans[-1][1] == attention_work.num_segments(30_032)
-        assert all(a[1] == b[0] for a, b in pairwise(spans))
-        sizes = [attention_work.segment_start(e) - attention_work.segment_start(b) for b, e in spans]
-        assert max(sizes) < 1.5 * 60_000 / 16
-    # Rows of a divided tile have records of their own, in no other row's way.
-    own = np.sort(records[:40])
-    assert (np.diff(own) >= attention_work.num_segments(30_040)).all()
-    assert (records[40:] == -1).all()
+WORK_GROUPS = [
+    (32, 5000, False), (16, 0, False), (17, 300, True), (1, 9000, False), (70, 200, False), (33, 0, True), (20, 40_000, True)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("programs", "capacity"), [(1, 0), (33, 1 << 15), (33, 900), (500, 1 << 15)])
+def test_every_row_meets_every_key_once(shared: bool, programs: int, capacity: int) -> None:
+    """Whatever the tiles; and the records of a divided tile are as many as its items leave, in no other row's way."""
+    groups: list[AttentionGroup] = []
+    rows = 0
+    for count, start, diffusion in WORK_GROUPS:
+        groups.append(AttentionGroup(rows, count, start, [len(groups) + 1] * (start // 64 + 2), diffusion))
+        rows += count
+    work = plan_work(groups, tile_rows=16, shared=shared, programs=programs, capacity=capacity)
+    assert len(work) <= work_size(
+        rows=rows, programs=programs, capacity=capacity, pages=sum(len(g.pages) for g in groups)
+    )
+    seen, own = np.zeros((rows, 40_001), int), np.zeros((rows, 33), int)
+    table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
+    divided = work[work[3] : work[3] + DIVIDED_ROW * work[2]].reshape(-1, DIVIDED_ROW)
+    first_records = {row: record for row, record, _, _ in divided.tolist()}
+    lengths = []
+    for (
+        first,
+        count,
+        place,
+        begin,
+        end,
+        last,
+        fresh,
+        block_row,
+        block,
+        causal,
+        record,
+        stride,
+        *_,
+    ) in table.tolist():
+        group = next(g for g in groups if g.first_row <= first < g.first_row + g.num_rows)
+        at = slice(segment_start(begin), segment_start(end))
+        assert (fresh, block_row, causal) == (group.start, group.first_row, not group.diffusion)
+        assert last == group.limits[first + count - 1 - group.first_row]
+        assert work[place] == group.pages[0]
+        assert 0 < count <= (32 if shared else 16)
+        seen[first : first + count, at.start : min(at.stop, last)] += 1
+        own[first : first + count, :block] += 1
+        assert (record >= 0) == (first in first_records) == (first + count - 1 in first_records)
+        if record >= 0:
+            assert first_records[first + count - 1] == first_records[first] + stride * (count - 1)
+        lengths.append(at.stop - at.start)
+    for group in groups:
+        for row, limit in enumerate(group.limits, group.first_row):
+            assert (seen[row, :limit] == 1).all()
+            assert own[row].sum() == (group.num_rows if group.diffusion else 0)
+    # Shared items come first, and of either kind the longest.
+    big = int((table[:, 1] > 16).sum())
+    assert work[1] == big
+    assert (big > 0) == shared
+    assert all(list(kind) == sorted(kind, reverse=True) for kind in (lengths[:big], lengths[big:]))
+    # The last record of a row ends its last span.
+    assert bool(len(divided)) == (capacity > 0)
+    spans = sorted((record, record + count) for _, record, count, _ in divided.tolist())
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert not spans or spans[-1][1] <= capacity
+    for _, _, count, bits in divided.tolist():
+        assert work[bits + (count - 1) // 32] >> (count - 1) % 32 & 1
+
+
+def test_work_is_shared_out_evenly_and_whole_spans_leave_one_record() -> None:
+    group = AttentionGroup(0, 32, 32_736, range(512), False)
+    work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
+    table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
+    sizes = [segment_start(end) - segment_start(begin) for begin, end in table[:, 3:5].tolist()]
+    assert sizes == [SPAN] * 16
+    assert work[work[3] : work[3] + DIVIDED_ROW].tolist()[:3] == [0, 0, 16]
+
+
+def test_a_block_is_an_item_of_its_own_where_items_are_short() -> None:
+    for start, blocks in ((992, [0] * 8 + [32]), (32_736, [0] * 15 + [32])):
+        group = AttentionGroup(0, 32, start, range(512), True)
+        work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
+        table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
+        assert sorted(table[:, 8].tolist()) == blocks
 
 
 @pytest.mark.parametrize("copy", [upload, upload_triton.upload])

@@ -1,5 +1,6 @@
 """Triton kernels on a GPU at Qwen3-8B's shapes in bfloat16: near float64, and the same bits for a row in any launch."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -25,11 +26,10 @@ from kernels import (
     qk_norm_rope,
     upload,
 )
-from kernels.bench import HEAD_DIM, HEADS, KV_HEADS, PAGE, device_plan, linear_tiles
+from kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
 from kernels.sampling import noise_keys
 
 DEVICE = torch.device("cuda")
-SCALE = HEAD_DIM**-0.5
 ROWS = (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512)
 
 
@@ -118,43 +118,79 @@ def test_tiles_do_not_change_a_bit(outs: int, ins: int) -> None:
                 assert torch.equal(got, by_segments[segments][:rows]), (segments, tiles)
 
 
+Shape = tuple[int, int, bool]
+"""Rows, start and whether it is a diffusion block, of a group of rows."""
+
+
 def attention_inputs(
-    rows: int, start: int, groups: int, diffusion: bool
+    shapes: Sequence[Shape], per_kv: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
-    """qkv, caches and the plan of groups from `start` on."""
-    used = -(-(start + rows) // PAGE)
-    order = torch.randperm(groups * used, generator=torch.Generator().manual_seed(3)) + 1
-    shape = (KV_HEADS, groups * used + 1, PAGE, HEAD_DIM)
-    plan = []
-    for g in range(groups):
-        pages = order[g * used : (g + 1) * used].tolist()
-        plan.append(AttentionGroup(g * rows, rows, start, pages, diffusion))
-    qkv = randn(groups * rows, HEADS + 2 * KV_HEADS, HEAD_DIM, seed=7)
-    keys, values = randn(*shape, seed=4), randn(*shape, seed=5)
-    return qkv, keys, values, AttentionPlan(tuple(plan), PAGE, HEADS // KV_HEADS, DEVICE)
+    """qkv, caches and the plan of groups of rows."""
+    used = [-(-(start + rows) // PAGE) for rows, start, _ in shapes]
+    order = torch.randperm(sum(used), generator=torch.Generator().manual_seed(3)) + 1
+    plan: list[AttentionGroup] = []
+    at = 0
+    for (rows, start, diffusion), pages in zip(shapes, order.split(used), strict=True):
+        plan.append(AttentionGroup(at, rows, start, pages.tolist(), diffusion))
+        at += rows
+    qkv = randn(at, KV_HEADS * (per_kv + 2), dim, seed=7)
+    keys, values = (randn(KV_HEADS, sum(used) + 1, PAGE, dim, seed=seed) for seed in (4, 5))
+    return qkv, keys, values, AttentionPlan(tuple(plan), PAGE, per_kv, DEVICE)
 
 
-@pytest.mark.parametrize("diffusion", [False, True])
+def alone(qkv: Tensor, plan: AttentionPlan, group: AttentionGroup) -> tuple[Tensor, AttentionPlan]:
+    """A group's rows, and a plan for these only."""
+    rows = slice(group.first_row, group.first_row + group.num_rows)
+    return qkv[rows], device_plan(replace(plan, groups=(replace(group, first_row=0),)))
+
+
+MIXED: tuple[Shape, ...] = (
+    (1, 9000, False), (17, 1000, False), (16, 300, False), (32, 2100, False), (1, 0, False), (5, 1023, False),
+    (70, 940, False), (33, 0, False), (32, 1500, True), (8, 129, True), (33, 700, True), (16, 0, True),
+)  # fmt: skip
+"""With every number of query heads per KV head from 1 to 8, rows that fill one tile, shared tiles, or both."""
+
+
 @pytest.mark.parametrize(
-    ("rows", "start", "groups"), [(1, 999, 1), (32, 1000, 1), (5, 200, 3), (300, 900, 1), (32, 9200, 2)]
+    ("shapes", "per_kv", "dim"),
+    [
+        *((MIXED, per_kv, dim) for per_kv in (1, 2, 4, 5, 8) for dim in (64, 128)),
+        ([(1, 999, False)], 4, 128),
+        ([(32, 1000, False)], 4, 128),
+        ([(300, 900, False)], 4, 128),
+        ([(300, 900, True)], 4, 128),
+        ([(32, 9200, False)] * 2, 4, 128),
+        ([(1, 700 + 11 * i, False) for i in range(64)], 4, 128),
+        ([(32, 32_736, False)], 4, 128),
+        ([(32, 32_736, True)], 4, 128),
+    ],
 )
-def test_attention_rows_are_the_same_bits_however_the_work_is_divided(
-    rows: int, start: int, groups: int, diffusion: bool
+def test_attention_rows_are_the_same_bits_in_any_company_however_the_work_is_divided(
+    shapes: Sequence[Shape], per_kv: int, dim: int
 ) -> None:
-    qkv, keys, values, plan = attention_inputs(rows, start, groups, diffusion)
-    full = paged_attention(qkv, keys, values, device_plan(plan), SCALE)
-    assert error(full, paged_attention(qkv.double(), keys.double(), values.double(), plan, SCALE)) < 6e-3
+    qkv, keys, values, plan = attention_inputs(shapes, per_kv, dim)
+    scale = dim**-0.5
+    full = paged_attention(qkv, keys, values, device_plan(plan), scale)
+    exact = paged_attention(qkv.double(), keys.double(), values.double(), plan, scale)
+    for group in plan.groups:
+        rows = slice(group.first_row, group.first_row + group.num_rows)
+        assert error(full[rows], exact[rows]) < 6e-3, group
     for programs in (0, 4, 64):
-        got = paged_attention(qkv, keys, values, device_plan(plan, programs), SCALE)
-        assert torch.equal(got, full), programs
-    if diffusion:
-        return
-    group = plan.groups[-1]
-    for row in sorted({0, rows // 2, rows - 1}):
-        alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=start + row),))
-        at = slice(group.first_row + row, group.first_row + row + 1)
-        got = paged_attention(qkv[at], keys, values, device_plan(alone), SCALE)
-        assert torch.equal(got[0], full[at.start]), row
+        for _ in range(3):
+            got = paged_attention(qkv, keys, values, device_plan(plan, programs), scale)
+            assert torch.equal(got, full), programs
+    for group in plan.groups:
+        first = group.first_row
+        part, own = alone(qkv, plan, group)
+        got = paged_attention(part, keys, values, own, scale)
+        assert torch.equal(got, full[first : first + group.num_rows]), group
+        if group.diffusion:
+            continue
+        for row in sorted({0, group.num_rows // 2, group.num_rows - 1}):
+            single = replace(group, first_row=first + row, num_rows=1, start=group.start + row)
+            part, own = alone(qkv, plan, single)
+            got = paged_attention(part, keys, values, own, scale)
+            assert torch.equal(got[0], full[first + row]), (group, row)
 
 
 def test_a_plan_is_uploaded_from_page_locked_memory() -> None:
