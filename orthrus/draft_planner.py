@@ -6,6 +6,7 @@ batch rows and commits one. The planner takes what has the best rate, an AR step
 from being slower than AR where rows are dear. Its choice never changes the text.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from orthrus.pass_cost import DecodeCost
@@ -20,7 +21,7 @@ _MARGIN = 1.03
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
 _FIRST_PROBE, _LAST_PROBE = 16, 1024
-"""Steps of a sequence without a draft, until one is tried: few at first, twice as many each time that it changed nothing."""
+"""Passes without a draft, until one is tried: few at first, twice as many each time that it changed nothing."""
 
 
 _Choice = tuple[float, int, bool]
@@ -48,6 +49,26 @@ class _Acceptance:
         return expected
 
 
+@dataclass
+class _Probe:
+    """When to look whether drafts have come to pay, where they did not. asked: plans made since it last was."""
+
+    after: int = _FIRST_PROBE
+    asked: int = 0
+
+    def due(self, batch: int) -> bool:
+        """Whether to draft this time, in a batch of `batch` sequences: all of them do in the same pass.
+
+        One alone would make the pass dearer by nearly as much, and say less.
+        """
+        self.asked += 1
+        if self.asked <= self.after * batch:
+            return False
+        if self.asked == (self.after + 1) * batch:
+            self.after, self.asked = min(2 * self.after, _LAST_PROBE), 0
+        return True
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """Rows of the next block, 1 for an AR step, and whether it has a lead."""
@@ -72,10 +93,10 @@ class DraftPlanner:
         self._acceptance = {
             (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
         }
-        self._blocks = self._steps = 0
-        self._probe_after = _FIRST_PROBE
+        self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
         self._ranked: dict[tuple[bool, int], list[_Choice]] = {}
+        self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
         """Note that of one verified draft the first `accepted` tokens agreed."""
@@ -103,16 +124,12 @@ class DraftPlanner:
             self._ranked[greedy, batch] = best
         rate, rows, lead = best[0]
         if rate >= _MARGIN / cost.ar(batch, greedy):
-            self._steps, self._probe_after = 0, _FIRST_PROBE
+            self._probes.pop((greedy, batch), None)
             self._blocks += 1
             if self._blocks % (_OTHER_EVERY * batch) == 0:
                 _, rows, lead = best[-1]
             return BlockPlan(rows, lead)
-        self._steps += 1
-        if self._steps < self._probe_after * batch:
-            return BlockPlan(1)
-        self._steps, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
-        return BlockPlan(rows, lead)
+        return BlockPlan(rows, lead) if self._probes[greedy, batch].due(batch) else BlockPlan(1)
 
     def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:
         """The best of the blocks with or without a lead."""
