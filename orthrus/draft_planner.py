@@ -16,7 +16,7 @@ _PRIOR_ACCEPTANCE = 0.85
 _PRIOR_WEIGHT = 2.0
 _DECAY = 0.95
 """Weight of the past at each observation: about the last twenty cycles count."""
-_MARGIN = 1.03
+_MARGIN = 1.06
 """A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
@@ -77,6 +77,14 @@ class BlockPlan:
     lead: bool = False
 
 
+@dataclass(frozen=True)
+class _Ranking:
+    """The best block with a lead and the best without, where they fit a pass, the better one first. pays: it beats an AR step."""
+
+    blocks: list[BlockPlan]
+    pays: bool
+
+
 class DraftPlanner:
     """Plans each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences and their leads.
 
@@ -95,12 +103,12 @@ class DraftPlanner:
         }
         self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
-        self._ranked: dict[tuple[bool, int], list[_Choice]] = {}
+        self._rankings: dict[tuple[bool, int], _Ranking] = {}
         self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
         """Note that of one verified draft the first `accepted` tokens agreed."""
-        self._ranked.clear()
+        self._rankings.clear()
         drafted = len(draft.tokens)
         self._acceptance[greedy, draft.lead].observe(drafted, accepted)
         if draft.lead:
@@ -111,25 +119,28 @@ class DraftPlanner:
 
     def plan(self, greedy: bool, batch: int) -> BlockPlan:
         """The next block of a sequence while `batch` sequences decode."""
+        ranking = self._rankings.get((greedy, batch))
+        if ranking is None:
+            ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
+        if not ranking.blocks:
+            return BlockPlan(1)
+        if not ranking.pays:
+            return ranking.blocks[0] if self._probes[greedy, batch].due(batch) else BlockPlan(1)
+        self._probes.pop((greedy, batch), None)
+        self._blocks += 1
+        return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
+
+    def _rank(self, greedy: bool, batch: int) -> _Ranking:
         most = {lead: min(self.max_rows, self._pass_rows // batch - lead) for lead in self._leads}
         leads = [lead for lead in self._leads if most[lead] > 1]
-        if not leads:
-            return BlockPlan(1)
         cost = self._cost
         if cost is None:
-            return BlockPlan(most[leads[0]], leads[0])
-        best = self._ranked.get((greedy, batch))
-        if best is None:
-            best = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
-            self._ranked[greedy, batch] = best
-        rate, rows, lead = best[0]
-        if rate >= _MARGIN / cost.ar(batch, greedy):
-            self._probes.pop((greedy, batch), None)
-            self._blocks += 1
-            if self._blocks % (_OTHER_EVERY * batch) == 0:
-                _, rows, lead = best[-1]
-            return BlockPlan(rows, lead)
-        return BlockPlan(rows, lead) if self._probes[greedy, batch].due(batch) else BlockPlan(1)
+            return _Ranking([BlockPlan(most[lead], lead) for lead in leads[:1]], pays=True)
+        choices = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
+        return _Ranking(
+            [BlockPlan(rows, lead) for _, rows, lead in choices],
+            pays=bool(choices) and choices[0][0] >= _MARGIN / cost.ar(batch, greedy),
+        )
 
     def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:
         """The best of the blocks with or without a lead."""
