@@ -140,7 +140,7 @@ class _WaitingRunner:
         self._free_at = 0.0
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> "_WaitingPass":
-        flatten(groups, self._page_size, 1)
+        flatten(groups, self._page_size)
         self._free_at = max(self._free_at, time.perf_counter()) + self._seconds
         return _WaitingPass(self.logits(groups), rows, self._free_at)
 

@@ -2,15 +2,13 @@
 a faster version for Hopper.
 
 Every function obeys one rule: a row's result depends on that row's inputs only, to the last bit, whatever the number of
-rows in the launch and whatever they hold. Zero drift rests on it. On a CPU, callers keep each view's row count a multiple of
-`ROW_TILE`.
+rows in the launch and whatever they hold. Zero drift rests on it.
 """
 
 from kernels.attention import AttentionPlan, paged_attention
 from kernels.attention_work import AttentionGroup
 from kernels.embedding import embed
 from kernels.linear import (
-    ROW_TILE,
     PackedLinear,
     linear,
     linear_add_rms_norm,
@@ -23,7 +21,6 @@ from kernels.sampling import gumbel_argmax, gumbel_noise
 from kernels.upload import upload
 
 __all__ = [
-    "ROW_TILE",
     "AttentionGroup",
     "AttentionPlan",
     "PackedLinear",

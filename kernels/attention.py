@@ -7,11 +7,10 @@ and the splits in order, so that a row's result does not depend on how long the 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_work import AttentionGroup, AttentionWork
@@ -21,6 +20,7 @@ KV_SPLIT = 128
 """Keys per split: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
+"""Queries are padded to a multiple of this: a product with few rows would take other code."""
 
 
 @dataclass(frozen=True)
@@ -35,87 +35,137 @@ class AttentionPlan:
     heads_per_kv: int
     device: torch.device
     work: AttentionWork | None = None
+    _layouts: dict[tuple[int, int, int], "_Layout"] = field(default_factory=dict, init=False, compare=False)
 
-    @cached_property
-    def batches(self) -> "list[_Batch]":
-        """The groups in batches of one view and row count."""
-        alike: dict[tuple[bool, int], list[AttentionGroup]] = defaultdict(list)
-        for group in self.groups:
-            alike[group.diffusion, group.num_rows].append(group)
-        return [_batch(members, self) for members in alike.values()]
+    def layout(self, num_rows: int, cache: Tensor) -> "_Layout":
+        """Where everything lies in a pass of `num_rows` rows and a cache [kv_heads, pages, ...]: the same in all layers."""
+        key = num_rows, cache.shape[0], cache.shape[1]
+        if key not in self._layouts:
+            wide = torch.promote_types(cache.dtype, torch.float32)
+            self._layouts[key] = _layout(self, *key, wide)
+        return self._layouts[key]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Groups of one view and row count.
+    """Groups of one view and row count, a product for each group and KV head: `products` of them, in this order.
 
-    rows: int64 [groups * rows each], their rows in the pass. page_table int64 [groups, pages], padded with page 0 to a whole
-    number of splits. hidden: keys that a query must not see, bool [1, groups, splits, queries (tiled), KV_SPLIT]. first_page:
-    the page from which a single group's pages follow one another, so that they can be read where they lie; else None.
+    queries: int64 [products * queries], their places among the rows' heads, with some repeated up to a whole number of query
+    tiles. own_keys, own_values: int64 [products * rows], the same of a diffusion block's; else None. pages: int64 [products *
+    pages], where in the cache their pages lie, padded to whole splits. in_place: instead, a slice of the cache's pages, if there
+    is one group and its pages follow one another. mask [products, queries, own keys + cached keys]: -inf where a query does
+    not see a key, else 0.
     """
 
-    groups: int
-    rows: Tensor | slice
-    page_table: Tensor
-    splits: int
-    hidden: Tensor
-    diffusion: bool
-    first_page: int | None
+    products: int
+    queries: Tensor
+    own_keys: Tensor | None
+    own_values: Tensor | None
+    pages: Tensor
+    in_place: slice | None
+    mask: Tensor
+
+    def cached(self, cache: Tensor) -> Tensor:
+        """The groups' keys or values [products, keys, dim] in a cache [kv_heads, pages, page_size, dim]."""
+        if self.in_place is not None:
+            return cache[:, self.in_place].flatten(1, 2)
+        # Whole pages along the first axis: along the second, index_select takes them apart.
+        return cache.flatten(0, 1).index_select(0, self.pages).view(self.products, -1, cache.shape[-1])
 
 
-def _batch(groups: Sequence[AttentionGroup], plan: AttentionPlan) -> _Batch:
-    count, page_size, device = groups[0].num_rows, plan.page_size, plan.device
-    limits = torch.tensor([group.limits for group in groups], device=device)
+@dataclass(frozen=True)
+class _Layout:
+    """A pass in batches. results: int64 [rows * heads], where a row's heads lie among the results of all batches."""
+
+    batches: list[_Batch]
+    results: Tensor
+
+
+def _layout(plan: AttentionPlan, num_rows: int, kv_heads: int, num_pages: int, dtype: torch.dtype) -> _Layout:
+    alike: dict[tuple[bool, int], list[AttentionGroup]] = defaultdict(list)
+    for group in plan.groups:
+        alike[group.diffusion, group.num_rows].append(group)
+    heads = np.arange(kv_heads * plan.heads_per_kv).reshape(kv_heads, 1, plan.heads_per_kv)
+    results = np.zeros((num_rows, heads.size), np.int64)
+    batches, first_result = [], 0
+    for members in alike.values():
+        batch = _batch(members, plan, kv_heads, num_pages, dtype)
+        batches.append(batch)
+        each = batch.queries.shape[0] // batch.products
+        count = members[0].num_rows
+        places = (
+            first_result + each * np.arange(batch.products)[:, None] + np.arange(count * plan.heads_per_kv)
+        )
+        results[_rows(members)[:, None, :, None], heads] = places.reshape(len(members), kv_heads, count, -1)
+        first_result += batch.queries.shape[0]
+    return _Layout(batches, torch.from_numpy(results.ravel()).to(plan.device))
+
+
+def _rows(groups: Sequence[AttentionGroup]) -> np.ndarray:
+    """The rows of groups of one row count: int64 [groups, rows]."""
+    return np.array([group.first_row for group in groups])[:, None] + np.arange(groups[0].num_rows)
+
+
+def _batch(
+    groups: Sequence[AttentionGroup], plan: AttentionPlan, kv_heads: int, num_pages: int, dtype: torch.dtype
+) -> _Batch:
+    device, per_kv, page_size = plan.device, plan.heads_per_kv, plan.page_size
+    count, diffusion = groups[0].num_rows, groups[0].diffusion
+    heads = kv_heads * (per_kv + 2)
+    firsts = _rows(groups)[:, None] * heads  # [groups, 1, rows]: a row's first head
+    kv = np.arange(kv_heads)[:, None]
+    queries = (firsts[..., None] + (kv * per_kv + np.arange(per_kv))[:, None]).reshape(
+        len(groups), kv_heads, -1
+    )
+    tiled = np.minimum(np.arange(-(-queries.shape[2] // _QUERY_TILE) * _QUERY_TILE), queries.shape[2] - 1)
+
+    def places(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.ravel()).to(device)
+
     pages_per_split = max(1, KV_SPLIT // page_size)
     used = max(-(-group.limits[-1] // page_size) for group in groups)
     width = max(1, -(-used // pages_per_split)) * pages_per_split
-    tables = [[*g.pages[:used], *([0] * (width - min(used, len(g.pages))))] for g in groups]
-    run = groups[0].pages[:used]
-    in_place = len(groups) == 1 and bool(run) and list(run) == list(range(run[0], run[0] + used))
-    first = groups[0].first_row
-    rows: Tensor | slice = slice(first, first + len(groups) * count)
-    if any(group.first_row != first + i * count for i, group in enumerate(groups)):
-        firsts = torch.tensor([group.first_row for group in groups], device=device)
-        rows = (firsts[:, None] + torch.arange(count, device=device)).flatten()
-    splits = width * page_size // KV_SPLIT
-    keys = torch.arange(splits * KV_SPLIT, device=device).view(splits, 1, KV_SPLIT)
-    queries = _tile(limits.repeat_interleave(plan.heads_per_kv, 1).unsqueeze(-1))
+    tables = np.array([[*g.pages[:used], *([0] * (width - min(used, len(g.pages))))] for g in groups])
+    own = count if diffusion else 0
     return _Batch(
-        groups=len(groups),
-        rows=rows,
-        page_table=torch.tensor(tables, device=device),
-        splits=splits,
-        hidden=(keys >= queries.unsqueeze(1)).unsqueeze(0),
-        diffusion=groups[0].diffusion,
-        first_page=run[0] if in_place else None,
+        products=len(groups) * kv_heads,
+        queries=places(queries[:, :, tiled]),
+        own_keys=places(firsts + kv_heads * per_kv + kv) if diffusion else None,
+        own_values=places(firsts + kv_heads * (per_kv + 1) + kv) if diffusion else None,
+        pages=places(tables[:, None] + kv * num_pages),
+        in_place=_run(groups[0].pages[:used], width, num_pages) if len(groups) == 1 else None,
+        mask=_mask(groups, kv_heads, tiled // per_kv, own, width * page_size, dtype, device),
     )
 
 
-def _tile(x: Tensor) -> Tensor:
-    """Pad the queries of x [..., queries, width] to `_QUERY_TILE`: a product with few rows would take other code."""
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % _QUERY_TILE))
+def _run(pages: Sequence[int], width: int, num_pages: int) -> slice | None:
+    """`width` pages of the cache that begin with `pages`, if these follow one another and so many are left.
 
-
-def _places(cache: Tensor, batch: _Batch) -> Tensor | None:
-    """Where the groups' pages lie in the cache as a list of all KV heads' pages; None where they can be read in place."""
-    kv_heads, pages = cache.shape[:2]
-    first = batch.first_page
-    if first is not None and first + batch.page_table.shape[1] <= pages:
+    What is more than these is whatever comes next: hidden keys like any other.
+    """
+    if (
+        not pages
+        or pages[0] + width > num_pages
+        or list(pages) != list(range(pages[0], pages[0] + len(pages)))
+    ):
         return None
-    heads = torch.arange(0, kv_heads * pages, pages, device=cache.device)
-    return (heads[:, None] + batch.page_table.view(1, -1)).flatten()
+    return slice(pages[0], pages[0] + width)
 
 
-def _in_splits(cache: Tensor, batch: _Batch, places: Tensor | None) -> Tensor:
-    """The groups' cached keys or values [kv_heads, groups, splits, KV_SPLIT, dim]."""
-    if places is None:
-        assert batch.first_page is not None
-        # The table's padding is then whatever pages come next: hidden keys like any other.
-        pages = cache.narrow(1, batch.first_page, batch.page_table.shape[1])
-    else:
-        # Whole pages along the first axis: along the second, index_select takes them apart.
-        pages = cache.flatten(0, 1).index_select(0, places)
-    return pages.view(cache.shape[0], -1, batch.splits, KV_SPLIT, cache.shape[-1])
+def _mask(
+    groups: Sequence[AttentionGroup],
+    kv_heads: int,
+    query_rows: np.ndarray,
+    own: int,
+    keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`_Batch.mask` for `own` keys that every query sees, and `keys` cached ones. query_rows: each query's row in its group."""
+    limits = torch.tensor([group.limits for group in groups], device=device)[:, None, query_rows, None]
+    hidden = torch.arange(-own, keys, device=device) >= limits
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+    return mask.expand(-1, kv_heads, -1, -1).flatten(0, 1)
 
 
 def paged_attention(
@@ -125,65 +175,41 @@ def paged_attention(
 
     qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, and keys and values, which of a diffusion row the rest
     of its block sees. k_cache and v_cache [kv_heads, pages, page_size, dim], finite (a hidden key may still take part as 0 x
-    its value). Rows of no group get zeros, or anything on a GPU.
+    its value). Rows of no group get anything.
     """
     if runs_triton(qkv):
         from kernels import attention_triton
 
         return attention_triton.paged_attention(qkv, k_cache, v_cache, plan, scale)
-    kv_heads, dim = k_cache.shape[0], qkv.shape[2]
-    heads = qkv.shape[1] - 2 * kv_heads
-    out = torch.zeros(qkv.shape[0], heads * dim, device=qkv.device, dtype=qkv.dtype)
-    for batch in plan.batches:
-        rows = qkv[batch.rows].unflatten(0, (batch.groups, -1))
-        block = None
-        if batch.diffusion:
-            block = rows[:, :, heads : heads + kv_heads], rows[:, :, heads + kv_heads :]
-        attended = _attend(rows[:, :, :heads], k_cache, v_cache, batch, scale, block)
-        out[batch.rows] = attended.reshape(-1, heads * dim)
-    return out
+    layout = plan.layout(qkv.shape[0], k_cache)
+    results = [_attend(qkv.flatten(0, 1), k_cache, v_cache, batch, scale) for batch in layout.batches]
+    attended = torch.cat(results) if len(results) > 1 else results[0]
+    return attended.index_select(0, layout.results).view(qkv.shape[0], -1).to(qkv.dtype)
 
 
-def _attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: _Batch,
-    scale: float,
-    block: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """q [groups, rows, heads, dim]; block: fresh keys and values [groups, rows, kv_heads, dim]. Returns q's shape."""
-    groups, rows, heads, dim = q.shape
-    kv_heads = k_cache.shape[0]
-    per_kv = heads // kv_heads
-    queries = rows * per_kv
-    wide = torch.promote_types(q.dtype, torch.float32)
-    x = (
-        q.view(groups, rows, kv_heads, per_kv, dim)
-        .permute(2, 0, 1, 3, 4)
-        .reshape(kv_heads, groups, 1, queries, dim)
-    )
-    x = _tile(x) * scale
-    places = _places(k_cache, batch)
-    keys, values = _in_splits(k_cache, batch, places), _in_splits(v_cache, batch, places)
-    scores = torch.matmul(x, keys.transpose(-1, -2)).to(wide)
-    scores.masked_fill_(batch.hidden, float("-inf"))
-    top = scores.amax((2, 4), keepdim=True)
-    if block is not None:
-        own_k, own_v = (part.permute(2, 0, 1, 3).unsqueeze(2) for part in block)
-        own = torch.matmul(x, own_k.transpose(-1, -2)).to(wide)
-        top = torch.maximum(top, own.amax(-1, keepdim=True))
-    weights = (scores - top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    partial = torch.matmul(weights.to(q.dtype), values).to(wide)
-    out, norm = partial[:, :, 0], total[:, :, 0]
-    for split in range(1, batch.splits):
-        out, norm = out + partial[:, :, split], norm + total[:, :, split]
-    if block is not None:
-        weights = (own - top).exp_()[:, :, 0]
-        out = out + torch.matmul(weights.to(q.dtype), own_v[:, :, 0]).to(wide)
-        norm = norm + weights.sum(-1, keepdim=True)
-    out = (out / norm)[:, :, :queries].to(q.dtype)
-    return (
-        out.view(kv_heads, groups, rows, per_kv, dim).permute(1, 2, 0, 3, 4).reshape(groups, rows, heads, dim)
-    )
+def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scale: float) -> Tensor:
+    """What the queries of a batch see, in their order: [products * queries, dim], float32 or wider.
+
+    heads [rows * (heads + 2 * kv_heads), dim].
+    """
+    products, dim, wide = batch.products, heads.shape[1], batch.mask.dtype
+
+    def take(places: Tensor) -> Tensor:
+        return heads.index_select(0, places).view(products, -1, dim).to(wide)
+
+    queries = take(batch.queries)
+    keys, values = batch.cached(k_cache).to(wide), batch.cached(v_cache).to(wide)
+    own = batch.mask.shape[2] - keys.shape[1]
+    scores = torch.baddbmm(batch.mask[:, :, own:], queries, keys.transpose(1, 2), alpha=scale)
+    if batch.own_keys is not None:
+        fresh = take(batch.own_keys).transpose(1, 2)
+        scores = torch.cat([torch.baddbmm(batch.mask[:, :, :own], queries, fresh, alpha=scale), scores], 2)
+    weights = scores.softmax(-1)
+    out = None
+    if batch.own_values is not None:
+        out = torch.bmm(weights[:, :, :own], take(batch.own_values))
+    for split in range(0, keys.shape[1], KV_SPLIT):
+        seen = weights[:, :, own + split : own + split + KV_SPLIT], values[:, split : split + KV_SPLIT]
+        out = torch.bmm(*seen) if out is None else torch.baddbmm(out, *seen)
+    assert out is not None, "there is one split at least"
+    return out.flatten(0, 1)

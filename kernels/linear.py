@@ -1,8 +1,8 @@
 """Row-invariant linear layers, plain and with what follows them in a transformer layer.
 
 A matrix product's library picks its blocking from the number of rows, and a single row often takes another code path than
-many. With row counts padded to `ROW_TILE`, the CPU library (oneDNN over weights packed once) sums K in one order
-for any number of rows: `tests/test_kernels.py` holds it to that, bit for bit. On a GPU, `kernels/linear_triton.py` runs.
+many. What runs on a CPU sums K in one order for any number of rows (`kernels/packed_weight.py`): `tests/test_kernels.py` holds
+it to that, bit for bit. On a GPU, `kernels/linear_triton.py` runs.
 
 A layer may hold the weights of both views; rows below `num_ar` then use the AR view's, the others the diffusion view's.
 """
@@ -10,49 +10,48 @@ A layer may hold the weights of both views; rows below `num_ar` then use the AR 
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_mul
 from kernels.device import runs_triton
+from kernels.packed_weight import SEGMENT, Product, pack_weight, plain_product
 from kernels.rms_norm import rms_norm
-
-ROW_TILE = 4
-"""On a CPU, a view's rows are padded to a multiple of this; fewer would reach matrix-vector code with its own rounding."""
 
 GATE_BLOCK = 8
 """Outputs of the gate, then as many of up, in an interleaved layer: the step between a thread's rows in the matrix unit."""
-
-_PACK_ROWS = 8
-"""Row count that oneDNN lays the packed weights out for: decode passes are the ones that are short of bandwidth."""
 
 
 @dataclass(frozen=True)
 class PackedLinear:
     """A weight [out_features, in_features] for each view, laid out for `linear`.
 
-    weights: one behind the other in memory, unless oneDNN has packed them. bias [views, out_features], optional.
-    interleaved: for `linear_silu_mul`, see `pack_gated_linear`.
+    weights: one behind the other in memory; none where a CPU library has packed them. products: x @ weight.T of the packed
+    ones. bias [views, out_features], optional. interleaved: for `linear_silu_mul`, see `pack_gated_linear`.
     """
 
     weights: tuple[Tensor, ...]
     bias: Tensor | None = None
-    packed: bool = False
+    products: tuple[Product, ...] = ()
     interleaved: bool = False
 
+    @property
+    def views(self) -> int:
+        return len(self.weights) or len(self.products)
 
-def pack_linear(weights: list[Tensor], biases: list[Tensor] | None = None) -> PackedLinear:
-    """Lay weights out for `linear`, one for each view; float32 on CPU is repacked by oneDNN where the build has it.
 
-    The list is emptied, so that no more than one view is in memory twice.
+def pack_linear(
+    weights: list[Tensor], biases: list[Tensor] | None = None, segment: int = SEGMENT
+) -> PackedLinear:
+    """Lay weights out for `linear`, one for each view; float32 on a CPU is packed by a library where the build has one.
+
+    The list is emptied, so that no more than one view is in memory twice. segment: most inputs in one sum, see `pack_weight`.
     """
     first, bias = weights[0], torch.stack(biases) if biases else None
     if first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        packed = []
+        products = []
         while weights:
-            weight = weights.pop(0).contiguous()
-            packed.append(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS))
-        return PackedLinear(tuple(packed), bias, packed=True)
+            products.append(pack_weight(weights.pop(0), segment))
+        return PackedLinear((), bias, tuple(products))
     stacked = torch.stack(weights) if len(weights) > 1 else first.contiguous().unsqueeze(0)
     weights.clear()
     return PackedLinear(stacked.unbind(), bias)
@@ -72,13 +71,13 @@ def pack_gated_linear(gate: Tensor, up: Tensor) -> PackedLinear:
 def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features], in `out` and its dtype if given.
 
-    num_ar: int32 [1], needed for a layer of two views. On a CPU, rows of a view must be multiples of `ROW_TILE`.
+    num_ar: int32 [1], needed for a layer of two views.
     """
     if runs_triton(x):
         from kernels import linear_triton
 
         return linear_triton.linear(x, layer, num_ar, out)
-    if len(layer.weights) == 1:
+    if layer.views == 1:
         result = _one_view(x, layer, 0)
     else:
         assert num_ar is not None, "a layer of two views needs num_ar"
@@ -91,11 +90,8 @@ def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Te
 
 
 def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:
-    bias = None if layer.bias is None else layer.bias[view]
-    if layer.packed:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weights[view], bias, "none", [], "")
-        return out
-    return F.linear(x, layer.weights[view], bias)
+    out = layer.products[view](x) if layer.products else plain_product(x, layer.weights[view])
+    return out if layer.bias is None else out.add_(layer.bias[view])
 
 
 def linear_silu_mul(x: Tensor, layer: PackedLinear) -> Tensor:

@@ -33,8 +33,9 @@ def qk_norm_rope(
     normed, split = weight.shape[1], int(num_ar)
     for view, rows in enumerate((slice(0, split), slice(split, qkv.shape[0]))):
         if rows.start < rows.stop:
-            heads = rms_norm(qkv[rows, :normed], weight[view], eps)
-            qkv[rows, :normed] = apply_rope(heads, cos[rows], sin[rows])
+            heads = qkv[rows, :normed]
+            twice = rms_norm(heads.unsqueeze(2).expand(-1, -1, 2, -1), weight[view].unsqueeze(1), eps)
+            apply_rope(twice, cos[rows], sin[rows], out=heads)
     if split:
         first_key = 2 * normed - qkv.shape[1]
         places = slots[:split].long()

@@ -85,7 +85,7 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
     num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
     work = AttentionWork(zeros[0], _RECORDS)
     attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
-    plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0], rows)
+    plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0])
     forward.hidden_states(plan, cache, zeros[0])
     peak = torch.cuda.max_memory_allocated(device) - before
     del cache, plan, attention, work, zeros
@@ -164,7 +164,7 @@ class CudaGraphRunner:
 
     def _start(self, groups: Sequence[RowGroup], rows: Sequence[PickRows], first_pick: int) -> int:
         """Upload the plan and replay its graphs. Returns how many rows need logits."""
-        flat = flatten(groups, self._cache.page_size, 1)
+        flat = flatten(groups, self._cache.page_size)
         used = len(flat.tokens)
         bucket = next(size for size in self._row_buckets if size >= used)
         count = len(flat.logit_rows)
@@ -262,14 +262,13 @@ class CudaGraphRunner:
                 (), self._cache.page_size, self._forward.heads_per_kv, self._buffer.device, work
             ),
             logit_rows=self._buffer[_BEFORE_HEAD : _BEFORE_HEAD + min(rows, most)],
-            num_logits=min(rows, most),
         )
 
     @torch.inference_mode()
     def _run_rows(self, rows: int) -> None:
         plan = self._plan(rows)
         hidden = self._forward.hidden_states(plan, self._cache, self._picks)
-        torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[: plan.num_logits])
+        torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[: plan.logit_rows.shape[0]])
 
     @torch.inference_mode()
     def _run_head(self, rows: int) -> None:

@@ -6,6 +6,7 @@ batch rows and commits one. The planner takes what has the best rate, an AR step
 from being slower than AR where rows are dear. Its choice never changes the text.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from orthrus.pass_cost import DecodeCost
@@ -15,12 +16,12 @@ _PRIOR_ACCEPTANCE = 0.85
 _PRIOR_WEIGHT = 2.0
 _DECAY = 0.95
 """Weight of the past at each observation: about the last twenty cycles count."""
-_MARGIN = 1.03
+_MARGIN = 1.06
 """A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
 _FIRST_PROBE, _LAST_PROBE = 16, 1024
-"""Steps of a sequence without a draft, until one is tried: few at first, twice as many each time that it changed nothing."""
+"""Passes without a draft, until one is tried: few at first, twice as many each time that it changed nothing."""
 
 
 _Choice = tuple[float, int, bool]
@@ -48,12 +49,40 @@ class _Acceptance:
         return expected
 
 
+@dataclass
+class _Probe:
+    """When to look whether drafts have come to pay, where they did not. asked: plans made since it last was."""
+
+    after: int = _FIRST_PROBE
+    asked: int = 0
+
+    def due(self, batch: int) -> bool:
+        """Whether to draft this time, in a batch of `batch` sequences: all of them do in the same pass.
+
+        One alone would make the pass dearer by nearly as much, and say less.
+        """
+        self.asked += 1
+        if self.asked <= self.after * batch:
+            return False
+        if self.asked == (self.after + 1) * batch:
+            self.after, self.asked = min(2 * self.after, _LAST_PROBE), 0
+        return True
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """Rows of the next block, 1 for an AR step, and whether it has a lead."""
 
     rows: int
     lead: bool = False
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """The best block with a lead and the best without, where they fit a pass, the better one first. pays: it beats an AR step."""
+
+    blocks: list[BlockPlan]
+    pays: bool
 
 
 class DraftPlanner:
@@ -72,14 +101,14 @@ class DraftPlanner:
         self._acceptance = {
             (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
         }
-        self._blocks = self._steps = 0
-        self._probe_after = _FIRST_PROBE
+        self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
-        self._ranked: dict[tuple[bool, int], list[_Choice]] = {}
+        self._rankings: dict[tuple[bool, int], _Ranking] = {}
+        self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
         """Note that of one verified draft the first `accepted` tokens agreed."""
-        self._ranked.clear()
+        self._rankings.clear()
         drafted = len(draft.tokens)
         self._acceptance[greedy, draft.lead].observe(drafted, accepted)
         if draft.lead:
@@ -90,29 +119,28 @@ class DraftPlanner:
 
     def plan(self, greedy: bool, batch: int) -> BlockPlan:
         """The next block of a sequence while `batch` sequences decode."""
+        ranking = self._rankings.get((greedy, batch))
+        if ranking is None:
+            ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
+        if not ranking.blocks:
+            return BlockPlan(1)
+        if not ranking.pays:
+            return ranking.blocks[0] if self._probes[greedy, batch].due(batch) else BlockPlan(1)
+        self._probes.pop((greedy, batch), None)
+        self._blocks += 1
+        return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
+
+    def _rank(self, greedy: bool, batch: int) -> _Ranking:
         most = {lead: min(self.max_rows, self._pass_rows // batch - lead) for lead in self._leads}
         leads = [lead for lead in self._leads if most[lead] > 1]
-        if not leads:
-            return BlockPlan(1)
         cost = self._cost
         if cost is None:
-            return BlockPlan(most[leads[0]], leads[0])
-        best = self._ranked.get((greedy, batch))
-        if best is None:
-            best = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
-            self._ranked[greedy, batch] = best
-        rate, rows, lead = best[0]
-        if rate >= _MARGIN / cost.ar(batch, greedy):
-            self._steps, self._probe_after = 0, _FIRST_PROBE
-            self._blocks += 1
-            if self._blocks % (_OTHER_EVERY * batch) == 0:
-                _, rows, lead = best[-1]
-            return BlockPlan(rows, lead)
-        self._steps += 1
-        if self._steps < self._probe_after * batch:
-            return BlockPlan(1)
-        self._steps, self._probe_after = 0, min(2 * self._probe_after, _LAST_PROBE)
-        return BlockPlan(rows, lead)
+            return _Ranking([BlockPlan(most[lead], lead) for lead in leads[:1]], pays=True)
+        choices = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
+        return _Ranking(
+            [BlockPlan(rows, lead) for _, rows, lead in choices],
+            pays=bool(choices) and choices[0][0] >= _MARGIN / cost.ar(batch, greedy),
+        )
 
     def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:
         """The best of the blocks with or without a lead."""

@@ -25,6 +25,9 @@ from orthrus.config import ModelConfig
 from orthrus.kv_cache import KVCache
 from orthrus.plan import PassPlan
 
+_HEAD_SEGMENT = 192
+"""Most inputs in one sum of the LM head on a CPU: of what it rounds away, nothing is normed away afterwards."""
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -87,7 +90,8 @@ class LayerParallelForward:
         self.config = config
         self._embedding = tensors.pop("model.embed_tokens.weight")
         head = tensors.pop("lm_head.weight", None)
-        self._head = pack_linear([self._embedding if config.tie_word_embeddings or head is None else head])
+        head = self._embedding if config.tie_word_embeddings or head is None else head
+        self._head = pack_linear([head], segment=_HEAD_SEGMENT)
         self._first_norm = tensors.pop("model.layers.0.input_layernorm.weight")
         self._layers = [_layer_weights(config, tensors, i) for i in range(config.num_hidden_layers)]
         self.device = self._embedding.device

@@ -93,4 +93,4 @@ class EagerRunner:
         )
         picks = torch.tensor(self._picks[0] + self._picks[1], dtype=torch.int32, device=plan.tokens.device)
         hidden = self._forward.hidden_states(plan, self._cache, picks)
-        return self._forward.logits(hidden[plan.logit_rows])[: plan.num_logits]
+        return self._forward.logits(hidden[plan.logit_rows])

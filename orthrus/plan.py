@@ -1,8 +1,9 @@
 """The pass plan: which rows run in one forward pass, as a flat list in groups.
 
 A group is consecutive positions of one sequence in one view. A schedule only decides which groups a sequence puts into a
-pass; the forward, the cache and the sampler are the same for all. AR rows come first, then diffusion rows. Rows that
-belong to no group fill up what is missing to a round number: they write to page 0, which no sequence owns, and nobody reads them.
+pass; the forward, the cache and the sampler are the same for all. AR rows come first, then diffusion rows. Where a runner adds
+rows of no group, to fill a pass up to a size that it is prepared for, they write to page 0, which no sequence owns, and nobody
+reads them.
 """
 
 from collections import defaultdict
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import ROW_TILE, AttentionGroup, AttentionPlan
+from kernels import AttentionGroup, AttentionPlan
 
 
 class View(Enum):
@@ -61,10 +62,9 @@ class FlatRows:
 class PassPlan:
     """One forward pass, ready for the device.
 
-    tokens, positions, slots [rows]; a slot is page * page_size + offset, where the row's AR key and value go (diffusion and
-    padding rows: slot 0). num_ar: AR rows, padding included, as int32 [1]; the rest are diffusion rows. attention: what the
-    rows see. logit_rows: the rows that need logits, in the order of the groups that the plan was built from, padded to
-    `ROW_TILE` by repeating row 0. num_logits: without that padding.
+    tokens, positions, slots [rows]; a slot is page * page_size + offset, where the row's AR key and value go (diffusion
+    rows: slot 0). num_ar: AR rows, int32 [1]; the rest are diffusion rows. attention: what the
+    rows see. logit_rows: the rows that need logits, in the order of the groups that the plan was built from.
     """
 
     tokens: Tensor
@@ -73,15 +73,13 @@ class PassPlan:
     num_ar: Tensor
     attention: AttentionPlan
     logit_rows: Tensor
-    num_logits: int
 
     @staticmethod
     def build(
         groups: Sequence[RowGroup], *, page_size: int, heads_per_kv: int, device: torch.device
     ) -> "PassPlan":
         """A plan for the plain PyTorch kernels from `groups` (at least one, none empty)."""
-        rows = flatten(groups, page_size, ROW_TILE)
-        num_logits = len(rows.logit_rows)
+        rows = flatten(groups, page_size)
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values.astype(np.int64)).to(device)
@@ -92,13 +90,12 @@ class PassPlan:
             slots=tensor(rows.slots),
             num_ar=torch.tensor([rows.num_ar], dtype=torch.int32, device=device),
             attention=AttentionPlan(rows.groups, page_size, heads_per_kv, device),
-            logit_rows=tensor(np.pad(rows.logit_rows, (0, -num_logits % ROW_TILE))),
-            num_logits=num_logits,
+            logit_rows=tensor(rows.logit_rows),
         )
 
 
-def flatten(groups: Sequence[RowGroup], page_size: int, row_tile: int) -> FlatRows:
-    """Put the rows of `groups` in order: by view, groups of one length side by side; views padded to `row_tile` rows."""
+def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
+    """Put the rows of `groups` in order: by view, groups of one length side by side."""
     alike: dict[View, dict[int, list[int]]] = {view: defaultdict(list) for view in View}
     for index, group in enumerate(groups):
         alike[group.view][len(group.tokens)].append(index)
@@ -122,11 +119,7 @@ def flatten(groups: Sequence[RowGroup], page_size: int, row_tile: int) -> FlatRo
                 if view is View.AR:
                     pages = group.pages
                     slots.extend([pages[p // page_size] * page_size + p % page_size for p in span])
-        padding = [0] * (-len(tokens) % row_tile)
-        tokens += padding
-        positions += padding
         if view is View.AR:
-            slots += padding
             num_ar = len(tokens)
     slots += [0] * (len(tokens) - num_ar)
     logit_rows = [

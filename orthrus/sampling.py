@@ -143,10 +143,12 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
 
 def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
     """The token at every row of logits [rows, vocab], whose rows are those of `groups` in order. One list per group."""
-    device = logits.device
+    adjusted, device = adjust(logits, groups), logits.device
+    if all(group.params.greedy for group in groups):
+        return follow_masks(logits, groups, adjusted.argmax(-1).tolist())
     picks = torch.empty(logits.shape[0], dtype=torch.int32, device=device)
     gumbel_argmax(
-        adjust(logits, groups),
+        adjusted,
         torch.from_numpy(row_temperatures(groups)).to(device),
         torch.from_numpy(row_keys(groups)).to(device),
         picks,

@@ -1,5 +1,7 @@
 """The planner drafts where it pays, and decodes plainly where it doesn't; what it believes of costs is measured."""
 
+from dataclasses import replace
+
 import pytest
 
 from orthrus.draft_planner import BlockPlan, DraftPlanner
@@ -79,6 +81,18 @@ def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:
     for _ in range(200):
         one.observe(True, drafted(7), 7)
     assert one.plan(True, 1) == BlockPlan(8)
+
+
+def test_a_batch_looks_again_in_one_pass_and_what_pays_elsewhere_does_not_hasten_it() -> None:
+    # Rows are free for one sequence; of four, every further one costs a cycle as much as ten steps.
+    crowded = replace(flat(), per_group=10.0)
+    one = DraftPlanner(8, DecodeCost(flat(), crowded, crowded, crowded), 512)
+    passes = []
+    for _ in range(60):
+        assert one.plan(True, 1).rows > 1
+        passes.append([one.plan(True, 4).rows > 1 for _ in range(4)])
+    assert all(len(set(drafts)) == 1 for drafts in passes)
+    assert [number for number, drafts in enumerate(passes) if drafts[0]] == [16, 49]
 
 
 def test_greedy_and_sampled_text_are_counted_apart_and_sampling_has_its_cost() -> None:

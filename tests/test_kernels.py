@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kernels import (
-    ROW_TILE,
     AttentionGroup,
     AttentionPlan,
     gumbel_argmax,
@@ -41,16 +40,29 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 48), (640, 384), (384, 1152), (1000, 200), (256, 4096)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_rows_are_the_same_bits_in_any_company(outputs: int, inputs: int, bias: bool) -> None:
-    weight, offset = randn(outputs, inputs), randn(outputs, seed=1) if bias else None
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_linear_rows_are_the_same_bits_in_any_company(
+    outputs: int, inputs: int, bias: bool, saved: torch.dtype
+) -> None:
+    """However the weights were saved: what 16 bits hold is packed by one library, the rest by another or not at all."""
+    compute = torch.promote_types(saved, torch.float32)
+    weight = randn(outputs, inputs).to(saved).to(compute)
+    offset = randn(outputs, seed=1).to(compute) if bias else None
     layer = pack_linear([weight.clone()], [offset] if offset is not None else None)
-    x = randn(256, inputs, seed=2)
+    x = randn(256, inputs, seed=2).to(compute)
     full = linear(x, layer)
     exact = x.double() @ weight.double().T + (offset.double() if offset is not None else 0)
     torch.testing.assert_close(full.double(), exact, rtol=1e-4, atol=1e-3)
-    for rows in (ROW_TILE, 8, 12, 20, 64, 100, 128):
+    for rows in (1, 2, 3, 4, 8, 13, 20, 64, 101, 128):
         for start in (0, 3, 101):
             assert torch.equal(linear(x[start : start + rows], layer), full[start : start + rows])
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-60, 2.0**60])
+def test_weights_that_16_bits_hold_are_multiplied_exactly(factor: float) -> None:
+    """Small ones too, beside the largest that a checkpoint may have: every product here is a power of two or zero."""
+    weight = torch.diag(2.0 ** -torch.arange(32.0)) * factor
+    assert torch.equal(linear(torch.eye(32), pack_linear([weight.clone()])), weight.T)
 
 
 def test_rms_norm_and_silu_mul_match_their_formulas() -> None:
@@ -72,7 +84,8 @@ def test_rope_rotates_pairs_of_halves() -> None:
     x = randn(3, 2, 8)
     angles = randn(3, 4, seed=1)
     cos, sin = angles.cos(), angles.sin()
-    out = apply_rope(x, torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
+    twice, out = torch.stack([x, x], 2), torch.empty_like(x)
+    apply_rope(twice, torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None], out)
     first, second = x[..., :4], x[..., 4:]
     cos, sin = cos[:, None], sin[:, None]
     expected = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
