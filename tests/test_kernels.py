@@ -80,6 +80,16 @@ def test_rms_norm_rows_are_the_same_bits_in_any_company() -> None:
         assert torch.equal(rms_norm(x[5 : 5 + rows], weight, 1e-6), full[5 : 5 + rows])
 
 
+@pytest.mark.parametrize("width", [200, 1152, 40_000])
+def test_silu_mul_rows_are_the_same_bits_in_any_company_on_many_threads(width: int) -> None:
+    gate_up = randn(61, 2 * width)
+    full = silu_mul(gate_up)
+    torch.set_num_threads(5)
+    for rows in (1, 3, 31, 57, 61):
+        assert torch.equal(silu_mul(gate_up[:rows]), full[:rows])
+        assert torch.equal(silu_mul(gate_up[-rows:].clone()), full[-rows:])
+
+
 def test_rope_rotates_pairs_of_halves() -> None:
     x = randn(3, 2, 8)
     angles = randn(3, 4, seed=1)
