@@ -123,10 +123,14 @@ def plan_work(
     used = 0
     for tile in tiles:
         share = max(128, -(-keys * (1 + (tile.rows > tile_rows)) // programs))
+        whole = tile.item(0, num_segments(tile.seen), tile.block)
         runs = _runs(tile.seen, round(tile.seen / share))
+        if len(runs) < 2:
+            items.append(whole)
+            continue
         # Segments, rows of the block, and for each record whether it is the last of its span.
         parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
-        if tile.block and runs:
+        if tile.block:
             begin, end, _, ends = parts.pop()
             if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
                 parts += [(begin, end, 0, [*ends[:-1], False]), (end, end, tile.block, [True])]
@@ -135,8 +139,8 @@ def plan_work(
             else:
                 parts.append((begin, end, tile.block, [*ends[:-1], False, True]))
         bits = [bit for part in parts for bit in part[3]]
-        if len(runs) < 2 or used + tile.rows * len(bits) > capacity:
-            items.append(tile.item(0, num_segments(tile.seen), tile.block))
+        if used + tile.rows * len(bits) > capacity:
+            items.append(whole)
             continue
         record = used
         for begin, end, block, ends in parts:
