@@ -35,14 +35,15 @@ class AttentionPlan:
     heads_per_kv: int
     device: torch.device
     work: AttentionWork | None = None
-    _layouts: dict[tuple[int, int, int], "_Layout"] = field(default_factory=dict, init=False, compare=False)
+    _layouts: dict[tuple[int, int, int, torch.dtype], "_Layout"] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     def layout(self, num_rows: int, cache: Tensor) -> "_Layout":
         """Where everything lies in a pass of `num_rows` rows and a cache [kv_heads, pages, ...]: the same in all layers."""
-        key = num_rows, cache.shape[0], cache.shape[1]
+        key = num_rows, cache.shape[0], cache.shape[1], torch.promote_types(cache.dtype, torch.float32)
         if key not in self._layouts:
-            wide = torch.promote_types(cache.dtype, torch.float32)
-            self._layouts[key] = _layout(self, *key, wide)
+            self._layouts[key] = _layout(self, *key)
         return self._layouts[key]
 
 
@@ -197,19 +198,20 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
     def take(places: Tensor) -> Tensor:
         return heads.index_select(0, places).view(products, -1, dim).to(wide)
 
-    queries = take(batch.queries)
-    keys, values = batch.cached(k_cache).to(wide), batch.cached(v_cache).to(wide)
-    own = batch.mask.shape[2] - keys.shape[1]
-    scores = torch.baddbmm(batch.mask[:, :, own:], queries, keys.transpose(1, 2), alpha=scale)
+    # Products of one size, all splits at once: a library may sum over more keys, or share out fewer products, otherwise.
+    queries = take(batch.queries).mul_(scale)
+    keys, values = (batch.cached(c).unflatten(1, (-1, KV_SPLIT)).to(wide) for c in (k_cache, v_cache))
+    scores = torch.matmul(queries.unsqueeze(1), keys.transpose(-1, -2)).transpose(1, 2).flatten(2)
+    own = 0
     if batch.own_keys is not None:
-        fresh = take(batch.own_keys).transpose(1, 2)
-        scores = torch.cat([torch.baddbmm(batch.mask[:, :, :own], queries, fresh, alpha=scale), scores], 2)
-    weights = scores.softmax(-1)
-    out = None
+        fresh = torch.bmm(queries, take(batch.own_keys).transpose(1, 2))
+        own, scores = fresh.shape[2], torch.cat([fresh, scores], 2)
+    weights = scores.add_(batch.mask).softmax(-1)
+    cached = weights[:, :, own:].unflatten(2, (-1, KV_SPLIT)).transpose(1, 2)
+    parts = torch.matmul(cached, values).unbind(1)
     if batch.own_values is not None:
-        out = torch.bmm(weights[:, :, :own], take(batch.own_values))
-    for split in range(0, keys.shape[1], KV_SPLIT):
-        seen = weights[:, :, own + split : own + split + KV_SPLIT], values[:, split : split + KV_SPLIT]
-        out = torch.bmm(*seen) if out is None else torch.baddbmm(out, *seen)
-    assert out is not None, "there is one split at least"
+        parts = (torch.bmm(weights[:, :, :own], take(batch.own_values)), *parts)
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
     return out.flatten(0, 1)

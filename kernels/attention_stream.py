@@ -264,7 +264,8 @@ def _consume(
 
         top, norm, acc = unseen, no_norm, no_acc
         part_top, part_norm, part_acc = unseen, no_norm, no_acc
-        here, next_start, steps, left = begin, _segment_start(segment + 1), cached_steps + block_steps, False
+        here, steps, left = begin, cached_steps + block_steps, False
+        next_start = gl.where(cached_steps > 0, _segment_start(segment + 1), 0)  # A block is one segment.
         for step in range(steps):
             # Keys, then values.
             mbarrier.wait(full.index(place), phase)

@@ -154,7 +154,8 @@ def _attention_kernel(
         # Cached keys, then the block's own.
         cached = tl.cdiv(max(end - begin, 0), KEYS)
         tiles = cached + tl.cdiv(block, KEYS)
-        next_start, left = _segment_start(segment + 1), False
+        next_start = tl.where(cached > 0, _segment_start(segment + 1), 0)  # A block is one segment.
+        left = False
         for tile in range(tiles):
             at = begin + tile * KEYS
             own = (tile - cached) * KEYS

@@ -57,7 +57,7 @@ class _Probe:
     asked: int = 0
 
     def due(self, batch: int) -> bool:
-        """Whether to draft this time, in a batch of `batch` sequences: all of them do in the same pass.
+        """Whether to draft this time, in a batch of `batch` sequences: all that ask in a row do, as a rule in one pass.
 
         One alone would make the pass dearer by nearly as much, and say less.
         """

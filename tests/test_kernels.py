@@ -1,6 +1,10 @@
 """Every kernel's reference against plain arithmetic, and the rule they all obey: a row never notices its neighbours."""
 
 import math
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -56,6 +60,29 @@ def test_linear_rows_are_the_same_bits_in_any_company(
     for rows in (1, 2, 3, 4, 8, 13, 20, 64, 101, 128):
         for start in (0, 3, 101):
             assert torch.equal(linear(x[start : start + rows], layer), full[start : start + rows])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="FBGEMM's choice of instructions is of x86-64")
+def test_linear_rows_are_the_same_bits_in_any_company_without_avx512() -> None:
+    """FBGEMM, which chooses once in a process, then has a kernel of its own for every number of rows up to six."""
+    code = """
+import torch
+from kernels import linear, pack_linear
+weight, x = torch.randn(640, 384).bfloat16().float(), torch.randn(130, 384)
+layer = pack_linear([weight.clone()])
+full = linear(x, layer)
+torch.testing.assert_close(full, x @ weight.T, rtol=1e-4, atol=1e-3)
+for rows in (1, 2, 7, 14, 31, 32, 67, 121):
+    assert torch.equal(linear(x[:rows], layer), full[:rows]), rows
+"""
+    environment = os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_a_weight_that_is_not_finite_stays_so() -> None:
+    weight = torch.eye(16)
+    weight[3, 3] = float("inf")
+    assert linear(torch.eye(16), pack_linear([weight]))[3, 3] == float("inf")
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**-60, 2.0**60])

@@ -168,7 +168,7 @@ def attention_case(
         ]
         first_row = sum(len(part) for part in rows)
         plan.append(AttentionGroup(first_row, count, start, (pages + 1).tolist(), diffusion))
-        rows.append(randn(40, heads, dim, seed=20 + start)[:count])
+        rows.append(randn(150, heads, dim, seed=20 + start)[:count])
     rows.append(torch.full((padding, heads, dim), float("nan")))
     keys, values = (randn(KV_HEADS, 100, PAGE, dim, seed=s, dtype=dtype) for s in (1, 2))
     return torch.cat(rows).to(dtype), keys, values, AttentionPlan(tuple(plan), PAGE, per_kv, CPU)
@@ -219,6 +219,16 @@ def test_attention_rows_are_the_same_bits_in_any_company() -> None:
         at = 12 * g + row
         out = attention_triton.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
         assert torch.equal(out[0], full[at]), (g, row)
+
+
+def test_a_block_longer_than_a_segment_leaves_one_record() -> None:
+    qkv, keys, values, plan = attention_case([(2, 90, False), (130, 500, True)], 2, torch.float16)
+    whole, divided = (
+        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 32, programs), 0.25)
+        for programs in (0, 20)
+    )
+    assert torch.equal(divided, whole)
+    assert_near(whole, paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25))
 
 
 def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
