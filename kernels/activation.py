@@ -15,7 +15,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [rows, 2 * width] holds gate then up; returns silu(gate) * up [rows, width]."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = torch.empty_like(up, memory_format=torch.contiguous_format)
-    count = max(1, _SERIAL // max(1, gate.shape[-1]))
+    count = max(1, _SERIAL // gate.shape[-1])
     for part, result in zip(gate.split(count), out.split(count), strict=True):
         torch.ops.aten.silu.out(part, out=result)
     return out.mul_(up)

@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention_work import HEADER, ITEM, SPAN
+from kernels.attention_work_triton import load_item, segment_start
 from kernels.device import chaining
 
 if TYPE_CHECKING:
@@ -39,14 +40,6 @@ _SHARED_BYTES = 227 * 1024
 """Of a multiprocessor."""
 _OTHER_BYTES = 2048
 """Of it for mbarriers and what the warps hand each other."""
-
-
-@gluon.jit
-def _segment_start(index):
-    """`attention_work.segment_start`."""
-    near, middle = index * 128, 1024 + (index - 8) * 512
-    far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
-    return gl.where(index < 22, gl.where(index < 8, near, middle), gl.where(index < 46, far, farther))
 
 
 @gluon.jit
@@ -71,11 +64,10 @@ def _index(turn, together, first, PROGRAMS: gl.constexpr):
 
 
 @gluon.jit
-def _keys(item, STEP: gl.constexpr):
+def _keys(segment, last_segment, seen, block, STEP: gl.constexpr):
     """An item's first cached key and the one behind its last, and its steps over cached keys and over its block's."""
-    begin = _segment_start(gl.load(item + 3))
-    end = gl.minimum(_segment_start(gl.load(item + 4)), gl.load(item + 5))
-    return begin, end, gl.cdiv(gl.maximum(end - begin, 0), STEP), gl.cdiv(gl.load(item + 8), STEP)
+    begin, end = segment_start(segment), gl.minimum(segment_start(last_segment), seen)
+    return begin, end, gl.cdiv(gl.maximum(end - begin, 0), STEP), gl.cdiv(block, STEP)
 
 
 @gluon.jit
@@ -108,8 +100,9 @@ def _produce(
     for turn in range(together + alone):
         index = _index(turn, together, first, PROGRAMS)
         item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
-        begin, end, cached_steps, block_steps = _keys(item, 2 * KEYS)
-        table, fresh, block_row = work + gl.load(item + 2), gl.load(item + 6), gl.load(item + 7)
+        _, _, table_at, segment, last_segment, seen, fresh, block_row, block, _, _, _ = load_item(item)
+        begin, end, cached_steps, block_steps = _keys(segment, last_segment, seen, block, 2 * KEYS)
+        table = work + table_at
         kinds = gl.where(turn < together, 1, 2)
         # Pages are looked up a step ahead, while the one before it waits for room. Past the end, page 0, which is nobody's.
         page = gl.load(table + begin // PAGE, mask=begin < end, other=0)
@@ -228,15 +221,8 @@ def _consume(
             place, phase = _advance(place, phase, 1, PLACES)
         index = _index(turn, together, first, PROGRAMS)
         item, kv_head = work + BEFORE + index // KV_HEADS * PER, index % KV_HEADS
-        begin, _, cached_steps, block_steps = _keys(item, 2 * KEYS)
-        first_row, rows = gl.load(item), gl.load(item + 1)
-        segment, seen, block, causal = (
-            gl.load(item + 3),
-            gl.load(item + 5),
-            gl.load(item + 8),
-            gl.load(item + 9),
-        )
-        record, records = gl.load(item + 10), gl.load(item + 11)
+        first_row, rows, _, segment, last_segment, seen, _, _, block, causal, record, records = load_item(item)  # fmt: skip
+        begin, _, cached_steps, block_steps = _keys(segment, last_segment, seen, block, 2 * KEYS)
         divided = record >= 0
         spans_from = gl.cdiv(begin, SPAN) * SPAN  # Before it, a record for each segment.
         # This lane's rows of the tile. A KV head's queries: all its query heads of a row, then the next row's.
@@ -265,7 +251,7 @@ def _consume(
         top, norm, acc = unseen, no_norm, no_acc
         part_top, part_norm, part_acc = unseen, no_norm, no_acc
         here, steps, left = begin, cached_steps + block_steps, False
-        next_start = gl.where(cached_steps > 0, _segment_start(segment + 1), 0)  # A block is one segment.
+        next_start = gl.where(cached_steps > 0, segment_start(segment + 1), 0)  # A block is one segment.
         for step in range(steps):
             # Keys, then values.
             mbarrier.wait(full.index(place), phase)
@@ -308,7 +294,7 @@ def _consume(
                 top, norm, acc = _merge(top, norm, acc, part_top, part_norm, part_acc, acc_layout)
                 part_top = unseen
                 segment += 1
-                next_start = gl.where(step + 1 < cached_steps, _segment_start(segment + 1), 0)
+                next_start = gl.where(step + 1 < cached_steps, segment_start(segment + 1), 0)
                 if last | (here <= spans_from) | ((here % SPAN == 0) & (cached_end == 0)):
                     acc_at, mask = _places(partials, left_at * DIM, inside, DIM, WIDTH, eights_layout)
                     if left & (divided == 0):

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import attention_stream
 from kernels.attention_work import DIVIDED_ROW, HEADER, ITEM, SPAN
+from kernels.attention_work_triton import load_item, segment_start
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 
 if TYPE_CHECKING:
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 _MERGED_HEADS = 4
 """Heads of a program that merges records, a warp for each."""
 _LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _segment_start(index):
-    """`attention_work.segment_start`."""
-    near, middle = index * 128, 1024 + (index - 8) * 512
-    far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
-    return tl.where(index < 22, tl.where(index < 8, near, middle), tl.where(index < 46, far, farther))
 
 
 @triton.jit
@@ -120,16 +113,10 @@ def _attention_kernel(
     for index in range(tl.program_id(0), count, PROGRAMS):
         item = work + BEFORE_ITEMS + index // kv_heads * PER_ITEM
         kv_head = index % kv_heads
-        first_row, rows = tl.load(item), tl.load(item + 1)
-        table = work + tl.load(item + 2)
-        segment, last_segment = tl.load(item + 3), tl.load(item + 4)
-        seen, block_row, block, causal = (
-            tl.load(item + 5),
-            tl.load(item + 7),
-            tl.load(item + 8),
-            tl.load(item + 9),
-        )
-        record, records = tl.load(item + 10), tl.load(item + 11)
+        numbers = load_item(item)
+        first_row, rows, table_at, segment, last_segment, seen, _ = numbers[:7]
+        block_row, block, causal, record, records = numbers[7:]
+        table = work + table_at
         divided = record >= 0
         # A KV head's queries: all its query heads of a row, then the next row's.
         row = query_index // PER_KV
@@ -143,7 +130,7 @@ def _attention_kernel(
             (record + row * records) * heads + head,
             spare + tl.program_id(0) * QUERIES + query_index,
         )
-        begin, end = _segment_start(segment), min(_segment_start(last_segment), seen)
+        begin, end = segment_start(segment), min(segment_start(last_segment), seen)
         spans_from = tl.cdiv(begin, SPAN) * SPAN  # Before it, a record for each segment.
         if CHAINED:
             gdc_wait()
@@ -154,7 +141,7 @@ def _attention_kernel(
         # Cached keys, then the block's own.
         cached = tl.cdiv(max(end - begin, 0), KEYS)
         tiles = cached + tl.cdiv(block, KEYS)
-        next_start = tl.where(cached > 0, _segment_start(segment + 1), 0)  # A block is one segment.
+        next_start = tl.where(cached > 0, segment_start(segment + 1), 0)  # A block is one segment.
         left = False
         for tile in range(tiles):
             at = begin + tile * KEYS
@@ -185,7 +172,7 @@ def _attention_kernel(
                 top, norm, acc = _merge(top, norm, acc, part_top, part_norm, part_acc)
                 part_top, part_norm, part_acc = _nothing(QUERIES, WIDTH)
                 segment += 1
-                next_start = tl.where(tile + 1 < cached, _segment_start(segment + 1), 0)
+                next_start = tl.where(tile + 1 < cached, segment_start(segment + 1), 0)
                 if last | (at <= spans_from) | ((at % SPAN == 0) & (cached_end == 0)):
                     if left & (divided == 0):
                         tl.debug_barrier()  # Other threads may have stored it.
