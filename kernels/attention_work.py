@@ -22,6 +22,8 @@ _LONG_SHARE = 1024
 HEADER = 8
 """Numbers before the items: how many there are, how many of them have a shared tile (these come first), how many rows are
 divided, and where these rows' list begins."""
+DIVIDED_ROWS = 2
+"""Which of them says how many rows are divided."""
 ITEM = 16
 """Numbers of an item: first row and number of rows; where the page table begins; first and last + 1 of its segments; keys
 that the tile's last row sees; the first key that this pass writes; first row of its diffusion block and rows of the block,

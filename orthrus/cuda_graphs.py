@@ -1,15 +1,18 @@
 """The model runner of GPUs: every pass is a replay of a CUDA graph, fed by one copy of the plan.
 
-A graph is captured for each of a few row counts, when the engine starts; a pass is filled up to the next one. Nothing else of
-it is fixed: tokens, views, page tables and the work list of attention are numbers in one buffer on the device. The head has
-graphs of its own, by the number of rows that need logits. Picks stay on the device too, in a ring of two passes, and the
-plan of a pass may refer to them: so it is uploaded and launched while the one before it still runs, and the host waits only
-for what it has to know.
+Graphs are captured for each of a few row counts, when the engine starts; a pass is filled up to the next one. Nothing else of
+it is fixed: tokens, views, page tables and the work list of attention are numbers in one buffer on the device. Where all rows
+need logits, as in the steps and blocks of decoding, one graph holds the layers and the head, and there is one without the
+kernel that merges divided rows of attention, for passes that have none. Other passes replay a graph of layers, then one of
+the head for as many rows as need logits. Picks stay on the device too, in a ring of two passes, and the plan of a pass may
+refer to them: so it is uploaded and launched while the one before it still runs, and the host waits only for what it has to
+know.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from tqdm import tqdm
 
 from kernels import AttentionPlan, gumbel_argmax, upload
 from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
-from kernels.attention_work import AttentionWork, plan_work, work_size
+from kernels.attention_work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
 from orthrus.model_runner import LaunchedPass
@@ -95,7 +98,9 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
 
 
 class CudaGraphRunner:
-    """Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits. hidden: their final hidden states.
+    """Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits.
+
+    hidden: the final hidden states of the last pass with graphs for layers and head apart, as far as they need logits.
 
     The buffer of a pass, int32: number of AR rows, place of the first pick; for the head: rows that need logits,
     temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the bucket: tokens,
@@ -139,6 +144,8 @@ class CudaGraphRunner:
         self._pool = torch.cuda.graph_pool_handle()
         self._row_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Layers and head, by rows and whether attention has divided rows.
+        self._whole_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._capture_all()
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
@@ -194,9 +201,13 @@ class CudaGraphRunner:
         end = self._rows_at + _ROW_FIELDS * bucket + len(work)
         array[end - len(work) : end] = work
         upload(staged.tensor[:end], self._buffer[:end])
-        self._row_graphs[bucket].replay()
-        if count:
-            self._head_graphs[next(size for size in self._head_buckets if size >= count)].replay()
+        head_bucket = next(size for size in self._head_buckets if size >= count)
+        if count and head_bucket == bucket and np.array_equal(flat.logit_rows, np.arange(count)):
+            self._whole_graphs[bucket, bool(work[DIVIDED_ROWS])].replay()
+        else:
+            self._row_graphs[bucket].replay()
+            if count:
+                self._head_graphs[head_bucket].replay()
         return count
 
     def _pick_elsewhere(self, rows: Sequence[PickRows], first_pick: int) -> None:
@@ -226,32 +237,37 @@ class CudaGraphRunner:
     # --- capture
 
     def _capture_all(self) -> None:
-        work = [
-            *((self._row_graphs, size, self._run_rows) for size in reversed(self._row_buckets)),
-            *((self._head_graphs, size, self._run_head) for size in reversed(self._head_buckets)),
-        ]
-        for graphs, size, run in tqdm(work, desc="CUDA graphs", unit="graph", disable=None):
-            graphs[size] = self._capture(run, size)
+        rows, heads = self._row_buckets[::-1], self._head_buckets[::-1]
+        whole = [(size, divided) for size in heads if size in rows for divided in (True, False)]
+        bar = tqdm(total=len(rows) + len(heads) + len(whole), desc="CUDA graphs", unit="graph", disable=None)
+        with bar:
+            for size in rows:
+                self._row_graphs[size] = self._capture(partial(self._run_rows, size), bar)
+            for size in heads:
+                self._head_graphs[size] = self._capture(partial(self._run_head, size), bar)
+            for key in whole:
+                self._whole_graphs[key] = self._capture(partial(self._run_whole, *key), bar)
 
-    def _capture(self, run: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph:
-        """Capture `run(size)`, after a first run that compiles its kernels. The buffer is all zero: rows of no group."""
-        run(size)
+    def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
+        """Capture `run`, after a first run that compiles its kernels. The buffer is all zero: rows of no group."""
+        run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph(): it collects garbage before each of many captures.
         with torch.cuda.stream(torch.cuda.Stream()):
             graph.capture_begin(pool=self._pool)
-            run(size)
+            run()
             graph.capture_end()
+        bar.update()
         return graph
 
-    def _plan(self, rows: int) -> PassPlan:
-        """The buffer as a plan for `rows` rows."""
+    def _plan(self, rows: int, divided: bool = True) -> PassPlan:
+        """The buffer as a plan for `rows` rows. divided: attention may have divided rows."""
         first = self._rows_at
         fields = self._buffer[first : first + _ROW_FIELDS * rows].view(_ROW_FIELDS, rows)
         tokens, positions, slots = fields.unbind()
         num_ar = self._buffer[_NUM_AR : _NUM_AR + 1]
-        work = AttentionWork(self._buffer[first + _ROW_FIELDS * rows :], _RECORDS)
+        work = AttentionWork(self._buffer[first + _ROW_FIELDS * rows :], _RECORDS if divided else 0)
         most = self.max_logits
         return PassPlan(
             tokens=tokens,
@@ -272,9 +288,18 @@ class CudaGraphRunner:
 
     @torch.inference_mode()
     def _run_head(self, rows: int) -> None:
+        self._score(self.hidden[:rows])
+
+    @torch.inference_mode()
+    def _run_whole(self, rows: int, divided: bool) -> None:
+        self._score(self._forward.hidden_states(self._plan(rows, divided), self._cache, self._picks))
+
+    def _score(self, hidden: Tensor) -> None:
+        """Logits and picks of final hidden states."""
+        rows = hidden.shape[0]
         temperatures, keys = self._pick_settings()
         logits = self._logits[:rows]
-        self._forward.logits(self.hidden[:rows], logits)
+        self._forward.logits(hidden, logits)
         gumbel_argmax(
             logits,
             temperatures[:rows],

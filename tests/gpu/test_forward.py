@@ -98,6 +98,10 @@ def test_logits_keep_their_bits_in_every_plan() -> None:
     assert not differing, f"rows {differing[:20]} of {len(differing)}"
     assert torch.equal(model.cache.keys[:, :, pages_of(2)], keys)
 
+    # Layers and head in graphs of their own, where not all rows need logits.
+    last = RowGroup(View.AR, tokens[:100], 0, pages_of(3), 99, 100)
+    assert torch.equal(model.run(last, draft(tokens[100], 100, 3))[0], expected[99])
+
     # One pass behind the other, none waited for.
     chunks = [model.run(rows(tokens, at, 32, 3)) for at in range(0, LENGTH, 32)]
     assert torch.equal(torch.cat(chunks), expected)
