@@ -266,10 +266,16 @@ def _consume(
             place, phase = _advance(place, phase, stride, PLACES)
             in_block = step >= cached_steps
             own = block - (step - cached_steps) * 2 * KEYS
-            if gl.where(in_block, own, common - here) < 2 * KEYS:
+            seen_by_all = gl.where(in_block, own, common - here)
+            if seen_by_all < 2 * KEYS:
+                # Run once or twice in an item, and its instructions come from afar: as few as will do.
                 bound = gl.where(in_block, own, limit - here)
-                scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
-                scores2 = gl.where(keys[None, :] + KEYS < bound[:, None], scores2, float("-inf"))
+                if gl.where(in_block, own, seen - here) > KEYS:
+                    scores2 = gl.where(keys[None, :] + KEYS < bound[:, None], scores2, float("-inf"))
+                else:
+                    scores2 = gl.full_like(scores2, float("-inf"))
+                if seen_by_all < KEYS:
+                    scores = gl.where(keys[None, :] < bound[:, None], scores, float("-inf"))
             new_top = gl.maximum(part_top, gl.max(gl.maximum(scores, scores2), 1) * scale)
             # A row that has seen nothing yet: any finite value will do, its weights are zero.
             base = gl.where(new_top == float("-inf"), 0.0, new_top)

@@ -324,7 +324,8 @@ def paged_attention(
             DIM=dim,
             WIDTH=width,
             HEADS=_MERGED_HEADS,
-            BATCH=8,
+            # A warp for a head goes through its records alone: with few rows their reads, not the registers, are the limit.
+            BATCH=16 if rows <= 16 else 8,
             PER_ROW=DIVIDED_ROW,
             num_warps=_MERGED_HEADS,
             **chaining(),
