@@ -5,8 +5,8 @@ sequence; with a lead, whose pass costs more, the first of these is certain and 
 batch rows and commits one. The planner takes what has the best rate, an AR step included, which is what keeps Orthrus
 from being slower than AR where rows are dear. Its choice never changes the text.
 
-Where drafts don't pay, some are tried now and then, the more seldom the more that costs; where no text could make them pay,
-none are.
+Where drafts don't pay, some are tried now and then, the more seldom the more that costs; where not even hopeful
+acceptance would pay, none are.
 """
 
 from collections import defaultdict
@@ -17,13 +17,12 @@ from orthrus.pass_cost import DecodeCost
 from orthrus.sequence import Draft
 
 _PRIOR_ACCEPTANCE = 0.85
+"""At each depth, before anything is known. Where it would not pay, none is drafted: better text is too rare to look for."""
 _PRIOR_WEIGHT = 2.0
 _DECAY = 0.95
 """Weight of the past at each observation: about the last twenty cycles count."""
 _MARGIN = 1.1
 """A cycle must promise this much more than AR: the best of many noisy estimates promises too much, and AR is the promise."""
-_PLAUSIBLE_ACCEPTANCE = 0.9
-"""The best to hope for at each depth: text on which more drafts agree doesn't last, and to look for it costs."""
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
 _PROBE_SHARE = 0.01
@@ -123,7 +122,7 @@ class DraftPlanner:
         self._acceptance = {
             (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
         }
-        self._plausible = _expected_tokens([_PLAUSIBLE_ACCEPTANCE] * (max_rows - 1))
+        self._hoped = _expected_tokens([_PRIOR_ACCEPTANCE] * (max_rows - 1))
         self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
@@ -169,7 +168,7 @@ class DraftPlanner:
                 for rows in range(2, most[lead] + 1)
             )
 
-        if all(best(lead, self._plausible)[0] < _MARGIN for lead in leads):
+        if all(best(lead, self._hoped)[0] < _MARGIN for lead in leads):
             return _Ranking([], pays=False)
         choices = [best(lead, self._acceptance[greedy, lead].expected_tokens()) for lead in leads]
         choices.sort(reverse=True)

@@ -102,7 +102,7 @@ def looks(one: DraftPlanner, batch: int, passes: int) -> list[int]:
 
 
 def test_a_batch_looks_again_in_one_pass_and_the_more_seldom_the_more_it_costs() -> None:
-    better, worse = crowded(0.25), crowded(0.25)
+    better, worse = crowded(0.2), crowded(0.2)
     for _ in range(100):
         better.observe(True, drafted(7), 4)
         worse.observe(True, drafted(7), 2)
@@ -112,7 +112,7 @@ def test_a_batch_looks_again_in_one_pass_and_the_more_seldom_the_more_it_costs()
     assert {b - a for a, b in pairwise(often)} == {often[0] + 1}
 
 
-def test_what_no_text_would_make_pay_is_never_tried() -> None:
+def test_what_would_not_pay_even_on_hopeful_text_is_never_tried() -> None:
     hopeless = crowded(0.5)
     for _ in range(200):
         hopeless.observe(True, drafted(7), 7)
