@@ -4,28 +4,44 @@ A cycle of K rows costs two passes of batch * K rows and commits 1 + sum over d 
 sequence; with a lead, whose pass costs more, the first of these is certain and one comes on top. An AR step costs one pass of
 batch rows and commits one. The planner takes what has the best rate, an AR step included, which is what keeps Orthrus
 from being slower than AR where rows are dear. Its choice never changes the text.
+
+Where drafts don't pay, some are tried now and then, the more seldom the more that costs; where not even hopeful
+acceptance would pay, none are.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from orthrus.pass_cost import DecodeCost
 from orthrus.sequence import Draft
 
 _PRIOR_ACCEPTANCE = 0.85
+"""At each depth, before anything is known. Where it would not pay, none is drafted: better text is too rare to look for."""
 _PRIOR_WEIGHT = 2.0
 _DECAY = 0.95
 """Weight of the past at each observation: about the last twenty cycles count."""
-_MARGIN = 1.06
-"""A cycle must promise this much more than AR: the estimates are noisy, and AR is the promise."""
+_MARGIN = 1.1
+"""A cycle must promise this much more than AR: the best of many noisy estimates promises too much, and AR is the promise."""
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
-_FIRST_PROBE, _LAST_PROBE = 16, 1024
-"""Passes without a draft, until one is tried: few at first, twice as many each time that it changed nothing."""
+_PROBE_SHARE = 0.01
+"""What looking again may cost where drafts don't pay, as a share of the AR steps."""
+_PROBE_EVERY = 16
+"""AR steps from one look to the next at least, however little it costs."""
 
 
 _Choice = tuple[float, int, bool]
-"""Tokens per second and sequence; the block's rows, and whether it has a lead."""
+"""Speed over AR; the block's rows, and whether it has a lead."""
+
+
+def _expected_tokens(acceptance: Iterable[float]) -> list[float]:
+    """Tokens that a verification of 1, 2, ... rows commits. acceptance: of the draft at each depth, given all before it."""
+    expected, reach = [1.0], 1.0
+    for accepted in acceptance:
+        reach *= accepted
+        expected.append(expected[-1] + reach)
+    return expected
 
 
 class _Acceptance:
@@ -41,31 +57,29 @@ class _Acceptance:
             self._agreed[depth] = self._agreed[depth] * _DECAY + (depth < accepted)
 
     def expected_tokens(self) -> list[float]:
-        """Tokens that a verification of 1, 2, ... rows commits."""
-        expected, reach = [1.0], 1.0
-        for tried, agreed in zip(self._tried, self._agreed, strict=True):
-            reach *= agreed / tried
-            expected.append(expected[-1] + reach)
-        return expected
+        return _expected_tokens(
+            agreed / tried for tried, agreed in zip(self._tried, self._agreed, strict=True)
+        )
 
 
 @dataclass
 class _Probe:
-    """When to look whether drafts have come to pay, where they did not. asked: plans made since it last was."""
+    """Looks whether drafts have come to pay. asked: plans made since the last look; left: drafts still to make for this one."""
 
-    after: int = _FIRST_PROBE
     asked: int = 0
+    left: int = 0
 
-    def due(self, batch: int) -> bool:
+    def due(self, batch: int, after: int) -> bool:
         """Whether to draft this time, in a batch of `batch` sequences: all that ask in a row do, as a rule in one pass.
 
-        One alone would make the pass dearer by nearly as much, and say less.
+        One alone would make the pass dearer by nearly as much, and say less. after: AR steps from one look to the next.
         """
-        self.asked += 1
-        if self.asked <= self.after * batch:
-            return False
-        if self.asked == (self.after + 1) * batch:
-            self.after, self.asked = min(2 * self.after, _LAST_PROBE), 0
+        if not self.left:
+            self.asked += 1
+            if self.asked <= after * batch:
+                return False
+            self.asked, self.left = 0, batch
+        self.left -= 1
         return True
 
 
@@ -77,12 +91,19 @@ class BlockPlan:
     lead: bool = False
 
 
+_AR_STEP = BlockPlan(1)
+
+
 @dataclass(frozen=True)
 class _Ranking:
-    """The best block with a lead and the best without, where they fit a pass, the better one first. pays: it beats an AR step."""
+    """The best block with a lead and the best without, the better one first; none where none fits a pass or could ever pay.
+
+    pays: it beats an AR step. probe_after: where it doesn't, AR steps until it is tried again.
+    """
 
     blocks: list[BlockPlan]
     pays: bool
+    probe_after: int = 0
 
 
 class DraftPlanner:
@@ -101,6 +122,7 @@ class DraftPlanner:
         self._acceptance = {
             (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
         }
+        self._hoped = _expected_tokens([_PRIOR_ACCEPTANCE] * (max_rows - 1))
         self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
@@ -123,9 +145,10 @@ class DraftPlanner:
         if ranking is None:
             ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
         if not ranking.blocks:
-            return BlockPlan(1)
+            return _AR_STEP
         if not ranking.pays:
-            return ranking.blocks[0] if self._probes[greedy, batch].due(batch) else BlockPlan(1)
+            due = self._probes[greedy, batch].due(batch, ranking.probe_after)
+            return ranking.blocks[0] if due else _AR_STEP
         self._probes.pop((greedy, batch), None)
         self._blocks += 1
         return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
@@ -136,16 +159,23 @@ class DraftPlanner:
         cost = self._cost
         if cost is None:
             return _Ranking([BlockPlan(most[lead], lead) for lead in leads[:1]], pays=True)
-        choices = sorted((self._best(cost, most[lead], greedy, batch, lead) for lead in leads), reverse=True)
+        step = cost.ar(batch, greedy)
+
+        def best(lead: bool, verified: list[float]) -> _Choice:
+            """The best of the blocks with or without a lead, if so many tokens are verified."""
+            return max(
+                ((lead + verified[rows - 1]) * step / cost.cycle(rows, batch, greedy, lead), rows, lead)
+                for rows in range(2, most[lead] + 1)
+            )
+
+        if all(best(lead, self._hoped)[0] < _MARGIN for lead in leads):
+            return _Ranking([], pays=False)
+        choices = [best(lead, self._acceptance[greedy, lead].expected_tokens()) for lead in leads]
+        choices.sort(reverse=True)
+        speed, rows, lead = choices[0]
+        steps_lost = (1 - speed) * cost.cycle(rows, batch, greedy, lead) / step
         return _Ranking(
             [BlockPlan(rows, lead) for _, rows, lead in choices],
-            pays=bool(choices) and choices[0][0] >= _MARGIN / cost.ar(batch, greedy),
-        )
-
-    def _best(self, cost: DecodeCost, most: int, greedy: bool, batch: int, lead: bool) -> _Choice:
-        """The best of the blocks with or without a lead."""
-        verified = self._acceptance[greedy, lead].expected_tokens()
-        return max(
-            ((lead + verified[rows - 1]) / cost.cycle(rows, batch, greedy, lead), rows, lead)
-            for rows in range(2, most + 1)
+            pays=speed >= _MARGIN,
+            probe_after=max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE)),
         )
