@@ -1,8 +1,8 @@
 """`orthrus bench`: tokens per second of our schedules beside Hugging Face generate, on the same prompts in one run.
 
-Contestants take turns: every round runs each of them once per batch size, starting with another one each time, and what is
-reported is the median over rounds of the ratio of two contestants in the same round. A machine that slows down half
-way slows all of them down.
+Contestants take turns: at every batch size a round runs all of them, starting with another one each time, and then all in
+reverse, so that a machine that slows down meanwhile slows all of them down alike. What is reported is the median over
+rounds of the ratio of two contestants in the same round.
 """
 
 import json
@@ -156,11 +156,14 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
     for number in range(options.rounds):
         for batch in options.batches:
             turn = number % len(contestants)
-            for contestant in contestants[turn:] + contestants[:turn]:
+            order = contestants[turn:] + contestants[:turn]
+            spent = dict.fromkeys((c.name for c in contestants), 0.0)
+            for contestant in [*order, *reversed(order)]:
                 started = time.perf_counter()
-                output = contestant.run(prompts[:batch], options.new_tokens)
-                seconds[contestant.name, batch].append(time.perf_counter() - started)
-                outputs[contestant.name, batch] = output
+                outputs[contestant.name, batch] = contestant.run(prompts[:batch], options.new_tokens)
+                spent[contestant.name] += time.perf_counter() - started
+            for name, both in spent.items():
+                seconds[name, batch].append(both / 2)
         progress(f"round {number + 1} of {options.rounds}")
 
     names = [contestant.name for contestant in contestants]

@@ -5,8 +5,10 @@ sequence; with a lead, whose pass costs more, the first of these is certain and 
 batch rows and commits one. The planner takes what has the best rate, an AR step included, which is what keeps Orthrus
 from being slower than AR where rows are dear. Its choice never changes the text.
 
-Where drafts don't pay, some are tried now and then, the more seldom the more that costs; where not even hopeful
-acceptance would pay, none are.
+Acceptance is counted twice: over the last cycles, which say what the text is like now and how long a block should be, and over
+many, which say what drafts are worth at all. Blocks must not lose by either, lest a batch drafts on the strength of what few
+easy sequences left behind. Where drafts don't pay, some are tried now and then, the more seldom the more that costs; where
+not even hopeful acceptance would pay, none are.
 """
 
 from collections import defaultdict
@@ -17,15 +19,17 @@ from orthrus.pass_cost import DecodeCost
 from orthrus.sequence import Draft
 
 _PRIOR_ACCEPTANCE = 0.85
-"""At each depth, before anything is known. Where it would not pay, none is drafted: better text is too rare to look for."""
+"""At each depth, before anything is known."""
 _PRIOR_WEIGHT = 2.0
-_DECAY = 0.95
-"""Weight of the past at each observation: about the last twenty cycles count."""
-_MARGIN = 1.1
-"""A cycle must promise this much more than AR: the best of many noisy estimates promises too much, and AR is the promise."""
+_HOPED_ACCEPTANCE = 0.95
+"""At each depth, at best. Where it would not pay, nothing is drafted: better text is too rare to look for."""
+_RECENT, _LASTING = 0.95, 0.998
+"""Weight of the past at each observation: about the last twenty cycles count, and the last five hundred."""
+_MARGIN = 1.06
+"""A block must promise this much more than AR: the best of many noisy estimates promises too much, and AR is the promise."""
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
-_PROBE_SHARE = 0.01
+_PROBE_SHARE = 0.002
 """What looking again may cost where drafts don't pay, as a share of the AR steps."""
 _PROBE_EVERY = 16
 """AR steps from one look to the next at least, however little it costs."""
@@ -47,14 +51,15 @@ def _expected_tokens(acceptance: Iterable[float]) -> list[float]:
 class _Acceptance:
     """Decayed counts of how often the draft at each depth agreed, given that all before it did."""
 
-    def __init__(self, depths: int) -> None:
+    def __init__(self, depths: int, decay: float) -> None:
+        self._decay = decay
         self._tried = [_PRIOR_WEIGHT] * depths
         self._agreed = [_PRIOR_WEIGHT * _PRIOR_ACCEPTANCE] * depths
 
     def observe(self, drafted: int, accepted: int) -> None:
         for depth in range(min(drafted, accepted + 1)):
-            self._tried[depth] = self._tried[depth] * _DECAY + 1
-            self._agreed[depth] = self._agreed[depth] * _DECAY + (depth < accepted)
+            self._tried[depth] = self._tried[depth] * self._decay + 1
+            self._agreed[depth] = self._agreed[depth] * self._decay + (depth < accepted)
 
     def expected_tokens(self) -> list[float]:
         return _expected_tokens(
@@ -120,9 +125,12 @@ class DraftPlanner:
         self._cost = cost
         self._leads = (lead,) if lead is not None else (False, True) if cost is not None else (False,)
         self._acceptance = {
-            (greedy, lead): _Acceptance(max_rows - 1) for greedy in (True, False) for lead in (True, False)
+            (greedy, lead, decay): _Acceptance(max_rows - 1, decay)
+            for greedy in (True, False)
+            for lead in (True, False)
+            for decay in (_RECENT, _LASTING)
         }
-        self._hoped = _expected_tokens([_PRIOR_ACCEPTANCE] * (max_rows - 1))
+        self._hoped = _expected_tokens([_HOPED_ACCEPTANCE] * (max_rows - 1))
         self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
@@ -132,12 +140,16 @@ class DraftPlanner:
         """Note that of one verified draft the first `accepted` tokens agreed."""
         self._rankings.clear()
         drafted = len(draft.tokens)
-        self._acceptance[greedy, draft.lead].observe(drafted, accepted)
+        self._observe(greedy, draft.lead, drafted, accepted)
         if draft.lead:
             # Without its lead, the block would have been tried like this; its last draft not at all.
-            self._acceptance[greedy, False].observe(drafted, accepted + 1 if draft.led else 0)
+            self._observe(greedy, False, drafted, accepted + 1 if draft.led else 0)
         elif accepted:
-            self._acceptance[greedy, True].observe(drafted - 1, accepted - 1)
+            self._observe(greedy, True, drafted - 1, accepted - 1)
+
+    def _observe(self, greedy: bool, lead: bool, drafted: int, accepted: int) -> None:
+        for decay in (_RECENT, _LASTING):
+            self._acceptance[greedy, lead, decay].observe(drafted, accepted)
 
     def plan(self, greedy: bool, batch: int) -> BlockPlan:
         """The next block of a sequence while `batch` sequences decode."""
@@ -170,12 +182,18 @@ class DraftPlanner:
 
         if all(best(lead, self._hoped)[0] < _MARGIN for lead in leads):
             return _Ranking([], pays=False)
-        choices = [best(lead, self._acceptance[greedy, lead].expected_tokens()) for lead in leads]
-        choices.sort(reverse=True)
-        speed, rows, lead = choices[0]
-        steps_lost = (1 - speed) * cost.cycle(rows, batch, greedy, lead) / step
+        recent, lasting = (
+            sorted(
+                (best(lead, self._acceptance[greedy, lead, decay].expected_tokens()) for lead in leads),
+                reverse=True,
+            )
+            for decay in (_RECENT, _LASTING)
+        )
+        speed, rows, lead = recent[0]
+        on_the_whole = lasting[0][0]
+        steps_lost = (1 - min(speed, on_the_whole)) * cost.cycle(rows, batch, greedy, lead) / step
         return _Ranking(
-            [BlockPlan(rows, lead) for _, rows, lead in choices],
-            pays=speed >= _MARGIN,
+            [BlockPlan(rows, lead) for _, rows, lead in recent],
+            pays=speed >= _MARGIN and on_the_whole >= 1,
             probe_after=max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE)),
         )

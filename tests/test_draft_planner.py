@@ -106,10 +106,23 @@ def test_a_batch_looks_again_in_one_pass_and_the_more_seldom_the_more_it_costs()
     for _ in range(100):
         better.observe(True, drafted(7), 4)
         worse.observe(True, drafted(7), 2)
-    often, seldom = looks(better, 8, 1000), looks(worse, 8, 1000)
+    often, seldom = looks(better, 8, 3000), looks(worse, 8, 3000)
     assert len(often) >= 2 * len(seldom) >= 2
     # Evenly spread, also for what pays elsewhere: one sequence has drafted all the time.
     assert {b - a for a, b in pairwise(often)} == {often[0] + 1}
+
+
+def test_a_few_easy_sequences_do_not_make_a_crowded_batch_draft_and_many_do() -> None:
+    one = crowded(0.2)
+    for _ in range(1000):
+        one.observe(True, drafted(7), 2)
+    for _ in range(30):
+        one.observe(True, drafted(7), 7)
+    assert one.plan(True, 1).rows == 8
+    assert one.plan(True, 8) == BlockPlan(1)
+    for _ in range(1000):
+        one.observe(True, drafted(7), 7)
+    assert one.plan(True, 8).rows == 8
 
 
 def test_what_would_not_pay_even_on_hopeful_text_is_never_tried() -> None:
