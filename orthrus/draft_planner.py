@@ -7,8 +7,8 @@ from being slower than AR where rows are dear. Its choice never changes the text
 
 Acceptance is counted twice: over the last cycles, which say what the text is like now and how long a block should be, and over
 many, which say what drafts are worth at all. Blocks must not lose by either, lest a batch drafts on the strength of what few
-easy sequences left behind. Where drafts don't pay, some are tried now and then, the more seldom the more that costs; where
-not even hopeful acceptance would pay, none are.
+easy sequences left behind. Where drafts don't pay, some are tried now and then, the more seldom the more that costs, and
+hardly ever where they are known to lose; where not even hopeful acceptance would pay, none are.
 """
 
 from collections import defaultdict
@@ -29,10 +29,13 @@ _MARGIN = 1.06
 """A block must promise this much more than AR: the best of many noisy estimates promises too much, and AR is the promise."""
 _OTHER_EVERY = 256
 """Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
-_PROBE_SHARE = 0.002
-"""What looking again may cost where drafts don't pay, as a share of the AR steps."""
+_PROBE_SHARE = 0.01
+"""What looking again may cost where drafts don't pay at present, as a share of the AR steps."""
 _PROBE_EVERY = 16
 """AR steps from one look to the next at least, however little it costs."""
+_KNOWN_BLOCKS, _SELDOM = 100, 4096
+"""After so many verified blocks it is known whether drafts lose on the whole; then, AR steps from one look to the next. A look
+costs more than its own two passes: the sequences of a batch come out of it with different lengths."""
 
 
 _Choice = tuple[float, int, bool]
@@ -60,6 +63,11 @@ class _Acceptance:
         for depth in range(min(drafted, accepted + 1)):
             self._tried[depth] = self._tried[depth] * self._decay + 1
             self._agreed[depth] = self._agreed[depth] * self._decay + (depth < accepted)
+
+    @property
+    def blocks(self) -> float:
+        """How many have been observed, as far as they still count."""
+        return self._tried[0] - _PRIOR_WEIGHT
 
     def expected_tokens(self) -> list[float]:
         return _expected_tokens(
@@ -189,11 +197,12 @@ class DraftPlanner:
             )
             for decay in (_RECENT, _LASTING)
         )
-        speed, rows, lead = recent[0]
-        on_the_whole = lasting[0][0]
-        steps_lost = (1 - min(speed, on_the_whole)) * cost.cycle(rows, batch, greedy, lead) / step
+        (speed, rows, lead), (on_the_whole, _, lasting_lead) = recent[0], lasting[0]
+        steps_lost = (1 - speed) * cost.cycle(rows, batch, greedy, lead) / step
+        probe_after = max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE))
+        known = self._acceptance[greedy, lasting_lead, _LASTING].blocks >= _KNOWN_BLOCKS
         return _Ranking(
             [BlockPlan(rows, lead) for _, rows, lead in recent],
-            pays=speed >= _MARGIN and on_the_whole >= 1,
-            probe_after=max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE)),
+            pays=min(speed, on_the_whole) >= _MARGIN,
+            probe_after=_SELDOM if known and on_the_whole < _MARGIN else probe_after,
         )

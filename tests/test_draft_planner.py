@@ -77,8 +77,8 @@ def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:
     for _ in range(200):
         one.observe(True, drafted(7), 0)
         one.observe(True, drafted(7, lead=True), 0)
-    decisions = [one.plan(True, 1).rows for _ in range(600)]
-    assert 1 <= sum(rows > 1 for rows in decisions) <= 5
+    decisions = [one.plan(True, 1).rows for _ in range(10_000)]
+    assert 1 <= sum(rows > 1 for rows in decisions) <= 3
     for _ in range(200):
         one.observe(True, drafted(7), 7)
     assert one.plan(True, 1) == BlockPlan(8)
