@@ -6,7 +6,7 @@ batch rows and commits one. The planner takes what has the best rate, an AR step
 from being slower than AR where rows are dear. Its choice never changes the text.
 
 Acceptance is counted twice: over the last cycles, which say what the text is like now and how long a block should be, and over
-many, which say what drafts are worth at all. Blocks must not lose by either, lest a batch drafts on the strength of what few
+many, which say what drafts are worth at all. Blocks have to pay by both, lest a batch drafts on the strength of what few
 easy sequences left behind. Where drafts don't pay, some are tried now and then, the more seldom the more that costs, and
 hardly ever where they are known to lose; where not even hopeful acceptance would pay, none are.
 """
@@ -119,6 +119,21 @@ class _Ranking:
     probe_after: int = 0
 
 
+@dataclass(frozen=True)
+class _BatchCost:
+    """Seconds of a batch's AR step, and of its cycles with blocks of 2, 3, ... rows, by whether they have a lead."""
+
+    step: float
+    cycles: dict[bool, list[float]]
+
+    def best(self, lead: bool, verified: list[float]) -> _Choice:
+        """The best of the blocks with or without a lead. verified: tokens that a verification of 1, 2, ... rows commits."""
+        rates = zip(verified[1:], self.cycles[lead], strict=False)  # Blocks go as far as fit a pass.
+        return max(
+            ((lead + tokens) * self.step / cycle, rows, lead) for rows, (tokens, cycle) in enumerate(rates, 2)
+        )
+
+
 class DraftPlanner:
     """Plans each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences and their leads.
 
@@ -138,10 +153,11 @@ class DraftPlanner:
             for lead in (True, False)
             for decay in (_RECENT, _LASTING)
         }
-        self._hoped = _expected_tokens([_HOPED_ACCEPTANCE] * (max_rows - 1))
         self._blocks = 0
         # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
+        # What no text changes is found out once.
+        self._batch_costs: dict[tuple[bool, int], _BatchCost | None] = {}
         self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
@@ -173,32 +189,42 @@ class DraftPlanner:
         self._blocks += 1
         return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
 
-    def _rank(self, greedy: bool, batch: int) -> _Ranking:
+    def _most_rows(self, batch: int) -> dict[bool, int]:
+        """The longest blocks that fit a pass, with a lead and without."""
         most = {lead: min(self.max_rows, self._pass_rows // batch - lead) for lead in self._leads}
-        leads = [lead for lead in self._leads if most[lead] > 1]
-        cost = self._cost
-        if cost is None:
-            return _Ranking([BlockPlan(most[lead], lead) for lead in leads[:1]], pays=True)
-        step = cost.ar(batch, greedy)
+        return {lead: rows for lead, rows in most.items() if rows > 1}
 
-        def best(lead: bool, verified: list[float]) -> _Choice:
-            """The best of the blocks with or without a lead, if so many tokens are verified."""
-            return max(
-                ((lead + verified[rows - 1]) * step / cost.cycle(rows, batch, greedy, lead), rows, lead)
-                for rows in range(2, most[lead] + 1)
-            )
+    def _batch_cost(self, cost: DecodeCost, greedy: bool, batch: int) -> _BatchCost | None:
+        """What the batch's blocks cost; None where none fits a pass or would pay even on hopeful text."""
+        cycles = {
+            lead: [cost.cycle(rows, batch, greedy, lead) for rows in range(2, most + 1)]
+            for lead, most in self._most_rows(batch).items()
+        }
+        costs = _BatchCost(cost.ar(batch, greedy), cycles)
+        hoped = _expected_tokens([_HOPED_ACCEPTANCE] * (self.max_rows - 1))
+        return costs if any(costs.best(lead, hoped)[0] >= _MARGIN for lead in cycles) else None
 
-        if all(best(lead, self._hoped)[0] < _MARGIN for lead in leads):
+    def _rank(self, greedy: bool, batch: int) -> _Ranking:
+        if self._cost is None:
+            blocks = [BlockPlan(rows, lead) for lead, rows in self._most_rows(batch).items()]
+            return _Ranking(blocks[:1], pays=True)
+        if (greedy, batch) not in self._batch_costs:
+            self._batch_costs[greedy, batch] = self._batch_cost(self._cost, greedy, batch)
+        costs = self._batch_costs[greedy, batch]
+        if costs is None:
             return _Ranking([], pays=False)
         recent, lasting = (
             sorted(
-                (best(lead, self._acceptance[greedy, lead, decay].expected_tokens()) for lead in leads),
+                (
+                    costs.best(lead, self._acceptance[greedy, lead, decay].expected_tokens())
+                    for lead in costs.cycles
+                ),
                 reverse=True,
             )
             for decay in (_RECENT, _LASTING)
         )
         (speed, rows, lead), (on_the_whole, _, lasting_lead) = recent[0], lasting[0]
-        steps_lost = (1 - speed) * cost.cycle(rows, batch, greedy, lead) / step
+        steps_lost = (1 - speed) * costs.cycles[lead][rows - 2] / costs.step
         probe_after = max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE))
         known = self._acceptance[greedy, lasting_lead, _LASTING].blocks >= _KNOWN_BLOCKS
         return _Ranking(
