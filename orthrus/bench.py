@@ -1,11 +1,13 @@
 """`orthrus bench`: tokens per second of our schedules beside Hugging Face generate, on the same prompts in one run.
 
 Contestants take turns: at every batch size a round runs all of them, starting with another one each time, and then all in
-reverse, so that a machine that slows down meanwhile slows all of them down alike. What is reported is the median over
-rounds of the ratio of two contestants in the same round.
+reverse, so that a machine that slows down meanwhile slows all of them down alike. A contestant's time in a round is the better
+of its two: what else the machine does only ever adds time. What is reported is the median over rounds of the ratio of two
+contestants in the same round.
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -157,13 +159,13 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
         for batch in options.batches:
             turn = number % len(contestants)
             order = contestants[turn:] + contestants[:turn]
-            spent = dict.fromkeys((c.name for c in contestants), 0.0)
+            best = dict.fromkeys((c.name for c in contestants), math.inf)
             for contestant in [*order, *reversed(order)]:
                 started = time.perf_counter()
                 outputs[contestant.name, batch] = contestant.run(prompts[:batch], options.new_tokens)
-                spent[contestant.name] += time.perf_counter() - started
-            for name, both in spent.items():
-                seconds[name, batch].append(both / 2)
+                best[contestant.name] = min(best[contestant.name], time.perf_counter() - started)
+            for name, own in best.items():
+                seconds[name, batch].append(own)
         progress(f"round {number + 1} of {options.rounds}")
 
     names = [contestant.name for contestant in contestants]
