@@ -379,7 +379,7 @@ def test_prompts_are_texts_or_chats_and_a_bad_line_is_named(run: Path, tmp_path:
 
 def test_the_shipped_configs_are_valid_and_qwen3_8bs_has_the_papers_numbers() -> None:
     folder = Path(__file__).parent.parent / "configs" / "train"
-    runs = {name: read_settings(Run, folder / f"{name}.yaml") for name in ("tiny", "qwen3-8b")}
+    runs = {name: read_settings(Run, folder / f"{name}.yaml") for name in ("tiny", "tiny-heads", "qwen3-8b")}
     heads = runs["qwen3-8b"].heads
     assert heads is not None
     assert (heads.block_size, heads.anchors, heads.row_length, heads.rows) == (32, 256, 2048, 128)
@@ -393,6 +393,7 @@ def test_the_shipped_configs_are_valid_and_qwen3_8bs_has_the_papers_numbers() ->
         ({"engine": {"max_num_seq": 3}}, "max_num_seq"),
         ({"head": {}}, "head: Extra inputs"),
         ({"heads": {"anchor": 3}}, "heads.anchor: Extra inputs"),
+        ({"base_model": "some/base", "out": "some/../some/base"}, "out: .* is the base model"),
     ],
 )
 def test_a_wrong_section_is_named_before_anything_runs(

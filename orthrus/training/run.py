@@ -49,6 +49,12 @@ class Run(Settings):
         self.engine_config(self.base_model or "")
         return self
 
+    @model_validator(mode="after")
+    def _out_is_new(self) -> "Run":
+        if self.base_model is not None and Path(self.base_model).resolve() == self.out.resolve():
+            raise ValueError(f"out: {self.out} is the base model, which stays as it is: set another folder")
+        return self
+
     def engine_config(self, model: Path | str, **settings: Any) -> EngineConfig:
         """The engine's settings for `model`: `settings`, and over them those of the file."""
         return EngineConfig(model=str(model), **(settings | self.engine))
