@@ -198,20 +198,15 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
     def take(places: Tensor) -> Tensor:
         return heads.index_select(0, places).view(products, -1, dim).to(wide)
 
-    # Products of one size, all splits at once: a library may sum over more keys, or share out fewer products, otherwise.
     queries = take(batch.queries).mul_(scale)
-    keys, values = (batch.cached(c).unflatten(1, (-1, KV_SPLIT)).to(wide) for c in (k_cache, v_cache))
-    scores = torch.matmul(queries.unsqueeze(1), keys.transpose(-1, -2)).transpose(1, 2).flatten(2)
-    own = 0
-    if batch.own_keys is not None:
-        fresh = torch.bmm(queries, take(batch.own_keys).transpose(1, 2))
-        own, scores = fresh.shape[2], torch.cat([fresh, scores], 2)
-    weights = scores.add_(batch.mask).softmax(-1)
-    cached = weights[:, :, own:].unflatten(2, (-1, KV_SPLIT)).transpose(1, 2)
-    parts = torch.matmul(cached, values).unbind(1)
-    if batch.own_values is not None:
-        parts = (torch.bmm(weights[:, :, :own], take(batch.own_values)), *parts)
-    out = parts[0]
-    for part in parts[1:]:
-        out = out + part
+    keys, values = (batch.cached(cache).to(wide).split(KV_SPLIT, 1) for cache in (k_cache, v_cache))
+    if batch.own_keys is not None and batch.own_values is not None:
+        keys, values = (take(batch.own_keys), *keys), (take(batch.own_values), *values)
+    # A product for each split, all of one size: a library may sum over more keys otherwise.
+    scores = [torch.bmm(queries, split.transpose(1, 2)) for split in keys]
+    weights = (torch.cat(scores, 2) if len(scores) > 1 else scores[0]).add_(batch.mask).softmax(-1)
+    shares = weights.split([split.shape[1] for split in keys], 2)
+    out, *more = (torch.bmm(share, split) for share, split in zip(shares, values, strict=True))
+    for part in more:
+        out.add_(part)
     return out.flatten(0, 1)
