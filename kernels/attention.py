@@ -202,7 +202,7 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
     keys, values = (batch.cached(cache).to(wide).split(KV_SPLIT, 1) for cache in (k_cache, v_cache))
     if batch.own_keys is not None and batch.own_values is not None:
         keys, values = (take(batch.own_keys), *keys), (take(batch.own_values), *values)
-    # A product for each split, all of one size: a library may sum over more keys otherwise.
+    # A product for each split, those of the cache all of one size: a library may sum over more keys otherwise.
     scores = [torch.bmm(queries, split.transpose(1, 2)) for split in keys]
     weights = (torch.cat(scores, 2) if len(scores) > 1 else scores[0]).add_(batch.mask).softmax(-1)
     shares = weights.split([split.shape[1] for split in keys], 2)

@@ -135,20 +135,17 @@ def _best_times(time_pass: Callable[[_Shape], float], shapes: Sequence[_Shape]) 
     The best, and in turns: what else the machine does only ever adds time, and should not meet one shape alone. Next is always
     the shape that has had the least time so far: so short passes, whose times are the least certain, are seen most often.
     """
-    best: dict[_Shape, float] = {}
-    spent: dict[_Shape, float] = {}
+    times: dict[_Shape, list[float]] = {}
     began = time.perf_counter()
     time_pass(shapes[0])
     for shape in shapes:
-        if len(best) >= len(shapes) // 2 and time.perf_counter() - began > _SECONDS / 2:
+        if len(times) >= len(shapes) // 2 and time.perf_counter() - began > _SECONDS / 2:
             break
-        best[shape] = spent[shape] = time_pass(shape)
+        times[shape] = [time_pass(shape)]
     while time.perf_counter() - began < _SECONDS:
-        shape = min(spent, key=spent.__getitem__)
-        seconds = time_pass(shape)
-        best[shape] = min(best[shape], seconds)
-        spent[shape] += seconds
-    return best
+        shape = min(times, key=lambda s: sum(times[s]))
+        times[shape].append(time_pass(shape))
+    return {shape: min(seconds) for shape, seconds in times.items()}
 
 
 def _rows_curve(best: dict[_Shape, float], kind: _Kind) -> PassCost:

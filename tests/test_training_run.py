@@ -394,6 +394,7 @@ def test_the_shipped_configs_are_valid_and_qwen3_8bs_has_the_papers_numbers() ->
         ({"head": {}}, "head: Extra inputs"),
         ({"heads": {"anchor": 3}}, "heads.anchor: Extra inputs"),
         ({"base_model": "some/base", "out": "some/../some/base"}, "out: .* is the base model"),
+        ({"work": "some", "out": "some/base"}, "out: .* is the base model"),
     ],
 )
 def test_a_wrong_section_is_named_before_anything_runs(

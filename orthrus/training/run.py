@@ -51,7 +51,7 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _out_is_new(self) -> "Run":
-        if self.base_model is not None and Path(self.base_model).resolve() == self.out.resolve():
+        if Path(self.base_model or self.work / "base").resolve() == self.out.resolve():
             raise ValueError(f"out: {self.out} is the base model, which stays as it is: set another folder")
         return self
 
