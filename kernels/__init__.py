@@ -19,6 +19,7 @@ from kernels.linear import (
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.sampling import gumbel_argmax, gumbel_noise
 from kernels.upload import upload
+from kernels.workspace import start_layer
 
 __all__ = [
     "AttentionGroup",
@@ -34,5 +35,6 @@ __all__ = [
     "pack_linear",
     "paged_attention",
     "qk_norm_rope",
+    "start_layer",
     "upload",
 ]

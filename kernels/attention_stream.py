@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _SHARED_BYTES = 227 * 1024
 """Of a multiprocessor."""
+_PIECE = 16
+"""Keys that are fetched at once where an item ends."""
 _OTHER_BYTES = 2048
 """Of it for mbarriers and what the warps hand each other."""
 
@@ -86,14 +88,40 @@ def _fetch(source, row, row2, column, ring, full, place):
 
 
 @gluon.jit
+def _fetch_end(source, slot, slot2, count, pieces, full, place, KEYS: gl.constexpr):
+    """Ask for a step's two tiles of which `count` keys are there, piece by piece; pieces past the end repeat the last one.
+
+    pieces: the ring as pieces of some keys and up to 64 dimensions, as the tiles lie in memory.
+    """
+    PIECE: gl.constexpr = source.block_shape[0]
+    PARTS: gl.constexpr = pieces.shape[0] * PIECE // (2 * full.shape[0] * KEYS)
+    last = (count - 1) // PIECE
+    for number in range(2 * KEYS // PIECE):
+        wanted = gl.minimum(number, last) * PIECE
+        row = gl.where(wanted < KEYS, slot, slot2 - KEYS) + wanted
+        piece = (2 * place + number * PIECE // KEYS) * (PARTS * KEYS // PIECE) + number % (KEYS // PIECE)
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(
+                source,
+                [row, part * source.block_shape[1]],
+                full.index(place),
+                pieces.index(piece + part * (KEYS // PIECE)),
+            )
+
+
+@gluon.jit
 def _produce(
-    k_pages, v_pages, rows_desc, work, slots, ring, full, empty,
+    k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
     LANE: gl.constexpr, KV_HEADS: gl.constexpr, PER_KV: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
-    PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, CHAINED: gl.constexpr,
+    PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, EXACT: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Fill the lane's places: with keys or with values of shared items, with both in turn of the lane's own items."""
     PLACES: gl.constexpr = full.shape[0]
     KEYS: gl.constexpr = ring.shape[1]
+    PIECE: gl.constexpr = k_pieces.block_shape[0]
+    PART: gl.constexpr = k_pieces.block_shape[1]
+    PIECES: gl.constexpr = 2 * PLACES * KEYS * ring.shape[2] // (PIECE * PART)
+    pieces = ring._reinterpret(ring.dtype, [PIECES, PIECE, PART], k_pieces.layout)
     step_bytes: gl.constexpr = 2 * KEYS * ring.shape[2] * ring.dtype.primitive_bitwidth // 8
     together, alone, first = _share(work, LANE, KV_HEADS, PROGRAMS)
     place, phase, ahead = LANE, 0, CHAINED
@@ -125,6 +153,11 @@ def _produce(
                 if step >= cached_steps:
                     column = (KV_HEADS * (PER_KV + values) + kv_head) * DIM
                     _fetch(rows_desc, row, row + KEYS, column, ring, full, place)
+                elif EXACT & (end - at < 2 * KEYS):
+                    if values == 0:
+                        _fetch_end(k_pieces, slot, slot2, end - at, pieces, full, place, KEYS)
+                    else:
+                        _fetch_end(v_pieces, slot, slot2, end - at, pieces, full, place, KEYS)
                 elif values == 0:
                     _fetch(k_pages, slot, slot2, 0, ring, full, place)
                 else:
@@ -333,6 +366,8 @@ def _attention_kernel(
     qkv,
     k_pages,
     v_pages,
+    k_pieces,
+    v_pieces,
     rows_desc,
     work,
     out,
@@ -355,6 +390,7 @@ def _attention_kernel(
     PER: gl.constexpr,
     SPAN: gl.constexpr,
     QUERY_TILE: gl.constexpr,
+    EXACT: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     query_tiles = gl.allocate_shared_memory(k_pages.dtype, [2, QUERIES, WIDTH], QUERY_TILE)
@@ -378,12 +414,12 @@ def _attention_kernel(
                 1, PER_KV, KV_HEADS, DIM, PROGRAMS, BEFORE, PER, SPAN, CHAINED,
             )),
             (_produce, (
-                k_pages, v_pages, rows_desc, work, slots, ring, full, empty,
-                0, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+                k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
+                0, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, EXACT, CHAINED,
             )),
             (_produce, (
-                k_pages, v_pages, rows_desc, work, slots, ring, full, empty,
-                1, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, CHAINED,
+                k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
+                1, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, EXACT, CHAINED,
             )),
         ],
         [4, 1, 1],
@@ -414,19 +450,21 @@ def launch(
     kv_heads, pages, page_size, dim = k_cache.shape
     all_heads = qkv.shape[1]
     dtype = gl.bfloat16 if qkv.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([keys, width], dtype)
     room = _SHARED_BYTES - _OTHER_BYTES - 2 * queries * width * 2
 
-    def tiles(tensor: Tensor, columns: int) -> TensorDescriptor:
-        return TensorDescriptor(
-            tensor, [tensor.numel() // columns, columns], [columns, 1], [keys, width], layout
-        )
+    def tiles(tensor: Tensor, columns: int, block: list[int]) -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+        return TensorDescriptor(tensor, [tensor.numel() // columns, columns], [columns, 1], block, layout)
+
+    tile, piece = [keys, width], [_PIECE, min(width, 64)]
 
     _attention_kernel[(programs,)](
         qkv,
-        tiles(k_cache, dim),
-        tiles(v_cache, dim),
-        tiles(qkv, all_heads * dim),
+        tiles(k_cache, dim, tile),
+        tiles(v_cache, dim, tile),
+        tiles(k_cache, dim, piece),
+        tiles(v_cache, dim, piece),
+        tiles(qkv, all_heads * dim, tile),
         work.numbers,
         out,
         partials,
@@ -449,6 +487,7 @@ def launch(
         PER=ITEM,
         SPAN=SPAN,
         QUERY_TILE=gl.NVMMASharedLayout.get_default_for([queries, width], dtype),
+        EXACT=work.capacity == 0,
         num_warps=4,
         **chaining(),
     )

@@ -22,6 +22,7 @@ from kernels import attention_stream
 from kernels.attention_work import DIVIDED_ROW, HEADER, ITEM, SPAN
 from kernels.attention_work_triton import load_item, segment_start
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from kernels.workspace import empty
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionPlan
@@ -273,7 +274,7 @@ def paged_attention(
     queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
-    out = torch.empty(rows, heads * dim, device=qkv.device, dtype=qkv.dtype)
+    out = empty((rows, heads * dim), qkv.dtype, qkv.device)
     # Records, then a place for each program.
     spare = work.capacity * heads
     places = spare + programs * queries

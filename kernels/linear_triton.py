@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import linear_stream
 from kernels.device import chaining
+from kernels.workspace import empty
 
 if TYPE_CHECKING:
     from kernels.linear import PackedLinear
@@ -233,7 +234,7 @@ def linear(
     Raises ValueError if a row of x is not a multiple of 16 bytes, which the GPU's copy engine needs.
     """
     if out is None:
-        out = torch.empty(x.shape[0], layer.weights[0].shape[0], device=x.device, dtype=x.dtype)
+        out = empty((x.shape[0], layer.weights[0].shape[0]), x.dtype, x.device)
     _launch(x, layer, out, num_ar, tiles, 1)
     return out
 
@@ -241,7 +242,7 @@ def linear(
 def linear_silu_mul(x: Tensor, layer: "PackedLinear", *, tiles: LinearTiles | None = None) -> Tensor:
     """`kernels.linear_silu_mul`, as `linear`; gate and up are rounded only after they have met."""
     outs = layer.weights[0].shape[0] // 2
-    out = torch.empty(x.shape[0], outs, device=x.device, dtype=x.dtype)
+    out = empty((x.shape[0], outs), x.dtype, x.device)
     _launch(x, layer, out, None, tiles, 1)
     return out
 
@@ -264,9 +265,9 @@ def linear_add_rms_norm(
         tiles = choose_tiles(rows, outs, segments, x.dtype)
     parts = segments if tiles is None or tiles.split else 1
     if parts > 1:
-        out = torch.empty(parts, rows, outs, device=x.device, dtype=torch.float32)
+        out = empty((parts, rows, outs), torch.float32, x.device)
     else:
-        out = torch.empty(rows, outs, device=x.device, dtype=x.dtype)
+        out = empty((rows, outs), x.dtype, x.device)
     _launch(x, layer, out, num_ar, tiles, segments)
     return add_rms_norm(out, residual, norm_weight, eps, layer.bias if parts > 1 else None, num_ar)
 
@@ -284,7 +285,7 @@ def add_rms_norm(
     x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width].
     """
     rows, width = residual.shape
-    hidden, normed = torch.empty_like(residual), torch.empty_like(residual)
+    hidden, normed = (empty((rows, width), residual.dtype, residual.device) for _ in range(2))
     _add_rms_norm_kernel[(rows,)](
         x,
         x if bias is None else bias,

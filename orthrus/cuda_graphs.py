@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import AttentionPlan, gumbel_argmax, upload
+from kernels import AttentionPlan, gumbel_argmax, upload, workspace
 from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention_work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
 from orthrus.forward import LayerParallelForward
@@ -137,6 +137,7 @@ class CudaGraphRunner:
         self._host_picks = [torch.zeros(most_logits, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self.hidden = torch.zeros(most_logits, forward.config.hidden_size, device=device, dtype=forward.dtype)
         self._logits = torch.zeros(most_logits, forward.config.vocab_size, device=device, dtype=torch.float32)
+        self._results = torch.empty(workspace.BYTES, device=device, dtype=torch.uint8)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._turn = 0
         # Where picks go to the host, so that the next pass does not wait for that.
@@ -252,9 +253,10 @@ class CudaGraphRunner:
         """Capture `run`, after a first run that compiles its kernels. The buffer is all zero: rows of no group."""
         run()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._results.device)
+        workspace.keep_in_l2(self._results, stream)
         # Not torch.cuda.graph(): it collects garbage before each of many captures.
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(stream), workspace.results_in(self._results):
             graph.capture_begin(pool=self._pool)
             run()
             graph.capture_end()

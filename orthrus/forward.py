@@ -20,6 +20,7 @@ from kernels import (
     pack_linear,
     paged_attention,
     qk_norm_rope,
+    start_layer,
 )
 from orthrus.config import ModelConfig
 from orthrus.kv_cache import KVCache
@@ -122,6 +123,7 @@ class LayerParallelForward:
         )
         hidden, normed = start.hidden, start.normed
         for index, layer in enumerate(self._layers):
+            start_layer()
             qkv = linear(normed, layer.qkv, plan.num_ar).unflatten(1, (-1, dim))
             qk_norm_rope(
                 qkv, layer.qk_norm, start.cos, start.sin, eps, plan.num_ar, plan.slots, *cache.slots[index]
