@@ -16,6 +16,7 @@ from kernels.activation import silu_mul
 from kernels.device import runs_triton
 from kernels.packed_weight import SEGMENT, Product, pack_weight, plain_product
 from kernels.rms_norm import rms_norm
+from kernels.sampling import gumbel_argmax
 
 GATE_BLOCK = 8
 """Outputs of the gate, then as many of up, in an interleaved layer: the step between a thread's rows in the matrix unit."""
@@ -121,3 +122,27 @@ def linear_add_rms_norm(
         return linear_triton.linear_add_rms_norm(x, layer, residual, norm_weight, eps, num_ar)
     hidden = residual + linear(x, layer, num_ar)
     return hidden, rms_norm(hidden, norm_weight, eps)
+
+
+def linear_gumbel_argmax(
+    x: Tensor,
+    layer: PackedLinear,
+    logits: Tensor,
+    wanted: Tensor,
+    temperatures: Tensor,
+    keys: Tensor,
+    picks: Tensor,
+    first_pick: Tensor,
+) -> None:
+    """Pick a token for every row from the layer's outputs, as `gumbel_argmax` does from logits.
+
+    logits: the outputs, float32 or wider [rows, out_features], where `wanted` (int32 [1]) is not 0; else anything, since
+    writing them takes a GPU longer than picking from them.
+    """
+    if runs_triton(x):
+        from kernels import linear_triton
+
+        linear_triton.linear_gumbel_argmax(x, layer, logits, wanted, temperatures, keys, picks, first_pick)
+        return
+    linear(x, layer, out=logits)
+    gumbel_argmax(logits, temperatures, keys, picks, first_pick)

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from kernels.linear import PackedLinear
+from kernels.sampling_triton import perturb
 
 MOST_ROWS = 64
 _OUTS = 64
@@ -64,6 +65,21 @@ def _advance(
     return unit, step, weight_at, row_at, k
 
 
+@gluon.jit
+def _best(logits, token, row, live, temperatures, keys, vocab):
+    """The best of a tile's tokens for each row and the token, as `gumbel_argmax` picks. logits [tokens, rows]."""
+    score = logits
+    temperature = gl.load(temperatures + row, mask=live, other=0.0)
+    if gl.max(temperature, 0) > 0.0:
+        warm = (temperature > 0.0)[None, :]
+        divisor = gl.where(temperature > 0.0, temperature, 1.0)[None, :]
+        noisy = perturb(logits, divisor, keys, gl.where(live, row, 0)[None, :], token[:, None])
+        score = gl.where(warm, noisy, logits)
+    score = gl.where((token < vocab)[:, None], score, float("-inf"))
+    best = gl.max(score, 0)
+    return best, gl.min(gl.where(score == best[None, :], token[:, None], vocab - 1), 0)
+
+
 @gluon.jit(do_not_specialize=["num_rows", "segments", "steps"])
 def _stream_kernel(
     w,
@@ -71,6 +87,11 @@ def _stream_kernel(
     bias,
     out,
     num_ar,
+    temperatures,
+    keys,
+    out_wanted,
+    values,
+    indices,
     num_rows,
     num_outs,
     steps,
@@ -83,6 +104,7 @@ def _stream_kernel(
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    PICKS: gl.constexpr,
     CHAINED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -168,11 +190,24 @@ def _stream_kernel(
             result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout)
             out_at, width = out_at // 2, num_outs // 2
         index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-        place = row_index[None, :].to(gl.int64) * width + index[:, None]
-        if SPLIT:
-            place += segment * num_rows.to(gl.int64) * num_outs
         inside = (row_index < row_end)[None, :] & (index < width)[:, None]
-        gl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+        stored = True
+        if PICKS:
+            stored = gl.load(out_wanted) != 0
+            best, token = _best(result, index, row_index, row_index < row_end, temperatures, keys, width)
+            tile = row_index * gl.cdiv(width, OUTS) + out_at // OUTS
+            gl.store(values + tile, best, mask=row_index < row_end)
+            gl.store(indices + tile, token, mask=row_index < row_end)
+        if stored:
+            place = row_index[None, :].to(gl.int64) * width + index[:, None]
+            if SPLIT:
+                place += segment * num_rows.to(gl.int64) * num_outs
+            gl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+def num_tiles(outs: int) -> int:
+    """Of a layer with so many outputs."""
+    return -(-outs // _OUTS)
 
 
 @cache
@@ -195,10 +230,13 @@ def launch(
     num_ar: Tensor | None,
     segments: int,
     segment: int,
+    picking: tuple[Tensor, ...] = (),
 ) -> None:
     """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several.
 
-    segment: inputs of each.
+    segment: inputs of each. picking: to pick from the outputs, temperatures, noise keys and whether `out` is wanted at all, as
+    `linear_gumbel_argmax` takes them; then where the best score of each of `num_tiles` tiles and its token go: float32 and int32
+    [rows, tiles].
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)
@@ -214,6 +252,7 @@ def launch(
         out if bias is None else bias,
         out,
         out if num_ar is None else num_ar,
+        *(picking or 5 * (out,)),
         rows,
         outs,
         segment // _DEPTH,
@@ -226,6 +265,7 @@ def launch(
         GATED=layer.interleaved,
         SPLIT=segments > 1,
         HAS_BIAS=bias is not None,
+        PICKS=bool(picking),
         num_warps=4,
         **chaining(),
     )

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import linear_stream
 from kernels.device import chaining
+from kernels.sampling_triton import gumbel_argmax, pick_best
 from kernels.workspace import empty
 
 if TYPE_CHECKING:
@@ -270,6 +271,29 @@ def linear_add_rms_norm(
         out = empty((rows, outs), x.dtype, x.device)
     _launch(x, layer, out, num_ar, tiles, segments)
     return add_rms_norm(out, residual, norm_weight, eps, layer.bias if parts > 1 else None, num_ar)
+
+
+def linear_gumbel_argmax(
+    x: Tensor,
+    layer: "PackedLinear",
+    logits: Tensor,
+    wanted: Tensor,
+    temperatures: Tensor,
+    keys: Tensor,
+    picks: Tensor,
+    first_pick: Tensor,
+) -> None:
+    """`kernels.linear_gumbel_argmax`: with few rows, each tile of outputs is picked from before it is stored, if it is."""
+    if not linear_stream.streams(x):
+        linear(x, layer, out=logits)
+        gumbel_argmax(logits, temperatures, keys, picks, first_pick)
+        return
+    shape = x.shape[0], linear_stream.num_tiles(logits.shape[1])
+    values = torch.empty(shape, device=x.device, dtype=torch.float32)
+    indices = torch.empty(shape, device=x.device, dtype=torch.int32)
+    picking = temperatures, keys, wanted, values, indices
+    linear_stream.launch(x, layer, logits, None, 1, x.shape[1], picking)
+    pick_best(values, indices, picks, first_pick)
 
 
 def add_rms_norm(

@@ -33,6 +33,12 @@ def _noise(keys, row, token):
 
 
 @triton.jit
+def perturb(logits, temperature, keys, row, token):
+    """What is compared where the temperature is not 0."""
+    return tl.div_rn(logits, temperature) + _noise(keys, row, token)
+
+
+@triton.jit
 def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -51,9 +57,7 @@ def _block_argmax_kernel(
         gdc_wait()
     score = tl.load(logits + row * vocab + token, mask=token < vocab, other=float("-inf"))
     if temperature > 0:
-        score = tl.where(
-            token < vocab, tl.div_rn(score, temperature) + _noise(keys, row, token), float("-inf")
-        )
+        score = tl.where(token < vocab, perturb(score, temperature, keys, row, token), float("-inf"))
     value, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(values + row * blocks + block, value)
     tl.store(indices + row * blocks + block, block * COLUMNS + index)
@@ -91,7 +95,20 @@ def gumbel_argmax(
     _block_argmax_kernel[(rows, blocks)](
         logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS=_PICK_COLUMNS, num_warps=8, **chaining()
     )  # fmt: skip
+    pick_best(values, indices, picks, first_pick)
+
+
+def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor) -> None:
+    """For every row the index with the highest value, of equals the first: values, int32 indices [rows, blocks]."""
+    rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)
     _argmax_kernel[(rows,)](
-        values, indices, picks, first_pick, blocks, BLOCKS=width, num_warps=1, **chaining()
+        values,
+        indices,
+        picks,
+        first_pick,
+        blocks,
+        BLOCKS=width,
+        num_warps=max(1, min(8, width // 256)),
+        **chaining(),
     )

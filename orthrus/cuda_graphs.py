@@ -32,7 +32,7 @@ _RECORDS = 4096
 """Rows x segments of attention whose partial results have room; what needs more is not divided."""
 _GRAPH_BYTES = 1 << 30
 """Room for the graphs themselves, compiled kernels, and what else is not counted."""
-_NUM_AR, _FIRST_PICK = 0, 1
+_NUM_AR, _FIRST_PICK, _WANTS_LOGITS = 0, 1, 2
 _BEFORE_HEAD = 8
 _HEAD_FIELDS = 4
 _ROW_FIELDS = 3
@@ -102,9 +102,9 @@ class CudaGraphRunner:
 
     hidden: the final hidden states of the last pass with graphs for layers and head apart, as far as they need logits.
 
-    The buffer of a pass, int32: number of AR rows, place of the first pick; for the head: rows that need logits,
-    temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the bucket: tokens,
-    positions, slots; then attention's work list.
+    The buffer of a pass, int32: number of AR rows, place of the first pick, whether logits are wanted; for the head: rows that
+    need logits, temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the
+    bucket: tokens, positions, slots; then attention's work list.
     """
 
     feeds_tokens = True
@@ -188,6 +188,7 @@ class CudaGraphRunner:
         # Rows that fill the bucket up are of the view that comes last.
         array[_NUM_AR] = flat.num_ar if flat.num_ar < used else bucket
         array[_FIRST_PICK] = first_pick
+        array[_WANTS_LOGITS] = not rows or any(group.needs_logits for group in rows)
         most = self.max_logits
         logit_rows, temperatures, keys = np.split(array[_BEFORE_HEAD : self._rows_at], [most, 2 * most])
         logit_rows[:count] = flat.logit_rows
@@ -297,13 +298,13 @@ class CudaGraphRunner:
         self._score(self._forward.hidden_states(self._plan(rows, divided), self._cache, self._picks))
 
     def _score(self, hidden: Tensor) -> None:
-        """Logits and picks of final hidden states."""
+        """Picks of final hidden states, and their logits if the pass wants them."""
         rows = hidden.shape[0]
         temperatures, keys = self._pick_settings()
-        logits = self._logits[:rows]
-        self._forward.logits(hidden, logits)
-        gumbel_argmax(
-            logits,
+        self._forward.pick(
+            hidden,
+            self._logits[:rows],
+            self._buffer[_WANTS_LOGITS : _WANTS_LOGITS + 1],
             temperatures[:rows],
             keys[:rows],
             self._picks,

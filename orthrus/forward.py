@@ -15,6 +15,7 @@ from kernels import (
     embed,
     linear,
     linear_add_rms_norm,
+    linear_gumbel_argmax,
     linear_silu_mul,
     pack_gated_linear,
     pack_linear,
@@ -137,12 +138,24 @@ class LayerParallelForward:
         return normed
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states [rows, hidden_size]: float32 (float64 for a float64 model) [rows, vocab_size].
 
-        out: where they go. Without it, a 16-bit model's logits are rounded to 16 bits first.
+        A 16-bit model's are rounded to 16 bits first.
         """
-        if out is not None:
-            return linear(hidden, self._head, out=out)
         logits = linear(hidden, self._head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.inference_mode()
+    def pick(
+        self,
+        hidden: Tensor,
+        logits: Tensor,
+        wanted: Tensor,
+        temperatures: Tensor,
+        keys: Tensor,
+        picks: Tensor,
+        first_pick: Tensor,
+    ) -> None:
+        """Pick a token for each of the final hidden states [rows, hidden_size]: see `linear_gumbel_argmax`."""
+        linear_gumbel_argmax(hidden, self._head, logits, wanted, temperatures, keys, picks, first_pick)

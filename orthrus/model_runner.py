@@ -17,7 +17,11 @@ from orthrus.sampling import PickRows, pick
 
 
 class LaunchedPass(Protocol):
-    """A pass on its way. logits: float32 or wider [rows that need them, vocab_size], until the next pass is launched."""
+    """A pass on its way.
+
+    logits: float32 or wider [rows that need them, vocab_size], until the next pass is launched; of use only if one of its
+    `PickRows` needs logits.
+    """
 
     @property
     def logits(self) -> Tensor: ...

@@ -66,6 +66,11 @@ class PickRows:
         masked = self.mask is not None and not self.drafting
         return not (masked or self.endless_rows or self.reweighted or self.filters[0])
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a pick is not all that is wanted of the logits, or takes more than them as they are."""
+        return not self.plain or self.mask is not None or self.params.logprobs is not None
+
 
 def _penalise(logits: Tensor, rows: PickRows) -> None:
     """Apply penalties and logit bias to logits [rows, vocab] in place. Repetition: Keskar et al., 2019; others: OpenAI."""

@@ -26,6 +26,7 @@ from kernels import (
     gumbel_noise,
     linear,
     linear_add_rms_norm,
+    linear_gumbel_argmax,
     linear_silu_mul,
     linear_triton,
     paged_attention,
@@ -394,3 +395,16 @@ def test_gumbel_argmax_picks_what_its_reference_picks() -> None:
     assert torch.equal(got, expected)
     assert got[4] == 40
     assert not got[:3].any() and not got[7:].any()
+
+
+def test_picks_from_a_layer_are_those_from_its_outputs() -> None:
+    layer, x = PackedLinear((randn(700, 48) * 2,)), randn(3, 48, seed=1)
+    temperatures, keys = torch.tensor([0.0, 0.7, 1.3]), keys_of([1, 2, 3], [5, 6, 7])
+    results = []
+    for pick in (linear_triton.linear_gumbel_argmax, linear_gumbel_argmax):
+        logits, picks = torch.zeros(3, 700), torch.zeros(5, dtype=torch.int32)
+        pick(x, layer, logits, int32(1), temperatures, keys, picks, int32(2))
+        results.append((logits, picks))
+    assert torch.equal(results[0][1], results[1][1])
+    assert_near(results[0][0], results[1][0])
+    assert results[1][1][2] == (x[0] @ layer.weights[0].T).argmax()

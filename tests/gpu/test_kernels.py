@@ -20,6 +20,7 @@ from kernels import (
     gumbel_noise,
     linear,
     linear_add_rms_norm,
+    linear_gumbel_argmax,
     linear_silu_mul,
     linear_triton,
     paged_attention,
@@ -237,3 +238,23 @@ def test_noise_and_picks_are_those_of_the_cpu() -> None:
     gumbel_argmax(logits, temperatures, keys, picks[1], torch.tensor([2]))
     assert torch.equal(picks[0].cpu(), picks[1])
     assert picks[1][5] == 70
+
+
+@pytest.mark.parametrize("rows", [1, 17, 33, 64, 100])
+def test_picks_from_a_layer_are_those_from_its_outputs(rows: int) -> None:
+    """Greedy and sampled rows; a vocabulary that tiles don't divide; with logits and without."""
+    layer, x = layer_of(20_010, 1024), randn(rows, 1024, seed=1)
+    logits = linear(x, layer, out=torch.empty(rows, 20_010, device=DEVICE))
+    for seed in range(20):
+        temperatures = torch.arange(rows, device=DEVICE) % 3 * 0.7
+        keys = torch.from_numpy(noise_keys([seed] * rows, range(rows))).to(DEVICE)
+        expected, got = (torch.zeros(rows + 2, device=DEVICE, dtype=torch.int32) for _ in range(2))
+        gumbel_argmax(logits, temperatures, keys, expected, int32(2))
+        out = torch.zeros_like(logits)
+        linear_gumbel_argmax(x, layer, out, int32(seed % 2), temperatures, keys, got, int32(2))
+        assert torch.equal(got, expected), seed
+        assert torch.equal(out, logits if seed % 2 or rows > 64 else torch.zeros_like(out))
+    # Of equals the lowest: here all of a tile's, and tiles.
+    same = torch.zeros_like(x)
+    linear_gumbel_argmax(same, layer, out, int32(0), torch.zeros(rows, device=DEVICE), keys, got, int32(2))
+    assert not got.any()

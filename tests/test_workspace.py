@@ -1,0 +1,64 @@
+"""A layer's results over those of the layer before, as a captured pass has them, with the Triton kernels in their interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels import PackedLinear, linear_triton, start_layer
+from kernels.workspace import empty, results_in
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"
+)
+
+CPU = torch.device("cpu")
+
+
+def inside(tensor: Tensor, memory: Tensor) -> bool:
+    offset = tensor.data_ptr() - memory.data_ptr()
+    return 0 <= offset <= memory.numel() - tensor.nbytes
+
+
+def test_results_take_room_one_behind_the_other_and_anew_in_every_layer() -> None:
+    memory = torch.empty(4096, dtype=torch.uint8)
+    with results_in(memory):
+        first, second = (empty((3, 50), torch.float32, CPU) for _ in range(2))
+        assert first.data_ptr() == memory.data_ptr()
+        assert (
+            second.data_ptr() - first.data_ptr() == 768
+        )  # 600 bytes, and the next one at a multiple of 256.
+        large, small = empty((1, 700), torch.float32, CPU), empty((8,), torch.float16, CPU)
+        assert not inside(large, memory), "too large for what is left"
+        assert inside(small, memory) and small.dtype == torch.float16
+        start_layer()
+        assert empty((3, 50), torch.float32, CPU).data_ptr() == first.data_ptr()
+    start_layer()
+    assert not inside(empty((3,), torch.float32, CPU), memory)
+
+
+@pytest.mark.parametrize("bytes", [16, 1500, 1 << 16])
+def test_layers_whose_results_share_memory_compute_the_same(bytes: int) -> None:
+    """However much of it there is: none, room for some of a layer's results, room for all."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    layers = [
+        (PackedLinear((randn(48, 32),), interleaved=True), PackedLinear((randn(32, 24),))) for _ in range(3)
+    ]
+    start, norm = randn(5, 32), torch.ones(32)
+
+    def run() -> Tensor:
+        hidden, normed = start, start
+        for gated, down in layers:
+            start_layer()
+            inner = linear_triton.linear_silu_mul(normed, gated)
+            hidden, normed = linear_triton.linear_add_rms_norm(inner, down, hidden, norm, 1e-6)
+        return normed.clone()
+
+    expected, memory = run(), torch.empty(bytes, dtype=torch.uint8)
+    with results_in(memory):
+        assert torch.equal(run(), expected)
