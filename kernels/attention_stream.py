@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 _SHARED_BYTES = 227 * 1024
 """Of a multiprocessor."""
-_PIECE = 16
-"""Keys that are fetched at once where an item ends."""
 _OTHER_BYTES = 2048
 """Of it for mbarriers and what the warps hand each other."""
+_PIECE = 16
+"""Keys that are fetched at once where cached keys end."""
 
 
 @gluon.jit
@@ -113,7 +113,7 @@ def _fetch_end(source, slot, slot2, count, pieces, full, place, KEYS: gl.constex
 def _produce(
     k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
     LANE: gl.constexpr, KV_HEADS: gl.constexpr, PER_KV: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
-    PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, EXACT: gl.constexpr, CHAINED: gl.constexpr,
+    PROGRAMS: gl.constexpr, BEFORE: gl.constexpr, PER: gl.constexpr, TRIMS_END: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Fill the lane's places: with keys or with values of shared items, with both in turn of the lane's own items."""
     PLACES: gl.constexpr = full.shape[0]
@@ -153,7 +153,7 @@ def _produce(
                 if step >= cached_steps:
                     column = (KV_HEADS * (PER_KV + values) + kv_head) * DIM
                     _fetch(rows_desc, row, row + KEYS, column, ring, full, place)
-                elif EXACT & (end - at < 2 * KEYS):
+                elif TRIMS_END & (end - at < 2 * KEYS):
                     if values == 0:
                         _fetch_end(k_pieces, slot, slot2, end - at, pieces, full, place, KEYS)
                     else:
@@ -390,7 +390,7 @@ def _attention_kernel(
     PER: gl.constexpr,
     SPAN: gl.constexpr,
     QUERY_TILE: gl.constexpr,
-    EXACT: gl.constexpr,
+    TRIMS_END: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     query_tiles = gl.allocate_shared_memory(k_pages.dtype, [2, QUERIES, WIDTH], QUERY_TILE)
@@ -415,11 +415,11 @@ def _attention_kernel(
             )),
             (_produce, (
                 k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
-                0, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, EXACT, CHAINED,
+                0, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, TRIMS_END, CHAINED,
             )),
             (_produce, (
                 k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
-                1, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, EXACT, CHAINED,
+                1, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, BEFORE, PER, TRIMS_END, CHAINED,
             )),
         ],
         [4, 1, 1],
@@ -487,7 +487,9 @@ def launch(
         PER=ITEM,
         SPAN=SPAN,
         QUERY_TILE=gl.NVMMASharedLayout.get_default_for([queries, width], dtype),
-        EXACT=work.capacity == 0,
+        # Where sequences are many and no row is divided, what is not there costs bandwidth. A divided row is read by many
+        # programs at once, whose time is that of its last step: more instructions there take longer than the bytes.
+        TRIMS_END=work.capacity == 0,
         num_warps=4,
         **chaining(),
     )

@@ -288,12 +288,18 @@ def linear_gumbel_argmax(
         linear(x, layer, out=logits)
         gumbel_argmax(logits, temperatures, keys, picks, first_pick)
         return
+    pick_best(*best_of_tiles(x, layer, logits, wanted, temperatures, keys), picks, first_pick)
+
+
+def best_of_tiles(
+    x: Tensor, layer: "PackedLinear", logits: Tensor, wanted: Tensor, temperatures: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sampling_triton.best_of_blocks` of a layer's outputs, for rows that `linear_stream` takes: see `linear_gumbel_argmax`."""
     shape = x.shape[0], linear_stream.num_tiles(logits.shape[1])
     values = torch.empty(shape, device=x.device, dtype=torch.float32)
     indices = torch.empty(shape, device=x.device, dtype=torch.int32)
-    picking = temperatures, keys, wanted, values, indices
-    linear_stream.launch(x, layer, logits, None, 1, x.shape[1], picking)
-    pick_best(values, indices, picks, first_pick)
+    _launch(x, layer, logits, None, None, 1, (temperatures, keys, wanted, values, indices))
+    return values, indices
 
 
 def add_rms_norm(
@@ -340,8 +346,9 @@ def _launch(
     num_ar: Tensor | None,
     tiles: LinearTiles | None,
     segments: int,
+    picking: tuple[Tensor, ...] = (),
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias."""
+    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias. picking: see `linear_stream.launch`."""
     rows, ins = x.shape
     if ins * x.itemsize % 16:
         raise ValueError(
@@ -349,7 +356,7 @@ def _launch(
         )
     segment = triton.cdiv(triton.cdiv(ins, segments), _SEGMENT_UNIT) * _SEGMENT_UNIT
     if tiles is None and linear_stream.streams(x):
-        linear_stream.launch(x, layer, out, num_ar, segments, segment)
+        linear_stream.launch(x, layer, out, num_ar, segments, segment, picking)
         return
     weight, views = layer.weights[0], len(layer.weights)
     outs = weight.shape[0]

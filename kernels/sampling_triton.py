@@ -72,7 +72,8 @@ def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.conste
         gdc_launch_dependents()
         gdc_wait()
     value = tl.load(values + row * blocks + place, mask=place < blocks, other=float("-inf"))
-    best = tl.argmax(value, 0, tie_break_left=True)
+    # Of a row of NaN it may be one of the places that only fill the block up.
+    best = tl.minimum(tl.argmax(value, 0, tie_break_left=True), blocks - 1)
     tl.store(picks + first + row, tl.load(indices + row * blocks + best))
 
 
@@ -88,6 +89,11 @@ def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:
     """`kernels.gumbel_argmax`: the best of every block of tokens, then the best block."""
+    pick_best(*best_of_blocks(logits, temperatures, keys), picks, first_pick)
+
+
+def best_of_blocks(logits: Tensor, temperatures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks]."""
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, _PICK_COLUMNS)
     values = torch.empty(rows, blocks, device=logits.device, dtype=torch.float32)
@@ -95,7 +101,7 @@ def gumbel_argmax(
     _block_argmax_kernel[(rows, blocks)](
         logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS=_PICK_COLUMNS, num_warps=8, **chaining()
     )  # fmt: skip
-    pick_best(values, indices, picks, first_pick)
+    return values, indices
 
 
 def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor) -> None:

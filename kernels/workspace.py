@@ -60,22 +60,30 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def keep_in_l2(memory: Tensor, stream: torch.cuda.Stream) -> None:
-    """What kernels of `stream` write to `memory` stays in the L2 cache, if the GPU can do that: graphs captured there too."""
+@contextmanager
+def kept_in_l2(memory: Tensor, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside it, what kernels of `stream` keep in `memory` stays in the L2 cache; so it does whenever a graph captured here runs.
+
+    Where a GPU can't do that, nothing changes.
+    """
     from cuda.bindings import driver  # Comes with torch for CUDA.
 
-    window = driver.CUaccessPolicyWindow()
-    window.base_ptr, window.num_bytes = memory.data_ptr(), memory.nbytes
-    window.hitRatio = 1.0
-    window.hitProp = driver.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING
-    window.missProp = driver.CUaccessProperty.CU_ACCESS_PROPERTY_NORMAL
-    value = driver.CUstreamAttrValue()
-    value.accessPolicyWindow = window
-    for (result,) in (
-        driver.cuCtxSetLimit(driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE, memory.nbytes),
-        driver.cuStreamSetAttribute(
-            stream.cuda_stream, driver.CUstreamAttrID.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW, value
-        ),
-    ):
-        if result != driver.CUresult.CUDA_SUCCESS:
-            logger.info("results are not kept in this GPU's L2 cache: %s", result.name)
+    def window(size: int, kept: driver.CUaccessProperty) -> driver.CUresult:
+        value = driver.CUstreamAttrValue()
+        policy = driver.CUaccessPolicyWindow()
+        policy.base_ptr, policy.num_bytes, policy.hitRatio = memory.data_ptr(), size, 1.0
+        policy.hitProp, policy.missProp = kept, driver.CUaccessProperty.CU_ACCESS_PROPERTY_NORMAL
+        value.accessPolicyWindow = policy
+        attribute = driver.CUstreamAttrID.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW
+        (result,) = driver.cuStreamSetAttribute(stream.cuda_stream, attribute, value)
+        return result
+
+    # Stays set: graphs need it when they run.
+    (limited,) = driver.cuCtxSetLimit(driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE, memory.nbytes)
+    set_up = window(memory.nbytes, driver.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING)
+    if (limited, set_up) != 2 * (driver.CUresult.CUDA_SUCCESS,):
+        logger.info("a layer's results are not kept in the L2 cache: %s, %s", limited.name, set_up.name)
+    try:
+        yield
+    finally:
+        window(0, driver.CUaccessProperty.CU_ACCESS_PROPERTY_NORMAL)

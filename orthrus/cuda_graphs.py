@@ -142,6 +142,7 @@ class CudaGraphRunner:
         self._turn = 0
         # Where picks go to the host, so that the next pass does not wait for that.
         self._downloads = torch.cuda.Stream(device)
+        self._captures = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._row_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -188,7 +189,7 @@ class CudaGraphRunner:
         # Rows that fill the bucket up are of the view that comes last.
         array[_NUM_AR] = flat.num_ar if flat.num_ar < used else bucket
         array[_FIRST_PICK] = first_pick
-        array[_WANTS_LOGITS] = not rows or any(group.needs_logits for group in rows)
+        array[_WANTS_LOGITS] = not rows or any(group.reads_logits for group in rows)
         most = self.max_logits
         logit_rows, temperatures, keys = np.split(array[_BEFORE_HEAD : self._rows_at], [most, 2 * most])
         logit_rows[:count] = flat.logit_rows
@@ -242,7 +243,7 @@ class CudaGraphRunner:
         rows, heads = self._row_buckets[::-1], self._head_buckets[::-1]
         whole = [(size, divided) for size in heads if size in rows for divided in (True, False)]
         bar = tqdm(total=len(rows) + len(heads) + len(whole), desc="CUDA graphs", unit="graph", disable=None)
-        with bar:
+        with bar, workspace.kept_in_l2(self._results, self._captures):
             for size in rows:
                 self._row_graphs[size] = self._capture(partial(self._run_rows, size), bar)
             for size in heads:
@@ -254,10 +255,9 @@ class CudaGraphRunner:
         """Capture `run`, after a first run that compiles its kernels. The buffer is all zero: rows of no group."""
         run()
         torch.cuda.synchronize()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._results.device)
-        workspace.keep_in_l2(self._results, stream)
+        graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph(): it collects garbage before each of many captures.
-        with torch.cuda.stream(stream), workspace.results_in(self._results):
+        with torch.cuda.stream(self._captures), workspace.results_in(self._results):
             graph.capture_begin(pool=self._pool)
             run()
             graph.capture_end()

@@ -360,7 +360,7 @@ class Engine:
         for request in requests:
             self.submit(request)
         while len(last) < len(keys):
-            # Put together as they come, while the next pass runs.
+            # Put together as they come: a pass launched ahead runs meanwhile.
             for chunk in self.step():
                 key = (chunk.request_id, chunk.index)
                 if key in tokens:
@@ -376,7 +376,7 @@ class Engine:
             return Completion(
                 index=index,
                 token_ids=tuple(tokens[key]),
-                logprobs=None if request.params.logprobs is None else tuple(logprobs[key]),
+                logprobs=tuple(logprobs[key]) or None,
                 finish_reason=end.finish_reason,
                 stop_reason=end.stop_reason,
                 stats=end.stats,

@@ -20,7 +20,7 @@ class LaunchedPass(Protocol):
     """A pass on its way.
 
     logits: float32 or wider [rows that need them, vocab_size], until the next pass is launched; of use only if one of its
-    `PickRows` needs logits.
+    `PickRows` reads logits.
     """
 
     @property

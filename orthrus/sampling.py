@@ -67,8 +67,8 @@ class PickRows:
         return not (masked or self.endless_rows or self.reweighted or self.filters[0])
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether a pick is not all that is wanted of the logits, or takes more than them as they are."""
+    def reads_logits(self) -> bool:
+        """Whether the logits are read by anything but the pick of the pass itself."""
         return not self.plain or self.mask is not None or self.params.logprobs is not None
 
 

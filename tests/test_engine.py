@@ -14,7 +14,7 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.model_runner import EagerRunner, LaunchedPass
 from orthrus.plan import RowGroup
-from orthrus.request import Chunk, Completion, Request, SamplingParams
+from orthrus.request import Chunk, Completion, Request, SamplingParams, joined_chunks
 from orthrus.sampling import PickRows
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference_decode
@@ -134,7 +134,9 @@ class _ReadPass:
 
 
 class LimitedRunner(EagerRunner):
-    """Runs passes ahead, within the limits of a GPU's runner, whose memory is laid out before the first pass."""
+    """Runs passes ahead, within the limits of a GPU's runner: memory is laid out before the first pass, logits that nobody
+    reads aren't there.
+    """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine.forward, engine.cache, feeds_tokens=True)
@@ -150,8 +152,34 @@ class LimitedRunner(EagerRunner):
             "plans of two passes have memory, not of three"
         )
         self.fullest = max(self.fullest, used)
-        self._passes.append(_ReadPass(super().launch(groups, rows)))
+        launched = super().launch(groups, rows)
+        if rows and not any(group.reads_logits for group in rows):
+            with torch.inference_mode():
+                launched.logits.fill_(float("nan"))
+        self._passes.append(_ReadPass(launched))
         return self._passes[-1]
+
+
+@pytest.mark.parametrize(
+    ("read", "settings"),
+    [
+        (False, {"temperature": 0.0, "top_k": 5}),
+        (False, {"temperature": 0.8}),
+        (True, {"temperature": 0.8, "top_k": 5}),
+        (True, {"temperature": 0.8, "top_p": 0.9}),
+        (True, {"temperature": 0.8, "min_p": 0.1}),
+        (True, {"logprobs": 0}),
+        (True, {"repetition_penalty": 1.1}),
+        (True, {"presence_penalty": 0.5}),
+        (True, {"frequency_penalty": 0.5}),
+        (True, {"logit_bias": {3: 1.0}}),
+    ],
+    ids=str,
+)
+def test_whose_logits_are_read_by_more_than_the_pick(read: bool, settings: dict[str, Any]) -> None:
+    rows = PickRows(SamplingParams(**settings), seed=1, position=7, count=1, ends=(5,), may_end=7)
+    assert rows.reads_logits is read
+    assert replace(rows, may_end=8).reads_logits, "an end that must not be picked yet"
 
 
 @pytest.mark.parametrize("lead", [False, True])
@@ -192,8 +220,15 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
     """Tokens that the host doesn't know yet, ends that it learns of late, cancellations and evictions in between."""
     rng = random.Random(3)
     texts = prompts(24, seed=4)
+    scored = {5}  # No more: it is waited for.
     params = [
-        SamplingParams(temperature=i % 2, seed=i, max_tokens=rng.randint(1, 50), stop_token_ids=(3, 9))
+        SamplingParams(
+            temperature=i % 2,
+            seed=i,
+            max_tokens=rng.randint(1, 50),
+            stop_token_ids=(3, 9),
+            logprobs=1 if i in scored else None,
+        )
         for i in range(len(texts))
     ]
     ahead = engine(checkpoint, **settings)
@@ -213,11 +248,15 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
     assert foreseen > 3, "every pass was waited for"
     assert ahead.stats.kv_pages_used == 0
     finished = [int(i) for i, chunks in collected.items() if chunks and chunks[-1].finish_reason]
-    assert len(finished) > 15
+    assert len(finished) > 15 and scored <= set(finished)
     for i in finished:
         [[alone]] = ar.generate([texts[i]], params[i])
-        assert tuple(t for chunk in collected[str(i)] for t in chunk.token_ids) == alone.token_ids
-        assert collected[str(i)][-1].finish_reason == alone.finish_reason
+        whole = joined_chunks(collected[str(i)])
+        assert whole.token_ids == alone.token_ids
+        assert whole.finish_reason == alone.finish_reason
+        assert (whole.logprobs is None) == (alone.logprobs is None) == (i not in scored)
+        for got, expected in zip(whole.logprobs or (), alone.logprobs or (), strict=True):
+            assert got.logprob == pytest.approx(expected.logprob, abs=1e-5)
     if ahead.schedule_name == "orthrus":
         assert ahead.stats.tokens_per_cycle > (1.7 if "draft_lead" in settings else 1.2)
 

@@ -18,6 +18,7 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.grammar import GrammarMasks, json_grammar
 from orthrus.request import Completion, SamplingParams
+from orthrus.sampling import PickRows
 
 MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")
 PERSON = {
@@ -164,6 +165,8 @@ def test_a_forbidden_draft_leaves_no_trace(ar: Engine) -> None:
     assert mask.allowed([*one, *word, *one]).shape[0] == 4
     assert mask.accepts([*one, *word, *one]) == 1
     assert torch.equal(mask.allowed([]), before) and mask.error is None
+    # A draft is picked first, and then kept to its mask by its logits.
+    assert PickRows(SamplingParams(), seed=1, position=3, count=4, mask=mask, drafting=True).reads_logits
 
 
 class _Breaks:

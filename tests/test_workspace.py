@@ -51,14 +51,22 @@ def test_layers_whose_results_share_memory_compute_the_same(bytes: int) -> None:
     ]
     start, norm = randn(5, 32), torch.ones(32)
 
+    results: list[tuple[Tensor, ...]] = []
+
     def run() -> Tensor:
         hidden, normed = start, start
+        results.clear()
         for gated, down in layers:
             start_layer()
             inner = linear_triton.linear_silu_mul(normed, gated)
             hidden, normed = linear_triton.linear_add_rms_norm(inner, down, hidden, norm, 1e-6)
+            results.append((inner, hidden, normed))
         return normed.clone()
 
     expected, memory = run(), torch.empty(bytes, dtype=torch.uint8)
     with results_in(memory):
         assert torch.equal(run(), expected)
+    places = [[(inside(result, memory), result.data_ptr()) for result in layer] for layer in results]
+    assert sum(kept for kept, _ in places[0]) == {16: 0, 1500: 1, 1 << 16: 3}[bytes]
+    if bytes == 1 << 16:
+        assert places[0] == places[1] == places[2]

@@ -22,9 +22,11 @@ from kernels import (
     linear_add_rms_norm,
     linear_gumbel_argmax,
     linear_silu_mul,
+    linear_stream,
     linear_triton,
     paged_attention,
     qk_norm_rope,
+    sampling_triton,
     upload,
 )
 from kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
@@ -240,21 +242,40 @@ def test_noise_and_picks_are_those_of_the_cpu() -> None:
     assert picks[1][5] == 70
 
 
-@pytest.mark.parametrize("rows", [1, 17, 33, 64, 100])
-def test_picks_from_a_layer_are_those_from_its_outputs(rows: int) -> None:
-    """Greedy and sampled rows; a vocabulary that tiles don't divide; with logits and without."""
-    layer, x = layer_of(20_010, 1024), randn(rows, 1024, seed=1)
+@pytest.mark.parametrize(("rows", "ins"), [(1, 1024), (17, 1024), (33, 200), (64, 1024), (100, 1024)])
+def test_picks_from_a_layer_are_those_from_its_outputs(rows: int, ins: int) -> None:
+    """Greedy and sampled rows; a vocabulary and inputs that tiles don't divide; with logits and without."""
+    layer, x = layer_of(20_010, ins), randn(rows, ins, seed=1)
+    streamed = linear_stream.streams(x)
     logits = linear(x, layer, out=torch.empty(rows, 20_010, device=DEVICE))
+    temperatures = torch.arange(rows, device=DEVICE) % 3 * 0.7
     for seed in range(20):
-        temperatures = torch.arange(rows, device=DEVICE) % 3 * 0.7
         keys = torch.from_numpy(noise_keys([seed] * rows, range(rows))).to(DEVICE)
         expected, got = (torch.zeros(rows + 2, device=DEVICE, dtype=torch.int32) for _ in range(2))
         gumbel_argmax(logits, temperatures, keys, expected, int32(2))
         out = torch.zeros_like(logits)
         linear_gumbel_argmax(x, layer, out, int32(seed % 2), temperatures, keys, got, int32(2))
         assert torch.equal(got, expected), seed
-        assert torch.equal(out, logits if seed % 2 or rows > 64 else torch.zeros_like(out))
+        assert torch.equal(out, logits if seed % 2 or not streamed else torch.zeros_like(out))
+        if streamed:  # Not the picks alone: their scores have the same bits, however they were computed.
+            tiles, _ = linear_triton.best_of_tiles(x, layer, out, int32(0), temperatures, keys)
+            blocks, _ = sampling_triton.best_of_blocks(logits, temperatures, keys)
+            assert torch.equal(tiles.amax(1), blocks.amax(1)), seed
     # Of equals the lowest: here all of a tile's, and tiles.
     same = torch.zeros_like(x)
     linear_gumbel_argmax(same, layer, out, int32(0), torch.zeros(rows, device=DEVICE), keys, got, int32(2))
     assert not got.any()
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_row_of_nan_is_picked_from_like_any_other(rows: int) -> None:
+    """Its pick is a token, whichever, since an embedding is looked up with it."""
+    layer, x = layer_of(20_010, 256), randn(rows, 256, seed=1)
+    out, picks = torch.zeros(rows, 20_010, device=DEVICE), torch.zeros(rows, device=DEVICE, dtype=torch.int32)
+    keys, none = torch.zeros(rows, 2, device=DEVICE, dtype=torch.int32), torch.zeros(rows, device=DEVICE)
+    linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
+    expected = picks.clone()
+    x[rows - 1] = float("nan")
+    linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
+    assert torch.equal(picks[:-1], expected[:-1])
+    assert 0 <= int(picks[-1]) < 20_010
