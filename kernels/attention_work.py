@@ -17,6 +17,8 @@ from torch import Tensor
 
 SPAN = 2048
 """Keys whose segments are merged with one another before anything else."""
+_SHORTEST = 128
+"""Keys of an item, at least: the shortest segment."""
 _LONG_SHARE = 1024
 """Keys of an item from which on it takes its tile's block along rather than leave it to another program."""
 HEADER = 8
@@ -124,12 +126,16 @@ def plan_work(
     span_ends: list[int] = []
     used = 0
     for tile in tiles:
-        share = max(128, -(-keys * (1 + (tile.rows > tile_rows)) // programs))
+        share = max(_SHORTEST, -(-keys * (1 + (tile.rows > tile_rows)) // programs))
         whole = tile.item(0, num_segments(tile.seen), tile.block)
         runs = _runs(tile.seen, round(tile.seen / share))
         if len(runs) < 2:
             items.append(whole)
             continue
+        if (
+            share == _SHORTEST
+        ):  # With programs to spare, one for every segment: two would take one twice as long.
+            runs = list(pairwise(range(num_segments(tile.seen) + 1)))
         # Segments, rows of the block, and for each record whether it is the last of its span.
         parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
         if tile.block:

@@ -60,7 +60,8 @@ def _block_argmax_kernel(
         score = tl.where(token < vocab, perturb(score, temperature, keys, row, token), float("-inf"))
     value, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(values + row * blocks + block, value)
-    tl.store(indices + row * blocks + block, block * COLUMNS + index)
+    # Of NaN it may be a place behind the vocabulary.
+    tl.store(indices + row * blocks + block, tl.minimum(block * COLUMNS + index, vocab - 1))
 
 
 @triton.jit

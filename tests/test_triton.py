@@ -323,6 +323,15 @@ def test_work_is_shared_out_evenly_and_whole_spans_leave_one_record() -> None:
     assert work[work[3] : work[3] + DIVIDED_ROW].tolist()[:3] == [0, 0, 16]
 
 
+@pytest.mark.parametrize("keys", [200, 900, 1000, 1026, 2000])
+def test_a_short_context_has_an_item_for_each_segment(keys: int) -> None:
+    group = AttentionGroup(0, 1, keys - 1, range(40), False)
+    work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
+    table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
+    segments = attention_work.num_segments(keys)
+    assert sorted(table[:, 3:5].tolist()) == [[i, i + 1] for i in range(segments)]
+
+
 def test_a_block_is_an_item_of_its_own_where_items_are_short() -> None:
     for start, blocks in ((992, [0] * 8 + [32]), (32_736, [0] * 15 + [32])):
         group = AttentionGroup(0, 32, start, range(512), True)
