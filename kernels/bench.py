@@ -272,7 +272,10 @@ def bench_attention(read: float) -> list[dict[str, Any]]:
 
 
 class LayerStack:
-    """`depth` layers as a pass runs them, each with weights of its own, for AR rows or for one diffusion block."""
+    """`depth` layers as a pass runs them, each with weights of its own, for AR rows or for one diffusion block.
+
+    Their results are in memory of their own, not kept in the L2 cache as a pass keeps them (`kernels.workspace`).
+    """
 
     def __init__(self, depth: int, rows: int, start: int, groups: int = 1, diffusion: bool = False) -> None:
         def layer(name: str, views: int = 1) -> PackedLinear:
