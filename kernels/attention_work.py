@@ -132,9 +132,8 @@ def plan_work(
         if len(runs) < 2:
             items.append(whole)
             continue
-        if (
-            share == _SHORTEST
-        ):  # With programs to spare, one for every segment: two would take one twice as long.
+        if share == _SHORTEST:
+            # Programs to spare: one for every segment, since two would take one twice as long.
             runs = list(pairwise(range(num_segments(tile.seen) + 1)))
         # Segments, rows of the block, and for each record whether it is the last of its span.
         parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
