@@ -128,13 +128,10 @@ def plan_work(
     for tile in tiles:
         share = max(_SHORTEST, -(-keys * (1 + (tile.rows > tile_rows)) // programs))
         whole = tile.item(0, num_segments(tile.seen), tile.block)
-        runs = _runs(tile.seen, round(tile.seen / share))
+        runs = _runs(tile.seen, share)
         if len(runs) < 2:
             items.append(whole)
             continue
-        if share == _SHORTEST:
-            # Programs to spare: one for every segment, since two would take one twice as long.
-            runs = list(pairwise(range(num_segments(tile.seen) + 1)))
         # Segments, rows of the block, and for each record whether it is the last of its span.
         parts = [(*run, 0, _span_ends(tile.seen, *run)) for run in runs]
         if tile.block:
@@ -179,9 +176,12 @@ def work_size(*, rows: int, programs: int, capacity: int, pages: int) -> int:
     return HEADER + ITEM * 2 * (rows + programs) + (DIVIDED_ROW + 1) * rows + capacity // 32 + pages
 
 
-def _runs(keys: int, parts: int) -> list[tuple[int, int]]:
-    """The segments of `keys` keys in up to so many runs of about as many keys."""
-    segments = num_segments(keys)
+def _runs(keys: int, share: int) -> list[tuple[int, int]]:
+    """The segments of `keys` keys in runs of about `share` keys."""
+    segments, parts = num_segments(keys), round(keys / share)
+    if share == _SHORTEST and parts > 1:
+        # Programs to spare: one for every segment, since two would take one twice as long.
+        return list(pairwise(range(segments + 1)))
     cuts = [_nearest_segment(keys * part // parts) for part in range(1, parts)]
     return [(begin, end) for begin, end in pairwise([0, *cuts, segments]) if end > begin]
 

@@ -7,8 +7,10 @@ Accesses").
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +22,10 @@ BYTES = 16 << 20
 _ALIGNMENT = 256
 
 
+@dataclass
 class _Workspace:
-    def __init__(self, memory: Tensor) -> None:
-        self.memory, self.used = memory, 0
+    memory: Tensor
+    used: int = 0
 
 
 _active: _Workspace | None = None
@@ -51,8 +54,7 @@ def start_layer() -> None:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.empty` for a kernel's result."""
     if _active is not None:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        end = _active.used + size
+        end = _active.used + math.prod(shape) * dtype.itemsize
         if end <= _active.memory.numel():
             result = _active.memory[_active.used : end].view(dtype).view(shape)
             _active.used = -(-end // _ALIGNMENT) * _ALIGNMENT

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import AttentionPlan, gumbel_argmax, upload, workspace
+from kernels import AttentionPlan, gumbel_argmax, linear_gumbel_argmax, upload, workspace
 from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention_work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
 from orthrus.forward import LayerParallelForward
@@ -154,8 +154,9 @@ class CudaGraphRunner:
         most = self.max_logits
         self._turn ^= 1
         first_pick = self._turn * most
-        count = self._start(groups, rows, first_pick)
-        if not all(group.plain for group in rows):
+        wants_logits = any(group.reads_logits for group in rows)
+        count = self._start(groups, rows, first_pick, wants_logits)
+        if wants_logits and not all(group.plain for group in rows):
             self._pick_elsewhere(rows, first_pick)
         host = self._host_picks[self._turn]
         self._downloads.wait_stream(torch.cuda.current_stream())
@@ -166,12 +167,14 @@ class CudaGraphRunner:
         return _Launched(self._logits, first_pick, rows, host, done)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
-        count = self._start(groups, (), self._turn * self.max_logits)
+        count = self._start(groups, (), self._turn * self.max_logits, wants_logits=True)
         logits = self._logits[:count].clone()
         torch.cuda.current_stream().synchronize()  # The next pass's plan goes to the same page-locked memory.
         return logits
 
-    def _start(self, groups: Sequence[RowGroup], rows: Sequence[PickRows], first_pick: int) -> int:
+    def _start(
+        self, groups: Sequence[RowGroup], rows: Sequence[PickRows], first_pick: int, wants_logits: bool
+    ) -> int:
         """Upload the plan and replay its graphs. Returns how many rows need logits."""
         flat = flatten(groups, self._cache.page_size)
         used = len(flat.tokens)
@@ -189,7 +192,7 @@ class CudaGraphRunner:
         # Rows that fill the bucket up are of the view that comes last.
         array[_NUM_AR] = flat.num_ar if flat.num_ar < used else bucket
         array[_FIRST_PICK] = first_pick
-        array[_WANTS_LOGITS] = not rows or any(group.reads_logits for group in rows)
+        array[_WANTS_LOGITS] = wants_logits
         most = self.max_logits
         logit_rows, temperatures, keys = np.split(array[_BEFORE_HEAD : self._rows_at], [most, 2 * most])
         logit_rows[:count] = flat.logit_rows
@@ -301,8 +304,9 @@ class CudaGraphRunner:
         """Picks of final hidden states, and their logits if the pass wants them."""
         rows = hidden.shape[0]
         temperatures, keys = self._pick_settings()
-        self._forward.pick(
+        linear_gumbel_argmax(
             hidden,
+            self._forward.head,
             self._logits[:rows],
             self._buffer[_WANTS_LOGITS : _WANTS_LOGITS + 1],
             temperatures[:rows],

@@ -26,7 +26,7 @@ from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import RowGroup, View
-from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob
+from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob, joined_chunks
 from orthrus.sampling import PickRows, token_logprobs
 from orthrus.scheduler import Planned, Scheduler
 from orthrus.schedules import Schedule
@@ -353,36 +353,20 @@ class Engine:
         ]
         for request in requests:
             self.check(request)
-        keys = [(r.request_id, i) for r in requests for i in range(r.params.n)]
-        tokens: dict[tuple[str, int], list[int]] = {key: [] for key in keys}
-        logprobs: dict[tuple[str, int], list[TokenLogprob]] = {key: [] for key in keys}
-        last: dict[tuple[str, int], Chunk] = {}
+        collected: dict[tuple[str, int], list[Chunk]] = {
+            (r.request_id, i): [] for r in requests for i in range(r.params.n)
+        }
         for request in requests:
             self.submit(request)
-        while len(last) < len(keys):
-            # Put together as they come: a pass launched ahead runs meanwhile.
+        open_choices = set(collected)
+        while open_choices:
             for chunk in self.step():
                 key = (chunk.request_id, chunk.index)
-                if key in tokens:
-                    tokens[key] += chunk.token_ids
-                    logprobs[key] += chunk.logprobs or ()
+                if key in collected:
+                    collected[key].append(chunk)
                     if chunk.finish_reason is not None:
-                        last[key] = chunk
-
-        def completion(request: Request, index: int) -> Completion:
-            key = (request.request_id, index)
-            end = last[key]
-            assert end.finish_reason is not None and end.stats is not None
-            return Completion(
-                index=index,
-                token_ids=tuple(tokens[key]),
-                logprobs=tuple(logprobs[key]) or None,
-                finish_reason=end.finish_reason,
-                stop_reason=end.stop_reason,
-                stats=end.stats,
-            )
-
-        return [[completion(r, i) for i in range(r.params.n)] for r in requests]
+                        open_choices.discard(key)
+        return [[_completion(collected[r.request_id, i]) for i in range(r.params.n)] for r in requests]
 
     def score(self, tokens: Seq[int]) -> Tensor:
         """The AR view's logits after every prefix of `tokens`: [len(tokens), vocab_size].
@@ -659,3 +643,17 @@ def _gib(size: float) -> str:
 
 
 _request_numbers = itertools.count()
+
+
+def _completion(chunks: list[Chunk]) -> Completion:
+    """One choice's chunks, the last of which has its finish reason and stats, as what they add up to."""
+    whole = joined_chunks(chunks)
+    assert whole.finish_reason is not None and whole.stats is not None
+    return Completion(
+        index=whole.index,
+        token_ids=whole.token_ids,
+        logprobs=whole.logprobs,
+        finish_reason=whole.finish_reason,
+        stop_reason=whole.stop_reason,
+        stats=whole.stats,
+    )

@@ -15,7 +15,6 @@ from kernels import (
     embed,
     linear,
     linear_add_rms_norm,
-    linear_gumbel_argmax,
     linear_silu_mul,
     pack_gated_linear,
     pack_linear,
@@ -85,7 +84,8 @@ def _layer_weights(config: ModelConfig, tensors: dict[str, Tensor], index: int) 
 class LayerParallelForward:
     """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
-    `tensors` are a checkpoint's, by their Hugging Face names, on one device in one dtype; the dict is emptied.
+    `tensors` are a checkpoint's, by their Hugging Face names, on one device in one dtype; the dict is emptied. head: the LM
+    head, which makes logits of final hidden states.
     """
 
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
@@ -93,7 +93,7 @@ class LayerParallelForward:
         self._embedding = tensors.pop("model.embed_tokens.weight")
         head = tensors.pop("lm_head.weight", None)
         head = self._embedding if config.tie_word_embeddings or head is None else head
-        self._head = pack_linear([head], segment=_HEAD_SEGMENT)
+        self.head = pack_linear([head], segment=_HEAD_SEGMENT)
         self._first_norm = tensors.pop("model.layers.0.input_layernorm.weight")
         self._layers = [_layer_weights(config, tensors, i) for i in range(config.num_hidden_layers)]
         self.device = self._embedding.device
@@ -143,19 +143,5 @@ class LayerParallelForward:
 
         A 16-bit model's are rounded to 16 bits first.
         """
-        logits = linear(hidden, self._head)
+        logits = linear(hidden, self.head)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    @torch.inference_mode()
-    def pick(
-        self,
-        hidden: Tensor,
-        logits: Tensor,
-        wanted: Tensor,
-        temperatures: Tensor,
-        keys: Tensor,
-        picks: Tensor,
-        first_pick: Tensor,
-    ) -> None:
-        """Pick a token for each of the final hidden states [rows, hidden_size]: see `linear_gumbel_argmax`."""
-        linear_gumbel_argmax(hidden, self._head, logits, wanted, temperatures, keys, picks, first_pick)

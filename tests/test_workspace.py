@@ -26,9 +26,8 @@ def test_results_take_room_one_behind_the_other_and_anew_in_every_layer() -> Non
     with results_in(memory):
         first, second = (empty((3, 50), torch.float32, CPU) for _ in range(2))
         assert first.data_ptr() == memory.data_ptr()
-        assert (
-            second.data_ptr() - first.data_ptr() == 768
-        )  # 600 bytes, and the next one at a multiple of 256.
+        # 600 bytes, and the next one at a multiple of 256.
+        assert second.data_ptr() - first.data_ptr() == 768
         large, small = empty((1, 700), torch.float32, CPU), empty((8,), torch.float16, CPU)
         assert not inside(large, memory), "too large for what is left"
         assert inside(small, memory) and small.dtype == torch.float16
