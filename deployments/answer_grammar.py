@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
+from deployments.chat_body import ChatBody
 from deployments.chat_output import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
-from deployments.protocol import ChatBody, NamedToolChoice, Tool
+from deployments.chat_tools import NamedToolChoice, Tool
 from orthrus.grammar import json_rule
 
 

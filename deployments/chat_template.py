@@ -7,8 +7,8 @@ from inspect import signature
 from typing import Any
 
 from deployments.answer_grammar import answer_grammar
+from deployments.chat_body import ChatBody
 from deployments.chat_output import END_THINK, THINK, TOOL_CALL, ChatSplitter
-from deployments.protocol import ChatBody
 from orthrus.errors import RequestError
 
 

@@ -7,11 +7,12 @@ from typing import Any
 from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
+from deployments.chat_body import ChatBody
 from deployments.chat_output import joined
 from deployments.failures import describe_failure
 from deployments.generation import TextChunk
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import ChatBody, describe, sampling_params
+from deployments.protocol import describe, sampling_params
 from orthrus.errors import RequestError
 from orthrus.request import SamplingParams
 

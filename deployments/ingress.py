@@ -23,9 +23,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.api_config import ApiConfig
 from deployments.calls import Call, CallMiddleware, Gate
+from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatSplitter
 from deployments.chat_template import ChatTemplate
 from deployments.chunk_link import ChunkReceiver
+from deployments.completion_body import CompletionBody
 from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
@@ -34,8 +36,8 @@ from deployments.log_filter import quiet_client_errors
 from deployments.metrics import scrape
 from deployments.openai_format import ResponseFormat, spell, sse
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from deployments.recent import Recent
+from deployments.tokenize_body import DetokenizeBody, TokenizeBody
 from orthrus.checkpoint import resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig

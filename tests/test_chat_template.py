@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from deployments.answer_grammar import answer_grammar
+from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta, joined
 from deployments.chat_template import ChatTemplate
-from deployments.protocol import ChatBody
 from orthrus.errors import RequestError
 from orthrus.grammar import GrammarMasks
 from orthrus.text import TextStream, load_tokenizer

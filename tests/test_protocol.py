@@ -19,7 +19,9 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta, ToolCallDelta
+from deployments.completion_body import CompletionBody
 from deployments.failures import (
     BodyTooLarge,
     BodyTooSlow,
@@ -35,7 +37,7 @@ from deployments.generation import Choice, TextChunk
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
 from deployments.openai_format import ResponseFormat
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import ChatBody, CompletionBody, describe
+from deployments.protocol import describe
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, RequestStats, SamplingParams, TokenLogprob
 

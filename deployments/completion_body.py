@@ -1,0 +1,50 @@
+"""The body of POST /v1/completions."""
+
+from typing import Any
+
+from deployments.protocol import Body
+from orthrus.errors import RequestError
+from orthrus.request import SamplingParams
+
+_MAX_CHOICES = 1024
+
+
+class CompletionBody(Body):
+    """POST /v1/completions. `prompt` is a text, a list of texts, token ids, or a list of token id lists."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, at least one. Raises RequestError."""
+        if self.echo and self.logprobs is not None:
+            raise RequestError(
+                "echo gives no log-probabilities of the prompt: leave out echo or logprobs", "echo"
+            )
+        if self.suffix:
+            raise RequestError(
+                "suffix is not supported: the model only completes text from the left", "suffix"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError(
+                "best_of other than n is not supported: ask for n and choose on your side", "best_of"
+            )
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("prompt must not be an empty list", "prompt")
+        many: Any = [prompt] if isinstance(prompt[0], int) else prompt
+        choices = len(many) * (self.n or 1)
+        if choices > _MAX_CHOICES:
+            raise RequestError(
+                f"prompts times n must be at most {_MAX_CHOICES} in one request, got {choices}", "prompt"
+            )
+        return many
+
+    def sampling(self) -> SamplingParams:
+        return self.sampling_with(16 if self.max_tokens is None else self.max_tokens, self.logprobs)

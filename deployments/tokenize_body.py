@@ -1,0 +1,50 @@
+"""The bodies of POST /tokenize and /detokenize."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from deployments.chat_body import ChatBody, ReasoningEffort
+from deployments.chat_messages import Message
+from deployments.chat_tools import Tool
+from deployments.protocol import describe
+from orthrus.errors import RequestError
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: the ids of a text (`prompt`), or of a chat (`messages` and what else shapes its prompt)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", "prompt")
+        return self
+
+    def chat(self) -> ChatBody:
+        """The chat whose prompt is asked for. Raises RequestError."""
+        asked = ("model", "messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
+        try:
+            return ChatBody(**{name: getattr(self, name) for name in asked})
+        except ValidationError as error:
+            raise describe(error) from None
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize: the text of token ids, special tokens included."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    tokens: list[int]
