@@ -25,6 +25,13 @@ _TOKEN_ID = re.compile(r"[0-9]{1,18}")
 _BRANCHES = {"str", "NamedToolChoice", "AllowedToolChoice"}
 
 
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
+
+
 class Body(BaseModel):
     """What the endpoints that generate share. Numbers are strict: "0.5" is not 0.5."""
 
@@ -48,7 +55,7 @@ class Body(BaseModel):
     include_stop_str_in_output: bool = False
     n: int | None = 1
     stream: bool | None = False
-    stream_options: "StreamOptions | None" = None
+    stream_options: StreamOptions | None = None
     # Accepted because clients send them as a matter of course; they change nothing about the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -116,13 +123,6 @@ def sampling_params(**given: Any) -> SamplingParams:
     if (seed := given.get("seed")) is not None and -(1 << SEED_BITS) <= seed < 0:
         given["seed"] = seed + (1 << SEED_BITS)
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool | None = False
-    include_obfuscation: Literal[False] | None = None
 
 
 def describe(error: ValidationError) -> RequestError:
