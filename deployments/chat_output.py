@@ -7,9 +7,10 @@ What comes out does not depend on how the text was cut into pieces; text that ma
 import json
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import accumulate
 
 THINK, END_THINK = "<think>", "</think>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
@@ -137,6 +138,25 @@ class ChatSplitter:
             if (self._state, self._held) == before:
                 break
         return ChatDelta("".join(content), "".join(reasoning), tuple(calls))
+
+    def reasoning_tokens(self, pieces: Sequence[str]) -> int:
+        """How many of the next tokens, each given as the text that it made certain, begin inside the reasoning.
+
+        Its end marker counts, its beginning does not. Call it before the same text is pushed.
+        """
+        if self._state not in (_State.START, _State.REASONING):
+            return 0
+        text = self._held + "".join(pieces)
+        begin = 0
+        if self._state is _State.START:
+            body = text.lstrip()
+            if not body.startswith(THINK):
+                return 0
+            begin = len(text) - len(body) + len(THINK)
+        found = text.find(END_THINK, begin)
+        end = found + len(END_THINK) if found >= 0 else len(text) + 1
+        starts = accumulate(map(len, pieces), initial=len(self._held))
+        return sum(begin <= start < end for start, _ in zip(starts, pieces, strict=False))
 
     def _start(self, final: bool) -> None:
         body = self._held.lstrip()

@@ -27,7 +27,8 @@ _MOST_PROMPTS_AT_ONCE = 128
 class TextChunk:
     """A chunk of choice `index` with the text that has become certain; in a chat, taken apart as `delta`.
 
-    finish_reason: "stop", "length" or "tool_calls" in a choice's last chunk.
+    finish_reason: "stop", "length" or "tool_calls" in a choice's last chunk. reasoning_tokens: how many of the chunk's
+    tokens are a chat's reasoning.
     """
 
     index: int
@@ -35,6 +36,7 @@ class TextChunk:
     chunk: Chunk
     delta: ChatDelta | None = None
     finish_reason: str | None = None
+    reasoning_tokens: int = 0
 
     @property
     def says_nothing(self) -> bool:
@@ -100,16 +102,18 @@ def _text_chunk(
     if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
         tokens = tokens[:-1]
     last = chunk.finish_reason is not None
-    certain = "".join([text.push(token) for token in tokens])
+    pieces = [text.push(token) for token in tokens]
+    certain = "".join(pieces)
     if last:
         certain += text.finish()
         if params.include_stop_str_in_output:
             certain += text.stopped or ""
     if splitter is None:
         return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
+    reasoning = splitter.reasoning_tokens(pieces)
     delta = splitter.push(certain, final=last)
     reason = "tool_calls" if chunk.finish_reason == "stop" and splitter.called else chunk.finish_reason
-    return TextChunk(chunk.index, certain, chunk, delta, reason)
+    return TextChunk(chunk.index, certain, chunk, delta, reason, reasoning)
 
 
 def _by_choice(chunks: list[Chunk]) -> list[Chunk]:
@@ -140,6 +144,11 @@ class Choice:
     @property
     def finish_reason(self) -> str | None:
         return self.chunks[-1].finish_reason
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Of a chat."""
+        return sum(item.reasoning_tokens for item in self.chunks)
 
     @property
     def stats(self) -> RequestStats:

@@ -92,3 +92,28 @@ def test_only_what_may_be_a_marker_is_held_back() -> None:
     splitter = ChatSplitter(thinks=True, calls=True)
     seen = [splitter.push(piece).content for piece in ("Hi", " <", "b> <tool", "s>")]
     assert seen == ["Hi", "", " <b>", " <tools>"]
+
+
+@pytest.mark.parametrize(
+    "tokens, inside, expected",
+    [
+        (["<think>", "\n", "a", " b", "\n", "</think>", "\n\n", "c"], False, 5),
+        (["\n", "<thi", "nk>a", " b", "</thi", "nk>", "c"], False, 3),
+        (["a", "", "</think>", "c"], True, 3),
+        (["a", "b"], True, 2),
+        (["<thin", " ice"], False, 0),
+        (["c", "<think>", "a", "</think>"], False, 0),
+    ],
+)
+def test_tokens_of_reasoning_are_counted_however_they_come(
+    tokens: list[str], inside: bool, expected: int
+) -> None:
+    """Those that begin after `<think>`, to the one that completes `</think>`."""
+    for size in range(1, len(tokens) + 1):
+        splitter = ChatSplitter(thinks=True, inside_reasoning=inside)
+        count = 0
+        for start in range(0, len(tokens), size):
+            pieces = tokens[start : start + size]
+            count += splitter.reasoning_tokens(pieces)
+            splitter.push("".join(pieces))
+        assert count == expected, size
