@@ -1,4 +1,4 @@
-"""Token masks from grammars (llguidance): JSON Schemas, and Lark grammars around them.
+"""Token masks from grammars (llguidance): JSON Schemas, regular expressions, choices, and Lark grammars.
 
 A grammar travels as text, in `SamplingParams.grammar`, and is compiled where the engine is. The parser can be rolled back,
 so the masks of a block of drafts are those that plain decoding would meet one by one.
@@ -11,7 +11,8 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from orthrus.errors import RequestError
@@ -33,6 +34,64 @@ def json_rule(schema: dict[str, Any]) -> str:
         raise RequestError("x-guidance must be an object, of llguidance's options", "response_format")
     options = {"whitespace_pattern": _WHITESPACE, **given}
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def regex_grammar(pattern: str, param: str) -> str:
+    """A grammar whose texts match a regular expression from their first character to their last.
+
+    `\\d`, `\\w` and `\\s` are ASCII's. param: the request's field, for errors. Raises RequestError.
+    """
+    _check_size(pattern, param)
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise RequestError(f"{param} ends with a backslash that escapes nothing", param)
+    return f"start: /{regex_to_lark(pattern, 'dws')}/"
+
+
+def choice_grammar(choices: Sequence[str], param: str) -> str:
+    """A grammar whose only texts are `choices`. param: the request's field, for errors. Raises RequestError."""
+    if not choices:
+        raise RequestError(f"{param} must have at least one choice", param)
+    # One terminal: a rule for each choice takes ten times as long to compile.
+    grammar = "start: CHOICE\nCHOICE: " + " | ".join(
+        json.dumps(choice, ensure_ascii=False) for choice in choices
+    )
+    _check_size(grammar, param)
+    return grammar
+
+
+def lark_grammar(text: str, param: str) -> str:
+    """A grammar that a user wrote, in Lark's notation or in GBNF (`root ::= ...`), as Lark.
+
+    param: the request's field, for errors. Raises RequestError; a Lark grammar's own faults show when it is compiled.
+    """
+    _check_size(text, param)
+    try:
+        return any_to_lark(text)
+    except Exception as error:
+        raise RequestError(
+            f"{param} is neither a Lark grammar (with a rule named start) nor GBNF (with one named root): {error}",
+            param,
+        ) from None
+
+
+def _check_size(text: str, param: str) -> None:
+    """Raise RequestError for a text that no grammar may have."""
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise RequestError(
+            f"the grammar or schema has {len(text)} characters, over the limit of {MAX_GRAMMAR_CHARACTERS}",
+            param,
+        )
+    if not _is_unicode(text):
+        raise RequestError(f"{param} has half of a surrogate pair, which is no character", param)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON's escapes can spell surrogates that no text may have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class GrammarMasks:
@@ -61,11 +120,7 @@ class GrammarMasks:
         return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        if len(grammar) > MAX_GRAMMAR_CHARACTERS:
-            raise RequestError(
-                f"the grammar or schema has {len(grammar)} characters, over the limit of {MAX_GRAMMAR_CHARACTERS}",
-                "response_format",
-            )
+        _check_size(grammar, "response_format")
         with self._lock:
             matcher = LLMatcher(self._vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0)
             # A grammar that defines itself by itself shows only now.

@@ -1,8 +1,9 @@
 """Constrained decoding: the text follows the grammar, and is the same under both schedules."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from orthrus.checkpoint import load_weights
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.grammar import GrammarMasks, json_grammar
+from orthrus.grammar import GrammarMasks, choice_grammar, json_grammar, lark_grammar, regex_grammar
 from orthrus.request import Completion, SamplingParams
 from orthrus.sampling import PickRows
 
@@ -199,3 +200,59 @@ def test_a_grammar_that_gives_up_ends_its_request_alone(ar: Engine) -> None:
     assert good.token_ids == alone.token_ids
     assert broken.finish_reason == "error" and len(broken.token_ids) == 3
     assert engine.stats.kv_pages_used == 0
+
+
+def completes(model: Engine, masks: GrammarMasks, grammar: str, text: str) -> bool:
+    """Whether a text is one of the grammar's."""
+    mask = masks(grammar)
+    tokens = model.tokenizer.encode(text)
+    if mask.accepts(tokens) < len(tokens):
+        return False
+    for token in tokens:
+        mask.commit(token)
+    return bool(set(bits(mask.allowed([]))[0]) & set(model.model_config.eos_token_ids))
+
+
+@pytest.fixture(scope="module")
+def masks(ar: Engine) -> GrammarMasks:
+    return GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ar.model_config.eos_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "texts", "others"),
+    [
+        (regex_grammar(r"\d{3}/[a-c]+", "guided_regex"), ["123/ab"], ["12/a", "123", "x123/a", "١٢٣/a"]),
+        (regex_grammar("a\nb|\\\\", "guided_regex"), ["a\nb", "\\"], ["ab"]),
+        (
+            choice_grammar(["yes", "no", 'a "b"\\\n€😀', "ye"], "choice"),
+            ["yes", "ye", 'a "b"\\\n€😀'],
+            ["y", "non"],
+        ),
+        (lark_grammar('start: "a" rest?\nrest: "b" | "c"', "grammar"), ["a", "ab", "ac"], ["abc", "b"]),
+        (lark_grammar('root ::= "a" rest\nrest ::= [b-c]+', "grammar"), ["ab", "abc"], ["a", "bc"]),
+    ],
+)
+def test_grammars_of_other_kinds(
+    ar: Engine, masks: GrammarMasks, grammar: str, texts: list[str], others: list[str]
+) -> None:
+    assert [completes(ar, masks, grammar, text) for text in texts] == [True] * len(texts)
+    assert not any(completes(ar, masks, grammar, text) for text in others)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (partial(regex_grammar, "a\\"), "backslash"),
+        (partial(regex_grammar, "x" * 300_000), "limit"),
+        (partial(choice_grammar, []), "at least one"),
+        (partial(choice_grammar, ["x" * 300_000]), "limit"),
+        (partial(choice_grammar, ["\ud800"]), "surrogate"),
+        (partial(lark_grammar, "a: b"), "Lark"),
+        (partial(lark_grammar, "root ::= " + "(" * 5000), "GBNF"),
+        (partial(lark_grammar, "start: \ud800"), "surrogate"),
+    ],
+)
+def test_grammars_that_cannot_be_written_name_their_field(make: Callable[[str], str], said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        make("structured_outputs")
+    assert caught.value.param == "structured_outputs"
