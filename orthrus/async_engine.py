@@ -61,7 +61,8 @@ class AsyncEngine:
         One choice that ends with an error ends them all. Cancelling the call cancels the request. Raises RequestError
         before anything runs, and RuntimeError if the engine has failed.
         """
-        if request.params.grammar is None:
+        params = request.params
+        if params.grammar is None and not params.has_word_rules:
             self.engine.check(request)
         else:  # A new grammar takes up to a second to compile.
             await asyncio.to_thread(self.engine.check, request)

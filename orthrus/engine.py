@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.sequence import Sequence
 from orthrus.text import TextStream, load_tokenizer
 from orthrus.token_mask import TokenMask
+from orthrus.word_mask import JointMask, WordMask, WordRules
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,8 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self._masks = masks
+        # A request's rules are asked for when it is checked, and again when it is submitted.
+        self._word_rules = lru_cache(maxsize=32)(partial(WordRules, tokenizer, model_config.vocab_size))
         self.forward = LayerParallelForward(model_config, weights)
         self.device = self.forward.device
         self.use_device()
@@ -208,7 +212,7 @@ class Engine:
         known = range(self.model_config.vocab_size)
         ends = tuple(sorted(token for token in stop_ids if token in known)) if params.min_tokens else ()
         choices: list[Sequence] = []
-        for index in range(params.n):
+        for index, mask in enumerate(self._token_masks(params)):
             choices.append(
                 Sequence(
                     request_id=request.request_id,
@@ -224,7 +228,7 @@ class Engine:
                     text=TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
                     if params.stop
                     else None,
-                    mask=self._mask(params),
+                    mask=mask,
                     leader=choices[0] if choices else None,
                 )
             )
@@ -251,17 +255,27 @@ class Engine:
             raise RequestError(f"logit_bias token ids must be between 0 and {vocab - 1}", "logit_bias")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model was loaded without one", "stop")
-        self._mask(params)
+        self._token_masks(replace(params, n=1))
 
-    def _mask(self, params: SamplingParams) -> TokenMask | None:
-        """The token mask of a new sequence, None if it is free. Raises RequestError."""
-        if params.grammar is None:
-            return None
-        if self._masks is None:
+    def _token_masks(self, params: SamplingParams) -> list[TokenMask | None]:
+        """The token mask of each choice, None if it is free. Raises RequestError."""
+        if params.grammar is not None and self._masks is None:
             raise RequestError(
                 "a grammar needs a tokenizer, and this model was loaded without one", "grammar"
             )
-        return self._masks(params.grammar)
+        rules = (
+            self._word_rules(params.bad_words, params.allowed_token_ids) if params.has_word_rules else None
+        )
+
+        def mask() -> TokenMask | None:
+            words = WordMask(rules) if rules is not None else None
+            if params.grammar is None:
+                return words
+            assert self._masks is not None
+            grammar = self._masks(params.grammar)
+            return grammar if words is None else JointMask(grammar, words)
+
+        return [mask() for _ in range(params.n)]
 
     def cancel(self, request_id: str) -> None:
         """Drop a request's unfinished choices and free their pages; unknown and finished ids are ignored."""
@@ -413,8 +427,6 @@ class Engine:
         foreseen: the sequence has gone on since as if the picks were known.
         """
         sequence = part.sequence
-        if sequence.mask is not None and sequence.mask.error is not None:
-            return self._fail(sequence, sequence.mask.error, "response_format")
         schedule = self._scheduler.schedule
         tokens = schedule.commit(sequence, part.groups, picks) if part.decoding else picks[0]
         first = sequence.num_generated == 0
@@ -428,6 +440,8 @@ class Engine:
             sequence.append(token)
             if sequence.finish_reason is not None:
                 break
+        if sequence.mask is not None and sequence.mask.error is not None:
+            return self._fail(sequence, sequence.mask.error, sequence.mask.param)
         taken = sequence.tokens[sequence.num_prompt + before :]
         if first:
             self._prompt_tokens += sequence.num_prompt

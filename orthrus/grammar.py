@@ -110,7 +110,7 @@ class GrammarMasks:
 
         The first call for a model takes seconds, the first for a grammar up to one; then it takes microseconds.
         """
-        return GrammarMask(self._compiled(grammar).deep_copy())
+        return GrammarMask(self._compiled(grammar).deep_copy(), -(-self._vocab_size // 32))
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
@@ -134,9 +134,13 @@ class GrammarMasks:
 class GrammarMask:
     """The `TokenMask` of one sequence under a grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    param = "response_format"
+
+    def __init__(self, matcher: LLMatcher, width: int) -> None:
+        """width: of a row, in int32; llguidance's may be wider."""
         self.error: str | None = None
         self._matcher = matcher
+        self._width = width
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
         taken = self._matcher.try_consume_tokens(list(ahead[:first]))
@@ -149,7 +153,9 @@ class GrammarMask:
         self._matcher.rollback(taken)
         rows += rows[-1:] * (len(ahead) + 1 - first - len(rows))
         self._note_error()
-        return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)
+        return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)[
+            :, : self._width
+        ]
 
     def accepts(self, tokens: Sequence[int]) -> int:
         return self._matcher.validate_tokens(list(tokens))

@@ -12,6 +12,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 1024
+MAX_BAD_WORDS = 1024
+MAX_BAD_CHARACTERS = 1 << 14
 SEED_BITS = 63
 
 
@@ -24,7 +26,9 @@ class SamplingParams:
     token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. min_tokens: before
     so many, neither the end of sequence nor a stop token is picked. skip_special_tokens: leave them out of the text, and
     of where stop strings are looked for. include_stop_str_in_output: let the text end with the stop string that
-    ended it. grammar: text of the grammar (`orthrus.grammar`) that the answer must follow.
+    ended it. grammar: text of the grammar (`orthrus.grammar`) that the answer must follow. bad_words: texts that are not
+    generated: of each one's tokens the last is forbidden where the others come before it. allowed_token_ids: no others are
+    picked, ends included; None allows all.
     Raises RequestError naming the field for a value out of range.
     """
 
@@ -47,6 +51,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     grammar: str | None = None
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -84,6 +90,15 @@ class SamplingParams:
             )
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", "stop")
+        if len(self.bad_words) > MAX_BAD_WORDS or sum(map(len, self.bad_words)) > MAX_BAD_CHARACTERS:
+            raise RequestError(
+                f"at most {MAX_BAD_WORDS} bad words with {MAX_BAD_CHARACTERS} characters in all are allowed",
+                "bad_words",
+            )
+        if any(not word.strip() for word in self.bad_words):
+            raise RequestError("a bad word must not be empty or blank", "bad_words")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids must name a token", "allowed_token_ids")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise RequestError(
                 f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}", "min_tokens"
@@ -102,6 +117,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def has_word_rules(self) -> bool:
+        """Whether some tokens are forbidden by name."""
+        return bool(self.bad_words) or self.allowed_token_ids is not None
 
     @property
     def has_penalties(self) -> bool:

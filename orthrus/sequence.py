@@ -104,6 +104,9 @@ class Sequence:
         self.tokens.append(token)
         if self.mask is not None:
             self.mask.commit(token)
+            if self.mask.error is not None:
+                self.finish_reason = "error"
+                return
         if self.text is not None:
             self.text.push(token)
             if self.text.stopped is not None:

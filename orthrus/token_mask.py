@@ -9,10 +9,15 @@ from torch import Tensor
 class TokenMask(Protocol):
     """The constraint on one sequence, at its newest committed token. `commit` moves it on; nothing else does.
 
-    error: why it can't go on, None while it can; the engine then ends the sequence.
+    error: why it can't go on, None while it can; the engine then ends the sequence. param: the request's field that it
+    comes from.
     """
 
-    error: str | None
+    @property
+    def error(self) -> str | None: ...
+
+    @property
+    def param(self) -> str: ...
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
         """What may come after the committed tokens and the first i of `ahead`, for i = first .. len(ahead).
