@@ -21,7 +21,7 @@ GAUGES = {
     "running": "Sequences that take part in passes",
     "waiting": "Sequences in the queue",
     "rows_to_prefill": "Prompt rows to compute",
-    "oldest_wait": "Seconds that the first in the queue has waited",
+    "oldest_wait": "Seconds that the one in the queue which came first has waited",
     "kv_pages_used": "KV pages that sequences hold",
     "kv_pages_total": "KV pages of the cache",
 }

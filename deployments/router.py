@@ -190,7 +190,8 @@ class PrefixBalancer:
             names = before.names
         else:
             # The newest token is computed in any case, so its page is never taken from the cache.
-            names = [h[:NAME_BYTES] for h in page_hashes(request.prompt[:-1], capacity.page_size)]
+            hashes = page_hashes(request.prompt[:-1], capacity.page_size, salt=request.cache_salt)
+            names = [page_hash[:NAME_BYTES] for page_hash in hashes]
         load = request_load(request, capacity)
         # Before this request: a replica with nothing to do takes the largest.
         use = {replica: self.use(replica) for replica in self._views}

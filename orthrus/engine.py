@@ -53,7 +53,7 @@ class EngineStats:
     prompt_tokens, prefix_hit_tokens: of sequences that got their first token, and how many of them were in the cache.
     admitted, queue_wait_seconds: sequences that left the queue, and how long they waited in all. row_use_seconds: time
     spent in passes, each weighted with how full it was (`Scheduler.row_use`); its rate is the row-budget use.
-    rows_to_prefill: prompt rows to compute. oldest_wait: seconds that the first in the queue has waited.
+    rows_to_prefill: prompt rows to compute. oldest_wait: the longest that one in the queue has waited, in seconds.
     """
 
     passes: int
@@ -225,11 +225,15 @@ class Engine:
                     max_length=max_length,
                     stop_ids=stop_ids,
                     ends=ends,
-                    text=TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
+                    text=TextStream(
+                        self.tokenizer, params.stop, params.skip_special_tokens, params.min_tokens
+                    )
                     if params.stop
                     else None,
                     mask=mask,
                     leader=choices[0] if choices else None,
+                    priority=request.priority,
+                    cache_salt=request.cache_salt,
                 )
             )
         self._by_request[request.request_id] = choices

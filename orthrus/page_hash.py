@@ -10,11 +10,17 @@ from collections.abc import Sequence
 PageHash = bytes
 
 
-def page_hashes(tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = ()) -> list[PageHash]:
-    """Hashes of the full pages of `tokens`, continuing from those of its first pages where they are known."""
+def page_hashes(
+    tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = (), *, salt: str = ""
+) -> list[PageHash]:
+    """Hashes of the full pages of `tokens`, continuing from those of its first pages where they are known.
+
+    salt: prefixes under different ones have no name in common.
+    """
     hashes = list(known)
+    root = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest() if salt else b""
     for end in range((len(hashes) + 1) * page_size, len(tokens) + 1, page_size):
-        digest = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
+        digest = hashlib.blake2b(hashes[-1] if hashes else root, digest_size=16)
         digest.update(array("q", tokens[end - page_size : end]).tobytes())
         hashes.append(digest.digest())
     return hashes

@@ -13,6 +13,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 1024
 MAX_BAD_WORDS = 1024
+MAX_PRIORITY = 1 << 31
+MAX_SALT_CHARACTERS = 1024
 MAX_BAD_CHARACTERS = 1 << 14
 SEED_BITS = 63
 
@@ -24,11 +26,12 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
     max_tokens: None means up to the context limit. logprobs: number of top alternatives per token (0: the chosen
     token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. min_tokens: before
-    so many, neither the end of sequence nor a stop token is picked. skip_special_tokens: leave them out of the text, and
-    of where stop strings are looked for. include_stop_str_in_output: let the text end with the stop string that
-    ended it. grammar: text of the grammar (`orthrus.grammar`) that the answer must follow. bad_words: texts that are not
-    generated: of each one's tokens the last is forbidden where the others come before it. allowed_token_ids: no others are
-    picked, ends included; None allows all.
+    so many, neither the end of sequence nor a stop token is picked, and within them a stop string does not end the text.
+    skip_special_tokens: leave them out of the text, and of where stop strings are looked for.
+    include_stop_str_in_output: let the text end with the stop string that ended it. grammar: text of the grammar
+    (`orthrus.grammar`) that the answer must follow. bad_words: texts that are not generated: of each one's tokens the
+    last is forbidden where the others come before it. allowed_token_ids: no others are picked, ends included; None
+    allows all.
     Raises RequestError naming the field for a value out of range.
     """
 
@@ -135,11 +138,29 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt (token ids) to complete `params.n` times. `request_id` is the caller's, unique among live requests."""
+    """One prompt (token ids) to complete `params.n` times. `request_id` is the caller's, unique among live requests.
+
+    priority: of requests that wait the lowest comes first, of those that run the highest is the first to give way. It
+    changes no text. cache_salt: only requests with the same one share cached prefixes. Raises RequestError.
+    """
 
     request_id: str
     prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}, got {self.priority}",
+                "priority",
+            )
+        if len(self.cache_salt) > MAX_SALT_CHARACTERS:
+            raise RequestError(
+                f"cache_salt may have {MAX_SALT_CHARACTERS} characters, got {len(self.cache_salt)}",
+                "cache_salt",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,15 @@
 """Continuous batching: who takes part in the next pass, with which rows, on which pages.
 
-Decoding sequences come first, then prompts in chunks, then newcomers while there is room. When pages run out, the sequence
-that arrived last gives up its own and is computed again later: what it had committed stays, so its text does not change.
+Decoding sequences come first, then prompts in chunks, then newcomers while there is room, by priority and then in order of
+arrival. When pages run out, the last sequence in that order gives up its own and is computed again later: what it had
+committed stays, so its text does not change.
 """
 
+import bisect
 import time
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from orthrus.kv_cache import PagePool
 from orthrus.page_hash import page_hashes
@@ -30,7 +32,7 @@ class Planned:
 
 
 class Scheduler:
-    """Owns the waiting and running sequences, both in order of arrival, and their pages."""
+    """Owns the waiting and running sequences, both by `Sequence.turn`, and their pages."""
 
     def __init__(
         self,
@@ -43,10 +45,11 @@ class Scheduler:
         decode_rows: int,
     ) -> None:
         """prefill_chunk, decode_rows: most rows of prompts and of decoding sequences in a pass."""
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.admitted = 0
+        self._arrived = 0
         self.queue_wait_seconds = 0.0
         self.schedule = schedule
         self.pool = pool
@@ -56,16 +59,20 @@ class Scheduler:
         self._decode_rows = decode_rows
 
     def add(self, sequence: Sequence) -> None:
+        self._arrived += 1
+        sequence.arrival = self._arrived
+        self._queue(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
         sequence.queued_at = time.monotonic()
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_turn)
 
     @property
     def oldest_wait(self) -> float:
-        """Seconds that the first waiting sequence has waited so far, 0.0 when none waits."""
-        try:
-            return time.monotonic() - self.waiting[0].queued_at
-        except IndexError:
-            return 0.0
+        """Seconds that the sequence which has waited longest has waited so far, 0.0 when none waits."""
+        # A copy: other threads ask too, while passes go on.
+        since = min((sequence.queued_at for sequence in list(self.waiting)), default=None)
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def rows_to_prefill(self) -> int:
@@ -143,7 +150,10 @@ class Scheduler:
         if full > len(sequence.hashes):
             known = len(sequence.hashes)
             sequence.hashes = page_hashes(
-                sequence.tokens[: full * self._page_size], self._page_size, sequence.hashes
+                sequence.tokens[: full * self._page_size],
+                self._page_size,
+                sequence.hashes,
+                salt=sequence.cache_salt,
             )
             for page, page_hash in zip(sequence.pages[known:full], sequence.hashes[known:], strict=True):
                 self.pool.name(page, page_hash)
@@ -169,7 +179,7 @@ class Scheduler:
         return RowGroup(View.AR, tokens, start, sequence.pages, len(tokens) - last, len(tokens))
 
     def _reserve(self, sequence: Sequence, groups: tuple[RowGroup, ...]) -> bool:
-        """Give the sequence pages for the groups' AR rows, preempting from the last arrival; False if it fell itself."""
+        """Give the sequence pages for the groups' AR rows, preempting from the last in turn; False if it fell itself."""
         while (missing := max(self._missing_pages(sequence, group) for group in groups)) > 0:
             pages = self.pool.allocate(missing)
             if pages is not None:
@@ -189,14 +199,13 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.queued_at = time.monotonic()
-        self.waiting.appendleft(sequence)
+        self._queue(sequence)
         self.preemptions += 1
 
     def _admit(self, sequence: Sequence, budget: int) -> RowGroup | None:
         """Start the first waiting sequence if its first chunk fits beside the running ones' next pages."""
         # The newest token is always computed: its row gives the logits.
-        hashes = page_hashes(sequence.tokens[: sequence.newest], self._page_size)
+        hashes = page_hashes(sequence.tokens[: sequence.newest], self._page_size, salt=sequence.cache_salt)
         sequence.pages = self.pool.match(hashes)
         sequence.computed = len(sequence.pages) * self._page_size
         sequence.hashes = hashes[: len(sequence.pages)]
@@ -209,11 +218,14 @@ class Scheduler:
         if sequence.num_generated == 0:
             sequence.cached_tokens = sequence.computed
         sequence.pages.extend(pages)
-        self.waiting.popleft()
-        self.running.append(sequence)
+        self.waiting.pop(0)
+        bisect.insort(self.running, sequence, key=_turn)
         self.admitted += 1
         self.queue_wait_seconds += time.monotonic() - sequence.queued_at
         return group
+
+
+_turn = attrgetter("turn")
 
 
 def _rows(groups: tuple[RowGroup, ...]) -> int:

@@ -28,7 +28,8 @@ class Sequence:
     those of `stop_ids` that may not be picked before `params.min_tokens`. `foreseen`: tokens behind tokens[-1] that passes on
     their way will commit, as `RowGroup.tokens` refers to them; `computed` counts on those passes. `draft`: tokens drafted
     for the positions after n, waiting to be verified. `leader`: the first choice of the same request, whose prefill this
-    one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds.
+    one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds. `arrival`: its number in order of
+    arrival. `priority` and `cache_salt`: the request's.
     """
 
     request_id: str
@@ -54,6 +55,14 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     queued_at: float = 0.0
+    arrival: int = 0
+    priority: int = 0
+    cache_salt: str = ""
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """What sequences are ordered by: the lowest goes first, and the highest gives way first."""
+        return self.priority, self.arrival
 
     @property
     def newest(self) -> int:

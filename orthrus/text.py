@@ -96,9 +96,19 @@ class TextStream:
     several stop strings the one that is complete first counts, of those complete at once the longest.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
-        """tokenizer: a fast, byte-level Hugging Face one. stop: strings that end the text and are left out of it."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        """tokenizer: a fast, byte-level Hugging Face one. stop: strings that end the text and are left out of it.
+
+        min_tokens: a stop string that is complete within so many tokens is text as any other.
+        """
         self.stopped: str | None = None
+        self._free = min_tokens
         self._bytes = token_bytes(tokenizer)
         self._skip = self._bytes.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -109,10 +119,12 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Text that is certain after one more token. Once a stop string is found, `stopped` is it and nothing more comes."""
+        free = self._free > 0
+        self._free -= 1
         if self.stopped is not None or token_id in self._skip:
             return ""
         text = self._utf8.decode(self._bytes[token_id])
-        return self._match(text) if self._root is not None else text
+        return self._match(text, free) if self._root is not None else text
 
     def finish(self) -> str:
         """Text still held back, an unfinished character as U+FFFD; call once, at the end."""
@@ -120,8 +132,11 @@ class TextStream:
             return ""
         return self._held + self._utf8.decode(b"", final=True)
 
-    def _match(self, text: str) -> str:
-        """Hold `text` back as long as a stop string may begin in it; the part that is decided."""
+    def _match(self, text: str, free: bool) -> str:
+        """Hold `text` back as long as a stop string may begin in it; the part that is decided.
+
+        free: stop strings that are complete in it don't count.
+        """
         assert self._root is not None
         checked = len(self._held)
         self._held += text
@@ -133,7 +148,7 @@ class TextStream:
                 if character in node.children
             ]
             for start, node in self._begun:
-                if node.end is not None:
+                if node.end is not None and not free:
                     self.stopped = node.end
                     return self._held[:start]
         cut = self._begun[0][0] if self._begun else len(self._held)

@@ -143,3 +143,18 @@ def test_tokenizers_that_cannot_work_are_refused(tmp_path: Path, tokenizer: Any)
     )
     with pytest.raises(ConfigError, match="not byte-level"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("min_tokens", "stopped"), [(0, True), (1, True), (2, True), (3, False), (9, False)])
+def test_a_stop_string_within_the_minimum_is_text(tokenizer: Any, min_tokens: int, stopped: bool) -> None:
+    """The stop string is complete with token 3, and comes once more later."""
+    ids = [tokenizer.convert_tokens_to_ids(character) for character in "abcdefbcd"]
+    text = TextStream(tokenizer, ("bc",), min_tokens=min_tokens)
+    pieces = [text.push(token) for token in ids]
+    said = "".join(pieces) + text.finish()
+    if stopped:
+        assert (said, text.stopped) == ("a", "bc")
+    elif min_tokens == 3:
+        assert (said, text.stopped) == ("abcdef", "bc")
+    else:
+        assert (said, text.stopped) == ("abcdefbcd", None)
