@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
+from deployments.call_text import END_TOOL_CALL, TOOL_CALL
 from deployments.chat_body import ChatBody
-from deployments.chat_output import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from deployments.chat_output import END_THINK, THINK
 from deployments.chat_tools import NamedToolChoice, Tool
 from orthrus.grammar import json_rule
 

@@ -1,36 +1,22 @@
-"""A chat answer's text taken apart while it streams: reasoning, content, and tool calls in Qwen3's format.
+"""A chat answer's text taken apart while it streams: reasoning, content, and tool calls.
 
-Qwen3 writes `<think>...</think>` first, if it thinks, and calls as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
-What comes out does not depend on how the text was cut into pieces; text that may still become a marker is held back.
+Qwen3 writes `<think>...</think>` first, if it thinks; its calls are those of deployments/call_text.py. What comes out does not
+depend on how the text was cut into pieces; text that may still become a marker is held back.
 """
 
-import json
-import re
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 
+from deployments.call_text import END_TOOL_CALL, TOOL_CALL, CallSplitter, ToolCallDelta, TrimmedText, cut
+
 THINK, END_THINK = "<think>", "</think>"
-TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
-# Plain names only: one with escapes is read when the call is complete.
-_CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"arguments"\s*:\s*(?=\{)')
-
-
-@dataclass(frozen=True)
-class ToolCallDelta:
-    """The next piece of tool call number `index`. `id` and `name` come with the first piece only."""
-
-    index: int
-    arguments: str
-    id: str | None = None
-    name: str | None = None
 
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """What one more piece of text adds to the message."""
+    """What one more piece of text adds to the message: of each tool call one piece at most."""
 
     content: str = ""
     reasoning: str = ""
@@ -43,33 +29,27 @@ class ChatDelta:
 def joined(deltas: Iterable[ChatDelta]) -> ChatDelta:
     """All of a message: texts joined, the pieces of each tool call put together."""
     content, reasoning = "", ""
-    calls: list[ToolCallDelta] = []
+    calls: dict[int, ToolCallDelta] = {}
     for delta in deltas:
         content += delta.content
         reasoning += delta.reasoning
         for call in delta.tool_calls:
-            if call.index == len(calls):
-                calls.append(call)
-            else:
-                whole = calls[call.index]
-                calls[call.index] = replace(whole, arguments=whole.arguments + call.arguments)
-    return ChatDelta(content, reasoning, tuple(calls))
+            whole = calls.get(call.index)
+            calls[call.index] = replace(whole, arguments=whole.arguments + call.arguments) if whole else call
+    return ChatDelta(content, reasoning, tuple(calls.values()))
 
 
 class _State(Enum):
     START = "before anything but whitespace"
     REASONING = "inside <think>"
-    CONTENT = "text"
-    CALL = "inside <tool_call>, its arguments not reached"
-    ARGUMENTS = "inside a call's arguments"
-    CALL_END = "after a call's arguments"
-    OVER = "after the only call that is wanted"
+    REASONED_CALL = "inside <think>, after <tool_call>"
+    CONTENT = "after any reasoning"
 
 
 class ChatSplitter:
     """Splits one choice's text.
 
-    thinks: the model may open with `<think>`. calls: `<tool_call>` is a call, not text. one_call: what follows the first is
+    thinks: the model may open with `<think>`. calls: `<tool_call>` is a call, not text. one_call: calls after the first are
     dropped. inside_reasoning: the prompt has ended with `<think>` already.
     """
 
@@ -81,72 +61,54 @@ class ChatSplitter:
         one_call: bool = False,
         inside_reasoning: bool = False,
     ) -> None:
-        self._calls = calls
-        self._after_call = _State.OVER if one_call else _State.CONTENT
-        self._state = _State.START if thinks else _State.CONTENT
-        self._held = ""
-        self._strip = False
-        if inside_reasoning:
-            self._enter(_State.REASONING)
-        # Of the call under way: its number, and how deep in its arguments' brackets and strings the scan is.
-        self._call = -1
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    @property
-    def called(self) -> bool:
+        self.called = False
         """Whether the answer has a tool call."""
-        return self._call >= 0
-
-    def _enter(self, state: _State, strip: bool = True) -> None:
-        """strip: whitespace right after the marker is no part of what follows."""
-        self._state, self._strip = state, strip
+        self.markers = frozenset(
+            ((THINK, END_THINK) if thinks else ()) + ((TOOL_CALL, END_TOOL_CALL) if calls else ())
+        )
+        """The markers that are looked for: tokens that must reach the text, special or not."""
+        self._state = _State.REASONING if inside_reasoning else _State.START if thinks else _State.CONTENT
+        self._calls = calls
+        self._one_call = one_call
+        self._held = ""
+        self._reasoning = TrimmedText(after_marker=True)
+        self._content = TrimmedText()
+        self._call_splitter = CallSplitter(one_call=one_call)
+        # A call inside <think> is one only if </think> never comes: until then this has what it would be, and its text.
+        self._reasoned = self._call_splitter
+        self._reasoned_text = ""
+        self._reasoned_parts: list[ChatDelta] = []
 
     def push(self, text: str, final: bool = False) -> ChatDelta:
         """The parts that are certain after `text`; with `final`, the last, all of what was held back."""
         self._held += text
-        content: list[str] = []
-        reasoning: list[str] = []
-        calls: list[ToolCallDelta] = []
+        parts: list[ChatDelta] = []
         while True:
-            before = (self._state, self._held)
+            before = self._state
             match self._state:
                 case _State.START:
                     self._start(final)
                 case _State.REASONING:
-                    piece, found = self._until(END_THINK, final)
-                    reasoning.append(piece)
-                    if found:
-                        self._enter(_State.CONTENT)
+                    parts.append(self._reason(final))
+                case _State.REASONED_CALL:
+                    parts.append(self._reason_about_calls(final))
                 case _State.CONTENT:
-                    piece, found = self._until(TOOL_CALL if self._calls else None, final)
-                    content.append(piece)
-                    if found:
-                        self._enter(_State.CALL, strip=False)
-                case _State.CALL:
-                    self._call_head(content, calls, final)
-                case _State.ARGUMENTS:
-                    if piece := self._arguments():
-                        calls.append(ToolCallDelta(self._call, piece))
-                case _State.CALL_END:
-                    _, found = self._until(END_TOOL_CALL, final)
-                    if found:
-                        self._enter(self._after_call)
-                case _State.OVER:
-                    self._held = ""
-            if (self._state, self._held) == before:
+                    parts.append(self._answer(final))
+            if self._state is before:
                 break
-        return ChatDelta("".join(content), "".join(reasoning), tuple(calls))
+        delta = joined(parts)
+        self.called = self.called or bool(delta.tool_calls)
+        return delta
 
     def reasoning_tokens(self, pieces: Sequence[str]) -> int:
         """How many of the next tokens, each given as the text that it made certain, begin inside the reasoning.
 
         Its end marker counts, its beginning does not. Call it before the same text is pushed.
         """
-        if self._state not in (_State.START, _State.REASONING):
+        if self._state is _State.CONTENT:
             return 0
-        text = self._held + "".join(pieces)
+        undecided = self._reasoned_text if self._state is _State.REASONED_CALL else self._held
+        text = undecided + "".join(pieces)
         begin = 0
         if self._state is _State.START:
             body = text.lstrip()
@@ -155,81 +117,69 @@ class ChatSplitter:
             begin = len(text) - len(body) + len(THINK)
         found = text.find(END_THINK, begin)
         end = found + len(END_THINK) if found >= 0 else len(text) + 1
-        starts = accumulate(map(len, pieces), initial=len(self._held))
+        starts = accumulate(map(len, pieces), initial=len(undecided))
         return sum(begin <= start < end for start, _ in zip(starts, pieces, strict=False))
 
     def _start(self, final: bool) -> None:
         body = self._held.lstrip()
         if body.startswith(THINK):
-            self._held = body[len(THINK) :]
-            self._enter(_State.REASONING)
+            self._held = body.removeprefix(THINK)
+            self._state = _State.REASONING
         elif final or not THINK.startswith(body):
-            self._enter(_State.CONTENT, strip=False)
+            self._state = _State.CONTENT
 
-    def _until(self, marker: str | None, final: bool) -> tuple[str, bool]:
-        """Take held text up to `marker`, and whether it came. Whitespace before a marker is no part of the text."""
-        if self._strip:
-            self._held = self._held.lstrip()
-            self._strip = not self._held
-        if marker is None:
-            return self._take(len(self._held)), False
-        text, found, rest = self._held.partition(marker)
-        if found:
-            self._held = rest
-            return text.rstrip(), True
-        if final:
-            return self._take(len(text)), False
-        return self._take(len(text[: len(text) - _overlap(text, marker)].rstrip())), False
+    def _reason(self, final: bool) -> ChatDelta:
+        markers = [END_THINK, TOOL_CALL] if self._calls else [END_THINK]
+        piece, marker, self._held = cut(self._held, markers, final)
+        certain = self._reasoning.add(piece)
+        if marker == END_THINK:
+            self._end_reasoning()
+        elif marker is not None:
+            self._reasoned = CallSplitter(one_call=self._one_call, until=END_THINK)
+            self._reasoned_text, self._reasoned_parts = "", []
+            self._held = marker + self._held
+            self._state = _State.REASONED_CALL
+        elif final:
+            certain += self._reasoning.end()
+        return ChatDelta(reasoning=certain)
 
-    def _call_head(self, content: list[str], calls: list[ToolCallDelta], final: bool) -> None:
-        """Wait for the call's name; a call that is put otherwise is read when it is complete, or is just text."""
-        if head := _CALL_HEAD.match(self._held):
-            self._open_call(head[1], "", calls)
-            self._held = self._held[head.end() :]
-            self._enter(_State.ARGUMENTS, strip=False)
-            return
-        body, found, rest = self._held.partition(END_TOOL_CALL)
-        if not found and not final:
-            return
+    def _end_reasoning(self) -> None:
+        self._state = _State.CONTENT
+        self._content = TrimmedText(after_marker=True)
+        self._call_splitter = CallSplitter(one_call=self._one_call, after_marker=True)
+
+    def _reason_about_calls(self, final: bool) -> ChatDelta:
+        """Hold back what may be calls until the reasoning ends, which makes it reasoning, or the answer."""
+        calls = self._reasoned
+        text, pieces = calls.push(self._held, final)
+        self._reasoned_parts.append(ChatDelta(reasoning=text, tool_calls=pieces))
+        self._reasoned_text += self._held
+        self._held = ""
+        if calls.cut_short:
+            # An open string may have hidden the end of the reasoning.
+            _, end, rest = self._reasoned_text.partition(END_THINK)
+            return self._give_back(rest, ended=bool(end))
+        if calls.ended:
+            return self._give_back(calls.held, ended=calls.came_to_until)
+        if not final:
+            return ChatDelta()
+        found = joined(self._reasoned_parts)
+        self._reasoning.mark()
+        return replace(found, reasoning=self._reasoning.add(found.reasoning))
+
+    def _give_back(self, rest: str, *, ended: bool) -> ChatDelta:
+        """All that was held back is reasoning, but for `rest`, which is yet to be read."""
+        held = self._reasoned_text[: len(self._reasoned_text) - len(rest)]
         self._held = rest
-        self._enter(self._after_call, strip=bool(found))
-        try:
-            call = json.loads(body)
-            arguments = call.get("arguments", {})
-            text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-            (call["name"] + text).encode()  # Half a surrogate pair is valid JSON and no text.
-            self._open_call(call["name"], text, calls)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            content.append(f"{TOOL_CALL}{body}{found}")
-            self._enter(_State.CONTENT, strip=False)
+        if not ended:
+            self._state = _State.REASONING
+            return ChatDelta(reasoning=self._reasoning.add(held))
+        self._end_reasoning()
+        return ChatDelta(reasoning=self._reasoning.add(held.removesuffix(END_THINK)))
 
-    def _open_call(self, name: str, arguments: str, calls: list[ToolCallDelta]) -> None:
-        self._call += 1
-        calls.append(ToolCallDelta(self._call, arguments, f"call_{uuid.uuid4().hex[:24]}", name))
-
-    def _arguments(self) -> str:
-        """Take held text up to the end of the arguments' JSON object, keeping count of its brackets."""
-        for position, character in enumerate(self._held):
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self._in_string = not self._in_string
-            elif not self._in_string and character in "{[":
-                self._depth += 1
-            elif not self._in_string and character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    self._enter(_State.CALL_END)
-                    return self._take(position + 1)
-        return self._take(len(self._held))
-
-    def _take(self, length: int) -> str:
-        taken, self._held = self._held[:length], self._held[length:]
-        return taken
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that begins `marker`, which is not in `text` whole."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+    def _answer(self, final: bool) -> ChatDelta:
+        text, self._held = self._held, ""
+        if self._calls:
+            content, pieces = self._call_splitter.push(text, final)
+            return ChatDelta(content, tool_calls=pieces)
+        return ChatDelta(self._content.add(text) + self._content.end())

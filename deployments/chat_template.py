@@ -7,8 +7,9 @@ from inspect import signature
 from typing import Any
 
 from deployments.answer_grammar import answer_grammar
+from deployments.call_text import TOOL_CALL
 from deployments.chat_body import ChatBody
-from deployments.chat_output import END_THINK, THINK, TOOL_CALL, ChatSplitter
+from deployments.chat_output import END_THINK, THINK, ChatSplitter
 from orthrus.errors import RequestError
 
 

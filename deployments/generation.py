@@ -63,11 +63,17 @@ async def generate(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     request = Request(uuid.uuid4().hex, prompt, params)
-    texts = [
-        TextStream(tokenizer, params.stop, params.skip_special_tokens, params.min_tokens)
-        for _ in range(params.n)
-    ]
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
+    texts = [
+        TextStream(
+            tokenizer,
+            params.stop,
+            params.skip_special_tokens,
+            params.min_tokens,
+            taken.markers if taken else (),
+        )
+        for taken in splitters
+    ]
     stream = generate_on_replica(replica.options(session_id=call.session), receiver, request)
     unlogged, begun = call.prompts, False
     try:

@@ -256,7 +256,8 @@ class Ingress:
             for index in range(choices):
                 if (opening := out.opening(index, n)) is not None:
                     yield sse(opening)
-            yield event(*first)
+            if not first[1].says_nothing:
+                yield event(*first)
             async with aclosing(rest) as items:
                 async for index, item in items:
                     if not item.says_nothing:

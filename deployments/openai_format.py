@@ -103,7 +103,7 @@ class ResponseFormat:
         chunk = item.chunk
         entry: dict[str, Any] = {"index": index}
         if self.chat:
-            entry["delta"] = _delta(item.delta) if item.delta else {}
+            entry["delta"] = _delta(item.delta or ChatDelta())
         else:
             entry["text"] = item.text
         entry["logprobs"] = self._logprobs(index, chunk.logprobs) if chunk.logprobs is not None else None
@@ -198,9 +198,9 @@ def _message(message: ChatDelta) -> dict[str, Any]:
 
 
 def _delta(delta: ChatDelta) -> dict[str, Any]:
-    """A piece of a chat answer: only what it has."""
+    """A piece of a chat answer: only what it has, and empty content where it has nothing, since clients trip over `{}`."""
     rendered: dict[str, Any] = {}
-    if delta.content:
+    if delta.content or not delta:
         rendered["content"] = delta.content
     if delta.reasoning:
         rendered["reasoning_content"] = delta.reasoning

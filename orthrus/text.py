@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,15 +102,19 @@ class TextStream:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        kept: Collection[str] = (),
     ) -> None:
         """tokenizer: a fast, byte-level Hugging Face one. stop: strings that end the text and are left out of it.
 
-        min_tokens: a stop string that is complete within so many tokens is text as any other.
+        min_tokens: a stop string that is complete within so many tokens is text as any other. kept: special tokens that
+        are text even where others are skipped.
         """
         self.stopped: str | None = None
         self._free = min_tokens
         self._bytes = token_bytes(tokenizer)
         self._skip = self._bytes.special_ids if skip_special_tokens else frozenset()
+        if kept:
+            self._skip -= {tokenizer.backend_tokenizer.token_to_id(token) for token in kept}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._root = _stop_trie(tuple(stop)) if stop else None
         self._held = ""

@@ -19,8 +19,9 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.call_text import ToolCallDelta
 from deployments.chat_body import ChatBody
-from deployments.chat_output import ChatDelta, ToolCallDelta
+from deployments.chat_output import ChatDelta
 from deployments.completion_body import CompletionBody
 from deployments.failures import (
     BodyTooLarge,
