@@ -28,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 # Where Serve takes a client's request id from, over HTTP and gRPC; it logs the id and sends it back.
 _REQUEST_ID = ("x-request-id", "request_id")
 _SESSION = "x-session-id"
+# Where Anthropic's clients have it.
+_API_KEY = "x-api-key"
 _SAFE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -153,8 +155,10 @@ class Gate:
         if self._keys is None:
             return None
         scheme, _, secret = str(metadata.get("authorization", "")).partition(" ")
-        if scheme.lower() != "bearer" or not secret:
-            raise InvalidKey("no API key: send it as Authorization: Bearer KEY")
+        if scheme.lower() != "bearer":
+            secret = str(metadata.get(_API_KEY, ""))
+        if not secret:
+            raise InvalidKey(f"no API key: send it as Authorization: Bearer KEY, or as {_API_KEY}: KEY")
         key = self._keys.find(secret.strip())
         if key is None:
             raise InvalidKey("this API key is not known here")

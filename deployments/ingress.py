@@ -1,16 +1,13 @@
-"""The cluster's front door: OpenAI over HTTP and the Orthrus service over gRPC, in front of the same replicas.
+"""The cluster's front door: the HTTP APIs, and the Orthrus service over gRPC, in front of the same replicas.
 
 It validates, templates and tokenises, sends token ids to a replica, and turns the chunks that come back into text.
 Serve pickles the FastAPI app while this module is being imported: what the endpoints call is imported, not defined below.
 """
 
 import asyncio
-import os
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,34 +15,22 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from grpc import StatusCode
 from ray import serve
-from ray.serve.grpc_util import RayServegRPCContext
-from ray.serve.handle import DeploymentHandle
 
-from deployments.api_config import ApiConfig
-from deployments.calls import Call, CallMiddleware, Gate
+from deployments.calls import Call, CallMiddleware
 from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatSplitter
-from deployments.chat_template import ChatTemplate
-from deployments.chunk_link import ChunkReceiver
 from deployments.completion_body import CompletionBody
-from deployments.failures import EXPECTED, BodyTooLarge, Failure, ModelNotFound, describe_failure
+from deployments.failures import EXPECTED, Failure, describe_failure
 from deployments.generation import TextChunk, collect, generate, merge
-from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
+from deployments.grpc_ingress import GrpcIngress
 from deployments.http_body import read_body
-from deployments.log_filter import quiet_client_errors
-from deployments.metrics import scrape
+from deployments.messages_api import create_message
+from deployments.messages_body import CountTokensBody, MessagesBody
+from deployments.messages_format import error_body, error_status, is_messages_path
 from deployments.openai_format import ResponseFormat, spell, sse
-from deployments.proto import orthrus_pb2 as pb
-from deployments.recent import Recent
 from deployments.tokenize_body import DetokenizeBody, TokenizeBody
-from orthrus.checkpoint import resolve
-from orthrus.config import ModelConfig
-from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.request import RequestStats, SamplingParams
-from orthrus.text import load_tokenizer
-
-_NICENESS = 5
 
 # Traces are Serve's and ours (deployments/calls.py).
 api = FastAPI(title="Orthrus", openapi_url=None, telemetry={"tracing": False})
@@ -55,7 +40,13 @@ api.add_middleware(CallMiddleware)
 async def _answer_failure(request: HTTPRequest, error: Exception) -> Response:
     if (call := getattr(request.state, "call", None)) is not None:
         call.outcome = type(error).__name__
-    failure = describe_failure(error)
+    return _failure_response(request, describe_failure(error))
+
+
+def _failure_response(request: HTTPRequest, failure: Failure) -> Response:
+    """The failure in the words of the API that was called."""
+    if is_messages_path(request.url.path):
+        return JSONResponse(error_body(failure), error_status(failure), failure.headers)
     return JSONResponse(failure.body, failure.status, failure.headers)
 
 
@@ -67,50 +58,13 @@ for _kind in (*EXPECTED, Exception):
 @api.exception_handler(405)
 async def _no_route(request: HTTPRequest, error: Any) -> Response:
     message = f"{request.method} {request.url.path} is not served here"
-    return JSONResponse(Failure(error.status_code, StatusCode.UNIMPLEMENTED, message).body, error.status_code)
+    return _failure_response(request, Failure(error.status_code, StatusCode.UNIMPLEMENTED, message))
 
 
 @serve.deployment
 @serve.ingress(api)
-class Ingress:
+class Ingress(GrpcIngress):
     """Stateless; add replicas of it where tokenising is the bottleneck."""
-
-    def __init__(
-        self,
-        replica: DeploymentHandle,
-        config: EngineConfig,
-        api: ApiConfig,
-        limiter: DeploymentHandle | None,
-    ) -> None:
-        # Where cores are few, a replica's next pass comes before the text of its last one.
-        os.nice(_NICENESS)
-        quiet_client_errors()
-        self._replica = replica
-        self._receiver = ChunkReceiver()
-        self._config = api
-        self._gate = Gate(api, limiter)
-        self._model = config.served_model_name or config.model
-        path = resolve(config.model)
-        self._tokenizer = load_tokenizer(path)
-        trained = ModelConfig.from_dir(path).max_position_embeddings
-        self._max_model_len = config.max_model_len or min(trained, config.kv_cache_tokens or trained)
-        self._model_card = {
-            "id": self._model,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "orthrus",
-            "max_model_len": self._max_model_len,
-        }
-        self._template = ChatTemplate(self._tokenizer)
-        self._status = Recent(partial(asyncio.to_thread, serve.status))
-        self._scrape = Recent(scrape)
-
-    def __del__(self) -> None:
-        receiver = getattr(self, "_receiver", None)
-        if receiver is not None:
-            receiver.close()
-
-    # --- HTTP
 
     @api.post("/v1/completions")
     async def completions(self, request: HTTPRequest) -> Response:
@@ -135,10 +89,26 @@ class Ingress:
         body = await read_body(request, ChatBody, self._config)
         self._check_model(body.model)
         params = body.sampling()
-        prompt = await asyncio.to_thread(self._template.apply, body)
+        prompt = await self._chats.prompt(body)
         out = ResponseFormat(True, body.model, self._tokenizer, body.include_usage)
         params = replace(params, grammar=prompt.grammar)
         return await self._respond(call, body, out, [prompt.tokens], params, prompt.splitter)
+
+    @api.post("/v1/messages")
+    async def messages(self, request: HTTPRequest) -> Response:
+        call = await self._admit("messages", request)
+        body = await read_body(request, MessagesBody, self._config)
+        self._check_model(body.model)
+        return await create_message(call, body, self._chats)
+
+    @api.post("/v1/messages/count_tokens")
+    async def count_tokens(self, request: HTTPRequest) -> dict[str, int]:
+        call = await self._admit("messages.count_tokens", request)
+        body = await read_body(request, CountTokensBody, self._config)
+        self._check_model(body.model)
+        prompt = await self._chats.prompt(body.chat())
+        call.outcome = "ok"
+        return {"input_tokens": len(prompt.tokens)}
 
     @api.get("/v1/models")
     async def models(self, request: HTTPRequest) -> dict[str, Any]:
@@ -157,7 +127,7 @@ class Ingress:
         body = await read_body(request, TokenizeBody, self._config)
         self._check_model(body.model)
         if body.prompt is None:
-            tokens = (await asyncio.to_thread(self._template.apply, body.chat())).tokens
+            tokens = (await self._chats.prompt(body.chat())).tokens
         else:
             tokens = await self._encode(body.prompt, add_special_tokens=body.add_special_tokens)
         answer: dict[str, Any] = {
@@ -269,98 +239,3 @@ class Ingress:
             call.outcome = type(error).__name__
             yield sse(describe_failure(error).body)
         yield "data: [DONE]\n\n"
-
-    # --- gRPC: see orthrus.proto. Serve ends a call's coroutine when its deadline has passed or its client has gone.
-
-    async def Generate(
-        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
-    ) -> pb.GenerateResponse:
-        async with self._rpc("Generate", grpc_context) as call:
-            stream, n = await self._generate_call(call, request)
-            choices = await collect(merge([stream], n), n)
-            return pb.GenerateResponse(
-                choices=[generate_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
-            )
-
-    async def GenerateStream(
-        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.GenerateChunk]:
-        async with self._rpc("GenerateStream", grpc_context) as call:
-            stream, _ = await self._generate_call(call, request)
-            async with aclosing(stream) as items:
-                async for item in items:
-                    yield generate_chunk(item.index, [item])
-
-    async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
-        async with self._rpc("Chat", grpc_context) as call:
-            stream, n = await self._chat_call(call, request)
-            choices = await collect(merge([stream], n), n)
-            return pb.ChatResponse(
-                choices=[chat_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
-            )
-
-    async def ChatStream(
-        self, request: pb.ChatRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.ChatChunk]:
-        async with self._rpc("ChatStream", grpc_context) as call:
-            stream, _ = await self._chat_call(call, request)
-            async with aclosing(stream) as items:
-                async for item in items:
-                    yield chat_chunk(item.index, [item])
-
-    @asynccontextmanager
-    async def _rpc(self, method: str, context: RayServegRPCContext) -> AsyncGenerator[Call]:
-        """An admitted call. What goes wrong under it gets the status that fits."""
-        call = Call(method)
-        try:
-            await self._gate.admit(call, dict(context.invocation_metadata()))
-            context.set_trailing_metadata(list(call.headers.items()))
-            yield call
-            call.outcome = "ok"
-        except Exception as error:
-            call.outcome = type(error).__name__
-            raise with_status(error, context) from None
-        finally:
-            call.end()
-
-    async def _generate_call(
-        self, call: Call, request: pb.GenerateRequest
-    ) -> tuple[AsyncGenerator[TextChunk], int]:
-        """The chunks of a call and its number of choices. Raises RequestError, ModelNotFound, BodyTooLarge."""
-        self._check_message(request)
-        params = request_params(request.sampling)
-        match request.WhichOneof("input"):
-            case "prompt":
-                prompt = await self._encode(request.prompt)
-            case "prompt_token_ids":
-                prompt = list(request.prompt_token_ids.ids)
-            case _:
-                raise RequestError("set prompt or prompt_token_ids", "prompt")
-        return generate(self._replica, self._receiver, self._tokenizer, call, prompt, params), params.n
-
-    async def _chat_call(self, call: Call, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
-        """As `_generate_call`."""
-        self._check_message(request)
-        params = request_params(request.sampling)
-        prompt = await asyncio.to_thread(self._template.apply, chat_body(request))
-        params = replace(params, grammar=prompt.grammar)
-        return generate(
-            self._replica, self._receiver, self._tokenizer, call, prompt.tokens, params, prompt.splitter
-        ), params.n
-
-    def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
-        if request.ByteSize() > self._config.max_body_bytes:
-            raise BodyTooLarge(
-                f"the request is over {self._config.max_body_bytes} bytes: send a shorter prompt"
-            )
-        self._check_model(request.model)
-
-    # --- both
-
-    def _check_model(self, model: str) -> None:
-        if model != self._model:
-            raise ModelNotFound(f"the model {model!r} does not exist here: use {self._model!r}")
-
-    async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, off the event loop: a long prompt must not hold up other streams."""
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)

@@ -224,3 +224,8 @@ def _finite(logprob: float) -> float:
 def sse(event: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {_encode(event)}\n\n"
+
+
+def named_sse(event: dict[str, Any]) -> str:
+    """A server-sent event that bears its type as its name too, as the clients of newer APIs expect."""
+    return f"event: {event['type']}\n{sse(event)}"

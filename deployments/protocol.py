@@ -142,4 +142,8 @@ def describe(error: ValidationError) -> RequestError:
         if path in _UNSUPPORTED:
             return RequestError(f"{path} is not supported: {_UNSUPPORTED[path]}", path)
         return RequestError(f"unknown field {path!r}: remove it or correct its name", path)
-    return RequestError(f"{path}: {first['msg']}" if path else first["msg"], field)
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        said = f"type '{context['tag']}' is not supported here: send {context['expected_tags']}"
+    return RequestError(f"{path}: {said}" if path else said, field)

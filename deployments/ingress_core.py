@@ -1,0 +1,71 @@
+"""What an ingress has, whatever the protocol."""
+
+import asyncio
+import os
+import time
+from functools import partial
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.api_config import ApiConfig
+from deployments.calls import Gate
+from deployments.chats import Chats
+from deployments.chunk_link import ChunkReceiver
+from deployments.failures import ModelNotFound
+from deployments.log_filter import quiet_client_errors
+from deployments.metrics import scrape
+from deployments.recent import Recent
+from orthrus.checkpoint import resolve
+from orthrus.config import ModelConfig
+from orthrus.engine_config import EngineConfig
+from orthrus.text import load_tokenizer
+
+_NICENESS = 5
+
+
+class IngressCore:
+    """One model's tokenizer, its way to the replicas, and the gate that lets calls in."""
+
+    def __init__(
+        self,
+        replica: DeploymentHandle,
+        config: EngineConfig,
+        api: ApiConfig,
+        limiter: DeploymentHandle | None,
+    ) -> None:
+        # Where cores are few, a replica's next pass comes before the text of its last one.
+        os.nice(_NICENESS)
+        quiet_client_errors()
+        self._replica = replica
+        self._receiver = ChunkReceiver()
+        self._config = api
+        self._gate = Gate(api, limiter)
+        self._model = config.served_model_name or config.model
+        path = resolve(config.model)
+        self._tokenizer = load_tokenizer(path)
+        trained = ModelConfig.from_dir(path).max_position_embeddings
+        self._max_model_len = config.max_model_len or min(trained, config.kv_cache_tokens or trained)
+        self._model_card = {
+            "id": self._model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "orthrus",
+            "max_model_len": self._max_model_len,
+        }
+        self._chats = Chats(replica, self._receiver, self._tokenizer)
+        self._status = Recent(partial(asyncio.to_thread, serve.status))
+        self._scrape = Recent(scrape)
+
+    def __del__(self) -> None:
+        receiver = getattr(self, "_receiver", None)
+        if receiver is not None:
+            receiver.close()
+
+    def _check_model(self, model: str) -> None:
+        if model != self._model:
+            raise ModelNotFound(f"the model {model!r} does not exist here: use {self._model!r}")
+
+    async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, off the event loop: a long prompt must not hold up other streams."""
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)

@@ -1,0 +1,22 @@
+"""POST /v1/messages: one request of Anthropic's Messages API, from its body to its answer."""
+
+from fastapi.responses import JSONResponse, Response
+
+from deployments.calls import Call
+from deployments.chats import Chats, stream_answer
+from deployments.generation import collect, merge
+from deployments.messages_body import MessagesBody
+from deployments.messages_format import MessageFormat
+
+
+async def create_message(call: Call, body: MessagesBody, chats: Chats) -> Response:
+    """The message, whole or as events. Raises RequestError, and as `generate` does."""
+    call.session = call.session or body.session
+    chat = body.chat()
+    running = await chats.start(call, chat, chat.sampling())
+    out = MessageFormat(body.model, running.prompt_tokens, body.max_tokens)
+    if body.stream:
+        return await stream_answer(call, running.chunks, out)
+    [choice] = await collect(merge([running.chunks], 1), 1)
+    call.outcome = "ok"
+    return JSONResponse(out.whole(choice))

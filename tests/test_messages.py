@@ -1,0 +1,285 @@
+"""Anthropic's Messages API without a server: bodies become chats, chunks become messages and events of Anthropic's types."""
+
+import itertools
+import json
+import random
+from typing import Any
+
+import pytest
+from anthropic.lib.streaming._messages import accumulate_event
+from anthropic.types import Message, RawMessageStreamEvent
+from pydantic import TypeAdapter, ValidationError
+
+from deployments.chat_output import ChatSplitter
+from deployments.failures import GenerationFailed, ModelUnavailable, QueueFull, RateLimited, describe_failure
+from deployments.generation import Choice, TextChunk
+from deployments.messages_body import CountTokensBody, MessagesBody
+from deployments.messages_format import MessageFormat, error_body, error_status
+from deployments.protocol import describe
+from orthrus.errors import RequestError
+from orthrus.request import Chunk, RequestStats
+
+STATS = RequestStats(prompt_tokens=50, cached_tokens=32, completion_tokens=40, cycles=10, passes=20, seed=7)
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+ANSWER = (
+    "<think>\nTwo cities.\n</think>\n\nLet me see.\n"
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+)
+EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+
+
+def messages(**fields: Any) -> MessagesBody:
+    asked = {"model": "m", "max_tokens": 99, "messages": [{"role": "user", "content": "hi"}], **fields}
+    try:
+        return MessagesBody.model_validate_json(json.dumps(asked))
+    except ValidationError as error:
+        raise describe(error) from None
+
+
+def chunks(pieces: list[str], reason: str = "stop", stop_reason: str | None = None) -> list[TextChunk]:
+    """The chunks of an answer that came in these pieces, a token each."""
+    splitter = ChatSplitter(thinks=True, calls=True)
+    items = []
+    for i, piece in enumerate(pieces):
+        last = i == len(pieces) - 1
+        chunk = Chunk("r", 0, (1,), None, reason if last else None, stop_reason, STATS if last else None)  # type: ignore[arg-type]
+        reasoning = splitter.reasoning_tokens([piece])
+        delta = splitter.push(piece, final=last)
+        done = "tool_calls" if reason == "stop" and splitter.called else reason
+        items.append(TextChunk(0, piece, chunk, delta, done if last else None, reasoning))
+    return items
+
+
+def cut(text: str, seed: int) -> list[str]:
+    places = sorted(random.Random(seed).sample(range(1, len(text)), 12))
+    return [text[a:b] for a, b in itertools.pairwise([0, *places, len(text)])]
+
+
+def streamed(items: list[TextChunk], max_tokens: int = 40) -> tuple[list[dict[str, Any]], Message]:
+    """The events, each of them Anthropic's to the letter, and the message that Anthropic's client makes of them."""
+    out = MessageFormat("m", 50, max_tokens)
+    events = [*out.opening(), *(event for item in items for event in out.events(item))]
+    snapshot: Any = None
+    buffers: dict[int, bytes] = {}
+    for event in events:
+        if event["type"] != "ping":
+            parsed = EVENTS.validate_json(json.dumps(event), strict=True)
+            snapshot = accumulate_event(event=parsed, current_snapshot=snapshot, json_bufs=buffers)
+    assert snapshot is not None
+    return events, Message.model_validate(snapshot.to_dict())
+
+
+def whole(items: list[TextChunk], max_tokens: int = 40) -> Message:
+    message = MessageFormat("m", 50, max_tokens).whole(Choice(items))
+    return Message.model_validate_json(json.dumps(message), strict=True)
+
+
+def same(one: Message, other: Message) -> bool:
+    return one.model_dump(exclude={"id", "orthrus"}) == other.model_dump(exclude={"id", "orthrus"})
+
+
+# --- requests
+
+
+def test_a_conversation_becomes_a_chat() -> None:
+    """All kinds of blocks, as an agent sends them back, cache marks and all."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    body = messages(
+        system=[{"type": "text", "text": "You are", **mark}, {"type": "text", "text": "an agent."}],
+        messages=[
+            {"role": "user", "content": [{"type": "text", "text": "Weather?", **mark}, {"type": "text", "text": "Quick."}]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "s"},
+                {"type": "redacted_thinking", "data": "x"},
+                {"type": "text", "text": "See.", "citations": None},
+                {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Łódź"}, "caller": None},
+                {"type": "tool_use", "id": "t2", "name": "clock", "input": {}},
+            ]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "☀️"}], **mark},
+                {"type": "tool_result", "tool_use_id": "t2", "is_error": True},
+                {"type": "text", "text": "Well?"},
+            ]},
+        ],
+        tools=[
+            {"name": "weather", "description": "d", "input_schema": SCHEMA, **mark},
+            {"type": "custom", "name": "clock", "input_schema": {"type": "object"}},
+        ],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        thinking={"type": "enabled", "budget_tokens": 1024},
+        metadata={"user_id": "u"},
+        stop_sequences=["END"],
+        temperature=0.5, top_p=0.9, top_k=20, seed=11, service_tier="auto",
+    )  # fmt: skip
+    chat = body.chat()
+    assert [message.model_dump(exclude_none=True) for message in chat.messages] == [
+        {"role": "system", "content": "You are\nan agent."},
+        {"role": "user", "content": "Weather?\nQuick."},
+        {"role": "assistant", "content": "See.", "reasoning_content": "hm", "tool_calls": [
+            {"id": "t1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Łódź"}'}},
+            {"id": "t2", "type": "function", "function": {"name": "clock", "arguments": "{}"}},
+        ]},
+        {"role": "tool", "tool_call_id": "t1", "content": "☀️"},
+        {"role": "tool", "tool_call_id": "t2", "content": "", "is_error": True},
+        {"role": "user", "content": "Well?"},
+    ]  # fmt: skip
+    assert [tool.function.name for tool in chat.offered_tools] == ["weather", "clock"]
+    assert chat.must_call and chat.parallel_tool_calls is False and chat.thinking is True
+    assert body.session == "u"
+    params = chat.sampling()
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 20, 11)
+    assert (params.max_tokens, params.stop) == (99, ("END",))
+
+
+def test_thinking_is_only_for_those_who_ask() -> None:
+    assert messages().chat().thinking is False
+    assert messages(thinking={"type": "disabled"}).chat().thinking is False
+    assert messages(thinking={"type": "adaptive"}).chat().thinking is True
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "must"),
+    [
+        ({"type": "auto"}, ["f", "g"], False),
+        ({"type": "any"}, ["f", "g"], True),
+        ({"type": "tool", "name": "g"}, ["g"], True),
+        ({"type": "none"}, [], False),
+    ],
+)
+def test_the_choice_of_tools(choice: dict[str, Any], names: list[str], must: bool) -> None:
+    tools = [{"name": name, "input_schema": SCHEMA} for name in "fg"]
+    chat = messages(tools=tools, tool_choice=choice).chat()
+    assert [tool.function.name for tool in chat.callable_tools] == names
+    assert chat.must_call == must
+
+
+@pytest.mark.parametrize("where", [{"output_config": {"format": None}}, {"output_format": None}])
+def test_structured_output(where: dict[str, Any]) -> None:
+    wanted = {"type": "json_schema", "schema": SCHEMA}
+    fields = json.loads(json.dumps(where).replace("null", json.dumps(wanted)))
+    assert messages(**fields).chat().json_schema == SCHEMA
+
+
+def test_a_count_needs_no_max_tokens() -> None:
+    chat = CountTokensBody.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    ).chat()
+    assert chat.messages[0].content == "hi"
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"max_tokens": None}, "max_tokens: Field required"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 1.5}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0: type 'image' is not supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [IMAGE]}]}]},
+            "messages.0.content.0.tool_result.content.0: type 'image' is not supported",
+        ),
+        ({"system": [IMAGE]}, "system.0: type 'image' is not supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}]},
+            "belongs to the assistant",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
+            "tool_result blocks belong to the user",
+        ),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0: tools of type 'web_search_20250305'"),
+        ({"tools": [{"name": "f"}]}, "tools.0.input_schema: Field required"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice has a name"),
+        ({"mcp_servers": []}, "unknown field 'mcp_servers'"),
+        ({"stop_sequences": [""]}, "must not be empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        messages(**fields).chat().sampling()
+
+
+# --- answers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stream_adds_up_to_the_whole_message(seed: int) -> None:
+    items = chunks(cut(ANSWER, seed))
+    events, message = streamed(items)
+    assert same(message, whole(items))
+    assert [(block.type, block.model_dump()) for block in message.content if block.type != "thinking"] == [
+        ("text", {"type": "text", "text": "Let me see.", "citations": None}),
+        ("tool_use", whole(items).content[2].model_dump()),
+        ("tool_use", whole(items).content[3].model_dump()),
+    ]
+    thinking, _, weather, clock = message.content
+    assert thinking.type == "thinking" and thinking.thinking == "Two cities." and thinking.signature
+    assert weather.type == clock.type == "tool_use"
+    assert (weather.name, weather.input, clock.name, clock.input) == (
+        "weather",
+        {"city": "Łódź"},
+        "clock",
+        {},
+    )
+    assert weather.id != clock.id
+    assert (message.stop_reason, message.stop_sequence) == ("tool_use", None)
+    assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (18, 32)
+    assert message.usage.output_tokens == 40
+    cost = {"tokens_per_cycle": 3.9, "cycles": 10, "passes": 20, "seed": 7}
+    assert whole(items).model_extra == {"orthrus": cost} and events[-2]["orthrus"] == cost
+    kinds = [event["type"] for event in events if event["type"] != "content_block_delta"]
+    block = ["content_block_start", "content_block_stop"]
+    first, *others = block
+    assert kinds[:3] == ["message_start", first, "ping"]
+    assert kinds[3:] == [*others, *block * 3, "message_delta", "message_stop"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_reason", "limit", "expected"),
+    [
+        ("stop", None, 99, ("end_turn", None)),
+        ("stop", "END", 99, ("stop_sequence", "END")),
+        ("length", None, 40, ("max_tokens", None)),
+        ("length", None, 99, ("model_context_window_exceeded", None)),
+    ],
+)
+def test_why_it_stopped(
+    reason: str, stop_reason: str | None, limit: int, expected: tuple[str, str | None]
+) -> None:
+    items = chunks(["a", "b"], reason, stop_reason)
+    for message in (whole(items, limit), streamed(items, limit)[1]):
+        assert (message.stop_reason, message.stop_sequence) == expected
+        assert [block.type for block in message.content] == ["text"]
+
+
+def test_an_empty_answer_has_no_blocks() -> None:
+    items = chunks([""])
+    assert whole(items).content == streamed(items)[1].content == []
+
+
+def test_a_call_that_was_cut_is_what_there_is_of_it() -> None:
+    items = chunks(['<tool_call>\n{"name": "f", "arguments": {"a": [1, 2], "b": "xy'], "length")
+    for message in (whole(items), streamed(items)[1]):
+        [call] = message.content
+        assert call.type == "tool_use" and call.input == {"a": [1, 2]}
+        assert message.stop_reason == "max_tokens"
+
+
+def test_failures_are_anthropics() -> None:
+    for error, status, kind in [
+        (RequestError("no", "messages"), 400, "invalid_request_error"),
+        (RateLimited("no", 2.0), 429, "rate_limit_error"),
+        (QueueFull("no"), 529, "overloaded_error"),
+        (ModelUnavailable("no"), 529, "overloaded_error"),
+        (GenerationFailed("no"), 500, "api_error"),
+    ]:
+        failure = describe_failure(error)
+        assert error_status(failure) == status
+        assert error_body(failure) == {"type": "error", "error": {"type": kind, "message": "no"}}
+        assert MessageFormat("m", 1, 1).failed(failure) == [error_body(failure)]
