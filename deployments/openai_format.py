@@ -10,7 +10,7 @@ from typing import Any
 
 from deployments.chat_output import ChatDelta
 from deployments.generation import Choice, TextChunk
-from orthrus.request import RequestStats, TokenLogprob
+from orthrus.request import DRAWN_SEED_BITS, SEED_BITS, RequestStats, TokenLogprob
 from orthrus.text import token_bytes
 
 # Compact, as OpenAI's own events are. Made once: json.dumps makes one at each call that has options.
@@ -35,8 +35,14 @@ def cost(stats: RequestStats) -> dict[str, Any]:
         "tokens_per_cycle": round(stats.tokens_per_cycle, 3),
         "cycles": stats.cycles,
         "passes": stats.passes,
-        "seed": stats.seed,
+        "seed": _told_seed(stats.seed),
     }
+
+
+def _told_seed(seed: int) -> int:
+    """A seed as a JSON number. Those near 2**63 are told as the negative ones that they stand for: doubles hold these."""
+    negative = seed - (1 << SEED_BITS)
+    return negative if -negative < 1 << DRAWN_SEED_BITS else seed
 
 
 @dataclass

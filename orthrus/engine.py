@@ -202,7 +202,6 @@ class Engine:
         """Queue a request. Raises RequestError for one that can never be served."""
         self.check(request)
         params = request.params.with_seed()
-        assert params.seed is not None
         prompt = list(request.prompt)
         limit = self.max_model_len
         max_length = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
@@ -218,8 +217,7 @@ class Engine:
                     request_id=request.request_id,
                     index=index,
                     params=params,
-                    # Choice 0 is what n = 1 gives; the others are keyed by their index.
-                    seed=(params.seed + index * 0x9E3779B97F4A7C15) % (1 << 63),
+                    seed=params.choice_seed(index),
                     tokens=prompt.copy(),
                     num_prompt=len(prompt),
                     max_length=max_length,

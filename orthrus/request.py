@@ -17,6 +17,9 @@ MAX_PRIORITY = 1 << 31
 MAX_SALT_CHARACTERS = 1024
 MAX_BAD_CHARACTERS = 1 << 14
 SEED_BITS = 63
+DRAWN_SEED_BITS = 53
+"""Of seeds that we choose: a JSON number of JavaScript's holds them exactly, so that they come back as they were told."""
+_CHOICE_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,13 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     def with_seed(self) -> "SamplingParams":
-        """These parameters with a seed: the given one, or a fresh random one."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(SEED_BITS))
+        """These parameters with a seed: the given one, or a fresh random one below 2**53."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(DRAWN_SEED_BITS))
+
+    def choice_seed(self, index: int) -> int:
+        """The seed of choice `index`: choice 0 is what n = 1 gives, the others have seeds of their own below 2**53."""
+        assert self.seed is not None, "with_seed comes first"
+        return self.seed if index == 0 else (self.seed + index * _CHOICE_STEP) % (1 << DRAWN_SEED_BITS)
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,21 @@ def test_a_seed_is_drawn_and_told(checkpoint: Path) -> None:
     assert replay.token_ids == first.token_ids
 
 
+@pytest.mark.parametrize("seed", [None, 5, 2**63 - 1])
+def test_seeds_that_we_choose_survive_a_double(checkpoint: Path, seed: int | None) -> None:
+    """JavaScript's numbers are doubles: what reads our seed there must be able to send it back."""
+    ours = engine(checkpoint)
+    params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, n=8, seed=seed)
+    for _ in range(4):
+        [choices] = ours.generate([[1, 2, 3]], params)
+        chosen = choices if seed is None else choices[1:]
+        assert len({choice.stats.seed for choice in choices}) == 8
+        assert all(choice.stats.seed < 2**53 for choice in chosen)
+        for choice in chosen:
+            again = replace(params, n=1, seed=int(float(choice.stats.seed)))
+            assert ours.generate([[1, 2, 3]], again)[0][0].token_ids == choice.token_ids
+
+
 def test_sampling_follows_the_model(checkpoint: Path, ar: Engine) -> None:
     """Frequencies of the first token over many seeds against softmax: a chi-squared test at one in ten thousand."""
     prompt, draws = [3, 1, 4, 1, 5], 4000

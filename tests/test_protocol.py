@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -36,7 +37,7 @@ from deployments.failures import (
 )
 from deployments.generation import Choice, TextChunk
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
-from deployments.openai_format import ResponseFormat
+from deployments.openai_format import ResponseFormat, cost
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import describe
 from orthrus.errors import RequestError
@@ -421,8 +422,8 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
         assert usage is not None and usage.prompt_tokens_details is not None
         assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (5, 6, 11)
         assert usage.prompt_tokens_details.cached_tokens == 2
-    cost = {"tokens_per_cycle": 2.0, "cycles": 1, "passes": 2, "seed": 7}
-    assert text.choices[0].model_extra == talk.choices[1].model_extra == {"orthrus": cost}
+    costs = {"tokens_per_cycle": 2.0, "cycles": 1, "passes": 2, "seed": 7}
+    assert text.choices[0].model_extra == talk.choices[1].model_extra == {"orthrus": costs}
     if logprobs:
         assert text.choices[0].logprobs is not None
         assert text.choices[0].logprobs.text_offset == [0, 1, 2]
@@ -431,6 +432,16 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
         assert content is not None
         assert b"".join(bytes(item.bytes or ()) for item in content).decode() == "é!"
         assert content[0].top_logprobs[1].logprob == -9999.0
+
+
+@pytest.mark.parametrize("sent", [0, 7, 2**53 - 1, -1, -5, 1 - 2**53, 2**60, -(2**63)])
+def test_a_seed_is_told_so_that_it_can_be_sent_again(sent: int) -> None:
+    seed = completion(seed=sent).sampling().seed
+    assert seed is not None
+    told = cost(replace(STATS, seed=seed))["seed"]
+    assert completion(seed=told).sampling().seed == seed
+    if abs(sent) < 2**53:
+        assert told == sent
 
 
 def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
