@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,13 +22,22 @@ from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
 from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache, PagePool
+from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
 from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import RowGroup, View
-from orthrus.request import Chunk, Completion, Request, SamplingParams, TokenLogprob, joined_chunks
-from orthrus.sampling import PickRows, token_logprobs
+from orthrus.request import (
+    Chunk,
+    Completion,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    joined_chunks,
+)
+from orthrus.sampling import PickRows
 from orthrus.scheduler import Planned, Scheduler
 from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
@@ -43,6 +52,8 @@ logger = logging.getLogger(__name__)
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
 DECODE_ROWS = 512
 """Most rows of decoding sequences in a pass: beyond it, a row costs a GPU more than a draft brings. One each, at least."""
+SCORE_ROWS = 64
+"""Rows that score prompts while decoding sequences fill a pass: as many more logits have room."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             prefill_chunk=config.prefill_chunk,
             decode_rows=self._decode_rows,
+            score_rows=SCORE_ROWS,
         )
         self._by_request: dict[str, list[Sequence]] = {}
         self._in_flight: deque[_InFlight] = deque()
@@ -205,6 +217,8 @@ class Engine:
         prompt = list(request.prompt)
         limit = self.max_model_len
         max_length = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
+        # A prompt that is only scored has room for the pick of its last row, which nobody gets.
+        max_length = max(max_length, len(prompt) + 1)
         stop_ids = frozenset(params.stop_token_ids) | frozenset(
             () if params.ignore_eos else self.model_config.eos_token_ids
         )
@@ -232,6 +246,7 @@ class Engine:
                     leader=choices[0] if choices else None,
                     priority=request.priority,
                     cache_salt=request.cache_salt,
+                    unscored=range(0 if index or params.prompt_logprobs is None else len(prompt) - 1),
                 )
             )
         self._by_request[request.request_id] = choices
@@ -245,10 +260,11 @@ class Engine:
             raise RequestError(f"a request with id {request.request_id!r} is already running", "request_id")
         if not prompt:
             raise RequestError("the prompt must have at least one token", "prompt")
-        if len(prompt) >= self.max_model_len:
+        new = params.max_tokens != 0
+        if len(prompt) + new > self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, and the context limit of {self.max_model_len} must hold it and at "
-                "least one new token: shorten the prompt",
+                f"the prompt has {len(prompt)} tokens, and the context limit of {self.max_model_len} must hold it"
+                f"{' and at least one new token' if new else ''}: shorten the prompt",
                 "prompt",
             )
         if min(prompt) < 0 or max(prompt) >= vocab:
@@ -308,7 +324,7 @@ class Engine:
 
     def _launch(self, planned: list[Planned]) -> None:
         groups = [group for part in planned for group in part.groups]
-        rows = [self._pick_rows(part, group) for part in planned for group in part.groups if group.num_logits]
+        rows = [row for part in planned for group in part.groups for row in self._pick_rows(part, group)]
         launched = self._runner.launch(groups, rows)
         self._passes += 1
         schedule = self._scheduler.schedule
@@ -343,10 +359,17 @@ class Engine:
                 if not part.num_logits:
                     continue
                 first, row = row, row + part.num_logits
-                picked = [next(picks) for group in part.groups if group.num_logits]
+                scored = first + part.scoring
+                if part.scoring:
+                    next(picks)
+                picked = [next(picks) for group in part.groups if group.num_logits > part.scoring]
                 if part.sequence.finish_reason is not None:
                     continue  # It ended, or was cancelled, while this pass was on its way.
-                chunk = self._commit(part, picked, this.launched.logits[first:row], this.ahead)
+                if part.scoring:
+                    self._score_prompt(part, this.launched.logits[first:scored])
+                if not picked:
+                    continue
+                chunk = self._commit(part, picked, this.launched.logits[scored:row], this.ahead)
                 if chunk is not None:
                     chunks.append(chunk)
         return chunks
@@ -406,14 +429,19 @@ class Engine:
         finally:
             self._pool.release(pages)
 
-    def _pick_rows(self, part: Planned, group: RowGroup) -> PickRows:
-        sequence = part.sequence
+    def _pick_rows(self, part: Planned, group: RowGroup) -> Iterator[PickRows]:
+        """How to pick from the group's rows that need logits: first from those that score the prompt, then from the others."""
+        sequence, position = part.sequence, group.start + group.logits_from + 1
+        if part.scoring:
+            yield PickRows(SCORED, seed=0, position=position, count=part.scoring)
+        if group.num_logits == part.scoring:
+            return
         penalised = sequence.params.has_penalties
-        return PickRows(
+        yield PickRows(
             params=sequence.params,
             seed=sequence.seed,
-            position=group.start + group.logits_from + 1,
-            count=group.num_logits,
+            position=position + part.scoring,
+            count=group.num_logits - part.scoring,
             prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
             generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
             ahead=group.tokens[1:] if group.view is View.AR and part.decoding else (),
@@ -422,6 +450,24 @@ class Engine:
             ends=sequence.ends,
             may_end=sequence.num_prompt + sequence.params.min_tokens,
         )
+
+    def _score_prompt(self, part: Planned, logits: Tensor) -> None:
+        """Note the log-probabilities of the prompt tokens after the part's scoring rows, whose logits these are."""
+        sequence, top = part.sequence, part.sequence.params.prompt_logprobs
+        assert top is not None, "only then are there scoring rows"
+        rows = sequence.unscored[: part.scoring]
+        sequence.unscored = sequence.unscored[part.scoring :]
+        sequence.scores.append(prompt_logprobs(logits, sequence.tokens[rows.start + 1 : rows.stop + 1], top))
+
+    def _take_scores(self, sequence: Sequence) -> PromptLogprobs | None:
+        """What the first chunk of choice 0 says of the prompt, None if nothing was asked; nothing is kept here."""
+        top = sequence.params.prompt_logprobs
+        if top is None or sequence.index:
+            return None
+        scores = sequence.scores
+        sequence.scores = []
+        none = torch.zeros(0, self.model_config.vocab_size)
+        return PromptLogprobs.joined(scores or [prompt_logprobs(none, [], top)])
 
     def _commit(self, part: Planned, picks: list[list[int]], logits: Tensor, foreseen: bool) -> Chunk | None:
         """Let the schedule turn picks into tokens, append them one by one, and report them. None if nothing came of it.
@@ -433,7 +479,9 @@ class Engine:
         tokens = schedule.commit(sequence, part.groups, picks) if part.decoding else picks[0]
         first = sequence.num_generated == 0
         sequence.passes += not first
-        if not tokens:
+        if sequence.params.max_tokens == 0:
+            tokens, sequence.finish_reason = [], "length"
+        elif not tokens:
             return None
         if foreseen:
             del sequence.foreseen[: len(tokens)]
@@ -474,6 +522,7 @@ class Engine:
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
             stats=sequence.stats() if finished else None,
+            prompt_logprobs=self._take_scores(sequence) if first else None,
         )
 
     def _fail(self, sequence: Sequence, error: str, param: str) -> Chunk:
@@ -539,8 +588,8 @@ class Engine:
 
     @property
     def _max_logits(self) -> int:
-        """Rows that need logits: all of decoding sequences, and one of each prompt that ends in the pass."""
-        return self._decode_rows + self.config.max_num_seqs
+        """Rows that need logits: all of decoding sequences, one of each prompt that ends in the pass, and what scores prompts."""
+        return self._decode_rows + self.config.max_num_seqs + SCORE_ROWS
 
     def _make_runner(self) -> ModelRunner:
         if self.device.type != "cuda" or self.forward.dtype == torch.float64:
@@ -672,4 +721,5 @@ def _completion(chunks: list[Chunk]) -> Completion:
         finish_reason=whole.finish_reason,
         stop_reason=whole.stop_reason,
         stats=whole.stats,
+        prompt_logprobs=whole.prompt_logprobs,
     )

@@ -2,9 +2,11 @@
 
 import math
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
+
+import numpy as np
 
 from orthrus.errors import RequestError
 
@@ -27,9 +29,11 @@ class SamplingParams:
     """How to pick tokens. Names and defaults are OpenAI's and vLLM's; every combination is exact under every schedule.
 
     temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
-    max_tokens: None means up to the context limit. logprobs: number of top alternatives per token (0: the chosen
-    token's only), None for none. Log-probabilities are of the unfiltered distribution at temperature 1. min_tokens: before
-    so many, neither the end of sequence nor a stop token is picked, and within them a stop string does not end the text.
+    max_tokens: None means up to the context limit; 0 only scores the prompt. logprobs: number of top alternatives per token
+    (0: the chosen token's only), None for none. prompt_logprobs: the same for the prompt's tokens, which choice 0 brings;
+    such a prompt takes nothing from the prefix cache. Log-probabilities are of the model's own distribution at
+    temperature 1, before masks, penalties and biases. min_tokens: before so many, neither the end of sequence nor a stop
+    token is picked, and within them a stop string does not end the text.
     skip_special_tokens: leave them out of the text, and of where stop strings are looked for.
     include_stop_str_in_output: let the text end with the stop string that ended it. grammar: text of the grammar
     (`orthrus.grammar`) that the answer must follow. bad_words: texts that are not generated: of each one's tokens the
@@ -52,6 +56,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     min_tokens: int = 0
     skip_special_tokens: bool = True
@@ -82,12 +87,15 @@ class SamplingParams:
             raise RequestError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}", "top_k")
         if self.seed is not None and not 0 <= self.seed < 1 << SEED_BITS:
             raise RequestError(f"seed must be between 0 and 2**{SEED_BITS} - 1, got {self.seed}", "seed")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {self.max_tokens}", "max_tokens")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+        if self.max_tokens is not None and self.max_tokens < (self.prompt_logprobs is None):
             raise RequestError(
-                f"logprobs must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}", "logprobs"
+                f"max_tokens must be at least 1, got {self.max_tokens}: 0 needs echo or prompt_logprobs, and scores the prompt",
+                "max_tokens",
             )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise RequestError(f"{name} must be between 0 and {MAX_LOGPROBS}, got {value}", name)
         if not 1 <= self.n <= 128:
             raise RequestError(f"n must be between 1 and 128, got {self.n}", "n")
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -180,6 +188,38 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptLogprobs:
+    """Log-probabilities (nats) of consecutive prompt tokens, as arrays: a long prompt has many of them.
+
+    token_ids int32 [tokens]; logprobs float32 (float64 for a float64 model) [tokens]; ranks int32 [tokens], 1 for a token
+    that none is likelier than; top_ids, top_logprobs [tokens, top]: the best alternatives, best first.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @staticmethod
+    def joined(parts: Sequence["PromptLogprobs"]) -> "PromptLogprobs":
+        """Parts, at least one, that followed one another, as one."""
+        each = (np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(PromptLogprobs))
+        return PromptLogprobs(*each)
+
+    def tokens(self) -> Iterator[TokenLogprob]:
+        """As generated tokens have them."""
+        top = zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        for token, logprob, (ids, values) in zip(
+            self.token_ids.tolist(), self.logprobs.tolist(), top, strict=True
+        ):
+            yield TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
+
+
 @dataclass(frozen=True, slots=True)
 class RequestStats:
     """What one sequence cost. Sent with its last chunk.
@@ -208,7 +248,8 @@ class Chunk:
 
     The last chunk of a choice has `finish_reason` and `stats`; it may hold no tokens. `stop_reason` is the stop
     string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error", and with it
-    `error_param` where a field of the request is at fault.
+    `error_param` where a field of the request is at fault. The first chunk of choice 0 has `prompt_logprobs` where the request
+    wants them: of the prompt's tokens from the second on, for nothing predicts the first.
     """
 
     request_id: str
@@ -220,6 +261,7 @@ class Chunk:
     stats: RequestStats | None = None
     error: str | None = None
     error_param: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
@@ -230,6 +272,7 @@ def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
         last,
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(item for part in scored for item in part) if scored else None,
+        prompt_logprobs=chunks[0].prompt_logprobs,
     )
 
 
@@ -243,3 +286,4 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: int | str | None
     stats: RequestStats
+    prompt_logprobs: PromptLogprobs | None = None

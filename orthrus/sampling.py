@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import gumbel_argmax
 from kernels.sampling import noise_keys
-from orthrus.request import SamplingParams, TokenLogprob
+from orthrus.request import SamplingParams
 from orthrus.token_mask import TokenMask
 
 _WHOLE = 1 << 40
@@ -212,16 +212,3 @@ def _follow_mask(logits: Tensor, rows: PickRows, picks: list[int]) -> list[int]:
         if rows.mask.accepts(picks[: good + 1]) == good:
             break  # The text has ended before this position.
     return picks
-
-
-def token_logprobs(logits: Tensor, tokens: Seq[int], top: int) -> tuple[TokenLogprob, ...]:
-    """Log-probabilities of `tokens` under the raw logits [len(tokens), vocab], with the `top` best alternatives each."""
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = logprobs.topk(top, dim=-1)
-    return tuple(
-        TokenLogprob(token, logprob, tuple(zip(best_ids, best_values, strict=True)))
-        for token, logprob, best_ids, best_values in zip(
-            tokens, chosen, ids.tolist(), values.tolist(), strict=True
-        )
-    )

@@ -20,11 +20,15 @@ from orthrus.sequence import Sequence
 
 @dataclass(frozen=True)
 class Planned:
-    """A sequence's part of a pass. decoding: the schedule's rows; else rows of the prompt, in one group."""
+    """A sequence's part of a pass. decoding: the schedule's rows; else rows of the prompt, in one group.
+
+    scoring: how many rows, the first of those that need logits, score the prompt token after them.
+    """
 
     sequence: Sequence
     groups: tuple[RowGroup, ...]
     decoding: bool
+    scoring: int = 0
 
     @property
     def num_logits(self) -> int:
@@ -43,8 +47,12 @@ class Scheduler:
         max_num_seqs: int,
         prefill_chunk: int,
         decode_rows: int,
+        score_rows: int,
     ) -> None:
-        """prefill_chunk, decode_rows: most rows of prompts and of decoding sequences in a pass."""
+        """prefill_chunk, decode_rows: most rows of prompts and of decoding sequences in a pass.
+
+        score_rows: rows of a pass that may score prompts however many sequences decode.
+        """
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -57,6 +65,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
         self._decode_rows = decode_rows
+        self._score_rows = score_rows
 
     def add(self, sequence: Sequence) -> None:
         self._arrived += 1
@@ -108,6 +117,7 @@ class Scheduler:
         planned: list[Planned] = []
         budget, decode_budget = self._prefill_chunk, self._decode_rows
         decoding = sum(s.decoding for s in self.running)
+        score_budget = self._score_budget(decoding)
         for sequence in list(self.running):
             if sequence.complete or sequence not in self.running:
                 continue  # The passes on their way end it, or one before it has taken its pages.
@@ -116,28 +126,38 @@ class Scheduler:
                 groups = self.schedule.groups(sequence, decoding)
                 if _rows(groups) > decode_budget:
                     continue  # Blocks drafted when there were fewer sequences fill the pass: it takes part in the next.
-            elif budget:
-                groups = (self._prefill_group(sequence, budget),)
+            elif rows := self._rows_that_fit(sequence, budget, score_budget):
+                groups = (self._prefill_group(sequence, rows),)
             else:
                 continue
             if not self._reserve(sequence, groups):
                 continue
+            part = Planned(sequence, groups, decodes, 0 if decodes else _scoring(sequence, groups[0]))
             if decodes:
                 decode_budget -= _rows(groups)
             else:
                 budget -= _rows(groups)
-            planned.append(Planned(sequence, groups, decodes))
+                score_budget -= part.scoring
+            planned.append(part)
         while budget and self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             leader = sequence.leader
             if leader is not None and leader.num_generated == 0 and leader.finish_reason is None:
                 break  # its prompt's pages are about to be shared
-            admitted = self._admit(sequence, budget)
+            admitted = self._admit(sequence, budget, score_budget)
             if admitted is None:
                 break
+            part = Planned(sequence, (admitted,), decoding=False, scoring=_scoring(sequence, admitted))
             budget -= len(admitted.tokens)
-            planned.append(Planned(sequence, (admitted,), decoding=False))
+            score_budget -= part.scoring
+            planned.append(part)
         return planned
+
+    def _score_budget(self, decoding: int) -> int:
+        """Rows that may score prompts while `decoding` sequences decode: what these leave of the logits that have room."""
+        # A draft pass with a lead needs logits of one row more than a block has.
+        taken = decoding * (self.schedule.max_rows + 1)
+        return max(0, self._decode_rows - taken) + self._score_rows
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that `count` more positions of the sequence are final in the cache, or will be after the passes on their way."""
@@ -171,12 +191,21 @@ class Scheduler:
         sequence.pages, sequence.hashes = [], []
         sequence.computed, sequence.draft = 0, None
 
-    def _prefill_group(self, sequence: Sequence, budget: int) -> RowGroup:
-        """The next rows of a prompt (or of a preempted sequence's tokens); logits for the newest token's row only."""
+    def _rows_that_fit(self, sequence: Sequence, budget: int, score_budget: int) -> int:
+        """How many of a prompt's next rows fit the pass; those before the first unscored one score nothing."""
+        if not sequence.unscored:
+            return budget
+        return min(budget, sequence.unscored.start - sequence.computed + score_budget)
+
+    def _prefill_group(self, sequence: Sequence, rows: int) -> RowGroup:
+        """The next rows of a prompt (or of a preempted sequence's tokens).
+
+        Logits are needed for the newest token's row, and from the first row on whose token after it is to be scored.
+        """
         start = sequence.computed
-        tokens = sequence.tokens[start : start + budget]
-        last = start + len(tokens) == len(sequence.tokens)
-        return RowGroup(View.AR, tokens, start, sequence.pages, len(tokens) - last, len(tokens))
+        tokens = sequence.tokens[start : start + rows]
+        first = sequence.unscored.start if sequence.unscored else len(sequence.tokens) - 1
+        return RowGroup(View.AR, tokens, start, sequence.pages, min(first - start, len(tokens)), len(tokens))
 
     def _reserve(self, sequence: Sequence, groups: tuple[RowGroup, ...]) -> bool:
         """Give the sequence pages for the groups' AR rows, preempting from the last in turn; False if it fell itself."""
@@ -202,16 +231,19 @@ class Scheduler:
         self._queue(sequence)
         self.preemptions += 1
 
-    def _admit(self, sequence: Sequence, budget: int) -> RowGroup | None:
+    def _admit(self, sequence: Sequence, budget: int, score_budget: int) -> RowGroup | None:
         """Start the first waiting sequence if its first chunk fits beside the running ones' next pages."""
-        # The newest token is always computed: its row gives the logits.
-        hashes = page_hashes(sequence.tokens[: sequence.newest], self._page_size, salt=sequence.cache_salt)
+        # The newest token is always computed, and what is still to be scored: their rows give the logits.
+        known = sequence.unscored.start if sequence.unscored else sequence.newest
+        hashes = page_hashes(sequence.tokens[:known], self._page_size, salt=sequence.cache_salt)
         sequence.pages = self.pool.match(hashes)
         sequence.computed = len(sequence.pages) * self._page_size
         sequence.hashes = hashes[: len(sequence.pages)]
-        group = self._prefill_group(sequence, budget)
+        rows = self._rows_that_fit(sequence, budget, score_budget)
+        group = self._prefill_group(sequence, rows)
         missing = self._missing_pages(sequence, group)
-        pages = self.pool.allocate(missing) if missing + len(self.running) <= self.pool.available else None
+        fits = rows > 0 and missing + len(self.running) <= self.pool.available
+        pages = self.pool.allocate(missing) if fits else None
         if pages is None:
             self._release(sequence)
             return None
@@ -226,6 +258,12 @@ class Scheduler:
 
 
 _turn = attrgetter("turn")
+
+
+def _scoring(sequence: Sequence, group: RowGroup) -> int:
+    """How many rows of a prompt's group score the token after them."""
+    end = group.start + len(group.tokens)
+    return max(0, min(end, sequence.unscored.stop) - max(group.start, sequence.unscored.start))
 
 
 def _rows(groups: tuple[RowGroup, ...]) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from orthrus.page_hash import PageHash
-from orthrus.request import FinishReason, RequestStats, SamplingParams
+from orthrus.request import FinishReason, PromptLogprobs, RequestStats, SamplingParams
 from orthrus.text import TextStream
 from orthrus.token_mask import TokenMask
 
@@ -28,8 +28,9 @@ class Sequence:
     those of `stop_ids` that may not be picked before `params.min_tokens`. `foreseen`: tokens behind tokens[-1] that passes on
     their way will commit, as `RowGroup.tokens` refers to them; `computed` counts on those passes. `draft`: tokens drafted
     for the positions after n, waiting to be verified. `leader`: the first choice of the same request, whose prefill this
-    one waits for, to share its pages. `queued_at`: since when it waits, monotonic seconds. `arrival`: its number in order of
-    arrival. `priority` and `cache_salt`: the request's.
+    one waits for, to share its pages. `unscored`: positions whose logits score the prompt token after them, and that are still to
+    be computed for it; `scores`: of the tokens that have been scored. `queued_at`: since when it waits, monotonic seconds.
+    `arrival`: its number in order of arrival. `priority` and `cache_salt`: the request's.
     """
 
     request_id: str
@@ -50,6 +51,8 @@ class Sequence:
     foreseen: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     draft: Draft | None = None
+    unscored: range = range(0)
+    scores: list[PromptLogprobs] = field(default_factory=list)
     cycles: int = 0
     passes: int = 0
     finish_reason: FinishReason | None = None
@@ -80,8 +83,12 @@ class Sequence:
 
     @property
     def foreseeable(self) -> bool:
-        """Whether what a pass does for this sequence depends on earlier picks through its input tokens alone."""
-        return self.mask is None and not self.params.has_penalties and self.params.logprobs is None
+        """Whether what a pass does for this sequence depends on earlier picks through its input tokens alone.
+
+        Where its logits are read afterwards, the next pass must not have taken their place.
+        """
+        read = self.params.logprobs is not None or bool(self.unscored)
+        return self.mask is None and not self.params.has_penalties and not read
 
     @property
     def complete(self) -> bool:
