@@ -14,7 +14,7 @@ from deployments.generation import TextChunk
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import describe, sampling_params
 from orthrus.errors import RequestError
-from orthrus.request import SamplingParams
+from orthrus.request import SamplingParams, TokenLogprob
 
 _REPEATED = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict}
 
@@ -119,18 +119,18 @@ def _add_tokens(message: pb.GenerateChunk | pb.ChatChunk, items: Sequence[TextCh
     """What both kinds of chunk have: tokens, log-probabilities, and how it ended."""
     for item in items:
         message.token_ids.extend(item.chunk.token_ids)
-        message.logprobs.extend(
-            pb.TokenLogprob(
-                token_id=scored.token_id,
-                logprob=scored.logprob,
-                top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in scored.top],
-            )
-            for scored in item.chunk.logprobs or ()
-        )
+        message.logprobs.extend(map(_token_logprob, item.chunk.logprobs or ()))
+        if item.chunk.prompt_logprobs is not None:
+            message.prompt_logprobs.extend(map(_token_logprob, item.chunk.prompt_logprobs.tokens()))
     message.finish_reason = items[-1].finish_reason or ""
     if (stats := items[-1].chunk.stats) is not None:
         for field in pb.Stats.DESCRIPTOR.fields:
             setattr(message.stats, field.name, getattr(stats, field.name))
+
+
+def _token_logprob(scored: TokenLogprob) -> pb.TokenLogprob:
+    top = [pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in scored.top]
+    return pb.TokenLogprob(token_id=scored.token_id, logprob=scored.logprob, top=top)
 
 
 def with_status(error: Exception, context: RayServegRPCContext) -> Exception:

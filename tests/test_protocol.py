@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from urllib.parse import quote
 
 import grpc
+import numpy as np
 import pytest
 from grpc_tools import protoc
 from openai.types import Completion
@@ -41,7 +42,7 @@ from deployments.openai_format import ResponseFormat, cost
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import describe
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, RequestStats, SamplingParams, TokenLogprob
+from orthrus.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
 
 ROOT = Path(__file__).resolve().parent.parent
 STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)
@@ -398,6 +399,17 @@ def chunk(index: int, tokens: tuple[int, ...], last: bool, logprobs: bool) -> Ch
     )
 
 
+def prompt_scores() -> PromptLogprobs:
+    """Of the second and third token of a prompt."""
+    return PromptLogprobs(
+        token_ids=np.array([66, 67]),
+        logprobs=np.array([-0.5, -2.0], np.float32),
+        ranks=np.array([1, 9]),
+        top_ids=np.array([[66, 2], [1, 67]]),
+        top_logprobs=np.array([[-0.5, -1.0], [-0.25, -2.0]], np.float32),
+    )
+
+
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None:
     ids = tuple(tokenizer.encode("é!"))
@@ -582,6 +594,19 @@ def test_grpc_answers() -> None:
     assert (choice.text, list(choice.token_ids), choice.finish_reason) == ("ab", [1, 2, 3], "length")
     assert [item.token_id for item in choice.logprobs] == [1, 2, 3]
     assert (choice.stats.tokens_per_cycle, choice.stats.seed) == (2.0, 7)
+    first = replace(items[0].chunk, prompt_logprobs=prompt_scores())
+    for message in (
+        generate_chunk(0, [replace(items[0], chunk=first), items[1]]),
+        chat_chunk(0, [TextChunk(0, "", first, ChatDelta())]),
+    ):
+        assert [(s.token_id, s.logprob, len(s.top)) for s in message.prompt_logprobs] == [
+            (66, -0.5, 2),
+            (67, -2.0, 2),
+        ]
+        assert [(top.token_id, top.logprob) for top in message.prompt_logprobs[1].top] == [
+            (1, -0.25),
+            (67, -2.0),
+        ]
 
 
 # --- failures
