@@ -100,25 +100,26 @@ class ChatSplitter:
         self.called = self.called or bool(delta.tool_calls)
         return delta
 
-    def reasoning_tokens(self, pieces: Sequence[str]) -> int:
-        """How many of the next tokens, each given as the text that it made certain, begin inside the reasoning.
+    def reasoning_span(self, pieces: Sequence[str]) -> range:
+        """Which of the next tokens, each given as the text that it made certain, begin inside the reasoning.
 
         Its end marker counts, its beginning does not. Call it before the same text is pushed.
         """
         if self._state is _State.CONTENT:
-            return 0
+            return range(0)
         undecided = self._reasoned_text if self._state is _State.REASONED_CALL else self._held
         text = undecided + "".join(pieces)
         begin = 0
         if self._state is _State.START:
             body = text.lstrip()
             if not body.startswith(THINK):
-                return 0
+                return range(0)
             begin = len(text) - len(body) + len(THINK)
         found = text.find(END_THINK, begin)
         end = found + len(END_THINK) if found >= 0 else len(text) + 1
         starts = accumulate(map(len, pieces), initial=len(undecided))
-        return sum(begin <= start < end for start, _ in zip(starts, pieces, strict=False))
+        inside = [i for i, (start, _) in enumerate(zip(starts, pieces, strict=False)) if begin <= start < end]
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
 
     def _start(self, final: bool) -> None:
         body = self._held.lstrip()

@@ -27,8 +27,8 @@ _MOST_PROMPTS_AT_ONCE = 128
 class TextChunk:
     """A chunk of choice `index` with the text that has become certain; in a chat, taken apart as `delta`.
 
-    finish_reason: "stop", "length" or "tool_calls" in a choice's last chunk. reasoning_tokens: how many of the chunk's
-    tokens are a chat's reasoning.
+    finish_reason: "stop", "length" or "tool_calls" in a choice's last chunk. reasoning: which of the chunk's tokens
+    are a chat's reasoning.
     """
 
     index: int
@@ -36,7 +36,7 @@ class TextChunk:
     chunk: Chunk
     delta: ChatDelta | None = None
     finish_reason: str | None = None
-    reasoning_tokens: int = 0
+    reasoning: range = range(0)
 
     @property
     def says_nothing(self) -> bool:
@@ -119,7 +119,7 @@ def _text_chunk(
             certain += text.stopped or ""
     if splitter is None:
         return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
-    reasoning = splitter.reasoning_tokens(pieces)
+    reasoning = splitter.reasoning_span(pieces)
     delta = splitter.push(certain, final=last)
     reason = "tool_calls" if chunk.finish_reason == "stop" and splitter.called else chunk.finish_reason
     return TextChunk(chunk.index, certain, chunk, delta, reason, reasoning)
@@ -157,7 +157,7 @@ class Choice:
     @property
     def reasoning_tokens(self) -> int:
         """Of a chat."""
-        return sum(item.reasoning_tokens for item in self.chunks)
+        return sum(len(item.reasoning) for item in self.chunks)
 
     @property
     def stats(self) -> RequestStats:

@@ -80,7 +80,7 @@ class MessageFormat:
 
     def events(self, item: TextChunk) -> list[Event]:
         """The events of one chunk; of the last one, the end of the stream too."""
-        self._reasoning_tokens += item.reasoning_tokens
+        self._reasoning_tokens += len(item.reasoning)
         happened = list(self._parts.push(item.delta)) if item.delta else []
         if (stats := item.chunk.stats) is None:
             return [event for step in happened for event in self._block_events(*step)]

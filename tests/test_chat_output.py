@@ -206,7 +206,7 @@ def test_tokens_of_reasoning_are_counted_however_they_come(
         count = 0
         for start in range(0, len(tokens), size):
             pieces = tokens[start : start + size]
-            count += splitter.reasoning_tokens(pieces)
+            count += len(splitter.reasoning_span(pieces))
             splitter.push("".join(pieces))
         assert count == expected, size
 

@@ -44,7 +44,7 @@ def chunks(pieces: list[str], reason: str = "stop", stop_reason: str | None = No
     for i, piece in enumerate(pieces):
         last = i == len(pieces) - 1
         chunk = Chunk("r", 0, (1,), None, reason if last else None, stop_reason, STATS if last else None)  # type: ignore[arg-type]
-        reasoning = splitter.reasoning_tokens([piece])
+        reasoning = splitter.reasoning_span([piece])
         delta = splitter.push(piece, final=last)
         done = "tool_calls" if reason == "stop" and splitter.called else reason
         items.append(TextChunk(0, piece, chunk, delta, done if last else None, reasoning))
