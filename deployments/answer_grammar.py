@@ -9,6 +9,12 @@ from deployments.chat_output import END_THINK, THINK
 from deployments.chat_tools import NamedToolChoice, Tool
 from orthrus.grammar import json_rule
 
+# Keywords by which a schema says more of an object's properties than `properties` does.
+_OTHER_PROPERTIES = {
+    *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
+    *("allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies", "minProperties"),
+}
+
 
 def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reasoning: bool) -> str | None:
     """A Lark grammar for `orthrus.grammar`, None where any text will do.
@@ -48,8 +54,26 @@ def _calls(tools: list[Tool], tokenizer: Any, *, many: bool) -> dict[str, str]:
     for i, tool in enumerate(tools):
         head = json.dumps(f'\n{{"name": "{tool.function.name}", "arguments": ')
         rules[f"call_{i}"] = f'{head} arguments_{i} "}}\\n"'
-        rules[f"arguments_{i}"] = json_rule(tool.function.parameters or {"type": "object"})
+        schema = _arguments_schema(tool)
+        rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema)
     return rules
+
+
+def _arguments_schema(tool: Tool) -> dict[str, Any] | None:
+    """The schema of a tool's arguments, which are an object whatever its parameters say; None if they are `{}`.
+
+    Properties that the parameters don't name are allowed only where they say so: models would make them up.
+    """
+    given = tool.function.parameters
+    if not given:
+        return None
+    schema = {**(given if isinstance(given, dict) else {}), "type": "object"}
+    if "$ref" in schema:
+        # Up to JSON Schema's draft 7 it hides what stands beside it.
+        schema["allOf"] = [*schema.get("allOf", ()), {"$ref": schema.pop("$ref")}]
+    if "properties" in schema and not _OTHER_PROPERTIES & schema.keys():
+        schema["additionalProperties"] = False
+    return schema
 
 
 def _reasoning(tokenizer: Any, inside: bool) -> dict[str, str]:

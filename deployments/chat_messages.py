@@ -1,8 +1,9 @@
 """The messages of a conversation, as OpenAI's API has them."""
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 
 class ContentPart(BaseModel):
@@ -23,14 +24,33 @@ class ContentPart(BaseModel):
 
 
 class CalledFunction(BaseModel):
+    """arguments: what the JSON text is, as the API gave it, that they are sent as; chat templates expect an object."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
-    arguments: str
+    arguments: dict[str, Any]
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _read_text(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return {} if given is None else given
+        try:
+            arguments = json.loads(given, parse_constant=_refuse_constant) if given.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"must be the text of a JSON object, and is no JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise ValueError("must be the text of a JSON object, and is other JSON")
+        return arguments
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
 
 
 class MessageToolCall(BaseModel):
-    """A call that an earlier answer made; its arguments are JSON text, as the API gave them."""
+    """A call that an earlier answer made."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

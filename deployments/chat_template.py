@@ -1,5 +1,6 @@
 """From a conversation to a prompt, by the model's own chat template, and what to expect of the answer."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from deployments.answer_grammar import answer_grammar
 from deployments.call_text import TOOL_CALL
 from deployments.chat_body import ChatBody
 from deployments.chat_output import END_THINK, THINK, ChatSplitter
+from deployments.tool_prompt import spelled_out
 from orthrus.errors import RequestError
 
 
@@ -23,13 +25,10 @@ class ChatPrompt:
 
 
 class ChatTemplate:
-    """`tokenizer`: a Hugging Face one. Its template says whether the model knows tools and thinking."""
+    """`tokenizer`: a Hugging Face one. Its templates say whether the model knows tools and thinking."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        template = tokenizer.chat_template or ""
-        self._thinks = THINK in template
-        self._calls = TOOL_CALL in template
         # What chat_template_kwargs can't set, since it is not the template's.
         reserved = signature(tokenizer.apply_chat_template).parameters
         self._reserved = frozenset({*reserved, "messages", "self"})
@@ -39,38 +38,62 @@ class ChatTemplate:
 
         Raises RequestError where the model or its template can't do what is asked.
         """
-        if self._tokenizer.chat_template is None:
-            raise RequestError("this model has no chat template: use /v1/completions", "messages")
-        tools = body.offered_tools
-        if tools and not self._calls:
-            raise RequestError("this model's chat template has no tools: remove them", "tools")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
-                tools=[tool.model_dump(exclude_none=True) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._variables(body),
-            )
-        except RequestError:
-            raise
-        except Exception as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
-        inside = self._thinks and text.rstrip().endswith(THINK)
+        tools = [tool.for_template() for tool in body.offered_tools]
+        template = self._choose(tools)
+        text = self._render(template, body, tools)
+        thinks = THINK in template
+        inside = thinks and text.rstrip().endswith(THINK)
         thought = text.rstrip().endswith(END_THINK)
         return ChatPrompt(
             list(self._tokenizer.encode(text, add_special_tokens=False)),
             partial(
                 ChatSplitter,
-                thinks=self._thinks,
+                thinks=thinks,
                 calls=bool(tools),
                 one_call=body.parallel_tool_calls is False,
                 inside_reasoning=inside,
             ),
-            answer_grammar(
-                body, self._tokenizer, thinks=self._thinks and not thought, inside_reasoning=inside
-            ),
+            answer_grammar(body, self._tokenizer, thinks=thinks and not thought, inside_reasoning=inside),
         )
+
+    def _choose(self, tools: list[dict[str, Any]]) -> str:
+        """Of several named templates the one that Hugging Face takes: "tool_use" for tools, or "default"."""
+        if self._tokenizer.chat_template is None:
+            raise RequestError("this model has no chat template: use /v1/completions", "messages")
+        try:
+            return str(self._tokenizer.get_chat_template(tools=tools or None))
+        except ValueError:
+            names = ", ".join(sorted(self._tokenizer.chat_template))
+            raise RequestError(
+                f"this model's chat templates ({names}) have no default: use /v1/completions", "messages"
+            ) from None
+
+    def _render(self, template: str, body: ChatBody, tools: list[dict[str, Any]]) -> str:
+        messages = [message.for_template() for message in body.messages]
+        if not (TOOL_CALL in template and "tools" in template):
+            messages, tools = spelled_out(messages, tools), []
+        variables = self._variables(body)
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools or None,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **variables,
+                )
+            )
+
+        try:
+            try:
+                return render(messages)
+            except TypeError:
+                # It may put arguments together with other texts.
+                return render([_with_texts_as_arguments(message) for message in messages])
+        except Exception as error:
+            raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
 
     def _variables(self, body: ChatBody) -> dict[str, Any]:
         """What the template is given besides messages and tools. Raises RequestError."""
@@ -82,3 +105,18 @@ class ChatTemplate:
         if body.thinking is not None:
             variables["enable_thinking"] = body.thinking
         return variables
+
+
+def _with_texts_as_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as JSON text."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message

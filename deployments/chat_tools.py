@@ -6,11 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FunctionDefinition(BaseModel):
+    """parameters: the JSON Schema of the arguments, which are an object whatever it says; none or an empty one: `{}`."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | Literal[True] | None = None
     strict: bool | None = None
 
 
@@ -21,6 +23,10 @@ class Tool(BaseModel):
 
     type: Literal["function"]
     function: FunctionDefinition
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: what models are told of a function."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
 class FunctionName(BaseModel):

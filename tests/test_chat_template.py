@@ -1,15 +1,18 @@
 """Conversations through chat templates: Qwen3's own, and one that knows neither tools nor thinking."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from deployments.answer_grammar import answer_grammar
 from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta, joined
 from deployments.chat_template import ChatTemplate
+from deployments.protocol import describe
 from orthrus.errors import RequestError
 from orthrus.grammar import GrammarMasks
 from orthrus.text import TextStream, load_tokenizer
@@ -23,6 +26,12 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Any:
+    """One of its own for each test, whose template knows neither tools nor thinking."""
+    return load_tokenizer(ROOT / "models" / "orthrus-tiny")
 
 
 def chat(*messages: dict[str, Any], **fields: Any) -> ChatBody:
@@ -102,25 +111,145 @@ def test_a_prompt_that_opens_the_reasoning(qwen3_tokenizer: Any) -> None:
     assert (answer.reasoning, answer.content) == ("Hm.", "Hello!")
 
 
+def test_what_is_not_the_templates_is_refused(tiny_tokenizer: Any) -> None:
+    template = ChatTemplate(tiny_tokenizer)
+    with pytest.raises(RequestError, match="tokenize") as caught:
+        template.apply(chat(user("hi"), chat_template_kwargs={"tokenize": True}))
+    assert caught.value.param == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("templates", [None, {"other": "x", "rag": "y"}])
+def test_a_model_without_a_template_says_so(tiny_tokenizer: Any, templates: Any) -> None:
+    tiny_tokenizer.chat_template = templates
+    with pytest.raises(RequestError, match="chat template"):
+        ChatTemplate(tiny_tokenizer).apply(chat(user("hi")))
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools(tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.chat_template = {
+        "default": "<think>",
+        "tool_use": "{{ tools | length }} tools: <tool_call>",
+    }
+    assert rendered(tiny_tokenizer, chat(user("hi"))) == "<think>"
+    assert rendered(tiny_tokenizer, chat(user("hi"), tools=[WEATHER])) == "1 tools: <tool_call>"
+    assert rendered(tiny_tokenizer, chat(user("hi"), tools=[WEATHER], tool_choice="none")) == "<think>"
+
+
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Łódź"}'}}
+    ],
+}
+
+
+def test_tools_are_spelled_out_for_a_template_that_knows_none(tiny_tokenizer: Any) -> None:
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        user("Weather?"),
+        {**CALLED, "content": "I look.", "tool_calls": CALLED["tool_calls"] * 2},
+        {
+            "role": "tool",
+            "content": [{"type": "text", "text": "12 "}, {"type": "text", "text": "°C"}],
+            "tool_call_id": "c",
+        },
+        {"role": "tool", "content": "rain", "tool_call_id": "c", "name": "get_weather"},
+    ]
+    text = rendered(tiny_tokenizer, chat(*messages, tools=[strict]))
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert text.count("<|im_start|>system") == 1
+    assert json.loads(text.split("<tools>\n")[1].split("\n</tools>")[0]) == WEATHER
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Łódź"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\nI look.\n{call}\n{call}<|im_end|>" in text
+    results = "<tool_response>\n12 °C\n</tool_response>\n<tool_response>\nrain\n</tool_response>"
+    assert f"<|im_start|>user\n{results}<|im_end|>" in text
+    without = rendered(tiny_tokenizer, chat(*messages))
+    assert "# Tools" not in without and call in without and results in without
+    made = answered(tiny_tokenizer, chat(user("hi"), tools=[WEATHER]), f"Well.\n{call}")
+    assert (made.content, made.tool_calls[0].arguments) == ("Well.", '{"city": "Łódź"}')
+
+
 @pytest.mark.parametrize(
-    ("fields", "param", "said"),
+    ("template", "expected"),
     [
-        ({"tools": [WEATHER]}, "tools", "no tools"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "tokenize"),
+        ("{{ messages[0].tool_calls[0].function.arguments | tojson }}", '{"city": "Łódź"}'),
+        ("{{ messages[0].tool_calls[0].function.arguments.city }}", "Łódź"),
+        ("{{ '-' + messages[0].tool_calls[0].function.arguments }}", '-{"city": "Łódź"}'),
     ],
 )
-def test_what_a_template_cannot_do_is_refused(fields: dict[str, Any], param: str, said: str) -> None:
-    template = ChatTemplate(load_tokenizer(ROOT / "models" / "orthrus-tiny"))
-    with pytest.raises(RequestError, match=said) as caught:
-        template.apply(chat(user("hi"), **fields))
-    assert caught.value.param == param
+def test_arguments_reach_a_template_as_it_wants_them(
+    tiny_tokenizer: Any, template: str, expected: str
+) -> None:
+    tiny_tokenizer.chat_template = template + "{# tools <tool_call> #}"
+    assert rendered(tiny_tokenizer, chat(CALLED, tools=[WEATHER])) == expected
 
 
-def test_a_model_without_a_template_says_so() -> None:
+@pytest.mark.parametrize("arguments", ["Ulm", "[1]", '"{}"', '{"a": NaN}', '{"a": 1', "[" * 100_000, 5])
+def test_earlier_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(ValidationError) as caught:
+        chat(user("hi"), {"role": "assistant", "tool_calls": [call]})
+    error = describe(caught.value)
+    assert "messages.1.tool_calls.0.function.arguments" in error.message
+    assert "object" in error.message or "dictionary" in error.message
+
+
+@pytest.mark.parametrize("arguments", ["", None, {}, "{}", " { } "])
+def test_earlier_calls_may_have_no_arguments(tiny_tokenizer: Any, arguments: Any) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    text = rendered(tiny_tokenizer, chat(user("hi"), {"role": "assistant", "tool_calls": [call]}))
+    assert '{"name": "f", "arguments": {}}' in text
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **function}}
+
+
+CITY = {"properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("function", "allowed", "forbidden"),
+    [
+        ({}, ["{}"], ['{"a": 1}', "[]", "null"]),
+        ({"parameters": {}}, ["{}"], ['{"a": 1}', "1"]),
+        ({"parameters": True}, ["{}", '{"a": 1}'], ["[]", "null"]),
+        ({"parameters": {"type": "object"}}, ["{}", '{"a": 1}'], ["[]", "null"]),
+        ({"parameters": {"type": "object", "properties": {}}}, ["{}"], ['{"a": 1}']),
+        ({"parameters": {"type": "string"}}, ["{}", '{"a": 1}'], ['"a"']),
+        ({"parameters": {"type": ["object", "null"]}}, ["{}"], ["null"]),
+        ({"parameters": CITY}, ["{}", '{"city": "Ulm"}'], ['{"city": 1}', '{"town": "Ulm"}', '"Ulm"']),
+        ({"parameters": {**CITY, "additionalProperties": True}}, ['{"town": 1}'], ["1"]),
+        (
+            {"parameters": {"anyOf": [{"type": "object", **CITY, "required": ["city"]}, {"type": "null"}]}},
+            ['{"city": "Ulm"}'],
+            ["null", "{}"],
+        ),
+        (
+            {"parameters": {"$ref": "#/$defs/C", "$defs": {"C": {**CITY, "required": ["city"]}}}},
+            ['{"city": "Ulm"}'],
+            ["{}", '"Ulm"', '{"city": 1}'],
+        ),
+    ],
+)
+def test_forced_arguments_are_an_object(
+    tiny_tokenizer: Any, function: dict[str, Any], allowed: list[str], forbidden: list[str]
+) -> None:
+    body = chat(user("hi"), tools=[tool(**function)], tool_choice="required")
+    grammar = ChatTemplate(tiny_tokenizer).apply(body).grammar
+    assert grammar is not None
+    for arguments, right in [*((a, True) for a in allowed), *((f, False) for f in forbidden)]:
+        text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+        tokens = tiny_tokenizer.encode(text)
+        assert (tiny_masks()(grammar).accepts(tokens) == len(tokens)) == right, arguments
+
+
+@lru_cache(maxsize=1)
+def tiny_masks() -> GrammarMasks:
     tokenizer = load_tokenizer(ROOT / "models" / "orthrus-tiny")
-    tokenizer.chat_template = None
-    with pytest.raises(RequestError, match="no chat template"):
-        ChatTemplate(tokenizer).apply(chat(user("hi")))
+    return GrammarMasks(tokenizer, 8192, [tokenizer.eos_token_id])
 
 
 ULM = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</tool_call>'

@@ -95,6 +95,23 @@ def test_required_calls_follow_their_schemas_and_stream(chat: Any) -> None:
     assert [e.choices[0].finish_reason for e in events if e.choices[0].finish_reason] == ["tool_calls"]
 
 
+def test_the_embedded_model_makes_forced_calls_and_openais_package_streams_them(
+    client: openai.OpenAI,
+) -> None:
+    """Its own chat template knows no tools."""
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        asked: Any = ASKED | {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False}
+        [(name, arguments)] = calls_of(client.chat.completions.create(**asked))
+        jsonschema.validate(arguments, PARAMETERS)
+        with client.chat.completions.stream(**asked) as stream:
+            deltas = [event.chunk.choices[0].delta for event in stream if event.type == "chunk"]
+            [call] = stream.get_final_completion().choices[0].message.tool_calls or []
+        assert (call.function.name, call.function.parsed_arguments) == (name, arguments)
+        assert all(delta.to_dict() and len(delta.tool_calls or ()) < 2 for delta in deltas)
+
+
 def test_the_choice_of_tools_is_kept_to(chat: Any) -> None:
     named: Any = {"type": "function", "function": {"name": "clock"}}
     assert calls_of(chat.create(**ASKED, tool_choice=named)) == [("clock", {})]
