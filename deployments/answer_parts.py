@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from deployments.chat_output import ChatDelta, ToolCallDelta
+from deployments.call_text import ToolCallDelta
+from deployments.chat_output import ChatDelta
 
 Kind = Literal["reasoning", "text", "call"]
 Step = Literal["start", "more", "end"]
@@ -35,11 +36,15 @@ class PartStream:
 
     def push(self, delta: ChatDelta) -> Iterator[tuple[Step, Part, str]]:
         """What happens to which part, and for "more" the text that is added to it."""
+        calls = list(delta.tool_calls)
+        if calls and calls[0].index == self._call:
+            # It was under way: text beside it follows it.
+            yield from self._add_call(calls.pop(0))
         if delta.reasoning:
             yield from self._add("reasoning", delta.reasoning)
         if delta.content:
             yield from self._add("text", delta.content)
-        for call in delta.tool_calls:
+        for call in calls:
             yield from self._add_call(call)
 
     def finish(self) -> Iterator[tuple[Step, Part, str]]:

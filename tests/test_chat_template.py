@@ -135,7 +135,7 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(tiny_tokenizer: Any
     assert rendered(tiny_tokenizer, chat(user("hi"), tools=[WEATHER], tool_choice="none")) == "<think>"
 
 
-CALLED = {
+CALLED: dict[str, Any] = {
     "role": "assistant",
     "content": None,
     "tool_calls": [

@@ -117,8 +117,8 @@ def test_a_conversation_becomes_a_chat() -> None:
         {"role": "system", "content": "You are\nan agent."},
         {"role": "user", "content": "Weather?\nQuick."},
         {"role": "assistant", "content": "See.", "reasoning_content": "hm", "tool_calls": [
-            {"id": "t1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Łódź"}'}},
-            {"id": "t2", "type": "function", "function": {"name": "clock", "arguments": "{}"}},
+            {"id": "t1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Łódź"}}},
+            {"id": "t2", "type": "function", "function": {"name": "clock", "arguments": {}}},
         ]},
         {"role": "tool", "tool_call_id": "t1", "content": "☀️"},
         {"role": "tool", "tool_call_id": "t2", "content": "", "is_error": True},
