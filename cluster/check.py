@@ -8,9 +8,9 @@ from cluster.config import ClusterConfig, NodeType, actor_demand
 from deployments.api_config import ApiConfig
 from deployments.api_keys import read_keys
 from deployments.app_args import AppArgs, DeploymentOptions
+from deployments.config_file import load_config
 from deployments.model_check import check_model, locate
-from deployments.serve import load_config
-from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, weight_bytes
+from orthrus.checkpoint import HubUnreachable, compute_dtype, kv_bytes_per_token, weight_bytes
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
@@ -51,9 +51,10 @@ def check_config(path: Path, cluster_path: Path) -> Iterator[str]:
 
 def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: Path) -> Iterator[str]:
     engine = locate(args.engine)
-    model = check_model(engine)
-    source = "config.json"
-    if model is None:
+    model: ModelConfig | None
+    try:
+        model, source = check_model(engine), "config.json"
+    except HubUnreachable:
         model, source = published_shape(engine.model), "the published shape, the hub can't be reached"
         if model is not None:
             engine.check_model(model)

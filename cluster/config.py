@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orthrus.errors import ConfigError
+from orthrus.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,15 @@ class ClusterConfig:
     @classmethod
     def load(cls, path: Path) -> "ClusterConfig":
         """Read a cluster launcher file, checked as `ray up` checks it. Raises ConfigError with file and fault."""
+        given = read_yaml(path).data
         try:
-            given = yaml.safe_load(path.read_text())
             if not isinstance(given, dict) or "provider" not in given:
                 raise ValueError("no provider: is it a cluster launcher file?")
             config = prepare_config(given)
             validate_config(config)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except ValidationError as error:
             raise ConfigError(f"{path}: {error.json_path}: {error.message}") from error
-        except (yaml.YAMLError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
         head = config["head_node_type"]
         types = {name: _node_type(name, node) for name, node in config["available_node_types"].items()}

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deployments.api_config import ApiConfig
 from deployments.config_faults import describe_faults
 from orthrus.errors import ConfigError
+from orthrus.yaml_file import parse_yaml
 
 logger = logging.getLogger("ray.serve")
 
@@ -86,15 +87,11 @@ def new_key(name: str, expires: datetime | None = None, **limits: int | None) ->
 
 def parse_keys(text: str, where: str) -> dict[str, ApiKey]:
     """The entries of a keys file by hash. Raises ConfigError with a line for each fault, beginning with `where`."""
+    file = parse_yaml(text, where)
     try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-    try:
-        keys = _Keys(keys=[] if given is None else given).keys
+        keys = _Keys(keys=[] if file.data is None else file.data).keys
     except ValidationError as error:
-        faults = describe_faults(error, _Keys).splitlines()
-        raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults)) from error
+        raise ConfigError(describe_faults(error, _Keys, file=file.below("keys"))) from error
     return {key.sha256: key for key in keys}
 
 

@@ -1,6 +1,7 @@
 """`build`: from the `args` of a Serve config to the application. `import_path: deployments.app:build`."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ray.serve import Application, Deployment, deployment
@@ -10,6 +11,7 @@ from deployments.ingress import Ingress
 from deployments.model_check import check_model, locate
 from deployments.rate_limits import RateLimiter
 from deployments.replica import OrthrusReplica
+from orthrus.checkpoint import HubUnreachable
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 
@@ -34,7 +36,8 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
     """`build`, whose replicas get their engines from `load`."""
     checked = parse_args(args)
     engine = locate(checked.engine)
-    check_model(engine)
+    with suppress(HubUnreachable):  # From the head node; the replicas will see.
+        check_model(engine)
     replica = _deployment(
         OrthrusReplica,
         args.get("replica", {}),

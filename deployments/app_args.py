@@ -12,6 +12,7 @@ from deployments.api_config import ApiConfig
 from deployments.config_faults import describe_faults
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.yaml_file import Keys, YamlFile
 
 
 class _Policy(AutoscalingPolicy):
@@ -105,12 +106,15 @@ class AppArgs(BaseModel):
         return self
 
 
-def parse_args(args: Mapping[str, Any], where: str = "args") -> AppArgs:
-    """The checked args. Raises ConfigError with a line for each fault: its path, beginning with `where`, and the fix."""
+def parse_args(args: Mapping[str, Any], where: Keys = ("args",), file: YamlFile | None = None) -> AppArgs:
+    """The checked args. Raises ConfigError with a line for each fault: its path, beginning with `where`, and the fix.
+
+    file: what the args are from, for the places of the faults.
+    """
     try:
         return AppArgs.model_validate(args)
     except ValidationError as error:
-        raise ConfigError(describe_faults(error, AppArgs, where)) from error
+        raise ConfigError(describe_faults(error, AppArgs, where, file)) from error
 
 
 def _import(path: str) -> Any:

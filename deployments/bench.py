@@ -39,9 +39,9 @@ from torch import Tensor
 
 from deployments.app import make_application
 from deployments.bench_client import first_token_seconds, total_seconds
+from deployments.config_file import load_config
 from deployments.environment import free_port, set_environment
 from deployments.model_check import locate
-from deployments.serve import load_config
 from orthrus.bench import Progress, Ratio, hardware
 from orthrus.engine import Engine, choose_device
 from orthrus.engine_config import EngineConfig

@@ -6,25 +6,36 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-
-def describe_faults(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """A line for each fault that validation by `model` found: the path from `where` on, and what to do about it."""
-    return "\n".join(_describe(dict(fault), model, where) for fault in error.errors(include_url=False))
+from orthrus.yaml_file import Keys, YamlFile, reading, spell_path
 
 
-def _describe(fault: Mapping[str, Any], model: Any, where: str) -> str:
-    path = where
-    for part in fault["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+def describe_faults(
+    error: ValidationError, model: type[BaseModel], where: Keys = (), file: YamlFile | None = None
+) -> str:
+    """A line for each fault that validation by `model` found: the path from `where` on, and what to do about it.
+
+    file: what was validated, whose places the lines begin with.
+    """
+    return "\n".join(_describe(dict(fault), model, where, file) for fault in error.errors(include_url=False))
+
+
+def _describe(fault: Mapping[str, Any], model: Any, where: Keys, file: YamlFile | None) -> str:
+    keys = (*where, *fault["loc"])
+    path = spell_path(keys)
+    place = f"{file.place(keys)}: " if file is not None else ""
     if fault["type"] != "extra_forbidden":
         said = fault["msg"].removeprefix("Value error, ")
+        plain = file.plain.get(keys) if file is not None else None
+        if fault["type"] == "string_type" and plain is not None:
+            said += f": {reading(plain)}"
         # Faults of a combination begin with their own path.
-        return f"{path}.{said}" if path == where and path else f"{path}: {said}" if path else said
+        between = "." if keys == where else ": "
+        return f"{place}{path}{between if path else ''}{said}"
     *parents, unknown = (part for part in fault["loc"] if isinstance(part, str))
     for part in parents:
         model = _model_of(model.model_fields[part].annotation)
     close = difflib.get_close_matches(unknown, model.model_fields, n=1)
-    return f"{path}: unknown key, " + (f"did you mean {close[0]!r}?" if close else "remove it")
+    return f"{place}{path}: unknown key, " + (f"did you mean {close[0]!r}?" if close else "remove it")
 
 
 def _model_of(annotation: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orthrus.checkpoint import CONFIG_FILES, HubUnreachable, check_files, resolve
+from orthrus.checkpoint import CONFIG_FILES, check_files, resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
 from orthrus.text import load_tokenizer
@@ -19,16 +19,13 @@ def locate(engine: EngineConfig) -> EngineConfig:
     return engine.model_copy(update={"model": str(local), "served_model_name": name})
 
 
-def check_model(engine: EngineConfig) -> ModelConfig | None:
+def check_model(engine: EngineConfig) -> ModelConfig:
     """The config of the model that the settings name, which can be served with them.
 
-    Of a directory everything is checked but the weights' values; of a hub id its config.json. None if the hub can't be
-    reached from here: the replicas will see. Raises ConfigError naming what is wrong, the setting or the file.
+    Of a directory everything is checked but the weights' values; of a hub id its config.json. Raises HubUnreachable, and
+    ConfigError naming what is wrong, the setting or the file.
     """
-    try:
-        path = resolve(engine.model, CONFIG_FILES)
-    except HubUnreachable:
-        return None
+    path = resolve(engine.model, CONFIG_FILES, (Path(), _ROOT))
     model = ModelConfig.from_dir(path)
     engine.check_model(model)
     if Path(engine.model).is_dir():

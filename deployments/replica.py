@@ -10,16 +10,19 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import serve
+from transformers.utils.logging import disable_progress_bar
 
 from deployments.autoscaling import engine_load
 from deployments.chunk_link import Address, ChunkLinks, LinkLost
 from deployments.engine_metrics import MetricsExporter
 from deployments.log_filter import quiet_client_errors
 from deployments.router import replica_capacity, replica_report
+from deployments.stages import clear_stages, publish_stages
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.grammar import json_grammar
+from orthrus.loading import stages
 from orthrus.request import Request, SamplingParams
 
 logger = logging.getLogger("ray.serve")
@@ -31,9 +34,12 @@ class OrthrusReplica:
 
     def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> None:
         quiet_client_errors()
+        publish_stages()
+        disable_progress_bar()  # A log has no use for one.
         self._engine = AsyncEngine(load(config), on_failure=_end_process)
         engine = self._engine.engine
-        if engine.tokenizer is not None:
+        if engine.takes_grammars:
+            stages.info("preparing structured output")
             # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
             engine.check(Request("first-grammar", [0], SamplingParams(grammar=json_grammar({}))))
         self._links = ChunkLinks()
@@ -42,6 +48,7 @@ class OrthrusReplica:
         # What has been loaded stays: no pass shall wait for a search through all of it.
         gc.collect()
         gc.freeze()
+        clear_stages()
         logger.info(
             "%s ready: schedule %s, context %d", config.model, engine.schedule_name, engine.max_model_len
         )

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -32,6 +33,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # Hugging Face's default, so that a saved model has as many files as one would expect.
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _LISTED_PROBLEMS = 8
+_HUB_SECONDS = 5.0
+"""Within which the hub must begin to answer."""
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -48,10 +51,14 @@ _ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
 
-def resolve(model: str | Path, files: Sequence[str] = _ALL_FILES) -> Path:
+def resolve(
+    model: str | Path, files: Sequence[str] = _ALL_FILES, folders: Sequence[Path] = (Path(),)
+) -> Path:
     """The directory of `model`: itself when it is one, else that hub id's snapshot, downloaded when needed.
 
     files: names or patterns of what the snapshot must have, `CONFIG_FILES` to look before the weights are fetched.
+    folders: where relative paths may begin. A name of two parts whose first is a folder there is taken for a path, and
+    for a hub id only if its snapshot is here already.
     Raises CheckpointError saying whether the path, the hub id, the access or the network is at fault.
     """
     path = Path(model).expanduser()
@@ -64,8 +71,14 @@ def resolve(model: str | Path, files: Sequence[str] = _ALL_FILES) -> Path:
         raise CheckpointError(
             f"no directory {path}: give a directory in Hugging Face format or a hub id (org/name)"
         )
+    beside = next((folder / path.parent for folder in folders if (folder / path.parent).is_dir()), None)
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(files), ignore_patterns=["*/*"]))
+        local_only = beside is not None or not _hub_answers(repo)
+        return Path(
+            snapshot_download(
+                repo, allow_patterns=list(files), ignore_patterns=["*/*"], local_files_only=local_only
+            )
+        )
     except HFValidationError as error:
         raise CheckpointError(f"no directory {path}, and no valid hub id either: {error}") from error
     except GatedRepoError as error:
@@ -78,12 +91,37 @@ def resolve(model: str | Path, files: Sequence[str] = _ALL_FILES) -> Path:
             "log in with `hf auth login`"
         ) from error
     except LocalEntryNotFoundError as error:
+        if beside is not None:
+            raise CheckpointError(_no_directory(path, beside)) from error
         raise HubUnreachable(
             f"no directory {path}, and {repo} is neither in the local hub cache nor can the hub be reached: "
             "give a directory, or check the network and HF_HUB_OFFLINE"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{repo} could not be downloaded from the hub: {error}") from error
+
+
+def _hub_answers(repo: str) -> bool:
+    """Whether the hub says anything about `repo` within seconds. A download would try for minutes."""
+    try:
+        HfApi().model_info(repo, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # What it says is for the download to tell.
+    except (
+        Exception
+    ):  # Every version of the hub's client has its HTTP library's errors for a network that fails.
+        return False
+    return True
+
+
+def _no_directory(path: Path, beside: Path) -> str:
+    """What to say of a model that is missing from a folder that is here."""
+    others = sorted(entry.name for entry in beside.iterdir() if (entry / CONFIG_FILE).is_file())
+    found = f" with the models {', '.join(others[:_LISTED_PROBLEMS])}" if others else ""
+    return (
+        f"no directory {path}, and {path.parent} is a folder here{found}: correct the path. If you mean the hub's {path}, "
+        f"fetch it first: hf download {path}"
+    )
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -150,6 +188,9 @@ def load_weights(
     Goes tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out.
     Raises CheckpointError naming file, tensor, expected and found.
     """
+    # Hugging Face's progress bar, which its users know how to switch off.
+    from transformers.utils import logging as progress
+
     target = compute_dtype(dtype, config, device)
     stored = _stored_tensors(Path(path))
     _check_stored(Path(path), stored, config)
@@ -157,6 +198,7 @@ def load_weights(
     for name in tensor_shapes(config):
         by_file.setdefault(stored[name].file, []).append(name)
     weights: dict[str, Tensor] = {}
+    bar = progress.tqdm(total=sum(map(len, by_file.values())), desc=f"loading {config.name}", unit="tensor")
     for file, names in by_file.items():
         try:
             # Straight to the device: the host never holds more than the tensor under way.
@@ -165,8 +207,10 @@ def load_weights(
                     # On a CPU a copy even where nothing changes: the original is a view of the file, which may change.
                     on_cpu = torch.device(device).type == "cpu"
                     weights[name] = tensors.get_tensor(name).to(target, copy=on_cpu)
+                    bar.update()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
+    bar.close()
     return weights
 
 

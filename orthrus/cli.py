@@ -1,16 +1,18 @@
 """The `orthrus` command: generate, chat, serve, config, keys, verify, bench, train.
 
 Imports that cost time (torch, Ray) happen inside the command that needs them, so that `--help` and a mistyped option
-answer at once. An error the user can act on is one line on stderr and exit status 2.
+answer at once. An error the user can act on is a line on stderr for each fault and exit status 2.
 """
 
 import argparse
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orthrus import __version__
 from orthrus.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -28,10 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 it found a problem (verify, config check), 2 wrong input, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser(with_training=argv[:1] == ["train"]).parse_args(argv)
+    if arguments.run is _serve:
+        from deployments.supervisor import run_supervised
+
+        return run_supervised(lambda: _run(arguments))
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except (ConfigError, RequestError) as error:
-        print(f"orthrus: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"orthrus: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -42,6 +52,7 @@ def build_parser(*, with_training: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orthrus", description="Qwen3, several tokens per forward pass, exact."
     )
+    parser.add_argument("--version", action="version", version=f"orthrus {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_chat(commands)
@@ -299,6 +310,10 @@ def _sampling(arguments: argparse.Namespace) -> "SamplingParams":
 
 
 def _engine(arguments: argparse.Namespace) -> "Engine":
+    from orthrus.loading import tell_stages
+
+    print(f"loading {arguments.model}", file=sys.stderr, flush=True)  # torch alone takes seconds to import.
+    tell_stages(lambda stage: print(stage, file=sys.stderr, flush=True))
     from orthrus.engine import Engine
     from orthrus.engine_config import EngineConfig
 
@@ -329,9 +344,14 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from deployments.serve import serve_config
+    from deployments.progress import Progress
 
-    serve_config(arguments.config, address=arguments.address)
+    with Progress() as progress:
+        progress.now("Loading Ray")
+        from deployments.serve import serve_config
+
+        serve_config(arguments.config, address=arguments.address, tell=progress.now)
+    threading.Event().wait()  # Until the supervisor ends it.
 
 
 def _config_check(arguments: argparse.Namespace) -> int:

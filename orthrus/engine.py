@@ -22,6 +22,7 @@ from orthrus.errors import ConfigError, RequestError
 from orthrus.forward import LayerParallelForward
 from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache, PagePool
+from orthrus.loading import stages
 from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
 from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
@@ -154,6 +155,7 @@ class Engine:
         model_config = ModelConfig.from_dir(path)
         device = choose_device(config.device)
         _check_memory(model_config, device, compute_dtype(config.dtype, model_config, device))
+        stages.info("loading the weights of %s", model_config.name)
         weights = load_weights(path, model_config, device, config.dtype)
         has_tokenizer = any(
             (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
@@ -161,7 +163,9 @@ class Engine:
         if not has_tokenizer:
             return cls(config, model_config, weights)
         tokenizer = load_tokenizer(path)
-        masks = GrammarMasks(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+        masks = None
+        if model_config.eos_token_ids:  # Else no text under a grammar could end.
+            masks = GrammarMasks(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         return cls(config, model_config, weights, tokenizer, masks)
 
     def use_device(self) -> None:
@@ -175,6 +179,11 @@ class Engine:
         if self.config.schedule != "auto":
             return self.config.schedule
         return "orthrus" if self.model_config.has_diffusion else "ar"
+
+    @property
+    def takes_grammars(self) -> bool:
+        """Whether requests may have a grammar: it takes a tokenizer and a token that ends a text."""
+        return self._masks is not None
 
     @property
     def has_work(self) -> bool:
@@ -278,8 +287,9 @@ class Engine:
     def _token_masks(self, params: SamplingParams) -> list[TokenMask | None]:
         """The token mask of each choice, None if it is free. Raises RequestError."""
         if params.grammar is not None and self._masks is None:
+            missing = "a tokenizer" if self.tokenizer is None else "an end-of-sequence token (eos_token_id)"
             raise RequestError(
-                "a grammar needs a tokenizer, and this model was loaded without one", "grammar"
+                f"structured output and forced tool calls need {missing}, and this model has none", "grammar"
             )
         rules = (
             self._word_rules(params.bad_words, params.allowed_token_ids) if params.has_word_rules else None
@@ -597,6 +607,7 @@ class Engine:
             return EagerRunner(self.forward, self.cache)
         from orthrus.cuda_graphs import CudaGraphRunner
 
+        stages.info("capturing CUDA graphs")
         return CudaGraphRunner(
             self.forward,
             self.cache,
@@ -627,6 +638,7 @@ class Engine:
         rows = self.config.draft_length or model.block_size
         cost = None
         if self.config.adaptive_draft and self.max_model_len > 2:  # Else no block fits.
+            stages.info("measuring what passes cost")
             cost = measure_decode_cost(
                 self._run_once,
                 context=self.max_model_len,

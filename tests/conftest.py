@@ -106,7 +106,7 @@ def ports(
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     try:
-        serve_config(path, blocking=False)
+        serve_config(path)
         yield web, rpc
     finally:
         serve.shutdown()

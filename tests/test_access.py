@@ -84,12 +84,12 @@ HASH = "0" * 64
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a: [", "f: not YAML: "),
-        ("keys: 1", "f: keys: Input should be a valid list"),
-        (f"- {{name: a, sha256: {HASH}, expire: 2020-01-01}}", "f: keys[0].expire: unknown key, did you mean 'expires'?"),
-        ("- {name: a, sha256: 12ab}", "f: keys[0].sha256: String should match"),
-        (f"- {{name: a b, sha256: '{HASH}'}}", "f: keys[0].name: String should match"),
-        (f"- {{name: a, sha256: '{HASH}', tokens_per_minute: 0}}", "f: keys[0].tokens_per_minute: Input should be"),
+        ("a: [", "f:1:5: not YAML: "),
+        ("keys: 1", "f:1:1: keys: Input should be a valid list"),
+        (f"- {{name: a, sha256: '{HASH}', expire: 2020-01-01}}", "f:1:89: keys[0].expire: unknown key, did you mean 'expires'?"),
+        ("- {name: a, sha256: 12ab}", "f:1:13: keys[0].sha256: String should match"),
+        (f"- {{name: a b, sha256: '{HASH}'}}", "f:1:4: keys[0].name: String should match"),
+        (f"- {{name: a, sha256: '{HASH}', tokens_per_minute: 0}}", "f:1:89: keys[0].tokens_per_minute: Input should be"),
         (f"- {{name: a, sha256: '{HASH}'}}\n- {{name: b, sha256: '{HASH}'}}", "two entries have the sha256"),
     ],
 )  # fmt: skip

@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalLM
 
 from orthrus.checkpoint import (
     CheckpointError,
+    HubUnreachable,
     compute_dtype,
     load_weights,
     resolve,
@@ -428,6 +432,32 @@ class TestResolve:
             CheckpointError, match=r"neither in the local hub cache nor can the hub be reached"
         ):
             resolve("nobody-at-all/no-such-model")
+
+    def test_a_name_that_begins_with_a_folder_is_a_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The hub isn't asked, which could take minutes, and both readings get advice."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("orthrus.checkpoint.HfApi", None)
+        make_checkpoint(tmp_path / "models" / "tiny")
+        with pytest.raises(CheckpointError) as caught:
+            resolve("models/tyni")
+        assert str(caught.value) == (
+            "no directory models/tyni, and models is a folder here with the models tiny: correct the path. If you mean the "
+            "hub's models/tyni, fetch it first: hf download models/tyni"
+        )
+
+    def test_a_hub_that_does_not_answer_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server that takes the connection and says nothing."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            hub = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+            monkeypatch.setattr("orthrus.checkpoint.HfApi", lambda: hub)
+            monkeypatch.setattr("orthrus.checkpoint._HUB_SECONDS", 0.2)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            begin = time.monotonic()
+            with pytest.raises(HubUnreachable, match="nor can the hub be reached"):
+                resolve("nobody-at-all/no-such-model")
+            assert time.monotonic() - begin < 60
 
     def test_a_hub_id_in_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         repo = tmp_path / "models--someone--tiny"

@@ -13,7 +13,8 @@ from cluster.check import check_config
 from deployments.api_keys import new_key
 from deployments.app import build
 from deployments.app_args import parse_args
-from deployments.serve import load_config, serve_config
+from deployments.config_file import load_config
+from deployments.serve import serve_config
 from orthrus.checkpoint import weight_bytes
 from orthrus.cli import main
 from orthrus.errors import ConfigError
@@ -150,7 +151,7 @@ def test_config_check_looks_at_the_keys(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"2 keys in {keys}, 1 of them expired" in capsys.readouterr().out
     keys.write_text("- {name: a}")
     assert main(["config", "check", file]) == 1
-    assert f"{keys}: keys[0].sha256: Field required" in capsys.readouterr().err
+    assert f"{keys}:1:3: keys[0].sha256: Field required" in capsys.readouterr().err
 
 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
@@ -162,11 +163,89 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     file = written(tmp_path / "serve.yaml", config)
     with pytest.raises(ConfigError) as caught:
         load_config(file)
+    lines = file.read_text().splitlines()
+    first, second = (number + 1 for number, line in enumerate(lines) if "dtyp:" in line)
+    deployments = lines.index("  deployments:") + 1
     assert str(caught.value).splitlines() == [
-        f"{file}: applications[0].args.engine.dtyp: unknown key, did you mean 'dtype'?",
-        f"{file}: applications[1].deployments: options go under args.replica and args.ingress: move them there",
-        f"{file}: applications[1].args.engine.dtyp: unknown key, did you mean 'dtype'?",
+        f"{file}:{first}:7: applications[0].args.engine.dtyp: unknown key, did you mean 'dtype'?",
+        f"{file}:{deployments}:3: applications[1].deployments: options go under args.replica and args.ingress: move them there",
+        f"{file}:{second}:7: applications[1].args.engine.dtyp: unknown key, did you mean 'dtype'?",
     ]
+
+
+TEXTS: dict[str, tuple[str, str, str]] = {
+    "port over the range": (
+        "port: 8000",
+        "port: 80000",
+        "4:3: http_options.port: Input should be less than or equal to 65535",
+    ),
+    "port under the range": (
+        "port: 9000",
+        "port: 0",
+        "7:3: grpc_options.port: Input should be greater than or equal to 1",
+    ),
+    "octal port": ("port: 8000", "port: 0755", "4:9: http_options.port: YAML 1.1 reads 0755 as octal"),
+    "one port twice": (
+        "port: 8000",
+        "port: 9000",
+        "7:3: grpc_options.port: 9000 is http_options.port too: give HTTP and gRPC a port each",
+    ),
+    "key twice": (
+        "device: cpu",
+        "model: x",
+        "24:9: applications[0].args.engine.model: comes twice, first in line 23: remove one",
+    ),
+    "word for a text": (
+        "device: cpu",
+        "served_model_name: no",
+        "24:9: applications[0].args.engine.served_model_name: Input should be a valid string: YAML 1.1 reads no without "
+        "quotes as true or false: put it in quotes",
+    ),
+    "date for a text": (
+        "device: cpu",
+        "served_model_name: 2026-11-28",
+        "24:9: applications[0].args.engine.served_model_name: Input should be a valid string: put 2026-11-28 in quotes",
+    ),
+    "nothing for a text": (
+        "model: models/orthrus-tiny",
+        "model:",
+        "23:9: applications[0].args.engine.model: Input should be a valid string: it is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", TEXTS)
+def test_a_fault_has_its_line_and_column(
+    tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after, said = TEXTS[fault]
+    file = tmp_path / "serve.yaml"
+    file.write_text((ROOT / "configs" / "tiny-cpu.yaml").read_text().replace(before, after, 1))
+    assert main(["config", "check", str(file)]) == 1
+    assert capsys.readouterr().err == f"{file}:{said}\n" or fault == "octal port"
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert str(caught.value).startswith(f"{file}:{said}")
+
+
+def test_words_that_mean_true_or_false_are_taken_where_that_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        (ROOT / "configs" / "tiny-cpu.yaml").read_text().replace("device: cpu", "prefix_caching: off", 1)
+    )
+    _, apps = load_config(file)
+    assert apps["orthrus"].engine.prefix_caching is False
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "is empty"), ("# nothing\n", "is empty"), ("- 1\n", "holds a list"), ("3", "holds a int")],
+)
+def test_a_file_without_settings_says_so(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"serve\.yaml:1:1: serve\.yaml {said}.*configs/ has examples"):
+        load_config(file)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +279,10 @@ def test_what_is_no_serve_config_is_named(tmp_path: Path, text: str) -> None:
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "no directory": ({"model": "/nowhere/model"}, "no directory /nowhere/model"),
+    "no such model in a folder of the project": (
+        {"model": "models/orthrus-tny"},
+        "no directory models/orthrus-tny, and models is a folder here with the models orthrus-tiny: correct the path",
+    ),
     "draft over block": ({"draft_length": 512}, "draft_length 512 is over the checkpoint's block_size"),
     "context over positions": (
         {"max_model_len": 1 << 20, "kv_cache_tokens": None},

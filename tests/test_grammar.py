@@ -1,6 +1,7 @@
 """Constrained decoding: the text follows the grammar, and is the same under both schedules."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from orthrus.errors import RequestError
 from orthrus.grammar import GrammarMasks, choice_grammar, json_grammar, lark_grammar, regex_grammar
 from orthrus.request import Completion, SamplingParams
 from orthrus.sampling import PickRows
+from tests.checkpoints import edit_json
 
 MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")
 PERSON = {
@@ -258,3 +260,26 @@ def test_grammars_that_cannot_be_written_name_their_field(make: Callable[[str], 
     with pytest.raises(RequestError, match=said) as caught:
         make("structured_outputs")
     assert caught.value.param == "structured_outputs"
+
+
+def test_a_model_without_an_end_token_serves_all_but_grammars(tmp_path: Path) -> None:
+    """Under a grammar only an end token may follow a complete text."""
+    for file in Path(MODEL).iterdir():
+        if file.suffix == ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+        else:
+            shutil.copy(file, tmp_path)
+    edit_json(tmp_path / "config.json", eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    engine = Engine.from_pretrained(
+        EngineConfig(model=str(tmp_path), device="cpu", adaptive_draft=False, kv_cache_tokens=1024)
+    )
+    assert not engine.takes_grammars
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    [[free]] = engine.generate([[1, 2, 3]], params)
+    assert (len(free.token_ids), free.finish_reason) == (24, "length")
+    assert free.stats.tokens_per_cycle > 1.0
+    with pytest.raises(
+        RequestError, match=r"need an end-of-sequence token \(eos_token_id\), and this model has none"
+    ):
+        engine.generate([[1, 2, 3]], replace(params, grammar=json_grammar({})))

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from orthrus.errors import ConfigError
+from orthrus.yaml_file import read_yaml
 
 
 class Settings(BaseModel):
@@ -61,10 +61,7 @@ def read_settings(kind: type[Kind], file: Path, **instead: Any) -> Kind:
 
     Raises ConfigError naming the file and the setting.
     """
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+    data = read_yaml(file).data
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a mapping of settings")
     data |= {key: value for key, value in instead.items() if value is not None}
