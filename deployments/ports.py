@@ -45,8 +45,8 @@ def _check_port(host: str, port: int, setting: str) -> None:
     in_the_way = [error for error in failed if error.errno in (errno.EADDRINUSE, errno.EACCES)]
     # A name may stand for addresses of which this machine has some only.
     if in_the_way or len(failed) == len(found):
-        error = (in_the_way or failed)[0]
-        raise ConfigError(_advice(error, host, port, setting)) from error
+        cause = (in_the_way or failed)[0]
+        raise ConfigError(_advice(cause, host, port, setting)) from cause
 
 
 def _advice(error: OSError, host: str, port: int, setting: str) -> str:

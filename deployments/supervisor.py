@@ -49,7 +49,7 @@ def run_supervised(work: Callable[[], int]) -> int:
     return status
 
 
-def _work(work: Callable[[], int], mask: set[signal.Signals]) -> None:
+def _work(work: Callable[[], int], mask: set[int | signal.Signals]) -> None:
     """Never returns."""
     os.setsid()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -56,7 +56,10 @@ def test_a_taken_port_is_named_with_its_setting(tmp_path: Path, setting: str, sh
     ],
 )
 def test_a_host_that_is_not_here_is_named(tmp_path: Path, host: str, said: str) -> None:
-    ports = {"http_options": {"host": host, "port": free_port()}, "grpc_options": {"port": free_port()}}
+    ports: dict[str, dict[str, Any]] = {
+        "http_options": {"host": host, "port": free_port()},
+        "grpc_options": {"port": free_port()},
+    }
     config, _ = load_config(written(tmp_path / "serve.yaml", **ports))
     with pytest.raises(ConfigError, match=said):
         check_ports(config)
