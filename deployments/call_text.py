@@ -61,19 +61,21 @@ class TrimmedText:
 
 
 def cut(text: str, markers: Sequence[str], final: bool) -> tuple[str, str | None, str]:
-    """`text` up to the first of `markers`, that marker, and the rest. What may yet become a marker is rest, unless `final`."""
+    """`text` up to the first of `markers`, that marker, and the rest. What may yet become a marker is rest, unless `final`.
+
+    Markers begin with `<`, and have no other.
+    """
+    last = text.rfind("<")
+    if last < 0:
+        return text, None, ""
     begins = {text.find(marker): marker for marker in markers}
     begins.pop(-1, None)
     if begins:
         at = min(begins)
         return text[:at], begins[at], text[at + len(begins[at]) :]
-    at = len(text) - (0 if final else max((_overlap(text, marker) for marker in markers), default=0))
-    return text[:at], None, text[at:]
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that begins `marker`, which is not in `text` whole."""
-    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+    if not final and any(marker.startswith(text[last:]) for marker in markers):
+        return text[:last], None, text[last:]
+    return text, None, ""
 
 
 class _State(Enum):
@@ -117,9 +119,10 @@ class CallSplitter:
         """The text and the pieces of calls, one at most of each, that are certain with `text`; all of them if it is the last."""
         self.held += text
         self._out, self._pieces = [], {}
-        while not self.ended:
-            before = self._state, len(self.held)
-            match self._state:
+        before = None
+        while self._state is not before and not self.ended:
+            before = self._state
+            match before:
                 case _State.TEXT:
                     self._read_text(final)
                 case _State.CALL:
@@ -130,8 +133,6 @@ class CallSplitter:
                     self._read_tail(final)
                 case _State.BLOCK:
                     self._read_block(final)
-            if (self._state, len(self.held)) == before:
-                break
         if final and not self.ended:
             self._out.append(self._text.end())
         return "".join(self._out), tuple(self._pieces.values())
@@ -234,8 +235,12 @@ class CallSplitter:
         """More of the last call's arguments."""
         index = self.calls - 1
         if arguments and not (self._one_call and index):
-            piece = self._pieces.get(index) or ToolCallDelta(index, "")
-            self._pieces[index] = replace(piece, arguments=piece.arguments + arguments)
+            begun = self._pieces.get(index)
+            self._pieces[index] = (
+                replace(begun, arguments=begun.arguments + arguments)
+                if begun
+                else ToolCallDelta(index, arguments)
+            )
 
 
 def _read_calls(text: str) -> list[tuple[str, str]]:

@@ -82,21 +82,21 @@ class ChatSplitter:
     def push(self, text: str, final: bool = False) -> ChatDelta:
         """The parts that are certain after `text`; with `final`, the last, all of what was held back."""
         self._held += text
-        parts: list[ChatDelta] = []
-        while True:
+        delta = ChatDelta()
+        before = None
+        while self._state is not before:
             before = self._state
-            match self._state:
+            match before:
                 case _State.START:
                     self._start(final)
+                    continue
                 case _State.REASONING:
-                    parts.append(self._reason(final))
+                    part = self._reason(final)
                 case _State.REASONED_CALL:
-                    parts.append(self._reason_about_calls(final))
+                    part = self._reason_about_calls(final)
                 case _State.CONTENT:
-                    parts.append(self._answer(final))
-            if self._state is before:
-                break
-        delta = joined(parts)
+                    part = self._answer(final)
+            delta = joined((delta, part)) if delta else part
         self.called = self.called or bool(delta.tool_calls)
         return delta
 

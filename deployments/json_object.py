@@ -6,6 +6,7 @@ from typing import Any
 
 _BLANKS = " \t\n\r"
 _SIGN = re.compile(r"[ \t\n\r]*([\[\]{}:,])[ \t\n\r]*")
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _decoder = json.JSONDecoder(strict=False)
 
 
@@ -35,17 +36,23 @@ class ObjectText:
     def push(self, text: str) -> tuple[str, int]:
         """What comes out for `text`, and how many of its characters belong to the object."""
         out: list[str] = []
-        for position, character in enumerate(text):
+        position = 0
+        while position < len(text) and not self.over:
+            character = text[position]
+            if self._in_string and not self._escaped and (plain := _PLAIN.match(text, position)):
+                self._emit(plain[0], out)
+                position = plain.end()
+                continue
             if self._in_string:
                 self._add_to_string(character, out)
             elif character == "<":
                 self.over = True
-                return "".join(out) + self.rest(), position
+                out.append(self.rest())
+                break
             else:
                 self._add(character, out)
-                if self.over:
-                    return "".join(out), position + 1
-        return "".join(out), len(text)
+            position += 1
+        return "".join(out), position
 
     def rest(self) -> str:
         """What still waits, where the text ends early."""
