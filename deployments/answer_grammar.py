@@ -27,25 +27,32 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
     many = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
     if body.must_call:
         rules |= _calls(tools, tokenizer, many=many)
-        answer = "calls"
+        start = "SPACE? calls"
     elif schema is not None:
         rules["json"] = json_rule(schema)
-        answer = "json"
+        start = "SPACE? json"
         if tools:
             rules |= _calls(tools, tokenizer, many=many)
-            answer = "(json | calls)"
+            start = "SPACE? (json | calls)"
+    elif any(tool.function.strict for tool in tools) and TOOL_CALL in tokenizer.get_added_vocab():
+        # A marker that is a token of its own is no text.
+        rules |= _calls(tools, tokenizer, many=many, only_strict=True)
+        rules["TEXT"] = r"/(.|\n)+/"
+        start = "TEXT? (call TEXT?)*" if many else "TEXT? (call TEXT?)?"
     else:
         return None
     rules["SPACE"] = r"/\s{1,4}/"
-    start = f"SPACE? {answer}"
     if thinks or inside_reasoning:
         rules |= _reasoning(tokenizer, inside_reasoning)
         start = f"reasoning {start}" if inside_reasoning else f"reasoning? {start}"
     return "\n".join(f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
 
 
-def _calls(tools: list[Tool], tokenizer: Any, *, many: bool) -> dict[str, str]:
-    """Rules for one call, or one after the other, of any of `tools`."""
+def _calls(tools: list[Tool], tokenizer: Any, *, many: bool, only_strict: bool = False) -> dict[str, str]:
+    """Rules for one call, or one after the other, of any of `tools`.
+
+    only_strict: arguments of tools that are not `strict` may be any object.
+    """
     rules = {"calls": r'call ("\n" call)*' if many else "call"}
     rules["call"] = (
         f"{_marker(tokenizer, TOOL_CALL)} (" + " | ".join(f"call_{i}" for i in range(len(tools))) + ")"
@@ -54,7 +61,8 @@ def _calls(tools: list[Tool], tokenizer: Any, *, many: bool) -> dict[str, str]:
     for i, tool in enumerate(tools):
         head = json.dumps(f'\n{{"name": "{tool.function.name}", "arguments": ')
         rules[f"call_{i}"] = f'{head} arguments_{i} "}}\\n"'
-        schema = _arguments_schema(tool)
+        free = only_strict and not tool.function.strict
+        schema = {"type": "object"} if free else _arguments_schema(tool)
         rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema)
     return rules
 

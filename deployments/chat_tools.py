@@ -6,11 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FunctionDefinition(BaseModel):
-    """parameters: the JSON Schema of the arguments, which are an object whatever it says; none or an empty one: `{}`."""
+    """A function of a tool.
+
+    parameters: the JSON Schema of the arguments, which are an object whatever it says; none or an empty one: `{}`.
+    strict: calls that the model makes of its own accord follow it too.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | Literal[True] | None = None
     strict: bool | None = None

@@ -18,7 +18,7 @@ from orthrus.grammar import GrammarMasks
 from orthrus.text import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -145,7 +145,6 @@ CALLED: dict[str, Any] = {
 
 
 def test_tools_are_spelled_out_for_a_template_that_knows_none(tiny_tokenizer: Any) -> None:
-    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
     messages = [
         {"role": "developer", "content": "Be brief."},
         user("Weather?"),
@@ -157,7 +156,7 @@ def test_tools_are_spelled_out_for_a_template_that_knows_none(tiny_tokenizer: An
         },
         {"role": "tool", "content": "rain", "tool_call_id": "c", "name": "get_weather"},
     ]
-    text = rendered(tiny_tokenizer, chat(*messages, tools=[strict]))
+    text = rendered(tiny_tokenizer, chat(*messages, tools=[STRICT]))
     assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
     assert text.count("<|im_start|>system") == 1
     assert json.loads(text.split("<tools>\n")[1].split("\n</tools>")[0]) == WEATHER
@@ -254,6 +253,8 @@ def tiny_masks() -> GrammarMasks:
 
 ULM = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
 THOUGHT = "<think>\n{ not json\n</think>\n\n"
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
 OBJECT: dict[str, Any] = {"response_format": {"type": "json_object"}}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
@@ -275,6 +276,18 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
             [f"{ULM}\n{ULM}"],
         ),
         (OBJECT | {"tools": [WEATHER]}, ['{"a": 1}', ULM], ["Well"]),
+        (
+            {"tools": [STRICT, CLOCK]},
+            [
+                "Well.",
+                "< tool_call >",
+                f"Well.\n{ULM}\n{ULM}\n",
+                THOUGHT + ULM,
+                ULM.replace("get_weather", "clock"),
+            ],
+            [ULM.replace("city", "town"), f"Well. {ULM}{ULM.replace('Ulm', '')[:-20]}", f"<think>{ULM}"],
+        ),
+        ({"tools": [STRICT], "parallel_tool_calls": False}, ["Well.", f"Well.\n{ULM}."], [f"{ULM}\n{ULM}"]),
     ],
 )
 def test_answers_follow_what_was_asked_for(
