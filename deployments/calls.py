@@ -71,7 +71,7 @@ class Call:
         self.add_prompt(chunk.request_id, prompt_tokens)
         tokens = len(chunk.token_ids)
         self._completion_tokens += tokens
-        if self._first_token_s is None:
+        if tokens and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._started
             self.span.add_event("first token")
         if chunk.finish_reason is not None:

@@ -102,4 +102,9 @@ class ChatBody(Body):
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_with(limit, (self.top_logprobs or 0) if self.logprobs else None)
+        return self.sampling_with(limit, self.alternatives, self.prompt_logprobs)
+
+    @property
+    def alternatives(self) -> int | None:
+        """Log-probabilities of how many tokens to tell beside each one's own, None for none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,5 +1,6 @@
 """The body of POST /v1/completions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from deployments.protocol import Body
@@ -19,12 +20,8 @@ class CompletionBody(Body):
     best_of: int | None = None
     suffix: str | None = None
 
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, at least one. Raises RequestError."""
-        if self.echo and self.logprobs is not None:
-            raise RequestError(
-                "echo gives no log-probabilities of the prompt: leave out echo or logprobs", "echo"
-            )
         if self.suffix:
             raise RequestError(
                 "suffix is not supported: the model only completes text from the left", "suffix"
@@ -47,4 +44,8 @@ class CompletionBody(Body):
         return many
 
     def sampling(self) -> SamplingParams:
-        return self.sampling_with(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        scored = self.prompt_logprobs
+        if self.echo and (self.logprobs is not None or max_tokens == 0):
+            scored = max(scored or 0, self.logprobs or 0)
+        return self.sampling_with(max_tokens, self.logprobs, scored)

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined
 from orthrus.text import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
+MAX_SCORES = 1 << 18
+"""Log-probabilities of prompts in one answer: some 20 MB of JSON."""
 _MOST_PROMPTS_AT_ONCE = 128
 """Of one request: far fewer than may wait for a replica."""
 
@@ -45,6 +47,19 @@ class TextChunk:
         return not (said or self.chunk.logprobs or self.finish_reason)
 
 
+def check_scores(prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    """Raise RequestError if the log-probabilities of `prompts` would be too many for one answer."""
+    if params.prompt_logprobs is None:
+        return
+    scores = sum(map(len, prompts)) * (params.prompt_logprobs + 1)
+    if scores > MAX_SCORES:
+        raise RequestError(
+            f"prompt tokens times alternatives + 1 may be {MAX_SCORES} in one request, and are {scores}: ask for fewer "
+            "log-probabilities or send fewer prompts",
+            "prompt_logprobs",
+        )
+
+
 async def generate(
     replica: DeploymentHandle,
     receiver: ChunkReceiver,
@@ -62,6 +77,7 @@ async def generate(
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
+    check_scores([prompt], params)
     request = Request(uuid.uuid4().hex, prompt, params)
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
     texts = [

@@ -21,14 +21,16 @@ from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatSplitter
 from deployments.completion_body import CompletionBody
 from deployments.failures import EXPECTED, Failure, describe_failure
-from deployments.generation import TextChunk, collect, generate, merge
+from deployments.generation import TextChunk, check_scores, collect, generate, merge
 from deployments.grpc_ingress import GrpcIngress
 from deployments.http_body import read_body
+from deployments.logprobs_format import Echo, spell
 from deployments.messages_api import create_message
 from deployments.messages_body import CountTokensBody, MessagesBody
 from deployments.messages_format import error_body, error_status, is_messages_path
-from deployments.openai_format import ResponseFormat, spell, sse
+from deployments.openai_format import ResponseFormat, sse
 from deployments.tokenize_body import DetokenizeBody, TokenizeBody
+from deployments.tokenizer_info import tokenizer_info
 from orthrus.errors import RequestError
 from orthrus.request import RequestStats, SamplingParams
 
@@ -74,12 +76,23 @@ class Ingress(GrpcIngress):
         params = body.sampling()
         given = body.prompts()
         prompts = [prompt if isinstance(prompt, list) else await self._encode(prompt) for prompt in given]
-        out = ResponseFormat(False, body.model, self._tokenizer, body.include_usage)
+        check_scores(prompts * params.n if body.echo else prompts, params)
+        out = ResponseFormat(
+            False,
+            body.model,
+            self._tokenizer,
+            body.include_usage,
+            n=params.n,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.prompt_logprobs,
+            skip_special_tokens=params.skip_special_tokens,
+        )
         if body.echo:
-            # A text as it came: the tokenizer may have normalised it.
+            if any(not 0 <= token < self._vocab_size for prompt in prompts for token in prompt):
+                raise RequestError(f"prompt token ids must be between 0 and {self._vocab_size - 1}", "prompt")
             out.echo = [
-                prompt if isinstance(prompt, str) else await asyncio.to_thread(self._tokenizer.decode, prompt)
-                for prompt in given
+                await asyncio.to_thread(Echo.of, self._tokenizer, prompt, tokens)
+                for prompt, tokens in zip(given, prompts, strict=True)
             ]
         return await self._respond(call, body, out, prompts, params)
 
@@ -90,7 +103,15 @@ class Ingress(GrpcIngress):
         self._check_model(body.model)
         params = body.sampling()
         prompt = await self._chats.prompt(body)
-        out = ResponseFormat(True, body.model, self._tokenizer, body.include_usage)
+        out = ResponseFormat(
+            True,
+            body.model,
+            self._tokenizer,
+            body.include_usage,
+            n=params.n,
+            logprobs=body.alternatives,
+            prompt_logprobs=body.prompt_logprobs,
+        )
         params = replace(params, grammar=prompt.grammar)
         return await self._respond(call, body, out, [prompt.tokens], params, prompt.splitter)
 
@@ -152,6 +173,11 @@ class Ingress(GrpcIngress):
         call.outcome = "ok"
         return {"prompt": text}
 
+    @api.get("/tokenizer_info")
+    async def tokenizer_info(self, request: HTTPRequest) -> dict[str, Any]:
+        self._gate.identify(request.headers)
+        return tokenizer_info(self._tokenizer, self._max_model_len)
+
     @api.get("/health")
     async def health(self) -> dict[str, str]:
         """This ingress is alive; says nothing of the model."""
@@ -197,10 +223,12 @@ class Ingress(GrpcIngress):
         if not body.stream:
             choices = await collect(merged, params.n * len(prompts))
             call.outcome = "ok"
-            return JSONResponse(out.whole(choices, params.n))
+            if params.prompt_logprobs is None:
+                return JSONResponse(out.whole(choices))
+            return await asyncio.to_thread(lambda: JSONResponse(out.whole(choices)))  # It may be long.
         # The first chunk is awaited here, while a refusal can still be an HTTP status.
         first = await anext(merged)
-        events = self._events(call, out, first, merged, params.n * len(prompts), params.n)
+        events = self._events(call, out, first, merged, params.n * len(prompts))
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -212,28 +240,31 @@ class Ingress(GrpcIngress):
         first: tuple[int, TextChunk],
         rest: AsyncGenerator[tuple[int, TextChunk]],
         choices: int,
-        n: int,
     ) -> AsyncIterator[str]:
         """Server-sent events; an error after the first is an event too, since the status has been sent."""
         stats: dict[int, RequestStats] = {}
 
-        def event(index: int, item: TextChunk) -> str:
+        async def event(index: int, item: TextChunk) -> str:
             if item.chunk.stats is not None:
                 stats[index] = item.chunk.stats
-            return out.stream(item, index)
+            return (
+                await asyncio.to_thread(out.stream, item, index)
+                if out.scores_prompts
+                else out.stream(item, index)
+            )
 
         try:
             for index in range(choices):
-                if (opening := out.opening(index, n)) is not None:
+                if (opening := out.opening(index)) is not None:
                     yield sse(opening)
             if not first[1].says_nothing:
-                yield event(*first)
+                yield await event(*first)
             async with aclosing(rest) as items:
                 async for index, item in items:
                     if not item.says_nothing:
-                        yield event(index, item)
+                        yield await event(index, item)
             if out.include_usage:
-                yield sse(out.usage_event([stats[i] for i in sorted(stats)], n))
+                yield sse(out.usage_event([stats[i] for i in sorted(stats)]))
             call.outcome = "ok"
         except Exception as error:
             call.outcome = type(error).__name__

@@ -44,7 +44,9 @@ class IngressCore:
         self._model = config.served_model_name or config.model
         path = resolve(config.model)
         self._tokenizer = load_tokenizer(path)
-        trained = ModelConfig.from_dir(path).max_position_embeddings
+        model = ModelConfig.from_dir(path)
+        self._vocab_size = model.vocab_size
+        trained = model.max_position_embeddings
         self._max_model_len = config.max_model_len or min(trained, config.kv_cache_tokens or trained)
         self._model_card = {
             "id": self._model,
@@ -62,8 +64,9 @@ class IngressCore:
         if receiver is not None:
             receiver.close()
 
-    def _check_model(self, model: str) -> None:
-        if model != self._model:
+    def _check_model(self, model: str | None) -> None:
+        """None stands for the one that is served, where a body may leave it out. Raises ModelNotFound."""
+        if model is not None and model != self._model:
             raise ModelNotFound(f"the model {model!r} does not exist here: use {self._model!r}")
 
     async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -5,13 +5,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 from deployments.chat_output import ChatDelta
 from deployments.generation import Choice, TextChunk
-from orthrus.request import DRAWN_SEED_BITS, SEED_BITS, RequestStats, TokenLogprob
-from orthrus.text import token_bytes
+from deployments.logprobs_format import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
+from orthrus.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
 
 # Compact, as OpenAI's own events are. Made once: json.dumps makes one at each call that has options.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -49,60 +48,75 @@ def _told_seed(seed: int) -> int:
 class ResponseFormat:
     """One response. `chat` chooses the endpoint's dialect; `tokenizer` spells tokens for log-probabilities.
 
-    include_usage: every streamed event has the field `usage`, null but in the last. echo: for each prompt the text to put
-    before its choices' own.
+    include_usage: every streamed event has the field `usage`, null but in the last. n: choices of each prompt. echo: for each
+    prompt what to put before its choices' own text. logprobs, prompt_logprobs: alternatives to tell of each token, None to
+    tell nothing. skip_special_tokens: they are no part of the text.
     """
 
     chat: bool
     model: str
     tokenizer: Any
     include_usage: bool = False
-    echo: Sequence[str] = ()
+    n: int = 1
+    echo: Sequence[Echo] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    # Where in its text each choice's next token begins, for `text_offset`.
-    _offsets: dict[int, int] = field(default_factory=dict)
+    # By choice: of those that have begun.
+    _text_logprobs: dict[int, TextLogprobs] = field(default_factory=dict)
+    # By prompt: a request's first chunk has them.
+    _scores: dict[int, PromptLogprobs | None] = field(default_factory=dict)
     # What stands before and after the text in events that carry nothing else, by choice and by the text's key.
     _around: dict[tuple[int, str], list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
 
-    def whole(self, choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The unstreamed response; choices of several prompts follow one another."""
         rendered = []
         for index, choice in enumerate(choices):
-            scored = [item.chunk.logprobs for item in choice.chunks if item.chunk.logprobs is not None]
             entry: dict[str, Any] = {"index": index}
             if self.chat:
                 entry["message"] = _message(choice.message)
             else:
-                entry["text"] = self._echoed(index, n) + choice.text
-            entry["logprobs"] = (
-                self._logprobs(index, [s for part in scored for s in part]) if scored else None
-            )
+                entry["text"] = self._echoed(index) + choice.text
+            entry["logprobs"] = self._logprobs(index, choice.chunks)
             entry["finish_reason"] = choice.finish_reason
             entry["orthrus"] = cost(choice.stats)
+            if not self.chat and self.prompt_logprobs is not None:
+                entry["prompt_logprobs"] = self._prompt_logprobs(index, choice.chunks[0])
             rendered.append(entry)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": rendered, "usage": usage([c.stats for c in choices], n)}
+        head = self._head("chat.completion" if self.chat else "text_completion")
+        whole = {**head, "choices": rendered, "usage": usage([c.stats for c in choices], self.n)}
+        if self.chat and self.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = self._prompt_logprobs(0, choices[0].chunks[0])
+        return whole
 
-    def opening(self, index: int, n: int) -> dict[str, Any] | None:
-        """The event before the first token of choice `index`: a chat's role, or the echoed prompt."""
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the first event of each choice has a prompt's log-probabilities: much to render."""
+        return bool(self.echo) and self.logprobs is not None
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The event before the first token of choice `index`: a chat's role, or the echoed prompt.
+
+        Where the prompt has log-probabilities, it comes with the first token, as they do.
+        """
         entry: dict[str, Any] = {"index": index}
         if self.chat:
             entry["delta"] = {"role": "assistant", "content": ""}
-        elif self.echo:
-            entry["text"] = self._echoed(index, n)
+        elif self.echo and not self.scores_prompts:
+            entry["text"] = self._echoed(index)
         else:
             return None
         return {**self._event_head(), "choices": [{**entry, "logprobs": None, "finish_reason": None}]}
 
-    def _echoed(self, index: int, n: int) -> str:
-        """The prompt's text before choice `index`, which its tokens' offsets then start from."""
-        text = self.echo[index // n] if self.echo else ""
-        self._offsets[index] = len(text)
-        return text
+    def _echoed(self, index: int) -> str:
+        """The prompt's text before choice `index`."""
+        return self.echo[index // self.n].text if self.echo else ""
 
     def event(self, item: TextChunk, index: int) -> dict[str, Any]:
         """One streamed event."""
@@ -111,8 +125,9 @@ class ResponseFormat:
         if self.chat:
             entry["delta"] = _delta(item.delta or ChatDelta())
         else:
-            entry["text"] = item.text
-        entry["logprobs"] = self._logprobs(index, chunk.logprobs) if chunk.logprobs is not None else None
+            begins = self.logprobs is not None and index not in self._text_logprobs
+            entry["text"] = self._echoed(index) + item.text if begins else item.text
+        entry["logprobs"] = self._logprobs(index, [item])
         entry["finish_reason"] = item.finish_reason
         if chunk.stats is not None:
             entry["orthrus"] = cost(chunk.stats)
@@ -140,9 +155,39 @@ class ResponseFormat:
             self._around[index, key] = around
         return f"{around[0]}{_encode(text)}{around[1]}"
 
-    def usage_event(self, stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
+    def usage_event(self, stats: Sequence[RequestStats]) -> dict[str, Any]:
         """The last event where the client asked for usage."""
-        return {**self._event_head(), "choices": [], "usage": usage(stats, n)}
+        return {**self._event_head(), "choices": [], "usage": usage(stats, self.n)}
+
+    def _logprobs(self, index: int, items: Sequence[TextChunk]) -> dict[str, Any] | None:
+        """Log-probabilities of choice `index`'s next tokens, None where none are asked for."""
+        if self.logprobs is None:
+            return None
+        scored = [scored for item in items for scored in item.chunk.logprobs or ()]
+        if self.chat:
+            return chat_logprobs(self.tokenizer, scored)
+        text, last = "".join([item.text for item in items]), items[-1].finish_reason is not None
+        if (begun := self._text_logprobs.get(index)) is not None:
+            return begun.event(text, scored, last)
+        begun = TextLogprobs(self.tokenizer, self.logprobs, self.skip_special_tokens)
+        self._text_logprobs[index] = begun
+        if not self.echo:
+            return begun.event(text, scored, last)
+        return begun.event(
+            text, scored, last, self.echo[index // self.n], self._prompt_scores(index, items[0])
+        )
+
+    def _prompt_logprobs(self, index: int, first: TextChunk) -> list[dict[str, Any] | None] | None:
+        scores, top = self._prompt_scores(index, first), self.prompt_logprobs
+        assert top is not None, "nobody asks else"
+        return prompt_logprobs(self.tokenizer, scores, top) if scores is not None else None
+
+    def _prompt_scores(self, index: int, first: TextChunk) -> PromptLogprobs | None:
+        """Log-probabilities of the prompt of choice `index`, whose first chunk this is.
+
+        They come with the first choice of each prompt, which the others wait for.
+        """
+        return self._scores.setdefault(index // self.n, first.chunk.prompt_logprobs)
 
     def _event_head(self) -> dict[str, Any]:
         head = self._head("chat.completion.chunk" if self.chat else "text_completion")
@@ -150,39 +195,6 @@ class ResponseFormat:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _logprobs(self, index: int, items: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Log-probabilities of choice `index`'s next tokens."""
-        if self.chat:
-            content = [
-                {
-                    **self._scored(item.token_id, item.logprob),
-                    "top_logprobs": [self._scored(*alternative) for alternative in item.top],
-                }
-                for item in items
-            ]
-            return {"content": content, "refusal": None}
-        tokens = [self._spell(item.token_id) for item in items]
-        offsets = list(accumulate(map(len, tokens), initial=self._offsets.get(index, 0)))
-        self._offsets[index] = offsets.pop()
-        return {
-            "tokens": tokens,
-            "token_logprobs": [_finite(item.logprob) for item in items],
-            "top_logprobs": [{self._spell(t): _finite(p) for t, p in item.top} for item in items],
-            "text_offset": offsets,
-        }
-
-    def _scored(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = list(token_bytes(self.tokenizer)[token_id])
-        return {"token": self._spell(token_id), "logprob": _finite(logprob), "bytes": raw}
-
-    def _spell(self, token_id: int) -> str:
-        return spell(self.tokenizer, token_id)
-
-
-def spell(tokenizer: Any, token_id: int) -> str:
-    """A token as text; bytes that are no whole character become U+FFFD."""
-    return token_bytes(tokenizer)[token_id].decode(errors="replace")
 
 
 def _message(message: ChatDelta) -> dict[str, Any]:
@@ -220,11 +232,6 @@ def _delta(delta: ChatDelta) -> dict[str, Any]:
             for call in delta.tool_calls
         ]
     return rendered
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI writes -9999 for it."""
-    return max(logprob, -9999.0)
 
 
 def sse(event: dict[str, Any]) -> str:

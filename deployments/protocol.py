@@ -53,6 +53,7 @@ class Body(BaseModel):
     min_tokens: int | None = 0
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    prompt_logprobs: int | None = None
     n: int | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -85,8 +86,15 @@ class Body(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling_with(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_with(
+        self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         """Raises RequestError."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs can't be streamed: leave out stream, or ask /v1/completions for echo with logprobs",
+                "prompt_logprobs",
+            )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         bias = self.logit_bias or {}
         if not all(_TOKEN_ID.fullmatch(token) for token in bias):
@@ -109,6 +117,7 @@ class Body(BaseModel):
             include_stop_str_in_output=self.include_stop_str_in_output,
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             n=self.n,
         )
 

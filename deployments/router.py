@@ -82,7 +82,8 @@ def replica_report(engine: "Engine") -> dict[str, Any]:
 def request_load(request: Request, capacity: Capacity) -> Load:
     """What a request will take of a replica that has nothing of it cached."""
     params, prompt = request.params, len(request.prompt)
-    output = min(params.max_tokens or _TYPICAL_OUTPUT_TOKENS, _TYPICAL_OUTPUT_TOKENS)
+    most = params.max_tokens
+    output = _TYPICAL_OUTPUT_TOKENS if most is None else min(most, _TYPICAL_OUTPUT_TOKENS)
     return Load(params.n + prompt / capacity.prefill_chunk, (prompt + params.n * output) / capacity.page_size)
 
 

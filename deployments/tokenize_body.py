@@ -12,11 +12,14 @@ from orthrus.errors import RequestError
 
 
 class TokenizeBody(BaseModel):
-    """POST /tokenize: the ids of a text (`prompt`), or of a chat (`messages` and what else shapes its prompt)."""
+    """POST /tokenize: the ids of a text (`prompt`), or of a chat (`messages` and what else shapes its prompt).
+
+    model: may be left out, as there is only one; lm-eval does.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str
+    model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
@@ -34,9 +37,9 @@ class TokenizeBody(BaseModel):
 
     def chat(self) -> ChatBody:
         """The chat whose prompt is asked for. Raises RequestError."""
-        asked = ("model", "messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
+        asked = ("messages", "tools", "reasoning_effort", "enable_thinking", "chat_template_kwargs")
         try:
-            return ChatBody(**{name: getattr(self, name) for name in asked})
+            return ChatBody(**{name: getattr(self, name) for name in asked} | {"model": self.model or ""})
         except ValidationError as error:
             raise describe(error) from None
 
@@ -46,5 +49,5 @@ class DetokenizeBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str
+    model: str | None = None
     tokens: list[int]

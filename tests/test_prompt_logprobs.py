@@ -100,11 +100,12 @@ def test_prompts_are_scored_as_hugging_face_scores_them(
 def test_what_follows_a_scored_prompt_is_what_follows_it_unscored(checkpoint: Path, ar: Engine) -> None:
     """Also where picks are filtered, penalised, or may not end: rows that score are picked from as they are."""
     text = [3, 1, 4, 1, 5] * 12
-    for settings in (
+    cases: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 1, "top_k": 5, "logprobs": 2},
         {"temperature": 1.0, "seed": 2, "repetition_penalty": 1.3, "logit_bias": {7: 3.0}, "logprobs": 0},
         {"temperature": 0.0, "stop_token_ids": tuple(range(100)), "min_tokens": 9},
-    ):
+    ]
+    for settings in cases:
         plain = SamplingParams(max_tokens=20, **settings)
         [[expected]] = ar.generate([text], plain)
         [[got]] = engine(checkpoint, prefill_chunk=32).generate([text], replace(plain, prompt_logprobs=TOP))
@@ -148,10 +149,11 @@ def test_only_a_score_is_asked_for(checkpoint: Path, ar: Engine) -> None:
         ours.check(Request("long", [5] * (limit + 1), SCORE))
     with pytest.raises(RequestError, match="at least one new token"):
         ours.check(Request("long", [5] * limit, replace(SCORE, max_tokens=1)))
-    for name, value in (("max_tokens", 0), ("prompt_logprobs", 21), ("prompt_logprobs", -1)):
+    refused: list[dict[str, Any]] = [{"max_tokens": 0}, {"prompt_logprobs": 21}, {"prompt_logprobs": -1}]
+    for fields in refused:
         with pytest.raises(RequestError) as caught:
-            SamplingParams(**{name: value})
-        assert caught.value.param == name
+            SamplingParams(**fields)
+        assert [caught.value.param] == list(fields)
 
 
 @pytest.mark.parametrize(

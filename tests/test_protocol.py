@@ -38,6 +38,7 @@ from deployments.failures import (
 )
 from deployments.generation import Choice, TextChunk
 from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
+from deployments.logprobs_format import Echo
 from deployments.openai_format import ResponseFormat, cost
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import describe
@@ -232,7 +233,8 @@ def test_bodies_that_cannot_be_read(fields: dict[str, Any], param: str, said: st
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"suffix": "s"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"prompt": []}, "prompt"),
@@ -422,11 +424,13 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
         )
         for i in range(2)
     ]
+    asked: dict[str, Any] = {"n": 2, "logprobs": 2 if logprobs else None}
     text = Completion.model_validate_json(
-        json.dumps(ResponseFormat(False, "m", tokenizer).whole(choices, 2), allow_nan=False), strict=True
+        json.dumps(ResponseFormat(False, "m", tokenizer, **asked).whole(choices), allow_nan=False),
+        strict=True,
     )
     talk = ChatCompletion.model_validate_json(
-        json.dumps(ResponseFormat(True, "m", tokenizer).whole(choices, 2), allow_nan=False), strict=True
+        json.dumps(ResponseFormat(True, "m", tokenizer, **asked).whole(choices), allow_nan=False), strict=True
     )
     assert [choice.text for choice in text.choices] == ["é!"] * 2
     assert [choice.message.content for choice in talk.choices] == ["é!"] * 2
@@ -438,7 +442,7 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
     assert text.choices[0].model_extra == talk.choices[1].model_extra == {"orthrus": costs}
     if logprobs:
         assert text.choices[0].logprobs is not None
-        assert text.choices[0].logprobs.text_offset == [0, 1, 2]
+        assert text.choices[0].logprobs.text_offset == [0, 0, 1]
         assert talk.choices[0].logprobs is not None
         content = talk.choices[0].logprobs.content
         assert content is not None
@@ -462,7 +466,8 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
         TextChunk(0, "a", chunk(0, ids[:1], False, True), ChatDelta("a")),
         TextChunk(0, "b", chunk(0, ids[1:], True, True), ChatDelta("b"), "length"),
     ]
-    text, talk = ResponseFormat(False, "m", tokenizer), ResponseFormat(True, "m", tokenizer, True)
+    text = ResponseFormat(False, "m", tokenizer, logprobs=2)
+    talk = ResponseFormat(True, "m", tokenizer, True, logprobs=2)
     # `construct` is what the client uses: the type wants a finish reason, and OpenAI streams null until there is one.
     events = [Completion.construct(**text.event(piece, 0)) for piece in pieces]
     Completion.model_validate(events[-1].model_dump())
@@ -472,7 +477,7 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
         [0],
         [1],
     ]
-    chunks = [talk.opening(0, 1), *(talk.event(piece, 0) for piece in pieces), talk.usage_event([STATS], 1)]
+    chunks = [talk.opening(0), *(talk.event(piece, 0) for piece in pieces), talk.usage_event([STATS])]
     parsed = [ChatCompletionChunk.model_validate(event) for event in chunks]
     assert len({event.id for event in parsed}) == 1
     assert parsed[0].choices[0].delta.role == "assistant"
@@ -495,7 +500,9 @@ def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) 
         ChatDelta("a", tool_calls=call),
     ]
     for delta in deltas:
-        out, whole = (ResponseFormat(delta is not None, 'm"é', tokenizer, include_usage) for _ in range(2))
+        out, whole = (
+            ResponseFormat(delta is not None, 'm"é', tokenizer, include_usage, logprobs=2) for _ in range(2)
+        )
         whole.id, whole.created = out.id, out.created
         text = 'x"\n' if delta is None else ""
         for index, last in ((0, False), (3, False), (3, False), (3, True)):
@@ -506,15 +513,13 @@ def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) 
 
 
 def test_echo_puts_the_prompt_first(tokenizer: Any) -> None:
-    out = ResponseFormat(False, "m", tokenizer, echo=["pq", "r"])
-    items = [TextChunk(0, "ab", chunk(0, (1, 2), True, True), finish_reason="length")]
-    whole = Completion.model_validate(out.whole([Choice(items)] * 4, 2))
+    out = ResponseFormat(False, "m", tokenizer, n=2, echo=[Echo("pq"), Echo("r")])
+    items = [TextChunk(0, "ab", chunk(0, (1, 2), True, False), finish_reason="length")]
+    whole = Completion.model_validate(out.whole([Choice(items)] * 4))
     assert [choice.text for choice in whole.choices] == ["pqab", "pqab", "rab", "rab"]
-    offsets = [choice.logprobs and choice.logprobs.text_offset for choice in whole.choices]
-    assert offsets == [[2, 3], [2, 3], [1, 2], [1, 2]]
-    opening = out.opening(2, 2)
+    opening = out.opening(2)
     assert opening is not None and opening["choices"][0]["text"] == "r"
-    assert ResponseFormat(False, "m", tokenizer).opening(0, 1) is None
+    assert ResponseFormat(False, "m", tokenizer).opening(0) is None
 
 
 def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:
@@ -529,7 +534,7 @@ def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:
         for delta, reason in zip(deltas, reasons, strict=True)
     ]
     out = ResponseFormat(True, "m", tokenizer)
-    whole = ChatCompletion.model_validate_json(json.dumps(out.whole([Choice(items)], 1)), strict=True)
+    whole = ChatCompletion.model_validate_json(json.dumps(out.whole([Choice(items)])), strict=True)
     [answer] = whole.choices
     assert answer.finish_reason == "tool_calls"
     assert answer.message.content == "see"

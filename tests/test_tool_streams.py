@@ -35,7 +35,7 @@ def events(tokenizer: Any, pieces: list[str]) -> Iterator[dict[str, Any]]:
     """The events of an answer whose chunks have these texts."""
     out = ResponseFormat(True, "m", tokenizer)
     splitter = ChatSplitter(thinks=True, calls=True)
-    yield out.opening(0, 1) or {}
+    yield out.opening(0) or {}
     for number, piece in enumerate(pieces):
         last = number == len(pieces) - 1
         delta = splitter.push(piece, final=last)

@@ -1,0 +1,167 @@
+"""Log-probabilities in OpenAI's and vLLM's JSON: a chat's, a completion's with places in its text, a prompt's.
+
+A completion's alternatives are keys of an object, so each token needs a spelling of its own there: bytes that are no whole
+characters are `bytes:\\xe6`, as OpenAI spells them, and a token whose spelling is taken is `token_id:123`, as vLLM does.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orthrus.request import PromptLogprobs, TokenLogprob
+from orthrus.text import TextStream, token_bytes
+
+
+def spell(tokenizer: Any, token_id: int) -> str:
+    """A token as text; bytes that are no whole character become U+FFFD."""
+    return token_bytes(tokenizer)[token_id].decode(errors="replace")
+
+
+def chat_logprobs(tokenizer: Any, items: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """`logprobs` of a chat. Its alternatives are the best tokens, whether or not the one that was picked is among them."""
+
+    def scored(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = list(token_bytes(tokenizer)[token_id])
+        return {"token": spell(tokenizer, token_id), "logprob": _finite(logprob), "bytes": raw}
+
+    content = [
+        {
+            **scored(item.token_id, item.logprob),
+            "top_logprobs": [scored(*alternative) for alternative in item.top],
+        }
+        for item in items
+    ]
+    return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(tokenizer: Any, scores: PromptLogprobs, top: int) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: for each token of a prompt, it and the `top` best by their ids; null for the first."""
+
+    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": spell(tokenizer, token_id)}
+
+    rendered: list[dict[str, Any] | None] = [None]
+    for item, rank in zip(scores.tokens(), scores.ranks.tolist(), strict=True):
+        entries = {str(item.token_id): entry(item.token_id, item.logprob, rank)}
+        for place, (token_id, logprob) in enumerate(item.top[:top], 1):
+            entries.setdefault(str(token_id), entry(token_id, logprob, place))
+        rendered.append(entries)
+    return rendered
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt's text, which those of its choices begin with. offsets: where in it each of its `tokens` begins."""
+
+    text: str
+    tokens: Sequence[int] = ()
+    offsets: Sequence[int] = ()
+
+    @staticmethod
+    def of(tokenizer: Any, prompt: str | Sequence[int], tokens: Sequence[int]) -> "Echo":
+        """prompt: as the client sent it, a text or its token ids. tokens: what the model gets of it."""
+        if not isinstance(prompt, str):
+            stream = TextStream(tokenizer, skip_special_tokens=False)
+            text, offsets = "", []
+            for token in tokens:
+                offsets.append(len(text))
+                text += stream.push(token)
+            return Echo(text + stream.finish(), tokens, offsets)
+        # The text as it came, which the tokenizer may have normalised: it says where in it each token begins.
+        offsets, before = [], 0
+        for start, end in tokenizer.backend_tokenizer.encode(prompt).offsets:
+            # Some tokenizers leave a token's leading blank out of its span.
+            offsets.append(start if prompt[before:start].strip() else min(start, before))
+            before = end
+        return Echo(prompt, tokens, offsets)
+
+
+@dataclass
+class TextLogprobs:
+    """`logprobs` of one choice of a completion, from one event to the next. top: alternatives of each token.
+
+    `text_offset` counts characters of the text that is returned: a token that begins within a character begins where that
+    does, one that is no part of the text where the text has come to. A token whose text is held back, since a stop string may
+    begin before it, is held back as well: where the stop string came true, it begins where the text ends.
+    """
+
+    tokenizer: Any
+    top: int
+    skip_special_tokens: bool = True
+    _stream: TextStream = field(init=False)
+    # Characters of the tokens so far, and of the text that has been returned.
+    _spelt: int = 0
+    _returned: int = 0
+    _held: deque[tuple[TokenLogprob, int]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._stream = TextStream(self.tokenizer, skip_special_tokens=self.skip_special_tokens)
+
+    def event(
+        self,
+        text: str,
+        items: Iterable[TokenLogprob],
+        last: bool,
+        echo: Echo | None = None,
+        prompt: PromptLogprobs | None = None,
+    ) -> dict[str, Any]:
+        """What comes with `text`, the answer's next. last: no more will come.
+
+        echo: goes before it. prompt: log-probabilities of what is echoed, from its second token on.
+        """
+        told = _Columns()
+        if echo is not None:
+            self._spelt = self._returned = len(echo.text)
+            if prompt is not None:
+                told.add(self._spell(echo.tokens[0]), None, None, echo.offsets[0])
+                for item, offset in zip(prompt.tokens(), echo.offsets[1:], strict=True):
+                    self._tell(told, item, offset)
+        self._returned += len(text)
+        for item in items:
+            self._held.append((item, self._spelt))
+            self._spelt += len(self._stream.push(item.token_id))
+        while self._held and (last or self._held[0][1] <= self._returned):
+            item, offset = self._held.popleft()
+            self._tell(told, item, min(offset, self._returned))
+        return vars(told)
+
+    def _tell(self, told: "_Columns", item: TokenLogprob, offset: int) -> None:
+        """The token that was picked is always among those reported, which may be one more than were asked for."""
+        spelling = self._spell(item.token_id)
+        taken = {spelling: item.token_id}
+        top: dict[str, float] = {}
+        for token_id, logprob in (*item.top[: self.top], (item.token_id, item.logprob)):
+            key = self._spell(token_id)
+            if taken.setdefault(key, token_id) != token_id:
+                key = f"token_id:{token_id}"
+            top[key] = _finite(logprob)
+        told.add(spelling, _finite(item.logprob), top, offset)
+
+    def _spell(self, token_id: int) -> str:
+        raw = token_bytes(self.tokenizer)[token_id]
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return f"bytes:{raw.decode(errors='backslashreplace')}"
+
+
+@dataclass
+class _Columns:
+    """OpenAI's object, which has a list for each property of the tokens."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+    def add(self, token: str, logprob: float | None, top: dict[str, float] | None, offset: int) -> None:
+        self.tokens.append(token)
+        self.token_logprobs.append(logprob)
+        self.top_logprobs.append(top)
+        self.text_offset.append(offset)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for it."""
+    return max(logprob, -9999.0)
