@@ -75,13 +75,34 @@ def _arguments_schema(tool: Tool) -> dict[str, Any] | None:
     given = tool.function.parameters
     if not given:
         return None
-    schema = {**(given if isinstance(given, dict) else {}), "type": "object"}
-    if "$ref" in schema:
+    schema = {**_object_part(given), "type": "object"} if isinstance(given, dict) else {"type": "object"}
+    parts = schema.get("allOf", [])
+    if "$ref" in schema and isinstance(parts, list):
         # Up to JSON Schema's draft 7 it hides what stands beside it.
-        schema["allOf"] = [*schema.get("allOf", ()), {"$ref": schema.pop("$ref")}]
+        schema["allOf"] = [*parts, {"$ref": schema.pop("$ref")}]
     if "properties" in schema and not _OTHER_PROPERTIES & schema.keys():
         schema["additionalProperties"] = False
     return schema
+
+
+def _object_part(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without the choices that no object can be."""
+    kept = dict(schema)
+    for name in ("anyOf", "oneOf", "enum"):
+        if isinstance(options := schema.get(name), list):
+            kept[name] = [option for option in options if _may_be_object(option, of_values=name == "enum")]
+            if not kept[name]:
+                del kept[name]
+    if not isinstance(kept.get("const", {}), dict):
+        del kept["const"]
+    return kept
+
+
+def _may_be_object(option: Any, *, of_values: bool) -> bool:
+    if of_values:
+        return isinstance(option, dict)
+    types = option.get("type", "object") if isinstance(option, dict) else "object"
+    return "object" in (types if isinstance(types, list) else [types])
 
 
 def _reasoning(tokenizer: Any, inside: bool) -> dict[str, str]:

@@ -219,6 +219,9 @@ CITY = {"properties": {"city": {"type": "string"}}}
         ({"parameters": {"type": "object", "properties": {}}}, ["{}"], ['{"a": 1}']),
         ({"parameters": {"type": "string"}}, ["{}", '{"a": 1}'], ['"a"']),
         ({"parameters": {"type": ["object", "null"]}}, ["{}"], ["null"]),
+        ({"parameters": {"enum": ["a", {"b": 1}]}}, ['{"b": 1}'], ['"a"', "{}"]),
+        ({"parameters": {"const": "a"}}, ["{}"], ['"a"']),
+        ({"parameters": {"oneOf": [{"type": "string"}, {"type": "null"}]}}, ["{}"], ["null"]),
         ({"parameters": CITY}, ["{}", '{"city": "Ulm"}'], ['{"city": 1}', '{"town": "Ulm"}', '"Ulm"']),
         ({"parameters": {**CITY, "additionalProperties": True}}, ['{"town": 1}'], ["1"]),
         (
