@@ -20,6 +20,7 @@ from deployments.api_config import ApiConfig
 from deployments.api_keys import ApiKey, KeyRing
 from deployments.failures import InvalidKey, RateLimited
 from deployments.rate_limits import Limits, Quotas
+from deployments.request_metrics import RequestMetrics
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, RequestStats
 
@@ -30,6 +31,8 @@ _REQUEST_ID = ("x-request-id", "request_id")
 _SESSION = "x-session-id"
 # Where Anthropic's clients have it.
 _API_KEY = "x-api-key"
+# Endpoints that answer without an engine.
+_WITHOUT_TOKENS = ("tokenize", "detokenize", "messages.count_tokens")
 _SAFE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -40,6 +43,7 @@ class Call:
     headers: what the answer says of the key's limits. prompts: their texts for the log, None to keep them out of it.
     outcome: "ok", "cancelled", or the name of the exception that ended it. span: what is done for the call belongs to it.
     session: what the client calls the conversation that the call belongs to (deployments/router.py), "" for none.
+    metrics: where it is counted, if it asks for tokens.
     """
 
     endpoint: str
@@ -49,9 +53,11 @@ class Call:
     quotas: Quotas | None = None
     outcome: str = "cancelled"
     session: str = ""
+    metrics: RequestMetrics | None = None
     span: trace.Span = field(init=False)
     _started: float = field(default_factory=time.monotonic)
     _first_token_s: float | None = None
+    _last_chunk_at: dict[tuple[str, int], float] = field(default_factory=dict)
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
     _cached_tokens: int = 0
     _completion_tokens: int = 0
@@ -71,17 +77,33 @@ class Call:
         self.add_prompt(chunk.request_id, prompt_tokens)
         tokens = len(chunk.token_ids)
         self._completion_tokens += tokens
-        if tokens and self._first_token_s is None:
-            self._first_token_s = time.monotonic() - self._started
-            self.span.add_event("first token")
+        if tokens:
+            self._note_tokens((chunk.request_id, chunk.index), tokens)
         if chunk.finish_reason is not None:
             self._finish_reasons.append(chunk.finish_reason)
         if chunk.stats is not None:
             self._stats.append(chunk.stats)
+            self._observe("request_queue_time_seconds", chunk.stats.queue_seconds)
             if chunk.index == 0:
                 # A prompt counts once, however many choices it has.
                 self._cached_tokens += chunk.stats.cached_tokens
         self._spend(tokens)
+
+    def _note_tokens(self, choice: tuple[str, int], tokens: int) -> None:
+        """Measure how long a choice's tokens, which have just come, were waited for."""
+        now = time.monotonic()
+        if self._first_token_s is None:
+            self._first_token_s = now - self._started
+            self._observe("time_to_first_token_seconds", self._first_token_s)
+            self.span.add_event("first token")
+        before = self._last_chunk_at.get(choice)
+        if before is not None:
+            self._observe("inter_token_latency_seconds", (now - before) / tokens)
+        self._last_chunk_at[choice] = now
+
+    def _observe(self, name: str, value: float) -> None:
+        if self.metrics is not None:
+            self.metrics.observe(name, value)
 
     def add_prompt(self, request_id: str, tokens: int) -> None:
         """Count the prompt of an engine request, once."""
@@ -113,6 +135,12 @@ class Call:
         }
         if self.prompts is not None:
             fields["prompts"] = self.prompts
+        if self.metrics is not None:
+            self.metrics.count(self.endpoint, self.outcome)
+            if self._prompt_tokens:
+                self._observe("e2e_request_latency_seconds", seconds)
+                self._observe("request_prompt_tokens", prompt)
+                self._observe("request_generation_tokens", completion)
         logger.info(
             "%s %s: %d + %d tokens in %.3f s",
             self.endpoint,
@@ -138,11 +166,17 @@ class Call:
 class Gate:
     """Lets calls in: by their headers alone, before anything else of them is read."""
 
-    def __init__(self, config: ApiConfig, limiter: DeploymentHandle | None) -> None:
-        """limiter: a `RateLimiter`, where there are keys. Raises ConfigError if the keys can't be read."""
+    def __init__(
+        self, config: ApiConfig, limiter: DeploymentHandle | None, metrics: RequestMetrics | None = None
+    ) -> None:
+        """limiter: a `RateLimiter`, where there are keys. metrics: where calls for tokens are counted.
+
+        Raises ConfigError if the keys can't be read.
+        """
         self._config = config
         self._keys = KeyRing(config) if config.has_keys else None
         self._quotas = Quotas(limiter) if limiter is not None else None
+        self._metrics = metrics
 
     def identify(self, metadata: Mapping[str, Any]) -> ApiKey | None:
         """The key of a call with this metadata (names in lower case), None where none is needed.
@@ -168,6 +202,8 @@ class Gate:
 
     async def admit(self, call: Call, metadata: Mapping[str, Any]) -> None:
         """Let the call go ahead, one request of its key's limits taken. Raises RateLimited, and as `identify` does."""
+        if call.endpoint not in _WITHOUT_TOKENS:
+            call.metrics = self._metrics
         call.key = key = self.identify(metadata)
         call.session = metadata.get(_SESSION, "")
         if self._config.log_prompts:

@@ -28,6 +28,7 @@ from deployments.logprobs_format import Echo, spell
 from deployments.messages_api import create_message
 from deployments.messages_body import CountTokensBody, MessagesBody
 from deployments.messages_format import error_body, error_status, is_messages_path
+from deployments.metrics import spell as spell_metrics
 from deployments.openai_format import ResponseFormat, sse
 from deployments.tokenize_body import DetokenizeBody, TokenizeBody
 from deployments.tokenizer_info import tokenizer_info
@@ -194,8 +195,9 @@ class Ingress(GrpcIngress):
         return JSONResponse({"status": "ok"})
 
     @api.get("/metrics")
-    async def metrics(self) -> Response:
-        return Response(await self._scrape(), media_type="text/plain; version=0.0.4")
+    async def metrics(self, request: HTTPRequest) -> Response:
+        text, media_type = spell_metrics(await self._scrape(), request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": media_type})
 
     async def _admit(self, endpoint: str, request: HTTPRequest) -> Call:
         """An admitted call, which `CallMiddleware` ends."""

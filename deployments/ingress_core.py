@@ -16,6 +16,7 @@ from deployments.failures import ModelNotFound
 from deployments.log_filter import quiet_client_errors
 from deployments.metrics import scrape
 from deployments.recent import Recent
+from deployments.request_metrics import RequestMetrics
 from orthrus.checkpoint import resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
@@ -40,8 +41,8 @@ class IngressCore:
         self._replica = replica
         self._receiver = ChunkReceiver()
         self._config = api
-        self._gate = Gate(api, limiter)
         self._model = config.served_model_name or config.model
+        self._gate = Gate(api, limiter, RequestMetrics(self._model))
         path = resolve(config.model)
         self._tokenizer = load_tokenizer(path)
         model = ModelConfig.from_dir(path)

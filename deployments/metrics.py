@@ -1,25 +1,64 @@
 """The cluster's Prometheus metrics behind one address.
 
-Ray keeps an agent on every node that exports what the node's processes record, Serve's and ours among it. A Prometheus that finds
-Ray's nodes scrapes the agents directly; `scrape` is for one that only knows the service.
+Ray keeps an agent on every node that exports what the node's processes record, some hundreds of kilobytes. A Prometheus that
+finds Ray's nodes scrapes the agents directly; `scrape` is for one that only knows the service, and has our metrics and those of
+Serve's that say how the service does.
 """
 
 import asyncio
+from collections.abc import Iterable, Iterator
 
 import aiohttp
 import ray
+from prometheus_client import Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
-_PREFIXES = ("ray_orthrus_", "ray_serve_")
+_OURS = "ray_orthrus_"
+_SERVES = {
+    f"ray_serve_{name}"
+    for name in (
+        "application_status",
+        "deployment_error_counter",
+        "deployment_queued_queries",
+        "deployment_replica_healthy",
+        "deployment_replica_starts",
+        "deployment_request_counter",
+        "deployment_status",
+        "num_grpc_error_requests",
+        "num_grpc_requests",
+        "num_http_error_requests",
+        "num_http_requests",
+        "num_ongoing_grpc_requests",
+        "num_ongoing_http_requests",
+        "proxy_status",
+        "replica_processing_queries",
+    )
+}
+# The same in all samples, or without a meaning outside Ray.
+_NO_LABELS = {
+    "Component",
+    "JobId",
+    "SessionName",
+    "Version",
+    "otel_scope_name",
+    "otel_scope_schema_url",
+    "otel_scope_version",
+}
+_PROCESS = "WorkerId"
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 
 
-async def scrape() -> str:
-    """Serve's and our metrics of all live nodes, in Prometheus' text format. A node that doesn't answer is left out."""
+async def scrape() -> list[Metric]:
+    """The metrics of all live nodes. A node that doesn't answer is left out."""
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
     urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
     async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
         answers = await asyncio.gather(*(_get(session, url) for url in urls), return_exceptions=True)
-    return merge([answer for answer in answers if isinstance(answer, str)])
+    exports = [answer for answer in answers if isinstance(answer, str)]
+    # In a thread: reading some hundreds of kilobytes would hold up streams.
+    return await asyncio.to_thread(merge, exports)
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> str:
@@ -28,18 +67,43 @@ async def _get(session: aiohttp.ClientSession, url: str) -> str:
         return await answer.text()
 
 
-def merge(exports: list[str]) -> str:
-    """Several exports in one: each of our metric families once, with the samples of all."""
-    headers: dict[str, list[str]] = {}
-    samples: dict[str, list[str]] = {}
+def merge(exports: Iterable[str]) -> list[Metric]:
+    """Several exports in one: each of the families above once, with the samples of all."""
+    merged: dict[str, Metric] = {}
+    samples: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], Sample]] = {}
     for export in exports:
-        family = ""
-        for line in export.splitlines():
-            if line.startswith(("# HELP ", "# TYPE ")):
-                family = line.split(" ", 3)[2]
-                if family.startswith(_PREFIXES) and line not in headers.setdefault(family, []):
-                    headers[family].append(line)
-            elif family.startswith(_PREFIXES) and line:
-                samples.setdefault(family, []).append(line)
-    lines = [line for family in sorted(samples) for line in (*headers[family], *samples[family])]
-    return "".join(f"{line}\n" for line in lines)
+        for family in text_string_to_metric_families(export):
+            if not family.name.startswith(_OURS) and family.name not in _SERVES:
+                continue
+            merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            seen = samples.setdefault(family.name, {})
+            for sample in _plain(family):
+                # No parser takes a sample twice.
+                seen[sample.name, frozenset(sample.labels.items())] = sample
+    for name, family in merged.items():
+        family.samples = list(samples[name].values())
+    return [merged[name] for name in sorted(merged)]
+
+
+def _plain(family: Metric) -> Iterator[Sample]:
+    """The samples without labels that nobody asks for."""
+    for sample in family.samples:
+        dropped = _NO_LABELS | {_PROCESS} if "replica" in sample.labels else _NO_LABELS
+        labels = {label: value for label, value in sample.labels.items() if label not in dropped}
+        yield Sample(sample.name, labels, sample.value)
+
+
+def spell(metrics: list[Metric], accept: str) -> tuple[bytes, str]:
+    """The metrics in the format that an Accept header asks for, OpenMetrics or Prometheus' text, and its media type."""
+    encode, media_type = choose_encoder(accept)
+    return encode(_Collected(metrics)), media_type
+
+
+class _Collected:
+    """What prometheus_client's encoders ask a registry for."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics

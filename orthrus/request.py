@@ -226,7 +226,7 @@ class RequestStats:
 
     cycles: committing steps after the first token (a draft + verify pair, or one AR pass).
     passes: forward passes the sequence had decode rows in, drafts included. Both are what tokens per cycle
-    and TPF (tokens per forward pass) are made of; see `tokens_per_cycle`.
+    and TPF (tokens per forward pass) are made of; see `tokens_per_cycle`. queue_seconds: time that it waited for room.
     """
 
     prompt_tokens: int
@@ -235,6 +235,7 @@ class RequestStats:
     cycles: int
     passes: int
     seed: int
+    queue_seconds: float = field(default=0.0, compare=False)  # Of the moment, unlike the rest.
 
     @property
     def tokens_per_cycle(self) -> float:

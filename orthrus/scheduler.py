@@ -253,7 +253,9 @@ class Scheduler:
         self.waiting.pop(0)
         bisect.insort(self.running, sequence, key=_turn)
         self.admitted += 1
-        self.queue_wait_seconds += time.monotonic() - sequence.queued_at
+        waited = time.monotonic() - sequence.queued_at
+        sequence.queue_seconds += waited
+        self.queue_wait_seconds += waited
         return group
 
 

@@ -29,7 +29,8 @@ class Sequence:
     their way will commit, as `RowGroup.tokens` refers to them; `computed` counts on those passes. `draft`: tokens drafted
     for the positions after n, waiting to be verified. `leader`: the first choice of the same request, whose prefill this
     one waits for, to share its pages. `unscored`: positions whose logits score the prompt token after them, and that are still to
-    be computed for it; `scores`: of the tokens that have been scored. `queued_at`: since when it waits, monotonic seconds.
+    be computed for it; `scores`: of the tokens that have been scored. `queued_at`: since when it waits, monotonic
+    seconds; `queue_seconds`: how long it has waited before.
     `arrival`: its number in order of arrival. `priority` and `cache_salt`: the request's.
     """
 
@@ -58,6 +59,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     queued_at: float = 0.0
+    queue_seconds: float = 0.0
     arrival: int = 0
     priority: int = 0
     cache_salt: str = ""
@@ -113,6 +115,7 @@ class Sequence:
             cycles=self.cycles,
             passes=self.passes,
             seed=self.seed,
+            queue_seconds=self.queue_seconds,
         )
 
     def append(self, token: int) -> None:

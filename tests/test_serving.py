@@ -10,8 +10,12 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.proto import orthrus_pb2 as pb
+from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from deployments.request_metrics import HISTOGRAMS
 from orthrus.engine import Engine
 from orthrus.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http, plain, wait_until_busy, wait_until_free
@@ -249,18 +253,39 @@ def test_tokenize_errors(url: str, path: str, body: dict[str, Any], status: int,
     assert (got, answer["error"]["param"]) == (status, param)
 
 
-def test_metrics_are_prometheus_text(url: str, client: openai.OpenAI) -> None:
-    client.models.list()
+def scraped(url: str, parse: Any, accept: str) -> tuple[dict[str, list[Any]], int]:
+    """The samples of each family that a scrape has, read strictly, and its size in bytes."""
+    request = urllib.request.Request(f"{url}/metrics", headers={"Accept": accept})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.headers["Content-Type"].startswith(accept)
+        text = answer.read()
+    return {family.name: family.samples for family in parse(text.decode())}, len(text)
+
+
+def test_metrics_measure_both_protocols_by_model(url: str, client: openai.OpenAI, stub: OrthrusStub) -> None:
+    """Ray's processes report every few seconds."""
+    with client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=32, stream=True) as events:
+        list(events)
+    params = pb.SamplingParams(max_tokens=32, temperature=0)
+    list(stub.GenerateStream(pb.GenerateRequest(model=MODEL, prompt=PROMPT, sampling=params)))
     deadline = time.monotonic() + 60
-    # Ray's processes report to their node's agent every few seconds.
-    while True:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-            families = {family.name for family in text_string_to_metric_families(answer.read().decode())}
-        if "ray_serve_num_http_requests" in families:
-            break
-        assert time.monotonic() < deadline, families
+    done: set[str] = set()
+    while not {"completions", "GenerateStream"} <= done:
+        assert time.monotonic() < deadline, f"requests of {done} only are in the metrics"
         time.sleep(0.5)
-    assert all(name.startswith(("ray_serve_", "ray_orthrus_")) for name in families)
+        families, size = scraped(url, text_string_to_metric_families, "text/plain")
+        samples = families.get("ray_orthrus_requests", [])
+        done = {s.labels["endpoint"] for s in samples if s.labels["outcome"] == "ok"}
+    assert size < 200_000
+    opened, _ = scraped(url, openmetrics_families, "application/openmetrics-text")
+    assert set(opened) == set(families)
+    for name in HISTOGRAMS:
+        family = families[f"ray_orthrus_{name}"]
+        assert {s.labels["model"] for s in family} == {MODEL}
+        counts = [s.value for s in family if s.name.endswith("_count")]
+        buckets = [s.value for s in family if s.labels.get("le") == "+Inf"]
+        assert sum(counts) == sum(buckets) >= 2
+    assert "ray_serve_num_http_requests" in families or "ray_serve_deployment_status" in families
 
 
 def test_the_other_routes(client: openai.OpenAI, url: str) -> None:
