@@ -51,7 +51,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Installing about 120 packages into $(VENV): some minutes the first time, most of them for torch and ray'
 	@# The loop ends with the shell, also when Ctrl-C ends that.
 	@(seconds=0; while sleep 10 && kill -0 $$$$ 2> /dev/null; do seconds=$$((seconds + 10)); \
-		echo "  $$(ls -d $(VENV)/lib/python*/site-packages/*.dist-info | wc -l) installed, the next under way ($$seconds s)"; \
+		echo "  $$(ls -d $(VENV)/lib/python*/site-packages/*.dist-info | wc -l) packages so far ($$seconds s)"; \
 	done) & beat=$$!; trap "kill $$beat" EXIT; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@

@@ -69,7 +69,7 @@ def _start_ray(address: str | None, tell: Tell) -> None:
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if address is not None:
         tell(f"Connecting to Ray at {address}")
-        ray.init(address=address, runtime_env=environment, logging_level=logging.ERROR)
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         return
     tell("Starting Ray")
     set_environment()

@@ -73,8 +73,14 @@ def serve_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def told() -> list[str]:
+    """What the start of the running application was waiting for, in order."""
+    return []
+
+
+@pytest.fixture(scope="session")
 def ports(
-    tmp_path_factory: pytest.TempPathFactory, serve_logs: Path, collector: "Collector"
+    tmp_path_factory: pytest.TempPathFactory, serve_logs: Path, collector: "Collector", told: list[str]
 ) -> Iterator[tuple[int, int]]:
     """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's.
 
@@ -106,7 +112,7 @@ def ports(
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     try:
-        serve_config(path)
+        serve_config(path, tell=told.append)
         yield web, rpc
     finally:
         serve.shutdown()

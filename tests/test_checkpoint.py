@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalLM
+from transformers.utils import logging as progress
 
 from orthrus.checkpoint import (
     CheckpointError,
@@ -405,6 +406,18 @@ class TestSaveErrors:
         tensors["model.norm.weight"] = torch.zeros(4, dtype=torch.bfloat16)
         with pytest.raises(CheckpointError, match=r"one dtype, found .*bfloat16.*float32.*cast them first"):
             save_checkpoint(tmp_path, TINY, tensors)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_loading_shows_hugging_faces_progress_bar(
+    tiny_orthrus: Path, wanted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (progress.enable_progress_bar if wanted else progress.disable_progress_bar)()
+    try:
+        load_weights(tiny_orthrus, ModelConfig.from_dir(tiny_orthrus), "cpu")
+    finally:
+        progress.disable_progress_bar()
+    assert ("loading tiny-orthrus: 100%" in capsys.readouterr().err) == wanted
 
 
 class TestResolve:

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from deployments.request_metrics import HISTOGRAMS
+from deployments.stages import read_stages
 from orthrus.engine import Engine
 from orthrus.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http, plain, wait_until_busy, wait_until_free
@@ -251,6 +252,15 @@ def test_tokenize_and_back(url: str, client: openai.OpenAI, ar: Engine) -> None:
 def test_tokenize_errors(url: str, path: str, body: dict[str, Any], status: int, param: str) -> None:
     got, answer = http(f"{url}{path}", json.dumps({"model": MODEL, **body}).encode())
     assert (got, answer["error"]["param"]) == (status, param)
+
+
+def test_the_start_says_what_it_waits_for(url: str, told: list[str]) -> None:
+    """From Serve's status and from the replica itself, whose stages are gone when it is loaded."""
+    for what in ("Reading ", "Checking the model", "Starting Ray", "Starting Ray Serve", "orthrus: "):
+        assert any(line.startswith(what) for line in told), what
+    assert any("OrthrusReplica: starting" in line for line in told)
+    assert any("loading the weights of orthrus-tiny" in line for line in told)
+    assert read_stages("orthrus") == []
 
 
 def scraped(url: str, parse: Any, accept: str) -> tuple[dict[str, list[Any]], int]:
