@@ -27,22 +27,21 @@ class RequestMetrics:
 
     def __init__(self, model: str) -> None:
         # Serve's metrics add the tags application, deployment and replica themselves.
+        self._model = model
         self._histograms = {
-            name: Histogram(
-                f"orthrus_{name}", text, boundaries=list(boundaries), tag_keys=("model",)
-            ).set_default_tags({"model": model})
+            name: Histogram(f"orthrus_{name}", text, boundaries=list(boundaries), tag_keys=("model",))
             for name, (text, boundaries) in HISTOGRAMS.items()
         }
         self._requests = Counter(
             f"orthrus_{COUNTER}",
             "Requests for tokens by their end: ok, cancelled, or the error's name",
             tag_keys=("model", "endpoint", "outcome"),
-        ).set_default_tags({"model": model})
+        )
 
     def observe(self, name: str, value: float) -> None:
         """Add a value, of seconds or tokens, to a histogram of `HISTOGRAMS`."""
-        self._histograms[name].observe(value)
+        self._histograms[name].observe(value, {"model": self._model})
 
     def count(self, endpoint: str, outcome: str) -> None:
         """Count a request that has ended."""
-        self._requests.inc(tags={"endpoint": endpoint, "outcome": outcome})
+        self._requests.inc(tags={"model": self._model, "endpoint": endpoint, "outcome": outcome})
