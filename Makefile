@@ -47,11 +47,11 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@test -x $(BIN)/python || { echo 'Making $(VENV)'; $(PYTHON) -m venv $(VENV); }
-	@echo 'Installing about 120 packages into $(VENV): some minutes the first time, most of them for torch and ray'
+	@echo 'Installing about 130 packages into $(VENV): some minutes the first time, most of them for torch and ray'
 	@# The loop ends with the shell, also when Ctrl-C ends that.
 	@(seconds=0; while sleep 10 && kill -0 $$$$ 2> /dev/null; do seconds=$$((seconds + 10)); \
-		echo "  $$(ls -d $(VENV)/lib/python*/site-packages/*.dist-info | wc -l) packages so far ($$seconds s)"; \
+		echo "  $$(ls -d $(VENV)/lib/python*/site-packages/*.dist-info 2> /dev/null | wc -l) packages so far ($$seconds s)"; \
 	done) & beat=$$!; trap "kill $$beat" EXIT; \
+	{ test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
