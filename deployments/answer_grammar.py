@@ -75,7 +75,7 @@ def _arguments_schema(tool: Tool) -> dict[str, Any] | None:
     given = tool.function.parameters
     if not given:
         return None
-    schema = {**_object_part(given), "type": "object"} if isinstance(given, dict) else {"type": "object"}
+    schema: dict[str, Any] = {**(_object_part(given) if isinstance(given, dict) else {}), "type": "object"}
     parts = schema.get("allOf", [])
     if "$ref" in schema and isinstance(parts, list):
         # Up to JSON Schema's draft 7 it hides what stands beside it.

@@ -67,5 +67,5 @@ def test_what_is_no_object_has_no_members(text: str) -> None:
 def test_elements_are_texts() -> None:
     assert elements(' [ {"a": 1.0} , [2] ] ') == ['{"a": 1.0}', "[2]"]
     for text in ("", "[", "[]", "[1,]", "{}", "[1 2]"):
-        with pytest.raises(ValueError, match="missing|Expecting"):
+        with pytest.raises(ValueError, match=r"missing|Expecting"):
             elements(text)
