@@ -74,7 +74,8 @@ class Echo:
             # Some tokenizers leave a token's leading blank out of its span.
             offsets.append(start if prompt[before:start].strip() else min(start, before))
             before = end
-        return Echo(prompt, tokens, offsets)
+        # The model may have been given the end of it alone.
+        return Echo(prompt, tokens, offsets[-len(tokens) :])
 
 
 @dataclass

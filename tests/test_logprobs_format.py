@@ -185,6 +185,7 @@ def test_a_prompt_is_echoed_as_it_came_with_its_tokens_places(
 ) -> None:
     tokens = tokenizer.encode(prompt)
     assert Echo.of(tokenizer, prompt, tokens) == Echo(prompt, tokens, offsets)
+    assert Echo.of(tokenizer, prompt, tokens[1:]) == Echo(prompt, tokens[1:], offsets[1:])
     by_ids = Echo.of(tokenizer, tokens, tokens)
     assert by_ids.text == tokenizer.decode(tokens)
     if by_ids.text == prompt:
