@@ -14,10 +14,14 @@ from typing import Any
 from deployments.json_object import ObjectText, elements, members
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+# What is held back is looked at again with each piece, so it is bounded.
+_MOST_BLANKS = 999
+_BLANKS = rf"\s{{0,{_MOST_BLANKS}}}"
 # Plain names only: a call that is put otherwise is read when it is complete.
-_CALL_HEAD = re.compile(
-    r'\s*\{\s*"name"\s*:\s*"([^"\\\x00-\x1f]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
-)
+_NAME = r'"([^"\\\x00-\x1f]{1,999})"'
+_HEAD = (r"\{", '"name"', ":", _NAME, ",", '"(?:arguments|parameters)"', ":", r"(?=\{)")
+_CALL_HEAD = re.compile(_BLANKS + _BLANKS.join(_HEAD))
+_FIRST = re.compile(rf"{_BLANKS}(\S?)")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,12 @@ def cut(text: str, markers: Sequence[str], final: bool) -> tuple[str, str | None
     if not final and any(marker.startswith(text[last:]) for marker in markers):
         return text[:last], None, text[last:]
     return text, None, ""
+
+
+def _first(text: str) -> str:
+    """The first character that is no blank, "" if there is none."""
+    found = _FIRST.match(text)
+    return found[1] if found else ""
 
 
 class _State(Enum):
@@ -162,8 +172,8 @@ class CallSplitter:
             self._open(head[1])
             self._state, self._object = _State.ARGUMENTS, ObjectText()
             return
-        first = self.held.lstrip()[:1]
-        if first and first not in "{[":
+        first = _first(self.held)
+        if (first and first not in "{[") or (not first and len(self.held) > _MOST_BLANKS):
             self._no_call(self._marker)
         elif (body := self._scan(final)) is not None:
             try:
@@ -203,7 +213,7 @@ class CallSplitter:
 
     def _read_tail(self, final: bool) -> None:
         """Leave out the call's closing bracket, and other keys before it."""
-        first = self.held.lstrip()[:1]
+        first = _first(self.held)
         if first and first not in ",}":
             self._state = _State.BLOCK
         elif (body := self._scan(final)) is not None:
@@ -212,6 +222,9 @@ class CallSplitter:
             self._state = _State.BLOCK
 
     def _read_block(self, final: bool) -> None:
+        if not _first(self.held) and len(self.held) > _MOST_BLANKS:
+            self._state = _State.TEXT
+            return
         body = self.held.lstrip()
         if body.startswith(END_TOOL_CALL):
             self.held = body.removeprefix(END_TOOL_CALL)

@@ -126,6 +126,13 @@ CASES: list[tuple[str, dict[str, bool], Parts]] = [
         TOOLS,
         one("f", '{"a": "</tool_call>"}'),
     ),
+    # More blanks than a call has.
+    ("a<tool_call>" + " " * 1200 + "{}", TOOLS, ("a<tool_call>" + " " * 1200 + "{}", "", [])),
+    (
+        '<tool_call>{"name": "f", "arguments": {}}' + " " * 1200 + "</tool_call>",
+        TOOLS,
+        one("f", "{}", "</tool_call>"),
+    ),
     # Text between calls keeps its blanks; those beside a marker at either end are none of it.
     (f" a \n{CALL}\n\n b{CALL} ", TOOLS, (" a \n\n\n b", "", [("f", ARGUMENTS)] * 2)),
     # Keys that come twice, and control characters in strings.
