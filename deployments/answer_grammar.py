@@ -21,19 +21,21 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
 
     thinks: the answer may open with `<think>...</think>`. inside_reasoning: the prompt has opened it already.
     """
-    schema = body.json_schema
+    constraint = body.constraint
     rules: dict[str, str] = {}
     tools = body.callable_tools
     many = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
     if body.must_call:
         rules |= _calls(tools, tokenizer, many=many)
         start = "SPACE? calls"
-    elif schema is not None:
-        rules["json"] = json_rule(schema)
-        start = "SPACE? json"
+    elif constraint is not None:
+        rules["constrained"] = constraint.rule
+        start = "constrained"
         if tools:
             rules |= _calls(tools, tokenizer, many=many)
-            start = "SPACE? (json | calls)"
+            start = "(constrained | calls)"
+        if constraint.schema is not None:
+            start = f"SPACE? {start}"
     elif any(tool.function.strict for tool in tools) and TOOL_CALL in tokenizer.get_added_vocab():
         # A marker that is a token of its own is no text.
         rules |= _calls(tools, tokenizer, many=many, only_strict=True)

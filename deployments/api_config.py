@@ -1,8 +1,12 @@
 """Settings of the API: who may call it and how much, what `deployments/` YAML calls `api:`."""
 
+import re
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 class ApiConfig(BaseModel):
@@ -12,7 +16,9 @@ class ApiConfig(BaseModel):
     ingress, or an environment variable of the ingress with the file's text. Neither: anyone who reaches the port may.
     requests_per_minute, tokens_per_minute: limits of a key that has none of its own; prompt and generated tokens count.
     max_body_bytes: size of a request; body_timeout_s: time that a client has for sending it. log_prompts: write
-    prompts into the log, which is without them by default.
+    prompts into the log, which is without them by default. unknown_fields: what is done with a request whose body has a
+    field that is not known here: it is refused, or the field is ignored and named in a header of the answer. cors_origins:
+    web pages that browsers let call the API, by origin ("https://chat.example"; "*" for any): none by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,6 +30,18 @@ class ApiConfig(BaseModel):
     max_body_bytes: int = Field(default=4 << 20, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     log_prompts: bool = False
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    cors_origins: list[str] = Field(default_factory=list)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write it as https://host or http://host:port, or * for any"
+                )
+        return origins
 
     @property
     def has_keys(self) -> bool:

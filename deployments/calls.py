@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.api_config import ApiConfig
 from deployments.api_keys import ApiKey, KeyRing
 from deployments.failures import InvalidKey, RateLimited
+from deployments.protocol import Body
 from deployments.rate_limits import Limits, Quotas
 from deployments.request_metrics import RequestMetrics
 from orthrus.errors import RequestError
@@ -44,6 +45,7 @@ class Call:
     outcome: "ok", "cancelled", or the name of the exception that ended it. span: what is done for the call belongs to it.
     session: what the client calls the conversation that the call belongs to (deployments/router.py), "" for none.
     metrics: where it is counted, if it asks for tokens.
+    priority, cache_salt: of the call's engine requests. sent_as: the client's names of fields that errors name otherwise.
     """
 
     endpoint: str
@@ -54,6 +56,9 @@ class Call:
     outcome: str = "cancelled"
     session: str = ""
     metrics: RequestMetrics | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    sent_as: Mapping[str, str] = field(default_factory=dict)
     span: trace.Span = field(init=False)
     _started: float = field(default_factory=time.monotonic)
     _first_token_s: float | None = None
@@ -71,6 +76,12 @@ class Call:
         self.span = trace.get_tracer("orthrus").start_span(self.endpoint, context=parent)
         # Never detached: a call has a task, and so a context, of its own.
         context.attach(trace.set_span_in_context(self.span))
+
+    def read(self, body: Body) -> None:
+        """Note what the body says of the call itself."""
+        self.session = self.session or body.prompt_cache_key or ""
+        self.priority, self.cache_salt = body.priority or 0, body.cache_salt or ""
+        self.sent_as = body.sent_as
 
     def add(self, chunk: Chunk, prompt_tokens: int) -> None:
         """Count a chunk of an engine request whose prompt has `prompt_tokens`."""

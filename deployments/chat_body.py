@@ -1,17 +1,26 @@
 """The body of POST /v1/chat/completions."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from deployments.answer_format import AnswerFormat, JSONSchemaFormat
 from deployments.chat_messages import Message
 from deployments.chat_tools import AllowedToolChoice, NamedToolChoice, Tool
-from deployments.protocol import Body
+from deployments.protocol import AnswerOptions, Body
+from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
 from orthrus.request import SamplingParams
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Reasoning(StrictModel):
+    """`reasoning`, as OpenRouter and OpenAI's newer API have it. exclude: leave it out of the answer."""
+
+    effort: ReasoningEffort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
 
 
 class ChatBody(Body):
@@ -25,12 +34,29 @@ class ChatBody(Body):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: AnswerFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
     reasoning_effort: ReasoningEffort | None = None
+    reasoning: Reasoning | None = None
+    include_reasoning: bool | None = True
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _ends_one_way(self) -> "ChatBody":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt can't both be true: the answer either goes on with the last "
+                "message or begins a new one",
+                "continue_final_message",
+            )
+        if self.continue_final_message and not (self.messages and self.messages[-1].text):
+            raise RequestError(
+                "continue_final_message needs a last message with text to go on with",
+                "continue_final_message",
+            )
+        return self
 
     @model_validator(mode="after")
     def _choice_is_of_the_tools(self) -> "ChatBody":
@@ -55,16 +81,6 @@ class ChatBody(Body):
                 return [named.function.name]
             case AllowedToolChoice() as some:
                 return [named.function.name for named in some.allowed_tools.tools]
-        return None
-
-    @property
-    def json_schema(self) -> dict[str, Any] | None:
-        """What the answer must be valid under, None if it may be any text."""
-        match self.response_format:
-            case AnswerFormat(type="json_object"):
-                return {"type": "object"}
-            case AnswerFormat(json_schema=JSONSchemaFormat() as given):
-                return given.definition
         return None
 
     @property
@@ -94,15 +110,36 @@ class ChatBody(Body):
     @property
     def thinking(self) -> bool | None:
         """Whether the model is to think before it answers, None if that is left to its template."""
-        if self.enable_thinking is None and self.reasoning_effort is not None:
-            return self.reasoning_effort != "none"
-        return self.enable_thinking
+        reasoning = self.reasoning or Reasoning()
+        for switch in (self.enable_thinking, reasoning.enabled):
+            if switch is not None:
+                return switch
+        effort = self.reasoning_effort or reasoning.effort
+        return None if effort is None else effort != "none"
+
+    @property
+    def options(self) -> AnswerOptions:
+        excluded = self.include_reasoning is False or (
+            self.reasoning is not None and bool(self.reasoning.exclude)
+        )
+        return replace(super().options, include_reasoning=not excluded)
+
+    @property
+    def sent_as(self) -> dict[str, str]:
+        names = {**super().sent_as, "prompt": "messages", "logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names
+
+    @property
+    def new_tokens(self) -> int | None:
+        """How many tokens an answer may have, None for what the context holds."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_with(limit, self.alternatives, self.prompt_logprobs)
+        return self.sampling_with(self.new_tokens, self.alternatives, self.prompt_logprobs)
 
     @property
     def alternatives(self) -> int | None:

@@ -3,13 +3,13 @@
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from deployments.strict_model import StrictModel
 
 
-class ContentPart(BaseModel):
+class ContentPart(StrictModel):
     """A piece of a message's text. OpenAI's refusals, which an assistant's message may have, are text as well."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text", "refusal"]
     text: str = ""
@@ -23,19 +23,17 @@ class ContentPart(BaseModel):
         return self
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(StrictModel):
     """arguments: what the JSON text is, as the API gave it, that they are sent as; chat templates expect an object."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     name: str
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("arguments", mode="before")
     @classmethod
     def _read_text(cls, given: Any) -> Any:
         if not isinstance(given, str):
-            return {} if given is None else given
+            return given
         try:
             arguments = json.loads(given, parse_constant=_refuse_constant) if given.strip() else {}
         except (ValueError, RecursionError) as error:
@@ -49,20 +47,20 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"JSON has no {name}")
 
 
-class MessageToolCall(BaseModel):
+class MessageToolCall(StrictModel):
     """A call that an earlier answer made."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(BaseModel):
+class Message(StrictModel):
     """One turn. Keys that OpenAI doesn't have go to the chat template as they are."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
@@ -70,13 +68,13 @@ class Message(BaseModel):
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
 
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text + part.refusal for part in self.content or ())
+
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: plain text content; "developer" is OpenAI's newer name for "system"."""
-        content = self.content
-        text = (
-            content
-            if isinstance(content, str)
-            else "".join(part.text + part.refusal for part in content or ())
-        )
         role = "system" if self.role == "developer" else self.role
-        return {**self.model_dump(exclude_none=True), "role": role, "content": text}
+        return {**self.model_dump(exclude_none=True), "role": role, "content": self.text}

@@ -42,8 +42,11 @@ class ChatTemplate:
         template = self._choose(tools)
         text = self._render(template, body, tools)
         thinks = THINK in template
-        inside = thinks and text.rstrip().endswith(THINK)
-        thought = text.rstrip().endswith(END_THINK)
+        continued = body.messages[-1].text if body.continue_final_message else ""
+        opened = text.rstrip().endswith(THINK) or continued.rfind(THINK) > continued.rfind(END_THINK)
+        inside = thinks and opened
+        # What goes on with an answer's text has no thoughts before it.
+        thought = text.rstrip().endswith(END_THINK) or bool(continued)
         return ChatPrompt(
             list(self._tokenizer.encode(text, add_special_tokens=False)),
             partial(
@@ -81,7 +84,9 @@ class ChatTemplate:
                     tools=tools or None,
                     chat_template=template,
                     tokenize=False,
-                    add_generation_prompt=True,
+                    add_generation_prompt=body.add_generation_prompt is not False
+                    and not body.continue_final_message,
+                    continue_final_message=body.continue_final_message,
                     **variables,
                 )
             )

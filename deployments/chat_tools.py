@@ -2,17 +2,17 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from deployments.strict_model import StrictModel
 
 
-class FunctionDefinition(BaseModel):
+class FunctionDefinition(StrictModel):
     """A function of a tool.
 
     parameters: the JSON Schema of the arguments, which are an object whatever it says; none or an empty one: `{}`.
     strict: calls that the model makes of its own accord follow it too.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
     description: str | None = None
@@ -20,10 +20,8 @@ class FunctionDefinition(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class Tool(StrictModel):
     """A function that the model may call."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -33,32 +31,24 @@ class Tool(BaseModel):
         return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
-class FunctionName(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class FunctionName(StrictModel):
     name: str
 
 
-class NamedToolChoice(BaseModel):
+class NamedToolChoice(StrictModel):
     """The one function that must be called."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class AllowedTools(StrictModel):
     mode: Literal["auto", "required"]
     tools: list[NamedToolChoice]
 
 
-class AllowedToolChoice(BaseModel):
+class AllowedToolChoice(StrictModel):
     """Some of the tools, to choose from freely or to call at least one of."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools

@@ -30,16 +30,22 @@ class RunningChat:
 class Chats:
     """Starts chats on the replicas of one model."""
 
-    def __init__(self, replica: DeploymentHandle, receiver: ChunkReceiver, tokenizer: Any) -> None:
+    def __init__(
+        self, replica: DeploymentHandle, receiver: ChunkReceiver, tokenizer: Any, max_model_len: int
+    ) -> None:
+        """max_model_len: the model's context limit, in tokens."""
         self._replica, self._receiver, self._tokenizer = replica, receiver, tokenizer
+        self._max_model_len = max_model_len
         self._template = ChatTemplate(tokenizer)
 
     async def prompt(self, body: ChatBody) -> ChatPrompt:
         """The prompt, made off the event loop: a long one must not hold up other streams. Raises RequestError."""
-        return await asyncio.to_thread(self._template.apply, body)
+        prompt = await asyncio.to_thread(self._template.apply, body)
+        return replace(prompt, tokens=body.truncated(prompt.tokens, self._max_model_len, body.new_tokens))
 
     async def start(self, call: Call, body: ChatBody, params: SamplingParams) -> RunningChat:
         """Raises RequestError; the chunks raise what `generate` does."""
+        call.read(body)
         prompt = await self.prompt(body)
         params = replace(params, grammar=prompt.grammar).with_seed()
         chunks = generate(
@@ -89,6 +95,6 @@ async def stream_answer(
             call.outcome = "ok"
         except Exception as error:
             call.outcome = type(error).__name__
-            yield "".join(map(named_sse, out.failed(describe_failure(error))))
+            yield "".join(map(named_sse, out.failed(describe_failure(error, call.sent_as))))
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

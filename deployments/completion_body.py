@@ -1,6 +1,7 @@
 """The body of POST /v1/completions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from deployments.protocol import Body
@@ -19,6 +20,7 @@ class CompletionBody(Body):
     echo: bool | None = False
     best_of: int | None = None
     suffix: str | None = None
+    add_special_tokens: bool = True
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, at least one. Raises RequestError."""
@@ -43,9 +45,15 @@ class CompletionBody(Body):
             )
         return many
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens an answer may have."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
     def sampling(self) -> SamplingParams:
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        max_tokens = self.new_tokens
         scored = self.prompt_logprobs
         if self.echo and (self.logprobs is not None or max_tokens == 0):
             scored = max(scored or 0, self.logprobs or 0)
-        return self.sampling_with(max_tokens, self.logprobs, scored)
+        params = self.sampling_with(max_tokens, self.logprobs, scored)
+        return replace(params, grammar=self.constraint.lark) if self.constraint is not None else params

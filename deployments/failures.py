@@ -2,6 +2,8 @@
 
 import logging
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,9 +112,21 @@ _MAX_MESSAGE = 500
 """Characters. Messages quote what the client sent, and gRPC's must fit into a trailer of 8 KiB."""
 
 
-def describe_failure(error: BaseException) -> Failure:
-    """The answer to a request that ended in `error`. A fault of ours is logged, and its details stay with us."""
+def describe_failure(error: BaseException, sent_as: Mapping[str, str] | None = None) -> Failure:
+    """The answer to a request that ended in `error`. A fault of ours is logged, and its details stay with us.
+
+    sent_as: the client's names of fields that the error may name otherwise.
+    """
     failure = _describe(error)
+    if sent_as and failure.param is not None and failure.param in sent_as:
+        name = sent_as[failure.param]
+        # "prompt" and the like are words too, so only what must be a field's name is replaced in the message.
+        message = (
+            re.sub(rf"\b{failure.param}\b", name, failure.message)
+            if "_" in failure.param
+            else failure.message
+        )
+        failure = replace(failure, param=name, message=message)
     message = failure.message
     return (
         failure if len(message) <= _MAX_MESSAGE else replace(failure, message=message[:_MAX_MESSAGE] + "...")

@@ -78,7 +78,7 @@ async def generate(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     check_scores([prompt], params)
-    request = Request(uuid.uuid4().hex, prompt, params)
+    request = Request(uuid.uuid4().hex, prompt, params, call.priority, call.cache_salt)
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
     texts = [
         TextStream(

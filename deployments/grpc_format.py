@@ -1,22 +1,24 @@
 """Between the gRPC messages of orthrus.proto and the engine's types."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
+from deployments.body_faults import describe
 from deployments.chat_body import ChatBody
 from deployments.chat_output import joined
+from deployments.completion_body import CompletionBody
 from deployments.failures import describe_failure
 from deployments.generation import TextChunk
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import describe, sampling_params
+from deployments.protocol import sampling_params
 from orthrus.errors import RequestError
 from orthrus.request import SamplingParams, TokenLogprob
 
-_REPEATED = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict}
+_REPEATED = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict, "bad_words": tuple}
 
 
 def request_params(sampling: pb.SamplingParams) -> SamplingParams:
@@ -24,7 +26,9 @@ def request_params(sampling: pb.SamplingParams) -> SamplingParams:
     values: dict[str, Any] = {}
     for field in pb.SamplingParams.DESCRIPTOR.fields:
         value = getattr(sampling, field.name)
-        if field.name in _REPEATED:
+        if field.name == "allowed_token_ids":
+            values[field.name] = tuple(value) or None
+        elif field.name in _REPEATED:
             values[field.name] = _REPEATED[field.name](value)
         elif sampling.HasField(field.name):
             values[field.name] = value
@@ -49,13 +53,54 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 if schema
                 else None,
                 "chat_template_kwargs": _json("chat_template_kwargs", request.chat_template_kwargs),
+                "reasoning_effort": request.reasoning_effort or None,
+                "include_reasoning": _optional(request, "include_reasoning"),
+                "add_generation_prompt": _optional(request, "add_generation_prompt"),
+                "continue_final_message": request.continue_final_message,
+                **_common(request),
             }
         )
     except ValidationError as error:
-        raise describe(error) from None
+        raise describe(error, ChatBody) from None
 
 
-def _optional(request: pb.ChatRequest, field: str) -> bool | None:
+def completion_body(request: pb.GenerateRequest) -> CompletionBody:
+    """The request as the HTTP API has it, without its sampling parameters. Raises RequestError."""
+    match request.WhichOneof("input"):
+        case "prompt":
+            prompt: Any = request.prompt
+        case "prompt_token_ids":
+            prompt = list(request.prompt_token_ids.ids)
+        case _:
+            raise RequestError("set prompt or prompt_token_ids", "prompt")
+    special = _optional(request, "add_special_tokens")
+    try:
+        return CompletionBody.model_validate(
+            {"model": request.model, "prompt": prompt, "add_special_tokens": special, **_common(request)}
+        )
+    except ValidationError as error:
+        raise describe(error, CompletionBody) from None
+
+
+def _common(request: pb.GenerateRequest | pb.ChatRequest) -> dict[str, Any]:
+    """What both kinds of request have besides sampling parameters."""
+    constraint = request.structured_outputs
+    kind = constraint.WhichOneof("constraint")
+    if request.HasField("structured_outputs") and kind is None:
+        raise RequestError("structured_outputs must have a constraint", "structured_outputs")
+    value = getattr(constraint, kind) if kind is not None else None
+    if isinstance(value, pb.Choices):
+        value = list(value.values)
+    return {
+        "structured_outputs": {kind: value} if kind is not None else None,
+        "truncate_prompt_tokens": _optional(request, "truncate_prompt_tokens"),
+        "priority": request.priority,
+        "cache_salt": request.cache_salt or None,
+        "return_token_ids": request.return_token_ids,
+    }
+
+
+def _optional(request: pb.GenerateRequest | pb.ChatRequest, field: str) -> Any:
     return getattr(request, field) if request.HasField(field) else None
 
 
@@ -78,7 +123,7 @@ def _tool(index: int, tool: pb.Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description:
         function["description"] = tool.description
-    if (parameters := _json(f"tools.{index}.parameters", tool.parameters)) is not None:
+    if (parameters := _json(f"tools[{index}].parameters", tool.parameters)) is not None:
         function["parameters"] = parameters
     return {"type": "function", "function": function}
 
@@ -133,9 +178,9 @@ def _token_logprob(scored: TokenLogprob) -> pb.TokenLogprob:
     return pb.TokenLogprob(token_id=scored.token_id, logprob=scored.logprob, top=top)
 
 
-def with_status(error: Exception, context: RayServegRPCContext) -> Exception:
+def with_status(error: Exception, context: RayServegRPCContext, sent_as: Mapping[str, str]) -> Exception:
     """Give the call the status that fits the error, and return the error to raise: a stream has no other way to tell Serve."""
-    failure = describe_failure(error)
+    failure = describe_failure(error, sent_as)
     context.set_code(failure.grpc_code)
     context.set_details(failure.message)
     return error

@@ -5,16 +5,23 @@ Serve ends a call's coroutine when its deadline has passed or its client has gon
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 from ray.serve.grpc_util import RayServegRPCContext
 
 from deployments.calls import Call
 from deployments.failures import BodyTooLarge
 from deployments.generation import TextChunk, collect, generate, merge
-from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params, with_status
+from deployments.grpc_format import (
+    chat_body,
+    chat_chunk,
+    completion_body,
+    generate_chunk,
+    request_params,
+    with_status,
+)
 from deployments.ingress_core import IngressCore
 from deployments.proto import orthrus_pb2 as pb
-from orthrus.errors import RequestError
 
 
 class GrpcIngress(IngressCore):
@@ -67,7 +74,7 @@ class GrpcIngress(IngressCore):
             call.outcome = "ok"
         except Exception as error:
             call.outcome = type(error).__name__
-            raise with_status(error, context) from None
+            raise with_status(error, context, call.sent_as) from None
         finally:
             call.end()
 
@@ -76,14 +83,12 @@ class GrpcIngress(IngressCore):
     ) -> tuple[AsyncGenerator[TextChunk], int]:
         """The chunks of a call and its number of choices. Raises RequestError, ModelNotFound, BodyTooLarge."""
         self._check_message(request)
-        params = request_params(request.sampling)
-        match request.WhichOneof("input"):
-            case "prompt":
-                prompt = await self._encode(request.prompt)
-            case "prompt_token_ids":
-                prompt = list(request.prompt_token_ids.ids)
-            case _:
-                raise RequestError("set prompt or prompt_token_ids", "prompt")
+        params, body = request_params(request.sampling), completion_body(request)
+        call.read(body)
+        if body.constraint is not None:
+            params = replace(params, grammar=body.constraint.lark)
+        [given] = body.prompts()
+        prompt = await self._prompt(body, given, params.max_tokens)
         return generate(self._replica, self._receiver, self._tokenizer, call, prompt, params), params.n
 
     async def _chat_call(self, call: Call, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:

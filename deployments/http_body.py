@@ -1,22 +1,32 @@
 """Reading the body of an HTTP request, from a client that may send anything, slowly, and without end."""
 
 import asyncio
-from typing import TypeVar
+import math
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import Request
+from jiter import from_json
 from pydantic import BaseModel, ValidationError
 
 from deployments.api_config import ApiConfig
+from deployments.body_faults import describe, unknown_fields
 from deployments.failures import BodyTooLarge, BodyTooSlow, UnsupportedBody
-from deployments.protocol import describe
+from deployments.unsupported_fields import UNSUPPORTED
+from orthrus.errors import RequestError
 
 Body = TypeVar("Body", bound=BaseModel)
+_IGNORED = "x-orthrus-ignored-fields"
+_MOST_IGNORED, _LONGEST_IGNORED = 20, 64
 _READ_TO_THE_END = 16
 """Times the limit. So far a body is read and dropped: a client that is still sending may lose the answer that it is too large."""
 
 
 async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Body:
-    """The checked body. Raises RequestError, UnsupportedBody, BodyTooLarge and BodyTooSlow."""
+    """The checked body. Raises RequestError, UnsupportedBody, BodyTooLarge and BodyTooSlow.
+
+    Where unknown fields are ignored, a header of the answer names those that were.
+    """
     # Browsers send other types, which need no preflight, for any page that asks them to.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedBody("the body must be JSON: send Content-Type: application/json")
@@ -36,7 +46,54 @@ async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Bo
         raise BodyTooSlow(f"the request body did not come within {config.body_timeout_s:g} s") from None
     if size > most:
         raise BodyTooLarge(f"the request body is over {most} bytes: send a shorter prompt")
+    checked, ignored = parse_body(bytes(raw), body, ignore_unknown=config.unknown_fields == "ignore")
+    if ignored:
+        call = request.state.call
+        call.headers = {**call.headers, _IGNORED: ", ".join(map(_header_text, ignored[:_MOST_IGNORED]))}
+    return checked
+
+
+def parse_body(raw: bytes, body: type[Body], *, ignore_unknown: bool = False) -> tuple[Body, list[str]]:
+    """The checked body, and the paths of those of its fields that were ignored as unknown. Raises RequestError."""
+    data = _json(raw)
     try:
-        return body.model_validate_json(bytes(raw))
+        return body.model_validate(data), []
     except ValidationError as error:
-        raise describe(error) from None
+        unknown = unknown_fields(error) if ignore_unknown else None
+        if unknown is None or any(path in UNSUPPORTED for path in unknown):
+            raise describe(error, body) from None
+    try:
+        return body.model_validate(data, extra="ignore"), unknown
+    except ValidationError as error:
+        raise describe(error, body) from None
+
+
+def _json(raw: bytes) -> Any:
+    """The value that JSON text stands for; of equal keys the last one counts. Raises RequestError."""
+    try:
+        # pydantic's own parsing takes NaN, which is no JSON and would go on into schemas and templates.
+        return from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        fault = RequestError(f"the body is not JSON: {error}")
+    try:
+        data = from_json(raw)
+    except ValueError:
+        raise fault from None
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if not _is_finite(value):
+            raise RequestError(f"{name}: NaN and Infinity are no JSON numbers: send a finite one", name)
+    raise fault
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in it are finite. JSON that could be read is nested no deeper than can be followed."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return True
+
+
+def _header_text(path: str) -> str:
+    """A field's path as a header may have it."""
+    return quote(path[:_LONGEST_IGNORED].encode(errors="replace"), safe="[].-_")

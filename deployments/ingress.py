@@ -41,9 +41,10 @@ api.add_middleware(CallMiddleware)
 
 
 async def _answer_failure(request: HTTPRequest, error: Exception) -> Response:
-    if (call := getattr(request.state, "call", None)) is not None:
+    call: Call | None = getattr(request.state, "call", None)
+    if call is not None:
         call.outcome = type(error).__name__
-    return _failure_response(request, describe_failure(error))
+    return _failure_response(request, describe_failure(error, call.sent_as if call is not None else None))
 
 
 def _failure_response(request: HTTPRequest, failure: Failure) -> Response:
@@ -74,15 +75,16 @@ class Ingress(GrpcIngress):
         call = await self._admit("completions", request)
         body = await read_body(request, CompletionBody, self._config)
         self._check_model(body.model)
+        call.read(body)
         params = body.sampling()
         given = body.prompts()
-        prompts = [prompt if isinstance(prompt, list) else await self._encode(prompt) for prompt in given]
+        prompts = [await self._prompt(body, prompt, body.max_tokens) for prompt in given]
         check_scores(prompts * params.n if body.echo else prompts, params)
         out = ResponseFormat(
             False,
             body.model,
             self._tokenizer,
-            body.include_usage,
+            body.options.include_usage,
             n=params.n,
             logprobs=body.logprobs,
             prompt_logprobs=body.prompt_logprobs,
@@ -92,7 +94,13 @@ class Ingress(GrpcIngress):
             if any(not 0 <= token < self._vocab_size for prompt in prompts for token in prompt):
                 raise RequestError(f"prompt token ids must be between 0 and {self._vocab_size - 1}", "prompt")
             out.echo = [
-                await asyncio.to_thread(Echo.of, self._tokenizer, prompt, tokens)
+                # What is left of a text is spelled from its tokens.
+                await asyncio.to_thread(
+                    Echo.of,
+                    self._tokenizer,
+                    prompt if body.truncate_prompt_tokens is None else tokens,
+                    tokens,
+                )
                 for prompt, tokens in zip(given, prompts, strict=True)
             ]
         return await self._respond(call, body, out, prompts, params)
@@ -102,13 +110,14 @@ class Ingress(GrpcIngress):
         call = await self._admit("chat.completions", request)
         body = await read_body(request, ChatBody, self._config)
         self._check_model(body.model)
+        call.read(body)
         params = body.sampling()
         prompt = await self._chats.prompt(body)
         out = ResponseFormat(
             True,
             body.model,
             self._tokenizer,
-            body.include_usage,
+            body.options.include_usage,
             n=params.n,
             logprobs=body.alternatives,
             prompt_logprobs=body.prompt_logprobs,
@@ -214,7 +223,6 @@ class Ingress(GrpcIngress):
         params: SamplingParams,
         splitter: Callable[[], ChatSplitter] | None = None,
     ) -> Response:
-        call.session = call.session or body.prompt_cache_key or ""
         # One seed for all prompts and choices: the answer can be asked for again.
         params = params.with_seed()
         streams = [
@@ -270,5 +278,5 @@ class Ingress(GrpcIngress):
             call.outcome = "ok"
         except Exception as error:
             call.outcome = type(error).__name__
-            yield sse(describe_failure(error).body)
+            yield sse(describe_failure(error, call.sent_as).body)
         yield "data: [DONE]\n\n"

@@ -12,6 +12,7 @@ from deployments.api_config import ApiConfig
 from deployments.calls import Gate
 from deployments.chats import Chats
 from deployments.chunk_link import ChunkReceiver
+from deployments.completion_body import CompletionBody
 from deployments.failures import ModelNotFound
 from deployments.log_filter import quiet_client_errors
 from deployments.metrics import scrape
@@ -56,7 +57,7 @@ class IngressCore:
             "owned_by": "orthrus",
             "max_model_len": self._max_model_len,
         }
-        self._chats = Chats(replica, self._receiver, self._tokenizer)
+        self._chats = Chats(replica, self._receiver, self._tokenizer, self._max_model_len)
         self._status = Recent(partial(asyncio.to_thread, serve.status))
         self._scrape = Recent(scrape)
 
@@ -73,3 +74,11 @@ class IngressCore:
     async def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, off the event loop: a long prompt must not hold up other streams."""
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def _prompt(
+        self, body: CompletionBody, prompt: str | list[int], max_tokens: int | None
+    ) -> list[int]:
+        """The token ids that a completion goes on from."""
+        if isinstance(prompt, str):
+            prompt = await self._encode(prompt, body.add_special_tokens)
+        return body.truncated(prompt, self._max_model_len, max_tokens)

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from deployments.body_faults import describe
 from deployments.chat_body import ChatBody
-from deployments.protocol import describe
 from orthrus.errors import RequestError
 
 

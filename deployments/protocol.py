@@ -5,37 +5,52 @@ that is silently ignored costs its user more than an error does.
 """
 
 import re
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from deployments.answer_format import (
+    CONSTRAINT_FIELDS,
+    AnswerFormat,
+    Constraint,
+    StructuredOutputs,
+    constraint_of,
+)
+from deployments.strict_model import StrictModel
+from deployments.unsupported_fields import drop_neutral
 from orthrus.errors import RequestError
 from orthrus.request import SEED_BITS, SamplingParams
 
-# OpenAI's fields that are not served here, and what to do instead.
-_UNSUPPORTED = {
-    "audio": "this model writes text only: remove it",
-    "function_call": "OpenAI has replaced it: send tool_choice",
-    "functions": "OpenAI has replaced it: send tools",
-    "moderation": "answers are not moderated here: remove it",
-    "web_search_options": "there is no search here: remove it",
-}
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")
-# pydantic names the branch of a union in an error's path; the caller knows no such field.
-_BRANCHES = {"str", "NamedToolChoice", "AllowedToolChoice"}
+_REQUEST_ID = r"^[!-~]{1,128}$"
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(StrictModel):
     include_usage: bool | None = False
-    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = False
+    include_obfuscation: bool | None = False
 
 
-class Body(BaseModel):
-    """What the endpoints that generate share. Numbers are strict: "0.5" is not 0.5."""
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What the answer shows besides the text. Names are those of the request's fields.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    continuous_usage: every event counts the tokens so far. obfuscation: events are padded to hide the length of their text.
+    """
+
+    include_usage: bool = False
+    continuous_usage: bool = False
+    obfuscation: bool = False
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    include_reasoning: bool = True
+    request_id: str | None = None
+
+
+class Body(StrictModel):
+    """What the endpoints that generate share."""
 
     model: str
     temperature: float | None = 1.0
@@ -54,9 +69,26 @@ class Body(BaseModel):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     prompt_logprobs: int | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     n: int | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: AnswerFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
+    priority: int | None = 0
+    cache_salt: str | None = None
+    request_id: str | None = Field(default=None, pattern=_REQUEST_ID)
     # Accepted because clients send them as a matter of course; they change nothing about the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -67,24 +99,56 @@ class Body(BaseModel):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
+    guided_decoding_backend: str | None = None
+    spaces_between_special_tokens: bool | None = None
+    return_cached_tokens_details: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_not_given(cls, data: Any) -> Any:
-        """Clients that dump their own models send null for what they leave out, fields that we lack included."""
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None}
+    def _asks_for_what_there_is(cls, data: Any) -> Any:
+        return drop_neutral(data, cls.model_fields) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
-    def _options_need_stream(self) -> "Body":
+    def _options_go_together(self) -> "Body":
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream to be true", "stream_options")
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens not in range(-1, 1 << 31):
+            raise RequestError(
+                "truncate_prompt_tokens must be positive, or -1 for what the context holds",
+                "truncate_prompt_tokens",
+            )
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must leave a token", "truncate_prompt_tokens")
         return self
 
+    @cached_property
+    def constraint(self) -> Constraint | None:
+        """What the answer must follow. Raises RequestError."""
+        return constraint_of(self.response_format, {name: getattr(self, name) for name in CONSTRAINT_FIELDS})
+
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def options(self) -> AnswerOptions:
+        stream = self.stream_options or StreamOptions()
+        return AnswerOptions(
+            include_usage=bool(stream.include_usage),
+            continuous_usage=bool(stream.continuous_usage_stats),
+            obfuscation=bool(stream.include_obfuscation),
+            return_token_ids=bool(self.return_token_ids),
+            return_tokens_as_token_ids=bool(self.return_tokens_as_token_ids),
+            request_id=self.request_id,
+        )
+
+    @property
+    def sent_as(self) -> dict[str, str]:
+        """The request's own names of what errors name otherwise."""
+        return {"response_format": self.constraint.param} if self.constraint is not None else {}
+
+    def truncated(self, tokens: list[int], context: int, max_tokens: int | None) -> list[int]:
+        """The prompt's end, where truncate_prompt_tokens asks for it. context: the model's limit, in tokens."""
+        keep = self.truncate_prompt_tokens
+        if keep == -1:
+            keep = max(1, context - max(1, max_tokens or 1))
+        return tokens if keep is None else tokens[-keep:]
 
     def sampling_with(
         self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
@@ -115,6 +179,8 @@ class Body(BaseModel):
             min_tokens=self.min_tokens,
             skip_special_tokens=self.skip_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
+            bad_words=tuple(self.bad_words or ()),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -132,27 +198,3 @@ def sampling_params(**given: Any) -> SamplingParams:
     if (seed := given.get("seed")) is not None and -(1 << SEED_BITS) <= seed < 0:
         given["seed"] = seed + (1 << SEED_BITS)
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-
-
-def describe(error: ValidationError) -> RequestError:
-    """One of pydantic's complaints as one of ours, its field by path."""
-    # Every branch of a union complains; the one that got furthest into the value is what the caller meant.
-    first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestError):
-        return cause
-    path = ".".join(
-        str(part)
-        for part in first["loc"]
-        if part not in _BRANCHES and not (isinstance(part, str) and part.startswith("list["))
-    )
-    field = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "extra_forbidden":
-        if path in _UNSUPPORTED:
-            return RequestError(f"{path} is not supported: {_UNSUPPORTED[path]}", path)
-        return RequestError(f"unknown field {path!r}: remove it or correct its name", path)
-    said = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "union_tag_invalid":
-        context = first["ctx"]
-        said = f"type '{context['tag']}' is not supported here: send {context['expected_tags']}"
-    return RequestError(f"{path}: {said}" if path else said, field)

@@ -2,22 +2,21 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
+from deployments.body_faults import describe
 from deployments.chat_body import ChatBody, ReasoningEffort
 from deployments.chat_messages import Message
 from deployments.chat_tools import Tool
-from deployments.protocol import describe
+from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(StrictModel):
     """POST /tokenize: the ids of a text (`prompt`), or of a chat (`messages` and what else shapes its prompt).
 
     model: may be left out, as there is only one; lm-eval does.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -44,10 +43,8 @@ class TokenizeBody(BaseModel):
             raise describe(error) from None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(StrictModel):
     """POST /detokenize: the text of token ids, special tokens included."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     tokens: list[int]

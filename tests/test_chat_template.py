@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.answer_grammar import answer_grammar
+from deployments.body_faults import describe
 from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta, joined
 from deployments.chat_template import ChatTemplate
-from deployments.protocol import describe
 from orthrus.errors import RequestError
 from orthrus.grammar import GrammarMasks
 from orthrus.text import TextStream, load_tokenizer
@@ -191,7 +191,7 @@ def test_earlier_arguments_that_are_no_object_are_refused(arguments: Any) -> Non
     with pytest.raises(ValidationError) as caught:
         chat(user("hi"), {"role": "assistant", "tool_calls": [call]})
     error = describe(caught.value)
-    assert "messages.1.tool_calls.0.function.arguments" in error.message
+    assert "messages[1].tool_calls[0].function.arguments" in error.message
     assert "object" in error.message or "dictionary" in error.message
 
 

@@ -10,12 +10,12 @@ from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
+from deployments.body_faults import describe
 from deployments.chat_output import ChatSplitter
 from deployments.failures import GenerationFailed, ModelUnavailable, QueueFull, RateLimited, describe_failure
 from deployments.generation import Choice, TextChunk
 from deployments.messages_body import CountTokensBody, MessagesBody
 from deployments.messages_format import MessageFormat, error_body, error_status
-from deployments.protocol import describe
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, RequestStats
 
@@ -158,7 +158,8 @@ def test_the_choice_of_tools(choice: dict[str, Any], names: list[str], must: boo
 def test_structured_output(where: dict[str, Any]) -> None:
     wanted = {"type": "json_schema", "schema": SCHEMA}
     fields = json.loads(json.dumps(where).replace("null", json.dumps(wanted)))
-    assert messages(**fields).chat().json_schema == SCHEMA
+    constraint = messages(**fields).chat().constraint
+    assert constraint is not None and constraint.schema == SCHEMA
 
 
 def test_a_count_needs_no_max_tokens() -> None:
@@ -178,12 +179,12 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 1.5}, "temperature"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0: type 'image' is not supported"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, r"messages\[0\].content\[0\]: type 'image' is not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [IMAGE]}]}]},
-            "messages.0.content.0.tool_result.content.0: type 'image' is not supported",
+            r"messages\[0\].content\[0\].tool_result.content\[0\]: type 'image' is not supported",
         ),
-        ({"system": [IMAGE]}, "system.0: type 'image' is not supported"),
+        ({"system": [IMAGE]}, r"system\[0\]: type 'image' is not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}]},
             "belongs to the assistant",
@@ -192,8 +193,8 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
             {"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
             "tool_result blocks belong to the user",
         ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0: tools of type 'web_search_20250305'"),
-        ({"tools": [{"name": "f"}]}, "tools.0.input_schema: Field required"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, r"tools\[0\]: tools of type 'web_search_20250305'"),
+        ({"tools": [{"name": "f"}]}, r"tools\[0\].input_schema: Field required"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice has a name"),
         ({"mcp_servers": []}, "unknown field 'mcp_servers'"),

@@ -21,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.body_faults import describe
 from deployments.call_text import ToolCallDelta
 from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta
@@ -41,7 +42,6 @@ from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, reque
 from deployments.logprobs_format import Echo
 from deployments.openai_format import ResponseFormat, cost
 from deployments.proto import orthrus_pb2 as pb
-from deployments.protocol import describe
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
 
@@ -216,8 +216,8 @@ def test_the_four_kinds_of_prompt(prompt: Any, prompts: list[Any]) -> None:
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"temperature": "1"}, "temperature", "number"),
         ({"prompt": 5}, "prompt", "prompt: "),
-        ({"prompt": [1, "a"]}, "prompt", "prompt.0: "),
-        ({"stop": ["a", 1]}, "stop", "stop.1: "),
+        ({"prompt": [1, "a"]}, "prompt[0]", "prompt[0]: "),
+        ({"stop": ["a", 1]}, "stop[1]", "stop[1]: "),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
     ],
@@ -269,7 +269,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ],
 )
 def test_chats_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
@@ -318,11 +318,11 @@ def test_grpc_chats_are_http_chats() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"messages": [pb.ChatMessage(role="king")]}, "messages"),
+        ({"messages": [pb.ChatMessage(role="king")]}, "messages[0].role"),
         ({"messages": []}, "messages"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs"),
         ({"chat_template_kwargs": "{"}, "chat_template_kwargs"),
-        ({"tools": [pb.Tool(name="f", parameters="[" * 10**5)]}, "tools.0.parameters"),
+        ({"tools": [pb.Tool(name="f", parameters="[" * 10**5)]}, "tools[0].parameters"),
     ],
 )
 def test_grpc_chats_that_cannot_be_served(fields: dict[str, Any], param: str) -> None:
@@ -383,7 +383,7 @@ def test_pictures_are_refused_by_path() -> None:
     picture = [{"type": "image_url", "image_url": {"url": "x"}}]
     with pytest.raises(ValidationError) as caught:
         chat(messages=[{"role": "user", "content": picture}])
-    assert describe(caught.value).message.startswith("messages.0.content.0.type: ")
+    assert describe(caught.value).message.startswith("messages[0].content[0].type: ")
 
 
 # --- responses

@@ -343,4 +343,4 @@ def test_schemas_that_cannot_be_used_are_told(url: str, wanted: dict[str, Any]) 
     messages = [{"role": "user", "content": "x"}]
     body = {"model": MODEL, "messages": messages, "response_format": wanted, "max_tokens": 5}
     status, answer = http(f"{url}/v1/chat/completions", json.dumps(body).encode())
-    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert (status, answer["error"]["param"].partition(".")[0]) == (400, "response_format")
