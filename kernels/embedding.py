@@ -32,7 +32,8 @@ def embed(
 ) -> EmbeddedRows:
     """Look up `tokens` [rows] in table [vocab_size, hidden_size] and norm them; look up `positions` [rows] in cos and sin.
 
-    picks: int32, what earlier passes picked: a token -1 - i stands for picks[i], which the host need not know. cos, sin
+    picks: int32, what earlier passes picked: a token -1 - i stands for picks[i], which the host need not know. `NO_TOKEN`
+    among them is as good as token 0: nobody reads what follows from it. cos, sin
     [positions, head_dim / 2]: of the rotary angles.
     """
     if runs_triton(table):
@@ -40,7 +41,9 @@ def embed(
 
         return embedding_triton.embed(tokens, positions, picks, table, norm_weight, eps, cos, sin)
     if bool((tokens < 0).any()):
-        tokens = torch.where(tokens < 0, picks[(-1 - tokens).clamp_(min=0)].to(tokens.dtype), tokens)
+        tokens = torch.where(
+            tokens < 0, picks[(-1 - tokens).clamp_(min=0)].to(tokens.dtype).clamp_(min=0), tokens
+        )
     hidden = F.embedding(tokens, table)
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     return EmbeddedRows(

@@ -36,7 +36,7 @@ def _embed_kernel(
         gdc_wait()
     token = tl.load(tokens + row).to(tl.int64)
     if token < 0:
-        token = tl.load(picks - 1 - token).to(tl.int64)
+        token = tl.maximum(tl.load(picks - 1 - token), 0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     inside = place < width
     value = tl.load(table + token * width + place, mask=inside, other=0.0)

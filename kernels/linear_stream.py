@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from kernels.linear import PackedLinear
-from kernels.sampling_triton import perturb
+from kernels.sampling_triton import nan_to_inf, perturb
 
 MOST_ROWS = 64
 _OUTS = 64
@@ -75,7 +75,7 @@ def _best(logits, token, row, live, temperatures, keys, vocab):
         divisor = gl.where(temperature > 0.0, temperature, 1.0)[None, :]
         noisy = perturb(logits, divisor, keys, gl.where(live, row, 0)[None, :], token[:, None])
         score = gl.where(warm, noisy, logits)
-    score = gl.where((token < vocab)[:, None], score, float("-inf"))
+    score = nan_to_inf(gl.where((token < vocab)[:, None], score, float("-inf")))
     best = gl.max(score, 0)
     return best, gl.min(gl.where(score == best[None, :], token[:, None], vocab - 1), 0)
 

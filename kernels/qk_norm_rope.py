@@ -22,8 +22,8 @@ def qk_norm_rope(
 
     weight [views, heads + kv_heads, dim]: the norm weight of each head, for the first num_ar (int32 [1]) rows and for the
     others; cos, sin [rows, 1, dim] as `apply_rope` takes them. Keys and values of the first num_ar rows also go to their slots
-    [rows] of k_cache and v_cache [kv_heads, places, dim]. On a GPU, whose attention multiplies hidden values by zero,
-    values that are not finite are replaced by zeros: what one sequence breaks must not reach another.
+    [rows] of k_cache and v_cache [kv_heads, places, dim]. Values that are not finite are replaced by zeros, since
+    attention multiplies hidden ones by zero: what one sequence breaks must not reach another.
     """
     if runs_triton(qkv):
         from kernels import qk_norm_rope_triton
@@ -36,8 +36,9 @@ def qk_norm_rope(
             heads = qkv[rows, :normed]
             twice = rms_norm(heads.unsqueeze(2).expand(-1, -1, 2, -1), weight[view].unsqueeze(1), eps)
             apply_rope(twice, cos[rows], sin[rows], out=heads)
+    first_key = 2 * normed - qkv.shape[1]
+    qkv.nan_to_num_(0.0, 0.0, 0.0)
     if split:
-        first_key = 2 * normed - qkv.shape[1]
         places = slots[:split].long()
         k_cache.index_copy_(1, places, qkv[:split, first_key:normed].transpose(0, 1))
         v_cache.index_copy_(1, places, qkv[:split, normed:].transpose(0, 1))

@@ -13,6 +13,8 @@ from kernels.device import runs_triton
 
 _MASK32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
+NO_TOKEN = -1
+"""The pick of a row that has a score of NaN or infinity: there is no best one."""
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
@@ -52,10 +54,19 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     return torch.log1p(-u.clamp_(max=1 - 2.0**-24)).neg_().log_().neg_()
 
 
+def argmax(scores: Tensor) -> Tensor:
+    """The best of every row of scores [rows, vocab_size]: int64 [rows], `NO_TOKEN` where one is NaN or infinite."""
+    best = scores.argmax(-1)
+    # Of a row with NaN, the best is NaN.
+    return best.masked_fill_(~(scores.gather(1, best[:, None]).squeeze(1) < float("inf")), NO_TOKEN)
+
+
 def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:
     """Pick a token for every row: argmax(logits / T + noise), or argmax(logits) where T is 0; of equals the lowest id.
+
+    Where a score is NaN or infinite the pick is `NO_TOKEN`; -inf is what must not be picked.
 
     logits float32 or wider [rows, vocab_size]; temperatures float32 [rows]; keys int32 [rows, 2], see `gumbel_noise`. The
     picks go to `picks`, int32, from place `first_pick` (int32 [1]) on.
@@ -65,10 +76,10 @@ def gumbel_argmax(
 
         sampling_triton.gumbel_argmax(logits, temperatures, keys, picks, first_pick)
         return
-    chosen = logits.argmax(-1)
+    chosen = argmax(logits)
     sampled = temperatures.nonzero().flatten()
     if len(sampled):
         scores = logits[sampled] / temperatures[sampled, None]
-        chosen[sampled] = (scores + gumbel_noise(keys[sampled], logits.shape[1])).argmax(-1)
+        chosen[sampled] = argmax(scores + gumbel_noise(keys[sampled], logits.shape[1]))
     first = int(first_pick)
     picks[first : first + len(chosen)] = chosen.to(picks.dtype)

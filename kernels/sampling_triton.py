@@ -6,10 +6,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels import sampling
 from kernels.device import chaining
 
 _COLUMNS = 1024
 _PICK_COLUMNS = 4096
+NO_TOKEN: tl.constexpr = tl.constexpr(sampling.NO_TOKEN)
 
 
 @triton.jit
@@ -39,6 +41,12 @@ def perturb(logits, temperature, keys, row, token):
 
 
 @triton.jit
+def nan_to_inf(score):
+    """Scores of which a maximum, which passes over NaN, is infinite where one is NaN: `pick_best` knows it by that."""
+    return tl.where(score == score, score, float("inf"))
+
+
+@triton.jit
 def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -58,10 +66,9 @@ def _block_argmax_kernel(
     score = tl.load(logits + row * vocab + token, mask=token < vocab, other=float("-inf"))
     if temperature > 0:
         score = tl.where(token < vocab, perturb(score, temperature, keys, row, token), float("-inf"))
-    value, index = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    value, index = tl.max(nan_to_inf(score), 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(values + row * blocks + block, value)
-    # Of NaN it may be a place behind the vocabulary.
-    tl.store(indices + row * blocks + block, tl.minimum(block * COLUMNS + index, vocab - 1))
+    tl.store(indices + row * blocks + block, block * COLUMNS + index)
 
 
 @triton.jit
@@ -73,9 +80,9 @@ def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.conste
         gdc_launch_dependents()
         gdc_wait()
     value = tl.load(values + row * blocks + place, mask=place < blocks, other=float("-inf"))
-    # Of a row of NaN it may be one of the places that only fill the block up.
-    best = tl.minimum(tl.argmax(value, 0, tie_break_left=True), blocks - 1)
-    tl.store(picks + first + row, tl.load(indices + row * blocks + best))
+    best, place = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    token = tl.load(indices + row * blocks + place)
+    tl.store(picks + first + row, tl.where(best < float("inf"), token, NO_TOKEN))
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
@@ -94,7 +101,10 @@ def gumbel_argmax(
 
 
 def best_of_blocks(logits: Tensor, temperatures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks]."""
+    """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks].
+
+    Infinite where a score is NaN.
+    """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, _PICK_COLUMNS)
     values = torch.empty(rows, blocks, device=logits.device, dtype=torch.float32)
@@ -106,7 +116,10 @@ def best_of_blocks(logits: Tensor, temperatures: Tensor, keys: Tensor) -> tuple[
 
 
 def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor) -> None:
-    """For every row the index with the highest value, of equals the first: values, int32 indices [rows, blocks]."""
+    """For every row the index with the highest value, of equals the first: values, int32 indices [rows, blocks].
+
+    `NO_TOKEN` where that value is infinite.
+    """
     rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)
     _argmax_kernel[(rows,)](

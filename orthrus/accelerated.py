@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, StopStringCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
-from orthrus.checkpoint import compute_dtype, resolve, tensor_shapes
-from orthrus.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig, read_json
+from orthrus.checkpoint import EMBEDDING, HEAD, check_finite, compute_dtype, resolve, tensor_shapes
+from orthrus.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
 from orthrus.engine import Engine, choose_device
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
-from orthrus.hf_arguments import GenerateCall, read_arguments, renamed, unsupported
+from orthrus.files import one_line, read_json
+from orthrus.hf_arguments import GenerateCall, read_arguments, renamed
+from orthrus.hf_fields import unsupported
+from orthrus.hf_module import check_as_written
 from orthrus.request import Chunk, Request
 
 # nn.Module methods that return the module: through an accelerated model they would hand out the slow one.
@@ -71,9 +74,12 @@ def accelerate(
         return _from_checkpoint(str(model_or_id), schedule, device, dtype, engine_settings)
     if isinstance(model_or_id, PreTrainedModel):
         return _from_module(model_or_id, schedule, device, dtype, engine_settings)
+    merge = (
+        " (merge its adapter first: merge_and_unload())" if hasattr(model_or_id, "merge_and_unload") else ""
+    )
     raise ConfigError(
         "accelerate takes a Qwen3ForCausalLM, a checkpoint directory or a hub id, "
-        f"got {type(model_or_id).__name__}"
+        f"got {type(model_or_id).__name__}{merge}"
     )
 
 
@@ -106,12 +112,17 @@ def _from_checkpoint(
     config = _engine_config(model, schedule, device, dtype, settings)
     path = resolve(model)
     engine = Engine.from_pretrained(config)
-    # Whatever its model_type says, what `generate` gives is a Qwen3's.
-    hf_config = Qwen3Config(**{k: v for k, v in read_json(path / CONFIG_FILE).items() if k != "model_type"})
-    if (path / GENERATION_CONFIG_FILE).is_file():
-        generation_config = GenerationConfig.from_pretrained(path)
-    else:
-        generation_config = GenerationConfig.from_model_config(hf_config)
+    file = path / CONFIG_FILE
+    try:
+        # Whatever its model_type says, what `generate` gives is a Qwen3's.
+        hf_config = Qwen3Config(**{k: v for k, v in read_json(file).items() if k != "model_type"})
+        if (path / GENERATION_CONFIG_FILE).exists():
+            file = path / GENERATION_CONFIG_FILE
+            generation_config = GenerationConfig.from_pretrained(path)
+        else:
+            generation_config = GenerationConfig.from_model_config(hf_config)
+    except Exception as error:  # Their checks raise what the values happen to break.
+        raise ConfigError(f"{file}: transformers rejects it: {one_line(error)}") from error
     return AcceleratedModel(engine, hf_config, generation_config)
 
 
@@ -124,9 +135,10 @@ def _from_module(
 ) -> "AcceleratedModel":
     name = module.name_or_path or type(module).__name__
     config = _engine_config(name, schedule, device or module.device, dtype or module.dtype, settings)
+    check_as_written(module)
     tensors = module.state_dict()
-    if module.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    if module.config.tie_word_embeddings and module.lm_head.weight is module.model.embed_tokens.weight:
+        tensors.pop(HEAD, None)
     fields = module.config.to_dict()
     if fields.get("block_size") is not None and not any("_diff." in tensor for tensor in tensors):
         advice = (
@@ -142,6 +154,8 @@ def _from_module(
     target = choose_device(config.device)
     kind = compute_dtype(config.dtype, model_config, target)
     weights = {tensor_name: tensor.to(target, kind) for tensor_name, tensor in tensors.items()}
+    for tensor_name, tensor in tensors.items():
+        check_finite(weights[tensor_name], f"the model's {tensor_name}", tensor)
     engine = Engine(config, model_config, weights)
     return AcceleratedModel(engine, module.config, module.generation_config, module)
 
@@ -149,12 +163,20 @@ def _from_module(
 def _check_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Raise ConfigError unless the tensors are the config's: an adapter left out would change the text."""
     expected = tensor_shapes(config)
+    if HEAD in tensors:
+        # One that was untied by hand, whatever the config says.
+        expected[HEAD] = expected[EMBEDDING]
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not a tensor of such a model" for name in tensors if name not in expected]
     problems += [
         f"{name} is {list(tensors[name].shape)} and not {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
+    ]
+    problems += [
+        f"{name} is {'on no device' if tensor.is_meta else tensor.dtype}"
+        for name, tensor in tensors.items()
+        if tensor.is_meta or not tensor.is_floating_point()
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -255,7 +277,7 @@ class AcceleratedModel:
         gives. Returns int64 [batch * num_return_sequences, width + generated] on the prompts' device, the
         prompts as given and their tokens, padded on the right; with return_dict_in_generate=True an output
         with these `sequences`. Raises RequestError (a ValueError) for an argument that is wrong or has no
-        counterpart; its `param` names it.
+        counterpart; its `param` names it. RuntimeError where the model's scores are NaN or infinite.
         """
         refused = {
             "logits_processor": logits_processor,
@@ -268,17 +290,21 @@ class AcceleratedModel:
             "custom_generate": custom_generate,
         }
         for name, value in refused.items():
-            if not (value is None or value is False or (isinstance(value, list) and not value)):
+            lists = name in ("logits_processor", "stopping_criteria")
+            if not (value is None or value is False or (lists and isinstance(value, list) and not value)):
                 raise unsupported(name, value)
         call = read_arguments(
             model_defaults=self.generation_config,
             context_limit=self.engine.max_model_len,
+            vocab_size=self.engine.model_config.vocab_size,
             generation_config=generation_config,
             inputs=inputs,
             seed=seed,
             tokenizer=tokenizer,
             kwargs=kwargs,
         )
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise RequestError(f"streamer must be a BaseStreamer, got {type(streamer).__name__}", "streamer")
         if streamer is not None and len(call.prompts) * call.copies > 1:
             raise RequestError("streamer can follow one sequence only: pass one prompt", "streamer")
         with self._turn:
@@ -306,6 +332,8 @@ class AcceleratedModel:
                 streamer.put(call.input_ids.cpu())
             while pending:
                 for chunk in engine.step():
+                    if chunk.error is not None and chunk.request_id in pending:
+                        raise RuntimeError(f"generate: {chunk.error}")
                     row = rows[first_row[chunk.request_id] + chunk.index]
                     if row.finished or not row.take(chunk, call.stop_strings, streamer):
                         continue

@@ -5,10 +5,11 @@ costs a second and one error that lists what is wrong, not a model that writes n
 """
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthrus.config import CONFIG_FILE, DTYPES, GENERATION_CONFIG_FILE, ModelConfig, read_json
-from orthrus.errors import ConfigError
+from orthrus.config import CONFIG_FILE, DTYPES, GENERATION_CONFIG_FILE, ModelConfig
+from orthrus.errors import CheckpointError, ConfigError
+from orthrus.stored_tensors import DTYPE_BYTES, INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 # Hugging Face's default, so that a saved model has as many files as one would expect.
 DEFAULT_SHARD_BYTES = 5_000_000_000
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED_PROBLEMS = 8
 _HUB_SECONDS = 5.0
 """Within which the hub must begin to answer."""
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
-
-class CheckpointError(ConfigError):
-    """A checkpoint that can't be found, read or used with its config; the message names the file and the fix."""
+logger = logging.getLogger(__name__)
 
 
 class HubUnreachable(CheckpointError):
@@ -129,7 +127,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     projections = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
@@ -146,13 +144,13 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
 
 
 def check_files(path: str | Path, config: ModelConfig) -> None:
     """Check the files' headers against the config, without reading a weight. Raises CheckpointError listing what is wrong."""
-    _check_stored(Path(path), _stored_tensors(Path(path)), config)
+    _check_stored(Path(path), stored_tensors(Path(path)), config)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -185,17 +183,21 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Every tensor of `tensor_shapes(config)` on `device` in `dtype` (see `compute_dtype`).
 
-    Goes tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out.
-    Raises CheckpointError naming file, tensor, expected and found.
+    Goes tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, but comes along
+    where the files hold another than the embedding (see `with_own_head`).
+    Raises CheckpointError naming file, tensor, expected and found; also for values that are NaN or infinite.
     """
     # Hugging Face's progress bar, which its users know how to switch off.
     from transformers.utils import logging as progress
 
     target = compute_dtype(dtype, config, device)
-    stored = _stored_tensors(Path(path))
+    stored = stored_tensors(Path(path))
     _check_stored(Path(path), stored, config)
     by_file: dict[Path, list[str]] = {}
-    for name in tensor_shapes(config):
+    names = list(tensor_shapes(config))
+    if config.tie_word_embeddings and _has_own_head(stored):
+        names.append(HEAD)
+    for name in names:
         by_file.setdefault(stored[name].file, []).append(name)
     weights: dict[str, Tensor] = {}
     bar = progress.tqdm(total=sum(map(len, by_file.values())), desc=f"loading {config.name}", unit="tensor")
@@ -206,12 +208,60 @@ def load_weights(
                 for name in names:
                     # On a CPU a copy even where nothing changes: the original is a view of the file, which may change.
                     on_cpu = torch.device(device).type == "cpu"
-                    weights[name] = tensors.get_tensor(name).to(target, copy=on_cpu)
+                    read = tensors.get_tensor(name)
+                    weights[name] = read.to(target, copy=on_cpu)
+                    check_finite(weights[name], f"{file}: tensor {name}", read)
                     bar.update()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
     bar.close()
     return weights
+
+
+def _has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether there is a head that differs from the embedding, by the files, so that no device holds a second one."""
+    if HEAD not in stored:
+        return False
+    head, embedding = (_read_tensor(stored[name].file, name) for name in (HEAD, EMBEDDING))
+    return not torch.equal(head.to(embedding.dtype), embedding)
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(name)
+            return found
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+
+
+def with_own_head(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """`config` as the tensors have it: under tied embeddings, a head that differs from them counts, as for Hugging Face."""
+    head = tensors.get(HEAD)
+    if not config.tie_word_embeddings or head is None or torch.equal(head, tensors[EMBEDDING]):
+        return config
+    logger.warning(
+        "%s: %s differs from the embedding, although tie_word_embeddings is true: it is used",
+        config.name,
+        HEAD,
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def check_finite(tensor: Tensor, where: str, original: Tensor) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite. original: it before it was cast."""
+    if _is_finite(tensor):
+        return
+    if _is_finite(original):
+        raise CheckpointError(
+            f"{where} has values too large for {str(tensor.dtype).removeprefix('torch.')}: set dtype to bfloat16 or float32"
+        )
+    raise CheckpointError(f"{where} holds values that are NaN or infinite: download or save it again")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # In one pass that needs no memory; NaN is passed on.
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def save_checkpoint(
@@ -224,12 +274,14 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that `load_weights` reads back bit for bit, and transformers as a Qwen3 (its AR view).
 
-    `tensors` are those of `tensor_shapes(config)`, in one dtype, on any device; a tied lm_head is left out. No file
+    `tensors` are those of `tensor_shapes(config)`, in one dtype, on any device; a tied lm_head is left out,
+    and one that differs from the embedding makes the checkpoint untied. No file
     holds more than `max_shard_bytes` of weights, unless one tensor alone does. Weights that were in `path` are
     replaced. `tokenizer`: anything with `save_pretrained`.
     Raises CheckpointError when tensors and config disagree, ConfigError for a dtype that can't be loaded again.
     """
     path = Path(path)
+    config = with_own_head(config, tensors)
     shapes = tensor_shapes(config)
     dtype = _check_given(config, tensors, shapes)
     saved = replace(config, dtype=str(dtype).removeprefix("torch."))
@@ -268,89 +320,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(path)
 
 
-@dataclass(frozen=True)
-class _StoredTensor:
-    """A tensor as the header of its safetensors file describes it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _stored_tensors(path: Path) -> dict[str, _StoredTensor]:
-    """Every tensor in the checkpoint's files, from the headers."""
-    if (path / SINGLE_FILE).is_file():
-        return dict(_read_header(path / SINGLE_FILE))
-    index = path / INDEX_FILE
-    if not index.is_file():
-        raise CheckpointError(
-            f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}: give a checkpoint saved as safetensors"
-            + _other_weights(path)
-        )
-    return _read_shards(index)
-
-
-def _read_shards(index: Path) -> dict[str, _StoredTensor]:
-    try:
-        weight_map = read_json(index).get("weight_map")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(
-            f"{index}: expected weight_map to map tensor names to file names: save or download it again"
-        )
-    stored: dict[str, _StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: expected file names without a folder, found {file!r}")
-        if not (index.parent / file).is_file():
-            raise CheckpointError(
-                f"{index.parent / file} is missing, {index.name} lists it: download it again"
-            )
-        for name, tensor in _read_header(index.parent / file):
-            if weight_map.get(name) != file:
-                listed = weight_map.get(name, "no file")
-                raise CheckpointError(
-                    f"{tensor.file}: found tensor {name}, which {index.name} expects in {listed}"
-                )
-            stored[name] = tensor
-    for name, file in weight_map.items():
-        if name not in stored:
-            raise CheckpointError(
-                f"{index.parent / file}: tensor {name} is missing, {index.name} expects it there"
-            )
-    return stored
-
-
-def _read_header(file: Path) -> Iterator[tuple[str, _StoredTensor]]:
-    """Name and description of each tensor in a safetensors file, whose size is checked against them."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            # A damaged length can be anything: never read more than there is.
-            raw = stream.read(length) if len(start) == 8 and 8 + length <= size else None
-    except OSError as error:
-        raise CheckpointError(f"{file} can't be read: {error.strerror}") from error
-    if raw is None:
-        raise CheckpointError(f"{file}: expected a safetensors header, found {size} bytes: download it again")
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        ends = {name: 8 + length + int(entry["data_offsets"][1]) for name, entry in header.items()}
-        found = {name: _StoredTensor(file, tuple(e["shape"]), str(e["dtype"])) for name, e in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file} has no valid safetensors header: download it again") from error
-    expected = max(ends.values(), default=8 + length)
-    if size != expected:
-        cut = next((name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size), None)
-        where = f", cut short in tensor {cut}" if cut else ""
-        raise CheckpointError(f"{file}: expected {expected} bytes, found {size}{where}: download it again")
-    yield from found.items()
-
-
-def _check_stored(path: Path, stored: Mapping[str, _StoredTensor], config: ModelConfig) -> None:
+def _check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     """Raise one error that lists how the stored tensors differ from the config's."""
     shapes = tensor_shapes(config)
     has_diffusion = any("_diff." in name for name in stored)
@@ -364,6 +334,9 @@ def _check_stored(path: Path, stored: Mapping[str, _StoredTensor], config: Model
             f"{CONFIG_FILE} in {path} has block_size {config.block_size}, but there are no diffusion weights "
             "(*_diff): use the Orthrus checkpoint, or remove block_size and mask_token_id to serve the AR view"
         )
+    if HEAD in stored:
+        # Some tools write a tied head out as well.
+        shapes[HEAD] = shapes[EMBEDDING]
     problems = []
     for name, shape in shapes.items():
         if name not in stored:
@@ -373,14 +346,13 @@ def _check_stored(path: Path, stored: Mapping[str, _StoredTensor], config: Model
             problems.append(
                 f"{found.file.name}: tensor {name}: expected shape {list(shape)}, found {list(found.shape)}"
             )
-        elif stored[name].dtype not in _DTYPE_BYTES:
+        elif stored[name].dtype not in DTYPE_BYTES:
             found = stored[name]
             problems.append(
-                f"{found.file.name}: tensor {name}: expected dtype {', '.join(_DTYPE_BYTES)}, found {found.dtype}"
+                f"{found.file.name}: tensor {name}: expected dtype {', '.join(DTYPE_BYTES)}, found {found.dtype}"
             )
     for name, tensor in stored.items():
-        # Some tools write a tied head out as well.
-        if name not in shapes and name != "lm_head.weight":
+        if name not in shapes:
             problems.append(
                 f"{tensor.file.name}: tensor {name}: expected none, found shape {list(tensor.shape)}"
             )
@@ -398,7 +370,7 @@ def _check_given(
             problems.append(
                 f"tensor {name}: expected shape {list(shape)}, found {list(found) if found else 'none'}"
             )
-    allowed = {*shapes, "lm_head.weight"} if config.tie_word_embeddings else set(shapes)
+    allowed = {*shapes, HEAD} if config.tie_word_embeddings else set(shapes)
     problems += [f"tensor {name}: expected none, found one" for name in tensors if name not in allowed]
     _raise_if(problems, "these tensors are not those of the config")
     dtypes = {tensors[name].dtype for name in shapes}
@@ -416,14 +388,6 @@ def _raise_if(problems: list[str], headline: str) -> None:
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     raise CheckpointError(f"{headline}:\n  " + "\n  ".join(shown))
-
-
-def _other_weights(path: Path) -> str:
-    """What kind of weights the directory has instead, as the end of a sentence."""
-    others = sorted(
-        f.name for f in path.glob("*") if f.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
-    )
-    return f" (found {', '.join(others)})" if others else ""
 
 
 def _split(

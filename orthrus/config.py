@@ -1,24 +1,29 @@
 """`ModelConfig`: the shape of a plain or Orthrus-accelerated Qwen3, read from and written to Hugging Face's config.json."""
 
 import copy
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import Qwen3Config
 
 from orthrus.errors import ConfigError
+from orthrus.files import is_int, is_number, one_line, read_json, shown
+from orthrus.rope import (
+    MOST_POSITIONS,
+    check_rope,
+    check_rope_numbers,
+    check_rope_type,
+    plain_rope,
+    yarn_context,
+)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 MODEL_TYPES = ("qwen3", "orthrus")
-ROPE_TYPES = ("default", "yarn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Without these a file says nothing about its weights; everything else has a default that Hugging Face agrees on.
@@ -41,10 +46,20 @@ _OPTIONAL = (
     "rope_scaling",
     "rope_theta",
     "partial_rotary_factor",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
 )
+
+# Far beyond any model there is, and small enough that nothing made from these numbers alone takes long or much memory.
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": MOST_POSITIONS,
+    "block_size": 1 << 10,
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +97,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in (*_REQUIRED, "head_dim", "max_position_embeddings"):
-            value = getattr(self, key)
-            if not _is_int(value) or value < 1:
-                raise ConfigError(f"{key} must be a positive integer, got {value!r}")
+            _check_size(key, getattr(self, key))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -92,28 +105,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if not _is_number(self.rms_norm_eps) or self.rms_norm_eps < 0:
-            raise ConfigError(f"rms_norm_eps must be a number of at least 0, got {self.rms_norm_eps!r}")
+        if not is_number(self.rms_norm_eps, 0.0, 1.0):
+            raise ConfigError(f"rms_norm_eps must be a number from 0 to 1, got {shown(self.rms_norm_eps)}")
         if self.dtype not in DTYPES:
             raise ConfigError(
-                f"dtype {self.dtype!r} is not supported: save the weights in one of {', '.join(DTYPES)}"
+                f"dtype {shown(self.dtype)} is not supported: save the weights in one of {', '.join(DTYPES)}"
             )
-        self._check_rope()
+        check_rope(self.rope_parameters)
         self._check_tokens()
-
-    def _check_rope(self) -> None:
-        rope = self.rope_parameters
-        rope_type = rope.get("rope_type")
-        _check_rope_type(rope_type)
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError("partial_rotary_factor is not supported: remove it (Qwen3 rotates whole heads)")
-        required = ("rope_theta", "factor", "original_max_position_embeddings")
-        for key in required if rope_type == "yarn" else required[:1]:
-            value = rope.get(key)
-            if not _is_number(value) or value < 1:
-                raise ConfigError(
-                    f"{key} of rope_type {rope_type!r} must be a number of at least 1, got {value!r}"
-                )
 
     def _check_tokens(self) -> None:
         if (self.block_size is None) != (self.mask_token_id is None):
@@ -121,15 +120,13 @@ class ModelConfig:
             raise ConfigError(
                 f"{missing} is missing: a diffusion view needs both block_size and mask_token_id"
             )
-        if self.block_size is not None and (not _is_int(self.block_size) or self.block_size < 2):
-            raise ConfigError(f"block_size must be an integer of at least 2, got {self.block_size!r}")
+        if self.block_size is not None:
+            _check_size("block_size", self.block_size, least=2)
         named = [("eos_token_id", token) for token in self.eos_token_ids]
         named += [(key, getattr(self, key)) for key in ("bos_token_id", "pad_token_id", "mask_token_id")]
         for key, token in named:
-            if token is not None and (not _is_int(token) or not 0 <= token < self.vocab_size):
-                raise ConfigError(
-                    f"{key} must be a token id from 0 to vocab_size - 1 = {self.vocab_size - 1}, got {token!r}"
-                )
+            if token is not None:
+                _check_token(key, token, self.vocab_size)
 
     @property
     def has_diffusion(self) -> bool:
@@ -148,29 +145,34 @@ class ModelConfig:
         missing = [key for key in _REQUIRED if data.get(key) is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)} missing: add what the weights were made with")
-        # transformers fills in the dicts that it is given, hence the copy. A null is the same as leaving a key out.
-        known = {k: copy.deepcopy(data[k]) for k in (*_REQUIRED, *_OPTIONAL) if data.get(k) is not None}
+        # A null is the same as leaving a key out.
+        present = {key: data[key] for key in (*_REQUIRED, *_OPTIONAL) if data.get(key) is not None}
+        for key in _MOST.keys() & present.keys():
+            _check_size(key, present[key])
         try:
-            hf = Qwen3Config(**known)
-        except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"transformers rejects it as a Qwen3 config: {_one_line(error)}") from error
-        dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
+            # transformers fills in the dicts that it is given, hence the copy.
+            hf = Qwen3Config(**copy.deepcopy(present))
+        except Exception as error:  # Its checks raise what the values happen to break.
+            raise ConfigError(f"transformers rejects it as a Qwen3 config: {one_line(error)}") from error
+        dtype = next((data[key] for key in ("dtype", "torch_dtype") if data.get(key) is not None), "float32")
         block_size = data.get("block_size")
+        rope = plain_rope(hf.rope_parameters)
+        check_rope(rope)
         return cls(
             **{key: getattr(hf, key) for key in _REQUIRED},
             head_dim=hf.head_dim,
             rms_norm_eps=hf.rms_norm_eps,
-            max_position_embeddings=hf.max_position_embeddings,
+            max_position_embeddings=max(hf.max_position_embeddings, yarn_context(rope)),
             tie_word_embeddings=hf.tie_word_embeddings,
             attention_bias=hf.attention_bias,
-            rope_parameters=_plain_rope(hf.rope_parameters),
-            eos_token_ids=_token_ids(hf.eos_token_id),
-            bos_token_id=hf.bos_token_id,
-            pad_token_id=hf.pad_token_id,
+            rope_parameters=rope,
+            eos_token_ids=_token_ids(data.get("eos_token_id"), hf.vocab_size),
+            bos_token_id=data.get("bos_token_id"),
+            pad_token_id=data.get("pad_token_id"),
             block_size=block_size,
             # Tokenizers of plain models may name a mask token too; without a block it means nothing here.
             mask_token_id=data.get("mask_token_id") if block_size is not None else None,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
             name=name,
         )
 
@@ -183,17 +185,18 @@ class ModelConfig:
         path = Path(path)
         file = path / CONFIG_FILE
         data = read_json(file)
-        generation_file = path / GENERATION_CONFIG_FILE
-        if generation_file.is_file():
-            generation = read_json(generation_file)
-            for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
-                # What the text ends with is for generation_config to say; the others only fill gaps.
-                if generation.get(key) is not None and (key == "eos_token_id" or data.get(key) is None):
-                    data[key] = generation[key]
         try:
-            return cls.from_dict(data, name=_display_name(path))
+            config = cls.from_dict(data, name=_display_name(path))
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
+        generation_file = path / GENERATION_CONFIG_FILE
+        if not generation_file.exists():
+            return config
+        generation = read_json(generation_file)
+        try:
+            return replace(config, **_generation_tokens(generation, config))
+        except ConfigError as error:
+            raise ConfigError(f"{generation_file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json in the official format, which transformers reads as a Qwen3 (the AR view)."""
@@ -231,24 +234,17 @@ class ModelConfig:
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
         known = {k: v for k, v in self.to_dict().items() if k in (*_REQUIRED, *_OPTIONAL)}
-        with torch.device("cpu"):
-            rotary = Qwen3RotaryEmbedding(Qwen3Config(**known))
-        return rotary.inv_freq.float(), float(rotary.attention_scaling)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises ConfigError naming the file when it can't be read or holds something else."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing: give a directory in Hugging Face format") from None
-    except OSError as error:
-        raise ConfigError(f"{file} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} isn't valid JSON ({error}): download or save it again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: expected a JSON object, found {type(data).__name__}")
-    return data
+        try:
+            with torch.device("cpu"):
+                rotary = Qwen3RotaryEmbedding(Qwen3Config(**known))
+            frequencies, scaling = rotary.inv_freq.float(), float(rotary.attention_scaling)
+        except (ValueError, ArithmeticError) as error:
+            raise ConfigError(f"rope_parameters give no rotary embedding: {one_line(error)}") from error
+        if not frequencies.isfinite().all():
+            raise ConfigError(
+                f"rope_parameters {shown(dict(self.rope_parameters))} give frequencies that are no numbers"
+            )
+        return frequencies, scaling
 
 
 def _check_supported(data: Mapping[str, Any]) -> None:
@@ -256,27 +252,29 @@ def _check_supported(data: Mapping[str, Any]) -> None:
     model_type = data.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"model_type {model_type!r} is not supported: use a model of type {' or '.join(MODEL_TYPES)}"
+            f"model_type {shown(model_type)} is not supported: use a model of type {' or '.join(MODEL_TYPES)}"
         )
     if data.get("quantization_config") is not None:
         raise ConfigError("quantization_config is not supported: use the unquantised checkpoint")
-    if data.get("use_sliding_window"):
+    if data.get("use_sliding_window") not in (None, False):
         raise ConfigError(
             "use_sliding_window is not supported: set it to false if the model was trained without it"
         )
-    layer_types = data.get("layer_types") or ()
-    other = sorted({str(t) for t in layer_types if t != "full_attention"})
+    layer_types = _list_of(data, "layer_types")
+    other = sorted({shown(t).strip("'") for t in layer_types if t != "full_attention"})
     if other:
-        raise ConfigError(f"layer_types {', '.join(other)} is not supported: only full_attention is")
+        raise ConfigError(f"layer_types {', '.join(other[:3])} is not supported: only full_attention is")
     activation = data.get("hidden_act", "silu")
     if activation != "silu":
-        raise ConfigError(f"hidden_act {activation!r} is not supported: only silu is")
+        raise ConfigError(f"hidden_act {shown(activation)} is not supported: only silu is")
     # Before transformers reads them: it would ask for the settings that the unsupported type needs.
-    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"rope_parameters must be an object with rope_type and rope_theta, got {rope!r}")
-    _check_rope_type(rope.get("rope_type", rope.get("type", "default")))
-    is_orthrus = model_type == "orthrus" or "OrthrusLM" in (data.get("architectures") or ())
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = {} if data.get(key) is None else data[key]
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{key} must be an object with rope_type and rope_theta, got {shown(rope)}")
+        check_rope_type(rope.get("rope_type", rope.get("type", "default")))
+        check_rope_numbers(rope)
+    is_orthrus = model_type == "orthrus" or "OrthrusLM" in _list_of(data, "architectures")
     if is_orthrus and data.get("block_size") is None:
         raise ConfigError(
             "block_size is missing from an Orthrus checkpoint: add the block_size and mask_token_id that it was "
@@ -284,20 +282,48 @@ def _check_supported(data: Mapping[str, Any]) -> None:
         )
 
 
-def _check_rope_type(rope_type: object) -> None:
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"rope_type {rope_type!r} is not supported: use one of {', '.join(ROPE_TYPES)}")
+def _list_of(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    if value is not None and not isinstance(value, list):
+        raise ConfigError(f"{key} must be a list, got {shown(value)}")
+    return value or []
 
 
-def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings without nulls and without the transformers-4 name of `rope_type`."""
-    return {key: value for key, value in rope.items() if value is not None and key != "type"}
+def _check_size(key: str, value: object, least: int = 1) -> None:
+    if not is_int(value) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ConfigError(f"{key} must be {wanted}, got {shown(value)}")
+    if value > _MOST[key]:
+        raise ConfigError(f"{key} must be at most {_MOST[key]}, got {shown(value)}")
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+def _check_token(key: str, token: object, vocab_size: int) -> None:
+    if not is_int(token) or not 0 <= token < vocab_size:
+        raise ConfigError(
+            f"{key} must be a token id from 0 to vocab_size - 1 = {vocab_size - 1}, got {shown(token)}"
+        )
+
+
+def _token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+    """An eos_token_id as token ids: one, several or, for null and an empty list, none."""
+    ids = () if value is None else value if isinstance(value, list) else (value,)
+    for token in ids:
+        _check_token("eos_token_id", token, vocab_size)
+    return tuple(dict.fromkeys(ids))
+
+
+def _generation_tokens(generation: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The fields of `config` that a generation_config.json decides.
+
+    What ends the text is for it to say; the other special tokens only fill gaps.
+    """
+    changes: dict[str, Any] = {}
+    if (eos := generation.get("eos_token_id")) is not None:
+        changes["eos_token_ids"] = _token_ids(eos, config.vocab_size)
+    for key in ("bos_token_id", "pad_token_id"):
+        if generation.get(key) is not None and getattr(config, key) is None:
+            changes[key] = generation[key]
+    return changes
 
 
 def _display_name(path: Path) -> str:
@@ -306,15 +332,3 @@ def _display_name(path: Path) -> str:
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

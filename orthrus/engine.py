@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.checkpoint import compute_dtype, kv_bytes_per_token, load_weights, resolve, weight_bytes
+from kernels.sampling import NO_TOKEN
+from orthrus.checkpoint import (
+    compute_dtype,
+    kv_bytes_per_token,
+    load_weights,
+    resolve,
+    weight_bytes,
+    with_own_head,
+)
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
@@ -51,6 +60,10 @@ from orthrus.word_mask import JointMask, WordMask, WordRules
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
+_NO_NUMBERS = (
+    "the model's scores for the next token are NaN or infinite: its weights are damaged, or its dtype is too small for them "
+    "(load it in bfloat16 or float32)"
+)
 DECODE_ROWS = 512
 """Most rows of decoding sequences in a pass: beyond it, a row costs a GPU more than a draft brings. One each, at least."""
 SCORE_ROWS = 64
@@ -110,6 +123,7 @@ class Engine:
         tokenizer: a Hugging Face one, needed for stop strings only. masks: makes the token mask of a sequence from
         `SamplingParams.grammar`, or raises RequestError. Raises ConfigError.
         """
+        model_config = with_own_head(model_config, weights)
         config.check_model(model_config)
         self.config = config
         self.model_config = model_config
@@ -129,6 +143,7 @@ class Engine:
             )
         num_pages = self._num_pages()
         self.max_model_len = self._context_limit(num_pages * self.page_size)
+        self.forward.use_context(self.max_model_len)
         self.cache = KVCache.allocate(
             model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype
         )
@@ -496,7 +511,11 @@ class Engine:
         if foreseen:
             del sequence.foreseen[: len(tokens)]
         before = sequence.num_generated
+        error = None
         for token in tokens:
+            if token == NO_TOKEN:
+                sequence.finish_reason, error = "error", _NO_NUMBERS
+                break
             sequence.append(token)
             if sequence.finish_reason is not None:
                 break
@@ -533,6 +552,7 @@ class Engine:
             stop_reason=sequence.stop_reason,
             stats=sequence.stats() if finished else None,
             prompt_logprobs=self._take_scores(sequence) if first else None,
+            error=error,
         )
 
     def _fail(self, sequence: Sequence, error: str, param: str) -> Chunk:
@@ -703,16 +723,23 @@ class _InFlight:
 
 
 def _check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError before anything is loaded if a GPU has no room for the weights."""
-    if device.type != "cuda":
-        return
-    wanted, (free, size) = weight_bytes(model, dtype), torch.cuda.mem_get_info(device)
-    if wanted > free:
-        raise ConfigError(
-            f"the weights of {model.name} need {_gib(wanted)} in {str(dtype).removeprefix('torch.')}, and {_gib(free)} of "
-            f"the GPU's {_gib(size)} are free: {_gib(wanted - free)} are missing. Free them, take a smaller model or a larger "
-            "GPU, or set dtype to bfloat16"
-        )
+    """Raise ConfigError before anything is loaded if the device has no room for the weights."""
+    wanted, name = weight_bytes(model, dtype), str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if wanted > size:
+            raise ConfigError(
+                f"the weights of {model.name} need {_gib(wanted)} in {name}, and this machine has {_gib(size)} of memory: "
+                "take a smaller model or a larger machine"
+            )
+    elif device.type == "cuda":
+        free, size = torch.cuda.mem_get_info(device)
+        if wanted > free:
+            raise ConfigError(
+                f"the weights of {model.name} need {_gib(wanted)} in {name}, and {_gib(free)} of the GPU's {_gib(size)} are "
+                f"free: {_gib(wanted - free)} are missing. Free them, take a smaller model or a larger GPU, or set dtype to "
+                "bfloat16"
+            )
 
 
 def _gib(size: float) -> str:

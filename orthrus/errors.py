@@ -19,3 +19,7 @@ class RequestError(ValueError):
 
 class ConfigError(ValueError):
     """A model, engine or deployment setting that can't work; the message names the setting and the fix."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that can't be found, read or used with its config; the message names the file and the fix."""

@@ -85,31 +85,38 @@ class LayerParallelForward:
     """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
     `tensors` are a checkpoint's, by their Hugging Face names, on one device in one dtype; the dict is emptied. head: the LM
-    head, which makes logits of final hidden states.
+    head, which makes logits of final hidden states. It has position 0 only until `use_context` gives it more.
     """
 
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
         self.config = config
         self._embedding = tensors.pop("model.embed_tokens.weight")
         head = tensors.pop("lm_head.weight", None)
-        head = self._embedding if config.tie_word_embeddings or head is None else head
-        self.head = pack_linear([head], segment=_HEAD_SEGMENT)
+        self.head = pack_linear([self._embedding if head is None else head], segment=_HEAD_SEGMENT)
         self._first_norm = tensors.pop("model.layers.0.input_layernorm.weight")
         self._layers = [_layer_weights(config, tensors, i) for i in range(config.num_hidden_layers)]
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype
-        self._cos, self._sin = self._rope_tables()
+        self._inv_freq, self._rope_scaling = config.rotary()
+        self.use_context(1)
 
     @property
     def heads_per_kv(self) -> int:
         return self.config.num_attention_heads // self.config.num_key_value_heads
 
-    def _rope_tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin [positions, head_dim / 2] of every position's angles."""
-        inv_freq, scaling = self.config.rotary()
-        positions = torch.arange(self.config.max_position_embeddings, dtype=torch.float32, device=self.device)
-        angles = positions[:, None] * inv_freq.to(self.device)
-        return (angles.cos() * scaling).to(self.dtype), (angles.sin() * scaling).to(self.dtype)
+    def use_context(self, positions: int) -> None:
+        """Have rotary angles for so many positions: what the cache holds, which may be far less than the model allows.
+
+        Not for a forward whose passes have been captured.
+        """
+        place = torch.arange(positions, dtype=torch.float32, device=self.device)
+        angles = place[:, None] * self._inv_freq.to(self.device)
+        scaling = self._rope_scaling
+        # cos and sin [positions, head_dim / 2].
+        self._cos, self._sin = (
+            (angles.cos() * scaling).to(self.dtype),
+            (angles.sin() * scaling).to(self.dtype),
+        )
 
     @torch.inference_mode()
     def hidden_states(self, plan: PassPlan, cache: KVCache, picks: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,31 +12,25 @@ from torch import Tensor
 from transformers import GenerationConfig, StopStringCriteria
 
 from orthrus.errors import RequestError
+from orthrus.files import one_line
+from orthrus.hf_fields import (
+    ARGUMENT,
+    GIVEN,
+    KINDS,
+    MODEL,
+    check_fields,
+    check_mask,
+    check_prompts,
+    checked,
+    integer,
+    unsupported,
+)
 from orthrus.request import SEED_BITS, SamplingParams
 
 # What `generate` does when neither the caller nor the model's generation config says (transformers 5).
 DEFAULT_NEW_TOKENS = 20
 DEFAULT_TOP_K = 50
 
-# GenerationConfig fields that are translated below.
-_HONOURED = {
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "min_new_tokens",
-    "stop_strings",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "num_return_sequences",
-    "return_dict_in_generate",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-}
 # Fields that don't change the tokens of greedy or sampled decoding, there or here: how Hugging Face caches
 # and compiles, and settings of modes (beams, assistants, encoders) that other arguments turn on.
 _WITHOUT_EFFECT = {
@@ -103,28 +98,40 @@ def read_arguments(
     *,
     model_defaults: GenerationConfig,
     context_limit: int,
+    vocab_size: int,
     generation_config: GenerationConfig | None,
     inputs: Tensor | None,
-    seed: int | None,
+    seed: Any,
     tokenizer: Any,
     kwargs: dict[str, Any],
 ) -> GenerateCall:
     """Merge the arguments as Hugging Face does: keyword arguments, `generation_config`, the model's own, then defaults.
 
-    context_limit: most tokens of prompt and completion. kwargs: everything that `generate` takes by keyword:
-    prompts, mask and GenerationConfig fields. Raises RequestError naming the argument that is wrong or can't
-    be honoured.
+    context_limit: most tokens of prompt and completion. vocab_size: the model's. kwargs: everything that
+    `generate` takes by keyword: prompts, mask and GenerationConfig fields. Raises RequestError naming the
+    argument that is wrong or can't be honoured.
     """
     kwargs = dict(kwargs)
     input_ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
     if inputs is not None and input_ids is not None:
         raise RequestError("pass the prompts as inputs or as input_ids, not as both", "inputs")
-    config = _merge(model_defaults, generation_config, kwargs)
-    input_ids = _check_input_ids(inputs if input_ids is None else input_ids, config)
-    _refuse_unsupported(config)
+    seed = None if seed is None else _seed(seed)
+    config, origin = _merge(model_defaults, generation_config, kwargs)
+    if input_ids is None and inputs is None:
+        input_ids = _first_token(config, vocab_size)
+    else:
+        input_ids = (
+            check_prompts(inputs, "inputs") if input_ids is None else check_prompts(input_ids, "input_ids")
+        )
+    _refuse_unsupported(config, origin)
 
-    eos = _token_ids(config.eos_token_id, "eos_token_id")
-    pad = _token_ids(config.pad_token_id, "pad_token_id") or eos
+    eos = [token for token in config.eos_token_id or () if 0 <= token < vocab_size]
+    pad = config.pad_token_id
+    if pad is None and eos:
+        pad = eos[0]
+    if pad is not None and pad >= vocab_size:
+        message = f"pad_token_id{origin('pad_token_id')} must be a token id below {vocab_size}, got {pad}"
+        raise RequestError(message, "pad_token_id")
     shown = _shown(input_ids, mask, eos, pad)
     if not shown.all() and _has_repetition_penalty(config):
         # Hugging Face penalises the tokens in a hole of the mask although nothing attends to them.
@@ -140,7 +147,7 @@ def read_arguments(
             length_field,
         )
     if eos:
-        _refuse_minimum(config, input_ids.shape[1])
+        _refuse_minimum(config, input_ids.shape[1], origin)
 
     copies = config.num_return_sequences or 1
     stop_strings = _stop_strings(config, tokenizer)
@@ -166,7 +173,7 @@ def read_arguments(
         prompts=prompts,
         params=params,
         copies=copies,
-        pad_token_id=pad[0] if pad else None,
+        pad_token_id=pad,
         stop_strings=stop_strings,
         return_dict=bool(config.return_dict_in_generate),
     )
@@ -174,25 +181,42 @@ def read_arguments(
 
 def _merge(
     model_defaults: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any]
-) -> GenerationConfig:
-    """The call's GenerationConfig; fields that nobody set are None, top_k excepted."""
+) -> tuple[GenerationConfig, Callable[[str], str]]:
+    """The call's GenerationConfig, and which origin a field's value has; what nobody set is None, top_k excepted."""
     if given is not None and not isinstance(given, GenerationConfig):
         raise RequestError(
             f"generation_config must be a GenerationConfig, got {type(given).__name__}", "generation_config"
         )
+    arguments = {name: checked(name, value) if name in KINDS else value for name, value in kwargs.items()}
+    settings = (arguments.get("do_sample"), given and given.do_sample, model_defaults.do_sample)
+    sampling = next((value for value in settings if value is not None), False)
+    for name in [name for name in arguments if name in vars(GenerationConfig()) and name not in KINDS]:
+        # Before transformers looks at them, which may say nothing of which it is.
+        if not _has_effect(name, arguments[name], sampling):
+            del arguments[name]
+        elif not _is_off(name, arguments[name]):
+            raise unsupported(name, arguments[name])
     config = GenerationConfig() if given is None else copy.deepcopy(given)
+    check_fields(config, GIVEN)
+    own = {name for name, value in vars(config).items() if value is not None}
+    defaults = copy.deepcopy(model_defaults)
+    check_fields(defaults, MODEL)
     try:
-        config.update(**model_defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
+        config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
         # Before the keyword arguments: an explicit top_k=None turns it off.
         config.update(top_k=DEFAULT_TOP_K, defaults_only=True)
-        unused = config.update(**kwargs)
-    except ValueError as error:
+        unused = config.update(**arguments)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         named = next((name for name in kwargs if f"`{name}`" in str(error)), None)
-        raise RequestError(str(error), named) from error
+        raise RequestError(one_line(error), named) from error
     for name, value in unused.items():
         if value is not None:
             raise unsupported(name, value)
-    return config
+
+    def origin(name: str) -> str:
+        return ARGUMENT if name in kwargs else GIVEN if name in own else MODEL
+
+    return config, origin
 
 
 def renamed(error: RequestError) -> RequestError:
@@ -203,71 +227,41 @@ def renamed(error: RequestError) -> RequestError:
     return RequestError(f"{name}: {error.message}", name)
 
 
-def unsupported(name: str, value: Any) -> RequestError:
-    """The error for an argument that the engine has no counterpart of."""
-    shown = f"={value!r}" if isinstance(value, bool | int | float | str) else ""
-    return RequestError(f"{name}{shown} can't be honoured by accelerated generate: leave it out", name)
-
-
-def _check_input_ids(input_ids: Any, config: GenerationConfig) -> Tensor:
-    if input_ids is None:
-        if config.bos_token_id is None:
-            message = "pass the prompts as input_ids: the model has no bos_token_id to begin with"
-            raise RequestError(message, "input_ids")
-        input_ids = torch.tensor([[int(config.bos_token_id)]])
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        what = type(input_ids).__name__
-        if isinstance(input_ids, Tensor):
-            what = f"{input_ids.dtype} {list(input_ids.shape)}"
-        raise RequestError(f"input_ids must be an integer tensor [batch, length], got {what}", "input_ids")
-    if input_ids.numel() == 0:
-        raise RequestError(f"input_ids is empty: shape {tuple(input_ids.shape)}", "input_ids")
-    return input_ids.long()
-
-
-def _refuse_unsupported(config: GenerationConfig) -> None:
+def _refuse_unsupported(config: GenerationConfig, origin: Callable[[str], str]) -> None:
     for name in vars(GenerationConfig()):
-        if name.startswith("_") or name in _HONOURED or name in _WITHOUT_EFFECT:
-            continue
-        if name in _WITHOUT_EFFECT_WHEN_GREEDY and not config.do_sample:
+        if name.startswith("_") or name in KINDS:
             continue
         value = getattr(config, name)
-        if value is None or value is False or value == _TURNED_OFF_BY.get(name):
-            continue
-        if name == "cache_implementation" and value in _CACHES_WITHOUT_EFFECT:
-            continue
-        raise unsupported(name, value)
+        if _has_effect(name, value, bool(config.do_sample)) and not _is_off(name, value):
+            raise unsupported(name, value, origin(name), _TURNED_OFF_BY.get(name))
 
 
-def _token_ids(value: Any, name: str) -> list[int]:
-    """Token ids of an int, list or tensor; negative ones, which name no token, are left out."""
-    if value is None:
-        return []
-    values = value.flatten().tolist() if isinstance(value, Tensor) else value
-    values = list(values) if isinstance(values, list | tuple) else [values]
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise RequestError(f"{name} must be a token id or a list of them, got {value!r}", name)
-    return [v for v in values if v >= 0]
+def _has_effect(name: str, value: Any, sampling: bool) -> bool:
+    """Whether a field that is not of `KINDS` may change the tokens."""
+    if name == "cache_implementation":
+        return not isinstance(value, str) or value not in _CACHES_WITHOUT_EFFECT
+    return name not in _WITHOUT_EFFECT and (sampling or name not in _WITHOUT_EFFECT_WHEN_GREEDY)
 
 
-def _shown(input_ids: Tensor, mask: Any, eos: list[int], pad: list[int]) -> Tensor:
+def _is_off(name: str, value: Any) -> bool:
+    # Only plain values: a tensor's comparison is a tensor.
+    if isinstance(value, int | float):
+        return value is False or value == _TURNED_OFF_BY.get(name)
+    return value is None
+
+
+def _shown(input_ids: Tensor, mask: Any, eos: list[int], pad: int | None) -> Tensor:
     """Which prompt tokens the model sees, bool like `input_ids`.
 
     Without a mask it is all of them, or all but the pads where a pad can't be an end token. Positions count
     the tokens that are shown: to leave out the others is all there is to a mask.
     """
-    if mask is None:
-        shown = torch.ones_like(input_ids, dtype=torch.bool)
-        if pad and pad[0] not in eos:
-            shown = input_ids != pad[0]
+    if mask is not None:
+        shown = check_mask(mask, input_ids)
+    elif pad is not None and pad not in eos:
+        shown = input_ids != pad
     else:
-        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
-            what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise RequestError(
-                f"attention_mask must be a tensor of input_ids' shape {tuple(input_ids.shape)}, got {what}",
-                "attention_mask",
-            )
-        shown = mask.to(input_ids.device) != 0
+        shown = torch.ones_like(input_ids, dtype=torch.bool)
     if not shown[:, -1].all():
         raise RequestError(
             "attention_mask hides the last token of a prompt: pad on the left (padding_side='left')",
@@ -291,7 +285,7 @@ def _has_repetition_penalty(config: GenerationConfig) -> bool:
 def _max_tokens(config: GenerationConfig, width: int, context_limit: int) -> int:
     """Tokens to generate per row. Lengths count padding, as there."""
     if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
+        return config.max_new_tokens
     if config.max_length is None:
         warnings.warn(
             f"neither max_new_tokens nor max_length is set: generating up to {DEFAULT_NEW_TOKENS} tokens",
@@ -299,7 +293,7 @@ def _max_tokens(config: GenerationConfig, width: int, context_limit: int) -> int
         )
         max_length = min(width + DEFAULT_NEW_TOKENS, context_limit)
     else:
-        max_length = int(config.max_length)
+        max_length = config.max_length
     if width >= max_length:
         raise RequestError(
             f"the prompts have {width} tokens and max_length is {max_length}: raise it or set max_new_tokens",
@@ -308,11 +302,11 @@ def _max_tokens(config: GenerationConfig, width: int, context_limit: int) -> int
     return max_length - width
 
 
-def _refuse_minimum(config: GenerationConfig, width: int) -> None:
-    if (config.min_length or 0) > width:
-        raise unsupported("min_length", config.min_length)
-    if (config.min_new_tokens or 0) > 0:
-        raise unsupported("min_new_tokens", config.min_new_tokens)
+def _refuse_minimum(config: GenerationConfig, width: int, origin: Callable[[str], str]) -> None:
+    for name, most in (("min_length", width), ("min_new_tokens", 0)):
+        value = getattr(config, name)
+        if value is not None and value > most:
+            raise unsupported(name, value, origin(name), 0)
 
 
 def _stop_strings(config: GenerationConfig, tokenizer: Any) -> StopStringCriteria | None:
@@ -320,25 +314,48 @@ def _stop_strings(config: GenerationConfig, tokenizer: Any) -> StopStringCriteri
         return None
     if tokenizer is None:
         raise RequestError("stop_strings needs the model's tokenizer: pass tokenizer=", "tokenizer")
-    return StopStringCriteria(tokenizer, config.stop_strings)
+    try:
+        return StopStringCriteria(tokenizer, config.stop_strings)
+    except Exception as error:  # It reads a vocabulary and a decoder, in whatever way they are wrong.
+        raise RequestError(
+            f"tokenizer can't be used for stop_strings: pass the model's own ({one_line(error)})", "tokenizer"
+        ) from error
 
 
 def _sampling(config: GenerationConfig) -> dict[str, Any]:
     """The fields of SamplingParams that shape the distribution."""
-    penalty = 1.0 if config.repetition_penalty is None else float(config.repetition_penalty)
+    penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
     if not config.do_sample:
         return {"temperature": 0.0, "repetition_penalty": penalty}
-    temperature = 1.0 if config.temperature is None else float(config.temperature)
+    temperature = 1.0 if config.temperature is None else config.temperature
     if temperature <= 0:
         message = f"temperature must be positive with do_sample=True, got {temperature}"
         raise RequestError(message, "temperature")
     return {
         "temperature": temperature,
-        "top_k": int(config.top_k or 0),
-        "top_p": 1.0 if config.top_p is None else float(config.top_p),
-        "min_p": 0.0 if config.min_p is None else float(config.min_p),
+        "top_k": config.top_k or 0,
+        "top_p": 1.0 if config.top_p is None else config.top_p,
+        "min_p": 0.0 if config.min_p is None else config.min_p,
         "repetition_penalty": penalty,
     }
+
+
+def _seed(seed: Any) -> int:
+    try:
+        return integer(seed, 0)
+    except ValueError as error:
+        raise RequestError(f"seed {error}", "seed") from None
+
+
+def _first_token(config: GenerationConfig, vocab_size: int) -> Tensor:
+    """The prompt of a call without one: the model's bos_token_id."""
+    if config.bos_token_id is None:
+        message = "pass the prompts as input_ids: the model has no bos_token_id to begin with"
+        raise RequestError(message, "input_ids")
+    if config.bos_token_id >= vocab_size:
+        message = f"bos_token_id must be a token id below {vocab_size}, got {config.bos_token_id}"
+        raise RequestError(message, "bos_token_id")
+    return torch.tensor([[config.bos_token_id]])
 
 
 def _seeds(seed: int | None, count: int) -> list[int]:

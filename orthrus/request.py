@@ -28,12 +28,12 @@ _CHOICE_STEP = 0x9E3779B97F4A7C15
 class SamplingParams:
     """How to pick tokens. Names and defaults are OpenAI's and vLLM's; every combination is exact under every schedule.
 
-    temperature: 0 is greedy. top_k: 0 keeps all. seed: None draws one, reported in `RequestStats.seed`.
-    max_tokens: None means up to the context limit; 0 only scores the prompt. logprobs: number of top alternatives per token
-    (0: the chosen token's only), None for none. prompt_logprobs: the same for the prompt's tokens, which choice 0 brings;
-    such a prompt takes nothing from the prefix cache. Log-probabilities are of the model's own distribution at
-    temperature 1, before masks, penalties and biases. min_tokens: before so many, neither the end of sequence nor a stop
-    token is picked, and within them a stop string does not end the text.
+    temperature: 0 is greedy. top_k: 0 keeps all. top_p: 0 keeps the best token. seed: None draws one, reported in
+    `RequestStats.seed`. max_tokens: None means up to the context limit; 0 only scores the prompt. logprobs: number of top
+    alternatives per token (0: the chosen token's only), None for none. prompt_logprobs: the same for the prompt's tokens,
+    which choice 0 brings; such a prompt takes nothing from the prefix cache. Log-probabilities are of the model's own
+    distribution at temperature 1, before masks, penalties and biases. min_tokens: before so many, neither the end of
+    sequence nor a stop token is picked, and within them a stop string does not end the text.
     skip_special_tokens: leave them out of the text, and of where stop strings are looked for.
     include_stop_str_in_output: let the text end with the stop string that ended it. grammar: text of the grammar
     (`orthrus.grammar`) that the answer must follow. bad_words: texts that are not generated: of each one's tokens the
@@ -77,8 +77,6 @@ class SamplingParams:
             value = getattr(self, name)
             if not math.isfinite(value) or not low <= value <= high:
                 raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", name)
-        if self.top_p == 0.0:
-            raise RequestError("top_p must be greater than 0", "top_p")
         if 0 < self.temperature < 1e-3:
             raise RequestError(
                 f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature}", "temperature"

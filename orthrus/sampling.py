@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import gumbel_argmax
-from kernels.sampling import noise_keys
+from kernels.sampling import NO_TOKEN, argmax, noise_keys
 from orthrus.request import SamplingParams
 from orthrus.token_mask import TokenMask
 
@@ -97,26 +97,55 @@ def _penalise(logits: Tensor, rows: PickRows) -> None:
 
 
 def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
-    """-inf where the filters drop a token of logits [rows, vocab]. Ties with the last kept token are kept."""
+    """-inf where the filters drop a token of logits [rows, vocab].
+
+    As Hugging Face's processors do, top-k keeps all that are as likely as the last one, and top-p as many of those as it
+    takes: which of them it keeps is left open there, here it is those with the lowest ids.
+    """
     top_k, top_p, min_p = params.top_k, params.top_p, params.min_p
     scores = logits / params.temperature
     if 0 < top_k < scores.shape[1] or top_p < 1.0:
-        k = min(top_k, scores.shape[1]) if top_k else scores.shape[1]
-        ranked = scores.topk(k, dim=-1).values
-        threshold = ranked[:, -1:]
+        k = min(top_k or scores.shape[1], scores.shape[1])
         if top_p < 1.0:
-            # In whole numbers, whose sums are the same in any order: that of a floating-point scan may depend on the rows.
-            mass = (ranked.softmax(-1).double() * _WHOLE).long()
-            before = mass.cumsum(-1) - mass
-            # At least the best, also for a top_p that is next to nothing.
-            kept = (before < top_p * _WHOLE).sum(-1, keepdim=True).clamp_(min=1)
-            threshold = ranked.gather(1, kept - 1)
-        scores.masked_fill_(scores < threshold, float("-inf"))
+            _cut_top_p(scores, k, top_p)
+        else:
+            scores.masked_fill_(scores < scores.topk(k, dim=-1).values[:, -1:], float("-inf"))
     if min_p > 0.0:
         probabilities = scores.softmax(-1)
         floor = probabilities.amax(-1, keepdim=True) * min_p
         scores.masked_fill_(probabilities < floor, float("-inf"))
     return logits.masked_fill(scores == float("-inf"), float("-inf"))
+
+
+def _cut_top_p(scores: Tensor, k: int, top_p: float) -> None:
+    """Top-p among the k best, and those that equal the worst of these, on scores [rows, vocab] in place."""
+    ranked = scores.topk(min(k + 1, scores.shape[1]), dim=-1).values
+    ranked, next_best = ranked[:, :k], ranked[:, k:]
+    last = ranked[:, -1:]
+    # In whole numbers, whose sums are the same in any order: that of a floating-point scan may depend on the rows.
+    mass = ((ranked - ranked[:, :1]).exp().double() * _WHOLE).long()
+    before = mass.cumsum(-1) - mass
+    listed = before[:, -1:] + mass[:, -1:]
+    further = torch.zeros_like(listed)
+    # On a GPU it costs less to count than to wait for whether there are any.
+    if next_best.numel() and (scores.is_cuda or bool((next_best == last).any())):
+        further = ((scores == last).count_nonzero(-1) - (ranked == last).count_nonzero(-1)).unsqueeze(-1)
+    share = top_p * (listed + further * mass[:, -1:]).double()
+    # At least the best, also for a top_p of 0.
+    kept = (before < share).sum(-1, keepdim=True).clamp_(min=1)
+    threshold = ranked.gather(1, kept - 1)
+    scores.masked_fill_(scores < threshold, float("-inf"))
+    # Of those that equal the worst kept, so many are wanted. Where all that are listed are kept, further ones may be.
+    more = ((share - listed) / mass[:, -1:].clamp(min=1)).ceil_().long().clamp_(min=0)
+    wanted = kept - (ranked > threshold).sum(-1, keepdim=True) + more.where(kept == k, 0)
+    equal = (ranked == threshold).sum(-1, keepdim=True) + further.where(threshold == last, 0)
+    if scores.is_cuda:
+        ties = scores == threshold
+        scores.masked_fill_(ties & (ties.cumsum(-1, dtype=torch.int32) > wanted), float("-inf"))
+        return
+    for row in (wanted < equal).flatten().nonzero().flatten().tolist():
+        ties = (scores[row] == threshold[row]).nonzero().flatten()
+        scores[row, ties[int(wanted[row]) :]] = float("-inf")
 
 
 def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
@@ -147,10 +176,13 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
 
 
 def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
-    """The token at every row of logits [rows, vocab], whose rows are those of `groups` in order. One list per group."""
+    """The token at every row of logits [rows, vocab], whose rows are those of `groups` in order. One list per group.
+
+    It is `NO_TOKEN` where a logit that may be picked is NaN or infinite.
+    """
     adjusted, device = adjust(logits, groups), logits.device
     if all(group.params.greedy for group in groups):
-        return follow_masks(logits, groups, adjusted.argmax(-1).tolist())
+        return follow_masks(logits, groups, argmax(adjusted).tolist())
     picks = torch.empty(logits.shape[0], dtype=torch.int32, device=device)
     gumbel_argmax(
         adjusted,
@@ -205,10 +237,13 @@ def _follow_mask(logits: Tensor, rows: PickRows, picks: list[int]) -> list[int]:
     Where the filters ran before the mask, verification may still pick otherwise: that costs acceptance only.
     """
     assert rows.mask is not None
+    picks = list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))
     while (good := rows.mask.accepts(picks)) < len(picks):
         row = logits[good : good + 1].clone()
         _forbid(row, rows.mask.allowed(picks[:good], good))
         [[picks[good]]] = pick(row, [replace(rows, position=rows.position + good, count=1, mask=None)])
+        if picks[good] == NO_TOKEN:
+            return picks[:good]
         if rows.mask.accepts(picks[: good + 1]) == good:
             break  # The text has ended before this position.
     return picks

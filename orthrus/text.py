@@ -11,14 +11,29 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from orthrus.errors import ConfigError
+from orthrus.files import file_size, one_line
+
+# Of a tokenizer's file: three times what the largest vocabularies take.
+_MOST_FILE_BYTES = 32 << 20
+_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "additional_chat_templates/*")
 
 
 def load_tokenizer(path: Path | str) -> Any:
     """The Hugging Face tokenizer in a checkpoint directory. Raises ConfigError unless it is a fast, byte-level one."""
+    for pattern in _FILES:
+        # Before transformers opens them, which a pipe would have it wait for.
+        for file in Path(path).glob(pattern):
+            if (size := file_size(file)) > _MOST_FILE_BYTES:
+                raise ConfigError(
+                    f"{file} has {size:,} bytes, and no tokenizer needs more than {_MOST_FILE_BYTES:,}: download it again"
+                )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from {path}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except BaseException as error:
+        # What is wrong inside tokenizer.json may come as a panic of its Rust code, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer in {path} has no tokenizer.json: save it with a fast tokenizer")
     decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}

@@ -1,16 +1,17 @@
 """`orthrus.accelerate` against Hugging Face's own `generate`: same arguments, same result."""
 
 import copy
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -613,6 +614,98 @@ def test_what_cannot_be_accelerated(checkpoint: Path, module: Qwen3ForCausalLM) 
     adapted.model.layers[0].self_attn.q_proj.add_module("lora_A", torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="lora_A"):
         accelerated(adapted)
+
+
+def test_a_head_untied_by_hand_counts(tmp_path: Path) -> None:
+    reference = load_reference(make_checkpoint(tmp_path / "model", vocab_size=VOCAB, diffusion=False))
+    tied = assert_same(accelerated(reference), reference, PROMPT, max_new_tokens=12)
+    generator = torch.Generator().manual_seed(1)
+    reference.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 64, generator=generator))
+    assert reference.config.tie_word_embeddings
+    own = assert_same(accelerated(reference), reference, PROMPT, max_new_tokens=12)
+    assert own.tolist() != tied.tolist()
+
+
+def test_a_file_s_own_head_counts(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model", vocab_size=VOCAB, diffusion=False)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+    generator = torch.Generator().manual_seed(1)
+    tensors["lm_head.weight"] = torch.randn(VOCAB, 64, generator=generator)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    assert_same(accelerated(path), load_reference(path), PROMPT, max_new_tokens=12)
+
+
+def _replaced(module: Qwen3ForCausalLM) -> None:
+    mlp = module.model.layers[0].mlp
+    mlp.forward = lambda x: 0.0 * x
+
+
+def _subclassed(module: Qwen3ForCausalLM) -> None:
+    class Shifted(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1.0
+
+    module.model.layers[1].self_attn.o_proj.__class__ = Shifted
+
+
+def _parametrized(module: Qwen3ForCausalLM) -> None:
+    torch.nn.utils.parametrizations.weight_norm(module.model.layers[0].mlp.up_proj)
+
+
+def _int8(module: Qwen3ForCausalLM) -> None:
+    weight = torch.zeros_like(module.lm_head.weight, dtype=torch.int8)
+    module.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+CHANGES: dict[str, tuple[Callable[[Qwen3ForCausalLM], object], str]] = {
+    "hook": (lambda m: m.register_forward_hook(lambda *_: None), "the model has a forward hook"),
+    "pre-hook": (lambda m: m.register_forward_pre_hook(lambda *_: None), "the model has a forward pre-hook"),
+    "hook-with-kwargs": (
+        lambda m: m.model.register_forward_hook(lambda *_: None, with_kwargs=True),
+        "the model's model has a forward hook",
+    ),
+    "hook-on-a-layer": (
+        lambda m: m.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None),
+        "the model's model.layers.1.mlp.down_proj has a forward hook",
+    ),
+    "pre-hook-on-the-head": (
+        lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None),
+        "the model's lm_head has a forward pre-hook",
+    ),
+    "replaced-forward": (_replaced, "the model's model.layers.0.mlp has a forward method of its own"),
+    "subclass": (_subclassed, "the model's model.layers.1.self_attn.o_proj is a Shifted"),
+    "parametrization": (_parametrized, "the model's model.layers.0.mlp.up_proj"),
+    "int8": (_int8, "lm_head.weight is torch.int8"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_module_computes_beside_its_weights_is_refused(module: Qwen3ForCausalLM, change: str) -> None:
+    apply, words = CHANGES[change]
+    changed = copy.deepcopy(module)
+    accelerated(changed)
+    apply(changed)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        accelerated(changed)
+
+
+def test_hooks_of_transformers_itself_only_look_on(module: Qwen3ForCausalLM) -> None:
+    watched = copy.deepcopy(module)
+    watched.enable_input_require_grads()
+    watched(PROMPT, output_hidden_states=True)
+    accelerated(watched)
+
+
+def test_weights_that_are_on_no_device(module: Qwen3ForCausalLM) -> None:
+    with torch.device("meta"):
+        empty = Qwen3ForCausalLM(module.config)
+    with pytest.raises(ConfigError, match="on no device"):
+        accelerated(empty, schedule="ar")
+
+
+def test_wrappers_are_refused(module: Qwen3ForCausalLM) -> None:
+    with pytest.raises(ConfigError, match="got OptimizedModule"):
+        accelerated(torch.compile(module))
 
 
 # --- the package

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalL
 from transformers.utils import logging as progress
 
 from orthrus.checkpoint import (
-    CheckpointError,
     HubUnreachable,
     compute_dtype,
     load_weights,
@@ -28,7 +27,9 @@ from orthrus.checkpoint import (
     tensor_shapes,
 )
 from orthrus.config import ModelConfig
-from orthrus.errors import ConfigError
+from orthrus.engine import Engine
+from orthrus.engine_config import EngineConfig
+from orthrus.errors import CheckpointError, ConfigError
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.reference import Reference
 
@@ -211,6 +212,30 @@ def test_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
     assert "lm_head.weight" not in weights
 
 
+def test_a_head_of_its_own_counts_under_a_tied_config(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model", diffusion=False)
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": torch.randn(128, 64)}))
+    config, weights = load(path)
+    assert config.tie_word_embeddings
+    prompt = [3, 1, 4, 1, 5]
+    theirs = Qwen3ForCausalLM.from_pretrained(path)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    engine = Engine.from_pretrained(EngineConfig(model=str(path), kv_cache_tokens=64))
+    torch.testing.assert_close(engine.score(prompt), expected, rtol=1e-4, atol=1e-4)
+    # What is written says so itself.
+    save_checkpoint(tmp_path / "saved", config, weights)
+    saved, again = load(tmp_path / "saved")
+    assert not saved.tie_word_embeddings
+    assert torch.equal(again["lm_head.weight"], weights["lm_head.weight"])
+
+
+def test_a_head_under_a_tied_config_has_the_embeddings_shape(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, diffusion=False)
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": torch.randn(128, 32)}))
+    assert "tensor lm_head.weight: expected shape [128, 64], found [128, 32]" in load_error(path)
+
+
 def test_compute_dtype() -> None:
     half = replace(TINY, dtype="bfloat16")
     assert compute_dtype("auto", half, "cuda:0") is torch.bfloat16
@@ -342,7 +367,7 @@ class TestBrokenFiles:
         file = path / "model.safetensors"
         data = file.read_bytes()
         file.write_bytes(data.replace(b'"F32"', b'"F64"'))
-        assert f"{file} can't be read" in load_error(path)
+        assert "embed_tokens.weight of shape [128, 64] in F64 has 32768 bytes" in load_error(path)
 
     def test_missing_shard(self, tmp_path: Path) -> None:
         path = sharded(tmp_path)

@@ -96,6 +96,21 @@ def test_yarn_reads_the_same_in_both_styles() -> None:
     assert style4.rope_parameters == YARN | {"rope_theta": 1000000}
 
 
+@pytest.mark.parametrize("positions", [32768, 40960])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_yarn_as_the_model_card_writes_it_extends_the_context(positions: int, key: str) -> None:
+    card = {key: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = ModelConfig.from_dict(changed(max_position_embeddings=positions, rope_scaling=card))
+    assert config.max_position_embeddings == 131072
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    # A file that names more, or says nothing of where it started, keeps to its own numbers.
+    more = changed(max_position_embeddings=200_000, rope_scaling=card)
+    assert ModelConfig.from_dict(more).max_position_embeddings == 200_000
+    del card["original_max_position_embeddings"]
+    short = changed(max_position_embeddings=positions, rope_scaling=card)
+    assert ModelConfig.from_dict(short).max_position_embeddings == 4 * positions
+
+
 def test_reading_leaves_the_dict_alone() -> None:
     data = changed(rope_scaling=dict(YARN))
     before = json.dumps(data)
@@ -184,7 +199,7 @@ def test_name_is_the_directory_or_the_hub_id(tmp_path: Path) -> None:
         (changed(rope_parameters={"rope_type": "longrope"}), ["rope_type 'longrope'", "default, yarn"]),
         (changed(rope_scaling={"rope_type": "yarn"}), ["transformers rejects", "factor"]),
         (changed(rope_scaling=YARN | {"factor": "4"}), ["factor", "'4'"]),
-        (changed(rope_scaling="yarn"), ["rope_parameters must be an object", "'yarn'"]),
+        (changed(rope_scaling="yarn"), ["rope_scaling must be an object", "'yarn'"]),
         (changed(partial_rotary_factor=0.5), ["partial_rotary_factor", "remove"]),
         (changed(rope_theta=0), ["rope_theta", "at least 1", "0"]),
         (without("hidden_size", "vocab_size"), ["vocab_size, hidden_size missing"]),

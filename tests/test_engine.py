@@ -407,7 +407,7 @@ def test_requests_that_cannot_be_served_say_why(
     [
         ("temperature", -1.0),
         ("temperature", float("nan")),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_k", -1),
         ("min_p", 1.5),
         ("presence_penalty", 3.0),

@@ -47,7 +47,7 @@ from kernels.attention_work import (
     work_size,
 )
 from kernels.linear_triton import LinearTiles
-from kernels.sampling import noise_keys
+from kernels.sampling import NO_TOKEN, noise_keys
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"
@@ -404,6 +404,33 @@ def test_gumbel_argmax_picks_what_its_reference_picks() -> None:
     assert torch.equal(got, expected)
     assert got[4] == 40
     assert not got[:3].any() and not got[7:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_with_a_score_that_is_no_number_has_no_pick(bad: float) -> None:
+    logits = randn(4, 9000) * 3
+    logits[2, :] = float("-inf")
+    temperatures, keys = torch.tensor([0.0, 0.7, 0.0, 0.7]), keys_of([1, 2, 3, 4], [5, 6, 7, 8])
+    good = torch.zeros(4, dtype=torch.int32)
+    gumbel_argmax(logits, temperatures, keys, good, int32(0))
+    assert good.min() >= 0
+    for place in (0, 4095, 8999):
+        for rows in ([0], [1], [0, 1]):
+            broken = logits.clone()
+            broken[rows, place] = bad
+            got, expected = torch.zeros(4, dtype=torch.int32), good.clone()
+            expected[rows] = NO_TOKEN
+            for pick in (sampling_triton.gumbel_argmax, gumbel_argmax):
+                pick(broken, temperatures, keys, got.zero_(), int32(0))
+                assert torch.equal(got, expected), (place, rows)
+
+
+def test_a_row_without_a_pick_embeds_a_token() -> None:
+    tokens, picks = int32(-1, -2, 5), int32(NO_TOKEN, 3)
+    table, angles = randn(8, 32), torch.zeros(1, 8)
+    for embedding in (embedding_triton.embed, embed):
+        rows = embedding(tokens, torch.zeros_like(tokens), picks, table, torch.ones(32), 1e-6, angles, angles)
+        assert torch.equal(rows.hidden, table[[0, 3, 5]])
 
 
 def test_picks_from_a_layer_are_those_from_its_outputs() -> None:

@@ -8,6 +8,9 @@ A draft pass may have a lead: the AR row of x_n beside the block. Its pick is x_
 cycle brings two tokens at least, for reading the AR view's attention weights once more. Verification then starts from x_n+1.
 """
 
+import itertools
+
+from kernels.sampling import NO_TOKEN
 from orthrus.draft_planner import DraftPlanner
 from orthrus.plan import RowGroup, View
 from orthrus.schedules.ar import ARSchedule
@@ -46,9 +49,11 @@ class OrthrusSchedule:
 
     def commit(self, sequence: Sequence, groups: tuple[RowGroup, ...], picks: list[list[int]]) -> list[int]:
         if groups[-1].view is View.DIFFUSION:
-            sequence.draft = _draft(picks)
+            sequence.draft = _draft([_tokens(part) for part in picks])
             return picks[0] if sequence.draft.lead else []
         if len(groups[0].tokens) == 1:
+            if sequence.draft == Draft([]):
+                sequence.draft = None
             return picks[0]
         draft, sequence.draft = sequence.draft, None
         assert draft is not None, "what a block verifies has been drafted"
@@ -66,6 +71,11 @@ class OrthrusSchedule:
             sequence.draft = _draft(feeds)
         if groups[0].view is View.AR:
             sequence.foreseen += feeds[0]
+
+
+def _tokens(picks: list[int]) -> list[int]:
+    """The picks up to the first that is none: nothing can be drafted behind it."""
+    return list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))
 
 
 def _draft(picks: list[list[int]]) -> Draft:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orthrus.checkpoint import load_weights
+from orthrus.checkpoint import load_weights, with_own_head
 from orthrus.config import ModelConfig
 from orthrus.training.attention import KeysValues, draft_attention
 from orthrus.training.blocks import DraftBlocks
@@ -226,6 +226,7 @@ def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch
     stored = ModelConfig.from_dir(folder)
     frozen = torch.float32 if device.type == "cpu" else torch.bfloat16
     tensors = load_weights(folder, stored, device, frozen)
+    stored = with_own_head(stored, tensors)
     with torch.device("meta"):
         model = TwoViewModel(replace(stored, block_size=block_size, mask_token_id=mask_token_id))
     for name in model.diffusion_parameters():

@@ -29,6 +29,7 @@ def test_hidden_states_are_as_near_float64_as_hugging_faces() -> None:
 
     weights = random_weights(MODEL, DEVICE, torch.bfloat16)
     exact_forward = LayerParallelForward(MODEL, {name: w.double() for name, w in weights.items()})
+    exact_forward.use_context(LENGTH)
     plan = PassPlan.build([group], page_size=PAGE, heads_per_kv=4, device=DEVICE)
     none = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     exact = exact_forward.hidden_states(plan, cache(torch.float64), none)[1:LENGTH]
@@ -43,6 +44,7 @@ def test_hidden_states_are_as_near_float64_as_hugging_faces() -> None:
         )
     limit = error(theirs.last_hidden_state[0, 1:])
     forward = LayerParallelForward(MODEL, weights)
+    forward.use_context(LENGTH)
     runner = CudaGraphRunner(forward, cache(torch.bfloat16), max_rows=LENGTH, max_logits=LENGTH, max_pages=64)
     runner.logits([group])
     ours = error(runner.hidden[: LENGTH - 1])

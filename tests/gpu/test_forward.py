@@ -53,6 +53,7 @@ class Model:
 
     def __init__(self, dtype: torch.dtype) -> None:
         forward = LayerParallelForward(CONFIG, weights(dtype))
+        forward.use_context(PAGES * PAGE)
         self.cache = KVCache.allocate(CONFIG, 1 + 4 * PAGES, PAGE, DEVICE, dtype)
         self._runner: ModelRunner
         if dtype == torch.float64:

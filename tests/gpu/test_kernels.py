@@ -30,7 +30,7 @@ from kernels import (
     upload,
 )
 from kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
-from kernels.sampling import noise_keys
+from kernels.sampling import NO_TOKEN, noise_keys
 
 DEVICE = torch.device("cuda")
 ROWS = (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512)
@@ -268,14 +268,28 @@ def test_picks_from_a_layer_are_those_from_its_outputs(rows: int, ins: int) -> N
 
 
 @pytest.mark.parametrize("rows", [3, 100])
-def test_a_row_of_nan_is_picked_from_like_any_other(rows: int) -> None:
-    """Its pick is a token, whichever, since an embedding is looked up with it."""
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_of_nan_has_no_pick(rows: int, temperature: float) -> None:
     layer, x = layer_of(20_010, 256), randn(rows, 256, seed=1)
     out, picks = torch.zeros(rows, 20_010, device=DEVICE), torch.zeros(rows, device=DEVICE, dtype=torch.int32)
-    keys, none = torch.zeros(rows, 2, device=DEVICE, dtype=torch.int32), torch.zeros(rows, device=DEVICE)
+    keys, none = (
+        torch.zeros(rows, 2, device=DEVICE, dtype=torch.int32),
+        torch.full((rows,), temperature, device=DEVICE),
+    )
     linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
     expected = picks.clone()
     x[rows - 1] = float("nan")
     linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
     assert torch.equal(picks[:-1], expected[:-1])
-    assert 0 <= int(picks[-1]) < 20_010
+    assert int(picks[-1]) == NO_TOKEN
+    # So has one with a single token of NaN, in whichever tile; the embedding of such a pick can be looked up.
+    x[rows - 1] = 1.0
+    layer.weights[0][20_003] = float("nan")
+    linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
+    assert (picks == NO_TOKEN).all()
+    tokens = torch.full((rows,), -1, device=DEVICE, dtype=torch.int32)
+    table, norm = randn(8, 256, seed=2), torch.ones(256, device=DEVICE, dtype=torch.bfloat16)
+    angles = torch.zeros(1, 32, device=DEVICE, dtype=torch.bfloat16)
+    places = torch.zeros_like(tokens)
+    rows_of_0 = embed(tokens, places, picks, table, norm, 1e-6, angles, angles).hidden
+    assert torch.equal(rows_of_0, table[:1].expand(rows, -1))
