@@ -21,10 +21,15 @@ from orthrus.request import SamplingParams
 
 @dataclass(frozen=True)
 class RunningChat:
-    """prompt_tokens: length of the prompt. chunks: of all choices, as they come; closing it ends the request."""
+    """prompt: its token ids. chunks: of all choices, as they come; closing it ends the request."""
 
-    prompt_tokens: int
+    prompt: list[int]
     chunks: AsyncGenerator[TextChunk]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt)
 
 
 class Chats:
@@ -51,7 +56,7 @@ class Chats:
         chunks = generate(
             self._replica, self._receiver, self._tokenizer, call, prompt.tokens, params, prompt.splitter
         )
-        return RunningChat(len(prompt.tokens), chunks)
+        return RunningChat(prompt.tokens, chunks)
 
 
 class EventFormat(Protocol):

@@ -52,6 +52,10 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}
                 if schema
                 else None,
+                # What truncate_prompt_tokens leaves room for.
+                "max_tokens": request.sampling.max_tokens
+                if request.sampling.HasField("max_tokens")
+                else None,
                 "chat_template_kwargs": _json("chat_template_kwargs", request.chat_template_kwargs),
                 "reasoning_effort": request.reasoning_effort or None,
                 "include_reasoning": _optional(request, "include_reasoning"),
@@ -136,21 +140,25 @@ def _json(field: str, text: str) -> Any:
         raise RequestError(f"{field} must be JSON: {error}", field) from None
 
 
-def generate_chunk(index: int, items: Sequence[TextChunk]) -> pb.GenerateChunk:
-    """One message for `items`, which belong to one choice."""
-    message = pb.GenerateChunk(index=index, text="".join([item.text for item in items]))
+def generate_chunk(index: int, items: Sequence[TextChunk], prompt: Sequence[int] = ()) -> pb.GenerateChunk:
+    """One message for `items`, which belong to one choice. prompt: token ids that it tells."""
+    text = "".join([item.text for item in items])
+    message = pb.GenerateChunk(index=index, text=text, prompt_token_ids=prompt)
     _add_tokens(message, items)
     return message
 
 
-def chat_chunk(index: int, items: Sequence[TextChunk]) -> pb.ChatChunk:
-    """One message for `items`, which belong to one choice of a chat."""
+def chat_chunk(
+    index: int, items: Sequence[TextChunk], prompt: Sequence[int] = (), include_reasoning: bool = True
+) -> pb.ChatChunk:
+    """One message for `items`, which belong to one choice of a chat. prompt: token ids that it tells."""
     delta = items[0].delta if len(items) == 1 else joined(item.delta for item in items if item.delta)
     assert delta is not None, "a chat's chunks have deltas"
     message = pb.ChatChunk(
         index=index,
         content=delta.content,
-        reasoning_content=delta.reasoning,
+        reasoning_content=delta.reasoning if include_reasoning else "",
+        prompt_token_ids=prompt,
         tool_calls=[
             pb.ToolCall(index=call.index, id=call.id or "", name=call.name or "", arguments=call.arguments)
             for call in delta.tool_calls

@@ -3,9 +3,9 @@
 Serve ends a call's coroutine when its deadline has passed or its client has gone.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from ray.serve.grpc_util import RayServegRPCContext
 
@@ -24,6 +24,24 @@ from deployments.ingress_core import IngressCore
 from deployments.proto import orthrus_pb2 as pb
 
 
+@dataclass
+class _Running:
+    """The chunks of a call's `n` choices. prompt: the token ids to tell with each choice's first message."""
+
+    chunks: AsyncGenerator[TextChunk]
+    n: int
+    prompt: Sequence[int] = ()
+    include_reasoning: bool = True
+    _told: set[int] = field(default_factory=set)
+
+    def told(self, index: int) -> Sequence[int]:
+        """The prompt's token ids, where choice `index` has not told them yet."""
+        if index in self._told:
+            return ()
+        self._told.add(index)
+        return self.prompt
+
+
 class GrpcIngress(IngressCore):
     """An ingress with the methods of the service, which Serve finds by their names."""
 
@@ -31,37 +49,44 @@ class GrpcIngress(IngressCore):
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> pb.GenerateResponse:
         async with self._rpc("Generate", grpc_context) as call:
-            stream, n = await self._generate_call(call, request)
-            choices = await collect(merge([stream], n), n)
+            running = await self._generate_call(call, request)
+            choices = await collect(merge([running.chunks], running.n), running.n)
             return pb.GenerateResponse(
-                choices=[generate_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
+                choices=[
+                    generate_chunk(index, choice.chunks, running.told(index))
+                    for index, choice in enumerate(choices)
+                ]
             )
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateChunk]:
         async with self._rpc("GenerateStream", grpc_context) as call:
-            stream, _ = await self._generate_call(call, request)
-            async with aclosing(stream) as items:
+            running = await self._generate_call(call, request)
+            async with aclosing(running.chunks) as items:
                 async for item in items:
-                    yield generate_chunk(item.index, [item])
+                    yield generate_chunk(item.index, [item], running.told(item.index))
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
         async with self._rpc("Chat", grpc_context) as call:
-            stream, n = await self._chat_call(call, request)
-            choices = await collect(merge([stream], n), n)
+            running = await self._chat_call(call, request)
+            choices = await collect(merge([running.chunks], running.n), running.n)
             return pb.ChatResponse(
-                choices=[chat_chunk(index, choice.chunks) for index, choice in enumerate(choices)]
+                choices=[
+                    chat_chunk(index, choice.chunks, running.told(index), running.include_reasoning)
+                    for index, choice in enumerate(choices)
+                ]
             )
 
     async def ChatStream(
         self, request: pb.ChatRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.ChatChunk]:
         async with self._rpc("ChatStream", grpc_context) as call:
-            stream, _ = await self._chat_call(call, request)
-            async with aclosing(stream) as items:
+            running = await self._chat_call(call, request)
+            async with aclosing(running.chunks) as items:
                 async for item in items:
-                    yield chat_chunk(item.index, [item])
+                    told = running.told(item.index)
+                    yield chat_chunk(item.index, [item], told, running.include_reasoning)
 
     @asynccontextmanager
     async def _rpc(self, method: str, context: RayServegRPCContext) -> AsyncGenerator[Call]:
@@ -78,10 +103,8 @@ class GrpcIngress(IngressCore):
         finally:
             call.end()
 
-    async def _generate_call(
-        self, call: Call, request: pb.GenerateRequest
-    ) -> tuple[AsyncGenerator[TextChunk], int]:
-        """The chunks of a call and its number of choices. Raises RequestError, ModelNotFound, BodyTooLarge."""
+    async def _generate_call(self, call: Call, request: pb.GenerateRequest) -> "_Running":
+        """Raises RequestError, ModelNotFound, BodyTooLarge."""
         self._check_message(request)
         params, body = request_params(request.sampling), completion_body(request)
         call.read(body)
@@ -89,13 +112,16 @@ class GrpcIngress(IngressCore):
             params = replace(params, grammar=body.constraint.lark)
         [given] = body.prompts()
         prompt = await self._prompt(body, given, params.max_tokens)
-        return generate(self._replica, self._receiver, self._tokenizer, call, prompt, params), params.n
+        chunks = generate(self._replica, self._receiver, self._tokenizer, call, prompt, params)
+        return _Running(chunks, params.n, prompt if body.return_token_ids else ())
 
-    async def _chat_call(self, call: Call, request: pb.ChatRequest) -> tuple[AsyncGenerator[TextChunk], int]:
+    async def _chat_call(self, call: Call, request: pb.ChatRequest) -> "_Running":
         """As `_generate_call`."""
         self._check_message(request)
-        params = request_params(request.sampling)
-        return (await self._chats.start(call, chat_body(request), params)).chunks, params.n
+        params, body = request_params(request.sampling), chat_body(request)
+        started = await self._chats.start(call, body, params)
+        prompt = started.prompt if body.return_token_ids else ()
+        return _Running(started.chunks, params.n, prompt, body.options.include_reasoning)
 
     def _check_message(self, request: pb.GenerateRequest | pb.ChatRequest) -> None:
         if request.ByteSize() > self._config.max_body_bytes:

@@ -89,6 +89,8 @@ class Ingress(GrpcIngress):
             logprobs=body.logprobs,
             prompt_logprobs=body.prompt_logprobs,
             skip_special_tokens=params.skip_special_tokens,
+            options=body.options,
+            prompts=prompts,
         )
         if body.echo:
             if any(not 0 <= token < self._vocab_size for prompt in prompts for token in prompt):
@@ -121,6 +123,8 @@ class Ingress(GrpcIngress):
             n=params.n,
             logprobs=body.alternatives,
             prompt_logprobs=body.prompt_logprobs,
+            options=body.options,
+            prompts=[prompt.tokens],
         )
         params = replace(params, grammar=prompt.grammar)
         return await self._respond(call, body, out, [prompt.tokens], params, prompt.splitter)
@@ -255,26 +259,28 @@ class Ingress(GrpcIngress):
         stats: dict[int, RequestStats] = {}
 
         async def event(index: int, item: TextChunk) -> str:
+            """ "" where there is nothing to tell."""
             if item.chunk.stats is not None:
                 stats[index] = item.chunk.stats
-            return (
-                await asyncio.to_thread(out.stream, item, index)
-                if out.scores_prompts
-                else out.stream(item, index)
-            )
+            told = out.take(item)
+            if told is None:
+                return ""
+            if out.scores_prompts:
+                return await asyncio.to_thread(out.stream, told, index)
+            return out.stream(told, index)
 
         try:
             for index in range(choices):
                 if (opening := out.opening(index)) is not None:
-                    yield sse(opening)
-            if not first[1].says_nothing:
-                yield await event(*first)
+                    yield out.sse(opening)
+            if text := await event(*first):
+                yield text
             async with aclosing(rest) as items:
                 async for index, item in items:
-                    if not item.says_nothing:
-                        yield await event(index, item)
+                    if text := await event(index, item):
+                        yield text
             if out.include_usage:
-                yield sse(out.usage_event([stats[i] for i in sorted(stats)]))
+                yield out.sse(out.usage_event([stats[i] for i in sorted(stats)]))
             call.outcome = "ok"
         except Exception as error:
             call.outcome = type(error).__name__

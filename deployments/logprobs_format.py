@@ -18,12 +18,16 @@ def spell(tokenizer: Any, token_id: int) -> str:
     return token_bytes(tokenizer)[token_id].decode(errors="replace")
 
 
-def chat_logprobs(tokenizer: Any, items: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """`logprobs` of a chat. Its alternatives are the best tokens, whether or not the one that was picked is among them."""
+def chat_logprobs(tokenizer: Any, items: Sequence[TokenLogprob], *, by_id: bool = False) -> dict[str, Any]:
+    """`logprobs` of a chat. Its alternatives are the best tokens, whether or not the one that was picked is among them.
+
+    by_id: tokens are spelled by their ids.
+    """
 
     def scored(token_id: int, logprob: float) -> dict[str, Any]:
         raw = list(token_bytes(tokenizer)[token_id])
-        return {"token": spell(tokenizer, token_id), "logprob": _finite(logprob), "bytes": raw}
+        token = _by_id(token_id) if by_id else spell(tokenizer, token_id)
+        return {"token": token, "logprob": _finite(logprob), "bytes": raw}
 
     content = [
         {
@@ -82,6 +86,8 @@ class Echo:
 class TextLogprobs:
     """`logprobs` of one choice of a completion, from one event to the next. top: alternatives of each token.
 
+    by_id: tokens are spelled by their ids.
+
     `text_offset` counts characters of the text that is returned: a token that begins within a character begins where that
     does, one that is no part of the text where the text has come to. A token whose text is held back, since a stop string may
     begin before it, is held back as well: where the stop string came true, it begins where the text ends.
@@ -90,6 +96,7 @@ class TextLogprobs:
     tokenizer: Any
     top: int
     skip_special_tokens: bool = True
+    by_id: bool = False
     _stream: TextStream = field(init=False)
     # Characters of the tokens so far, and of the text that has been returned.
     _spelt: int = 0
@@ -135,11 +142,13 @@ class TextLogprobs:
         for token_id, logprob in (*item.top[: self.top], (item.token_id, item.logprob)):
             key = self._spell(token_id)
             if taken.setdefault(key, token_id) != token_id:
-                key = f"token_id:{token_id}"
+                key = _by_id(token_id)
             top[key] = _finite(logprob)
         told.add(spelling, _finite(item.logprob), top, offset)
 
     def _spell(self, token_id: int) -> str:
+        if self.by_id:
+            return _by_id(token_id)
         raw = token_bytes(self.tokenizer)[token_id]
         try:
             return raw.decode()
@@ -161,6 +170,10 @@ class _Columns:
         self.token_logprobs.append(logprob)
         self.top_logprobs.append(top)
         self.text_offset.append(offset)
+
+
+def _by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
 
 
 def _finite(logprob: float) -> float:

@@ -296,7 +296,7 @@ class MessagesBody(CountTokensBody):
     def _chat_fields(self) -> dict[str, Any]:
         return {
             **super()._chat_fields(),
-            "max_completion_tokens": self.max_tokens,
+            "max_tokens": self.max_tokens,
             "stop": self.stop_sequences,
             "temperature": self.temperature,
             "top_p": self.top_p,

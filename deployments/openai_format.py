@@ -1,6 +1,7 @@
 """Chunks and choices in OpenAI's response JSON, for both endpoints, streamed and whole."""
 
 import json
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from typing import Any
 from deployments.chat_output import ChatDelta
 from deployments.generation import Choice, TextChunk
 from deployments.logprobs_format import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
+from deployments.protocol import AnswerOptions
 from orthrus.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
 
+_PADDED_TO = 64
+"""Characters: the lengths of padded events are multiples of it, plus what every one has."""
 # Compact, as OpenAI's own events are. Made once: json.dumps makes one at each call that has options.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def usage(stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
+def usage(stats: Sequence[RequestStats], n: int, reasoning_tokens: int = 0) -> dict[str, Any]:
     """Token counts of a request's prompts (each counted once for its `n` choices) and choices."""
     prompt = sum(s.prompt_tokens for s in stats[::n])
     completion = sum(s.completion_tokens for s in stats)
@@ -24,7 +28,16 @@ def usage(stats: Sequence[RequestStats], n: int) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in stats[::n])},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(s.cached_tokens for s in stats[::n]),
+            "audio_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
 
 
@@ -50,7 +63,7 @@ class ResponseFormat:
 
     include_usage: every streamed event has the field `usage`, null but in the last. n: choices of each prompt. echo: for each
     prompt what to put before its choices' own text. logprobs, prompt_logprobs: alternatives to tell of each token, None to
-    tell nothing. skip_special_tokens: they are no part of the text.
+    tell nothing. skip_special_tokens: they are no part of the text. options: what else is told. prompts: their token ids.
     """
 
     chat: bool
@@ -62,6 +75,8 @@ class ResponseFormat:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    prompts: Sequence[Sequence[int]] = ()
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     # By choice: of those that have begun.
@@ -70,9 +85,14 @@ class ResponseFormat:
     _scores: dict[int, PromptLogprobs | None] = field(default_factory=dict)
     # What stands before and after the text in events that carry nothing else, by choice and by the text's key.
     _around: dict[tuple[int, str], list[str]] = field(default_factory=dict)
+    # Tokens streamed so far, and choices whose prompt has been told.
+    _tokens: int = 0
+    _reasoning_tokens: int = 0
+    _told_prompts: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        kind = "chatcmpl" if self.chat else "cmpl"
+        self.id = f"{kind}-{self.options.request_id or uuid.uuid4().hex}"
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The unstreamed response; choices of several prompts follow one another."""
@@ -80,7 +100,7 @@ class ResponseFormat:
         for index, choice in enumerate(choices):
             entry: dict[str, Any] = {"index": index}
             if self.chat:
-                entry["message"] = _message(choice.message)
+                entry["message"] = _message(self._shown(choice.message))
             else:
                 entry["text"] = self._echoed(index) + choice.text
             entry["logprobs"] = self._logprobs(index, choice.chunks)
@@ -88,9 +108,16 @@ class ResponseFormat:
             entry["orthrus"] = cost(choice.stats)
             if not self.chat and self.prompt_logprobs is not None:
                 entry["prompt_logprobs"] = self._prompt_logprobs(index, choice.chunks[0])
+            if self.options.return_token_ids:
+                entry["token_ids"] = [token for item in choice.chunks for token in item.chunk.token_ids]
+                if not self.chat:
+                    entry["prompt_token_ids"] = self.prompts[index // self.n]
             rendered.append(entry)
         head = self._head("chat.completion" if self.chat else "text_completion")
-        whole = {**head, "choices": rendered, "usage": usage([c.stats for c in choices], self.n)}
+        reasoning = sum(choice.reasoning_tokens for choice in choices)
+        whole = {**head, "choices": rendered, "usage": usage([c.stats for c in choices], self.n, reasoning)}
+        if self.chat and self.options.return_token_ids:
+            whole["prompt_token_ids"] = self.prompts[0]
         if self.chat and self.prompt_logprobs is not None:
             whole["prompt_logprobs"] = self._prompt_logprobs(0, choices[0].chunks[0])
         return whole
@@ -112,7 +139,23 @@ class ResponseFormat:
             entry["text"] = self._echoed(index)
         else:
             return None
-        return {**self._event_head(), "choices": [{**entry, "logprobs": None, "finish_reason": None}]}
+        event = {**self._event_head(), "choices": [{**entry, "logprobs": None, "finish_reason": None}]}
+        if self.chat and self.options.return_token_ids:
+            event["prompt_token_ids"] = self.prompts[0]
+        return event
+
+    def take(self, item: TextChunk) -> TextChunk | None:
+        """Count the next chunk of a stream; what of it the client is told, None for nothing."""
+        self._tokens += len(item.chunk.token_ids)
+        self._reasoning_tokens += len(item.reasoning)
+        if item.delta is not None:
+            item = replace(item, delta=self._shown(item.delta))
+        if self.options.return_token_ids and item.chunk.token_ids:
+            return item
+        return None if item.says_nothing else item
+
+    def _shown(self, delta: ChatDelta) -> ChatDelta:
+        return delta if self.options.include_reasoning else replace(delta, reasoning="")
 
     def _echoed(self, index: int) -> str:
         """The prompt's text before choice `index`."""
@@ -131,10 +174,18 @@ class ResponseFormat:
         entry["finish_reason"] = item.finish_reason
         if chunk.stats is not None:
             entry["orthrus"] = cost(chunk.stats)
+        if self.options.return_token_ids:
+            entry["token_ids"] = list(chunk.token_ids)
+            if not self.chat and index not in self._told_prompts:
+                self._told_prompts.add(index)
+                entry["prompt_token_ids"] = self.prompts[index // self.n]
         return {**self._event_head(), "choices": [entry]}
 
     def stream(self, item: TextChunk, index: int) -> str:
         """`event` as a server-sent event. Most carry text alone, and of those the rest is rendered once."""
+        options = self.options
+        if options.return_token_ids or options.continuous_usage or options.obfuscation:
+            return self.sse(self.event(item, index))
         delta, chunk = item.delta, item.chunk
         text, key = item.text, "text"
         if delta is not None:
@@ -157,7 +208,18 @@ class ResponseFormat:
 
     def usage_event(self, stats: Sequence[RequestStats]) -> dict[str, Any]:
         """The last event where the client asked for usage."""
-        return {**self._event_head(), "choices": [], "usage": usage(stats, self.n)}
+        return {
+            **self._event_head(),
+            "choices": [],
+            "usage": usage(stats, self.n, self._reasoning_tokens),
+        }
+
+    def sse(self, event: dict[str, Any]) -> str:
+        """A server-sent event, padded where the length of its text is not to show."""
+        if self.options.obfuscation:
+            missing = -len(_encode(event)) % _PADDED_TO
+            event = {**event, "obfuscation": secrets.token_urlsafe(_PADDED_TO)[:missing]}
+        return sse(event)
 
     def _logprobs(self, index: int, items: Sequence[TextChunk]) -> dict[str, Any] | None:
         """Log-probabilities of choice `index`'s next tokens, None where none are asked for."""
@@ -165,11 +227,16 @@ class ResponseFormat:
             return None
         scored = [scored for item in items for scored in item.chunk.logprobs or ()]
         if self.chat:
-            return chat_logprobs(self.tokenizer, scored)
+            return chat_logprobs(self.tokenizer, scored, by_id=self.options.return_tokens_as_token_ids)
         text, last = "".join([item.text for item in items]), items[-1].finish_reason is not None
         if (begun := self._text_logprobs.get(index)) is not None:
             return begun.event(text, scored, last)
-        begun = TextLogprobs(self.tokenizer, self.logprobs, self.skip_special_tokens)
+        begun = TextLogprobs(
+            self.tokenizer,
+            self.logprobs,
+            self.skip_special_tokens,
+            self.options.return_tokens_as_token_ids,
+        )
         self._text_logprobs[index] = begun
         if not self.echo:
             return begun.event(text, scored, last)
@@ -191,6 +258,10 @@ class ResponseFormat:
 
     def _event_head(self) -> dict[str, Any]:
         head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        if self.options.continuous_usage:
+            prompt = sum(map(len, self.prompts))
+            counted = {"prompt_tokens": prompt, "completion_tokens": self._tokens}
+            return {**head, "usage": {**counted, "total_tokens": prompt + self._tokens}}
         return {**head, "usage": None} if self.include_usage else head
 
     def _head(self, kind: str) -> dict[str, Any]:
