@@ -10,10 +10,10 @@ from deployments.api_keys import read_keys
 from deployments.app_args import AppArgs, DeploymentOptions
 from deployments.config_file import load_config
 from deployments.model_check import check_model, locate
-from orthrus.checkpoint import HubUnreachable, compute_dtype, kv_bytes_per_token, weight_bytes
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.model_files import DTYPE_SIZES, HubUnreachable, dtype_name, kv_bytes_per_token, weight_bytes
 from orthrus.shapes import published_shape
 
 GIB = 1 << 30
@@ -53,7 +53,7 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
     engine = locate(args.engine)
     model: ModelConfig | None
     try:
-        model, source = check_model(engine), "config.json"
+        model, source = check_model(engine, load=False), "config.json"
     except HubUnreachable:
         model, source = published_shape(engine.model), "the published shape, the hub can't be reached"
         if model is not None:
@@ -141,11 +141,11 @@ def _gpu_memory(node: NodeType) -> tuple[float, str]:
 
 def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | None) -> str:
     """What the weights and the KV cache take. Raises ConfigError when a GPU can't hold both with one full context."""
-    dtype = compute_dtype(engine.dtype, model, engine.device if gpu is None else "cuda")
-    weights, position = weight_bytes(model, dtype), kv_bytes_per_token(model, dtype)
+    dtype = dtype_name(engine.dtype, model, "cpu" if gpu is None else "cuda")
+    weights, position = weight_bytes(model, DTYPE_SIZES[dtype]), kv_bytes_per_token(model, DTYPE_SIZES[dtype])
     context = engine.max_model_len or model.max_position_embeddings
     views = "two views" if model.has_diffusion else "AR view"
-    said = f"weights {_gib(weights)} ({views}, {str(dtype).removeprefix('torch.')})"
+    said = f"weights {_gib(weights)} ({views}, {dtype})"
     if gpu is None:
         cache = engine.kv_cache_tokens
         return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")

@@ -11,9 +11,9 @@ from deployments.ingress import Ingress
 from deployments.model_check import check_model, locate
 from deployments.rate_limits import RateLimiter
 from deployments.replica import OrthrusReplica
-from orthrus.checkpoint import HubUnreachable
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
+from orthrus.model_files import HubUnreachable
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""

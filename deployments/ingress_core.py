@@ -18,9 +18,9 @@ from deployments.log_filter import quiet_client_errors
 from deployments.metrics import scrape
 from deployments.recent import Recent
 from deployments.request_metrics import RequestMetrics
-from orthrus.checkpoint import resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
+from orthrus.model_files import resolve
 from orthrus.text import load_tokenizer
 
 _NICENESS = 5

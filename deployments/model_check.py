@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from orthrus.checkpoint import CONFIG_FILES, check_files, resolve
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
-from orthrus.text import load_tokenizer
+from orthrus.model_files import CONFIG_FILES, check_files, resolve
+from orthrus.text import check_tokenizer, load_tokenizer
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,10 +19,11 @@ def locate(engine: EngineConfig) -> EngineConfig:
     return engine.model_copy(update={"model": str(local), "served_model_name": name})
 
 
-def check_model(engine: EngineConfig) -> ModelConfig:
+def check_model(engine: EngineConfig, *, load: bool = True) -> ModelConfig:
     """The config of the model that the settings name, which can be served with them.
 
-    Of a directory everything is checked but the weights' values; of a hub id its config.json. Raises HubUnreachable, and
+    Of a directory everything is checked but the weights' values; of a hub id its config.json. load: load the tokenizer,
+    for which torch and transformers are imported; else only its tokenizer.json is looked at. Raises HubUnreachable, and
     ConfigError naming what is wrong, the setting or the file.
     """
     path = resolve(engine.model, CONFIG_FILES, (Path(), _ROOT))
@@ -30,5 +31,5 @@ def check_model(engine: EngineConfig) -> ModelConfig:
     engine.check_model(model)
     if Path(engine.model).is_dir():
         check_files(path, model)
-        load_tokenizer(path)
+        (load_tokenizer if load else check_tokenizer)(path)
     return model

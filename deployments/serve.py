@@ -15,6 +15,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Repli
 from deployments.app_args import AppArgs
 from deployments.config_file import load_config, serves_grpc
 from deployments.environment import set_environment
+from deployments.model_check import check_model, locate
 from deployments.ports import check_ports
 from deployments.stages import read_stages
 from orthrus.errors import ConfigError
@@ -52,9 +53,6 @@ def _check_models(path: Path, apps: dict[str, AppArgs], tell: Tell) -> None:
     """Raise ConfigError for a model that the replicas, on this machine, could not load."""
     for name, args in apps.items():
         tell(f"Checking the model {args.engine.model}")
-        # Here, since it brings torch, which takes seconds: a taken port shows before.
-        from deployments.model_check import check_model, locate
-
         try:
             check_model(locate(args.engine))
         except ConfigError as error:
@@ -141,8 +139,6 @@ def _last_line(text: str) -> str:
 
 def _print_endpoints(config: ServeDeploySchema, apps: dict[str, AppArgs]) -> None:
     """Where to send requests, and one to try."""
-    from deployments.model_check import locate  # As above.
-
     port = config.http_options.port
     rpc = f"   gRPC: localhost:{config.grpc_options.port}" if serves_grpc(config) else ""
     for app in config.applications:

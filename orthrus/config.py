@@ -1,14 +1,9 @@
 """`ModelConfig`: the shape of a plain or Orthrus-accelerated Qwen3, read from and written to Hugging Face's config.json."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import Qwen3Config
+from typing import TYPE_CHECKING, Any
 
 from orthrus.errors import ConfigError
 from orthrus.files import is_int, is_number, one_line, read_json, shown
@@ -17,9 +12,12 @@ from orthrus.rope import (
     check_rope,
     check_rope_numbers,
     check_rope_type,
-    plain_rope,
+    standard_rope,
     yarn_context,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -59,6 +57,16 @@ _MOST = {
     "head_dim": 1 << 12,
     "max_position_embeddings": MOST_POSITIONS,
     "block_size": 1 << 10,
+}
+
+
+# Those of Hugging Face's Qwen3Config.
+_DEFAULTS = {
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
 }
 
 
@@ -105,8 +113,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if not is_number(self.rms_norm_eps, 0.0, 1.0):
-            raise ConfigError(f"rms_norm_eps must be a number from 0 to 1, got {shown(self.rms_norm_eps)}")
+        if not isinstance(self.rms_norm_eps, float) or not is_number(self.rms_norm_eps, 0.0, 1.0):
+            raise ConfigError(
+                f"rms_norm_eps must be a decimal number from 0 to 1, got {shown(self.rms_norm_eps)}"
+            )
+        for key in ("tie_word_embeddings", "attention_bias"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"{key} must be true or false, got {shown(getattr(self, key))}")
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"dtype {shown(self.dtype)} is not supported: save the weights in one of {', '.join(DTYPES)}"
@@ -149,24 +162,16 @@ class ModelConfig:
         present = {key: data[key] for key in (*_REQUIRED, *_OPTIONAL) if data.get(key) is not None}
         for key in _MOST.keys() & present.keys():
             _check_size(key, present[key])
-        try:
-            # transformers fills in the dicts that it is given, hence the copy.
-            hf = Qwen3Config(**copy.deepcopy(present))
-        except Exception as error:  # Its checks raise what the values happen to break.
-            raise ConfigError(f"transformers rejects it as a Qwen3 config: {one_line(error)}") from error
         dtype = next((data[key] for key in ("dtype", "torch_dtype") if data.get(key) is not None), "float32")
         block_size = data.get("block_size")
-        rope = plain_rope(hf.rope_parameters)
+        fields = _DEFAULTS | present
+        rope = standard_rope(fields)
         check_rope(rope)
         return cls(
-            **{key: getattr(hf, key) for key in _REQUIRED},
-            head_dim=hf.head_dim,
-            rms_norm_eps=hf.rms_norm_eps,
-            max_position_embeddings=max(hf.max_position_embeddings, yarn_context(rope)),
-            tie_word_embeddings=hf.tie_word_embeddings,
-            attention_bias=hf.attention_bias,
+            **{key: fields[key] for key in (*_REQUIRED, *_DEFAULTS) if key != "max_position_embeddings"},
+            max_position_embeddings=max(fields["max_position_embeddings"], yarn_context(rope)),
             rope_parameters=rope,
-            eos_token_ids=_token_ids(data.get("eos_token_id"), hf.vocab_size),
+            eos_token_ids=_token_ids(data.get("eos_token_id"), present["vocab_size"]),
             bos_token_id=data.get("bos_token_id"),
             pad_token_id=data.get("pad_token_id"),
             block_size=block_size,
@@ -228,9 +233,11 @@ class ModelConfig:
             data |= {"block_size": self.block_size, "mask_token_id": self.mask_token_id}
         return data
 
-    def rotary(self) -> tuple[Tensor, float]:
+    def rotary(self) -> tuple["Tensor", float]:
         """Rotary frequencies, float32 [head_dim / 2] on CPU, and the factor on cos and sin, by transformers' own code."""
-        # Here, since it takes two seconds and only an engine needs it: an ingress is to start fast.
+        # Here, since they take seconds and only an engine needs them: `config check` and an ingress are to start fast.
+        import torch
+        from transformers import Qwen3Config
         from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
         known = {k: v for k, v in self.to_dict().items() if k in (*_REQUIRED, *_OPTIONAL)}

@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import NO_TOKEN
-from orthrus.checkpoint import (
-    compute_dtype,
-    kv_bytes_per_token,
-    load_weights,
-    resolve,
-    weight_bytes,
-    with_own_head,
-)
+from orthrus.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
@@ -34,6 +27,7 @@ from orthrus.kv_cache import KVCache, PagePool
 from orthrus.loading import stages
 from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
+from orthrus.model_files import kv_bytes_per_token, resolve, weight_bytes
 from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
@@ -587,7 +581,7 @@ class Engine:
         config, model = self.config, self.model_config
         tokens = config.kv_cache_tokens
         if tokens is None:
-            width = kv_bytes_per_token(model, self.forward.dtype)
+            width = kv_bytes_per_token(model, self.forward.dtype.itemsize)
             full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
             tokens = min(full, max(self._cache_bytes() // width, self.page_size))
         return -(-tokens // self.page_size)
@@ -724,7 +718,7 @@ class _InFlight:
 
 def _check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ConfigError before anything is loaded if the device has no room for the weights."""
-    wanted, name = weight_bytes(model, dtype), str(dtype).removeprefix("torch.")
+    wanted, name = weight_bytes(model, dtype.itemsize), str(dtype).removeprefix("torch.")
     if device.type == "cpu":
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if wanted > size:

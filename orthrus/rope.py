@@ -7,6 +7,7 @@ from orthrus.errors import ConfigError
 from orthrus.files import is_number, shown
 
 ROPE_TYPES = ("default", "yarn")
+_DEFAULT_THETA = 10_000.0
 MOST_POSITIONS = (1 << 31) - 1
 # Least and most of the rotary settings that are numbers.
 _NUMBERS = {
@@ -77,6 +78,17 @@ def yarn_context(rope: Mapping[str, Any]) -> int:
     return int(rope["factor"] * rope["original_max_position_embeddings"])
 
 
-def plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings without nulls and without the transformers-4 name of `rope_type`."""
-    return {key: value for key, value in rope.items() if value is not None and key != "type"}
+def standard_rope(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings of a config.json in transformers-5 style, with Hugging Face's defaults.
+
+    data: with max_position_embeddings, which YaRN's settings may leave out to mean it.
+    """
+    given = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    rope = {key: value for key, value in given.items() if key != "type"}
+    rope.setdefault("rope_type", given.get("type", "default"))
+    rope.setdefault("rope_theta", data.get("rope_theta", _DEFAULT_THETA))
+    if "partial_rotary_factor" in data:
+        rope.setdefault("partial_rotary_factor", data["partial_rotary_factor"])
+    if rope["rope_type"] == "yarn":
+        rope.setdefault("original_max_position_embeddings", data["max_position_embeddings"])
+    return {key: value for key, value in rope.items() if value is not None}

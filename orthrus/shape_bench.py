@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from orthrus.bench import Contestant, Output, Ratio, engine_contestant, hardware, ratio
-from orthrus.checkpoint import kv_bytes_per_token, tensor_shapes, weight_bytes
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.model_files import kv_bytes_per_token, tensor_shapes, weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.request import SamplingParams
 from orthrus.schedules import Schedule
@@ -263,7 +263,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     passes = tuple(pass_times(engine, options, read))
     for p in passes:
         progress(f"{p.name}: {p.milliseconds:.3f} ms")
-    held = weight_bytes(model, dtype) + engine.cache.keys.nbytes + engine.cache.values.nbytes
+    held = weight_bytes(model, dtype.itemsize) + engine.cache.keys.nbytes + engine.cache.values.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
     contestants = [
         _recorded(_scheduled("ar", engine, ARSchedule()), schedule),
@@ -283,7 +283,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
         passes=passes,
         speeds=speeds,
         exact=exact,
-        weights_gib=weight_bytes(model, dtype) / (1 << 30),
+        weights_gib=weight_bytes(model, dtype.itemsize) / (1 << 30),
         memory_over=over,
     )
 
@@ -291,7 +291,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
 def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[PassTime]:
     """AR steps at every batch size, and the two passes of a cycle at batch 1, at the given context. read: GB/s."""
     model, found = engine.model_config, []
-    views = weight_bytes(replace(model, block_size=None, mask_token_id=None), torch.bfloat16)
+    views = weight_bytes(replace(model, block_size=None, mask_token_id=None), torch.bfloat16.itemsize)
     # A pass looks up a few rows of the embedding; a tied one is read whole, as the head.
     lookup = 0 if model.tie_word_embeddings else 2 * model.vocab_size * model.hidden_size
     for name, view, rows, batch in (
@@ -300,7 +300,7 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
         (f"draft {BLOCK_SIZE} rows", View.DIFFUSION, BLOCK_SIZE, 1),
     ):
         seconds = engine.time_passes(view, rows, batch, options.context, PASSES)
-        size = views - lookup + batch * options.context * kv_bytes_per_token(model, torch.bfloat16)
+        size = views - lookup + batch * options.context * kv_bytes_per_token(model, torch.bfloat16.itemsize)
         milliseconds = statistics.median(seconds) * 1e3
         found.append(PassTime(name, milliseconds, size / read / 1e6 / milliseconds))
     return found

@@ -7,8 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from orthrus.errors import ConfigError
 from orthrus.files import file_size, one_line
@@ -20,13 +19,10 @@ _FILES = ("*.json", "*.txt", "*.jinja", "*.model", "additional_chat_templates/*"
 
 def load_tokenizer(path: Path | str) -> Any:
     """The Hugging Face tokenizer in a checkpoint directory. Raises ConfigError unless it is a fast, byte-level one."""
-    for pattern in _FILES:
-        # Before transformers opens them, which a pipe would have it wait for.
-        for file in Path(path).glob(pattern):
-            if (size := file_size(file)) > _MOST_FILE_BYTES:
-                raise ConfigError(
-                    f"{file} has {size:,} bytes, and no tokenizer needs more than {_MOST_FILE_BYTES:,}: download it again"
-                )
+    # Here, since it brings torch.
+    from transformers import AutoTokenizer
+
+    _check_sizes(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except BaseException as error:
@@ -36,10 +32,40 @@ def load_tokenizer(path: Path | str) -> Any:
         raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer in {path} has no tokenizer.json: save it with a fast tokenizer")
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
+    _check_byte_level(tokenizer.backend_tokenizer, path)
+    return tokenizer
+
+
+def check_tokenizer(path: Path | str) -> None:
+    """Raise ConfigError for a tokenizer.json that `load_tokenizer` would refuse, without loading transformers.
+
+    What is in other files, and a tokenizer without that one, is not looked at.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return
+    _check_sizes(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises nothing more special.
+        raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
+    _check_byte_level(tokenizer, path)
+
+
+def _check_sizes(path: Path | str) -> None:
+    for pattern in _FILES:
+        # Before transformers opens them, which a pipe would have it wait for.
+        for file in Path(path).glob(pattern):
+            if (size := file_size(file)) > _MOST_FILE_BYTES:
+                raise ConfigError(
+                    f"{file} has {size:,} bytes, and no tokenizer needs more than {_MOST_FILE_BYTES:,}: download it again"
+                )
+
+
+def _check_byte_level(tokenizer: Tokenizer, path: Path | str) -> None:
+    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
     if "ByteLevel" not in {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}:
         raise ConfigError(f"the tokenizer in {path} is not byte-level BPE, as those of all Qwen3 models are")
-    return tokenizer
 
 
 class TokenBytes(dict[int, bytes]):

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orthrus.checkpoint import resolve
 from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.model_files import resolve
 from orthrus.model_runner import EagerRunner
 from orthrus.prompts import encode_prompts
 from orthrus.request import Request, RequestStats, SamplingParams, TokenLogprob

@@ -62,6 +62,23 @@ def test_help_is_fast() -> None:
     assert not {"torch", "ray", "transformers"} & set(done.stdout.splitlines()[-1].split())
 
 
+def test_config_check_is_fast() -> None:
+    """torch and transformers take seconds to import: by names and headers a model is checked without them."""
+    program = (
+        "import sys, orthrus.cli as c\nprint(c.main(['config', 'check', sys.argv[1]]))\nprint(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT / "configs" / "tiny-cpu.yaml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *_, status, modules = done.stdout.splitlines()
+    assert status == "0"
+    assert not {"torch", "transformers"} & set(modules.split())
+
+
 def test_version(capsys: Output) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

@@ -197,7 +197,7 @@ def test_name_is_the_directory_or_the_hub_id(tmp_path: Path) -> None:
             ["rope_type 'linear'", "default, yarn"],
         ),
         (changed(rope_parameters={"rope_type": "longrope"}), ["rope_type 'longrope'", "default, yarn"]),
-        (changed(rope_scaling={"rope_type": "yarn"}), ["transformers rejects", "factor"]),
+        (changed(rope_scaling={"rope_type": "yarn"}), ["factor of rope_type", "is missing: add it"]),
         (changed(rope_scaling=YARN | {"factor": "4"}), ["factor", "'4'"]),
         (changed(rope_scaling="yarn"), ["rope_scaling must be an object", "'yarn'"]),
         (changed(partial_rotary_factor=0.5), ["partial_rotary_factor", "remove"]),

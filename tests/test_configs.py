@@ -15,9 +15,9 @@ from deployments.app import build
 from deployments.app_args import parse_args
 from deployments.config_file import load_config
 from deployments.serve import serve_config
-from orthrus.checkpoint import weight_bytes
 from orthrus.cli import main
 from orthrus.errors import ConfigError
+from orthrus.model_files import weight_bytes
 from orthrus.shapes import QWEN3_SHAPES, published_shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,7 +348,9 @@ def test_what_the_cluster_has_no_room_for_is_named(tmp_path: Path, change: Chang
 def test_published_shapes_have_the_published_sizes() -> None:
     import torch
 
-    billions = {size: weight_bytes(shape, torch.bfloat16) / 2 / 1e9 for size, shape in QWEN3_SHAPES.items()}
+    billions = {
+        size: weight_bytes(shape, torch.bfloat16.itemsize) / 2 / 1e9 for size, shape in QWEN3_SHAPES.items()
+    }
     expected = {
         "0.6B": 0.596,
         "1.7B": 1.72,
@@ -363,5 +365,9 @@ def test_published_shapes_have_the_published_sizes() -> None:
     assert plain is not None and not plain.has_diffusion
     assert orthrus is not None and orthrus.has_diffusion and orthrus.name == "Orthrus-Qwen3-8B"
     # The paper: the diffusion view adds 16 to 17 % of parameters.
-    assert 1.15 < weight_bytes(orthrus, torch.bfloat16) / weight_bytes(plain, torch.bfloat16) < 1.19
+    assert (
+        1.15
+        < weight_bytes(orthrus, torch.bfloat16.itemsize) / weight_bytes(plain, torch.bfloat16.itemsize)
+        < 1.19
+    )
     assert published_shape("Qwen/Qwen3-3B") is None and published_shape("models/orthrus-tiny") is None

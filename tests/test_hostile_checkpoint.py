@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orthrus.checkpoint import check_files, load_weights
+from orthrus.checkpoint import load_weights
 from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import CheckpointError, ConfigError
+from orthrus.model_files import check_files
 from orthrus.text import load_tokenizer
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.hostile import VALUES, bounded

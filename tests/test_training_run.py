@@ -15,12 +15,12 @@ import yaml
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
-from orthrus.checkpoint import tensor_shapes
 from orthrus.cli import main
 from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.model_files import tensor_shapes
 from orthrus.request import SamplingParams
 from orthrus.training.data import DataSettings, generate, read_shards
 from orthrus.training.eval import EvalSettings, distinct_ngrams, measure_drafts

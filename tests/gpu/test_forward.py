@@ -10,11 +10,11 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from orthrus.checkpoint import tensor_shapes
 from orthrus.config import ModelConfig
 from orthrus.cuda_graphs import CudaGraphRunner
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
+from orthrus.model_files import tensor_shapes
 from orthrus.model_runner import EagerRunner, ModelRunner
 from orthrus.plan import RowGroup, View
 
