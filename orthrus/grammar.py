@@ -7,6 +7,7 @@ so the masks of a block of drafts are those that plain decoding would meet one b
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,24 +17,28 @@ from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from orthrus.errors import RequestError
+from orthrus.json_schema import bounded
+from orthrus.unique_keys import KeyTokens, Place
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 # JSON on one line, or laid out in lines, but never a context full of blanks.
 _WHITESPACE = r" ?|\r?\n[ \t]{0,40}"
+# How `orthrus.json_schema` writes that an object may have keys without a name.
+_FREE_KEYS = '"patternProperties": {'
 
 
-def json_grammar(schema: dict[str, Any]) -> str:
-    """A grammar whose texts are JSON values under a JSON Schema."""
-    return f"start: {json_rule(schema)}"
+def json_grammar(schema: Any, param: str = "response_format") -> str:
+    """A grammar whose texts are JSON values under a JSON Schema. param, errors: as `json_rule`."""
+    return f"start: {json_rule(schema, param)}"
 
 
-def json_rule(schema: dict[str, Any]) -> str:
-    """The right side of a Lark rule: JSON under a JSON Schema. Raises RequestError if its `x-guidance` can't be one."""
-    given = schema.get("x-guidance", {})
-    if not isinstance(given, dict):
-        raise RequestError("x-guidance must be an object, of llguidance's options", "response_format")
-    options = {"whitespace_pattern": _WHITESPACE, **given}
-    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+def json_rule(schema: Any, param: str = "response_format") -> str:
+    """The right side of a Lark rule: JSON under a JSON Schema, bounded as `orthrus.json_schema` says.
+
+    param: the request's field that has the schema, for errors. Raises RequestError.
+    """
+    options = {"whitespace_pattern": _WHITESPACE}
+    return f"%json {json.dumps({**bounded(schema, param), 'x-guidance': options})}"
 
 
 def regex_grammar(pattern: str, param: str) -> str:
@@ -110,7 +115,8 @@ class GrammarMasks:
 
         The first call for a model takes seconds, the first for a grammar up to one; then it takes microseconds.
         """
-        return GrammarMask(self._compiled(grammar).deep_copy(), -(-self._vocab_size // 32))
+        keys = self._key_tokens if _FREE_KEYS in grammar else None
+        return GrammarMask(self._compiled(grammar).deep_copy(), -(-self._vocab_size // 32), keys)
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
@@ -118,6 +124,10 @@ class GrammarMasks:
         from llguidance.hf import from_tokenizer
 
         return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
+
+    @cached_property
+    def _key_tokens(self) -> KeyTokens:
+        return KeyTokens([self._vocabulary.decode_bytes([token]) for token in range(self._vocab_size)])
 
     def _compile(self, grammar: str) -> LLMatcher:
         _check_size(grammar, "response_format")
@@ -136,11 +146,14 @@ class GrammarMask:
 
     param = "response_format"
 
-    def __init__(self, matcher: LLMatcher, width: int) -> None:
-        """width: of a row, in int32; llguidance's may be wider."""
+    def __init__(self, matcher: LLMatcher, width: int, keys: KeyTokens | None = None) -> None:
+        """width: of a row, in int32; llguidance's may be wider. keys: the vocabulary's, if the grammar leaves keys free."""
         self.error: str | None = None
         self._matcher = matcher
         self._width = width
+        self._keys = keys
+        self._place = Place()
+        self._ahead: list[_Position] = []
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
         taken = self._matcher.try_consume_tokens(list(ahead[:first]))
@@ -151,16 +164,44 @@ class GrammarMask:
             taken += 1
             rows.append(self._matcher.compute_bitmask())
         self._matcher.rollback(taken)
+        known = len(rows)
         rows += rows[-1:] * (len(ahead) + 1 - first - len(rows))
         self._note_error()
-        return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)[
+        masks = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)[
             :, : self._width
         ]
+        # Only what is verified counts; a draft may bring a key again.
+        if self._keys is not None and first == 0:
+            self._forbid_repeated_keys(self._keys, masks[:known], ahead)
+        return masks
+
+    def _forbid_repeated_keys(self, keys: KeyTokens, masks: Tensor, ahead: Sequence[int]) -> None:
+        place: Place | None = self._place
+        self._ahead = []
+        for i, row in enumerate(masks):
+            if place is None:
+                break  # What comes after a key that may not come is never read.
+            anything = keys.follows_nothing(row)
+            if anything:
+                place = Place()
+            self._ahead.append(_Position(anything, stuck=not keys.forbid(row, place)))
+            if i < len(ahead):
+                place = place.after(keys.texts[ahead[i]])
 
     def accepts(self, tokens: Sequence[int]) -> int:
         return self._matcher.validate_tokens(list(tokens))
 
     def commit(self, token: int) -> None:
+        if self._keys is not None:
+            if not self._ahead:
+                self.allowed([])
+            position = self._ahead.pop(0)
+            begin = Place() if position.anything else self._place
+            self._place = begin.after(self._keys.texts[token]) or Place()
+            if position.stuck:
+                self.error = (
+                    "the answer can't go on: an object needs another key, and has all that its schema allows"
+                )
         # Once the text is complete only an end of sequence is allowed, and the matcher has nothing more to take in.
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
@@ -170,3 +211,11 @@ class GrammarMask:
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.get_error().partition("<state>")[0].strip()
             self.error = f"the grammar is too complex to follow: {reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """What a mask has shown of one position. stuck: nothing but a key that has come already may come."""
+
+    anything: bool
+    stuck: bool

@@ -1,0 +1,367 @@
+"""JSON Schemas made ready for llguidance: what it can't enforce is refused by name, and what has no bound gets one.
+
+A schema says what an answer may be, not that it ends: a number may have digits for ever, a list items, a tree children.
+So every number, string, array and object gets bounds where the schema has none, and recursive references a depth. Whatever
+the bounded schema accepts, the given one accepts.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from llguidance import LLMatcher
+
+from orthrus.errors import RequestError
+from orthrus.schema_algebra import constants, exclusive, merged, types_of
+from orthrus.schema_keywords import FORMATS, Schema, SchemaError, is_schema, other_keys_pattern
+from orthrus.schema_references import References
+
+MAX_STRING = 1024
+"""Characters of a string where the schema has no maxLength, beyond its minLength."""
+MAX_KEY = 64
+MAX_ITEMS = 64
+"""Items of an array where the schema has no maxItems, beyond its minItems; and free keys of an object."""
+MAX_DEPTH = 6
+"""Recursive references within one another; arrays and objects within one another where the schema leaves values free."""
+MAX_INTEGER = (1 << 53) - 1
+"""The largest integer that all readers of JSON keep exact."""
+MAX_NUMBER = 10**15
+DECIMALS = 10
+
+_FARTHEST = 9 * 10**18
+"""What llguidance can count to, as a float."""
+_MAX_SCHEMAS = 50_000
+_MAX_OPTIONS = 128
+_FREE = "free"
+"""Stands for the target of a reference to any value; JSON Pointers begin otherwise."""
+_NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_TEXTUAL = ("minLength", "maxLength", "pattern", "format")
+_SCALAR = ("type", *_NUMERIC, *_TEXTUAL)
+_STRUCTURAL = {
+    "items",
+    "prefixItems",
+    "minItems",
+    "maxItems",
+    "properties",
+    "patternProperties",
+    "additionalProperties",
+    "required",
+    "minProperties",
+    "maxProperties",
+}
+
+
+def bounded(schema: Any, param: str) -> Schema:
+    """A schema for llguidance that accepts some of what `schema` does, and only texts that end.
+
+    param: the request's field, for errors. Raises RequestError naming the keyword and its place for a schema that is none,
+    refers to what is not there, accepts nothing, or asks for what can't be enforced token by token.
+    """
+    try:
+        if not is_schema(schema):
+            raise SchemaError("a JSON Schema is an object, true or false")
+        _check_values(schema)
+        result = _Bounding(schema).result()
+        if result is False:
+            raise SchemaError("the schema accepts no value")
+    except RecursionError:
+        raise RequestError(f"{param}: the schema is nested too deeply", param) from None
+    except SchemaError as error:
+        raise RequestError(f"{param}: {error}", param) from None
+    return result
+
+
+def _check_values(schema: Any) -> None:
+    """Numbers must be finite and texts Unicode, in constants too. Raises SchemaError."""
+    try:
+        json.dumps(schema, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise SchemaError("a text has half of a surrogate pair, which is no character") from None
+    except ValueError:
+        raise SchemaError("a number is too large, or none") from None
+
+
+class _Bounding:
+    """Walks over a schema once for each depth of recursion that is left. `level`: recursive references that may follow."""
+
+    def __init__(self, schema: Schema | bool) -> None:
+        self._references = References(schema)
+        self._root = schema
+        self._schemas = 0
+        self._names: dict[tuple[str, int], str] = {}
+        self._bodies: list[tuple[str, int]] = []
+        self._heights: dict[str, float] = {}
+
+    def result(self) -> Any:
+        self._find_heights()
+        height = self._height(self._root)
+        if height > MAX_DEPTH:
+            return False
+        root = self._bound(self._root, MAX_DEPTH + int(height))
+        definitions: Schema = {}
+        while self._bodies:
+            target, level = self._bodies.pop()
+            free = target == _FREE
+            body = self._leaf({}, 0, level) if free else self._bound(self._references[target], level)
+            definitions[self._names[target, level]] = body
+        return root if root is False else {**root, "$defs": definitions}
+
+    # --- how deep a value must be, so that its recursion can be cut
+
+    def _find_heights(self) -> None:
+        """How many recursive references any value must at least have within one another, for each recursive target."""
+        recursive = self._references.recursive
+        self._heights = dict.fromkeys(recursive, math.inf)
+        for _ in range(MAX_DEPTH + 1):
+            found = {target: self._height(self._references[target]) for target in recursive}
+            if found == {target: self._heights[target] for target in recursive}:
+                return
+            self._heights = found
+
+    def _height(self, raw: Schema | bool) -> float:
+        if isinstance(raw, bool):
+            return 0 if raw else math.inf
+        schema = self._clean(raw)
+        if schema.keys() == {"$ref"}:
+            return self._target_height(self._references.target(schema["$ref"]))
+        try:
+            flat, hops = self._flat(schema)
+        except _Nothing:
+            return math.inf
+        if "anyOf" in flat or "oneOf" in flat:
+            return hops + min(map(self._height, self._options(flat)), default=math.inf)
+        if "enum" in flat or "const" in flat:
+            return hops
+        return hops + min(self._type_height(flat, name) for name in types_of(flat))
+
+    def _target_height(self, target: str) -> float:
+        if target not in self._heights:
+            self._heights[target] = self._height(self._references[target])
+        return self._heights[target] + (target in self._references.recursive)
+
+    def _type_height(self, schema: Schema, name: str) -> float:
+        needed: list[Schema | bool] = []
+        if name == "object":
+            rest = schema.get("additionalProperties", True)
+            needed = [schema.get("properties", {}).get(key, rest) for key in schema.get("required", ())]
+        elif name == "array":
+            prefix, least = schema.get("prefixItems", []), schema.get("minItems", 0)
+            needed = prefix[:least] + [schema.get("items", True)] * (least > len(prefix))
+        return max(map(self._height, needed), default=0)
+
+    # --- one schema without references and combinations
+
+    def _clean(self, raw: Schema) -> Schema:
+        self._schemas += 1
+        if self._schemas > _MAX_SCHEMAS:
+            raise SchemaError("the schema is too large, or refers to itself in too many ways")
+        return self._references.clean(raw)
+
+    def _flat(self, schema: Schema) -> tuple[Schema, int]:
+        """A cleaned schema with `$ref` and `allOf` worked in, and how many recursive references that took.
+
+        Raises _Nothing if no value is left.
+        """
+        flat: Schema = {name: value for name, value in schema.items() if name not in ("$ref", "allOf")}
+        hops = 0
+        parts: list[Any] = list(schema.get("allOf", ()))
+        if "$ref" in schema:
+            target = self._references.target(schema["$ref"])
+            hops += target in self._references.recursive
+            parts.append(self._references[target])
+        for part in parts:
+            if part is False:
+                raise _Nothing("false")
+            if part is not True:
+                below, more = self._flat(self._clean(part))
+                flat, hops = merged(flat, below), hops + more
+        return flat, hops
+
+    def _options(self, schema: Schema) -> Iterator[Schema | bool]:
+        """What a flat schema leaves to choose from by `anyOf` or `oneOf`, each with the schema's other keywords."""
+        name = "anyOf" if "anyOf" in schema else "oneOf"
+        rest = {key: value for key, value in schema.items() if key != name}
+        for option in schema[name]:
+            yield option if not rest else {"allOf": [rest, option]}
+
+    # --- bounds
+
+    def _bound(self, raw: Schema | bool, level: int, free: int = MAX_DEPTH) -> Any:
+        """free: arrays and objects within one another that a value without a schema may have."""
+        if raw is False:
+            return False
+        schema = {} if raw is True else self._clean(raw)
+        if not schema:
+            return self._definition(_FREE, free)
+        if self._height(raw) > level:
+            return False
+        if schema.keys() == {"$ref"}:
+            target = self._references.target(schema["$ref"])
+            return self._definition(target, level - (target in self._references.recursive))
+        flat, hops = self._flat(schema)
+        if not flat:
+            return self._definition(_FREE, free)
+        if "anyOf" in flat or "oneOf" in flat:
+            return self._union(flat, level - hops)
+        return self._leaf(flat, level - hops, free)
+
+    def _definition(self, target: str, level: int) -> Schema:
+        if (target, level) not in self._names:
+            self._names[target, level] = str(len(self._names))
+            self._bodies.append((target, level))
+        return {"$ref": f"#/$defs/{self._names[target, level]}"}
+
+    def _union(self, schema: Schema, level: int) -> Any:
+        if "anyOf" not in schema:
+            self._check_exclusive(schema)
+        options = [self._bound(option, level) for option in self._options(schema)]
+        left = [option for option in options if option is not False]
+        return {"anyOf": left} if left else False
+
+    def _check_exclusive(self, schema: Schema) -> None:
+        """`oneOf` is written as `anyOf`, so no value that is written for one option may be valid under another."""
+        options = [self._flat_of(option) for option in self._options(schema)]
+        if len(options) > _MAX_OPTIONS:
+            raise SchemaError(f"oneOf may have {_MAX_OPTIONS} options at most: use anyOf")
+        for i, one in enumerate(options):
+            for j, other in enumerate(options):
+                if i != j and not exclusive(one, other, self._flat_of):
+                    raise SchemaError(
+                        f"oneOf: a value can be valid under options {min(i, j)} and {max(i, j)} at once, which can't be "
+                        "ruled out while an answer is written: use anyOf, or give each option a required property with "
+                        "a const of its own"
+                    )
+
+    def _flat_of(self, raw: Schema | bool) -> Schema | bool:
+        if isinstance(raw, bool):
+            return raw
+        try:
+            return self._flat(self._clean(raw))[0] or True
+        except _Nothing:
+            return False
+
+    def _leaf(self, schema: Schema, level: int, free: int) -> Any:
+        """A schema without combinations, with bounds for each of its types. free: as in `_bound`."""
+        if "enum" in schema or "const" in schema:
+            return _constant(schema)
+        types = types_of(schema)
+        if not schema and free == 0:
+            types -= {"array", "object"}
+        out: Schema = {"type": sorted(types)}
+        if types & {"integer", "number"}:
+            out |= _number(schema, whole="number" not in types)
+        if "string" in types:
+            out |= _string(schema)
+        if "array" in types:
+            out |= self._array(schema, level, free)
+        if "object" in types:
+            out |= self._object(schema, level, free)
+        return out
+
+    def _array(self, schema: Schema, level: int, free: int) -> Schema:
+        prefix = schema.get("prefixItems", [])
+        least = schema.get("minItems", 0)
+        # A list of prefix items alone names all that there are, as properties do.
+        items = schema.get("items", not prefix or least > len(prefix))
+        most = schema.get("maxItems", max(least, len(prefix)) + MAX_ITEMS)
+        found: Schema = {"items": self._bound(items, level, free - 1), "minItems": least, "maxItems": most}
+        if prefix:
+            found["prefixItems"] = [self._bound(item, level, free - 1) for item in prefix]
+        return found
+
+    def _object(self, schema: Schema, level: int, free: int) -> Schema:
+        given, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        required = list(dict.fromkeys(schema.get("required", ())))
+        # Whoever names properties wants those; valid answers have no need of others.
+        rest = schema.get("additionalProperties", not given and not patterns)
+        wanted = {**given, **{key: rest for key in required if key not in given and not patterns}}
+        properties = {key: self._bound(sub, level, free - 1) for key, sub in wanted.items()}
+        found: Schema = {"properties": properties, "required": required, "additionalProperties": False}
+        other = self._bound(rest, level, free - 1)
+        if patterns:
+            found["patternProperties"] = {
+                key: self._bound(sub, level, free - 1) for key, sub in patterns.items()
+            }
+            found["additionalProperties"] = other
+        elif other is not False:
+            found["patternProperties"] = {other_keys_pattern(wanted, MAX_KEY): other}
+        open_ended = bool(patterns) or other is not False
+        return found | _property_counts(schema, len(properties), len(required), open_ended)
+
+
+class _Nothing(Exception):
+    """No value is left."""
+
+
+def _constant(schema: Schema) -> Schema:
+    """`enum` or `const`, with what else restricts its values."""
+    values = constants(schema)
+    if any(isinstance(value, (dict, list)) for value in values) and _STRUCTURAL & schema.keys():
+        raise SchemaError(
+            "enum and const of objects or arrays must stand alone: leave out what only repeats them"
+        )
+    return {"enum": values, **{name: value for name, value in schema.items() if name in _SCALAR}}
+
+
+def _number(schema: Schema, *, whole: bool) -> Schema:
+    """Bounds for digits: before the point by minimum and maximum, behind it by multipleOf."""
+    found = {name: schema[name] for name in _NUMERIC if name in schema}
+    low = max(schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf))
+    high = min(schema.get("maximum", math.inf), schema.get("exclusiveMaximum", math.inf))
+    if low > _FARTHEST or high < -_FARTHEST:
+        raise SchemaError(f"numbers beyond {_FARTHEST} are not written: lower minimum or raise maximum")
+    usual = MAX_INTEGER if whole else MAX_NUMBER
+    if low == -math.inf:
+        found["minimum"] = low = -usual if high > -usual else -_FARTHEST
+    if high == math.inf:
+        found["maximum"] = high = usual if low < usual else _FARTHEST
+    # Where the range is very narrow, its bounds may have more decimals.
+    if not whole and "multipleOf" not in schema and high - low > 10.0 ** (1 - DECIMALS):
+        found["multipleOf"] = 10.0**-DECIMALS
+    return found
+
+
+def _string(schema: Schema) -> Schema:
+    found = {name: schema[name] for name in _TEXTUAL if name in schema}
+    usual = FORMATS.get(found.get("format", ""), MAX_STRING)
+    found.setdefault("maxLength", found.get("minLength", 0) + usual)
+    if "pattern" in found or "format" in found:
+        # Whether a pattern and a length go together may be too much to find out.
+        problem = _string_problem(json.dumps(found))
+        if problem and "maxLength" not in schema:
+            del found["maxLength"]
+            problem = _string_problem(json.dumps(found))
+        if problem:
+            raise SchemaError(f"pattern {schema.get('pattern')!r} can't be used: {problem}")
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _string_problem(keywords: str) -> str:
+    """What llguidance says against the keywords of a string, as JSON; empty if nothing."""
+    grammar = LLMatcher.grammar_from_lark(
+        f"start: %json {json.dumps({'type': 'string', **json.loads(keywords)})}"
+    )
+    said: str = LLMatcher.validate_grammar(grammar)
+    return re.sub(r".*(error|schema): ", "", said, flags=re.DOTALL).partition("\n")[0]
+
+
+def _property_counts(schema: Schema, named: int, required: int, open_ended: bool) -> Schema:
+    """minProperties and maxProperties where they say anything. llguidance counts only where all named keys are required."""
+    least, most = schema.get("minProperties", 0), schema.get("maxProperties")
+    found: Schema = {}
+    if least > required:
+        found["minProperties"] = least
+    if most is not None and (open_ended or most < named):
+        found["maxProperties"] = most
+    if found and required < named:
+        raise SchemaError(
+            "minProperties and maxProperties can be enforced only where all properties are required: require them, or leave "
+            "these keywords out"
+        )
+    if most is None and open_ended and required == named:
+        found["maxProperties"] = max(least, required) + MAX_ITEMS
+    return found

@@ -1,0 +1,128 @@
+"""JSON Schemas with bounds: what is written under them ends, is JSON to the letter, and is valid under the schema itself."""
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from orthrus.engine import Engine
+from orthrus.errors import RequestError
+from orthrus.grammar import GrammarMasks, json_grammar
+from orthrus.json_schema import bounded
+from tests.schemas import SCHEMAS, record
+
+CLOSING = ('"', "}", "]", '"}', ",", '":')
+
+
+@pytest.fixture(scope="module")
+def masks(ar: Engine) -> GrammarMasks:
+    return GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ar.model_config.eos_token_ids)
+
+
+def allowed(masks_now: Any) -> list[int]:
+    row = masks_now.allowed([])[0].numpy().view(np.uint8)
+    tokens: list[int] = np.nonzero(np.unpackbits(row, bitorder="little"))[0].tolist()
+    return tokens
+
+
+def written(model: Engine, masks: GrammarMasks, schema: Any, seed: int, limit: int = 300) -> str | None:
+    """A text under the schema from tokens drawn at random, those that end something more often; None if it is long."""
+    draw, mask, text = random.Random(seed), masks(json_grammar(schema)), []
+    closing = {token for text in CLOSING for token in model.tokenizer.encode(text)}
+    ends = set(model.model_config.eos_token_ids)
+    while len(text) < limit:
+        tokens = allowed(mask)
+        assert tokens, "some token is always allowed"
+        for few in (ends, closing):
+            chosen = [token for token in tokens if token in few]
+            if chosen and draw.random() < 0.3:
+                tokens = chosen
+        token = draw.choice(tokens)
+        mask.commit(token)
+        assert mask.error is None
+        if token in ends:
+            return str(model.tokenizer.decode(text))
+        text.append(token)
+    return None
+
+
+def strict_json(text: str) -> Any:
+    """What RFC 8259 calls JSON, as it should be: keys come once, blanks are the four, texts are Unicode, numbers finite."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len({key for key, _ in pairs}) == len(pairs), pairs
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    return value
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_is_written_is_valid(ar: Engine, masks: GrammarMasks, name: str) -> None:
+    schema = SCHEMAS[name]
+    texts = [written(ar, masks, schema, seed) for seed in range(3)]
+    assert any(text is not None for text in texts)
+    for text in texts:
+        if text is not None:
+            jsonschema.validate(strict_json(text), schema, cls=jsonschema.validators.validator_for(schema))
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (5, "object, true or false"),
+        (False, "no value"),
+        ({"type": "strin"}, "#: type must be one of"),
+        ({"properties": {"a": {"items": {"maxLength": -1}}}}, "#/properties/a/items: maxLength"),
+        ({"properties": 5}, "properties must be"),
+        ({"enum": []}, "enum must be"),
+        ({"anyOf": []}, "anyOf must be"),
+        ({"multipleOf": 0}, "multipleOf must be"),
+        ({"const": float("inf")}, "too large"),
+        ({"const": "\ud800"}, "surrogate"),
+        ({"$ref": "#/$defs/x"}, "leads nowhere"),
+        ({"$ref": "#x"}, "no such .anchor"),
+        ({"$ref": "https://example.com/x"}, "leads out of the schema"),
+        ({"$ref": "#"}, "no value"),
+        (record(a={"$ref": "#"}), "no value"),
+        (record(a=False), "no value"),
+        ({"allOf": [{"type": "string"}, {"type": "null"}]}, "no type in common"),
+        ({"type": "integer", "minimum": 1e30}, "numbers beyond"),
+        ({"type": "array", "items": {}, "uniqueItems": True}, "uniqueItems can't be enforced"),
+        ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if can't be enforced"),
+        ({"not": {"type": "string"}}, "not can't be enforced"),
+        ({"contains": {}}, "contains can't be enforced"),
+        ({"dependentRequired": {"a": ["b"]}}, "dependentRequired can't be enforced"),
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "options 0 and 1 at once"),
+        ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "minProperties"),
+        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        (record(**{f"p{i}": record(**{f"q{j}": {} for j in range(300)}) for i in range(300)}), "too large"),
+    ],
+)
+def test_schemas_that_are_refused_say_where_and_why(schema: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        bounded(schema, "response_format")
+    assert caught.value.param == "response_format"
+
+
+def test_a_schema_nested_without_end_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(900):
+        schema = {"items": schema}
+    with pytest.raises(RequestError, match="nested too deeply"):
+        json_grammar(schema)
+
+
+@pytest.mark.parametrize("schema", [True, {}, {"title": "t", "x-guidance": {"whitespace_pattern": r"\s+"}}])
+def test_annotations_constrain_nothing(schema: Any) -> None:
+    assert json_grammar(schema) == json_grammar(
+        {"description": "anything", "nullable": True, "deprecated": False}
+    )
