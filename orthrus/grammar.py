@@ -22,7 +22,7 @@ from orthrus.unique_keys import KeyTokens, Place
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 # JSON on one line, or laid out in lines, but never a context full of blanks.
-_WHITESPACE = r" ?|\r?\n[ \t]{0,40}"
+_WHITESPACE = r" ?|\r?\n( {0,40}|\t{0,10})"
 # How `orthrus.json_schema` writes that an object may have keys without a name.
 _FREE_KEYS = '"patternProperties": {'
 

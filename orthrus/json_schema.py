@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,14 +17,18 @@ from llguidance import LLMatcher
 
 from orthrus.errors import RequestError
 from orthrus.schema_algebra import constants, exclusive, merged, types_of
-from orthrus.schema_keywords import FORMATS, Schema, SchemaError, is_schema, other_keys_pattern
+from orthrus.schema_keywords import FORMATS, Schema, SchemaError, is_schema, literal, other_keys_pattern
 from orthrus.schema_references import References
 
-MAX_STRING = 1024
+MAX_STRING = 4096
 """Characters of a string where the schema has no maxLength, beyond its minLength."""
+MAX_MATCH = 256
+"""The same where it has a pattern."""
 MAX_KEY = 64
-MAX_ITEMS = 64
-"""Items of an array where the schema has no maxItems, beyond its minItems; and free keys of an object."""
+MAX_ITEMS = 50
+MAX_KEYS = 24
+"""Items of an array without maxItems, beyond its minItems, and keys that have no name in the schema, of an object without
+maxProperties. Within another such array or object half as many, and so on."""
 MAX_DEPTH = 6
 """Recursive references within one another; arrays and objects within one another where the schema leaves values free."""
 MAX_INTEGER = (1 << 53) - 1
@@ -91,8 +96,8 @@ class _Bounding:
         self._references = References(schema)
         self._root = schema
         self._schemas = 0
-        self._names: dict[tuple[str, int], str] = {}
-        self._bodies: list[tuple[str, int]] = []
+        self._names: dict[tuple[str, _Room], str] = {}
+        self._bodies: list[tuple[str, _Room]] = []
         self._heights: dict[str, float] = {}
 
     def result(self) -> Any:
@@ -100,13 +105,13 @@ class _Bounding:
         height = self._height(self._root)
         if height > MAX_DEPTH:
             return False
-        root = self._bound(self._root, MAX_DEPTH + int(height))
+        root = self._bound(self._root, _Room(MAX_DEPTH + int(height)))
         definitions: Schema = {}
         while self._bodies:
-            target, level = self._bodies.pop()
+            target, room = self._bodies.pop()
             free = target == _FREE
-            body = self._leaf({}, 0, level) if free else self._bound(self._references[target], level)
-            definitions[self._names[target, level]] = body
+            body = self._leaf({}, room) if free else self._bound(self._references[target], room)
+            definitions[self._names[target, room]] = body
         return root if root is False else {**root, "$defs": definitions}
 
     # --- how deep a value must be, so that its recursion can be cut
@@ -189,35 +194,35 @@ class _Bounding:
 
     # --- bounds
 
-    def _bound(self, raw: Schema | bool, level: int, free: int = MAX_DEPTH) -> Any:
-        """free: arrays and objects within one another that a value without a schema may have."""
+    def _bound(self, raw: Schema | bool, room: "_Room") -> Any:
+        """What `raw` is within `room`: a schema for llguidance, or False if no value has room."""
         if raw is False:
             return False
         schema = {} if raw is True else self._clean(raw)
         if not schema:
-            return self._definition(_FREE, free)
-        if self._height(raw) > level:
+            return self._definition(_FREE, room)
+        if self._height(raw) > room.level:
             return False
         if schema.keys() == {"$ref"}:
             target = self._references.target(schema["$ref"])
-            return self._definition(target, level - (target in self._references.recursive))
+            return self._definition(target, room.below(target in self._references.recursive))
         flat, hops = self._flat(schema)
         if not flat:
-            return self._definition(_FREE, free)
+            return self._definition(_FREE, room)
         if "anyOf" in flat or "oneOf" in flat:
-            return self._union(flat, level - hops)
-        return self._leaf(flat, level - hops, free)
+            return self._union(flat, room.below(hops))
+        return self._leaf(flat, room.below(hops))
 
-    def _definition(self, target: str, level: int) -> Schema:
-        if (target, level) not in self._names:
-            self._names[target, level] = str(len(self._names))
-            self._bodies.append((target, level))
-        return {"$ref": f"#/$defs/{self._names[target, level]}"}
+    def _definition(self, target: str, room: "_Room") -> Schema:
+        if (target, room) not in self._names:
+            self._names[target, room] = str(len(self._names))
+            self._bodies.append((target, room))
+        return {"$ref": f"#/$defs/{self._names[target, room]}"}
 
-    def _union(self, schema: Schema, level: int) -> Any:
+    def _union(self, schema: Schema, room: "_Room") -> Any:
         if "anyOf" not in schema:
             self._check_exclusive(schema)
-        options = [self._bound(option, level) for option in self._options(schema)]
+        options = [self._bound(option, room) for option in self._options(schema)]
         left = [option for option in options if option is not False]
         return {"anyOf": left} if left else False
 
@@ -243,12 +248,12 @@ class _Bounding:
         except _Nothing:
             return False
 
-    def _leaf(self, schema: Schema, level: int, free: int) -> Any:
-        """A schema without combinations, with bounds for each of its types. free: as in `_bound`."""
+    def _leaf(self, schema: Schema, room: "_Room") -> Any:
+        """A schema without combinations, with bounds for each of its types."""
         if "enum" in schema or "const" in schema:
             return _constant(schema)
         types = types_of(schema)
-        if not schema and free == 0:
+        if not schema and room.free == 0:
             types -= {"array", "object"}
         out: Schema = {"type": sorted(types)}
         if types & {"integer", "number"}:
@@ -256,40 +261,68 @@ class _Bounding:
         if "string" in types:
             out |= _string(schema)
         if "array" in types:
-            out |= self._array(schema, level, free)
+            out |= self._array(schema, room)
         if "object" in types:
-            out |= self._object(schema, level, free)
+            out |= self._object(schema, room)
         return out
 
-    def _array(self, schema: Schema, level: int, free: int) -> Schema:
+    def _array(self, schema: Schema, room: "_Room") -> Schema:
         prefix = schema.get("prefixItems", [])
         least = schema.get("minItems", 0)
         # A list of prefix items alone names all that there are, as properties do.
         items = schema.get("items", not prefix or least > len(prefix))
-        most = schema.get("maxItems", max(least, len(prefix)) + MAX_ITEMS)
-        found: Schema = {"items": self._bound(items, level, free - 1), "minItems": least, "maxItems": most}
+        most = schema.get("maxItems", max(least, len(prefix)) + room.items)
+        inside = room.inside(bounded="maxItems" in schema)
+        found: Schema = {"items": self._bound(items, inside), "minItems": least, "maxItems": most}
         if prefix:
-            found["prefixItems"] = [self._bound(item, level, free - 1) for item in prefix]
+            found["prefixItems"] = [self._bound(item, room.inside(bounded=True)) for item in prefix]
         return found
 
-    def _object(self, schema: Schema, level: int, free: int) -> Schema:
-        given, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    def _object(self, schema: Schema, room: "_Room") -> Schema:
+        given, patterns = schema.get("properties", {}), dict(schema.get("patternProperties", {}))
         required = list(dict.fromkeys(schema.get("required", ())))
         # Whoever names properties wants those; valid answers have no need of others.
         rest = schema.get("additionalProperties", not given and not patterns)
         wanted = {**given, **{key: rest for key in required if key not in given and not patterns}}
-        properties = {key: self._bound(sub, level, free - 1) for key, sub in wanted.items()}
-        found: Schema = {"properties": properties, "required": required, "additionalProperties": False}
-        other = self._bound(rest, level, free - 1)
-        if patterns:
-            found["patternProperties"] = {
-                key: self._bound(sub, level, free - 1) for key, sub in patterns.items()
-            }
-            found["additionalProperties"] = other
-        elif other is not False:
-            found["patternProperties"] = {other_keys_pattern(wanted, MAX_KEY): other}
-        open_ended = bool(patterns) or other is not False
-        return found | _property_counts(schema, len(properties), len(required), open_ended)
+        named = {key: self._bound(sub, room.inside(bounded=True)) for key, sub in wanted.items()}
+        inside = room.inside(bounded="maxProperties" in schema)
+        other = self._bound(rest, inside)
+        free = {pattern: self._bound(sub, inside) for pattern, sub in patterns.items()}
+        if other is not False and not patterns:
+            free[other_keys_pattern(wanted, MAX_KEY)] = other
+        least, most = schema.get("minProperties", 0), schema.get("maxProperties")
+        bound = len(named) + (max(room.keys, least) if free else 0)
+        found: Schema = {"required": required, "additionalProperties": other if patterns else False}
+        if free or least > len(required) or (most is not None and most < len(named)):
+            # llguidance counts keys only where those with a name are required; others are patterns of one key each.
+            free |= {f"^{literal(key)}$": named.pop(key) for key in wanted if key not in required}
+            found |= {"minProperties": least, "maxProperties": bound if most is None else min(most, bound)}
+        return found | {"properties": named, "patternProperties": free}
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What a value may hold. level: recursive references within one another; free: arrays and objects within one another
+    where no schema says what they are; outside: arrays and objects around it whose numbers of items the schema leaves open."""
+
+    level: int
+    free: int = MAX_DEPTH
+    outside: int = 0
+
+    @property
+    def items(self) -> int:
+        return max(MAX_ITEMS >> self.outside, 2)
+
+    @property
+    def keys(self) -> int:
+        return max(MAX_KEYS >> self.outside, 2)
+
+    def below(self, hops: int) -> "_Room":
+        return replace(self, level=self.level - hops)
+
+    def inside(self, *, bounded: bool) -> "_Room":
+        """Of what is in an array or object. bounded: whether the schema says how many."""
+        return replace(self, free=self.free - 1, outside=self.outside + (not bounded and self.items > 2))
 
 
 class _Nothing(Exception):
@@ -326,7 +359,7 @@ def _number(schema: Schema, *, whole: bool) -> Schema:
 
 def _string(schema: Schema) -> Schema:
     found = {name: schema[name] for name in _TEXTUAL if name in schema}
-    usual = FORMATS.get(found.get("format", ""), MAX_STRING)
+    usual = FORMATS.get(found.get("format", ""), MAX_MATCH if "pattern" in found else MAX_STRING)
     found.setdefault("maxLength", found.get("minLength", 0) + usual)
     if "pattern" in found or "format" in found:
         # Whether a pattern and a length go together may be too much to find out.
@@ -347,21 +380,3 @@ def _string_problem(keywords: str) -> str:
     )
     said: str = LLMatcher.validate_grammar(grammar)
     return re.sub(r".*(error|schema): ", "", said, flags=re.DOTALL).partition("\n")[0]
-
-
-def _property_counts(schema: Schema, named: int, required: int, open_ended: bool) -> Schema:
-    """minProperties and maxProperties where they say anything. llguidance counts only where all named keys are required."""
-    least, most = schema.get("minProperties", 0), schema.get("maxProperties")
-    found: Schema = {}
-    if least > required:
-        found["minProperties"] = least
-    if most is not None and (open_ended or most < named):
-        found["maxProperties"] = most
-    if found and required < named:
-        raise SchemaError(
-            "minProperties and maxProperties can be enforced only where all properties are required: require them, or leave "
-            "these keywords out"
-        )
-    if most is None and open_ended and required == named:
-        found["maxProperties"] = max(least, required) + MAX_ITEMS
-    return found

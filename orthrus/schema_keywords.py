@@ -142,15 +142,20 @@ def other_keys_pattern(names: Iterable[str], most: int) -> str:
     return f"^{_outside(tree, most, first=True)}$"
 
 
+def literal(text: str) -> str:
+    """A regular expression for just this text."""
+    return "".join(rf"\x{{{ord(character):x}}}" for character in text)
+
+
 _PLAIN = r"[^\x00-\x1f\x7f]"
 
 
 def _outside(tree: dict[str, Any], most: int, *, first: bool = False) -> str:
     """What may follow where the names in `tree` may follow, and is none of them."""
     characters = [character for character in tree if character]
-    taken = "".join(rf"\x{{{ord(character):x}}}" for character in characters)
+    taken = literal("".join(characters))
     ways = [rf"[^\x00-\x1f\x7f{taken}]{_PLAIN}{{0,{most - 1}}}"]
-    ways += [rf"\x{{{ord(character):x}}}{_outside(tree[character], most)}" for character in characters]
+    ways += [f"{literal(character)}{_outside(tree[character], most)}" for character in characters]
     if not first and "" not in tree:
         ways.append("")
     return f"(?:{'|'.join(ways)})"

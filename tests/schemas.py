@@ -86,6 +86,19 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     )
     | {"$defs": {"Person": _PERSON}},
     "all optional": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},
+    "some of two": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 9}},
+        "minProperties": 1,
+        "maxProperties": 1,
+    },
+    "some and others": {
+        "type": "object",
+        "properties": {"a": {"type": "null"}, "b": {"type": "null"}, "c": {"type": "null"}},
+        "required": ["b"],
+        "additionalProperties": {"type": "boolean"},
+        "maxProperties": 3,
+    },
     "map of strings": {"type": "object", "additionalProperties": {"type": "string"}},
     "map of zod": {
         "type": "object",
