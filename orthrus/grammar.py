@@ -6,13 +6,14 @@ so the masks of a block of drafts are those that plain decoding would meet one b
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
@@ -23,6 +24,17 @@ from orthrus.unique_keys import KeyTokens, Place
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 # JSON on one line, or laid out in lines, but never a context full of blanks.
 _WHITESPACE = r" ?|\r?\n( {0,40}|\t{0,10})"
+# Masks are made on the engine's thread, where every stream waits for them.
+_POSITION_SECONDS = 0.01
+_MASK_SECONDS = 1.0
+_LIMITS = LLParserLimits(
+    max_items_in_row=1000,
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=50_000,
+    step_max_items=10_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+)
 # How `orthrus.json_schema` writes that an object may have keys without a name.
 _FREE_KEYS = '"patternProperties": {'
 
@@ -132,9 +144,10 @@ class GrammarMasks:
     def _compile(self, grammar: str) -> LLMatcher:
         _check_size(grammar, "response_format")
         with self._lock:
-            matcher = LLMatcher(self._vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0)
-            # A grammar that defines itself by itself shows only now.
-            matcher.compute_bitmask()
+            vocabulary = self._vocabulary
+        matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
+        # A grammar that defines itself by itself shows only now.
+        matcher.compute_bitmask()
         if matcher.is_error():
             reason = matcher.get_error().partition("<state>")[0].strip()
             raise RequestError(f"the grammar or schema can't be used: {reason}", "response_format")
@@ -154,8 +167,10 @@ class GrammarMask:
         self._keys = keys
         self._place = Place()
         self._ahead: list[_Position] = []
+        self._seconds = 0.0  # Beyond what its positions may take.
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
+        begin = time.thread_time()
         taken = self._matcher.try_consume_tokens(list(ahead[:first]))
         rows = [self._matcher.compute_bitmask()]
         for token in ahead[first:]:
@@ -166,7 +181,7 @@ class GrammarMask:
         self._matcher.rollback(taken)
         known = len(rows)
         rows += rows[-1:] * (len(ahead) + 1 - first - len(rows))
-        self._note_error()
+        self._note_time(begin, known)
         masks = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)[
             :, : self._width
         ]
@@ -189,9 +204,13 @@ class GrammarMask:
                 place = place.after(keys.texts[ahead[i]])
 
     def accepts(self, tokens: Sequence[int]) -> int:
-        return self._matcher.validate_tokens(list(tokens))
+        begin = time.thread_time()
+        accepted: int = self._matcher.validate_tokens(list(tokens))
+        self._note_time(begin, len(tokens))
+        return accepted
 
     def commit(self, token: int) -> None:
+        begin = time.thread_time()
         if self._keys is not None:
             if not self._ahead:
                 self.allowed([])
@@ -205,12 +224,16 @@ class GrammarMask:
         # Once the text is complete only an end of sequence is allowed, and the matcher has nothing more to take in.
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
-        self._note_error()
+        self._note_time(begin, 1)
 
-    def _note_error(self) -> None:
+    def _note_time(self, begin: float, positions: int) -> None:
+        """Note what the matcher has done since `begin`, in this thread's seconds, for so many positions."""
+        self._seconds = max(0.0, self._seconds + time.thread_time() - begin - positions * _POSITION_SECONDS)
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.get_error().partition("<state>")[0].strip()
             self.error = f"the grammar is too complex to follow: {reason}"
+        if self.error is None and self._seconds > _MASK_SECONDS:
+            self.error = "the grammar takes too long to follow: make it less ambiguous, or smaller"
 
 
 @dataclass(frozen=True, slots=True)

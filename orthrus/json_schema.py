@@ -38,8 +38,12 @@ DECIMALS = 10
 
 _FARTHEST = 9 * 10**18
 """What llguidance can count to, as a float."""
-_MAX_SCHEMAS = 50_000
+# What takes llguidance a second or so, or is beyond its own limits in the middle of an answer.
+_MAX_SCHEMAS = 20_000
 _MAX_OPTIONS = 128
+_MAX_OPTIONAL = 200
+_MAX_CONSTANTS = 500
+_MAX_PATTERNS = 300
 _FREE = "free"
 """Stands for the target of a reference to any value; JSON Pointers begin otherwise."""
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
@@ -95,7 +99,7 @@ class _Bounding:
     def __init__(self, schema: Schema | bool) -> None:
         self._references = References(schema)
         self._root = schema
-        self._schemas = 0
+        self._schemas = self._patterns = 0
         self._names: dict[tuple[str, _Room], str] = {}
         self._bodies: list[tuple[str, _Room]] = []
         self._heights: dict[str, float] = {}
@@ -259,6 +263,9 @@ class _Bounding:
         if types & {"integer", "number"}:
             out |= _number(schema, whole="number" not in types)
         if "string" in types:
+            self._patterns += "pattern" in schema
+            if self._patterns > _MAX_PATTERNS:
+                raise SchemaError(f"more than {_MAX_PATTERNS} strings with a pattern")
             out |= _string(schema)
         if "array" in types:
             out |= self._array(schema, room)
@@ -290,6 +297,10 @@ class _Bounding:
         free = {pattern: self._bound(sub, inside) for pattern, sub in patterns.items()}
         if other is not False and not patterns:
             free[other_keys_pattern(wanted, MAX_KEY)] = other
+        if len(wanted) - len(required) > _MAX_OPTIONAL:
+            raise SchemaError(
+                f"an object may have {_MAX_OPTIONAL} optional properties at most: require the others"
+            )
         least, most = schema.get("minProperties", 0), schema.get("maxProperties")
         bound = len(named) + (max(room.keys, least) if free else 0)
         found: Schema = {"required": required, "additionalProperties": other if patterns else False}
@@ -332,7 +343,10 @@ class _Nothing(Exception):
 def _constant(schema: Schema) -> Schema:
     """`enum` or `const`, with what else restricts its values."""
     values = constants(schema)
-    if any(isinstance(value, (dict, list)) for value in values) and _STRUCTURAL & schema.keys():
+    structured = [value for value in values if isinstance(value, (dict, list))]
+    if len(structured) > _MAX_CONSTANTS:
+        raise SchemaError(f"enum may have {_MAX_CONSTANTS} objects and arrays at most")
+    if structured and _STRUCTURAL & schema.keys():
         raise SchemaError(
             "enum and const of objects or arrays must stand alone: leave out what only repeats them"
         )
@@ -361,7 +375,7 @@ def _string(schema: Schema) -> Schema:
     found = {name: schema[name] for name in _TEXTUAL if name in schema}
     usual = FORMATS.get(found.get("format", ""), MAX_MATCH if "pattern" in found else MAX_STRING)
     found.setdefault("maxLength", found.get("minLength", 0) + usual)
-    if "pattern" in found or "format" in found:
+    if "pattern" in found:
         # Whether a pattern and a length go together may be too much to find out.
         problem = _string_problem(json.dumps(found))
         if problem and "maxLength" not in schema:

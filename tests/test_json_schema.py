@@ -89,6 +89,12 @@ def test_what_is_written_is_valid(ar: Engine, masks: GrammarMasks, name: str) ->
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "options 0 and 1 at once"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"properties": {f"p{i}": {"type": "null"} for i in range(300)}}, "200 optional properties"),
+        ({"enum": [[i] for i in range(600)]}, "500 objects and arrays"),
+        (
+            record(**{f"p{i}": {"type": "string", "pattern": f"a{i}"} for i in range(400)}),
+            "300 strings with a pattern",
+        ),
         (record(**{f"p{i}": record(**{f"q{j}": {} for j in range(300)}) for i in range(300)}), "too large"),
     ],
 )
