@@ -17,7 +17,7 @@ class JSONSchemaFormat(StrictModel):
 
     name: str | None = None
     description: str | None = None
-    definition: dict[str, Any] = Field(alias="schema")
+    definition: dict[str, Any] | bool = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -36,7 +36,7 @@ class AnswerFormat(StrictModel):
         return self
 
     @property
-    def schema_asked_for(self) -> dict[str, Any] | None:
+    def schema_asked_for(self) -> dict[str, Any] | bool | None:
         """What the answer must be valid under, None if it may be any text."""
         if self.type == "json_object":
             return {"type": "object"}
@@ -60,18 +60,20 @@ class Constraint:
     """What an answer must follow, by the request's field `param`: JSON under `schema`, or the Lark grammar `grammar`."""
 
     param: str
-    schema: dict[str, Any] | None = None
+    schema: dict[str, Any] | bool | None = None
     grammar: str | None = None
 
     @property
     def rule(self) -> str:
         """The right side of a Lark rule, for a text of which it is a part. Raises RequestError."""
-        return json_rule(self.schema) if self.schema is not None else f"%lark {{\n{self.grammar}\n}}"
+        return (
+            json_rule(self.schema, self.param) if self.schema is not None else f"%lark {{\n{self.grammar}\n}}"
+        )
 
     @property
     def lark(self) -> str:
         """The grammar of a text that is nothing else. Raises RequestError."""
-        return self.grammar if self.grammar is not None else json_grammar(self.schema or {})
+        return self.grammar if self.grammar is not None else json_grammar(self.schema, self.param)
 
 
 def constraint_of(response_format: AnswerFormat | None, fields: Mapping[str, Any]) -> Constraint | None:
@@ -138,13 +140,13 @@ def _constraint(name: str, kind: str, value: Any) -> Constraint:
             return Constraint(name, grammar=lark_grammar(value, name))
 
 
-def _schema(name: str, value: dict[str, Any] | str) -> dict[str, Any]:
+def _schema(name: str, value: dict[str, Any] | bool | str) -> dict[str, Any] | bool:
     """A JSON Schema that may be given as text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name} must be a JSON Schema: {error}", name) from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{name} must be a JSON Schema, which is an object", name)
+    if not isinstance(value, dict | bool):
+        raise RequestError(f"{name} must be a JSON Schema: an object, true or false", name)
     return value

@@ -27,15 +27,13 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
     many = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
     if body.must_call:
         rules |= _calls(tools, tokenizer, many=many)
-        start = "SPACE? calls"
+        start = "calls"
     elif constraint is not None:
         rules["constrained"] = constraint.rule
         start = "constrained"
         if tools:
             rules |= _calls(tools, tokenizer, many=many)
             start = "(constrained | calls)"
-        if constraint.schema is not None:
-            start = f"SPACE? {start}"
     elif any(tool.function.strict for tool in tools) and TOOL_CALL in tokenizer.get_added_vocab():
         # A marker that is a token of its own is no text.
         rules |= _calls(tools, tokenizer, many=many, only_strict=True)
@@ -43,10 +41,11 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
         start = "TEXT? (call TEXT?)*" if many else "TEXT? (call TEXT?)?"
     else:
         return None
-    rules["SPACE"] = r"/\s{1,4}/"
     if thinks or inside_reasoning:
         rules |= _reasoning(tokenizer, inside_reasoning)
-        start = f"reasoning {start}" if inside_reasoning else f"reasoning? {start}"
+        # Models leave a line empty between their thoughts and the answer.
+        rules["LINES"] = r"/\n{1,2}/"
+        start = f"reasoning LINES? {start}" if inside_reasoning else f"(reasoning LINES?)? {start}"
     return "\n".join(f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
 
 
@@ -65,7 +64,7 @@ def _calls(tools: list[Tool], tokenizer: Any, *, many: bool, only_strict: bool =
         rules[f"call_{i}"] = f'{head} arguments_{i} "}}\\n"'
         free = only_strict and not tool.function.strict
         schema = {"type": "object"} if free else _arguments_schema(tool)
-        rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema)
+        rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema, "tools")
     return rules
 
 

@@ -39,6 +39,8 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
     """The conversation as the HTTP API has it, without its sampling parameters. Raises RequestError."""
     choice = request.tool_choice
     schema = _json("json_schema", request.json_schema)
+    if request.json_schema and not isinstance(schema, dict | bool):
+        raise RequestError("json_schema must be a JSON Schema: an object, true or false", "json_schema")
     named = {"type": "function", "function": {"name": choice}}
     try:
         return ChatBody.model_validate(
@@ -50,7 +52,7 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 "enable_thinking": _optional(request, "enable_thinking"),
                 "parallel_tool_calls": _optional(request, "parallel_tool_calls"),
                 "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}
-                if schema
+                if request.json_schema
                 else None,
                 # What truncate_prompt_tokens leaves room for.
                 "max_tokens": request.sampling.max_tokens

@@ -215,8 +215,8 @@ class GrammarMask:
             if not self._ahead:
                 self.allowed([])
             position = self._ahead.pop(0)
-            begin = Place() if position.anything else self._place
-            self._place = begin.after(self._keys.texts[token]) or Place()
+            place = Place() if position.anything else self._place
+            self._place = place.after(self._keys.texts[token]) or Place()
             if position.stuck:
                 self.error = (
                     "the answer can't go on: an object needs another key, and has all that its schema allows"

@@ -278,6 +278,17 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
             [ULM],
             [f"{ULM}\n{ULM}"],
         ),
+        (
+            OBJECT,
+            ['{"a": 1}', THOUGHT + '{"a": 1}', THOUGHT.rstrip() + '{"a": 1}'],
+            [
+                '\u00a0{"a": 1}',
+                '    {"a": 1}',
+                '\n{"a": 1}',
+                THOUGHT + '\n{"a": 1}',
+                THOUGHT + '\u00a0{"a": 1}',
+            ],
+        ),
         (OBJECT | {"tools": [WEATHER]}, ['{"a": 1}', ULM], ["Well"]),
         (
             {"tools": [STRICT, CLOCK]},

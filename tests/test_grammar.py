@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -283,3 +284,15 @@ def test_a_model_without_an_end_token_serves_all_but_grammars(tmp_path: Path) ->
         RequestError, match=r"need an end-of-sequence token \(eos_token_id\), and this model has none"
     ):
         engine.generate([[1, 2, 3]], replace(params, grammar=json_grammar({})))
+
+
+def test_a_grammar_that_takes_too_long_ends(masks: GrammarMasks, ar: Engine) -> None:
+    """An ambiguous one, whose work grows with the square of the text: it may not hold up other requests' passes."""
+    mask = masks('start: many\nmany: many many | "a" | many many many')
+    [token] = ar.tokenizer.encode("a")
+    begin = time.thread_time()
+    while mask.error is None:
+        mask.allowed([])
+        mask.commit(token)
+    assert "takes too long" in mask.error or "too complex" in mask.error
+    assert time.thread_time() - begin < 10

@@ -135,3 +135,78 @@ def test_both_schedules_write_the_same_answers() -> None:
     check(plain, drafted)
     assert sum(answer.finish_reason == "stop" for answer in plain) > len(plain) / 2
     assert tokens_per_cycle(drafted) > 1.5
+
+
+def ends(model: Engine, masks: GrammarMasks, schema: Any, text: str) -> bool:
+    """Whether a text is a whole answer under a schema."""
+    mask, tokens = masks(json_grammar(schema)), model.tokenizer.encode(text)
+    if mask.accepts(tokens) < len(tokens):
+        return False
+    for token in tokens:
+        mask.commit(token)
+    return bool(set(allowed(mask)) & set(model.model_config.eos_token_ids))
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (
+            record(a={"type": "boolean"}),
+            ['{"a": true}', '{\n  "a": true\n}', '{"a":true}', '{\r\n\t"a": true\r\n}'],
+            [
+                '{\u00a0"a": true}',
+                '{"a":\u2003true}',
+                ' {"a": true}',
+                '{"a":  true}',
+                '{\n\n"a": true}',
+                '{"a": true} ',
+            ],
+        ),
+        (
+            {"type": "integer"},
+            ["0", "-7", str(2**53 - 1), str(1 - 2**53)],
+            ["01", "1.0", "1e3", str(2**53), "9" * 30, "+1"],
+        ),
+        ({"type": "integer", "maximum": 10**18}, [str(10**18)], [str(10**18 + 1)]),
+        ({"type": "number"}, ["0.5", "-12.25", "3"], ["1e400", "0." + "1" * 30, "1" * 30, ".5", "1.", "NaN"]),
+        ({"type": "string"}, ['"é😀\\n"'], ['"\\ud800"', '"\u0007"', '"\n"', "'a'"]),
+        ({"type": "string", "format": "color"}, ['"red"'], ["red"]),
+        (
+            record(a={}, b={}),
+            ['{"a": [{"c": null}], "b": 1}'],
+            ['{"b": 1, "a": 1}', '{"a": 1, "b": 1, "c": 1}'],
+        ),
+    ],
+)
+def test_answers_are_json_to_the_letter(
+    ar: Engine, masks: GrammarMasks, schema: Any, right: list[str], wrong: list[str]
+) -> None:
+    assert [text for text in right if not ends(ar, masks, schema, text)] == []
+    assert [text for text in wrong if ends(ar, masks, schema, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("begun", "again"),
+    [
+        ('{"a": 1, "a', True),
+        ('{"a": 1, "b', False),
+        ('{"a": {"b": 1}, "b', False),
+        ('{"a": {"b": 1}, "c": [{"a": 2}, {"a": 3}], "a', True),
+        ('{"a": [{"b": 1, "b', True),
+        ('{"x\\"y": "{\\"z", "x\\"y', True),
+        ('{"é": "é", "é', True),
+    ],
+)
+def test_a_key_comes_once(ar: Engine, masks: GrammarMasks, begun: str, again: bool) -> None:
+    mask = masks(json_grammar({"type": "object"}))
+    for token in ar.tokenizer.encode(begun):
+        assert token in allowed(mask)
+        mask.commit(token)
+    quoted = [token for token in allowed(mask) if ar.tokenizer.decode([token]).startswith('"')]
+    assert (quoted == []) == again
+    # Also as a draft, together with what came before.
+    block = masks(json_grammar({"type": "object"}))
+    tokens = ar.tokenizer.encode(begun)
+    rows = block.allowed(tokens).numpy().view(np.uint8)
+    together = np.nonzero(np.unpackbits(rows[-1], bitorder="little"))[0].tolist()
+    assert together == allowed(mask)
