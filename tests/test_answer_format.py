@@ -40,9 +40,13 @@ def test_grpc_texts_that_are_no_schema_are_refused(schema: str) -> None:
 @pytest.mark.parametrize("schema", [{}, True, {"type": "integer"}])
 def test_completions_have_a_response_format_too(schema: Any) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    params = CompletionBody(model="m", prompt="x", response_format=wanted).sampling()
+    params = CompletionBody.model_validate(
+        {"model": "m", "prompt": "x", "response_format": wanted}
+    ).sampling()
     assert params.grammar == json_grammar(schema)
-    plain = CompletionBody(model="m", prompt="x", response_format={"type": "text"}).sampling()
+    plain = CompletionBody.model_validate(
+        {"model": "m", "prompt": "x", "response_format": {"type": "text"}}
+    ).sampling()
     assert plain.grammar is None
 
 
