@@ -22,8 +22,8 @@ def engine_load(before: "EngineStats", now: "EngineStats", seconds: float) -> di
     """The signals of one replica, by the names that `EngineLoadPolicy` reads: `before` was `seconds` ago.
 
     row_use: how full the passes were over all that time, 0 to 1. queue_wait: seconds that the first request in the
-    queue has waited. kv_use: part of the KV pages that requests hold. tokens_per_cycle: since the start where
-    nothing was decoded meanwhile.
+    queue has waited. kv_use: part of the KV pages that requests hold. admitted_rate: sequences a second that got a slot.
+    tokens_per_cycle: since the start where nothing was decoded meanwhile.
     """
     cycles = now.cycles - before.cycles
     return {
@@ -31,6 +31,7 @@ def engine_load(before: "EngineStats", now: "EngineStats", seconds: float) -> di
         "row_use": min(1.0, (now.row_use_seconds - before.row_use_seconds) / seconds),
         "queue_wait": now.oldest_wait,
         "kv_use": now.kv_pages_used / now.kv_pages_total,
+        "admitted_rate": (now.admitted - before.admitted) / seconds,
         "tokens_per_cycle": (now.committed - before.committed) / cycles if cycles else now.tokens_per_cycle,
     }
 
@@ -47,7 +48,7 @@ class EngineLoadPolicy:
     """Keeps row and KV use near their targets and the queue wait under its limit; idle deployments want no replica.
 
     target_row_use, target_kv_use: 0 to 1, the use at which a replica is as busy as it should be.
-    max_queue_wait_s: once the head of every replica's queue has waited longer, there must be another replica.
+    max_queue_wait_s: once requests wait longer, for a replica or in the queue of each, there must be another one.
     """
 
     def __init__(
@@ -99,14 +100,17 @@ class EngineLoadPolicy:
             total = sum(signals[name].values())
             reason = f"{name} {total / len(signals[name]):.2f} on average, target {target:.2f}"
             calls.append(Decision(total / target, name, reason))
-        # A queue that is long on some replicas only needs no other one: new requests go elsewhere, and those in it stay.
+        # A queue in some replicas only needs no other one: new requests go elsewhere, and those in it stay.
         wait = min(signals["queue_wait"].values())
         if wait > self._max_queue_wait:
             reason = f"requests have waited {wait:.1f} s everywhere, limit {self._max_queue_wait:.1f} s"
             calls.append(Decision(running + 1, "queue_wait", reason))
-        # A mean over time: under 1 it is requests on their way to a replica.
-        if ctx.total_queued_requests >= 1:
-            reason = f"{ctx.total_queued_requests:.0f} requests wait for a replica to take them"
+        # A mean over time: under 1 it is requests on their way to a replica. By Little's law, its wait is this over the rate
+        # at which requests leave the queue.
+        queued, rate = ctx.total_queued_requests, sum(signals["admitted_rate"].values())
+        wait = queued / rate if rate else math.inf
+        if queued >= 1 and wait > self._max_queue_wait:
+            reason = f"{queued:.0f} requests wait for a replica, for {wait:.1f} s, limit {self._max_queue_wait:.1f} s"
             calls.append(Decision(running + 1, "unrouted", reason))
         most = max(calls, key=lambda call: call.replicas)
         # There is work, however little.

@@ -16,7 +16,7 @@ from deployments.autoscaling import engine_load
 from deployments.chunk_link import Address, ChunkLinks, LinkLost
 from deployments.engine_metrics import MetricsExporter
 from deployments.log_filter import quiet_client_errors
-from deployments.router import replica_capacity, replica_report
+from deployments.replica_load import replica_capacity, replica_report
 from deployments.stages import clear_stages, publish_stages
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine

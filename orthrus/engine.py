@@ -222,6 +222,10 @@ class Engine:
         """Names of the cached pages used last, newest first: what `page_hashes` gives for the prompts that they begin."""
         return self._pool.recent(limit)
 
+    def live_requests(self) -> list[str]:
+        """Ids of the requests that some choice is unfinished of. Other threads may ask too."""
+        return list(self._by_request)
+
     def is_live(self, request_id: str) -> bool:
         """Whether some choice of the request is unfinished."""
         return request_id in self._by_request

@@ -26,7 +26,7 @@ def context(
 ) -> AutoscalingContext:
     """What Serve's controller hands to a policy while `replicas` report these signals (0 where not given)."""
     ids = [ReplicaID(f"r{i}", DEPLOYMENT) for i in range(len(replicas))]
-    names = ("row_use", "queue_wait", "kv_use", "tokens_per_cycle")
+    names = ("row_use", "queue_wait", "kv_use", "admitted_rate", "tokens_per_cycle")
     return AutoscalingContext(
         deployment_id=DEPLOYMENT,
         deployment_name=DEPLOYMENT.name,
@@ -67,7 +67,11 @@ POLICY = EngineLoadPolicy(target_row_use=0.5, target_kv_use=0.8, max_queue_wait_
         # What waits on one replica stays there: another one would not help it.
         (context({"row_use": 0.2, "queue_wait": 9.0}, {"row_use": 0.1}), 1, "row_use"),
         (context({"row_use": 0.2, "queue_wait": 9.0}, {"row_use": 0.1, "queue_wait": 2.5}), 3, "queue_wait"),
+        # Three wait for a replica; four in ten seconds get one, or two a second of each of two replicas.
+        (context({"row_use": 0.1, "admitted_rate": 0.4}, queued=3), 2, "unrouted"),
+        (context({"row_use": 0.1, "admitted_rate": 2}, {"admitted_rate": 2}, queued=3), 1, "row_use"),
         (context({"row_use": 0.1}, queued=3), 2, "unrouted"),
+        (context({"row_use": 0.1}, queued=0.9), 1, "row_use"),
         (context({"row_use": 0.001}), 1, "row_use"),
         (context({}, requests=1), 1, "row_use"),
         (context({}, {}, requests=0), 0, "idle"),
@@ -165,6 +169,12 @@ def test_signals_are_rates_of_the_engines_counters() -> None:
         kv_pages_used=20,
         kv_pages_total=50,
     )
-    expected = {"row_use": 0.5, "queue_wait": 0.75, "kv_use": 0.4, "tokens_per_cycle": 3.5}
-    assert engine_load(zero, busy, 3.0) == expected
-    assert engine_load(busy, busy, 3.0) == {**expected, "row_use": 0.0}
+    expected = {
+        "row_use": 0.5,
+        "queue_wait": 0.75,
+        "kv_use": 0.4,
+        "admitted_rate": 2.5,
+        "tokens_per_cycle": 3.5,
+    }
+    assert engine_load(zero, busy, 2.0) == {**expected, "row_use": 0.75}
+    assert engine_load(busy, busy, 2.0) == {**expected, "row_use": 0.0, "admitted_rate": 0.0}

@@ -1,212 +1,202 @@
-"""Where requests go: the balancer over simulated replicas with real page pools, on a clock of its own."""
+"""The request router in Serve's own machinery, over replicas that only count: no cluster, no network."""
 
-import random
-from collections import Counter
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest, RunningReplica
 
-from deployments.router import NAME_BYTES, Capacity, Load, PrefixBalancer
-from orthrus.kv_cache import PagePool
-from orthrus.page_hash import page_hashes
+from deployments.replica_load import Capacity
+from deployments.router import PrefixRouter
 from orthrus.request import Request, SamplingParams
 
-CAPACITY = Capacity(max_num_seqs=16, prefill_chunk=256, page_size=16, pages=512)
+DEPLOYMENT = DeploymentID(name="OrthrusReplica", app_name="orthrus")
+SLOTS = 3
+CAPACITY = Capacity(max_num_seqs=SLOTS, prefill_chunk=256, page_size=16, pages=512)
+REPORT = {"sequences": 0, "prompts": 0.0, "pages": 0, "requests": b"", "prefixes": b""}
 
 
-class Replica:
-    """A cache and the requests that hold its pages: what the engine does with them, without a model."""
+class CountingReplica(RunningReplica):
+    """A replica as Serve shows it to a router. running: its requests, of all routers."""
 
-    def __init__(self) -> None:
-        self.pool = PagePool(CAPACITY.pages + 1)
-        self.running: dict[str, list[int]] = {}
-        self.hit_pages = 0
+    def __init__(self, name: str) -> None:
+        self._replica_info = SimpleNamespace(
+            replica_id=ReplicaID(name, DEPLOYMENT),
+            max_ongoing_requests=SLOTS,
+            replica_metadata=CAPACITY._asdict(),
+            routing_stats=REPORT,
+        )
+        self.running = 0
+        self.asked = 0
+        self.dead = False
 
-    def start(self, request: Request) -> None:
-        hashes = page_hashes(request.prompt[:-1], CAPACITY.page_size)
-        pages = self.pool.match(hashes)
-        self.hit_pages += len(pages)
-        fresh = self.pool.allocate(len(hashes) - len(pages))
-        assert fresh is not None
-        for page, name in zip(fresh, hashes[len(pages) :], strict=True):
-            self.pool.name(page, name)
-        self.running[request.request_id] = pages + fresh
-
-    def finish(self, request_id: str) -> None:
-        self.pool.release(self.running.pop(request_id))
-
-    def report(self) -> dict[str, object]:
-        names = b"".join(name[:NAME_BYTES] for name in self.pool.recent(2048))
-        return {**Load(len(self.running), self.pool.used)._asdict(), "prefixes": names}
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        self.asked += 1
+        if self.dead:
+            raise ActorDiedError
+        return self.running
 
 
-class Cluster:
-    """`routers` balancers over `replicas`, with reports every `report_every` requests; time moves with each request."""
+class Call:
+    """What a router gets for a request that it has sent, and that has a slot of `replica` until it ends."""
 
-    def __init__(self, replicas: int, *, routers: int = 1, report_every: int = 16) -> None:
-        self.now = 0.0
-        self.replicas = {f"replica-{i}": Replica() for i in range(replicas)}
-        self.routers = [PrefixBalancer(clock=lambda: self.now, rng=random.Random(i)) for i in range(routers)]
-        self.report_every = report_every
-        self.running: list[tuple[PrefixBalancer, str, str]] = []
-        self.served: Counter[str] = Counter()
-        self.total_pages = 0
-        self.publish()
+    def __init__(self, replica: CountingReplica) -> None:
+        self._replica = replica
+        replica.running += 1
+        self._callbacks: list[Callable[[Any], None]] = []
 
-    def publish(self) -> None:
-        for router in self.routers:
-            router.update({name: (CAPACITY, r.report()) for name, r in self.replicas.items()})
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self._callbacks.append(callback)
 
-    def run(self, prompts: Iterable[list[int]], concurrent: int) -> None:
-        """Send the prompts in order, `concurrent` of them in flight; the oldest one ends when another comes."""
-        for number, prompt in enumerate(prompts):
-            self.now += 0.05
-            if number % self.report_every == 0:
-                self.publish()
-            if len(self.running) == concurrent:
-                router, name, request_id = self.running.pop(0)
-                self.replicas[name].finish(request_id)
-                router.done(request_id)
-            router = self.routers[number % len(self.routers)]
-            request = Request(f"{id(self)}-{number}", prompt, SamplingParams(max_tokens=64))
-            name, *_ = router.rank(request)
-            router.confirm(request.request_id, name)
-            self.replicas[name].start(request)
-            self.running.append((router, name, request.request_id))
-            self.served[name] += 1
-            self.total_pages += (len(prompt) - 1) // CAPACITY.page_size
-
-    @property
-    def hit_rate(self) -> float:
-        return sum(r.hit_pages for r in self.replicas.values()) / self.total_pages
+    def end(self) -> None:
+        self._replica.running -= 1
+        for callback in self._callbacks:
+            callback(self)
 
 
-def shared_prefix_traffic(prefixes: int, requests: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of a long prefix, one of `prefixes`, and a question of its own."""
-    rng = random.Random(seed)
-    heads = [[rng.randrange(1000) for _ in range(320)] for _ in range(prefixes)]
-    return [[*rng.choice(heads), *(rng.randrange(1000) for _ in range(40))] for _ in range(requests)]
+class Caller:
+    """Sends requests through a router as Serve does."""
+
+    def __init__(self, *names: str) -> None:
+        self.router = PrefixRouter(
+            DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
+        )
+        self.router.initialize_state()
+        self.replicas = {name: CountingReplica(name) for name in names}
+        self.router.update_replicas(list(self.replicas.values()))
+        self.calls: dict[str, Call] = {}
+        self.where: dict[str, str] = {}
+
+    def ask(self, number: int, http_request: str = "") -> "asyncio.Task[str]":
+        """The replica of request `number`, once it is there."""
+        request = Request(f"{number}", [1] * 100, SamplingParams(max_tokens=16))
+        metadata = RequestMetadata(f"{number}", http_request or f"{number}")
+        return asyncio.create_task(self._send(PendingRequest([request], {}, metadata)))
+
+    async def _send(self, pending: PendingRequest, is_retry: bool = False) -> str:
+        replica = await self.router._choose_replica_for_request(pending, is_retry=is_retry)
+        replica_id, number = replica.replica_id, pending.args[0].request_id
+        self.router.on_send_request(replica_id)
+        if self.replicas[replica_id.unique_id].running >= SLOTS:
+            self.router.on_new_queue_len_info(replica_id, SLOTS)
+            return await self._send(pending, is_retry=True)
+        self.calls[number] = Call(self.replicas[replica_id.unique_id])
+        self.router.on_request_routed(pending, replica_id, self.calls[number])
+        self.where[number] = replica_id.unique_id
+        return replica_id.unique_id
 
 
-@pytest.mark.parametrize("routers", [1, 2])
-def test_shared_prefixes_hit_as_often_as_on_one_replica(routers: int) -> None:
-    prompts = shared_prefix_traffic(12, 1200)
-    alone = Cluster(1)
-    alone.run(prompts, concurrent=4)
-    three = Cluster(3, routers=routers)
-    three.run(prompts, concurrent=12)
-    assert alone.hit_rate > 0.8
-    assert three.hit_rate >= 0.9 * alone.hit_rate
-    assert max(three.served.values()) <= 1.5 * 400, three.served
+async def settle() -> None:
+    """Let everything happen that needs no time."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
-def test_one_hot_prefix_is_shared_out() -> None:
-    prompts = shared_prefix_traffic(1, 900)
-    cluster = Cluster(3)
-    cluster.run(prompts, concurrent=24)
-    assert max(cluster.served.values()) <= 1.5 * 300, cluster.served
-    assert cluster.hit_rate > 0.8
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await main()
+
+    asyncio.run(bounded())
 
 
-def test_a_lone_conversation_stays_where_its_prefix_is() -> None:
-    cluster = Cluster(3)
-    conversation = list(range(600))
-    cluster.run([conversation[:length] for length in range(100, 600, 60)], concurrent=1)
-    assert len(cluster.served) == 1
+def test_requests_wait_in_the_router_and_go_where_a_slot_gets_free_first() -> None:
+    async def main() -> None:
+        caller = Caller("a", "b")
+        # Three prompts of each HTTP request: Serve has one id for them.
+        asked = [caller.ask(number, f"http-{number // 3}") for number in range(10)]
+        await settle()
+        assert [task.done() for task in asked] == [True] * 6 + [False] * 4
+        assert sorted(caller.where.values()) == ["a"] * 3 + ["b"] * 3
+        asked[7].cancel()
+        for ended, then in ((4, 6), (0, 8), (6, 9)):
+            caller.calls[f"{ended}"].end()
+            await settle()
+            assert asked[then].done() and caller.where[f"{then}"] == caller.where[f"{ended}"]
+        assert caller.router._balancer.waiting == 0 and not caller.router._grants
+        assert all(replica.asked == 1 for replica in caller.replicas.values()), "by Serve, when they were new"
+        for call in caller.calls.values():
+            call.end()
+        await settle()
+        ids = [replica.replica_id for replica in caller.replicas.values()]
+        assert [caller.router._balancer.requests(replica_id) for replica_id in ids] == [0, 0]
+
+    run(main)
 
 
-def test_load_counts_rows_and_pages_not_requests() -> None:
-    balancer = PrefixBalancer(affinity_floor=0.0, rng=random.Random(0))
-    report = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
-    balancer.update({"a": (CAPACITY, report), "b": (CAPACITY, report)})
-    long = Request("long", list(range(4000)), SamplingParams(max_tokens=64))
-    home, *_ = balancer.rank(long)
-    balancer.confirm("long", home)
-    short = [Request(f"short-{i}", [i] * 20, SamplingParams(max_tokens=16)) for i in range(6)]
-    for request in short:
-        replica, *_ = balancer.rank(request)
-        balancer.confirm(request.request_id, replica)
-        assert replica != home, "six short requests weigh less than one long prompt"
-    for request in (long, *short):
-        balancer.done(request.request_id)
-    assert balancer.use("a") == balancer.use("b") == 0.0
+def test_a_refused_request_waits_until_the_replica_says_that_it_has_room() -> None:
+    """Another router's requests fill it. Their ends are learned by asking, and nobody asks once nothing waits."""
+
+    async def main() -> None:
+        caller = Caller("a")
+        await settle()
+        replica = caller.replicas["a"]
+        replica.running, replica.asked = SLOTS, 0
+        first, second = caller.ask(0), caller.ask(1)
+        await settle()
+        assert not first.done() and not second.done()
+        replica.running -= 1
+        assert await first == "a" and 1 <= replica.asked <= 2
+        await settle()
+        assert not second.done()
+        replica.running -= 1
+        assert await second == "a"
+        asked = replica.asked
+        await asyncio.sleep(0.6)
+        assert replica.asked == asked
+
+    run(main)
 
 
-def test_reports_replace_what_the_router_assumed() -> None:
-    balancer = PrefixBalancer()
-    empty = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
-    balancer.update({"a": (CAPACITY, empty), "b": (CAPACITY, empty)})
-    request = Request("r", [1] * 100, SamplingParams(max_tokens=16))
-    home, other = balancer.rank(request)
-    balancer.confirm("r", home)
-    # Another router's requests are in the report only; ours is in both, and counts once.
-    busy = {"rows": 8.0, "pages": 100.0, "prefixes": b""}
-    balancer.update({home: (CAPACITY, busy), other: (CAPACITY, empty)})
-    assert balancer.use(home) == 0.5
-    balancer.done("r")
-    assert 0.4 < balancer.use(home) < 0.5
+def test_requests_that_wait_outlive_their_replicas() -> None:
+    async def main() -> None:
+        caller = Caller("a")
+        asked = [caller.ask(number) for number in range(SLOTS + 2)]
+        await settle()
+        assert [task.done() for task in asked] == [True] * SLOTS + [False] * 2
+        caller.replicas["a"].dead = True
+        await asyncio.sleep(0.5)  # It is asked meanwhile.
+        assert not caller.router.curr_replicas
+        caller.replicas = {"b": CountingReplica("b")}
+        caller.router.update_replicas(list(caller.replicas.values()))
+        assert await asked[-1] == await asked[-2] == "b"
+
+    run(main)
 
 
-def test_a_dead_replica_is_never_ranked_and_a_choice_that_came_to_nothing_is_forgotten() -> None:
-    now = 0.0
-    balancer = PrefixBalancer(clock=lambda: now)
-    empty = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
-    replicas = dict.fromkeys("abc", (CAPACITY, empty))
-    balancer.update(replicas)
-    request = Request("r", [1] * 100, SamplingParams(max_tokens=16))
-    ranked = balancer.rank(request)
-    assert sorted(ranked) == ["a", "b", "c"]
-    home = ranked[0]
-    assert balancer.use(home) > 0
-    now = 3.0
-    balancer.rank(Request("s", [2] * 100, SamplingParams(max_tokens=16)))
-    balancer.done("s")
-    assert balancer.use(home) == 0.0, "never confirmed"
-    assert balancer.confirm("r", home) == "load"
-    del replicas[home]
-    balancer.update(replicas)
-    assert home not in balancer.rank(request)
-    balancer.done("r")
-    balancer.update({})
-    assert balancer.rank(request) == []
+def test_a_replica_that_could_not_be_reached_gets_nothing_until_it_answers() -> None:
+    async def main() -> None:
+        caller = Caller("a", "b")
+        await settle()
+        caller.router.on_replica_actor_unavailable(caller.replicas["a"].replica_id)
+        asked = [caller.ask(number) for number in range(SLOTS + 1)]
+        await settle()
+        assert set(caller.where.values()) == {"b"} and not asked[-1].done()
+        assert await asked[-1] == "a"
+
+    run(main)
 
 
-def test_a_session_stays_with_its_replica_for_every_router_as_far_as_load_allows() -> None:
-    empty = {"rows": 0.0, "pages": 0.0, "prefixes": b""}
-    replicas = dict.fromkeys("abc", (CAPACITY, empty))
-    routers = [PrefixBalancer(rng=random.Random(i)) for i in range(2)]
-    for router in routers:
-        router.update(replicas)
+def test_other_calls_go_anywhere() -> None:
+    async def main() -> None:
+        caller = Caller("a")
+        [candidates] = await caller.router.choose_replicas(
+            list(caller.replicas.values()), PendingRequest(["stats"], {}, RequestMetadata("0", "0"))
+        )
+        assert candidates == list(caller.replicas.values())
 
-    def home(session: str, number: int, router: PrefixBalancer) -> str:
-        request = Request(f"{session}-{number}", [number] * 5, SamplingParams(max_tokens=1))
-        replica = str(router.rank(request, session)[0])
-        assert router.confirm(request.request_id, replica) == "session"
-        router.done(request.request_id)
-        return replica
-
-    homes = {f"s{i}": {home(f"s{i}", n, router) for n, router in enumerate(routers * 3)} for i in range(60)}
-    assert all(len(found) == 1 for found in homes.values())
-    chosen = Counter(found.pop() for found in homes.values())
-    assert set(chosen) == set("abc") and max(chosen.values()) < 40
-    # A replica that goes moves its own sessions only.
-    [first] = {home("s0", 100, routers[0])}
-    gone = next(name for name in "abc" if name != first)
-    routers[0].update({name: known for name, known in replicas.items() if name != gone})
-    assert home("s0", 101, routers[0]) == first
-    # Too much to do at home: elsewhere. A cached prefix elsewhere counts for more, too.
-    busy = {"rows": 12.0, "pages": 300.0, "prefixes": b""}
-    routers[1].update({**replicas, first: (CAPACITY, busy)})
-    assert routers[1].rank(Request("x", [1] * 5), "s0")[0] != first
-    prompt = list(range(100))
-    names = b"".join(name[:NAME_BYTES] for name in page_hashes(prompt, CAPACITY.page_size))
-    routers[1].update({**replicas, gone: (CAPACITY, {"rows": 0.0, "pages": 6.0, "prefixes": names})})
-    assert routers[1].rank(Request("y", prompt), "s0")[0] == gone
-    assert routers[1].confirm("y", gone) == "prefix"
+    run(main)
 
 
-@pytest.mark.parametrize("kwargs", [{"load_bound": 0.5}, {"affinity_floor": -0.1}, {"affinity_floor": 1.1}])
-def test_settings_out_of_range_are_named(kwargs: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(kwargs))):
-        PrefixBalancer(**kwargs)
+@pytest.mark.parametrize("setting", [{"load_bound": 0.5}, {"affinity_floor": 2.0}])
+def test_settings_are_those_of_the_balancer(setting: dict[str, float]) -> None:
+    async def main() -> None:
+        router = PrefixRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            router.initialize_state(**setting)
+
+    run(main)
