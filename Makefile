@@ -27,7 +27,7 @@ test-structured: $(INSTALLED)
 	$(BIN)/python -m pytest -q -s tests/structured_proof.py
 
 test-serving: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/serving_proof.py
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true tests/serving_proof.py
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/cluster_proof.py

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ReplicaState
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from deployments.app import make_application
 from deployments.environment import free_port, set_environment
@@ -29,6 +29,9 @@ from orthrus.engine_config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "orthrus-tiny"
+DEPLOY_SECONDS = 120
+STREAM_SECONDS = 180
+"""How long an answer may take, its wait for a replica included: more than any test lets one wait."""
 _MARK = "ORTHRUS_TEST_CLUSTER"
 
 
@@ -45,7 +48,7 @@ class Replica:
         return self.actor.rpartition("#")[2]
 
     def report(self) -> dict[str, Any]:
-        """What it tells request routers: `rows` and `pages` in use, and names of cached prefixes. Of OrthrusReplica only."""
+        """What it tells request routers (deployments/replica_load.py). Of OrthrusReplica only."""
         actor = ray.get_actor(self.actor, namespace=SERVE_NAMESPACE)
         report: dict[str, Any] = ray.get(actor.record_routing_stats.remote(), timeout=30)
         return report
@@ -54,7 +57,7 @@ class Replica:
     def free(self) -> bool:
         """Whether no request holds rows or pages of it."""
         report = self.report()
-        return not report["rows"] and not report["pages"]
+        return not report["sequences"] and not report["pages"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,17 @@ class App:
         args["engine"] |= {"adaptive_draft": False, "draft_length": 4}
         for part, change in changes.items():
             args[part] = {k: v for k, v in {**args[part], **change}.items() if v is not None}
-        serve.run(make_application(args, load), name=self.name, route_prefix=self.route)
+        target = serve.RunTarget(make_application(args, load), name=self.name, route_prefix=self.route)
+        # Without Serve's own waiting, which has no end.
+        serve.run_many(
+            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
+        wait_for(self._runs, DEPLOY_SECONDS, f"the application {self.name} runs")
+
+    def _runs(self) -> bool:
+        status = serve.status().applications[self.name]
+        assert status.status != ApplicationStatus.DEPLOY_FAILED, status.message
+        return status.status == ApplicationStatus.RUNNING
 
     def running(self, deployment: str = "OrthrusReplica") -> list[Replica]:
         apps = _get_global_client().get_serve_details()["applications"]
@@ -173,12 +186,20 @@ def local_cluster(name: str = "orthrus") -> Iterator[App]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
-    """Poll until `condition` gives something, and return it."""
+    """Poll until `condition` gives something, and return it. what: what is waited for, said when it does not come."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what or condition} after {seconds} s"
+        assert time.monotonic() < deadline, f"{what or condition}: not so after {seconds} s"
         time.sleep(0.1)
     return found
+
+
+async def until(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    """`wait_for` while streams go on. Conditions must not block."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not so after {seconds} s"
+        await asyncio.sleep(0.05)
 
 
 # --- clients
@@ -197,6 +218,10 @@ class Stream:
     finished: bool = False
     cached_tokens: int = 0
     prompt_tokens: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or bool(self.error)
 
     async def run(self, session: aiohttp.ClientSession, url: str) -> "Stream":
         """Ask, and read to the end. Errors of any kind are noted."""
@@ -217,6 +242,8 @@ class Stream:
                     return self
                 async for line in answer.content:
                     self._take(line.decode().strip().removeprefix("data: "))
+        except TimeoutError:
+            self.error = f"no end after {STREAM_SECONDS} s, and {self.events} events"
         except (aiohttp.ClientError, OSError) as error:
             self.error = f"{type(error).__name__}: {error}"
         if not self.finished and not self.error:
@@ -240,32 +267,29 @@ class Stream:
             self.cached_tokens = said["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
-async def kill_under(app: App, victim: Replica, streams: list[Stream], running: int) -> list[Stream]:
-    """Kill a replica while it answers some of `streams`, and wait for all of them. The streams that it had begun.
+async def under_way(streams: list[Stream], count: int) -> None:
+    """Wait until `count` of the answers have begun and not ended. More than one replica has slots: each has begun some then."""
 
-    running: how many of them the replicas answer at a time. The victim is stopped first: its streams then stand still.
-    """
-    tasks = [asyncio.create_task(answers(app.completions, [stream])) for stream in streams]
-    while sum(stream.events > 3 for stream in streams) < running:
-        await asyncio.sleep(0.05)
-    os.kill(victim.pid, signal.SIGSTOP)
-    await asyncio.sleep(0.3)  # What it had sent arrives.
-    seen = {id(stream): stream.events for stream in streams}
-    still = streams
-    while len(still) > len(streams) - running // 2:
-        await asyncio.sleep(0.05)
-        still = [stream for stream in streams if stream.events == seen[id(stream)]]
-    begun = [stream for stream in still if stream.events]
+    def enough() -> bool:
+        return sum(stream.events > 3 and not stream.ended for stream in streams) >= count
+
+    await until(enough, STREAM_SECONDS, f"{count} of {len(streams)} answers are under way")
+
+
+async def kill_under(app: App, streams: list[Stream], count: int) -> None:
+    """Kill a replica while `count` of `streams` are under way, and wait for all of them."""
+    victim = app.running()[0]
+    asked = asyncio.create_task(answers(app.completions, streams))
+    await under_way(streams, count)
     os.kill(victim.pid, signal.SIGKILL)
-    await asyncio.gather(*tasks)
-    return begun
+    await asked
 
 
 def check_failures(streams: list[Stream], text: str) -> list[Stream]:
-    """After a replica's death: the streams that it had begun say what happened, and are returned; all others have their text."""
+    """After a replica's death: those that it had begun say what happened, and are returned; all others have their text."""
     failed = [stream for stream in streams if stream.error]
     for stream in failed:
-        assert "replica that was answering has stopped" in stream.error
+        assert "replica that was answering has stopped" in stream.error, stream
         assert stream.text and text.startswith(stream.text), "what it had sent is right"
     assert {stream.text for stream in streams if not stream.error} == {text}
     return failed
@@ -307,5 +331,6 @@ class Clients:
 def client_session() -> aiohttp.ClientSession:
     """Connections without limits of their own: a connection for each stream, as different clients have."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=aiohttp.ClientTimeout(total=None)
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=STREAM_SECONDS),
     )

@@ -11,7 +11,17 @@ from ray import serve
 
 from orthrus.engine import Engine
 from orthrus.request import SamplingParams
-from tests.local_cluster import App, Clients, Stream, answers, check_failures, kill_under, tiny_args, wait_for
+from tests.local_cluster import (
+    App,
+    Clients,
+    Stream,
+    answers,
+    check_failures,
+    kill_under,
+    tiny_args,
+    until,
+    wait_for,
+)
 from tests.serving import plain
 
 # Several pages of the KV cache, so that there is a prefix to route by.
@@ -43,28 +53,29 @@ def app(url: str) -> Iterator[App]:
 
 
 def test_a_load_step_adds_a_replica_whose_death_costs_what_it_had_begun(app: App, ar: Engine) -> None:
-    """1 client, then 12: a second replica, which is killed under them. Then 1 client again, and one replica."""
+    """1 client, then 12: a second replica. One of the two is killed under 16 more. Then no client, and one replica."""
     params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
     text = plain(ar, PROMPT, params)
-    streams = [Stream(PROMPT, 150) for _ in range(12)]
+    streams = [Stream(PROMPT, 150) for _ in range(16)]
 
-    async def main() -> tuple[Clients, Clients, list[Stream]]:
+    async def main() -> tuple[Clients, Clients]:
         lone, many = Clients(app.completions, PROMPT, 150), Clients(app.completions, PROMPT, 150)
         lone.start(1)
-        while not lone.done:
-            await asyncio.sleep(0.05)
+        await until(lambda: lone.done, 60, "one answer")
         assert len(app.running()) == 1
         many.start(11)
-        await asyncio.to_thread(wait_for, lambda: len(app.running()) == 2)
+        await asyncio.to_thread(wait_for, lambda: len(app.running()) == 2, 60, "two replicas")
+        # Before those end, so that two stay.
+        killing = asyncio.create_task(kill_under(app, streams, 6))
         await many.stop()
         await lone.stop()
-        begun = await kill_under(app, app.running()[0], streams, running=8)
-        await asyncio.to_thread(wait_for, lambda: len(app.running()) == 1)
-        return lone, many, begun
+        await killing
+        await asyncio.to_thread(wait_for, lambda: len(app.running()) == 1, 60, "one replica")
+        return lone, many
 
-    lone, many, begun = asyncio.run(main())
-    assert not lone.errors and not many.errors
-    assert begun and check_failures(streams, text) == begun
+    lone, many = asyncio.run(main())
+    # The replica may have had some of theirs, too.
+    assert 1 <= len(check_failures([*streams, *lone.done, *many.done], text)) <= 4
 
 
 def test_engine_router_and_policy_show_in_the_metrics(app: App) -> None:
