@@ -102,6 +102,7 @@ class Ingress(GrpcIngress):
                     self._tokenizer,
                     prompt if body.truncate_prompt_tokens is None else tokens,
                     tokens,
+                    out.logprobs is not None,
                 )
                 for prompt, tokens in zip(given, prompts, strict=True)
             ]

@@ -63,8 +63,13 @@ class Echo:
     offsets: Sequence[int] = ()
 
     @staticmethod
-    def of(tokenizer: Any, prompt: str | Sequence[int], tokens: Sequence[int]) -> "Echo":
-        """prompt: as the client sent it, a text or its token ids. tokens: what the model gets of it."""
+    def of(tokenizer: Any, prompt: str | Sequence[int], tokens: Sequence[int], placed: bool = True) -> "Echo":
+        """prompt: as the client sent it, a text or its token ids. tokens: what the model gets of it.
+
+        placed: say where the tokens begin.
+        """
+        if not placed:
+            return Echo(prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
         if not isinstance(prompt, str):
             stream = TextStream(tokenizer, skip_special_tokens=False)
             text, offsets = "", []

@@ -383,11 +383,13 @@ class Engine:
                     continue
                 first, row = row, row + part.num_logits
                 scored = first + part.scoring
-                if part.scoring:
-                    next(picks)
+                scoring = next(picks) if part.scoring else []
                 picked = [next(picks) for group in part.groups if group.num_logits > part.scoring]
                 if part.sequence.finish_reason is not None:
                     continue  # It ended, or was cancelled, while this pass was on its way.
+                if NO_TOKEN in scoring:
+                    chunks.append(self._fail(part.sequence, _NO_NUMBERS))
+                    continue
                 if part.scoring:
                     self._score_prompt(part, this.launched.logits[first:scored])
                 if not picked:
@@ -502,7 +504,7 @@ class Engine:
         tokens = schedule.commit(sequence, part.groups, picks) if part.decoding else picks[0]
         first = sequence.num_generated == 0
         sequence.passes += not first
-        if sequence.params.max_tokens == 0:
+        if sequence.params.max_tokens == 0 and NO_TOKEN not in tokens:
             tokens, sequence.finish_reason = [], "length"
         elif not tokens:
             return None
@@ -553,8 +555,8 @@ class Engine:
             error=error,
         )
 
-    def _fail(self, sequence: Sequence, error: str, param: str) -> Chunk:
-        """End a choice that can't go on, for what its request asks in `param`."""
+    def _fail(self, sequence: Sequence, error: str, param: str | None = None) -> Chunk:
+        """End a choice that can't go on; for what its request asks in `param`, if that is why."""
         sequence.finish_reason = "error"
         self._finish(sequence)
         return Chunk(

@@ -130,3 +130,17 @@ def test_generate_raises(path: Path) -> None:
         pytest.raises(ValueError, match=r"model\.norm\.weight holds values that are NaN"),
     ):
         orthrus.accelerate(module, **settings)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 5])
+@pytest.mark.parametrize("prompt", [[1, 5, 2, 3], [1, 2, 3, 5]], ids=["within", "at the end"])
+def test_a_prompt_without_numbers_is_not_scored(path: Path, prompt: list[int], max_tokens: int) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, prompt_logprobs=2)
+    for runner in RUNNERS:
+        engine = engine_of(path, runner, lambda weights: weights["model.embed_tokens.weight"][5].fill_(NAN))
+        refused, whole = run(engine, Request("bad", prompt, params), Request("good", [1, 2, 3], params))
+        assert (refused.token_ids, refused.finish_reason) == ((), "error")
+        assert refused.error is not None and "NaN or infinite" in refused.error
+        assert whole.finish_reason == "length" and whole.prompt_logprobs is not None
+        assert len(whole.prompt_logprobs) == 2
+        assert engine.stats.kv_pages_used == 0
