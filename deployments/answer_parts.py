@@ -47,6 +47,10 @@ class PartStream:
         for call in calls:
             yield from self._add_call(call)
 
+    def push_empty_text(self) -> Iterator[tuple[Step, Part, str]]:
+        """Begin a text that nothing is added to."""
+        yield from self._begin(Part(len(self.parts), "text"))
+
     def finish(self) -> Iterator[tuple[Step, Part, str]]:
         """The end of the part that is open; call once, when the answer is over."""
         if self._open is not None:

@@ -9,6 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
+class ResponseStoreConfig(BaseModel):
+    """How many responses are kept at most, how many bytes they take in all, and for how many seconds each is kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_responses: int = Field(default=10_000, ge=1)
+    max_bytes: int = Field(default=256 << 20, ge=1)
+    lifetime_s: float = Field(default=24 * 3600.0, gt=0, allow_inf_nan=False)
+
+
 class ApiConfig(BaseModel):
     """An application's rules for its callers, HTTP and gRPC alike. An unknown key or a value out of range is an error.
 
@@ -19,6 +29,8 @@ class ApiConfig(BaseModel):
     prompts into the log, which is without them by default. unknown_fields: what is done with a request whose body has a
     field that is not known here: it is refused, or the field is ignored and named in a header of the answer. cors_origins:
     web pages that browsers let call the API, by origin ("https://chat.example"; "*" for any): none by default.
+    response_store: keep the responses of /v1/responses, so that they can be asked for again and gone on from; within these
+    bounds ({} for the usual ones), in memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +44,7 @@ class ApiConfig(BaseModel):
     log_prompts: bool = False
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
     cors_origins: list[str] = Field(default_factory=list)
+    response_store: ResponseStoreConfig | None = None
 
     @field_validator("cors_origins")
     @classmethod

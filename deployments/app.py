@@ -11,6 +11,7 @@ from deployments.ingress import Ingress
 from deployments.model_check import check_model, locate
 from deployments.rate_limits import RateLimiter
 from deployments.replica import OrthrusReplica
+from deployments.response_store import ResponseStore
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.model_files import HubUnreachable
@@ -49,10 +50,15 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
     ).bind(engine, load)
-    # One, since it counts for all: Serve starts another if it is lost.
-    limiter = deployment(
-        RateLimiter, num_replicas=1, max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0}
-    )
+    # One of each, since it counts or keeps for all: Serve starts another if it is lost.
+    single: dict[str, Any] = {
+        "num_replicas": 1,
+        "max_ongoing_requests": 4096,
+        "ray_actor_options": {"num_cpus": 0},
+    }
+    limiter = deployment(RateLimiter, **single).bind() if checked.api.has_keys else None
+    store = checked.api.response_store
+    responses = deployment(ResponseStore, **single).bind(store) if store is not None else None
     return _deployment(
         Ingress,
         args.get("ingress", {}),
@@ -61,7 +67,7 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         health_check_period_s=HEALTH_CHECK_SECONDS,
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
-    ).bind(replica, engine, checked.api, limiter.bind() if checked.api.has_keys else None)
+    ).bind(replica, engine, checked.api, limiter, responses)
 
 
 def _deployment(deployment: Any, options: Mapping[str, Any], **defaults: Any) -> Deployment:

@@ -25,6 +25,10 @@ class ModelNotFound(Exception):
     """The request names a model that is not served here."""
 
 
+class ResponseNotFound(Exception):
+    """There is no such response, or not for this caller."""
+
+
 class BodyTooLarge(Exception):
     """The request is over the size limit."""
 
@@ -69,6 +73,7 @@ _NO_REPLICA = (DeploymentUnavailableError, ReplicaUnavailableError, *REPLICA_LOS
 EXPECTED: tuple[type[Exception], ...] = (
     RequestError,
     ModelNotFound,
+    ResponseNotFound,
     BodyTooLarge,
     BodyTooSlow,
     UnsupportedBody,
@@ -142,6 +147,8 @@ def _describe(error: BaseException) -> Failure:
         case ModelNotFound():
             not_found = grpc.StatusCode.NOT_FOUND
             return Failure(404, not_found, str(error), param="model", code="model_not_found")
+        case ResponseNotFound():
+            return Failure(404, grpc.StatusCode.NOT_FOUND, str(error), param="response_id")
         case BodyTooLarge():
             return Failure(413, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         case BodyTooSlow():

@@ -30,6 +30,7 @@ from deployments.messages_body import CountTokensBody, MessagesBody
 from deployments.messages_format import error_body, error_status, is_messages_path
 from deployments.metrics import spell as spell_metrics
 from deployments.openai_format import ResponseFormat, sse
+from deployments.responses_body import ResponsesBody
 from deployments.tokenize_body import DetokenizeBody, TokenizeBody
 from deployments.tokenizer_info import tokenizer_info
 from orthrus.errors import RequestError
@@ -129,6 +130,35 @@ class Ingress(GrpcIngress):
         )
         params = replace(params, grammar=prompt.grammar)
         return await self._respond(call, body, out, [prompt.tokens], params, prompt.splitter)
+
+    @api.post("/v1/responses")
+    async def responses(self, request: HTTPRequest) -> Response:
+        call = await self._admit("responses", request)
+        body = await read_body(request, ResponsesBody, self._config)
+        self._check_model(body.model)
+        return await self._responses.create(call, body)
+
+    @api.post("/v1/responses/input_tokens")
+    async def input_tokens(self, request: HTTPRequest) -> dict[str, Any]:
+        call = await self._admit("responses.input_tokens", request)
+        body = await read_body(request, ResponsesBody, self._config)
+        self._check_model(body.model)
+        return await self._responses.count(call, body)
+
+    @api.get("/v1/responses/{id}")
+    async def stored_response(self, request: HTTPRequest, id: str) -> dict[str, Any]:
+        call = await self._admit("responses.get", request)
+        return await self._responses.get(call, id, request.query_params)
+
+    @api.delete("/v1/responses/{id}")
+    async def delete_response(self, request: HTTPRequest, id: str) -> dict[str, Any]:
+        call = await self._admit("responses.delete", request)
+        return await self._responses.delete(call, id)
+
+    @api.get("/v1/responses/{id}/input_items")
+    async def input_items(self, request: HTTPRequest, id: str) -> dict[str, Any]:
+        call = await self._admit("responses.input_items", request)
+        return await self._responses.input_items(call, id, request.query_params)
 
     @api.post("/v1/messages")
     async def messages(self, request: HTTPRequest) -> Response:

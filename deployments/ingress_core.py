@@ -18,6 +18,8 @@ from deployments.log_filter import quiet_client_errors
 from deployments.metrics import scrape
 from deployments.recent import Recent
 from deployments.request_metrics import RequestMetrics
+from deployments.response_store import Responses
+from deployments.responses_api import ResponsesApi
 from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
 from orthrus.model_files import resolve
@@ -35,7 +37,9 @@ class IngressCore:
         config: EngineConfig,
         api: ApiConfig,
         limiter: DeploymentHandle | None,
+        responses: DeploymentHandle | None = None,
     ) -> None:
+        """limiter: a `RateLimiter`, where there are keys. responses: a `ResponseStore`, where responses are stored."""
         # Where cores are few, a replica's next pass comes before the text of its last one.
         os.nice(_NICENESS)
         quiet_client_errors()
@@ -58,6 +62,8 @@ class IngressCore:
             "max_model_len": self._max_model_len,
         }
         self._chats = Chats(replica, self._receiver, self._tokenizer, self._max_model_len)
+        store = Responses(responses) if responses is not None else None
+        self._responses = ResponsesApi(self._chats, self._tokenizer, store)
         self._status = Recent(partial(asyncio.to_thread, serve.status))
         self._scrape = Recent(scrape)
 

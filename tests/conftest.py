@@ -48,6 +48,19 @@ def tiny_reference(tiny_orthrus: Path) -> Reference:
     return Reference(tiny_orthrus)
 
 
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """One token per byte: ids 0 to 255 in the order of byte-level BPE's alphabet."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The models here are too small to share out: threads would mostly wait for each other."""

@@ -1,8 +1,6 @@
 """Anthropic's Messages API without a server: bodies become chats, chunks become messages and events of Anthropic's types."""
 
-import itertools
 import json
-import random
 from typing import Any
 
 import pytest
@@ -11,21 +9,14 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.body_faults import describe
-from deployments.chat_output import ChatSplitter
 from deployments.failures import GenerationFailed, ModelUnavailable, QueueFull, RateLimited, describe_failure
 from deployments.generation import Choice, TextChunk
 from deployments.messages_body import CountTokensBody, MessagesBody
 from deployments.messages_format import MessageFormat, error_body, error_status
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, RequestStats
+from tests.chunks import ANSWER, chunks, cut
 
-STATS = RequestStats(prompt_tokens=50, cached_tokens=32, completion_tokens=40, cycles=10, passes=20, seed=7)
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-ANSWER = (
-    "<think>\nTwo cities.\n</think>\n\nLet me see.\n"
-    '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź"}}\n</tool_call>\n'
-    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-)
 EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
 
@@ -35,25 +26,6 @@ def messages(**fields: Any) -> MessagesBody:
         return MessagesBody.model_validate_json(json.dumps(asked))
     except ValidationError as error:
         raise describe(error) from None
-
-
-def chunks(pieces: list[str], reason: str = "stop", stop_reason: str | None = None) -> list[TextChunk]:
-    """The chunks of an answer that came in these pieces, a token each."""
-    splitter = ChatSplitter(thinks=True, calls=True)
-    items = []
-    for i, piece in enumerate(pieces):
-        last = i == len(pieces) - 1
-        chunk = Chunk("r", 0, (1,), None, reason if last else None, stop_reason, STATS if last else None)  # type: ignore[arg-type]
-        reasoning = splitter.reasoning_span([piece])
-        delta = splitter.push(piece, final=last)
-        done = "tool_calls" if reason == "stop" and splitter.called else reason
-        items.append(TextChunk(0, piece, chunk, delta, done if last else None, reasoning))
-    return items
-
-
-def cut(text: str, seed: int) -> list[str]:
-    places = sorted(random.Random(seed).sample(range(1, len(text)), 12))
-    return [text[a:b] for a, b in itertools.pairwise([0, *places, len(text)])]
 
 
 def streamed(items: list[TextChunk], max_tokens: int = 40) -> tuple[list[dict[str, Any]], Message]:

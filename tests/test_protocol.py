@@ -18,8 +18,6 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from openai.types.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter, ValidationError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from deployments.body_faults import describe
 from deployments.call_text import ToolCallDelta
@@ -56,16 +54,6 @@ def completion(**fields: Any) -> CompletionBody:
 def chat(**fields: Any) -> ChatBody:
     asked = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
     return ChatBody.model_validate_json(json.dumps(asked))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """One token per byte: ids 0 to 255 in the order of byte-level BPE's alphabet."""
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bpe = Tokenizer(models.BPE(vocabulary, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
 # --- requests

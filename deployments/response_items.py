@@ -1,0 +1,182 @@
+"""The items of OpenAI's Responses API that an input may have, and the chat messages that they stand for."""
+
+import base64
+import binascii
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+_OWN = "orthrus:"
+"""How `encrypted_content` begins that this server has made."""
+
+
+class _Item(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+class RefusalPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class MessageItem(_Item):
+    """A turn of either side; the type may be left out."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[Part]
+    phase: str | None = None
+
+
+class FunctionCallItem(_Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    caller: dict[str, Any] | None = None
+
+
+class FunctionCallOutputItem(_Item):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[Part]
+    name: str | None = None
+    caller: dict[str, Any] | None = None
+
+
+class SummaryPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["summary_text"]
+    text: str
+
+
+class ReasoningPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["reasoning_text", "text"]
+    text: str
+
+
+class ReasoningItem(_Item):
+    """What the model thought. encrypted_content: the same in a form that clients hand on unread (`seal`)."""
+
+    type: Literal["reasoning"]
+    summary: list[SummaryPart] = Field(default_factory=list)
+    content: list[ReasoningPart] | None = None
+    encrypted_content: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The thoughts as they were, as far as the client has kept them."""
+        if self.content:
+            return "".join(part.text for part in self.content)
+        return unseal(self.encrypted_content) or "\n".join(part.text for part in self.summary)
+
+
+def _type(item: Any) -> Any:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_type),
+]
+
+
+def seal(reasoning: str) -> str:
+    """Reasoning as `encrypted_content`. The client has read it already: there is nothing to hide, only to hand on."""
+    return _OWN + base64.b64encode(reasoning.encode(errors="replace")).decode()
+
+
+def unseal(content: str | None) -> str:
+    """The reasoning behind `encrypted_content`, "" where another server has made it."""
+    if content is None or not content.startswith(_OWN):
+        return ""
+    try:
+        return base64.b64decode(content.removeprefix(_OWN), validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
+def chat_messages(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """The items as chat messages: what an assistant thought, said and called in one go is one message."""
+    messages: list[dict[str, Any]] = []
+    turn: dict[str, Any] = {}
+
+    def assistant(key: str) -> dict[str, Any]:
+        """The assistant's message that is under way, or a new one if `key` would come too late in it."""
+        nonlocal turn
+        too_late = {"reasoning_content": ("content", "tool_calls"), "content": ("content", "tool_calls")}
+        if not turn or any(turn.get(name) for name in too_late.get(key, ())):
+            turn = {"role": "assistant", "content": ""}
+            messages.append(turn)
+        return turn
+
+    for item in items:
+        match item:
+            case ReasoningItem():
+                message = assistant("reasoning_content")
+                before = message.get("reasoning_content")
+                message["reasoning_content"] = f"{before}\n{item.text}" if before else item.text
+            case MessageItem(role="assistant"):
+                assistant("content")["content"] = text_of(item.content)
+            case FunctionCallItem():
+                function = {"name": item.name, "arguments": item.arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                assistant("tool_calls").setdefault("tool_calls", []).append(call)
+            case FunctionCallOutputItem():
+                turn = {}
+                messages.append(
+                    {"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)}
+                )
+            case MessageItem():
+                turn = {}
+                messages.append({"role": item.role, "content": text_of(item.content)})
+    return messages
+
+
+def text_of(content: str | list[Part]) -> str:
+    """The text of a message or of a call's output."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+
+
+def listed(item: Item) -> dict[str, Any]:
+    """An input item as the API lists it: with an id, and with its text in parts."""
+    prefixes = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+    given = item.model_dump(exclude_none=True, mode="json")
+    given.setdefault("id", f"{prefixes[item.type]}_{uuid.uuid4().hex}")
+    given.setdefault("status", "completed")
+    if isinstance(item, MessageItem):
+        mine = item.role == "assistant"
+        part: dict[str, Any] = {
+            "type": "output_text" if mine else "input_text",
+            "text": text_of(item.content),
+        }
+        given["content"] = [{**part, "annotations": []} if mine else part]
+    return given

@@ -1,0 +1,228 @@
+"""The body of POST /v1/responses, OpenAI's, and the chat that it stands for."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from deployments.body_faults import describe
+from deployments.chat_body import ChatBody, ReasoningEffort
+from deployments.protocol import Body
+from deployments.response_items import Item, MessageItem, chat_messages
+from orthrus.errors import RequestError
+
+LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+# What clients ask to be included of tools that there are none of here: nothing.
+_NOTHING_TO_INCLUDE = (
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
+
+
+class FunctionTool(BaseModel):
+    """A function that the model may call. Calls that must be made follow its schema, strict or not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
+    output_schema: dict[str, Any] | None = None
+
+    def chat_tool(self) -> dict[str, Any]:
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+def _is_a_function(given: Any) -> Any:
+    kind = given.get("type", "function") if isinstance(given, dict) else "function"
+    if kind == "custom":
+        raise ValueError(
+            "tools of type 'custom' are not supported here: send a function with one string parameter"
+        )
+    if kind != "function":
+        raise ValueError(
+            f"tools of type {kind!r} do not run here: remove it, or send a function that you run"
+        )
+    return given
+
+
+class FunctionChoice(BaseModel):
+    """The one function that must be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    name: str
+
+    def chat_choice(self) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedTools(BaseModel):
+    """Some of the tools, to choose from freely or to call at least one of."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[Annotated[FunctionChoice, BeforeValidator(_is_a_function)]]
+
+    def chat_choice(self) -> dict[str, Any]:
+        allowed = {"mode": self.mode, "tools": [tool.chat_choice() for tool in self.tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+
+
+def _chooses_functions(choice: Any) -> Any:
+    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
+    if kind not in ("function", "allowed_tools"):
+        raise ValueError(f"type {kind!r} is not supported here: send 'function' or 'allowed_tools'")
+    return choice
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[FunctionChoice | AllowedTools, Field(discriminator="type")],
+    BeforeValidator(_chooses_functions),
+]
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    definition: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_goes_with_its_type(self) -> "TextFormat":
+        if (self.type == "json_schema") != (self.definition is not None):
+            raise RequestError("text.format has a schema if, and only if, its type is json_schema", "text")
+        return self
+
+    def chat_format(self) -> dict[str, Any]:
+        if self.definition is None:
+            return {"type": self.type}
+        schema = {"name": self.name, "schema": self.definition}
+        return {"type": self.type, "json_schema": schema}
+
+
+class TextConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class Reasoning(BaseModel):
+    """summary, and its older name: reasoning comes as the item's summary, whole, instead of as its content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto", "current_turn", "all_turns"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+def _refuse(instead: str) -> AfterValidator:
+    """Of a field that OpenAI has: null and false ask for nothing, anything else is refused with what to do instead."""
+
+    def check(value: Any) -> Any:
+        if value:
+            raise ValueError(instead)
+        return value
+
+    return AfterValidator(check)
+
+
+class ResponsesBody(Body):
+    """POST /v1/responses, with the sampling parameters of the other endpoints besides OpenAI's."""
+
+    input: str | list[Item]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    tools: list[Annotated[FunctionTool, BeforeValidator(_is_a_function)]] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    include: list[Literal[LOGPROBS, ENCRYPTED_REASONING, *_NOTHING_TO_INCLUDE]] | None = None  # type: ignore[valid-type]
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    previous_response_id: str | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    truncation: Literal["disabled"] | None = None
+    max_tool_calls: int | None = None  # Of tools that run on the server: there are none.
+    n: Literal[1] | None = None
+    background: Annotated[
+        bool | None, _refuse("answers are not made in the background here: stream them")
+    ] = None
+    conversation: Annotated[Any, _refuse("conversations are not kept here: send the items as input")] = None
+    prompt: Annotated[Any, _refuse("prompts are not kept here: send instructions and input")] = None
+
+    @property
+    def includes(self) -> Sequence[str]:
+        return self.include or ()
+
+    @property
+    def items(self) -> list[Item]:
+        """This turn's input; a text is what the user says."""
+        if isinstance(self.input, str):
+            return [MessageItem(role="user", content=self.input)]
+        return self.input
+
+    @property
+    def summarises(self) -> bool:
+        """Whether reasoning is to come as a summary."""
+        return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
+
+    def chat(self, before: Sequence[Item] = ()) -> ChatBody:
+        """The same as a chat. before: the items of earlier turns. Raises RequestError."""
+        messages = chat_messages([*before, *self.items])
+        if self.instructions:
+            messages.insert(0, {"role": "system", "content": self.instructions})
+        if not messages:
+            raise RequestError("input must have at least one item", "input")
+        # Sampling parameters, and the like, that have the same names in a chat.
+        shared = self.model_fields_set & Body.model_fields.keys() & ChatBody.model_fields.keys()
+        choice, format_ = self.tool_choice, self.text.format if self.text is not None else None
+        try:
+            return ChatBody.model_validate(
+                {
+                    **{name: getattr(self, name) for name in shared - {"stream", "stream_options"}},
+                    "messages": messages,
+                    "max_completion_tokens": self.max_output_tokens,
+                    "tools": [tool.chat_tool() for tool in self.tools or ()] or None,
+                    "tool_choice": choice if isinstance(choice, str | None) else choice.chat_choice(),
+                    "parallel_tool_calls": self.parallel_tool_calls,
+                    "response_format": format_.chat_format() if format_ is not None else None,
+                    "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
+                    "enable_thinking": self.enable_thinking,
+                    "chat_template_kwargs": self.chat_template_kwargs,
+                    "logprobs": LOGPROBS in self.includes,
+                    "top_logprobs": self.top_logprobs if LOGPROBS in self.includes else None,
+                }
+            )
+        except ValidationError as error:
+            raise describe(error) from None

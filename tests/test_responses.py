@@ -1,0 +1,319 @@
+"""OpenAI's Responses API without a server: bodies become chats, chunks become responses and events of OpenAI's types."""
+
+import json
+from typing import Any
+
+import pytest
+from openai import omit
+from openai.lib.streaming.responses._responses import ResponseStreamState
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter, ValidationError
+
+from deployments.body_faults import describe
+from deployments.failures import GenerationFailed, RateLimited, describe_failure
+from deployments.generation import Choice, TextChunk
+from deployments.response_items import seal
+from deployments.responses_body import ResponsesBody
+from deployments.responses_format import ResponsesFormat
+from orthrus.errors import RequestError
+from tests.chunks import ANSWER, chunks, cut
+
+EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "name": "weather", "description": "d", "parameters": SCHEMA, "strict": True}
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+
+
+def body(**fields: Any) -> ResponsesBody:
+    asked = {"model": "m", "input": "hi", **fields}
+    try:
+        return ResponsesBody.model_validate_json(json.dumps(asked))
+    except ValidationError as error:
+        raise describe(error) from None
+
+
+def streamed(
+    items: list[TextChunk], asked: ResponsesBody, tokenizer: Any = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The events, each of them OpenAI's to the letter and digested by OpenAI's client, and the response in the last."""
+    out = ResponsesFormat(asked, tokenizer, stored=False)
+    raw = [*out.opening(), *(event for item in items for event in out.events(item))]
+    events = [EVENTS.validate_json(json.dumps(event), strict=True) for event in raw]
+    state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
+    for event in events:
+        state.handle_event(event)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    return events, raw[-1]["response"]
+
+
+def whole(items: list[TextChunk], asked: ResponsesBody, tokenizer: Any = None) -> dict[str, Any]:
+    response = ResponsesFormat(asked, tokenizer, stored=False).whole(Choice(items))
+    Response.model_validate_json(json.dumps(response), strict=True)
+    return response
+
+
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    output = [{**item, "id": None} for item in response["output"]]
+    return {**response, "id": None, "created_at": None, "completed_at": None, "output": output}
+
+
+# --- requests
+
+
+def test_a_conversation_becomes_a_chat() -> None:
+    """All kinds of items, as an agent sends them back: one assistant message for what was thought, said and called."""
+    asked = body(
+        instructions="Be brief.",
+        input=[
+            {"role": "developer", "content": "Use tools."},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
+            {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+            {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "phase": "commentary",
+             "content": [{"type": "output_text", "text": "See.", "annotations": [], "logprobs": []}]},
+            {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "weather", "arguments": "{}", "status": "completed"},
+            {"type": "function_call", "call_id": "c2", "name": "weather", "arguments": '{"city": "Ł"}'},
+            {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+            {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "sun"}]},
+            {"type": "reasoning", "summary": [], "encrypted_content": seal("so")},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "in short"}], "encrypted_content": "gAAAA"},
+            {"role": "assistant", "content": "Rain, sun."},
+            {"role": "user", "content": "Thanks"},
+        ],
+        tools=[TOOL],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        reasoning={"effort": "low", "summary": "auto"},
+        max_output_tokens=77, temperature=0.5, top_p=0.9, seed=11, top_k=20,
+    )  # fmt: skip
+    chat = asked.chat()
+    call = {"type": "function", "function": {"name": "weather"}}
+    assert [message.model_dump(exclude_none=True) for message in chat.messages] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Use tools."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "See.", "reasoning_content": "hm", "tool_calls": [
+            {"id": "c1", **call, "function": {"name": "weather", "arguments": "{}"}},
+            {"id": "c2", **call, "function": {"name": "weather", "arguments": '{"city": "Ł"}'}},
+        ]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        {"role": "tool", "tool_call_id": "c2", "content": "sun"},
+        {"role": "assistant", "content": "Rain, sun.", "reasoning_content": "so\nin short"},
+        {"role": "user", "content": "Thanks"},
+    ]  # fmt: skip
+    assert chat.must_call and chat.parallel_tool_calls is False and chat.thinking is True
+    params = chat.sampling()
+    assert (params.max_tokens, params.temperature, params.top_p) == (77, 0.5, 0.9)
+    assert (params.seed, params.top_k, params.logprobs) == (11, 20, None)
+
+
+CODEX: dict[str, Any] = {
+    "instructions": "You are a coding agent.",
+    "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "ls"}]}],
+    "tools": [
+        {"type": "function", "name": "shell", "description": "d", "strict": False, "parameters": SCHEMA}
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "reasoning": {"effort": "medium", "summary": "auto"},
+    "store": False,
+    "stream": True,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "0199",
+    "text": {"verbosity": "low"},
+    "service_tier": "priority",
+}
+
+
+def test_what_agents_send_is_taken() -> None:
+    """Codex's request, and every field of OpenAI's that has nothing to say here."""
+    assert [tool.function.name for tool in body(**CODEX).chat().offered_tools] == ["shell"]
+    nothing = {
+        "background": False,
+        "conversation": None,
+        "max_tool_calls": 3,
+        "metadata": {"a": "b"},
+        "previous_response_id": None,
+        "prompt": None,
+        "prompt_cache_retention": "24h",
+        "safety_identifier": "s",
+        "tools": [],
+        "truncation": "disabled",
+        "user": "u",
+        "include": ["file_search_call.results"],
+    }
+    assert body(**nothing).chat().messages[0].content == "hi"
+
+
+def test_the_formats_of_text_and_the_choices_of_tools() -> None:
+    format_ = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
+    assert body(text={"format": format_}).chat().json_schema == SCHEMA
+    assert body(text={"format": {"type": "json_object"}}).chat().json_schema == {"type": "object"}
+    assert body(text={"format": {"type": "text"}}).chat().json_schema is None
+    tools = [TOOL, {**TOOL, "name": "clock"}]
+    named = {"type": "function", "name": "clock"}
+    for choice, must in (
+        (named, True),
+        ({"type": "allowed_tools", "mode": "required", "tools": [named]}, True),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [named]}, False),
+    ):
+        chat = body(tools=tools, tool_choice=choice).chat()
+        assert [tool.function.name for tool in chat.callable_tools] == ["clock"]
+        assert chat.must_call == must
+    assert body(tools=tools, tool_choice="none").chat().offered_tools == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"input": []}, "input must have at least one item"),
+        (
+            {"input": [{"type": "item_reference", "id": "x"}]},
+            "input.0: type 'item_reference' is not supported here",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "type 'input_image' is not supported here",
+        ),
+        ({"input": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0: tools of type 'web_search' do not run here"),
+        ({"tools": [{"type": "local_shell"}]}, "tools.0: tools of type 'local_shell' do not run here"),
+        (
+            {"tools": [{"type": "custom", "name": "p"}]},
+            "tools of type 'custom' are not supported here: send a function",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name: Field required"),
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice names 'g'"),
+        ({"tool_choice": {"type": "file_search"}}, "type 'file_search' is not supported here"),
+        ({"background": True}, "background: answers are not made in the background"),
+        ({"conversation": "c"}, "conversation: conversations are not kept here"),
+        ({"prompt": {"id": "p"}}, "prompt: prompts are not kept here"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format has a schema"),
+        ({"include": ["everything"]}, "include"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"top_logprobs": 21, "include": LOGPROBS["include"]}, "top_logprobs"),
+        ({"n": 2}, "n: "),
+        ({"response_format": {"type": "text"}}, "unknown field 'response_format'"),
+        ({"messages": []}, "unknown field 'messages'"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        body(**fields).chat().sampling()
+
+
+# --- answers
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_a_stream_adds_up_to_the_whole_response(seed: int, summary: str | None) -> None:
+    items = chunks(cut(ANSWER, seed))
+    asked = body(tools=[TOOL], reasoning={"effort": "high", "summary": summary})
+    events, response = streamed(items, asked)
+    assert without_ids(response) == without_ids(whole(items, asked))
+    assert response["status"] == "completed" and response["completed_at"]
+    thought, said, weather, clock = response["output"]
+    assert said["content"] == [
+        {"type": "output_text", "text": "Let me see.", "annotations": [], "logprobs": []}
+    ]
+    if summary:
+        assert (
+            thought["summary"] == [{"type": "summary_text", "text": "Two cities."}]
+            and "content" not in thought
+        )
+    else:
+        assert (
+            thought["content"] == [{"type": "reasoning_text", "text": "Two cities."}]
+            and thought["summary"] == []
+        )
+    assert (weather["name"], json.loads(weather["arguments"])) == ("weather", {"city": "Łódź"})
+    assert (clock["name"], json.loads(clock["arguments"])) == ("clock", {})
+    assert len({item["id"] for item in response["output"]} | {weather["call_id"], clock["call_id"]}) == 6
+    assert response["usage"]["input_tokens_details"]["cached_tokens"] == 32
+    assert response["orthrus"]["seed"] == 7
+    kinds = [event.type.removeprefix("response.") for event in events]
+    reasoning = ["reasoning_summary_part.added", "reasoning_summary_text.done", "reasoning_summary_part.done"]
+    if not summary:
+        reasoning = ["content_part.added", "reasoning_text.done", "content_part.done"]
+    assert [kind for kind in kinds if not kind.endswith("delta")] == [
+        "created", "in_progress",
+        "output_item.added", *reasoning, "output_item.done",
+        "output_item.added", "content_part.added", "output_text.done", "content_part.done", "output_item.done",
+        *["output_item.added", "function_call_arguments.done", "output_item.done"] * 2,
+        "completed",
+    ]  # fmt: skip
+
+
+def test_reasoning_can_be_carried_by_the_client() -> None:
+    """An agent that stores nothing here sends back what it was given, without the text that it may not show."""
+    asked = body(include=["reasoning.encrypted_content"])
+    thought, *_ = whole(chunks(cut(ANSWER, 1)), asked)["output"]
+    back = body(input=[{key: thought[key] for key in ("id", "type", "summary", "encrypted_content")}])
+    assert back.chat().messages[0].reasoning_content == "Two cities."
+
+
+def test_an_answer_that_was_cut_is_incomplete() -> None:
+    items = chunks(["Let ", "me"], "length")
+    events, response = streamed(items, body())
+    assert events[-1].type == "response.incomplete"
+    assert without_ids(response) == without_ids(whole(items, body()))
+    assert (
+        response["incomplete_details"] == {"reason": "max_output_tokens"} and response["completed_at"] is None
+    )
+    assert [item["status"] for item in response["output"]] == ["incomplete"]
+
+
+def test_an_empty_answer_is_an_empty_text() -> None:
+    for items in (chunks([""]), chunks(["<think>\nhm\n</think>\n\n"])):
+        _, response = streamed(items, body())
+        assert without_ids(response) == without_ids(whole(items, body()))
+        assert response["output"][-1]["content"][0]["text"] == ""
+
+
+def test_logprobs_are_those_of_the_text(tokenizer: Any) -> None:
+    """Whatever of the answer comes in one chunk: not those of reasoning and its markers."""
+    pieces = ["<think>", "h", "</think>", "\n\n", "a", "b"]
+    for sizes in ([1] * 6, [2, 2, 2], [3, 3], [6]):
+        items = chunks(pieces, "stop", tokenizer=tokenizer, sizes=sizes)
+        asked = body(**LOGPROBS)
+        events, response = streamed(items, asked, tokenizer)
+        assert without_ids(response) == without_ids(whole(items, asked, tokenizer))
+        [scores] = [part["logprobs"] for part in response["output"][1]["content"]]
+        assert [score["token"] for score in scores][-2:] == ["a", "b"]
+        assert all(score["token"] not in ("<", "h") for score in scores)
+        assert all(len(score["top_logprobs"]) == 1 for score in scores)
+        deltas = [event for event in events if event.type == "response.output_text.delta"]
+        assert [s.token for event in deltas for s in event.logprobs] == [score["token"] for score in scores]
+
+
+def test_what_was_asked_for_comes_back() -> None:
+    asked = body(**CODEX, metadata={"k": "v"}, max_output_tokens=9)
+    response = whole(chunks(["a"]), asked)
+    assert (response["instructions"], response["store"]) == ("You are a coding agent.", False)
+    assert (response["metadata"], response["max_output_tokens"]) == ({"k": "v"}, 9)
+    assert response["tools"] == CODEX["tools"] and response["tool_choice"] == "auto"
+    assert response["reasoning"] == {"effort": "medium", "summary": "auto"}
+    assert response["text"] == {"format": {"type": "text"}, "verbosity": "low"}
+    schema = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}
+    response = whole(chunks(["a"]), body(text={"format": schema}, tools=[TOOL], tool_choice=choice))
+    assert response["text"]["format"] == schema and response["tool_choice"] == choice
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (GenerationFailed("no"), "server_error"),
+        (RateLimited("no", 1.0), "rate_limit_exceeded"),
+        (RequestError("no", "input"), "invalid_prompt"),
+    ],
+)
+def test_a_stream_that_cannot_go_on_says_why(error: Exception, code: str) -> None:
+    out = ResponsesFormat(body(), None, stored=False)
+    raw = [*out.opening(), *out.events(chunks(["a", "b"])[0]), *out.failed(describe_failure(error))]
+    *_, told, failed = [EVENTS.validate_json(json.dumps(event), strict=True) for event in raw]
+    assert (told.type, told.code, told.message) == ("error", code, "no")
+    assert failed.type == "response.failed" and failed.response.status == "failed"
+    assert failed.response.error is not None and failed.response.error.code == code
