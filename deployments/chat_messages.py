@@ -23,28 +23,30 @@ class ContentPart(StrictModel):
         return self
 
 
+def read_arguments(given: Any) -> Any:
+    """A call's arguments out of their JSON text. Raises ValueError."""
+    if not isinstance(given, str):
+        return given
+    try:
+        arguments = json.loads(given, parse_constant=_refuse_constant) if given.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be the text of a JSON object, and is no JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise ValueError("must be the text of a JSON object, and is other JSON")
+    return arguments
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
+
+
 class CalledFunction(StrictModel):
     """arguments: what the JSON text is, as the API gave it, that they are sent as; chat templates expect an object."""
 
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("arguments", mode="before")
-    @classmethod
-    def _read_text(cls, given: Any) -> Any:
-        if not isinstance(given, str):
-            return given
-        try:
-            arguments = json.loads(given, parse_constant=_refuse_constant) if given.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"must be the text of a JSON object, and is no JSON: {error}") from None
-        if not isinstance(arguments, dict):
-            raise ValueError("must be the text of a JSON object, and is other JSON")
-        return arguments
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"JSON has no {name}")
+    _read = field_validator("arguments", mode="before")(read_arguments)
 
 
 class MessageToolCall(StrictModel):

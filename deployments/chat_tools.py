@@ -1,10 +1,13 @@
 """`tools` and `tool_choice`, as OpenAI's API has them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from deployments.strict_model import StrictModel
+
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+"""As long as the longest that any of the APIs allows."""
 
 
 class FunctionDefinition(StrictModel):
@@ -14,7 +17,7 @@ class FunctionDefinition(StrictModel):
     strict: calls that the model makes of its own accord follow it too.
     """
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | Literal[True] | None = None
     strict: bool | None = None

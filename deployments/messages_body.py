@@ -1,18 +1,17 @@
 """The bodies of POST /v1/messages and /v1/messages/count_tokens, Anthropic's, and the chat that they stand for."""
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.body_faults import describe
 from deployments.chat_body import ChatBody
+from deployments.chat_tools import ToolName
+from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _Block(StrictModel):
     cache_control: dict[str, Any] | None = None
     """Without effect: every prefix is cached."""
 
@@ -71,10 +70,8 @@ Block = Annotated[
 ]
 
 
-class Turn(BaseModel):
+class Turn(StrictModel):
     """One message. Consecutive messages of one role are one turn to Anthropic, and stay apart here."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
@@ -116,7 +113,7 @@ def _assistant(blocks: list[Any]) -> dict[str, Any]:
         {
             "id": block.id,
             "type": "function",
-            "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
+            "function": {"name": block.name, "arguments": block.input},
         }
         for block in blocks
         if isinstance(block, ToolUseBlock)
@@ -138,10 +135,10 @@ def _text(content: str | list[TextBlock] | None) -> str:
 
 
 class ClientTool(_Block):
-    """A tool that the client runs. What follows input_schema changes nothing: calls always follow the schema."""
+    """A tool that the client runs. What follows `strict` changes nothing."""
 
     type: Literal["custom"] | None = None
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -161,13 +158,16 @@ class ClientTool(_Block):
         return tool
 
     def chat_tool(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.input_schema,
+            "strict": self.strict,
+        }
         return {"type": "function", "function": function}
 
 
-class ToolChoice(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class ToolChoice(StrictModel):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
@@ -184,43 +184,35 @@ class ToolChoice(BaseModel):
         return {"any": "required"}.get(self.type, self.type)
 
 
-class Thinking(BaseModel):
+class Thinking(StrictModel):
     """budget_tokens is not kept to: thinking ends where the model ends it, and counts towards max_tokens."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+class OutputFormat(StrictModel):
+    model_config = ConfigDict(populate_by_name=True)
 
     type: Literal["json_schema"]
     definition: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class OutputConfig(StrictModel):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
-class Metadata(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class Metadata(StrictModel):
     user_id: str | None = None
 
 
-class CountTokensBody(BaseModel):
+class CountTokensBody(StrictModel):
     """POST /v1/messages/count_tokens: what makes up the prompt.
 
     Fields without effect are those that Anthropic's clients send as a matter of course, and that change nothing here.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     messages: list[Turn] = Field(min_length=1)
@@ -236,13 +228,6 @@ class CountTokensBody(BaseModel):
     speed: Literal["standard", "fast"] | None = None
     user_profile_id: str | None = None
     workspace_id: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None}
 
     def chat(self) -> ChatBody:
         """The same as a chat. Raises RequestError."""

@@ -6,22 +6,21 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
+
+from deployments.chat_messages import read_arguments
+from deployments.strict_model import StrictModel
 
 _OWN = "orthrus:"
 """How `encrypted_content` begins that this server has made."""
 
 
-class _Item(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _Item(StrictModel):
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class TextPart(StrictModel):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: list[Any] | None = None
@@ -29,9 +28,7 @@ class TextPart(BaseModel):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class RefusalPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class RefusalPart(StrictModel):
     type: Literal["refusal"]
     refusal: str
 
@@ -48,11 +45,16 @@ class MessageItem(_Item):
     phase: str | None = None
 
 
+def _is_an_object(arguments: str) -> str:
+    read_arguments(arguments)
+    return arguments
+
+
 class FunctionCallItem(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: Annotated[str, AfterValidator(_is_an_object)]
     caller: dict[str, Any] | None = None
 
 
@@ -64,16 +66,12 @@ class FunctionCallOutputItem(_Item):
     caller: dict[str, Any] | None = None
 
 
-class SummaryPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class SummaryPart(StrictModel):
     type: Literal["summary_text"]
     text: str
 
 
-class ReasoningPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class ReasoningPart(StrictModel):
     type: Literal["reasoning_text", "text"]
     text: str
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -15,8 +14,10 @@ from pydantic import (
 
 from deployments.body_faults import describe
 from deployments.chat_body import ChatBody, ReasoningEffort
+from deployments.chat_tools import ToolName
 from deployments.protocol import Body
 from deployments.response_items import Item, MessageItem, chat_messages
+from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
 
 LOGPROBS = "message.output_text.logprobs"
@@ -32,13 +33,11 @@ _NOTHING_TO_INCLUDE = (
 )
 
 
-class FunctionTool(BaseModel):
-    """A function that the model may call. Calls that must be made follow its schema, strict or not."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class FunctionTool(StrictModel):
+    """A function that the model may call. What follows `strict` changes nothing."""
 
     type: Literal["function"]
-    name: str
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -47,7 +46,12 @@ class FunctionTool(BaseModel):
     output_schema: dict[str, Any] | None = None
 
     def chat_tool(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict,
+        }
         return {"type": "function", "function": function}
 
 
@@ -64,10 +68,8 @@ def _is_a_function(given: Any) -> Any:
     return given
 
 
-class FunctionChoice(BaseModel):
+class FunctionChoice(StrictModel):
     """The one function that must be called."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     name: str
@@ -76,10 +78,8 @@ class FunctionChoice(BaseModel):
         return {"type": "function", "function": {"name": self.name}}
 
 
-class AllowedTools(BaseModel):
+class AllowedTools(StrictModel):
     """Some of the tools, to choose from freely or to call at least one of."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -104,8 +104,8 @@ ToolChoice = Annotated[
 ]
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+class TextFormat(StrictModel):
+    model_config = ConfigDict(populate_by_name=True)
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -126,17 +126,13 @@ class TextFormat(BaseModel):
         return {"type": self.type, "json_schema": schema}
 
 
-class TextConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class TextConfig(StrictModel):
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class Reasoning(BaseModel):
+class Reasoning(StrictModel):
     """summary, and its older name: reasoning comes as the item's summary, whole, instead of as its content."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -181,6 +177,13 @@ class ResponsesBody(Body):
     conversation: Annotated[Any, _refuse("conversations are not kept here: send the items as input")] = None
     prompt: Annotated[Any, _refuse("prompts are not kept here: send instructions and input")] = None
 
+    @model_validator(mode="after")
+    def _asks_for_nothing_of_other_endpoints(self) -> "ResponsesBody":
+        for name in ("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "request_id"):
+            if getattr(self, name):
+                raise RequestError(f"{name} is not for responses: send it to /v1/chat/completions", name)
+        return self
+
     @property
     def includes(self) -> Sequence[str]:
         return self.include or ()
@@ -207,6 +210,7 @@ class ResponsesBody(Body):
         # Sampling parameters, and the like, that have the same names in a chat.
         shared = self.model_fields_set & Body.model_fields.keys() & ChatBody.model_fields.keys()
         choice, format_ = self.tool_choice, self.text.format if self.text is not None else None
+        wanted = {"response_format": format_.chat_format()} if format_ is not None else {}
         try:
             return ChatBody.model_validate(
                 {
@@ -216,7 +220,7 @@ class ResponsesBody(Body):
                     "tools": [tool.chat_tool() for tool in self.tools or ()] or None,
                     "tool_choice": choice if isinstance(choice, str | None) else choice.chat_choice(),
                     "parallel_tool_calls": self.parallel_tool_calls,
-                    "response_format": format_.chat_format() if format_ is not None else None,
+                    **wanted,
                     "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
                     "enable_thinking": self.enable_thinking,
                     "chat_template_kwargs": self.chat_template_kwargs,

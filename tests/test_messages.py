@@ -1,6 +1,7 @@
 """Anthropic's Messages API without a server: bodies become chats, chunks become messages and events of Anthropic's types."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -151,12 +152,12 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 1.5}, "temperature"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [IMAGE]}]}, r"messages\[0\].content\[0\]: type 'image' is not supported"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0]: type 'image' is not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": [IMAGE]}]}]},
-            r"messages\[0\].content\[0\].tool_result.content\[0\]: type 'image' is not supported",
+            "messages[0].content[0].tool_result.content[0]: type 'image' is not supported",
         ),
-        ({"system": [IMAGE]}, r"system\[0\]: type 'image' is not supported"),
+        ({"system": [IMAGE]}, "system[0]: type 'image' is not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}]},
             "belongs to the assistant",
@@ -165,8 +166,8 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
             {"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
             "tool_result blocks belong to the user",
         ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, r"tools\[0\]: tools of type 'web_search_20250305'"),
-        ({"tools": [{"name": "f"}]}, r"tools\[0\].input_schema: Field required"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]: tools of type 'web_search_20250305'"),
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema: Field required"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice has a name"),
         ({"mcp_servers": []}, "unknown field 'mcp_servers'"),
@@ -174,7 +175,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(RequestError, match=re.escape(says)):
         messages(**fields).chat().sampling()
 
 
