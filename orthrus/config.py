@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 MODEL_TYPES = ("qwen3", "orthrus")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPE_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Bytes of a number, by the dtypes that models are run in."""
 
 # Without these a file says nothing about its weights; everything else has a default that Hugging Face agrees on.
 _REQUIRED = (
@@ -120,9 +121,9 @@ class ModelConfig:
         for key in ("tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} must be true or false, got {shown(getattr(self, key))}")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_SIZES:
             raise ConfigError(
-                f"dtype {shown(self.dtype)} is not supported: save the weights in one of {', '.join(DTYPES)}"
+                f"dtype {shown(self.dtype)} is not supported: save the weights in one of {', '.join(DTYPE_SIZES)}"
             )
         check_rope(self.rope_parameters)
         self._check_tokens()

@@ -16,12 +16,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from orthrus.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
+from orthrus.config import CONFIG_FILE, DTYPE_SIZES, GENERATION_CONFIG_FILE, ModelConfig
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
 
-DTYPE_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-"""Bytes of a number, by the dtypes that models are run in."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED_PROBLEMS = 8
 _HUB_SECONDS = 5.0

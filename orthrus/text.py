@@ -2,7 +2,8 @@
 
 import codecs
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,8 @@ def load_tokenizer(path: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     _check_sizes(path)
-    try:
+    with _refusing(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except BaseException as error:
-        # What is wrong inside tokenizer.json may come as a panic of its Rust code, which is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer in {path} has no tokenizer.json: save it with a fast tokenizer")
     _check_byte_level(tokenizer.backend_tokenizer, path)
@@ -45,11 +41,21 @@ def check_tokenizer(path: Path | str) -> None:
     if not file.is_file():
         return
     _check_sizes(path)
-    try:
+    with _refusing(path):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing more special.
-        raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
     _check_byte_level(tokenizer, path)
+
+
+@contextmanager
+def _refusing(path: Path | str) -> Iterator[None]:
+    """Turn what goes wrong while a tokenizer is loaded into a ConfigError."""
+    try:
+        yield
+    except BaseException as error:
+        # What is wrong inside tokenizer.json may come as a panic of its Rust code, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
 
 
 def _check_sizes(path: Path | str) -> None:

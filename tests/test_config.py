@@ -245,3 +245,27 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("")
     with pytest.raises(ConfigError, match=r"generation_config\.json isn't valid JSON"):
         ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"rope_theta": 5e5}, {"rope_scaling": YARN}, {"rope_parameters": {"rope_theta": 2e4}}],
+    ids=["nothing", "theta", "yarn", "parameters"],
+)
+def test_what_is_left_out_is_what_hugging_face_means(given: dict[str, Any]) -> None:
+    least = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    ours, theirs = (
+        ModelConfig.from_dict({"model_type": "qwen3", **least, **given}),
+        Qwen3Config(**least, **given),
+    )
+    for key in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias"):
+        assert getattr(ours, key) == getattr(theirs, key)
+    assert ours.rope_parameters == {k: v for k, v in theirs.rope_parameters.items() if k != "type"}
+    assert ours.max_position_embeddings >= theirs.max_position_embeddings
