@@ -26,17 +26,17 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
     tools = body.callable_tools
     many = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
     if body.must_call:
-        rules |= _calls(tools, tokenizer, many=many)
+        rules |= _calls(body, tokenizer, many=many)
         start = "calls"
     elif constraint is not None:
         rules["constrained"] = constraint.rule
         start = "constrained"
         if tools:
-            rules |= _calls(tools, tokenizer, many=many)
+            rules |= _calls(body, tokenizer, many=many)
             start = "(constrained | calls)"
     elif any(tool.function.strict for tool in tools) and TOOL_CALL in tokenizer.get_added_vocab():
         # A marker that is a token of its own is no text.
-        rules |= _calls(tools, tokenizer, many=many, only_strict=True)
+        rules |= _calls(body, tokenizer, many=many, only_strict=True)
         rules["TEXT"] = r"/(.|\n)+/"
         start = "TEXT? (call TEXT?)*" if many else "TEXT? (call TEXT?)?"
     else:
@@ -49,22 +49,22 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
     return "\n".join(f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
 
 
-def _calls(tools: list[Tool], tokenizer: Any, *, many: bool, only_strict: bool = False) -> dict[str, str]:
-    """Rules for one call, or one after the other, of any of `tools`.
+def _calls(body: ChatBody, tokenizer: Any, *, many: bool, only_strict: bool = False) -> dict[str, str]:
+    """Rules for one call, or one after the other, of any of the callable tools.
 
-    only_strict: arguments of tools that are not `strict` may be any object.
+    only_strict: arguments of tools that are not `strict` may be any object. Raises RequestError naming the parameters.
     """
+    tools = {i: tool for i, tool in enumerate(body.tools or ()) if tool in body.callable_tools}
     rules = {"calls": r'call ("\n" call)*' if many else "call"}
-    rules["call"] = (
-        f"{_marker(tokenizer, TOOL_CALL)} (" + " | ".join(f"call_{i}" for i in range(len(tools))) + ")"
-    )
+    rules["call"] = f"{_marker(tokenizer, TOOL_CALL)} (" + " | ".join(f"call_{i}" for i in tools) + ")"
     rules["call"] += f" {_marker(tokenizer, END_TOOL_CALL)}"
-    for i, tool in enumerate(tools):
+    for i, tool in tools.items():
         head = json.dumps(f'\n{{"name": "{tool.function.name}", "arguments": ')
         rules[f"call_{i}"] = f'{head} arguments_{i} "}}\\n"'
         free = only_strict and not tool.function.strict
         schema = {"type": "object"} if free else _arguments_schema(tool)
-        rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema, "tools")
+        param = f"tools[{i}].function.parameters"
+        rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema, param)
     return rules
 
 

@@ -248,6 +248,15 @@ def test_forced_arguments_are_an_object(
         assert (tiny_masks()(grammar).accepts(tokens) == len(tokens)) == right, arguments
 
 
+def test_parameters_that_cannot_be_followed_are_named(tiny_tokenizer: Any) -> None:
+    tools = [CLOCK, tool(parameters={"properties": {"l": {"type": "array", "uniqueItems": True}}})]
+    body = chat(user("hi"), tools=tools, tool_choice={"type": "function", "function": {"name": "f"}})
+    with pytest.raises(RequestError, match=r"tools\[1\]\.function\.parameters.*uniqueItems") as caught:
+        ChatTemplate(tiny_tokenizer).apply(body)
+    assert caught.value.param == "tools[1].function.parameters"
+    ChatTemplate(tiny_tokenizer).apply(chat(user("hi"), tools=tools))
+
+
 @lru_cache(maxsize=1)
 def tiny_masks() -> GrammarMasks:
     tokenizer = load_tokenizer(ROOT / "models" / "orthrus-tiny")

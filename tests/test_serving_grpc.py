@@ -78,7 +78,7 @@ def test_reflection_is_enough_to_call(ports: tuple[int, int]) -> None:
         (pb.ChatRequest(model="gpt-9", messages=HI), grpc.StatusCode.NOT_FOUND, "gpt-9"),
         (pb.ChatRequest(model=MODEL), grpc.StatusCode.INVALID_ARGUMENT, "messages"),
         (
-            pb.ChatRequest(model=MODEL, messages=HI, tools=[pb.Tool(name="f")]),
+            pb.ChatRequest(model=MODEL, messages=HI, tools=[pb.Tool(name="f", parameters="{")]),
             grpc.StatusCode.INVALID_ARGUMENT,
             "tools",
         ),
