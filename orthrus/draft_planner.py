@@ -9,6 +9,10 @@ Acceptance is counted twice: over the last cycles, which say what the text is li
 many, which say what drafts are worth at all. Blocks have to pay by both, lest a batch drafts on the strength of what few
 easy sequences left behind. Where drafts don't pay, some are tried now and then, the more seldom the more that costs, and
 hardly ever where they are known to lose; where not even hopeful acceptance would pay, none are.
+
+A look is at least one block, and goes on as long as it has gained more time than it has lost. So a text that drafts well is
+drafted for at once, however badly the texts before it went, and one that doesn't costs no more than the look's last block. Where
+another text begins, a look comes sooner: what is known is about those before it.
 """
 
 from collections import defaultdict
@@ -36,6 +40,8 @@ _PROBE_EVERY = 16
 _KNOWN_BLOCKS, _SELDOM = 100, 4096
 """After so many verified blocks it is known whether drafts lose on the whole; then, AR steps from one look to the next. A look
 costs more than its own two passes: the sequences of a batch come out of it with different lengths."""
+_MOST_GAINED = 8.0
+"""AR steps of gain that a look may use up again before it ends: a text may become worse."""
 
 
 _Choice = tuple[float, int, bool]
@@ -77,10 +83,14 @@ class _Acceptance:
 
 @dataclass
 class _Probe:
-    """Looks whether drafts have come to pay. asked: plans made since the last look; left: drafts still to make for this one."""
+    """Looks whether drafts have come to pay. asked: plans made since the last look; left: drafts still to make for this one.
+
+    gained: what its blocks have brought so far beyond what they cost, in AR steps of a sequence.
+    """
 
     asked: int = 0
     left: int = 0
+    gained: float = 0.0
 
     def due(self, batch: int, after: int) -> bool:
         """Whether to draft this time, in a batch of `batch` sequences: all that ask in a row do, as a rule in one pass.
@@ -89,11 +99,16 @@ class _Probe:
         """
         if not self.left:
             self.asked += 1
-            if self.asked <= after * batch:
+            if self.gained <= 0 and self.asked <= after * batch:
                 return False
+            self.gained = max(0.0, self.gained)
             self.asked, self.left = 0, batch
         self.left -= 1
         return True
+
+    def gain(self, steps: float, batch: int) -> None:
+        """A block has brought so many tokens more than AR steps would have in its time."""
+        self.gained = min(self.gained + steps, _MOST_GAINED * batch)
 
 
 @dataclass(frozen=True)
@@ -111,12 +126,14 @@ _AR_STEP = BlockPlan(1)
 class _Ranking:
     """The best block with a lead and the best without, the better one first; none where none fits a pass or could ever pay.
 
-    pays: it beats an AR step. probe_after: where it doesn't, AR steps until it is tried again.
+    pays: it beats an AR step. look: what is tried where it doesn't. look_after: AR steps until then, on another text and on the
+    same.
     """
 
     blocks: list[BlockPlan]
     pays: bool
-    probe_after: int = 0
+    look: BlockPlan = _AR_STEP
+    look_after: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,20 @@ class _BatchCost:
 
     step: float
     cycles: dict[bool, list[float]]
+
+    def steps(self, block: BlockPlan) -> float:
+        """AR steps that a cycle with `block` takes as long as."""
+        return self.cycles[block.lead][block.rows - 2] / self.step
+
+    def look(self, verified: dict[bool, list[float]]) -> BlockPlan:
+        """The best of the blocks that would pay if all of their drafts agreed: others could not show that drafts pay."""
+        blocks = (
+            BlockPlan(rows + 2, lead) for lead, cycles in self.cycles.items() for rows in range(len(cycles))
+        )
+        return max(
+            (block for block in blocks if block.rows + block.lead >= _MARGIN * self.steps(block)),
+            key=lambda block: (verified[block.lead][block.rows - 1] + block.lead) / self.steps(block),
+        )
 
     def best(self, lead: bool, verified: list[float]) -> _Choice:
         """The best of the blocks with or without a lead. verified: tokens that a verification of 1, 2, ... rows commits."""
@@ -159,11 +190,14 @@ class DraftPlanner:
         # What no text changes is found out once.
         self._batch_costs: dict[tuple[bool, int], _BatchCost | None] = {}
         self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
+        # The batch that has looked last, greedy and sampled.
+        self._looking: dict[bool, int] = {}
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
         """Note that of one verified draft the first `accepted` tokens agreed."""
         self._rankings.clear()
         drafted = len(draft.tokens)
+        self._count_look(greedy, BlockPlan(drafted + 1, draft.lead), accepted)
         self._observe(greedy, draft.lead, drafted, accepted)
         if draft.lead:
             # Without its lead, the block would have been tried like this; its last draft not at all.
@@ -175,17 +209,31 @@ class DraftPlanner:
         for decay in (_RECENT, _LASTING):
             self._acceptance[greedy, lead, decay].observe(drafted, accepted)
 
-    def plan(self, greedy: bool, batch: int) -> BlockPlan:
-        """The next block of a sequence while `batch` sequences decode."""
+    def _count_look(self, greedy: bool, block: BlockPlan, accepted: int) -> None:
+        """Note what a block brought if it was a look."""
+        if (batch := self._looking.get(greedy)) is None:
+            return
+        costs = self._batch_costs[greedy, batch]
+        # Another batch may have drafted it, a longer one than this batch could.
+        if costs is not None and block.rows - 2 < len(costs.cycles.get(block.lead, ())):
+            self._probes[greedy, batch].gain(accepted + 1 + block.lead - costs.steps(block), batch)
+
+    def plan(self, greedy: bool, batch: int, begins: bool = False) -> BlockPlan:
+        """The next block of a sequence while `batch` sequences decode. begins: it is the sequence's first."""
         ranking = self._rankings.get((greedy, batch))
         if ranking is None:
             ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
         if not ranking.blocks:
             return _AR_STEP
         if not ranking.pays:
-            due = self._probes[greedy, batch].due(batch, ranking.probe_after)
-            return ranking.blocks[0] if due else _AR_STEP
+            # Where several decode, one of them says too little.
+            after = ranking.look_after[0 if begins and batch == 1 else 1]
+            if not self._probes[greedy, batch].due(batch, after):
+                return _AR_STEP
+            self._looking[greedy] = batch
+            return ranking.look
         self._probes.pop((greedy, batch), None)
+        self._looking.pop(greedy, None)
         self._blocks += 1
         return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
 
@@ -213,22 +261,23 @@ class DraftPlanner:
         costs = self._batch_costs[greedy, batch]
         if costs is None:
             return _Ranking([], pays=False)
+        expected = {
+            (lead, decay): self._acceptance[greedy, lead, decay].expected_tokens()
+            for lead in costs.cycles
+            for decay in (_RECENT, _LASTING)
+        }
         recent, lasting = (
-            sorted(
-                (
-                    costs.best(lead, self._acceptance[greedy, lead, decay].expected_tokens())
-                    for lead in costs.cycles
-                ),
-                reverse=True,
-            )
+            sorted((costs.best(lead, expected[lead, decay]) for lead in costs.cycles), reverse=True)
             for decay in (_RECENT, _LASTING)
         )
-        (speed, rows, lead), (on_the_whole, _, lasting_lead) = recent[0], lasting[0]
-        steps_lost = (1 - speed) * costs.cycles[lead][rows - 2] / costs.step
-        probe_after = max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE))
+        on_the_whole, _, lasting_lead = lasting[0]
+        look = costs.look({lead: expected[lead, _RECENT] for lead in costs.cycles})
+        steps_lost = costs.steps(look) - look.lead - expected[look.lead, _RECENT][look.rows - 1]
+        look_after = max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE))
         known = self._acceptance[greedy, lasting_lead, _LASTING].blocks >= _KNOWN_BLOCKS
         return _Ranking(
             [BlockPlan(rows, lead) for _, rows, lead in recent],
-            pays=min(speed, on_the_whole) >= _MARGIN,
-            probe_after=_SELDOM if known and on_the_whole < _MARGIN else probe_after,
+            pays=min(recent[0][0], on_the_whole) >= _MARGIN,
+            look=look,
+            look_after=(look_after, _SELDOM if known and on_the_whole < _MARGIN else look_after),
         )

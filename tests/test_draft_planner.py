@@ -1,7 +1,9 @@
 """The planner drafts where it pays, and decodes plainly where it doesn't; what it believes of costs is measured."""
 
+import random
 from dataclasses import replace
 from itertools import pairwise
+from statistics import harmonic_mean, mean, median
 
 import pytest
 
@@ -164,3 +166,88 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> Non
     assert cost.step.sizes == (1, 2, 4)
     assert cost.draft.sizes == cost.verify.sizes == cost.lead.sizes == (2, 4, 8, 16, 32)
     assert list(cost.draft.seconds) == sorted(cost.draft.seconds)
+
+
+def cpu_cost() -> DecodeCost:
+    """Roughly a CPU's: every row costs something."""
+    rows = (2, 4, 8, 16, 32)
+    return DecodeCost(
+        step=PassCost((1, 2, 4, 8, 16), (1.0, 1.2, 1.5, 2.2, 3.6)),
+        draft=PassCost(rows, (1.2, 1.3, 1.6, 2.3, 3.6)),
+        verify=PassCost(rows, (1.3, 1.4, 1.8, 2.6, 4.3)),
+        lead=PassCost(rows, (1.6, 1.7, 2.0, 2.8, 4.1)),
+    )
+
+
+def decode(one: DraftPlanner, tokens: int, agreement: float, rng: random.Random) -> tuple[float, float]:
+    """A greedy text of which drafts agree with this probability: its tokens per cycle, and its speed over AR steps."""
+    cost, done, cycles, seconds = cpu_cost(), 0, 0, 0.0
+    while done < tokens:
+        plan = one.plan(True, 1, begins=cycles == 0)
+        cycles += 1
+        if plan.rows == 1:
+            done, seconds = done + 1, seconds + cost.ar(1, greedy=True)
+            continue
+        agree = [rng.random() < agreement for _ in range(plan.rows)]
+        draft = drafted(plan.rows - 1, lead=plan.lead, led=plan.lead and agree[-1])
+        accepted = [*agree[:-1], False].index(False)
+        one.observe(True, draft, accepted)
+        done, seconds = done + accepted + 1 + plan.lead, seconds + cost.cycle(plan.rows, 1, True, plan.lead)
+    return done / cycles, done / seconds
+
+
+@pytest.mark.parametrize("bad_tokens", [300, 1000])
+def test_a_text_that_drafts_well_is_drafted_for_however_the_one_before_it_went(bad_tokens: int) -> None:
+    """One whose client has gone, say. Of the next two, on average over 20 such cases."""
+    after = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        one = DraftPlanner(16, cpu_cost(), 512)
+        decode(one, bad_tokens, 0.2, rng)
+        after += [decode(one, 200, 0.75, rng)[0] for _ in range(2)]
+    assert mean(after) > 2.3, after
+
+
+def test_a_known_bad_kind_of_text_is_looked_at_again_where_another_text_begins() -> None:
+    after = []
+    for seed in range(5):
+        rng = random.Random(seed)
+        one = DraftPlanner(16, cpu_cost(), 512)
+        for _ in range(200):
+            one.observe(True, drafted(7), 0)
+            one.observe(True, drafted(7, lead=True), 0)
+        after.append([decode(one, 200, 0.75, rng)[0] for _ in range(20)][-1])
+    assert median(after) > 3, after
+
+
+@pytest.mark.parametrize(("agreement", "tokens"), [(0.1, 200), (0.3, 200), (0.3, 20), (0.5, 200)])
+def test_text_that_drafts_badly_costs_next_to_nothing(agreement: float, tokens: int) -> None:
+    """All of it, from the first text on."""
+    for seed in range(5):
+        rng = random.Random(seed)
+        one = DraftPlanner(16, cpu_cost(), 512)
+        speeds = [decode(one, tokens, agreement, rng)[1] for _ in range(6000 // tokens)]
+        assert harmonic_mean(speeds) > 0.98
+
+
+def test_a_look_goes_on_as_long_as_it_gains() -> None:
+    one = crowded(0.2)
+    for _ in range(200):
+        one.observe(True, drafted(7), 1)
+        one.observe(True, drafted(7, lead=True), 0)
+    assert one.plan(True, 8) == BlockPlan(1)
+    passes = 0
+    while one.plan(True, 8) == BlockPlan(1):
+        passes += 1
+    assert passes > 100
+    for _ in range(3):
+        blocks = [one.plan(True, 8) for _ in range(7)]
+        assert all(block.rows > 1 for block in blocks), "all eight of the batch"
+        for _ in range(8):
+            one.observe(True, drafted(blocks[0].rows - 1, lead=blocks[0].lead), blocks[0].rows - 1)
+        assert one.plan(True, 8).rows > 1, "it has gained"
+    for _ in range(7):
+        one.plan(True, 8)
+    for _ in range(40):
+        one.observe(True, drafted(blocks[0].rows - 1, lead=blocks[0].lead), 0)
+    assert {one.plan(True, 8).rows for _ in range(80)} == {1}

@@ -36,7 +36,7 @@ class OrthrusSchedule:
         room = sequence.max_length - n
         if room <= 2:
             return step
-        plan = self._planner.plan(sequence.params.greedy, batch)
+        plan = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
         # Tokens of a cycle: as many as the block has rows, and the lead's.
         rows_planned = min(plan.rows, room - plan.lead)
         if rows_planned < 2:
