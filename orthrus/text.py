@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+from orthrus.chat_limits import check_templates
 from orthrus.errors import ConfigError
 from orthrus.files import file_size, one_line
 
@@ -29,6 +30,10 @@ def load_tokenizer(path: Path | str) -> Any:
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer in {path} has no tokenizer.json: save it with a fast tokenizer")
     _check_byte_level(tokenizer.backend_tokenizer, path)
+    try:
+        check_templates(tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return tokenizer
 
 
@@ -37,10 +42,10 @@ def check_tokenizer(path: Path | str) -> None:
 
     What is in other files, and a tokenizer without that one, is not looked at.
     """
+    _check_sizes(path)
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         return
-    _check_sizes(path)
     with _refusing(path):
         tokenizer = Tokenizer.from_file(str(file))
     _check_byte_level(tokenizer, path)
