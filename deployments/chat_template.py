@@ -12,6 +12,7 @@ from deployments.call_text import TOOL_CALL
 from deployments.chat_body import ChatBody
 from deployments.chat_output import END_THINK, THINK, ChatSplitter
 from deployments.tool_prompt import spelled_out
+from orthrus.chat_limits import render_chat
 from orthrus.errors import RequestError
 
 
@@ -78,17 +79,15 @@ class ChatTemplate:
         variables = self._variables(body)
 
         def render(messages: list[dict[str, Any]]) -> str:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools or None,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=body.add_generation_prompt is not False
-                    and not body.continue_final_message,
-                    continue_final_message=body.continue_final_message,
-                    **variables,
-                )
+            return render_chat(
+                self._tokenizer,
+                messages,
+                chat_template=template,
+                tools=tools or None,
+                add_generation_prompt=body.add_generation_prompt is not False
+                and not body.continue_final_message,
+                continue_final_message=body.continue_final_message,
+                **variables,
             )
 
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orthrus.chat_limits import render_chat
 from orthrus.engine import Engine
 from orthrus.errors import ConfigError, RequestError
 from orthrus.request import Request, RequestStats, SamplingParams
@@ -117,7 +118,7 @@ def run_chat(engine: Engine, params: SamplingParams, *, system: str | None = Non
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 

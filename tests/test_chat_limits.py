@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from deployments.chat_body import ChatBody
+from deployments.chat_template import ChatTemplate
 from orthrus.chat_limits import TooMuch, check_templates, render_chat
-from orthrus.errors import ConfigError
+from orthrus.errors import ConfigError, RequestError
 from orthrus.text import load_tokenizer
 from tests.hostile import bounded
 
@@ -173,3 +175,16 @@ def test_named_templates_are_looked_at_too(own: Any) -> None:
     own.chat_template = {"default": "x", "tool_use": HOSTILE["multiplied"]}
     with pytest.raises(ConfigError, match="the chat template can't be used"):
         check_templates(own)
+
+
+def test_a_conversation_that_sets_it_off_is_a_wrong_request(own: Any) -> None:
+    own.chat_template = "{% if messages | length > 1 %}" + HOSTILE["doubled-60-times"] + "{% endif %}x"
+    template = ChatTemplate(own)
+    message = {"role": "user", "content": "Hi"}
+    assert template.apply(ChatBody.model_validate({"model": "m", "messages": [message]})).tokens
+    body = ChatBody.model_validate({"model": "m", "messages": [message, message]})
+    with pytest.raises(
+        RequestError, match="the chat template refuses these messages: it makes more than"
+    ) as caught:
+        template.apply(body)
+    assert caught.value.param == "messages"
