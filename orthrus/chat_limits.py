@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.runtime import Context
+from jinja2.sandbox import SandboxedEnvironment
 from jinja2.utils import Namespace, generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
@@ -156,7 +157,8 @@ class _Limiter(NodeTransformer):
             node.args = [_led("small", argument) for argument in node.args]
             return node
         led = _led("filtered", nodes.ContextReference(), nodes.Const(node.name), node.node, *node.args)
-        led.kwargs, led.dyn_args, led.dyn_kwargs = node.kwargs, node.dyn_args, node.dyn_kwargs
+        keywords: Any = node.kwargs
+        led.kwargs, led.dyn_args, led.dyn_kwargs = keywords, node.dyn_args, node.dyn_kwargs
         return led
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
@@ -189,7 +191,7 @@ def _function(name: str) -> nodes.ImportedName:
     return nodes.ImportedName(f"{__name__}.{name}")
 
 
-def _led(name: str, *arguments: nodes.Expr) -> nodes.Call:
+def _led(name: str, *arguments: nodes.Node) -> nodes.Call:
     return nodes.Call(_function(name), list(arguments), [], None, None)
 
 
@@ -226,7 +228,9 @@ def call(context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     if function is generate_lorem_ipsum:
         raise TooMuch("it wants text made up")
     _check_arguments(getattr(function, "__name__", ""), getattr(function, "__self__", None), args, kwargs)
-    return _measured(context.environment.call(context, function, *args, **kwargs))
+    environment = context.environment
+    assert isinstance(environment, SandboxedEnvironment), "transformers renders templates in no other"
+    return _measured(environment.call(context, function, *args, **kwargs))
 
 
 def filtered(context: Context, name: str, value: Any, /, *args: Any, **kwargs: Any) -> Any:
