@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from orthrus.engine import Engine, EngineStats
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, Request
+from orthrus.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,13 @@ Sink = Callable[[list[Chunk]], None]
 
 @dataclass(frozen=True)
 class _Listener:
-    """Where a request's chunks go, and what tells its caller that there are no more. Both belong to `loop`."""
+    """Where a request's chunks go, and what tells its caller that there are no more. Both belong to `loop`.
+
+    masks: what `Engine.prepare` gave for the request.
+    """
 
     request: Request
+    masks: list[TokenMask | None]
     sink: Sink
     loop: asyncio.AbstractEventLoop
     ended: "asyncio.Future[None]"
@@ -63,11 +68,11 @@ class AsyncEngine:
         """
         params = request.params
         if params.grammar is None and not params.has_word_rules:
-            self.engine.check(request)
+            masks = self.engine.prepare(request)
         else:  # A new grammar takes up to a second to compile.
-            await asyncio.to_thread(self.engine.check, request)
+            masks = await asyncio.to_thread(self.engine.prepare, request)
         loop = asyncio.get_running_loop()
-        listener = _Listener(request, sink, loop, loop.create_future())
+        listener = _Listener(request, masks, sink, loop, loop.create_future())
         self._inbox.put(listener)
         # Asked after the put: the thread empties its inbox once more after it has set the flag.
         if self._stopped:
@@ -110,7 +115,7 @@ class AsyncEngine:
                 continue
             request = message.request
             try:
-                self.engine.submit(request)
+                self.engine.submit(request, message.masks)
             except RequestError as error:
                 # `run` has checked it; only a request id in use again can have come between.
                 _post(message.loop, {message.sink: [_failure(request.request_id, error.message)]}, [message])

@@ -232,9 +232,11 @@ class Engine:
 
     # --- requests
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestError for one that can never be served."""
-        self.check(request)
+    def submit(self, request: Request, masks: Seq[TokenMask | None] | None = None) -> None:
+        """Queue a request. Raises RequestError for one that can never be served. masks: what `prepare` gave for it."""
+        self._check(request)
+        if masks is None:
+            masks = self._token_masks(request.params)
         params = request.params.with_seed()
         prompt = list(request.prompt)
         limit = self.max_model_len
@@ -247,7 +249,7 @@ class Engine:
         known = range(self.model_config.vocab_size)
         ends = tuple(sorted(token for token in stop_ids if token in known)) if params.min_tokens else ()
         choices: list[Sequence] = []
-        for index, mask in enumerate(self._token_masks(params)):
+        for index, mask in enumerate(masks):
             choices.append(
                 Sequence(
                     request_id=request.request_id,
@@ -277,6 +279,18 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise RequestError, naming the field, if `submit` would refuse the request."""
+        self.prepare(replace(request, params=replace(request.params, n=1)))
+
+    def prepare(self, request: Request) -> list[TokenMask | None]:
+        """The token mask of each choice. Raises RequestError, naming the field, if `submit` would refuse the request.
+
+        Any thread may call it: a new grammar takes up to a second to compile.
+        """
+        self._check(request)
+        return self._token_masks(request.params)
+
+    def _check(self, request: Request) -> None:
+        """`check` without the masks."""
         prompt, params, vocab = request.prompt, request.params, self.model_config.vocab_size
         if request.request_id in self._by_request:
             raise RequestError(f"a request with id {request.request_id!r} is already running", "request_id")
@@ -295,7 +309,6 @@ class Engine:
             raise RequestError(f"logit_bias token ids must be between 0 and {vocab - 1}", "logit_bias")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model was loaded without one", "stop")
-        self._token_masks(replace(params, n=1))
 
     def _token_masks(self, params: SamplingParams) -> list[TokenMask | None]:
         """The token mask of each choice, None if it is free. Raises RequestError."""

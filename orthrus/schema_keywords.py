@@ -58,6 +58,8 @@ def clean(schema: Schema, *, ref_stands_alone: bool) -> Schema:
             is_right, form = _FORMS[name]
             if not is_right(value):
                 raise SchemaError(f"{name} must be {form}")
+    if "x-guidance" in schema:
+        raise SchemaError("x-guidance, llguidance's options, can't be set here: remove it")
     if ref_stands_alone and "$ref" in schema:
         return {"$ref": schema["$ref"]}
     kept = {name: schema[name] for name in _KEPT if name in schema}

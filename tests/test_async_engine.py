@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from orthrus.async_engine import AsyncEngine
+from orthrus.checkpoint import load_weights
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.forward import LayerParallelForward
+from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache
 from orthrus.model_runner import EagerRunner, LaunchedPass
 from orthrus.plan import RowGroup
 from orthrus.request import Chunk, Request, SamplingParams
 from orthrus.sampling import PickRows
+from orthrus.token_mask import TokenMask
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,23 @@ class FailingRunner(EagerRunner):
         if self._left < 0:
             raise RuntimeError("out of order")
         return super().launch(groups, rows)
+
+
+def test_grammars_are_compiled_beside_the_engines_thread(ar: Engine) -> None:
+    """There every other stream would wait; also once more grammars are in use than are remembered."""
+    compiling: list[str] = []
+    masks = GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ar.model_config.eos_token_ids)
+
+    def make(grammar: str) -> TokenMask:
+        compiling.append(threading.current_thread().name)
+        return masks(grammar)
+
+    weights = load_weights(Path(ar.config.model), ar.model_config, ar.device, "auto")
+    served = AsyncEngine(Engine(ar.config, ar.model_config, weights, ar.tokenizer, make))
+    try:
+        params = SamplingParams(temperature=0.0, grammar='start: "yes" | "no"', n=2)
+        chunks = asyncio.run(collect(served, Request("grammar", [5, 6], params)))
+    finally:
+        served.close()
+    assert sum(chunk.finish_reason == "stop" for chunk in chunks) == 2
+    assert compiling and "orthrus-engine" not in compiling

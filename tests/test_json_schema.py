@@ -83,6 +83,7 @@ def test_what_is_written_is_valid(ar: Engine, masks: GrammarMasks, name: str) ->
         ({"type": "integer", "minimum": 1e30}, "numbers beyond"),
         ({"type": "array", "items": {}, "uniqueItems": True}, "uniqueItems can't be enforced"),
         ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if can't be enforced"),
+        ({"items": {"x-guidance": {"whitespace_pattern": r"\s+"}}}, "#/items: x-guidance"),
         ({"not": {"type": "string"}}, "not can't be enforced"),
         ({"contains": {}}, "contains can't be enforced"),
         ({"dependentRequired": {"a": ["b"]}}, "dependentRequired can't be enforced"),
@@ -112,7 +113,7 @@ def test_a_schema_nested_without_end_is_refused() -> None:
         json_grammar(schema)
 
 
-@pytest.mark.parametrize("schema", [True, {}, {"title": "t", "x-guidance": {"whitespace_pattern": r"\s+"}}])
+@pytest.mark.parametrize("schema", [True, {}, {"title": "t", "x-order": 5}])
 def test_annotations_constrain_nothing(schema: Any) -> None:
     assert json_grammar(schema) == json_grammar(
         {"description": "anything", "nullable": True, "deprecated": False}
