@@ -191,7 +191,7 @@ def test_what_cannot_be_served_is_refused_by_name(url: str, case: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_schema_that_turns_out_to_be_impossible_is_the_clients_fault(url: str, stream: bool) -> None:
-    """This one is itself, which shows when its first token is wanted: the blanks before it may have been sent."""
+    """This one is itself, so no value is valid under it."""
     body = schema({"$ref": "#"}, max_tokens=50, stream=stream)
     request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
     try:
