@@ -11,7 +11,6 @@ from deployments.messages_format import MessageFormat
 
 async def create_message(call: Call, body: MessagesBody, chats: Chats) -> Response:
     """The message, whole or as events. Raises RequestError, and as `generate` does."""
-    call.session = call.session or body.session
     chat = body.chat()
     running = await chats.start(call, chat, chat.sampling())
     out = MessageFormat(body.model, running.prompt_tokens, body.max_tokens)

@@ -247,6 +247,10 @@ class CountTokensBody(StrictModel):
             "tools": [tool.chat_tool() for tool in self.tools or ()] or None,
             "tool_choice": choice.chat_choice() if choice is not None else None,
             "parallel_tool_calls": False if choice is not None and choice.disable_parallel_tool_use else None,
+            # A last message of the assistant's is the beginning of the answer.
+            "continue_final_message": messages[-1]["role"] == "assistant"
+            and bool(messages[-1]["content"])
+            and "tool_calls" not in messages[-1],
             # A client that has not asked for thinking expects the text in the first block.
             "enable_thinking": self.thinking is not None and self.thinking.type != "disabled",
         }
@@ -273,15 +277,12 @@ class MessagesBody(CountTokensBody):
     inference_geo: str | None = None
     diagnostics: dict[str, Any] | None = None
 
-    @property
-    def session(self) -> str:
-        """What names the conversation for the router. Agents put one into the user's id."""
-        return (self.metadata.user_id if self.metadata is not None else None) or ""
-
     def _chat_fields(self) -> dict[str, Any]:
         return {
             **super()._chat_fields(),
             "max_tokens": self.max_tokens,
+            # Agents put the conversation into the user's id.
+            "prompt_cache_key": self.metadata.user_id if self.metadata is not None else None,
             "stop": self.stop_sequences,
             "temperature": self.temperature,
             "top_p": self.top_p,

@@ -29,7 +29,6 @@ class ResponsesApi:
 
     async def create(self, call: Call, body: ResponsesBody) -> Response:
         """The response, whole or as events. Raises RequestError, ModelUnavailable, and as `generate` does."""
-        call.session = call.session or body.prompt_cache_key or ""
         before = await self._before(call, body)
         chat = body.chat(before)
         running = await self._chats.start(call, chat, chat.sampling())

@@ -99,10 +99,19 @@ def test_a_conversation_becomes_a_chat() -> None:
     ]  # fmt: skip
     assert [tool.function.name for tool in chat.offered_tools] == ["weather", "clock"]
     assert chat.must_call and chat.parallel_tool_calls is False and chat.thinking is True
-    assert body.session == "u"
+    assert chat.prompt_cache_key == "u"
     params = chat.sampling()
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 20, 11)
     assert (params.max_tokens, params.stop) == (99, ("END",))
+
+
+def test_an_answer_may_be_begun_by_the_client() -> None:
+    asked = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The best answer is ("}]
+    assert messages(messages=asked).chat().continue_final_message
+    assert not messages(messages=asked[:1]).chat().continue_final_message
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    asked[1] = {"role": "assistant", "content": [{"type": "text", "text": "See."}, call]}  # type: ignore[dict-item]
+    assert not messages(messages=asked).chat().continue_final_message
 
 
 def test_thinking_is_only_for_those_who_ask() -> None:

@@ -127,7 +127,10 @@ CODEX: dict[str, Any] = {
 
 def test_what_agents_send_is_taken() -> None:
     """Codex's request, and every field of OpenAI's that has nothing to say here."""
-    assert [tool.function.name for tool in body(**CODEX).chat().offered_tools] == ["shell"]
+    chat = body(**CODEX).chat()
+    assert [tool.function.name for tool in chat.offered_tools] == [
+        "shell"
+    ] and chat.prompt_cache_key == "0199"
     nothing = {
         "background": False,
         "conversation": None,
