@@ -187,7 +187,7 @@ class ToolChoice(StrictModel):
 class Thinking(StrictModel):
     """budget_tokens is not kept to: thinking ends where the model ends it, and counts towards max_tokens."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
     display: Literal["summarized", "omitted"] | None = None
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import grpc
 import openai
 import pytest
@@ -81,7 +82,7 @@ def access(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Acces
     file.write_text("".join(entry for _, entry in made.values()))
     args = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())["applications"][0]["args"]
     args["engine"] |= {"max_num_seqs": 2, "kv_cache_tokens": 8192}
-    args["api"] = {"keys_file": str(file)}
+    args["api"] = {"keys_file": str(file), "response_store": {}}
     args["replica"] = {
         "max_ongoing_requests": 2,
         "max_queued_requests": 1,
@@ -317,3 +318,48 @@ def test_a_trace_runs_from_the_client_through_every_process(
         told = {item.key: item.value.int_value for item in ours.attributes}
         assert (told["gen_ai.usage.input_tokens"], told["gen_ai.usage.output_tokens"]) == (1, 1)
         assert [event.name for event in ours.events] == ["first token"]
+
+
+# --- keys of the further APIs
+
+
+def test_stored_responses_are_gone_on_from_by_their_key_alone(access: Access) -> None:
+    """Whichever ingress replica is asked, and streamed or not."""
+    free, other = access.client("free"), access.client("few-requests")
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 8}
+    first = free.responses.create(**asked, input="def add(a, b):", instructions="Write code.")
+    with free.responses.stream(**asked, input="And now?", previous_response_id=first.id) as stream:
+        second = next(event.response for event in stream if event.type == "response.incomplete")
+    assert first.usage is not None and second.usage is not None
+    items: Any = free.responses.input_items.list(second.id, order="asc").data
+    texts = [item.content[0].text for item in items if item.type == "message"]
+    assert texts == ["def add(a, b):", first.output_text, "And now?"]
+    # Instructions are not carried over: the same three messages in one request are the same prompt.
+    spelt: Any = [
+        {"role": "user", "content": texts[0]},
+        {"role": "assistant", "content": texts[1]},
+        {"role": "user", "content": texts[2]},
+    ]
+    alone = free.responses.create(**asked, input=spelt)
+    assert alone.output_text == second.output_text
+    assert alone.usage is not None and alone.usage.input_tokens == second.usage.input_tokens
+    for _ in range(4):
+        assert free.responses.retrieve(second.id).output_text == second.output_text
+    with pytest.raises(openai.NotFoundError):
+        other.responses.retrieve(second.id)
+    free.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        free.responses.retrieve(second.id)
+    unstored = free.responses.create(**asked, input="x", store=False)
+    with pytest.raises(openai.NotFoundError):
+        free.responses.retrieve(unstored.id)
+
+
+def test_anthropics_clients_send_their_key_in_their_own_header(access: Access) -> None:
+    asked: Any = {"model": MODEL, "max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
+    known = anthropic.Anthropic(base_url=access.url, api_key=access.keys["free"], max_retries=0)
+    assert known.messages.create(**asked).usage.output_tokens == 1
+    unknown = anthropic.Anthropic(base_url=access.url, api_key="sk-ant-unknown", max_retries=0)
+    with pytest.raises(anthropic.AuthenticationError) as caught:
+        unknown.messages.create(**asked)
+    assert caught.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
