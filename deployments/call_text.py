@@ -259,11 +259,11 @@ class CallSplitter:
 def _read_calls(text: str) -> list[tuple[str, str]]:
     """Names and arguments of the calls that a JSON object or array is. Raises ValueError, RecursionError."""
     objects = elements(text) if text.lstrip().startswith("[") else [text]
-    return [_read_call(each) for each in objects]
+    return [_call_in(each) for each in objects]
 
 
-def _read_call(text: str) -> tuple[str, str]:
-    """Raises ValueError, RecursionError."""
+def _call_in(text: str) -> tuple[str, str]:
+    """Name and arguments of the call that a JSON object is. Raises ValueError, RecursionError."""
     found: dict[str, tuple[Any, str]] = members(text)
     name, _ = found.get("name", (None, ""))
     if not isinstance(name, str) or not name:
