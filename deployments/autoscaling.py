@@ -110,7 +110,11 @@ class EngineLoadPolicy:
         queued, rate = ctx.total_queued_requests, sum(signals["admitted_rate"].values())
         wait = queued / rate if rate else math.inf
         if queued >= 1 and wait > self._max_queue_wait:
-            pace = f"for {wait:.1f} s, limit {self._max_queue_wait:.1f} s" if rate else "and none has got one lately"
+            pace = (
+                f"for {wait:.1f} s, limit {self._max_queue_wait:.1f} s"
+                if rate
+                else "and none has got one lately"
+            )
             reason = f"requests wait for a replica, {queued:.0f} of them, {pace}"
             calls.append(Decision(running + 1, "unrouted", reason))
         most = max(calls, key=lambda call: call.replicas)
