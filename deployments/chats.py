@@ -49,8 +49,10 @@ class Chats:
         return replace(prompt, tokens=body.truncated(prompt.tokens, self._max_model_len, body.new_tokens))
 
     async def start(self, call: Call, body: ChatBody, params: SamplingParams) -> RunningChat:
-        """Raises RequestError; the chunks raise what `generate` does."""
+        """Raises RequestError; the chunks raise what `generate` does. An API with other names has put them into the call."""
+        names = call.sent_as
         call.read(body)
+        call.sent_as = {**call.sent_as, **names}
         prompt = await self.prompt(body)
         params = replace(params, grammar=prompt.grammar).with_seed()
         chunks = generate(

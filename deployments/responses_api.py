@@ -12,7 +12,7 @@ from deployments.failures import ResponseNotFound
 from deployments.generation import collect, merge
 from deployments.response_items import Item, listed
 from deployments.response_store import Responses, StoredResponse
-from deployments.responses_body import ResponsesBody
+from deployments.responses_body import SENT_AS, ResponsesBody
 from deployments.responses_format import ResponsesFormat
 from orthrus.errors import RequestError
 
@@ -29,6 +29,7 @@ class ResponsesApi:
 
     async def create(self, call: Call, body: ResponsesBody) -> Response:
         """The response, whole or as events. Raises RequestError, ModelUnavailable, and as `generate` does."""
+        call.sent_as = SENT_AS
         before = await self._before(call, body)
         chat = body.chat(before)
         running = await self._chats.start(call, chat, chat.sampling())

@@ -22,6 +22,13 @@ from orthrus.errors import RequestError
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
+SENT_AS = {
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "prompt": "input",
+    "response_format": "text.format",
+}
+"""Names here of what errors name as chats do."""
 # What clients ask to be included of tools that there are none of here: nothing.
 _NOTHING_TO_INCLUDE = (
     "file_search_call.results",

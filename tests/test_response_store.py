@@ -9,7 +9,8 @@ import pytest
 from deployments.api_config import ResponseStoreConfig
 from deployments.api_keys import ApiKey
 from deployments.calls import Call
-from deployments.failures import ModelUnavailable, ResponseNotFound
+from deployments.chats import Chats
+from deployments.failures import ModelUnavailable, ResponseNotFound, describe_failure
 from deployments.response_store import Responses, ResponseStore, StoredResponse
 from deployments.responses_api import ResponsesApi
 from deployments.responses_body import ResponsesBody
@@ -172,3 +173,13 @@ def test_what_is_kept_comes_back() -> None:
     stored = StoredResponse({"id": "r", "text": "Łódź"}, [{"id": "i"}], 1)
     asyncio.run(responses.keep("a", stored))
     assert asyncio.run(responses.find("a", "r")) == stored
+
+
+def test_errors_name_what_the_client_sent(tokenizer: Any) -> None:
+    """The chat behind a response has other names for it."""
+    chats = Chats(None, None, tokenizer, 100)  # type: ignore[arg-type]
+    call = call_of("alice")
+    with pytest.raises(RequestError) as caught:  # This tokenizer has no chat template.
+        asyncio.run(ResponsesApi(chats, tokenizer, None).create(call, ResponsesBody(model="m", input="hi")))
+    assert caught.value.param == "messages"
+    assert describe_failure(caught.value, call.sent_as).param == "input"
