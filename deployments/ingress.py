@@ -13,9 +13,9 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from grpc import StatusCode
 from ray import serve
 
+from deployments.api_docs import router
 from deployments.calls import Call, CallMiddleware
 from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatSplitter
@@ -24,6 +24,7 @@ from deployments.failures import EXPECTED, Failure, describe_failure
 from deployments.generation import TextChunk, check_scores, collect, generate, merge
 from deployments.grpc_ingress import GrpcIngress
 from deployments.http_body import read_body
+from deployments.http_manners import Cors, PathManners, no_route
 from deployments.logprobs_format import Echo, spell
 from deployments.messages_api import create_message
 from deployments.messages_body import CountTokensBody, MessagesBody
@@ -37,8 +38,11 @@ from orthrus.errors import RequestError
 from orthrus.request import RequestStats, SamplingParams
 
 # Traces are Serve's and ours (deployments/calls.py).
-api = FastAPI(title="Orthrus", openapi_url=None, telemetry={"tracing": False})
-api.add_middleware(CallMiddleware)
+api = FastAPI(title="Orthrus", openapi_url=None, redirect_slashes=False, telemetry={"tracing": False})
+api.include_router(router)
+# The last one added is the first that a request meets.
+for _middleware in (CallMiddleware, Cors, PathManners):
+    api.add_middleware(_middleware)
 
 
 async def _answer_failure(request: HTTPRequest, error: Exception) -> Response:
@@ -62,8 +66,8 @@ for _kind in (*EXPECTED, Exception):
 @api.exception_handler(404)
 @api.exception_handler(405)
 async def _no_route(request: HTTPRequest, error: Any) -> Response:
-    message = f"{request.method} {request.url.path} is not served here"
-    return _failure_response(request, Failure(error.status_code, StatusCode.UNIMPLEMENTED, message))
+    answer = no_route(request, error.status_code)
+    return answer if isinstance(answer, Response) else _failure_response(request, answer)
 
 
 @serve.deployment

@@ -67,6 +67,11 @@ class IngressCore:
         self._status = Recent(partial(asyncio.to_thread, serve.status))
         self._scrape = Recent(scrape)
 
+    @property
+    def cors_origins(self) -> list[str]:
+        """The pages' origins that may call the API from a browser."""
+        return self._config.cors_origins
+
     def __del__(self) -> None:
         receiver = getattr(self, "_receiver", None)
         if receiver is not None:
