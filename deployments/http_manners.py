@@ -61,6 +61,10 @@ class Cors:
         self._chosen: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # The app's start, before which there is no ingress to ask.
+            await self._app(scope, receive, send)
+            return
         if self._chosen is None:
             self._chosen = with_cors(self._app, serve.get_replica_context().servable_object.cors_origins)
         await self._chosen(scope, receive, send)
