@@ -14,11 +14,14 @@ from pydantic.json_schema import models_json_schema
 from deployments.chat_body import ChatBody
 from deployments.completion_body import CompletionBody
 from deployments.messages_body import CountTokensBody, MessagesBody
+from deployments.responses_body import ResponsesBody
 from deployments.tokenize_body import DetokenizeBody, TokenizeBody
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/responses/input_tokens": ResponsesBody,
     "/v1/messages": MessagesBody,
     "/v1/messages/count_tokens": CountTokensBody,
     "/tokenize": TokenizeBody,
@@ -54,6 +57,8 @@ _MESSAGE = _object(role=_TEXT, content={"type": ["string", "null"]})
 ANSWERS: dict[str, dict[str, Any]] = {
     "/v1/completions": _choices(text=_TEXT),
     "/v1/chat/completions": _choices(message=_MESSAGE),
+    "/v1/responses": _object(id=_TEXT, object=_TEXT, status=_TEXT, model=_TEXT, output={"type": "array"}),
+    "/v1/responses/input_tokens": _object(input_tokens=_COUNT),
     "/v1/messages": _object(id=_TEXT, type=_TEXT, role=_TEXT, content={"type": "array"}, model=_TEXT),
     "/v1/messages/count_tokens": _object(input_tokens=_COUNT),
     "/tokenize": _object(count=_COUNT, max_model_len=_COUNT, tokens=_IDS),
@@ -65,7 +70,7 @@ _ERROR = _object(
         message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}
     )
 )
-_STREAMED = {"/v1/completions", "/v1/chat/completions", "/v1/messages"}
+_STREAMED = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
 _STYLE = (
     "body{font:16px sans-serif;max-width:60em;margin:2em auto}code,pre{background:#eee;padding:.1em .3em}"
 )
