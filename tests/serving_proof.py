@@ -255,7 +255,7 @@ def test_a_load_step_scales_up_and_back_to_none(app: App, ar: Engine) -> None:
     text = expected(ar, PROMPT, 64)
 
     async def replicas(count: int) -> None:
-        await asyncio.to_thread(wait_for, lambda: len(app.running()) == count, 90, f"{count} replicas")
+        await asyncio.to_thread(wait_for, lambda: len(app.running()) == count, 180, f"{count} replicas")
 
     async def main() -> list[Stream]:
         lone, many = Clients(app.completions, PROMPT, 64), Clients(app.completions, PROMPT, 64)
