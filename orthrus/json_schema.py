@@ -40,7 +40,7 @@ _FARTHEST = 9 * 10**18
 """What llguidance can count to, as a float."""
 # What takes llguidance a second or so, or is beyond its own limits in the middle of an answer.
 _MAX_SCHEMAS = 20_000
-_MAX_OPTIONS = 128
+_MAX_OPTIONS = 64
 _MAX_OPTIONAL = 200
 _MAX_CONSTANTS = 500
 _MAX_PATTERNS = 300
@@ -279,10 +279,10 @@ class _Bounding:
         # A list of prefix items alone names all that there are, as properties do.
         items = schema.get("items", not prefix or least > len(prefix))
         most = schema.get("maxItems", max(least, len(prefix)) + room.items)
-        inside = room.inside(bounded="maxItems" in schema)
+        inside = room.inside(schema, bounded="maxItems" in schema)
         found: Schema = {"items": self._bound(items, inside), "minItems": least, "maxItems": most}
         if prefix:
-            found["prefixItems"] = [self._bound(item, room.inside(bounded=True)) for item in prefix]
+            found["prefixItems"] = [self._bound(item, room.inside(schema, bounded=True)) for item in prefix]
         return found
 
     def _object(self, schema: Schema, room: "_Room") -> Schema:
@@ -291,8 +291,8 @@ class _Bounding:
         # Whoever names properties wants those; valid answers have no need of others.
         rest = schema.get("additionalProperties", not given and not patterns)
         wanted = {**given, **{key: rest for key in required if key not in given and not patterns}}
-        named = {key: self._bound(sub, room.inside(bounded=True)) for key, sub in wanted.items()}
-        inside = room.inside(bounded="maxProperties" in schema)
+        named = {key: self._bound(sub, room.inside(schema, bounded=True)) for key, sub in wanted.items()}
+        inside = room.inside(schema, bounded="maxProperties" in schema)
         other = self._bound(rest, inside)
         free = {pattern: self._bound(sub, inside) for pattern, sub in patterns.items()}
         if other is not False and not patterns:
@@ -331,9 +331,13 @@ class _Room:
     def below(self, hops: int) -> "_Room":
         return replace(self, level=self.level - hops)
 
-    def inside(self, *, bounded: bool) -> "_Room":
-        """Of what is in an array or object. bounded: whether the schema says how many."""
-        return replace(self, free=self.free - 1, outside=self.outside + (not bounded and self.items > 2))
+    def inside(self, schema: Schema, *, bounded: bool) -> "_Room":
+        """Of what is in an array or object of `schema`, which is empty where none says what it is.
+
+        bounded: whether the schema says how many there are.
+        """
+        free = MAX_DEPTH if schema else self.free - 1
+        return replace(self, free=free, outside=self.outside + (not bounded and self.items > 2))
 
 
 class _Nothing(Exception):

@@ -1,6 +1,7 @@
 """JSON Schemas with bounds: what is written under them ends, is JSON to the letter, and is valid under the schema itself."""
 
 import random
+import time
 from typing import Any
 
 import jsonschema
@@ -111,6 +112,26 @@ def test_a_schema_nested_without_end_is_refused() -> None:
         schema = {"items": schema}
     with pytest.raises(RequestError, match="nested too deeply"):
         json_grammar(schema)
+
+
+def test_deep_and_tangled_schemas_take_little_time() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(30):
+        deep = record(a=deep, b={"type": "array", "items": {}})
+    doubled = {
+        f"d{i}": record(x={"$ref": f"#/$defs/d{i + 1}"}, y={"$ref": f"#/$defs/d{i + 1}"}) for i in range(40)
+    }
+    tangled = {
+        f"n{i}": {"properties": {f"p{j}": {"$ref": f"#/$defs/n{j}"} for j in range(20)}} for i in range(20)
+    }
+    begin = time.thread_time()
+    for schema in (
+        deep,
+        {"$ref": "#/$defs/d0", "$defs": doubled | {"d40": {}}},
+        {"$ref": "#/$defs/n0", "$defs": tangled},
+    ):
+        json_grammar(schema)
+    assert time.thread_time() - begin < 10
 
 
 @pytest.mark.parametrize("schema", [True, {}, {"title": "t", "x-order": 5}])
