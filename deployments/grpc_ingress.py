@@ -3,9 +3,11 @@
 Serve ends a call's coroutine when its deadline has passed or its client has gone.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from ray.serve.grpc_util import RayServegRPCContext
 
@@ -22,6 +24,8 @@ from deployments.grpc_format import (
 )
 from deployments.ingress_core import IngressCore
 from deployments.proto import orthrus_pb2 as pb
+
+Message = TypeVar("Message", pb.GenerateChunk, pb.ChatChunk)
 
 
 @dataclass
@@ -42,6 +46,15 @@ class _Running:
         return self.prompt
 
 
+async def _built(
+    build: Callable[..., Message], index: int, items: Sequence[TextChunk], *more: Any
+) -> Message:
+    """The message of a choice's `items`, made off the event loop if it has a prompt's log-probabilities, which are many."""
+    if items[0].chunk.prompt_logprobs is None:
+        return build(index, items, *more)
+    return await asyncio.to_thread(build, index, items, *more)
+
+
 class GrpcIngress(IngressCore):
     """An ingress with the methods of the service, which Serve finds by their names."""
 
@@ -53,7 +66,7 @@ class GrpcIngress(IngressCore):
             choices = await collect(merge([running.chunks], running.n), running.n)
             return pb.GenerateResponse(
                 choices=[
-                    generate_chunk(index, choice.chunks, running.told(index))
+                    await _built(generate_chunk, index, choice.chunks, running.told(index))
                     for index, choice in enumerate(choices)
                 ]
             )
@@ -65,7 +78,7 @@ class GrpcIngress(IngressCore):
             running = await self._generate_call(call, request)
             async with aclosing(running.chunks) as items:
                 async for item in items:
-                    yield generate_chunk(item.index, [item], running.told(item.index))
+                    yield await _built(generate_chunk, item.index, [item], running.told(item.index))
 
     async def Chat(self, request: pb.ChatRequest, grpc_context: RayServegRPCContext) -> pb.ChatResponse:
         async with self._rpc("Chat", grpc_context) as call:
@@ -73,7 +86,9 @@ class GrpcIngress(IngressCore):
             choices = await collect(merge([running.chunks], running.n), running.n)
             return pb.ChatResponse(
                 choices=[
-                    chat_chunk(index, choice.chunks, running.told(index), running.include_reasoning)
+                    await _built(
+                        chat_chunk, index, choice.chunks, running.told(index), running.include_reasoning
+                    )
                     for index, choice in enumerate(choices)
                 ]
             )
@@ -86,7 +101,7 @@ class GrpcIngress(IngressCore):
             async with aclosing(running.chunks) as items:
                 async for item in items:
                     told = running.told(item.index)
-                    yield chat_chunk(item.index, [item], told, running.include_reasoning)
+                    yield await _built(chat_chunk, item.index, [item], told, running.include_reasoning)
 
     @asynccontextmanager
     async def _rpc(self, method: str, context: RayServegRPCContext) -> AsyncGenerator[Call]:

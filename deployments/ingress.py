@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic_core import to_json
 from ray import serve
 
 from deployments.api_docs import router
@@ -274,7 +275,9 @@ class Ingress(GrpcIngress):
             call.outcome = "ok"
             if params.prompt_logprobs is None:
                 return JSONResponse(out.whole(choices))
-            return await asyncio.to_thread(lambda: JSONResponse(out.whole(choices)))  # It may be long.
+            # It may be long: other streams go on while it is made, and stand still a seventh as long while it is encoded.
+            encoded = await asyncio.to_thread(lambda: to_json(out.whole(choices)))
+            return Response(encoded, media_type="application/json")
         # The first chunk is awaited here, while a refusal can still be an HTTP status.
         first = await anext(merged)
         events = self._events(call, out, first, merged, params.n * len(prompts))
