@@ -15,6 +15,9 @@ Product = Callable[[Tensor], Tensor]
 _ROW_TILE = 4
 """Rows are padded to a multiple of this where fewer would reach matrix-vector code with its own rounding."""
 
+_PLAIN_ROW_TILE = 16
+"""Rows of every product with a weight that no library has packed."""
+
 _PACK_ROWS = 8
 """Row count that oneDNN lays the packed weights out for: decode passes are the ones that are short of bandwidth."""
 
@@ -118,8 +121,10 @@ def _onednn_product(x: Tensor, packed: Tensor) -> Tensor:
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """The product with a weight as it is."""
-    return F.linear(_tiled(x, _ROW_TILE), weight)[: x.shape[0]]
+    """The product with a weight as it is. A BLAS library may choose the order of its sums by the number of rows: all tiles
+    have the same."""
+    tiles = _tiled(x, _PLAIN_ROW_TILE).split(_PLAIN_ROW_TILE)
+    return torch.cat([F.linear(tile, weight) for tile in tiles])[: x.shape[0]]
 
 
 def _tiled(x: Tensor, row_tile: int) -> Tensor:
