@@ -31,6 +31,7 @@ _DIGITS = 1 << 16
 _SECONDS = 1.0
 """Of a CPU, not by the clock: how busy a machine is must not decide about a request."""
 _ARGUMENT = 1 << 20
+_END_OF_MESSAGE = "END_OF_THE_MESSAGE_TO_CONTINUE"
 # Calls and filters whose result may be as long as text and arguments multiplied.
 _GROWING = {
     *("replace", "join", "format", "expandtabs", "indent", "tojson", "center", "ljust", "rjust", "zfill"),
@@ -84,20 +85,40 @@ _budget: ContextVar[_Budget] = ContextVar("budget")
 
 
 def render_chat(
-    tokenizer: Any, messages: list[dict[str, Any]], *, chat_template: str | None = None, **settings: Any
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    chat_template: str | None = None,
+    continue_final_message: bool = False,
+    **settings: Any,
 ) -> str:
     """`tokenizer.apply_chat_template`, as text and within limits: `TooMuch` beyond them, else what it raises.
 
-    chat_template: the tokenizer's own unless given. settings: tools, add_generation_prompt, variables of the template, ...
+    chat_template: the tokenizer's own unless given. continue_final_message: end behind the last message's content, which is
+    text. settings: tools, add_generation_prompt, variables of the template, ...
     """
     if chat_template is None:
         chat_template = tokenizer.get_chat_template(tools=settings.get("tools"))
     limited = _limited(chat_template)
+    if continue_final_message:
+        # Not left to transformers, which looks for the field's name in the template's text and finds a tree.
+        *before, last = messages
+        messages = [*before, {**last, "content": f"{last['content']}{_END_OF_MESSAGE} "}]
     token = _budget.set(_Budget())
     try:
-        return str(tokenizer.apply_chat_template(messages, chat_template=limited, tokenize=False, **settings))
+        text = str(tokenizer.apply_chat_template(messages, chat_template=limited, tokenize=False, **settings))
     finally:
         _budget.reset(token)
+    return _up_to_the_end_of_message(text) if continue_final_message else text
+
+
+def _up_to_the_end_of_message(text: str) -> str:
+    """What a template made of a conversation, up to the end of its last message's content."""
+    begun, found, rest = text.rpartition(_END_OF_MESSAGE)
+    if not found:
+        raise ValueError("it leaves out the last message, which the answer is to go on with")
+    # A template that has taken the blank away would have taken those of the content, too.
+    return begun if rest.startswith(" ") else begun.rstrip()
 
 
 def check_templates(tokenizer: Any) -> None:
