@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-structured test-serving test-cluster proto lint format clean
+.PHONY: help serve test test-clients test-structured test-serving test-cluster proto lint format clean
 
 help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
 	@echo 'make test    run the test suite'
+	@echo 'make test-clients  openai, LangChain, LlamaIndex, lm-eval, Open WebUI, Codex and others, unchanged, against a server (Node, npm; 10 GB)'
 	@echo 'make test-structured  2,000 structured answers under 40 JSON Schemas, by both schedules: minutes'
 	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
@@ -22,6 +23,9 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+test-clients: $(INSTALLED)
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=1800 tests/clients_proof.py
 
 test-structured: $(INSTALLED)
 	$(BIN)/python -m pytest -q -s tests/structured_proof.py
