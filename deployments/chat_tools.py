@@ -6,8 +6,9 @@ from pydantic import Field
 
 from deployments.strict_model import StrictModel
 
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
-"""As long as the longest that any of the APIs allows."""
+LONGEST_NAME = 128
+"""Of a tool's name: the longest that any of the APIs allows."""
+ToolName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_.-]{{1,{LONGEST_NAME}}}$")]
 
 
 class FunctionDefinition(StrictModel):

@@ -127,8 +127,8 @@ def describe_failure(error: BaseException, sent_as: Mapping[str, str] | None = N
         name = sent_as[failure.param]
         # "prompt" and the like are words too, so only what must be a field's name is replaced in the message.
         message = (
-            re.sub(rf"\b{failure.param}\b", name, failure.message)
-            if "_" in failure.param
+            re.sub(rf"\b{re.escape(failure.param)}\b", name, failure.message)
+            if re.search("[_.]", failure.param)
             else failure.message
         )
         failure = replace(failure, param=name, message=message)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from deployments.api_config import ApiConfig
 from deployments.body_faults import describe, unknown_fields
+from deployments.calls import Call
 from deployments.failures import BodyTooLarge, BodyTooSlow, UnsupportedBody
 from deployments.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
@@ -47,10 +49,18 @@ async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Bo
     if size > most:
         raise BodyTooLarge(f"the request body is over {most} bytes: send a shorter prompt")
     checked, ignored = parse_body(bytes(raw), body, ignore_unknown=config.unknown_fields == "ignore")
-    if ignored:
-        call = request.state.call
-        call.headers = {**call.headers, _IGNORED: ", ".join(map(_header_text, ignored[:_MOST_IGNORED]))}
+    name_ignored(request.state.call, ignored)
     return checked
+
+
+def name_ignored(call: Call, paths: Sequence[str]) -> None:
+    """Have a header of the answer name fields that were ignored, after those that it names already."""
+    if paths:
+        before = [call.headers[_IGNORED]] if _IGNORED in call.headers else []
+        call.headers = {
+            **call.headers,
+            _IGNORED: ", ".join([*before, *map(_header_text, paths[:_MOST_IGNORED])]),
+        }
 
 
 def parse_body(raw: bytes, body: type[Body], *, ignore_unknown: bool = False) -> tuple[Body, list[str]]:

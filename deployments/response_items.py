@@ -9,10 +9,20 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from deployments.chat_messages import read_arguments
+from deployments.responses_tools import custom_arguments, qualified
 from deployments.strict_model import StrictModel
 
 _OWN = "orthrus:"
 """How `encrypted_content` begins that this server has made."""
+_PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "reasoning": "rs",
+}
+"""How the ids of items begin."""
 
 
 class _Item(StrictModel):
@@ -54,12 +64,35 @@ class FunctionCallItem(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: Annotated[str, AfterValidator(_is_an_object)]
     caller: dict[str, Any] | None = None
 
 
 class FunctionCallOutputItem(_Item):
     type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[Part]
+    name: str | None = None
+    caller: dict[str, Any] | None = None
+
+
+class CustomToolCallItem(_Item):
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
+    caller: dict[str, Any] | None = None
+
+    @property
+    def arguments(self) -> str:
+        """The same as the arguments of a function."""
+        return custom_arguments(self.input)
+
+
+class CustomToolCallOutputItem(_Item):
+    type: Literal["custom_tool_call_output"]
     call_id: str
     output: str | list[Part]
     name: str | None = None
@@ -100,6 +133,8 @@ Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
+    | Annotated[CustomToolCallItem, Tag("custom_tool_call")]
+    | Annotated[CustomToolCallOutputItem, Tag("custom_tool_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(_type),
 ]
@@ -142,11 +177,11 @@ def chat_messages(items: Sequence[Item]) -> list[dict[str, Any]]:
                 message["reasoning_content"] = f"{before}\n{item.text}" if before else item.text
             case MessageItem(role="assistant"):
                 assistant("content")["content"] = text_of(item.content)
-            case FunctionCallItem():
-                function = {"name": item.name, "arguments": item.arguments}
+            case FunctionCallItem() | CustomToolCallItem():
+                function = {"name": qualified(item.name, item.namespace), "arguments": item.arguments}
                 call = {"id": item.call_id, "type": "function", "function": function}
                 assistant("tool_calls").setdefault("tool_calls", []).append(call)
-            case FunctionCallOutputItem():
+            case FunctionCallOutputItem() | CustomToolCallOutputItem():
                 turn = {}
                 messages.append(
                     {"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output)}
@@ -166,9 +201,8 @@ def text_of(content: str | list[Part]) -> str:
 
 def listed(item: Item) -> dict[str, Any]:
     """An input item as the API lists it: with an id, and with its text in parts."""
-    prefixes = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
     given = item.model_dump(exclude_none=True, mode="json")
-    given.setdefault("id", f"{prefixes[item.type]}_{uuid.uuid4().hex}")
+    given.setdefault("id", f"{_PREFIXES[item.type]}_{uuid.uuid4().hex}")
     given.setdefault("status", "completed")
     if isinstance(item, MessageItem):
         mine = item.role == "assistant"

@@ -10,9 +10,10 @@ from deployments.calls import Call
 from deployments.chats import Chats, stream_answer
 from deployments.failures import ResponseNotFound
 from deployments.generation import collect, merge
+from deployments.http_body import name_ignored
 from deployments.response_items import Item, listed
 from deployments.response_store import Responses, StoredResponse
-from deployments.responses_body import SENT_AS, ResponsesBody
+from deployments.responses_body import ResponsesBody
 from deployments.responses_format import ResponsesFormat
 from orthrus.errors import RequestError
 
@@ -29,7 +30,8 @@ class ResponsesApi:
 
     async def create(self, call: Call, body: ResponsesBody) -> Response:
         """The response, whole or as events. Raises RequestError, ModelUnavailable, and as `generate` does."""
-        call.sent_as = SENT_AS
+        call.sent_as = body.sent_as
+        name_ignored(call, body.left_out)
         before = await self._before(call, body)
         chat = body.chat(before)
         running = await self._chats.start(call, chat, chat.sampling())
@@ -52,6 +54,8 @@ class ResponsesApi:
 
     async def count(self, call: Call, body: ResponsesBody) -> dict[str, Any]:
         """How many tokens the prompt would have. Raises as `create` does."""
+        call.sent_as = body.sent_as
+        name_ignored(call, body.left_out)
         prompt = await self._chats.prompt(body.chat(await self._before(call, body)))
         call.outcome = "ok"
         return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}

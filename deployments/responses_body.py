@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -14,21 +13,27 @@ from pydantic import (
 
 from deployments.body_faults import describe
 from deployments.chat_body import ChatBody, ReasoningEffort
-from deployments.chat_tools import ToolName
 from deployments.protocol import Body
 from deployments.response_items import Item, MessageItem, chat_messages
+from deployments.responses_tools import (
+    HostedTool,
+    OfferedTool,
+    ResponsesTool,
+    ToolChoice,
+    chat_choice,
+    offered_tools,
+)
 from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
-SENT_AS = {
+_SENT_AS = {
     "max_tokens": "max_output_tokens",
     "messages": "input",
     "prompt": "input",
     "response_format": "text.format",
 }
-"""Names here of what errors name as chats do."""
 # What clients ask to be included of tools that there are none of here: nothing.
 _NOTHING_TO_INCLUDE = (
     "file_search_call.results",
@@ -38,77 +43,6 @@ _NOTHING_TO_INCLUDE = (
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 )
-
-
-class FunctionTool(StrictModel):
-    """A function that the model may call. What follows `strict` changes nothing."""
-
-    type: Literal["function"]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    defer_loading: bool | None = None
-    allowed_callers: list[str] | None = None
-    output_schema: dict[str, Any] | None = None
-
-    def chat_tool(self) -> dict[str, Any]:
-        function = {
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.parameters,
-            "strict": self.strict,
-        }
-        return {"type": "function", "function": function}
-
-
-def _is_a_function(given: Any) -> Any:
-    kind = given.get("type", "function") if isinstance(given, dict) else "function"
-    if kind == "custom":
-        raise ValueError(
-            "tools of type 'custom' are not supported here: send a function with one string parameter"
-        )
-    if kind != "function":
-        raise ValueError(
-            f"tools of type {kind!r} do not run here: remove it, or send a function that you run"
-        )
-    return given
-
-
-class FunctionChoice(StrictModel):
-    """The one function that must be called."""
-
-    type: Literal["function"]
-    name: str
-
-    def chat_choice(self) -> dict[str, Any]:
-        return {"type": "function", "function": {"name": self.name}}
-
-
-class AllowedTools(StrictModel):
-    """Some of the tools, to choose from freely or to call at least one of."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: list[Annotated[FunctionChoice, BeforeValidator(_is_a_function)]]
-
-    def chat_choice(self) -> dict[str, Any]:
-        allowed = {"mode": self.mode, "tools": [tool.chat_choice() for tool in self.tools]}
-        return {"type": "allowed_tools", "allowed_tools": allowed}
-
-
-def _chooses_functions(choice: Any) -> Any:
-    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
-    if kind not in ("function", "allowed_tools"):
-        raise ValueError(f"type {kind!r} is not supported here: send 'function' or 'allowed_tools'")
-    return choice
-
-
-ToolChoice = Annotated[
-    Literal["none", "auto", "required"]
-    | Annotated[FunctionChoice | AllowedTools, Field(discriminator="type")],
-    BeforeValidator(_chooses_functions),
-]
 
 
 class TextFormat(StrictModel):
@@ -165,7 +99,7 @@ class ResponsesBody(Body):
     input: str | list[Item]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    tools: list[Annotated[FunctionTool, BeforeValidator(_is_a_function)]] | None = None
+    tools: list[ResponsesTool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -190,6 +124,31 @@ class ResponsesBody(Body):
             if getattr(self, name):
                 raise RequestError(f"{name} is not for responses: send it to /v1/chat/completions", name)
         return self
+
+    @model_validator(mode="after")
+    def _choice_leaves_a_tool_to_call(self) -> "ResponsesBody":
+        if self.tools and not self.offered and self.tool_choice not in (None, "none", "auto"):
+            raise RequestError(
+                "tool_choice needs a function or custom tool: hosted tools do not run here", "tool_choice"
+            )
+        return self
+
+    @property
+    def offered(self) -> list[OfferedTool]:
+        """The tools that the model is told of."""
+        return offered_tools(self.tools or ())
+
+    @property
+    def left_out(self) -> list[str]:
+        """Where in the body the tools are that the model is not told of."""
+        return [f"tools[{i}]" for i, tool in enumerate(self.tools or ()) if isinstance(tool, HostedTool)]
+
+    @property
+    def sent_as(self) -> dict[str, str]:
+        """Names here of what errors name as chats do."""
+        offered = enumerate(self.offered)
+        parameters = {f"tools[{i}].function.parameters": f"{tool.path}.parameters" for i, tool in offered}
+        return {**_SENT_AS, **parameters}
 
     @property
     def includes(self) -> Sequence[str]:
@@ -216,7 +175,7 @@ class ResponsesBody(Body):
             raise RequestError("input must have at least one item", "input")
         # Sampling parameters, and the like, that have the same names in a chat.
         shared = self.model_fields_set & Body.model_fields.keys() & ChatBody.model_fields.keys()
-        choice, format_ = self.tool_choice, self.text.format if self.text is not None else None
+        format_ = self.text.format if self.text is not None else None
         wanted = {"response_format": format_.chat_format()} if format_ is not None else {}
         try:
             return ChatBody.model_validate(
@@ -224,8 +183,9 @@ class ResponsesBody(Body):
                     **{name: getattr(self, name) for name in shared - {"stream", "stream_options"}},
                     "messages": messages,
                     "max_completion_tokens": self.max_output_tokens,
-                    "tools": [tool.chat_tool() for tool in self.tools or ()] or None,
-                    "tool_choice": choice if isinstance(choice, str | None) else choice.chat_choice(),
+                    "tools": [{"type": "function", "function": tool.function} for tool in self.offered]
+                    or None,
+                    "tool_choice": chat_choice(self.tool_choice),
                     "parallel_tool_calls": self.parallel_tool_calls,
                     **wanted,
                     "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,

@@ -12,10 +12,11 @@ from deployments.logprobs_format import chat_logprobs
 from deployments.openai_format import cost
 from deployments.response_items import seal
 from deployments.responses_body import ENCRYPTED_REASONING, ResponsesBody
+from deployments.responses_tools import FunctionTool, HostedTool, custom_input
 from orthrus.request import RequestStats
 
 Event = dict[str, Any]
-_PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
+_PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc", "custom": "ctc"}
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 
 
@@ -37,11 +38,14 @@ class ResponsesFormat:
             "created_at": int(time.time()),
             **_asked(body, stored),
         }
+        self._tools = {tool.function["name"]: tool for tool in body.offered}
         self._parts = PartStream()
         self._ids: list[str] = []
         self._output: list[dict[str, Any]] = []
         self._reasoning_tokens = 0
         self._next_event = 0
+        # What events have told of the open call's input, where it is of a custom tool.
+        self._input = ""
         # Of the text's tokens, and how many of them events have told of.
         self._logprobs: list[dict[str, Any]] = []
         self._told = 0
@@ -106,15 +110,21 @@ class ResponsesFormat:
     def _part_events(self, step: Step, part: Part, text: str, item: TextChunk) -> Iterator[Event]:
         """What a step means to clients. item: the chunk that it came with."""
         if step == "start":
-            self._ids.append(f"{_PREFIXES[part.kind]}_{uuid.uuid4().hex}")
+            self._ids.append(f"{_PREFIXES[self._kind(part)]}_{uuid.uuid4().hex}")
+            self._input = ""
         at = {"item_id": self._ids[part.index], "output_index": part.index}
         match step:
             case "start":
-                empty = {**self._item(part, "in_progress"), **_EMPTY[part.kind]}
+                empty = {**self._item(part, "in_progress"), **_EMPTY[self._kind(part)]}
                 yield self._event("response.output_item.added", output_index=part.index, item=empty)
                 if part.kind != "call":
                     yield self._content_event("added", at, part, "")
             case "more":
+                if self._kind(part) == "custom":
+                    told, self._input = self._input, custom_input(part.text)
+                    text = self._input[len(told) :]
+                    if not text:
+                        return
                 name, place = self._place(part)
                 extra = {"logprobs": self._new_logprobs()} if part.kind == "text" else {}
                 yield self._event(f"response.{name}.delta", **at, **place, delta=text, **extra)
@@ -129,11 +139,13 @@ class ResponsesFormat:
 
     def _place(self, part: Part) -> tuple[str, dict[str, int]]:
         """What a part's events are called, and where in the item they say they belong."""
-        match part.kind:
+        match self._kind(part):
             case "text":
                 return "output_text", {"content_index": 0}
             case "call":
                 return "function_call_arguments", {}
+            case "custom":
+                return "custom_tool_call_input", {}
             case _ if self._body.summarises:
                 return "reasoning_summary_text", {"summary_index": 0}
             case _:
@@ -141,9 +153,15 @@ class ResponsesFormat:
 
     def _said(self, part: Part) -> dict[str, Any]:
         """A part's whole text, as the event at its end has it."""
-        if part.kind == "call":
-            return {"arguments": part.text, "name": part.name}
-        return {"text": part.text, "logprobs": self._logprobs} if part.kind == "text" else {"text": part.text}
+        match self._kind(part):
+            case "call":
+                return {"arguments": part.text, "name": self._called(part)["name"]}
+            case "custom":
+                return {"input": custom_input(part.text)}
+            case "text":
+                return {"text": part.text, "logprobs": self._logprobs}
+            case _:
+                return {"text": part.text}
 
     def _content_event(self, what: str, at: dict[str, Any], part: Part, text: str) -> Event:
         _, place = self._place(part)
@@ -165,10 +183,13 @@ class ResponsesFormat:
     def _item(self, part: Part, status: str) -> dict[str, Any]:
         """The item that a part is, with what there is of its text."""
         item = {"id": self._ids[part.index], "status": status}
-        match part.kind:
+        match self._kind(part):
             case "call":
-                call = {"call_id": part.id, "name": part.name, "arguments": part.text}
+                call = {"call_id": part.id, **self._called(part), "arguments": part.text}
                 return {**item, "type": "function_call", **call}
+            case "custom":
+                call = {"call_id": part.id, **self._called(part), "input": custom_input(part.text)}
+                return {**item, "type": "custom_tool_call", **call}
             case "text":
                 content = [self._content(part, part.text)]
                 return {**item, "type": "message", "role": "assistant", "content": content}
@@ -179,6 +200,18 @@ class ResponsesFormat:
                 if ENCRYPTED_REASONING in self._body.includes:
                     told["encrypted_content"] = seal(part.text)  # type: ignore[assignment]
                 return {**item, "type": "reasoning", **told}
+
+    def _kind(self, part: Part) -> str:
+        """The part's kind, "custom" for the call of a custom tool."""
+        tool = self._tools.get(part.name)
+        return "custom" if tool is not None and tool.custom else part.kind
+
+    def _called(self, part: Part) -> dict[str, str]:
+        """What a call calls, by the client's names."""
+        tool = self._tools.get(part.name)
+        if tool is None:
+            return {"name": part.name}  # The model has made it up.
+        return {"name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})}
 
     def _new_logprobs(self) -> list[dict[str, Any]]:
         """Log-probabilities of the text's tokens since the event before."""
@@ -214,6 +247,7 @@ class ResponsesFormat:
 _EMPTY: dict[str, dict[str, Any]] = {
     "text": {"content": []},
     "call": {"arguments": ""},
+    "custom": {"input": ""},
     "reasoning": {"summary": [], "content": []},
 }
 """What an item that has just begun has, whatever it will have."""
@@ -223,7 +257,11 @@ def _asked(body: ResponsesBody, stored: bool) -> dict[str, Any]:
     """What was asked for, as a response repeats it, defaults filled in."""
     reasoning, text = body.reasoning, body.text
     format_ = text.format if text is not None else None
-    tools = [{"parameters": None, "strict": True, **_dump(tool)} for tool in body.tools or ()]
+    tools = [
+        {**({"parameters": None, "strict": True} if isinstance(tool, FunctionTool) else {}), **_dump(tool)}
+        for tool in body.tools or ()
+        if not isinstance(tool, HostedTool)
+    ]
     choice = body.tool_choice or "auto"
     return {
         "background": False,

@@ -5,57 +5,15 @@ import re
 from typing import Any
 
 import pytest
-from openai import omit
-from openai.lib.streaming.responses._responses import ResponseStreamState
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter, ValidationError
 
-from deployments.body_faults import describe
 from deployments.failures import GenerationFailed, RateLimited, describe_failure
-from deployments.generation import Choice, TextChunk
 from deployments.response_items import seal
-from deployments.responses_body import ResponsesBody
 from deployments.responses_format import ResponsesFormat
 from orthrus.errors import RequestError
 from tests.chunks import ANSWER, chunks, cut
+from tests.responses import EVENTS, SCHEMA, TOOL, body, streamed, whole, without_ids
 
-EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
-TOOL = {"type": "function", "name": "weather", "description": "d", "parameters": SCHEMA, "strict": True}
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
-
-
-def body(**fields: Any) -> ResponsesBody:
-    asked = {"model": "m", "input": "hi", **fields}
-    try:
-        return ResponsesBody.model_validate_json(json.dumps(asked))
-    except ValidationError as error:
-        raise describe(error) from None
-
-
-def streamed(
-    items: list[TextChunk], asked: ResponsesBody, tokenizer: Any = None
-) -> tuple[list[Any], dict[str, Any]]:
-    """The events, each of them OpenAI's to the letter and digested by OpenAI's client, and the response in the last."""
-    out = ResponsesFormat(asked, tokenizer, stored=False)
-    raw = [*out.opening(), *(event for item in items for event in out.events(item))]
-    events = [EVENTS.validate_json(json.dumps(event), strict=True) for event in raw]
-    state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
-    for event in events:
-        state.handle_event(event)
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    return events, raw[-1]["response"]
-
-
-def whole(items: list[TextChunk], asked: ResponsesBody, tokenizer: Any = None) -> dict[str, Any]:
-    response = ResponsesFormat(asked, tokenizer, stored=False).whole(Choice(items))
-    Response.model_validate_json(json.dumps(response), strict=True)
-    return response
-
-
-def without_ids(response: dict[str, Any]) -> dict[str, Any]:
-    output = [{**item, "id": None} for item in response["output"]]
-    return {**response, "id": None, "created_at": None, "completed_at": None, "output": output}
 
 
 # --- requests
@@ -183,12 +141,6 @@ def test_the_formats_of_text_and_the_choices_of_tools() -> None:
         (
             {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "[]"}]},
             "input[0].function_call.arguments: must be the text of a JSON object",
-        ),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]: tools of type 'web_search' do not run here"),
-        ({"tools": [{"type": "local_shell"}]}, "tools[0]: tools of type 'local_shell' do not run here"),
-        (
-            {"tools": [{"type": "custom", "name": "p"}]},
-            "tools of type 'custom' are not supported here: send a function",
         ),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name: Field required"),
         ({"tool_choice": "required"}, "tool_choice needs tools"),
