@@ -110,6 +110,7 @@ class ResponsesBody(Body):
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     truncation: Literal["disabled"] | None = None
+    client_metadata: dict[str, Any] | None = None  # Codex' own, without effect.
     max_tool_calls: int | None = None  # Of tools that run on the server: there are none.
     n: Literal[1] | None = None
     background: Annotated[

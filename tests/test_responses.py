@@ -78,6 +78,7 @@ CODEX: dict[str, Any] = {
     "stream": True,
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "0199",
+    "client_metadata": {"session_id": "01a2"},
     "text": {"verbosity": "low"},
     "service_tier": "priority",
 }
