@@ -43,14 +43,14 @@ class PathManners:
         if scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
-        scope["method"] = "GET"
 
         async def send_head(message: Message) -> None:
             if message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
-        await self._app(scope, receive, send_head)
+        # A copy: in the server's own scope it stays HEAD, or the server would wait for the body and drop the connection.
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class Cors:

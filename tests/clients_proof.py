@@ -28,7 +28,9 @@ from tests.qwen3_tokenizer import FILES, fetch
 
 SCRIPTS = ROOT / "tests" / "clients"
 ENVIRONMENTS = ROOT / ".cache" / "clients"
-# A random model's thoughts would have no end.
+# Besides the two that are Qwen3's, 1 token in 50: else a random model would hardly end an answer.
+ENDS = [151645, 151643, *range(100_000, 103_000)]
+# Nor its thoughts.
 NO_THINKING = "{%- set enable_thinking = enable_thinking is defined and enable_thinking %}"
 INSTALL_SECONDS, RUN_SECONDS = 1200, 420
 # The agents' package takes an answer that was cut off for an error, and a random model ends none. Codex' instructions
@@ -76,9 +78,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
 
 def _qwen3_checkpoint(path: Path) -> Path:
     """A small random model with Qwen3's own tokenizer, special tokens and chat template."""
-    make_checkpoint(
-        path, vocab_size=151936, max_position_embeddings=32768, eos_token_id=[151645, 151643], block_size=8
-    )
+    make_checkpoint(path, vocab_size=151936, max_position_embeddings=32768, eos_token_id=ENDS, block_size=8)
     edit_json(path / "config.json", mask_token_id=151669)
     for name in FILES:
         shutil.copy(fetch() / name, path / name)
