@@ -91,7 +91,8 @@ class WordMask:
         if not self.accepts([token]):
             self.error = f"{_NOTHING_LEFT} to go on with: allow more"
         self._newest.append(token)
-        del self._newest[: len(self._newest) - self._rules.memory]
+        # All of a word but its last token is looked at.
+        del self._newest[: max(0, len(self._newest) - self._rules.memory)]
 
 
 class JointMask:

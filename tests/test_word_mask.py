@@ -55,6 +55,20 @@ def rules(words: dict[str, list[int]], allowed: list[int] | None = None, vocab: 
     return WordRules(tokenizer, vocab, [w for w in words if not w.startswith(" ")], allowed)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 9])
+def test_long_words_are_known_token_by_token_and_in_one_block(length: int) -> None:
+    word = list(range(1, length + 1))
+    table = rules({"word": word, "abc": [11, 12, 13]})
+    before = [20, 21, *word[:-1]]
+    stepwise, block = WordMask(table), WordMask(table)
+    for token in before:
+        assert stepwise.accepts([token]) == 1
+        stepwise.commit(token)
+    assert block.accepts([*before, word[-1]]) == len(before)
+    assert stepwise.accepts([word[-1]]) == 0
+    assert ids_of(block, before, 40)[-1] == ids_of(stepwise, [], 40)[0]
+
+
 def test_the_last_token_of_a_word_is_forbidden_behind_the_others() -> None:
     everything = list(range(40))
     mask = WordMask(rules({"a": [35], "bc": [5, 6], " bc": [7, 6], "xyz": [1, 2, 3]}))
