@@ -135,6 +135,7 @@ class _View:
         self._others = max(0, ongoing - len(self._mine)) - counted
 
     def add(self, name: bytes, load: Load) -> None:
+        self._ended.pop(name, None)  # It may have been taken back before.
         self._mine[name] = load
         self._sent = self._sent.plus(load)
 

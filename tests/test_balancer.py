@@ -318,6 +318,22 @@ def test_who_is_refused_keeps_its_place_and_nothing_goes_there_until_it_is_heard
     assert balancer.dispatch() == [("later", "a")]
 
 
+def test_a_request_that_was_taken_back_and_sent_again_counts_once() -> None:
+    capacity = CAPACITY._replace(max_num_seqs=2)
+    now = [0.0]
+    balancer = PrefixBalancer(clock=lambda: now[0])
+    balancer.update({"a": (capacity, report())})
+    first = Request("first", [1, 2, 3], SamplingParams(max_tokens=8))
+    assert place(balancer, first) == "a"
+    now[0] += 3
+    assert balancer.dispatch() == [] and balancer.use("a") == pytest.approx(0), "never confirmed"
+    balancer.confirm(first, "a")  # It was taken after all, late.
+    balancer.update({"a": (capacity, report(["first"]))})
+    for name in ("second", "third"):
+        balancer.add(Request(name, [1, 2, 3], SamplingParams(max_tokens=8)), "")
+    assert [name for name, _ in balancer.dispatch()] == ["second"]
+
+
 def test_a_dead_replica_gets_nothing_and_a_choice_that_came_to_nothing_is_forgotten() -> None:
     now = 0.0
     balancer = PrefixBalancer(clock=lambda: now)
