@@ -82,9 +82,12 @@ class Ingress(GrpcIngress):
         body = await read_body(request, CompletionBody, self._config)
         self._check_model(body.model)
         call.read(body)
-        params = body.sampling()
+        params = await asyncio.to_thread(body.sampling)
         given = body.prompts()
         prompts = [await self._prompt(body, prompt, body.max_tokens) for prompt in given]
+        # Before anything is done with them: what is no token may be no number that anything holds.
+        if any(tokens and (min(tokens) < 0 or max(tokens) >= self._vocab_size) for tokens in prompts):
+            raise RequestError(f"prompt token ids must be between 0 and {self._vocab_size - 1}", "prompt")
         check_scores(prompts * params.n if body.echo else prompts, params)
         out = ResponseFormat(
             False,
@@ -99,8 +102,6 @@ class Ingress(GrpcIngress):
             prompts=prompts,
         )
         if body.echo:
-            if any(not 0 <= token < self._vocab_size for prompt in prompts for token in prompt):
-                raise RequestError(f"prompt token ids must be between 0 and {self._vocab_size - 1}", "prompt")
             out.echo = [
                 # What is left of a text is spelled from its tokens.
                 await asyncio.to_thread(

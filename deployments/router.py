@@ -63,12 +63,12 @@ class PrefixRouter(RequestRouter):
 
     async def _wait_for_room(self, request: Request, session: str) -> ReplicaID:
         """The replica that has room for a request, which is charged; at once where there is one."""
-        grant = self._grants[request.request_id] = self._event_loop.create_future()
         self._balancer.add(request, session)
-        self._dispatch()
-        if not grant.done() and (self._asking is None or self._asking.done()):
-            self._asking = self._event_loop.create_task(self._ask())
+        grant = self._grants[request.request_id] = self._event_loop.create_future()
         try:
+            self._dispatch()
+            if not grant.done() and (self._asking is None or self._asking.done()):
+                self._asking = self._event_loop.create_task(self._ask())
             return await grant
         except asyncio.CancelledError:
             self._end(request.request_id)

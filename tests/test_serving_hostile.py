@@ -148,6 +148,7 @@ REFUSED: dict[str, tuple[bytes, str | None, int]] = {
     "fewer than no tokens": (completion(max_tokens=-(10**30)), "max_tokens", 400),
     "seed of 100 bits": (completion(seed=10**30), "seed", 400),
     "token id of 100 bits": (completion(prompt=[10**30]), "prompt", 400),
+    "a page of token ids of 100 bits": (completion(prompt=[10**30] * 40), "prompt", 400),
     "negative token id": (completion(prompt=[-1]), "prompt", 400),
     "ids and text": (completion(prompt=[1, "a"]), "prompt[0]", 400),
     "lists in lists in lists": (completion(prompt=[[[1]]]), "prompt[0][0]", 400),
