@@ -124,7 +124,7 @@ class GrpcIngress(IngressCore):
         params, body = request_params(request.sampling), completion_body(request)
         call.read(body)
         if body.constraint is not None:
-            params = replace(params, grammar=body.constraint.lark)
+            params = replace(params, grammar=await asyncio.to_thread(getattr, body.constraint, "lark"))
         [given] = body.prompts()
         prompt = await self._prompt(body, given, params.max_tokens)
         chunks = generate(self._replica, self._receiver, self._tokenizer, call, prompt, params)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from deployments.calls import Call
 from deployments.chats import Chats, stream_answer
@@ -80,7 +80,7 @@ class ResponsesApi:
     async def input_items(self, call: Call, id: str, query: Mapping[str, str]) -> dict[str, Any]:
         """A page of what went into a stored response, the newest first unless `order` is asc. Raises as `get` does."""
         limit, order = query.get("limit", "20"), query.get("order", "desc")
-        if not limit.isdecimal() or not 1 <= int(limit[:9]) <= _MOST_LISTED:
+        if not limit.isdecimal() or len(limit) > 9 or not 1 <= int(limit) <= _MOST_LISTED:
             raise RequestError(f"limit must be between 1 and {_MOST_LISTED}, got {limit}", "limit")
         if order not in ("asc", "desc"):
             raise RequestError(f"order must be asc or desc, got {order!r}", "order")
@@ -127,7 +127,14 @@ class ResponsesApi:
                 f"previous_response_id: there is no response {body.previous_response_id!r} here, or no longer",
                 "previous_response_id",
             )
-        return _ITEMS.validate_python(stored.items)
+        try:
+            return _ITEMS.validate_python(stored.items)
+        except ValidationError as error:
+            raise RequestError(
+                f"previous_response_id: response {body.previous_response_id!r} has a call that was cut off: send the earlier "
+                "items as input, without that call",
+                "previous_response_id",
+            ) from error
 
 
 def _owner(call: Call) -> str:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,8 +62,9 @@ def _work(work: Callable[[], int], mask: set[int | signal.Signals]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # Whoever read them may have gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
 
 

@@ -75,6 +75,7 @@ def test_what_is_written_is_valid(ar: Engine, masks: GrammarMasks, name: str) ->
         ({"const": float("inf")}, "too large"),
         ({"const": "\ud800"}, "surrogate"),
         ({"$ref": "#/$defs/x"}, "leads nowhere"),
+        ({"$ref": "#/allOf/" + "9" * 5000, "allOf": [True]}, "leads nowhere"),
         ({"$ref": "#x"}, "no such .anchor"),
         ({"$ref": "https://example.com/x"}, "leads out of the schema"),
         ({"$ref": "#"}, "no value"),

@@ -99,7 +99,10 @@ def test_responses_are_not_stored_unless_that_is_set(client: openai.OpenAI) -> N
 
 def test_refusals_of_a_response_are_openais(client: openai.OpenAI) -> None:
     hosted: Any = [{"type": "web_search"}]
-    for fields, param in (({"tools": hosted}, "tools[0]"), ({"background": True}, "background")):
+    for fields, param in (
+        ({"tools": hosted, "tool_choice": "required"}, "tool_choice"),
+        ({"background": True}, "background"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(**SAID, **fields, stream=True)
         assert caught.value.param == param
