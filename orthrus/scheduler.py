@@ -1,8 +1,9 @@
 """Continuous batching: who takes part in the next pass, with which rows, on which pages.
 
 Decoding sequences come first, then prompts in chunks, then newcomers while there is room, by priority and then in order of
-arrival. When pages run out, the last sequence in that order gives up its own and is computed again later: what it had
-committed stays, so its text does not change.
+arrival. A prompt that is to be scored lets others pass while the rows that may score are taken. When pages run out, the last
+sequence in that order gives up its own and is computed again later: what it had committed stays, so its text does not
+change.
 """
 
 import bisect
@@ -139,11 +140,21 @@ class Scheduler:
                 budget -= _rows(groups)
                 score_budget -= part.scoring
             planned.append(part)
-        while budget and self.waiting and len(self.running) < self._max_num_seqs:
-            sequence = self.waiting[0]
+        return planned + self._newcomers(budget, score_budget)
+
+    def _newcomers(self, budget: int, score_budget: int) -> list[Planned]:
+        """Those who begin in this pass, with what the running sequences leave of its rows."""
+        planned: list[Planned] = []
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) >= self._max_num_seqs:
+                break
             leader = sequence.leader
             if leader is not None and leader.num_generated == 0 and leader.finish_reason is None:
+                if leader.unscored:
+                    continue  # Scoring takes many passes, and leaves room in them.
                 break  # its prompt's pages are about to be shared
+            if sequence.unscored and score_budget <= 0:
+                continue  # It keeps its place, and lets those pass that score nothing.
             admitted = self._admit(sequence, budget, score_budget)
             if admitted is None:
                 break
@@ -232,7 +243,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _admit(self, sequence: Sequence, budget: int, score_budget: int) -> RowGroup | None:
-        """Start the first waiting sequence if its first chunk fits beside the running ones' next pages."""
+        """Start a waiting sequence if its first chunk fits beside the running ones' next pages."""
         # The newest token is always computed, and what is still to be scored: their rows give the logits.
         known = sequence.unscored.start if sequence.unscored else sequence.newest
         hashes = page_hashes(sequence.tokens[:known], self._page_size, salt=sequence.cache_salt)
@@ -250,7 +261,7 @@ class Scheduler:
         if sequence.num_generated == 0:
             sequence.cached_tokens = sequence.computed
         sequence.pages.extend(pages)
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_turn)
         self.admitted += 1
         waited = time.monotonic() - sequence.queued_at

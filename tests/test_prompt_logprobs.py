@@ -252,3 +252,29 @@ def test_scoring_gets_on_however_many_sequences_decode(ar: Engine, checkpoint: P
         got[0].prompt_logprobs.tokens(), scores(ar.generate([text], SCORE)[0][0]), strict=True
     ):
         assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+
+
+def test_others_pass_a_prompt_that_waits_to_be_scored(checkpoint: Path, ar: Engine) -> None:
+    """While some prompts take all rows that may score, those that score nothing begin: they have slots, pages and rows."""
+    ours = engine(checkpoint, prefill_chunk=2048)
+    texts = [[i + 1] * 500 for i in range(3)]
+    assert 500 < ours._scheduler._score_budget(0) < 1000
+    requests = [Request(f"score {i}", text, replace(SCORE, n=2)) for i, text in enumerate(texts)]
+    requests.append(Request("answer", [3, 4, 5], GREEDY))
+    for request in requests:
+        ours.submit(request)
+    told: dict[str, list[Chunk]] = {request.request_id: [] for request in requests}
+    began = []
+    while ours.has_work:
+        for chunk in ours.step():
+            if not told[chunk.request_id]:
+                began.append(chunk.request_id)
+            told[chunk.request_id].append(chunk)
+    assert set(began[:2]) == {"score 0", "answer"}
+    assert began[2:] == ["score 1", "score 2"]
+    [[alone]] = ar.generate([[3, 4, 5]], GREEDY)
+    assert tuple(token for chunk in told["answer"] for token in chunk.token_ids) == alone.token_ids
+    for i, text in enumerate(texts):
+        [part] = [c.prompt_logprobs for c in told[f"score {i}"] if c.prompt_logprobs is not None]
+        for mine, theirs in zip(part.tokens(), scores(ar.generate([text], SCORE)[0][0]), strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
