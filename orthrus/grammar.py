@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ _LIMITS = LLParserLimits(
     max_lexer_states=50_000,
     max_grammar_size=200_000,
 )
-# How `orthrus.json_schema` writes that an object may have keys without a name.
-_FREE_KEYS = '"patternProperties": {'
+# How `orthrus.json_schema` writes that an object may have keys by a pattern, which says nothing of how often each comes.
+_FREE_KEYS = '"patternProperties": {"'
 
 
 def json_grammar(schema: Any, param: str = "response_format") -> str:
@@ -181,14 +181,23 @@ class GrammarMask:
         self._matcher.rollback(taken)
         known = len(rows)
         rows += rows[-1:] * (len(ahead) + 1 - first - len(rows))
-        self._note_time(begin, known)
-        masks = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), -1)[
-            :, : self._width
-        ]
+        masks = self._tensor(rows)
         # Only what is verified counts; a draft may bring a key again.
         if self._keys is not None and first == 0:
             self._forbid_repeated_keys(self._keys, masks[:known], ahead)
+        self._note_time(begin, known)
         return masks
+
+    def _tensor(self, rows: Sequence[bytes]) -> Tensor:
+        masks = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32)
+        return masks.view(len(rows), -1)[:, : self._width]
+
+    def _behind(self, ahead: Sequence[int], token: int) -> Tensor:
+        """The mask behind `ahead` and one more token, keys that come again included."""
+        taken = self._matcher.try_consume_tokens([*ahead, token])
+        row = self._matcher.compute_bitmask()
+        self._matcher.rollback(taken)
+        return self._tensor([row])[0]
 
     def _forbid_repeated_keys(self, keys: KeyTokens, masks: Tensor, ahead: Sequence[int]) -> None:
         place: Place | None = self._place
@@ -199,7 +208,9 @@ class GrammarMask:
             anything = keys.follows_nothing(row)
             if anything:
                 place = Place()
-            self._ahead.append(_Position(anything, stuck=not keys.forbid(row, place)))
+            behind = partial(self._behind, ahead[:i])
+            stuck = not keys.forbid(row, place, behind)
+            self._ahead.append(_Position(anything, stuck))
             if i < len(ahead):
                 place = place.after(keys.texts[ahead[i]])
 
@@ -210,10 +221,10 @@ class GrammarMask:
         return accepted
 
     def commit(self, token: int) -> None:
+        if self._keys is not None and not self._ahead:
+            self.allowed([])
         begin = time.thread_time()
         if self._keys is not None:
-            if not self._ahead:
-                self.allowed([])
             position = self._ahead.pop(0)
             place = Place() if position.anything else self._place
             self._place = place.after(self._keys.texts[token]) or Place()
@@ -227,7 +238,7 @@ class GrammarMask:
         self._note_time(begin, 1)
 
     def _note_time(self, begin: float, positions: int) -> None:
-        """Note what the matcher has done since `begin`, in this thread's seconds, for so many positions."""
+        """Note what was done since `begin`, in this thread's seconds, for so many positions."""
         self._seconds = max(0.0, self._seconds + time.thread_time() - begin - positions * _POSITION_SECONDS)
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.get_error().partition("<state>")[0].strip()

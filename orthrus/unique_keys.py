@@ -5,7 +5,8 @@ mask. Where a grammar lets any text pass, as thoughts before the JSON, there is 
 """
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,17 +14,20 @@ from torch import Tensor
 
 from orthrus.json_schema import MAX_KEY
 
+_MOST_LOOKED_BEHIND = 16
+"""Tokens of one position whose next mask is made, only to see whether the answer can go on there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where in a JSON text the next byte comes.
 
-    open: the arrays (None) and objects (their keys so far) that are open, outermost first. string: the bytes of a key under
-    way, empty in other strings, None outside of strings. escaped: whether a backslash has just come. wants_key: whether
-    the next string is a key.
+    open: the arrays (None) and objects (their keys so far, as `_spelled_out` has them, sorted) that are open, outermost
+    first. string: the bytes of a key under way, empty in other strings, None outside of strings. escaped: whether a
+    backslash has just come. wants_key: whether the next string is a key.
     """
 
-    open: tuple[frozenset[str] | None, ...] = ()
+    open: tuple[tuple[bytes, ...] | None, ...] = ()
     string: bytes | None = None
     escaped: bool = False
     wants_key: bool = False
@@ -50,18 +54,30 @@ class Place:
             if place.wants_key:
                 keys, key = place.open[-1], _spelled_out(string)
                 assert keys is not None, "only objects have keys"
-                if key in keys:
+                at = bisect_left(keys, key)
+                if keys[at : at + 1] == (key,):
                     return None
-                place = replace(place, open=(*place.open[:-1], keys | {key}), wants_key=False)
+                keys = (*keys[:at], key, *keys[at:])
+                place = replace(place, open=(*place.open[:-1], keys), wants_key=False)
             start = end + 1
         return place
+
+    def rests(self) -> Iterator[tuple[bytes, bytes]]:
+        """The keys of the object that begin as the one under way, each with what this one lacks of it."""
+        keys = self.open[-1] if self.in_key else None
+        if not keys or self.string is None:
+            return
+        for i in range(bisect_left(keys, self.string), len(keys)):
+            if not keys[i].startswith(self.string):
+                return
+            yield keys[i], keys[i][len(self.string) :]
 
     def _after_mark(self, mark: bytes) -> "Place":
         match mark:
             case b'"':
                 return replace(self, string=b"")
             case b"{":
-                return replace(self, open=(*self.open, frozenset()), wants_key=True)
+                return replace(self, open=(*self.open, ()), wants_key=True)
             case b"[":
                 return replace(self, open=(*self.open, None), wants_key=False)
             case b"}" | b"]":
@@ -88,12 +104,13 @@ def _leaves_escaped(piece: bytes, escaped: bool) -> bool:
     return (backslashes + (escaped and backslashes == len(piece))) % 2 == 1
 
 
-def _spelled_out(string: bytes) -> str:
-    """A key as what it means; two spellings of one key are one key."""
+def _spelled_out(string: bytes) -> bytes:
+    """A key as JSON spells it with the fewest escapes; two spellings of one key are one key."""
     try:
-        return str(json.loads(b'"' + string + b'"'))
+        key = str(json.loads(b'"' + string + b'"'))
     except ValueError:
-        return string.decode(errors="replace")
+        key = string.decode(errors="replace")
+    return json.dumps(key, ensure_ascii=False)[1:-1].encode(errors="surrogatepass")
 
 
 class KeyTokens:
@@ -101,38 +118,45 @@ class KeyTokens:
 
     def __init__(self, texts: Sequence[bytes]) -> None:
         self.texts = texts
+        self._whole: dict[bytes, list[int]] = {}
+        for token, text in enumerate(texts):
+            self._whole.setdefault(text, []).append(token)
         quoted = [token for token, text in enumerate(texts) if b'"' in text]
         # By what they end a key with; those that begin with a backslash or have several quotes must be followed.
-        self.ending: dict[bytes, list[int]] = {}
+        self._ending: dict[bytes, list[int]] = {}
         unclear: list[int] = []
         for token in quoted:
             before = texts[token].partition(b'"')[0]
             if b"\\" in before or texts[token].count(b'"') > 1:
                 unclear.append(token)
             if b"\\" not in before:
-                self.ending.setdefault(before, []).append(token)
+                self._ending.setdefault(before, []).append(token)
         self._quoted, self._unclear = np.array(quoted, np.int64), np.array(unclear, np.int64)
         # Both may come only where anything may: JSON has no raw line end in a string, and no z elsewhere.
-        self._anything = np.array([texts.index(text) for text in (b"\n", b"z") if text in texts], np.int64)
+        self._anything = np.array(
+            [self._whole[text][0] for text in (b"\n", b"z") if text in self._whole], np.int64
+        )
 
     def follows_nothing(self, row: Tensor) -> bool:
         """Whether a mask of one position, int32 [ceil(vocab_size / 32)], lets any text pass."""
         return len(self._anything) == 2 == len(_those_set(row, self._anything))
 
-    def forbid(self, row: Tensor, place: Place) -> bool:
-        """Clear the bits of tokens that bring a key again; False, and nothing cleared, if none would be left."""
-        repeating = self._repeating(row, place)
+    def forbid(self, row: Tensor, place: Place, behind: Callable[[int], Tensor]) -> bool:
+        """Clear the bits of tokens that bring a key again; False, and nothing cleared, if none would be left.
+
+        behind: the mask of the position behind a token of this one.
+        """
+        repeating = self._repeating(row, place) + self._dead_ends(row, place, behind)
         if not repeating:
             return True
-        before = row.clone()
-        for token in repeating:
-            row[token // 32] &= ~(1 << token % 32) if token % 32 != 31 else 0x7FFFFFFF
-        if row.any():
-            return True
-        row.copy_(before)
-        return False
+        left = _without(row, repeating)
+        if not left.any():
+            return False
+        row.copy_(left)
+        return True
 
     def _repeating(self, row: Tensor, place: Place) -> list[int]:
+        """The tokens that end a key which is there already."""
         if not any(place.open):
             return []
         followed = self._unclear
@@ -142,16 +166,35 @@ class KeyTokens:
             if b"\\" in place.string or place.escaped:
                 followed = self._quoted
             else:
-                for key in place.open[-1]:
-                    spelled = json.dumps(key, ensure_ascii=False)[1:-1].encode(errors="replace")
-                    if spelled.startswith(place.string):
-                        rest = spelled[len(place.string) :]
-                        repeating += self.ending.get(rest, ())
-                        # A key of full length can only end.
-                        if rest and len(key) >= MAX_KEY:
-                            repeating += [token for token, text in enumerate(self.texts) if text == rest]
+                repeating = [token for _, rest in place.rests() for token in self._ending.get(rest, ())]
         unclear = [token for token in _those_set(row, followed) if place.after(self.texts[token]) is None]
         return repeating + unclear
+
+    def _dead_ends(self, row: Tensor, place: Place, behind: Callable[[int], Tensor]) -> list[int]:
+        """The tokens behind which a key has its full length, so that it can only end, and is there already."""
+        complete = [
+            token
+            for key, rest in place.rests()
+            if rest and len(key) >= MAX_KEY
+            for token in self._whole.get(rest, ())
+        ]
+        dead: list[int] = []
+        for token in _those_set(row, np.array(complete, np.int64))[:_MOST_LOOKED_BEHIND]:
+            # The key may be the beginning of one that the schema names.
+            next_row, next_place = behind(token), place.after(self.texts[token])
+            assert next_place is not None, "a token without a quote ends no key"
+            if not _without(next_row, self._repeating(next_row, next_place)).any():
+                dead.append(token)
+        return dead
+
+
+def _without(row: Tensor, tokens: Sequence[int]) -> Tensor:
+    """A copy of a mask's row without the bits of `tokens`."""
+    left = row.clone()
+    which = np.array(tokens, np.int64)
+    bits = np.uint32(1) << (which % 32).astype(np.uint32)
+    np.bitwise_and.at(left.numpy().view(np.uint32), which // 32, ~bits)
+    return left
 
 
 def _those_set(row: Tensor, tokens: np.ndarray) -> list[int]:
