@@ -5,10 +5,9 @@ Every function obeys one rule: a row's result depends on that row's inputs only,
 rows in the launch and whatever they hold. Zero drift rests on it.
 """
 
-from kernels.attention import AttentionPlan, paged_attention
-from kernels.attention_work import AttentionGroup
-from kernels.embedding import embed
-from kernels.linear import (
+from kernels.attention.reference import AttentionPlan, paged_attention
+from kernels.attention.work import AttentionGroup
+from kernels.linear.weight import (
     PackedLinear,
     linear,
     linear_add_rms_norm,
@@ -17,9 +16,10 @@ from kernels.linear import (
     pack_gated_linear,
     pack_linear,
 )
-from kernels.qk_norm_rope import qk_norm_rope
-from kernels.sampling import gumbel_argmax, gumbel_noise
-from kernels.upload import upload
+from kernels.rows.embedding import embed
+from kernels.rows.qk_norm_rope import qk_norm_rope
+from kernels.rows.sampling import gumbel_argmax, gumbel_noise
+from kernels.rows.upload import upload
 from kernels.workspace import start_layer
 
 __all__ = [

@@ -19,13 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import linear_triton
-from kernels.attention import AttentionPlan, paged_attention
-from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
-from kernels.attention_work import AttentionGroup, AttentionWork, plan_work
-from kernels.linear import PackedLinear
-from kernels.linear_triton import LinearTiles, num_segments
-from kernels.qk_norm_rope import qk_norm_rope
+from kernels.attention.reference import AttentionPlan, paged_attention
+from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
+from kernels.attention.work import AttentionGroup, AttentionWork, plan_work
+from kernels.linear import triton as linear_triton
+from kernels.linear.triton import LinearTiles, num_segments
+from kernels.linear.weight import PackedLinear
+from kernels.rows.qk_norm_rope import qk_norm_rope
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 12288, 32, 8, 128, 64
 SHAPES = {

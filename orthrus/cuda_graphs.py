@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import AttentionPlan, gumbel_argmax, linear_gumbel_argmax, upload, workspace
-from kernels.attention_triton import attention_programs, shares_tiles, tile_rows
-from kernels.attention_work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
+from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
+from kernels.attention.work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
 from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
 from orthrus.model_runner import LaunchedPass

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.sampling import NO_TOKEN
+from kernels.rows.sampling import NO_TOKEN
 from orthrus.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner

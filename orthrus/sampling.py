@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import gumbel_argmax
-from kernels.sampling import NO_TOKEN, argmax, noise_keys
+from kernels.rows.sampling import NO_TOKEN, argmax, noise_keys
 from orthrus.request import SamplingParams
 from orthrus.token_mask import TokenMask
 

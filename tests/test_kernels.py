@@ -23,10 +23,10 @@ from kernels import (
     pack_linear,
     paged_attention,
 )
-from kernels.activation import silu_mul
-from kernels.rms_norm import rms_norm
-from kernels.rope import apply_rope
-from kernels.sampling import noise_keys
+from kernels.rows.activation import silu_mul
+from kernels.rows.rms_norm import rms_norm
+from kernels.rows.rope import apply_rope
+from kernels.rows.sampling import noise_keys
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])

@@ -18,25 +18,20 @@ from kernels import (
     AttentionGroup,
     AttentionPlan,
     PackedLinear,
-    attention_triton,
-    attention_work,
     embed,
-    embedding_triton,
     gumbel_argmax,
     gumbel_noise,
     linear,
     linear_add_rms_norm,
     linear_gumbel_argmax,
     linear_silu_mul,
-    linear_triton,
     paged_attention,
     qk_norm_rope,
-    qk_norm_rope_triton,
-    sampling_triton,
     upload,
-    upload_triton,
 )
-from kernels.attention_work import (
+from kernels.attention import triton as attention_triton
+from kernels.attention import work as attention_work
+from kernels.attention.work import (
     DIVIDED_ROW,
     HEADER,
     ITEM,
@@ -46,8 +41,10 @@ from kernels.attention_work import (
     segment_start,
     work_size,
 )
-from kernels.linear_triton import LinearTiles
-from kernels.sampling import NO_TOKEN, noise_keys
+from kernels.linear import triton as linear_triton
+from kernels.linear.triton import LinearTiles
+from kernels.rows import embedding_triton, qk_norm_rope_triton, sampling_triton, upload_triton
+from kernels.rows.sampling import NO_TOKEN, noise_keys
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"

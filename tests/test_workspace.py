@@ -6,7 +6,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import PackedLinear, linear_triton, start_layer
+from kernels import PackedLinear, start_layer
+from kernels.linear import triton as linear_triton
 from kernels.workspace import empty, results_in
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ cycle brings two tokens at least, for reading the AR view's attention weights on
 
 import itertools
 
-from kernels.sampling import NO_TOKEN
+from kernels.rows.sampling import NO_TOKEN
 from orthrus.draft_planner import DraftPlanner
 from orthrus.plan import RowGroup, View
 from orthrus.schedules.ar import ARSchedule

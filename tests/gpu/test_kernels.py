@@ -22,15 +22,15 @@ from kernels import (
     linear_add_rms_norm,
     linear_gumbel_argmax,
     linear_silu_mul,
-    linear_stream,
-    linear_triton,
     paged_attention,
     qk_norm_rope,
-    sampling_triton,
     upload,
 )
 from kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
-from kernels.sampling import NO_TOKEN, noise_keys
+from kernels.linear import hopper as linear_stream
+from kernels.linear import triton as linear_triton
+from kernels.rows import sampling_triton
+from kernels.rows.sampling import NO_TOKEN, noise_keys
 
 DEVICE = torch.device("cuda")
 ROWS = (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512)

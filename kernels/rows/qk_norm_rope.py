@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from kernels.device import runs_triton
-from kernels.rms_norm import rms_norm
-from kernels.rope import apply_rope
+from kernels.rows.rms_norm import rms_norm
+from kernels.rows.rope import apply_rope
 
 
 def qk_norm_rope(
@@ -26,7 +26,7 @@ def qk_norm_rope(
     attention multiplies hidden ones by zero: what one sequence breaks must not reach another.
     """
     if runs_triton(qkv):
-        from kernels import qk_norm_rope_triton
+        from kernels.rows import qk_norm_rope_triton
 
         qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, eps, num_ar, slots, k_cache, v_cache)
         return

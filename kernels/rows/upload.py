@@ -12,7 +12,7 @@ def upload(source: Tensor, target: Tensor) -> None:
     kernels before and after it wait for.
     """
     if runs_triton(target):
-        from kernels import upload_triton
+        from kernels.rows import upload_triton
 
         upload_triton.upload(source, target)
         return

@@ -29,12 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention_work import HEADER, ITEM, SPAN
-from kernels.attention_work_triton import load_item, segment_start
+from kernels.attention.work import HEADER, ITEM, SPAN
+from kernels.attention.work_triton import load_item, segment_start
 from kernels.device import chaining
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionPlan
+    from kernels.attention.reference import AttentionPlan
 
 _SHARED_BYTES = 227 * 1024
 """Of a multiprocessor."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import linear_stream
 from kernels.device import chaining
-from kernels.sampling_triton import gumbel_argmax, pick_best
+from kernels.linear import hopper as linear_stream
+from kernels.rows.sampling_triton import gumbel_argmax, pick_best
 from kernels.workspace import empty
 
 if TYPE_CHECKING:
-    from kernels.linear import PackedLinear
+    from kernels.linear.weight import PackedLinear
 
 _SEGMENT_UNIT = 128
 """Segment lengths are multiples of it: every tile's depth divides it."""

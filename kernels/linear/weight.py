@@ -1,8 +1,8 @@
 """Row-invariant linear layers, plain and with what follows them in a transformer layer.
 
 A matrix product's library picks its blocking from the number of rows, and a single row often takes another code path than
-many. What runs on a CPU sums K in one order for any number of rows (`kernels/packed_weight.py`): `tests/test_kernels.py` holds
-it to that, bit for bit. On a GPU, `kernels/linear_triton.py` runs.
+many. What runs on a CPU sums K in one order for any number of rows (`kernels/linear/library.py`): `tests/test_kernels.py` holds
+it to that, bit for bit. On a GPU, `kernels/linear/triton.py` runs.
 
 A layer may hold the weights of both views; rows below `num_ar` then use the AR view's, the others the diffusion view's.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.activation import silu_mul
 from kernels.device import runs_triton
-from kernels.packed_weight import SEGMENT, Product, pack_weight, plain_product
-from kernels.rms_norm import rms_norm
-from kernels.sampling import gumbel_argmax
+from kernels.linear.library import SEGMENT, Product, pack_weight, plain_product
+from kernels.rows.activation import silu_mul
+from kernels.rows.rms_norm import rms_norm
+from kernels.rows.sampling import gumbel_argmax
 
 GATE_BLOCK = 8
 """Outputs of the gate, then as many of up, in an interleaved layer: the step between a thread's rows in the matrix unit."""
@@ -75,7 +75,7 @@ def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Te
     num_ar: int32 [1], needed for a layer of two views.
     """
     if runs_triton(x):
-        from kernels import linear_triton
+        from kernels.linear import triton as linear_triton
 
         return linear_triton.linear(x, layer, num_ar, out)
     if layer.views == 1:
@@ -98,7 +98,7 @@ def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:
 def linear_silu_mul(x: Tensor, layer: PackedLinear) -> Tensor:
     """silu(gate) * up of a layer from `pack_gated_linear`: x [rows, in_features] -> [rows, width]."""
     if runs_triton(x):
-        from kernels import linear_triton
+        from kernels.linear import triton as linear_triton
 
         return linear_triton.linear_silu_mul(x, layer)
     gate_up = linear(x, layer)
@@ -117,7 +117,7 @@ def linear_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """hidden = residual + linear(x, layer), and its RMS norm: both [rows, out_features]."""
     if runs_triton(x):
-        from kernels import linear_triton
+        from kernels.linear import triton as linear_triton
 
         return linear_triton.linear_add_rms_norm(x, layer, residual, norm_weight, eps, num_ar)
     hidden = residual + linear(x, layer, num_ar)
@@ -140,7 +140,7 @@ def linear_gumbel_argmax(
     writing them takes a GPU longer than picking from them.
     """
     if runs_triton(x):
-        from kernels import linear_triton
+        from kernels.linear import triton as linear_triton
 
         linear_triton.linear_gumbel_argmax(x, layer, logits, wanted, temperatures, keys, picks, first_pick)
         return

@@ -18,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels import attention_stream
-from kernels.attention_work import DIVIDED_ROW, HEADER, ITEM, SPAN
-from kernels.attention_work_triton import load_item, segment_start
+from kernels.attention import hopper as attention_stream
+from kernels.attention.work import DIVIDED_ROW, HEADER, ITEM, SPAN
+from kernels.attention.work_triton import load_item, segment_start
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from kernels.workspace import empty
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionPlan
+    from kernels.attention.reference import AttentionPlan
 
 _MERGED_HEADS = 4
 """Heads of a program that merges records, a warp for each."""

@@ -14,6 +14,6 @@ def _upload_kernel(source, target, count, BLOCK: tl.constexpr):
 
 
 def upload(source: Tensor, target: Tensor) -> None:
-    """`kernels.upload`; source: in page-locked memory, which a GPU reads by its address."""
+    """`kernels.rows.upload`; source: in page-locked memory, which a GPU reads by its address."""
     count = source.numel()
     _upload_kernel[(triton.cdiv(count, _BLOCK),)](source, target, count, BLOCK=_BLOCK)

@@ -1,4 +1,4 @@
-"""Gumbel noise on a GPU: the counters of `kernels.sampling`, hashed and turned into noise in registers."""
+"""Gumbel noise on a GPU: the counters of `kernels.rows.sampling`, hashed and turned into noise in registers."""
 
 import torch
 import triton
@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels import sampling
 from kernels.device import chaining
+from kernels.rows import sampling
 
 _COLUMNS = 1024
 _PICK_COLUMNS = 4096
@@ -86,7 +86,7 @@ def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.conste
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """`kernels.sampling.gumbel_noise`."""
+    """`kernels.rows.sampling.gumbel_noise`."""
     rows = keys.shape[0]
     out = torch.empty(rows, vocab_size, device=keys.device, dtype=torch.float32)
     _gumbel_kernel[(rows, triton.cdiv(vocab_size, _COLUMNS))](keys, out, vocab_size, COLUMNS=_COLUMNS)

@@ -43,7 +43,7 @@ def _mix32(x: Tensor) -> Tensor:
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise float32 [rows, vocab_size] from `noise_keys`, int32 [rows, 2]."""
     if keys.is_cuda:
-        from kernels import sampling_triton
+        from kernels.rows import sampling_triton
 
         return sampling_triton.gumbel_noise(keys, vocab_size)
     wide = keys.long() & _MASK32
@@ -72,7 +72,7 @@ def gumbel_argmax(
     picks go to `picks`, int32, from place `first_pick` (int32 [1]) on.
     """
     if runs_triton(logits):
-        from kernels import sampling_triton
+        from kernels.rows import sampling_triton
 
         sampling_triton.gumbel_argmax(logits, temperatures, keys, picks, first_pick)
         return

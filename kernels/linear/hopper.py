@@ -19,8 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
-from kernels.linear import PackedLinear
-from kernels.sampling_triton import nan_to_inf, perturb
+from kernels.linear.weight import PackedLinear
+from kernels.rows.sampling_triton import nan_to_inf, perturb
 
 MOST_ROWS = 64
 _OUTS = 64

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.device import runs_triton
-from kernels.rms_norm import rms_norm
+from kernels.rows.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def embed(
     [positions, head_dim / 2]: of the rotary angles.
     """
     if runs_triton(table):
-        from kernels import embedding_triton
+        from kernels.rows import embedding_triton
 
         return embedding_triton.embed(tokens, positions, picks, table, norm_weight, eps, cos, sin)
     if bool((tokens < 0).any()):

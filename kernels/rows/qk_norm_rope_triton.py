@@ -80,7 +80,7 @@ def qk_norm_rope(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    """`kernels.qk_norm_rope` of contiguous tensors, up to float32."""
+    """`kernels.rows.qk_norm_rope` of contiguous tensors, up to float32."""
     rows, all_heads, dim = qkv.shape
     normed = weight.shape[1]
     kv_heads = all_heads - normed

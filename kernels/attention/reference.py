@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention_work import AttentionGroup, AttentionWork
+from kernels.attention.work import AttentionGroup, AttentionWork
 from kernels.device import runs_triton
 
 KV_SPLIT = 128
@@ -179,7 +179,7 @@ def paged_attention(
     its value). Rows of no group get anything.
     """
     if runs_triton(qkv):
-        from kernels import attention_triton
+        from kernels.attention import triton as attention_triton
 
         return attention_triton.paged_attention(qkv, k_cache, v_cache, plan, scale)
     layout = plan.layout(qkv.shape[0], k_cache)

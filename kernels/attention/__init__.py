@@ -1,0 +1,1 @@
+"""Attention of a pass: the work list, the plain version, and the kernels."""

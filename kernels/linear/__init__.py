@@ -1,0 +1,1 @@
+"""Linear layers and the formats that their weights are kept in."""

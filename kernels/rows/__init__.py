@@ -1,0 +1,1 @@
+"""What runs row by row: embedding, norms, rotary angles, picks, and the upload of a pass."""
