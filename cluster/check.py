@@ -10,11 +10,11 @@ from deployments.api_keys import read_keys
 from deployments.app_args import AppArgs, DeploymentOptions
 from deployments.config_file import load_config
 from deployments.model_check import check_model, locate
-from orthrus.config import DTYPE_SIZES, ModelConfig
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_files import HubUnreachable, dtype_name, kv_bytes_per_token, weight_bytes
-from orthrus.shapes import published_shape
+from orthrus.models.config import DTYPE_SIZES, ModelConfig
+from orthrus.models.files import HubUnreachable, dtype_name, kv_bytes_per_token, weight_bytes
+from orthrus.models.shapes import published_shape
 
 GIB = 1 << 30
 GPU_GIB = {

@@ -14,7 +14,7 @@ from deployments.replica import OrthrusReplica
 from deployments.response_store import ResponseStore
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.model_files import HubUnreachable
+from orthrus.models.files import HubUnreachable
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""

@@ -5,6 +5,7 @@ import os
 import time
 from functools import partial
 
+from orthrus.text.stream.stream import load_tokenizer
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -20,10 +21,9 @@ from deployments.recent import Recent
 from deployments.request_metrics import RequestMetrics
 from deployments.response_store import Responses
 from deployments.responses_api import ResponsesApi
-from orthrus.config import ModelConfig
 from orthrus.engine_config import EngineConfig
-from orthrus.model_files import resolve
-from orthrus.text import load_tokenizer
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import resolve
 
 _NICENESS = 5
 

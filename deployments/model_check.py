@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from orthrus.config import ModelConfig
+from orthrus.text.stream.stream import check_tokenizer, load_tokenizer
+
 from orthrus.engine_config import EngineConfig
-from orthrus.model_files import CONFIG_FILES, check_files, resolve
-from orthrus.text import check_tokenizer, load_tokenizer
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import CONFIG_FILES, check_files, resolve
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
+from orthrus.text.stream.grammar import json_grammar
 from ray import serve
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,7 +22,6 @@ from deployments.stages import clear_stages, publish_stages
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.grammar import json_grammar
 from orthrus.loading import stages
 from orthrus.request import Request, SamplingParams
 

@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orthrus.accelerated import accelerate
     from orthrus.engine import Engine
     from orthrus.engine_config import EngineConfig
+    from orthrus.generate.accelerated import accelerate
     from orthrus.request import Request, SamplingParams
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "__version__",
 
 _MODULES = {
     # Not a module named `accelerate`: importing it would put the module in the function's place.
-    "accelerate": "orthrus.accelerated",
+    "accelerate": "orthrus.generate.accelerated",
     "Engine": "orthrus.engine",
     "EngineConfig": "orthrus.engine_config",
     "Request": "orthrus.request",

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from orthrus.config import ModelConfig
 from orthrus.engine import Engine, choose_device
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_files import resolve
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import resolve
 from orthrus.prompts import encode_prompts
 from orthrus.request import SamplingParams
-from orthrus.text import load_tokenizer
+from orthrus.text.stream.stream import load_tokenizer
 
 WARM_UP_TOKENS = 8
 

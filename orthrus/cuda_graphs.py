@@ -22,9 +22,9 @@ from tqdm import tqdm
 from kernels import AttentionPlan, gumbel_argmax, linear_gumbel_argmax, upload, workspace
 from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention.work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
-from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
 from orthrus.model_runner import LaunchedPass
+from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, flatten
 from orthrus.sampling import PickRows, adjust, follow_masks, row_keys, row_temperatures
 

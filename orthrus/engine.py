@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from kernels.rows.sampling import NO_TOKEN
-from orthrus.checkpoint import compute_dtype, load_weights, with_own_head
-from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
-from orthrus.forward import LayerParallelForward
-from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache, PagePool
 from orthrus.loading import stages
 from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
-from orthrus.model_files import kv_bytes_per_token, resolve, weight_bytes
 from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
+from orthrus.models.checkpoint import compute_dtype, load_weights, with_own_head
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import kv_bytes_per_token, resolve, weight_bytes
+from orthrus.models.forward import LayerParallelForward
 from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import RowGroup, View
@@ -47,9 +46,10 @@ from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.sequence import Sequence
-from orthrus.text import TextStream, load_tokenizer
+from orthrus.text.stream.stream.stream.stream.grammar import GrammarMasks
+from orthrus.text.stream.stream.stream.stream.stream import TextStream, load_tokenizer
+from orthrus.text.stream.stream.stream.stream.word_mask import JointMask, WordMask, WordRules
 from orthrus.token_mask import TokenMask
-from orthrus.word_mask import JointMask, WordMask, WordRules
 
 logger = logging.getLogger(__name__)
 

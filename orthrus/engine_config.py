@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from orthrus.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orthrus.config import ModelConfig
+    from orthrus.models.config import ModelConfig
 
 
 class EngineConfig(BaseModel):

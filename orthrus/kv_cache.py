@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from orthrus.config import ModelConfig
+from orthrus.models.config import ModelConfig
 from orthrus.page_hash import PageHash
 
 

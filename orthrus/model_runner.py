@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
+from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup
 from orthrus.sampling import PickRows, pick
 

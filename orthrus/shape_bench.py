@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from orthrus.bench import Contestant, Output, Ratio, engine_contestant, hardware, ratio
-from orthrus.config import ModelConfig
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_files import kv_bytes_per_token, tensor_shapes, weight_bytes
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import kv_bytes_per_token, tensor_shapes, weight_bytes
+from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.plan import RowGroup, View
 from orthrus.request import SamplingParams
 from orthrus.schedules import Schedule
@@ -33,7 +34,6 @@ from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.sequence import Draft
 from orthrus.sequence import Sequence as EngineSequence
-from orthrus.shapes import QWEN3_SHAPES
 
 Progress = Callable[[str], None]
 

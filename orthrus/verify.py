@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_files import resolve
 from orthrus.model_runner import EagerRunner
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import resolve
 from orthrus.prompts import encode_prompts
 from orthrus.request import Request, RequestStats, SamplingParams, TokenLogprob
 

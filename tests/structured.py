@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import jsonschema
 import torch
+from orthrus.text.stream.grammar import json_grammar
 
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.grammar import json_grammar
 from orthrus.request import SamplingParams
 from tests.schemas import SCHEMAS
 

@@ -30,8 +30,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import orthrus
-from orthrus.accelerated import AcceleratedModel
 from orthrus.errors import ConfigError, RequestError
+from orthrus.generate.accelerated import AcceleratedModel
 from orthrus.request import SamplingParams
 from tests.checkpoints import edit_json, make_checkpoint
 

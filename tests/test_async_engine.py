@@ -8,16 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from orthrus.text.stream.grammar import GrammarMasks
 
 from orthrus.async_engine import AsyncEngine
-from orthrus.checkpoint import load_weights
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.forward import LayerParallelForward
-from orthrus.grammar import GrammarMasks
 from orthrus.kv_cache import KVCache
 from orthrus.model_runner import EagerRunner, LaunchedPass
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.request import Chunk, Request, SamplingParams
 from orthrus.sampling import PickRows

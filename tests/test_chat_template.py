@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from orthrus.text.stream.grammar import GrammarMasks
+from orthrus.text.stream.stream import TextStream, load_tokenizer
 from pydantic import ValidationError
 
 from deployments.answer_grammar import answer_grammar
@@ -14,8 +16,6 @@ from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta, joined
 from deployments.chat_template import ChatTemplate
 from orthrus.errors import RequestError
-from orthrus.grammar import GrammarMasks
-from orthrus.text import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WEATHER: dict[str, Any] = {

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalLM
 from transformers.utils import logging as progress
 
-from orthrus.checkpoint import compute_dtype, load_weights, save_checkpoint
-from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import CheckpointError, ConfigError
-from orthrus.model_files import HubUnreachable, resolve, tensor_shapes
+from orthrus.models.checkpoint import compute_dtype, load_weights, save_checkpoint
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import HubUnreachable, resolve, tensor_shapes
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.reference import Reference
 
@@ -470,7 +470,7 @@ class TestResolve:
     ) -> None:
         """The hub isn't asked, which could take minutes, and both readings get advice."""
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("orthrus.model_files.HfApi", None)
+        monkeypatch.setattr("orthrus.models.files.HfApi", None)
         make_checkpoint(tmp_path / "models" / "tiny")
         with pytest.raises(CheckpointError) as caught:
             resolve("models/tyni")
@@ -483,8 +483,8 @@ class TestResolve:
         """A server that takes the connection and says nothing."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             hub = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
-            monkeypatch.setattr("orthrus.model_files.HfApi", lambda: hub)
-            monkeypatch.setattr("orthrus.model_files._HUB_SECONDS", 0.2)
+            monkeypatch.setattr("orthrus.models.files.HfApi", lambda: hub)
+            monkeypatch.setattr("orthrus.models.files._HUB_SECONDS", 0.2)
             monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
             begin = time.monotonic()
             with pytest.raises(HubUnreachable, match="nor can the hub be reached"):

@@ -10,8 +10,8 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from orthrus.config import ModelConfig
 from orthrus.errors import ConfigError
+from orthrus.models.config import ModelConfig
 from tests.checkpoints import edit_json, make_checkpoint
 
 # What the published Orthrus-Qwen3-1.7B says, in transformers-4 style.

@@ -17,8 +17,8 @@ from deployments.config_file import load_config
 from deployments.serve import serve_config
 from orthrus.cli import main
 from orthrus.errors import ConfigError
-from orthrus.model_files import weight_bytes
-from orthrus.shapes import QWEN3_SHAPES, published_shape
+from orthrus.models.files import weight_bytes
+from orthrus.models.shapes import QWEN3_SHAPES, published_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "ray_cluster.yaml"

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from orthrus.text.stream.grammar import GrammarMasks
+from orthrus.text.stream.stream import load_tokenizer
 from pydantic import ValidationError
 
 from deployments.body_faults import describe, field_path
@@ -20,9 +22,7 @@ from deployments.openai_format import ResponseFormat
 from deployments.proto import orthrus_pb2 as pb
 from deployments.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
-from orthrus.grammar import GrammarMasks
 from orthrus.request import Chunk, RequestStats
-from orthrus.text import load_tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
 MESSAGES = [{"role": "user", "content": "hi"}]

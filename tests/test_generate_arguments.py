@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 import orthrus
-from orthrus.accelerated import AcceleratedModel
 from orthrus.errors import ConfigError, RequestError
-from orthrus.hf_fields import KINDS
+from orthrus.generate.accelerated import AcceleratedModel
+from orthrus.generate.hf_fields import KINDS
 from tests.checkpoints import edit_json, make_checkpoint
 
 PROMPT = torch.tensor([[11, 42, 7, 99]])

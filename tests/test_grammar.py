@@ -13,13 +13,19 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from orthrus.text.stream.grammar import (
+    GrammarMasks,
+    choice_grammar,
+    json_grammar,
+    lark_grammar,
+    regex_grammar,
+)
 from torch import Tensor
 
-from orthrus.checkpoint import load_weights
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.grammar import GrammarMasks, choice_grammar, json_grammar, lark_grammar, regex_grammar
+from orthrus.models.checkpoint import load_weights
 from orthrus.request import Completion, SamplingParams
 from orthrus.sampling import PickRows
 from tests.checkpoints import edit_json

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 import orthrus
-from orthrus.checkpoint import load_weights
-from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.model_runner import EagerRunner
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.config import ModelConfig
 from orthrus.request import Chunk, Request, SamplingParams, joined_chunks
 from tests.checkpoints import make_checkpoint
 

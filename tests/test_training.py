@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from orthrus.config import ModelConfig
 from orthrus.errors import ConfigError
+from orthrus.models.config import ModelConfig
 from orthrus.training.attention import draft_attention
 from orthrus.training.base import BaseSettings, train_base
 from orthrus.training.batches import TokenStream

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 from orthrus.cli import main
-from orthrus.config import ModelConfig
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_files import tensor_shapes
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import tensor_shapes
 from orthrus.request import SamplingParams
 from orthrus.training.data import DataSettings, generate, read_shards
 from orthrus.training.eval import EvalSettings, distinct_ngrams, measure_drafts
@@ -363,7 +363,7 @@ def test_distinct_ngrams_counts_first_occurrences() -> None:
 
 
 def test_prompts_are_texts_or_chats_and_a_bad_line_is_named(run: Path, tmp_path: Path) -> None:
-    from orthrus.text import load_tokenizer
+    from orthrus.text.stream.stream import load_tokenizer
 
     tokenizer = load_tokenizer(out_of(run))
     file = tmp_path / "prompts.jsonl"

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from orthrus.checkpoint import load_weights, save_checkpoint
-from orthrus.config import ModelConfig
 from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.errors import ConfigError
-from orthrus.model_files import tensor_shapes
-from orthrus.text import load_tokenizer
+from orthrus.models.checkpoint import load_weights, save_checkpoint
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import tensor_shapes
+from orthrus.text.stream.stream import load_tokenizer
 from orthrus.training import corpus as corpora
 from orthrus.training.base import train_base
 from orthrus.training.batches import TokenStream

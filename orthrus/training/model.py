@@ -1,6 +1,6 @@
 """The trainable two-view Qwen3: plain dense PyTorch, parameters named as in the checkpoint.
 
-Meant to be read beside `orthrus.forward`, which serves the same weights from a paged cache.
+Meant to be read beside `orthrus.models.forward`, which serves the same weights from a paged cache.
 """
 
 from dataclasses import replace
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orthrus.checkpoint import load_weights, with_own_head
-from orthrus.config import ModelConfig
+from orthrus.models.checkpoint import load_weights, with_own_head
+from orthrus.models.config import ModelConfig
 from orthrus.training.attention import KeysValues, draft_attention
 from orthrus.training.blocks import DraftBlocks
 

@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from orthrus.checkpoint import DEFAULT_SHARD_BYTES
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_files import resolve
+from orthrus.models.checkpoint import DEFAULT_SHARD_BYTES
+from orthrus.models.files import resolve
 from orthrus.training.base import BaseSettings
 from orthrus.training.batches import TokenStream
 from orthrus.training.corpus import HELD_OUT_FILE, TRAIN_FILE

@@ -9,8 +9,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.cuda_graphs import CudaGraphRunner
-from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
+from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.shape_bench import hugging_face_model, random_weights, shape_config
 

@@ -10,12 +10,12 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from orthrus.config import ModelConfig
 from orthrus.cuda_graphs import CudaGraphRunner
-from orthrus.forward import LayerParallelForward
 from orthrus.kv_cache import KVCache
-from orthrus.model_files import tensor_shapes
 from orthrus.model_runner import EagerRunner, ModelRunner
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import tensor_shapes
+from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup, View
 
 DEVICE = torch.device("cuda")

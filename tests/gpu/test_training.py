@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from orthrus.config import ModelConfig
+from orthrus.models.config import ModelConfig
 from orthrus.training.attention import draft_attention
 from orthrus.training.base import BaseSettings, train_base
 from orthrus.training.batches import TokenStream

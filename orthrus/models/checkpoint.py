@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthrus.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
 from orthrus.errors import CheckpointError
-from orthrus.model_files import EMBEDDING, HEAD, check_stored, dtype_name, raise_if, tensor_shapes
-from orthrus.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
+from orthrus.models.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
+from orthrus.models.files import EMBEDDING, HEAD, check_stored, dtype_name, raise_if, tensor_shapes
+from orthrus.models.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
 
 # Hugging Face's default, so that a saved model has as many files as one would expect.
 DEFAULT_SHARD_BYTES = 5_000_000_000

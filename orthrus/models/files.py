@@ -16,9 +16,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from orthrus.config import CONFIG_FILE, DTYPE_SIZES, GENERATION_CONFIG_FILE, ModelConfig
 from orthrus.errors import CheckpointError, ConfigError
-from orthrus.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
+from orthrus.models.config import CONFIG_FILE, DTYPE_SIZES, GENERATION_CONFIG_FILE, ModelConfig
+from orthrus.models.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED_PROBLEMS = 8

@@ -22,8 +22,8 @@ from kernels import (
     qk_norm_rope,
     start_layer,
 )
-from orthrus.config import ModelConfig
 from orthrus.kv_cache import KVCache
+from orthrus.models.config import ModelConfig
 from orthrus.plan import PassPlan
 
 _HEAD_SEGMENT = 192

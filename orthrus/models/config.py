@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthrus.errors import ConfigError
 from orthrus.files import is_int, is_number, one_line, read_json, shown
-from orthrus.rope import (
+from orthrus.models.rope import (
     MOST_POSITIONS,
     check_rope,
     check_rope_numbers,

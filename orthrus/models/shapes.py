@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from orthrus.config import ModelConfig
+from orthrus.models.config import ModelConfig
 
 _BLOCK_SIZE, _MASK_TOKEN_ID = 32, 151669
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, StopStringCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
-from orthrus.checkpoint import check_finite, compute_dtype
-from orthrus.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
 from orthrus.engine import Engine, choose_device
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
 from orthrus.files import one_line, read_json
-from orthrus.hf_arguments import GenerateCall, read_arguments, renamed
-from orthrus.hf_fields import unsupported
-from orthrus.hf_module import check_as_written
-from orthrus.model_files import EMBEDDING, HEAD, resolve, tensor_shapes
+from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
+from orthrus.generate.hf_fields import unsupported
+from orthrus.generate.hf_module import check_as_written
+from orthrus.models.checkpoint import check_finite, compute_dtype
+from orthrus.models.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
+from orthrus.models.files import EMBEDDING, HEAD, resolve, tensor_shapes
 from orthrus.request import Chunk, Request
 
 # nn.Module methods that return the module: through an accelerated model they would hand out the slow one.

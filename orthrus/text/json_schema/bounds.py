@@ -16,9 +16,16 @@ from typing import Any
 from llguidance import LLMatcher
 
 from orthrus.errors import RequestError
-from orthrus.schema_algebra import constants, exclusive, merged, types_of
-from orthrus.schema_keywords import FORMATS, Schema, SchemaError, is_schema, literal, other_keys_pattern
-from orthrus.schema_references import References
+from orthrus.text.stream.json_schema.algebra import constants, exclusive, merged, types_of
+from orthrus.text.stream.json_schema.keywords import (
+    FORMATS,
+    Schema,
+    SchemaError,
+    is_schema,
+    literal,
+    other_keys_pattern,
+)
+from orthrus.text.stream.json_schema.references import References
 
 MAX_STRING = 4096
 """Characters of a string where the schema has no maxLength, beyond its minLength."""

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StopStringCriteria
 
 from orthrus.errors import RequestError
 from orthrus.files import one_line
-from orthrus.hf_fields import (
+from orthrus.generate.hf_fields import (
     ARGUMENT,
     GIVEN,
     KINDS,

@@ -1,0 +1,1 @@
+"""Hugging Face's `generate` on the engine: `orthrus.accelerate`."""

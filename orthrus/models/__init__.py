@@ -1,0 +1,1 @@
+"""Models: their configuration, their tensors, their files, and the forward pass."""

@@ -1,0 +1,1 @@
+"""Text: between tokens and characters, and what constrains the tokens of an answer."""
