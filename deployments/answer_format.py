@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orthrus.text.stream.grammar import choice_grammar, json_grammar, json_rule, lark_grammar, regex_grammar
 from pydantic import ConfigDict, Field, model_validator
 
 from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
+from orthrus.text.grammar import choice_grammar, json_grammar, json_rule, lark_grammar, regex_grammar
 
 
 class JSONSchemaFormat(StrictModel):

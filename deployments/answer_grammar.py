@@ -3,12 +3,11 @@
 import json
 from typing import Any
 
-from orthrus.text.stream.grammar import json_rule
-
 from deployments.call_text import END_TOOL_CALL, TOOL_CALL
 from deployments.chat_body import ChatBody
 from deployments.chat_output import END_THINK, THINK
 from deployments.chat_tools import NamedToolChoice, Tool
+from orthrus.text.grammar import json_rule
 
 # Keywords by which a schema says more of an object's properties than `properties` does.
 _OTHER_PROPERTIES = {
@@ -18,7 +17,7 @@ _OTHER_PROPERTIES = {
 
 
 def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reasoning: bool) -> str | None:
-    """A Lark grammar for `orthrus.text.stream.grammar`, None where any text will do.
+    """A Lark grammar for `orthrus.text.grammar`, None where any text will do.
 
     thinks: the answer may open with `<think>...</think>`. inside_reasoning: the prompt has opened it already.
     """

@@ -7,14 +7,13 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
-from orthrus.text.stream.chat_limits import render_chat
-
 from deployments.answer_grammar import answer_grammar
 from deployments.call_text import TOOL_CALL
 from deployments.chat_body import ChatBody
 from deployments.chat_output import END_THINK, THINK, ChatSplitter
 from deployments.tool_prompt import spelled_out
 from orthrus.errors import RequestError
+from orthrus.text.chat_limits import render_chat
 
 
 @dataclass(frozen=True)

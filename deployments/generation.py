@@ -7,7 +7,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from orthrus.text.stream.stream import TextStream
 from ray.serve.handle import DeploymentHandle
 
 from deployments.calls import Call
@@ -17,6 +16,7 @@ from deployments.failover import generate_on_replica
 from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
+from orthrus.text.stream import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
 MAX_SCORES = 1 << 18

@@ -5,7 +5,6 @@ import os
 import time
 from functools import partial
 
-from orthrus.text.stream.stream import load_tokenizer
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -24,6 +23,7 @@ from deployments.responses_api import ResponsesApi
 from orthrus.engine_config import EngineConfig
 from orthrus.models.config import ModelConfig
 from orthrus.models.files import resolve
+from orthrus.text.stream import load_tokenizer
 
 _NICENESS = 5
 

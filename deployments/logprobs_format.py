@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orthrus.text.stream.stream import TextStream, token_bytes
-
 from orthrus.request import PromptLogprobs, TokenLogprob
+from orthrus.text.stream import TextStream, token_bytes
 
 
 def spell(tokenizer: Any, token_id: int) -> str:

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from orthrus.text.stream.stream import check_tokenizer, load_tokenizer
-
 from orthrus.engine_config import EngineConfig
 from orthrus.models.config import ModelConfig
 from orthrus.models.files import CONFIG_FILES, check_files, resolve
+from orthrus.text.stream import check_tokenizer, load_tokenizer
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
-from orthrus.text.stream.grammar import json_grammar
 from ray import serve
 from transformers.utils.logging import disable_progress_bar
 
@@ -24,6 +23,7 @@ from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.loading import stages
 from orthrus.request import Request, SamplingParams
+from orthrus.text.grammar import json_grammar
 
 logger = logging.getLogger("ray.serve")
 

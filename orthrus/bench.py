@@ -26,7 +26,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.files import resolve
 from orthrus.prompts import encode_prompts
 from orthrus.request import SamplingParams
-from orthrus.text.stream.stream import load_tokenizer
+from orthrus.text.stream import load_tokenizer
 
 WARM_UP_TOKENS = 8
 

@@ -11,8 +11,8 @@ from typing import Any
 from orthrus.engine import Engine
 from orthrus.errors import ConfigError, RequestError
 from orthrus.request import Request, RequestStats, SamplingParams
-from orthrus.text.stream.chat_limits import render_chat
-from orthrus.text.stream.stream import TextStream
+from orthrus.text.chat_limits import render_chat
+from orthrus.text.stream import TextStream
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer."
 

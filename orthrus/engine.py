@@ -46,9 +46,9 @@ from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.sequence import Sequence
-from orthrus.text.stream.stream.stream.stream.grammar import GrammarMasks
-from orthrus.text.stream.stream.stream.stream.stream import TextStream, load_tokenizer
-from orthrus.text.stream.stream.stream.stream.word_mask import JointMask, WordMask, WordRules
+from orthrus.text.grammar import GrammarMasks
+from orthrus.text.stream import TextStream, load_tokenizer
+from orthrus.text.word_mask import JointMask, WordMask, WordRules
 from orthrus.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ class SamplingParams:
     sequence nor a stop token is picked, and within them a stop string does not end the text.
     skip_special_tokens: leave them out of the text, and of where stop strings are looked for.
     include_stop_str_in_output: let the text end with the stop string that ended it. grammar: text of the grammar
-    (`orthrus.text.stream.grammar`) that the answer must follow. bad_words: texts that are not generated: of each one's tokens the
+    (`orthrus.text.grammar`) that the answer must follow. bad_words: texts that are not generated: of each one's tokens the
     last is forbidden where the others come before it. allowed_token_ids: no others are picked, ends included; None
     allows all.
     Raises RequestError naming the field for a value out of range.

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import jsonschema
 import torch
-from orthrus.text.stream.grammar import json_grammar
 
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.request import SamplingParams
+from orthrus.text.grammar import json_grammar
 from tests.schemas import SCHEMAS
 
 PROMPTS = (

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-from orthrus.text.stream.grammar import json_grammar
 
 from deployments.chat_body import ChatBody
 from deployments.completion_body import CompletionBody
 from deployments.grpc_format import chat_body
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
+from orthrus.text.grammar import json_grammar
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from orthrus.text.stream.grammar import GrammarMasks
 
 from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
@@ -21,6 +20,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.request import Chunk, Request, SamplingParams
 from orthrus.sampling import PickRows
+from orthrus.text.grammar import GrammarMasks
 from orthrus.token_mask import TokenMask
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orthrus.text.stream.chat_limits import TooMuch, check_templates, render_chat
-from orthrus.text.stream.stream import load_tokenizer
 
 from deployments.chat_body import ChatBody
 from deployments.chat_template import ChatTemplate
 from orthrus.errors import ConfigError, RequestError
+from orthrus.text.chat_limits import TooMuch, check_templates, render_chat
+from orthrus.text.stream import load_tokenizer
 from tests.hostile import bounded
 
 MODEL = Path(__file__).parents[1] / "models" / "orthrus-tiny"

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orthrus.text.stream.grammar import GrammarMasks
-from orthrus.text.stream.stream import TextStream, load_tokenizer
 from pydantic import ValidationError
 
 from deployments.answer_grammar import answer_grammar
@@ -16,6 +14,8 @@ from deployments.chat_body import ChatBody
 from deployments.chat_output import ChatDelta, joined
 from deployments.chat_template import ChatTemplate
 from orthrus.errors import RequestError
+from orthrus.text.grammar import GrammarMasks
+from orthrus.text.stream import TextStream, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WEATHER: dict[str, Any] = {

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orthrus.text.stream.grammar import GrammarMasks
-from orthrus.text.stream.stream import load_tokenizer
 from pydantic import ValidationError
 
 from deployments.body_faults import describe, field_path
@@ -23,6 +21,8 @@ from deployments.proto import orthrus_pb2 as pb
 from deployments.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, RequestStats
+from orthrus.text.grammar import GrammarMasks
+from orthrus.text.stream import load_tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -13,13 +13,6 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from orthrus.text.stream.grammar import (
-    GrammarMasks,
-    choice_grammar,
-    json_grammar,
-    lark_grammar,
-    regex_grammar,
-)
 from torch import Tensor
 
 from orthrus.engine import Engine
@@ -28,6 +21,13 @@ from orthrus.errors import RequestError
 from orthrus.models.checkpoint import load_weights
 from orthrus.request import Completion, SamplingParams
 from orthrus.sampling import PickRows
+from orthrus.text.grammar import (
+    GrammarMasks,
+    choice_grammar,
+    json_grammar,
+    lark_grammar,
+    regex_grammar,
+)
 from tests.checkpoints import edit_json
 
 MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")

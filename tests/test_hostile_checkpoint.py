@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from orthrus.text.stream.stream import load_tokenizer
 from safetensors.torch import load_file, save_file
 
 from orthrus.engine import Engine
@@ -20,6 +19,7 @@ from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.files import check_files
+from orthrus.text.stream import load_tokenizer
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.hostile import VALUES, bounded
 from tests.test_config import ORTHRUS_1_7B, YARN

@@ -7,11 +7,11 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from orthrus.text.stream.grammar import GrammarMasks, json_grammar
-from orthrus.text.stream.json_schema.bounds import bounded
 
 from orthrus.engine import Engine
 from orthrus.errors import RequestError
+from orthrus.text.grammar import GrammarMasks, json_grammar
+from orthrus.text.json_schema.bounds import bounded
 from tests.schemas import SCHEMAS, record
 from tests.structured import both_schedules, check, strict_json, tokens_per_cycle
 

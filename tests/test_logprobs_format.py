@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from openai.types.completion import Completion
-from orthrus.text.stream.stream import TextStream
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from deployments.openai_format import ResponseFormat
 from deployments.tokenizer_info import tokenizer_info
 from orthrus.errors import RequestError
 from orthrus.request import Chunk, FinishReason, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
+from orthrus.text.stream import TextStream
 
 SPECIAL, TWIN, PADDING = 256, 257, 300
 STATS = RequestStats(prompt_tokens=5, cached_tokens=0, completion_tokens=3, cycles=1, passes=2, seed=7)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orthrus.text.stream.stream import TextStream, load_tokenizer, token_bytes
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from orthrus.errors import ConfigError
+from orthrus.text.stream import TextStream, load_tokenizer, token_bytes
 
 SAMPLES = [
     "Plain words, and a second sentence.",

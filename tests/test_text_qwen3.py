@@ -4,9 +4,9 @@ import random
 from typing import Any
 
 import pytest
-from orthrus.text.stream.stream import TextStream, token_bytes
 
 from deployments.chat_output import ChatDelta, ChatSplitter, joined
+from orthrus.text.stream import TextStream, token_bytes
 
 SAMPLES = [
     "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🫠🧑🏿‍🚀 in one line",

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
-from orthrus.text.stream.stream import TextStream, load_tokenizer
 from tokenizers import AddedToken
 
 from deployments.chat_output import ChatSplitter, joined
 from deployments.generation import TextChunk
 from deployments.openai_format import ResponseFormat
 from orthrus.request import Chunk
+from orthrus.text.stream import TextStream, load_tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
 CALLS = """Well.

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from orthrus.text.stream.grammar import GrammarMask, GrammarMasks, json_grammar
-from orthrus.text.stream.json_schema.bounds import MAX_KEY
-from orthrus.text.stream.unique_keys import KeyTokens, Place
 
 from orthrus.engine import Engine
+from orthrus.text.grammar import GrammarMask, GrammarMasks, json_grammar
+from orthrus.text.json_schema.bounds import MAX_KEY
+from orthrus.text.unique_keys import KeyTokens, Place
 from tests.test_json_schema import allowed
 
 LONG = "measurement_of_the_quarterly_regional_revenue_before_taxes_in_area_"

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from orthrus.text.stream.grammar import json_grammar
-from orthrus.text.stream.word_mask import JointMask, WordMask, WordRules
 
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.request import Request, SamplingParams
+from orthrus.text.grammar import json_grammar
+from orthrus.text.word_mask import JointMask, WordMask, WordRules
 
 MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)

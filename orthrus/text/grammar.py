@@ -18,8 +18,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from orthrus.errors import RequestError
-from orthrus.text.stream.json_schema.bounds import bounded
-from orthrus.text.stream.unique_keys import KeyTokens, Place
+from orthrus.text.json_schema.bounds import bounded
+from orthrus.text.unique_keys import KeyTokens, Place
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 # JSON on one line, or laid out in lines, but never a context full of blanks.
@@ -45,7 +45,7 @@ def json_grammar(schema: Any, param: str = "response_format") -> str:
 
 
 def json_rule(schema: Any, param: str = "response_format") -> str:
-    """The right side of a Lark rule: JSON under a JSON Schema, bounded as `orthrus.text.stream.json_schema.bounds` says.
+    """The right side of a Lark rule: JSON under a JSON Schema, bounded as `orthrus.text.json_schema.bounds` says.
 
     param: the request's field that has the schema, for errors. Raises RequestError.
     """

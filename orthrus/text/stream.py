@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from orthrus.errors import ConfigError
 from orthrus.files import file_size, one_line
-from orthrus.text.stream.chat_limits import check_templates
+from orthrus.text.chat_limits import check_templates
 
 # Of a tokenizer's file: three times what the largest vocabularies take.
 _MOST_FILE_BYTES = 32 << 20

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from orthrus.text.stream.json_schema.bounds import MAX_KEY
+from orthrus.text.json_schema.bounds import MAX_KEY
 
 _MOST_LOOKED_BEHIND = 16
 """Tokens of one position whose next mask is made, only to see whether the answer can go on there."""

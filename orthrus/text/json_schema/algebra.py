@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from orthrus.text.stream.json_schema.keywords import TYPES, Schema, SchemaError
+from orthrus.text.json_schema.keywords import TYPES, Schema, SchemaError
 
 _LARGER = ("minLength", "minItems", "minProperties", "minimum", "exclusiveMinimum")
 _SMALLER = ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaximum")

@@ -16,8 +16,8 @@ from typing import Any
 from llguidance import LLMatcher
 
 from orthrus.errors import RequestError
-from orthrus.text.stream.json_schema.algebra import constants, exclusive, merged, types_of
-from orthrus.text.stream.json_schema.keywords import (
+from orthrus.text.json_schema.algebra import constants, exclusive, merged, types_of
+from orthrus.text.json_schema.keywords import (
     FORMATS,
     Schema,
     SchemaError,
@@ -25,7 +25,7 @@ from orthrus.text.stream.json_schema.keywords import (
     literal,
     other_keys_pattern,
 )
-from orthrus.text.stream.json_schema.references import References
+from orthrus.text.json_schema.references import References
 
 MAX_STRING = 4096
 """Characters of a string where the schema has no maxLength, beyond its minLength."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
-from orthrus.text.stream.json_schema.keywords import Schema, SchemaError, clean, is_schema
+from orthrus.text.json_schema.keywords import Schema, SchemaError, clean, is_schema
 
 _MAX_VISITS = 50_000
 
