@@ -27,7 +27,7 @@ from operator import attrgetter
 from typing import Any
 
 from deployments.replica_load import NAME_BYTES, Capacity, Load, request_load, request_name
-from orthrus.page_hash import PageHash, page_hashes
+from orthrus.cache.page_hash import PageHash, page_hashes
 from orthrus.request import Request
 
 Replica = Any

@@ -49,7 +49,7 @@ from orthrus.errors import ConfigError
 from orthrus.plan import RowGroup, flatten
 from orthrus.prompts import PROMPTS
 from orthrus.request import Request, SamplingParams
-from orthrus.sampling import PickRows
+from orthrus.runner.sampler import PickRows
 
 _BARE_PATH = "/bare"
 _BARE_TOKENS = 8

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from kernels.rows.sampling import NO_TOKEN
+from orthrus.cache.kv_cache import KVCache, PagePool
+from orthrus.cache.page_hash import PageHash
 from orthrus.draft_planner import DraftPlanner
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError, RequestError
-from orthrus.kv_cache import KVCache, PagePool
 from orthrus.loading import stages
 from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
-from orthrus.model_runner import EagerRunner, LaunchedPass, ModelRunner
 from orthrus.models.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.files import kv_bytes_per_token, resolve, weight_bytes
 from orthrus.models.forward import LayerParallelForward
-from orthrus.page_hash import PageHash
 from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import RowGroup, View
 from orthrus.request import (
@@ -40,7 +39,9 @@ from orthrus.request import (
     TokenLogprob,
     joined_chunks,
 )
-from orthrus.sampling import PickRows
+from orthrus.runner.eager import EagerRunner
+from orthrus.runner.protocol import LaunchedPass, ModelRunner
+from orthrus.runner.sampler import PickRows
 from orthrus.scheduler import Planned, Scheduler
 from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
@@ -609,7 +610,9 @@ class Engine:
         """Memory for the KV cache where no setting says how much."""
         if self.device.type != "cuda":
             return _DEFAULT_CPU_CACHE_BYTES
-        from orthrus.cuda_graphs import pass_bytes  # Needs Triton, which machines without a GPU may lack.
+        from orthrus.runner.cuda_graphs import (
+            pass_bytes,  # Needs Triton, which machines without a GPU may lack.
+        )
 
         share = self.config.gpu_memory_utilization
         free, size = torch.cuda.mem_get_info(self.device)
@@ -638,7 +641,7 @@ class Engine:
         if self.device.type != "cuda" or self.forward.dtype == torch.float64:
             keep_freed_memory()
             return EagerRunner(self.forward, self.cache)
-        from orthrus.cuda_graphs import CudaGraphRunner
+        from orthrus.runner.cuda_graphs import CudaGraphRunner
 
         stages.info("capturing CUDA graphs")
         return CudaGraphRunner(

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from orthrus.kv_cache import PagePool
-from orthrus.page_hash import page_hashes
+from orthrus.cache.kv_cache import PagePool
+from orthrus.cache.page_hash import page_hashes
 from orthrus.plan import RowGroup, View
 from orthrus.schedules import Schedule
 from orthrus.sequence import Sequence

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from orthrus.page_hash import PageHash
+from orthrus.cache.page_hash import PageHash
 from orthrus.request import FinishReason, PromptLogprobs, RequestStats, SamplingParams
 from orthrus.text.stream import TextStream
 from orthrus.token_mask import TokenMask

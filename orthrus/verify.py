@@ -23,11 +23,11 @@ from torch import Tensor
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.model_runner import EagerRunner
 from orthrus.models.config import ModelConfig
 from orthrus.models.files import resolve
 from orthrus.prompts import encode_prompts
 from orthrus.request import Request, RequestStats, SamplingParams, TokenLogprob
+from orthrus.runner.eager import EagerRunner
 
 KL_LIMIT = 1e-10
 """Nats, in float32: what two forwards that round differently come to, 6e-11 at worst with orthrus-tiny, stays below it."""

@@ -23,10 +23,11 @@ import pytest
 from deployments.bench import ServeBenchOptions, serve_bench
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.model_runner import EagerRunner, LaunchedPass
 from orthrus.plan import RowGroup
 from orthrus.request import SamplingParams
-from orthrus.sampling import PickRows
+from orthrus.runner.eager import EagerRunner
+from orthrus.runner.protocol import LaunchedPass
+from orthrus.runner.sampler import PickRows
 from tests.local_cluster import (
     MODEL,
     ROOT,

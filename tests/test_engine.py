@@ -12,10 +12,11 @@ import torch
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.model_runner import EagerRunner, LaunchedPass
 from orthrus.plan import RowGroup
 from orthrus.request import Chunk, Completion, Request, SamplingParams, joined_chunks
-from orthrus.sampling import PickRows
+from orthrus.runner.eager import EagerRunner
+from orthrus.runner.protocol import LaunchedPass
+from orthrus.runner.sampler import PickRows
 from tests.checkpoints import make_checkpoint
 from tests.reference import reference_decode
 

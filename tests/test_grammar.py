@@ -20,7 +20,7 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.models.checkpoint import load_weights
 from orthrus.request import Completion, SamplingParams
-from orthrus.sampling import PickRows
+from orthrus.runner.sampler import PickRows
 from orthrus.text.grammar import (
     GrammarMasks,
     choice_grammar,

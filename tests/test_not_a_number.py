@@ -12,10 +12,10 @@ from transformers import Qwen3ForCausalLM
 import orthrus
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
-from orthrus.model_runner import EagerRunner
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
 from orthrus.request import Chunk, Request, SamplingParams, joined_chunks
+from orthrus.runner.eager import EagerRunner
 from tests.checkpoints import make_checkpoint
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from orthrus.request import SamplingParams
-from orthrus.sampling import PickRows, adjust
+from orthrus.runner.sampler import PickRows, adjust
 
 
 def kept(logits: Tensor, **filters: Any) -> Tensor:

@@ -22,7 +22,7 @@ from kernels import (
     qk_norm_rope,
     start_layer,
 )
-from orthrus.kv_cache import KVCache
+from orthrus.cache.kv_cache import KVCache
 from orthrus.models.config import ModelConfig
 from orthrus.plan import PassPlan
 

@@ -8,10 +8,10 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from orthrus.cuda_graphs import CudaGraphRunner
-from orthrus.kv_cache import KVCache
+from orthrus.cache.kv_cache import KVCache
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, View
+from orthrus.runner.cuda_graphs import CudaGraphRunner
 from orthrus.shape_bench import hugging_face_model, random_weights, shape_config
 
 DEVICE = torch.device("cuda")

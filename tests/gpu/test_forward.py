@@ -10,13 +10,14 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from orthrus.cuda_graphs import CudaGraphRunner
-from orthrus.kv_cache import KVCache
-from orthrus.model_runner import EagerRunner, ModelRunner
+from orthrus.cache.kv_cache import KVCache
 from orthrus.models.config import ModelConfig
 from orthrus.models.files import tensor_shapes
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup, View
+from orthrus.runner.cuda_graphs import CudaGraphRunner
+from orthrus.runner.eager import EagerRunner
+from orthrus.runner.protocol import ModelRunner
 
 DEVICE = torch.device("cuda")
 CONFIG = ModelConfig(

@@ -14,8 +14,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from orthrus.cache.page_hash import PageHash
 from orthrus.models.config import ModelConfig
-from orthrus.page_hash import PageHash
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from kernels import AttentionPlan, gumbel_argmax, linear_gumbel_argmax, upload, workspace
 from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention.work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
-from orthrus.kv_cache import KVCache
-from orthrus.model_runner import LaunchedPass
+from orthrus.cache.kv_cache import KVCache
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, flatten
-from orthrus.sampling import PickRows, adjust, follow_masks, row_keys, row_temperatures
+from orthrus.runner.protocol import LaunchedPass
+from orthrus.runner.sampler import PickRows, adjust, follow_masks, row_keys, row_temperatures
 
 _RECORDS = 4096
 """Rows x segments of attention whose partial results have room; what needs more is not divided."""

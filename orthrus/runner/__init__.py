@@ -1,0 +1,1 @@
+"""Runners: how a pass is run, from row groups to picks."""
