@@ -7,15 +7,7 @@ rows in the launch and whatever they hold. Zero drift rests on it.
 
 from kernels.attention.reference import AttentionPlan, paged_attention
 from kernels.attention.work import AttentionGroup
-from kernels.linear.weight import (
-    PackedLinear,
-    linear,
-    linear_add_rms_norm,
-    linear_gumbel_argmax,
-    linear_silu_mul,
-    pack_gated_linear,
-    pack_linear,
-)
+from kernels.linear import Parameters, Weight, pack_weight
 from kernels.rows.embedding import embed
 from kernels.rows.qk_norm_rope import qk_norm_rope
 from kernels.rows.sampling import gumbel_argmax, gumbel_noise
@@ -25,16 +17,12 @@ from kernels.workspace import start_layer
 __all__ = [
     "AttentionGroup",
     "AttentionPlan",
-    "PackedLinear",
+    "Parameters",
+    "Weight",
     "embed",
     "gumbel_argmax",
     "gumbel_noise",
-    "linear",
-    "linear_add_rms_norm",
-    "linear_gumbel_argmax",
-    "linear_silu_mul",
-    "pack_gated_linear",
-    "pack_linear",
+    "pack_weight",
     "paged_attention",
     "qk_norm_rope",
     "start_layer",

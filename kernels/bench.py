@@ -22,9 +22,10 @@ from torch import Tensor
 from kernels.attention.reference import AttentionPlan, paged_attention
 from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention.work import AttentionGroup, AttentionWork, plan_work
-from kernels.linear import triton as linear_triton
-from kernels.linear.triton import LinearTiles, num_segments
-from kernels.linear.weight import PackedLinear
+from kernels.linear.add_rms_norm import add_rms_norm
+from kernels.linear.gpu import TritonWeight
+from kernels.linear.tiles import num_segments
+from kernels.linear.types import LinearTiles
 from kernels.rows.qk_norm_rope import qk_norm_rope
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 12288, 32, 8, 128, 64
@@ -139,7 +140,7 @@ class LinearCase:
         self.outs, self.ins = SHAPES[name]
         self.name, self.rows = name, rows
         self.layers = [
-            PackedLinear((randn(self.outs, self.ins) * 0.02,), interleaved=name == "gate_up")
+            TritonWeight((randn(self.outs, self.ins) * 0.02,), interleaved=name == "gate_up")
             for _ in range(max(1, _COLD_BYTES // (self.outs * self.ins * 2)))
         ]
         self.x = randn(rows, self.ins)
@@ -161,18 +162,18 @@ class LinearCase:
     def ours(self, segments: int, tiles: LinearTiles | None, i: int) -> object:
         layer = self.layers[i % len(self.layers)]
         if self.name == "gate_up":
-            return linear_triton.linear_silu_mul(self.x, layer, tiles=tiles)
+            return layer.linear_silu_mul(self.x, tiles=tiles)
         if self.name in ("o", "down"):
-            return linear_triton.linear_add_rms_norm(
-                self.x, layer, self.residual, self.norm, 1e-6, tiles=tiles, segments=segments
+            return layer.linear_add_rms_norm(
+                self.x, self.residual, self.norm, 1e-6, tiles=tiles, segments=segments
             )
         out = torch.empty(self.rows, self.outs, device="cuda") if self.name == "lm_head" else None
-        return linear_triton.linear(self.x, layer, out=out, tiles=tiles)
+        return layer.linear(self.x, out=out, tiles=tiles)
 
     def cublas(self, i: int) -> object:
         product = torch.matmul(self.x, self.layers[i % len(self.layers)].weights[0].T)
         if self.name in ("o", "down"):
-            return linear_triton.add_rms_norm(product, self.residual, self.norm, 1e-6)
+            return add_rms_norm(product, self.residual, self.norm, 1e-6)
         return product
 
 
@@ -278,9 +279,9 @@ class LayerStack:
     """
 
     def __init__(self, depth: int, rows: int, start: int, groups: int = 1, diffusion: bool = False) -> None:
-        def layer(name: str, views: int = 1) -> PackedLinear:
+        def layer(name: str, views: int = 1) -> TritonWeight:
             outs, ins = SHAPES[name]
-            return PackedLinear((randn(views, outs, ins) * 0.02).unbind(), interleaved=name == "gate_up")
+            return TritonWeight((randn(views, outs, ins) * 0.02).unbind(), interleaved=name == "gate_up")
 
         self.layers = [
             (
@@ -305,14 +306,12 @@ class LayerStack:
         hidden, normed = self.hidden, self.hidden
         rows = hidden.shape[0]
         for qkv_layer, out, gate_up, down, norms in self.layers:
-            qkv = linear_triton.linear(normed, qkv_layer, self.num_ar).view(rows, -1, HEAD_DIM)
+            qkv = qkv_layer.linear(normed, self.num_ar).view(rows, -1, HEAD_DIM)
             qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache)
             attended = paged_attention(qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
-            hidden, normed = linear_triton.linear_add_rms_norm(
-                attended, out, hidden, self.norm, 1e-6, self.num_ar
-            )
-            gated = linear_triton.linear_silu_mul(normed, gate_up)
-            hidden, normed = linear_triton.linear_add_rms_norm(gated, down, hidden, self.norm, 1e-6)
+            hidden, normed = out.linear_add_rms_norm(attended, hidden, self.norm, 1e-6, self.num_ar)
+            gated = gate_up.linear_silu_mul(normed)
+            hidden, normed = down.linear_add_rms_norm(gated, hidden, self.norm, 1e-6)
         return hidden
 
 

@@ -14,13 +14,11 @@ import torch
 from kernels import (
     AttentionGroup,
     AttentionPlan,
+    Parameters,
+    Weight,
     gumbel_argmax,
     gumbel_noise,
-    linear,
-    linear_add_rms_norm,
-    linear_silu_mul,
-    pack_gated_linear,
-    pack_linear,
+    pack_weight,
     paged_attention,
 )
 from kernels.rows.activation import silu_mul
@@ -42,6 +40,14 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def packed(*weights: torch.Tensor, bias: torch.Tensor | None = None) -> Weight:
+    """A layer with a weight for each view; of one view, with a bias."""
+    views: list[list[Parameters]] = [[{"weight": weight.clone()}] for weight in weights]
+    if bias is not None:
+        views[0][0]["bias"] = bias
+    return pack_weight(views)
+
+
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 48), (640, 384), (384, 1152), (1000, 200), (256, 4096)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -52,14 +58,14 @@ def test_linear_rows_are_the_same_bits_in_any_company(
     compute = torch.promote_types(saved, torch.float32)
     weight = randn(outputs, inputs).to(saved).to(compute)
     offset = randn(outputs, seed=1).to(compute) if bias else None
-    layer = pack_linear([weight.clone()], [offset] if offset is not None else None)
+    layer = packed(weight, bias=offset)
     x = randn(256, inputs, seed=2).to(compute)
-    full = linear(x, layer)
+    full = layer.linear(x)
     exact = x.double() @ weight.double().T + (offset.double() if offset is not None else 0)
     torch.testing.assert_close(full.double(), exact, rtol=1e-4, atol=1e-3)
     for rows in (1, 2, 3, 4, 8, 13, 20, 64, 101, 128):
         for start in (0, 3, 101):
-            assert torch.equal(linear(x[start : start + rows], layer), full[start : start + rows])
+            assert torch.equal(layer.linear(x[start : start + rows]), full[start : start + rows])
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="FBGEMM's choice of instructions is of x86-64")
@@ -67,13 +73,13 @@ def test_linear_rows_are_the_same_bits_in_any_company_without_avx512() -> None:
     """FBGEMM, which chooses once in a process, then has a kernel of its own for every number of rows up to six."""
     code = """
 import torch
-from kernels import linear, pack_linear
+from kernels import pack_weight
 weight, x = torch.randn(640, 384).bfloat16().float(), torch.randn(130, 384)
-layer = pack_linear([weight.clone()])
-full = linear(x, layer)
+layer = pack_weight([[{"weight": weight.clone()}]])
+full = layer.linear(x)
 torch.testing.assert_close(full, x @ weight.T, rtol=1e-4, atol=1e-3)
 for rows in (1, 2, 7, 14, 31, 32, 67, 121):
-    assert torch.equal(linear(x[:rows], layer), full[:rows]), rows
+    assert torch.equal(layer.linear(x[:rows]), full[:rows]), rows
 """
     environment = os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
@@ -82,14 +88,14 @@ for rows in (1, 2, 7, 14, 31, 32, 67, 121):
 def test_a_weight_that_is_not_finite_stays_so() -> None:
     weight = torch.eye(16)
     weight[3, 3] = float("inf")
-    assert linear(torch.eye(16), pack_linear([weight]))[3, 3] == float("inf")
+    assert packed(weight).linear(torch.eye(16))[3, 3] == float("inf")
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**-60, 2.0**60])
 def test_weights_that_16_bits_hold_are_multiplied_exactly(factor: float) -> None:
     """Small ones too, beside the largest that a checkpoint may have: every product here is a power of two or zero."""
     weight = torch.diag(2.0 ** -torch.arange(32.0)) * factor
-    assert torch.equal(linear(torch.eye(32), pack_linear([weight.clone()])), weight.T)
+    assert torch.equal(packed(weight).linear(torch.eye(32)), weight.T)
 
 
 def test_rms_norm_and_silu_mul_match_their_formulas() -> None:
@@ -136,18 +142,18 @@ def test_rows_use_the_weights_of_their_view_and_what_follows_a_layer_is_its_part
         randn(12, 24),
         randn(24),
     )
-    both = pack_linear([w.clone() for w in weights])
+    both = packed(*weights)
     num_ar = torch.tensor([8], dtype=torch.int32)
     parts = [
-        linear(x[:8], pack_linear([weights[0].clone()])),
-        linear(x[8:], pack_linear([weights[1].clone()])),
+        packed(weights[0]).linear(x[:8]),
+        packed(weights[1]).linear(x[8:]),
     ]
-    assert torch.equal(linear(x, both, num_ar), torch.cat(parts))
-    hidden, normed = linear_add_rms_norm(x, both, residual, norm, 1e-6, num_ar)
+    assert torch.equal(both.linear(x, num_ar), torch.cat(parts))
+    hidden, normed = both.linear_add_rms_norm(x, residual, norm, 1e-6, num_ar)
     assert torch.equal(hidden, residual + torch.cat(parts))
     assert torch.equal(normed, rms_norm(hidden, norm, 1e-6))
     gate, up = weights
-    gated = linear_silu_mul(x, pack_gated_linear(gate, up))
+    gated = pack_weight([[{"weight": gate}, {"weight": up}]], gated=True).linear_silu_mul(x)
     torch.testing.assert_close(gated, silu_mul(torch.cat([x @ gate.T, x @ up.T], -1)))
 
 

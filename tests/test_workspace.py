@@ -6,8 +6,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import PackedLinear, start_layer
-from kernels.linear import triton as linear_triton
+from kernels import start_layer
+from kernels.linear.gpu import TritonWeight
 from kernels.workspace import empty, results_in
 
 pytestmark = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def test_layers_whose_results_share_memory_compute_the_same(bytes: int) -> None:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
     layers = [
-        (PackedLinear((randn(48, 32),), interleaved=True), PackedLinear((randn(32, 24),))) for _ in range(3)
+        (TritonWeight((randn(48, 32),), interleaved=True), TritonWeight((randn(32, 24),))) for _ in range(3)
     ]
     start, norm = randn(5, 32), torch.ones(32)
 
@@ -58,8 +58,8 @@ def test_layers_whose_results_share_memory_compute_the_same(bytes: int) -> None:
         results.clear()
         for gated, down in layers:
             start_layer()
-            inner = linear_triton.linear_silu_mul(normed, gated)
-            hidden, normed = linear_triton.linear_add_rms_norm(inner, down, hidden, norm, 1e-6)
+            inner = gated.linear_silu_mul(normed)
+            hidden, normed = down.linear_add_rms_norm(inner, hidden, norm, 1e-6)
             results.append((inner, hidden, normed))
         return normed.clone()
 

@@ -1,1 +1,26 @@
-"""Linear layers and the formats that their weights are kept in."""
+"""Linear layers, and the formats that their weights are kept in.
+
+`Weight` is what a format must offer, and `pack_weight` makes one by the name of its format. A format is registered when its file
+is imported: so this package imports each.
+"""
+
+from kernels.linear import plain  # noqa: F401
+from kernels.linear.weight import (
+    OneViewWeight,
+    Parameters,
+    SplitViews,
+    Weight,
+    join_projections,
+    pack_weight,
+    weight_format,
+)
+
+__all__ = [
+    "OneViewWeight",
+    "Parameters",
+    "SplitViews",
+    "Weight",
+    "join_projections",
+    "pack_weight",
+    "weight_format",
+]

@@ -2,7 +2,7 @@
 
 As many programs as multiprocessors each go through a share of the weight tiles. A ring of tiles in shared memory is always being
 filled: over the end of one tile's sum and the beginning of the next, and before the kernels ahead in the stream have finished,
-because weights depend on nothing. Only then a program waits for its input rows. The sums are those of `linear_triton`, by
+because weights depend on nothing. Only then a program waits for its input rows. The sums are those of `kernels.linear.triton`, by
 the same instructions in the same order, so that a row has the same bits in a decode pass and in a prefill chunk.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
@@ -19,7 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining, has_warpgroup_mma, multiprocessors
-from kernels.linear.weight import PackedLinear
+from kernels.linear.tiles import segment_length
+from kernels.linear.types import DenseLayer
 from kernels.rows.sampling_triton import nan_to_inf, perturb
 
 MOST_ROWS = 64
@@ -185,7 +186,7 @@ def _stream_kernel(
             acc += offset.to(gl.float32)[:, None]
         result = acc
         if GATED:
-            # Blocks of 8: gate, up, gate, ... (see `pack_gated_linear`); a thread holds both of a pair.
+            # Blocks of 8: gate, up, gate, ... (see `interleave`); a thread holds both of a pair.
             gate, up = acc.reshape((OUTS // 16, 2, 8, ROWS)).permute((0, 2, 3, 1)).split()
             result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout)
             out_at, width = out_at // 2, num_outs // 2
@@ -225,16 +226,15 @@ def streams(x: Tensor) -> bool:
 
 def launch(
     x: Tensor,
-    layer: PackedLinear,
+    layer: DenseLayer,
     out: Tensor,
     num_ar: Tensor | None,
     segments: int,
-    segment: int,
     picking: tuple[Tensor, ...] = (),
 ) -> None:
     """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several.
 
-    segment: inputs of each. picking: to pick from the outputs, temperatures, noise keys and whether `out` is wanted at all, as
+    picking: to pick from the outputs, temperatures, noise keys and whether `out` is wanted at all, as
     `linear_gumbel_argmax` takes them; then where the best score of each of `num_tiles` tiles and its token go: float32 and int32
     [rows, tiles].
     """
@@ -255,7 +255,7 @@ def launch(
         *(picking or 5 * (out,)),
         rows,
         outs,
-        segment // _DEPTH,
+        segment_length(ins, segments) // _DEPTH,
         segments,
         OUTS=_OUTS,
         ROWS=row_tile,

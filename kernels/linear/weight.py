@@ -1,148 +1,187 @@
-"""Row-invariant linear layers, plain and with what follows them in a transformer layer.
+"""`Weight`: what a linear layer's weight can do, in whatever format it is kept.
 
-A matrix product's library picks its blocking from the number of rows, and a single row often takes another code path than
-many. What runs on a CPU sums K in one order for any number of rows (`kernels/linear/library.py`): `tests/test_kernels.py` holds
-it to that, bit for bit. On a GPU, `kernels/linear/triton.py` runs.
+A format is one class in one file. It packs a checkpoint's tensors, knows how many bytes a pass reads of them, keeps its scales
+if it has any, and runs the layer. `weight_format` registers it under a name, and `pack_weight` finds it by that name.
 
-A layer may hold the weights of both views; rows below `num_ar` then use the AR view's, the others the diffusion view's.
+Every format keeps the rule of this package: a row's result has the same bits whatever other rows are in the pass.
 """
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from kernels.device import runs_triton
-from kernels.linear.library import SEGMENT, Product, pack_weight, plain_product
 from kernels.rows.activation import silu_mul
 from kernels.rows.rms_norm import rms_norm
 from kernels.rows.sampling import gumbel_argmax
 
-GATE_BLOCK = 8
-"""Outputs of the gate, then as many of up, in an interleaved layer: the step between a thread's rows in the matrix unit."""
+LONGEST_SUM = 512
+"""On a CPU: how many products are added to one float32 sum before it is added to the others. A longer sum rounds more away."""
+
+Parameters = dict[str, Tensor]
+"""The tensors of one projection by the last part of their names in a checkpoint: "weight" [out_features, in_features],
+"bias" [out_features] if it has one, and what else a checkpoint's format stores, such as scales."""
+
+Views = Sequence[Sequence[Parameters]]
+"""For each view (AR, diffusion): the projections whose outputs lie side by side in one layer, for example q, k and v."""
 
 
-@dataclass(frozen=True)
-class PackedLinear:
-    """A weight [out_features, in_features] for each view, laid out for `linear`.
+class Weight(ABC):
+    """The weight of a linear layer, one for each of its views, and the layer's bias.
 
-    weights: one behind the other in memory; none where a CPU library has packed them. products: x @ weight.T of the packed
-    ones. bias [views, out_features], optional. interleaved: for `linear_silu_mul`, see `pack_gated_linear`.
+    A format must define `nbytes` and `linear`. It may replace the other operations by kernels that do more at once.
     """
-
-    weights: tuple[Tensor, ...]
-    bias: Tensor | None = None
-    products: tuple[Product, ...] = ()
-    interleaved: bool = False
 
     @property
-    def views(self) -> int:
-        return len(self.weights) or len(self.products)
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all that the format keeps of the layer: what a pass over every view reads."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [rows, in_features] times the weight, plus the bias: [rows, out_features] in x's dtype.
+
+        num_ar: int32 [1], required if the layer has two views. The first num_ar rows use the AR view's weight, the others the
+        diffusion view's. out: where the result goes, in the dtype of `out`.
+        """
+
+    def linear_silu_mul(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of a layer that was packed as `gated`: x [rows, in_features] -> [rows, out_features / 2]."""
+        return silu_mul(self.linear(x))
+
+    def linear_add_rms_norm(
+        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, num_ar: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden = residual + linear(x), and hidden's RMS norm: both [rows, out_features]."""
+        hidden = residual + self.linear(x, num_ar)
+        return hidden, rms_norm(hidden, norm_weight, eps)
+
+    def linear_gumbel_argmax(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        wanted: Tensor,
+        temperatures: Tensor,
+        keys: Tensor,
+        picks: Tensor,
+        first_pick: Tensor,
+    ) -> None:
+        """Pick a token for every row from the layer's outputs, as `gumbel_argmax` does from logits.
+
+        logits: float32 or wider [rows, out_features]. It holds the outputs afterwards if `wanted` (int32 [1]) is not 0. Otherwise
+        its contents are undefined, because writing them takes a GPU longer than picking from them.
+        """
+        self.linear(x, out=logits)
+        gumbel_argmax(logits, temperatures, keys, picks, first_pick)
 
 
-def pack_linear(
-    weights: list[Tensor], biases: list[Tensor] | None = None, segment: int = SEGMENT
-) -> PackedLinear:
-    """Lay weights out for `linear`, one for each view; float32 on a CPU is packed by a library where the build has one.
+class OneViewWeight(Weight):
+    """A format that runs one view at a time. A layer of two views is then two of these, see `SplitViews`.
 
-    The list is emptied, so that no more than one view is in memory twice. segment: most inputs in one sum, see `pack_weight`.
+    The number of AR rows has to be known to the host for that, so it is no way for a captured CUDA graph.
     """
-    first, bias = weights[0], torch.stack(biases) if biases else None
-    if first.device.type == "cpu" and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        products = []
-        while weights:
-            products.append(pack_weight(weights.pop(0), segment))
-        return PackedLinear((), bias, tuple(products))
-    stacked = torch.stack(weights) if len(weights) > 1 else first.contiguous().unsqueeze(0)
-    weights.clear()
-    return PackedLinear(stacked.unbind(), bias)
+
+    bias: Tensor | None
+    """[out_features], or None."""
+
+    @classmethod
+    @abstractmethod
+    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> Self:
+        """Lay out the weight of one view; the tensors are taken out of `projections`."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x [rows, in_features] times the weight: [rows, out_features], without the bias."""
+
+    @classmethod
+    def pack(cls, views: Views, *, gated: bool, longest_sum: int) -> Weight:
+        """See `WeightFormat`."""
+        return SplitViews.join([cls.pack_view(view, longest_sum) for view in views])
+
+    def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        result = self.product(x)
+        if self.bias is not None:
+            result.add_(self.bias)
+        return result if out is None else out.copy_(result)
 
 
-def pack_gated_linear(gate: Tensor, up: Tensor) -> PackedLinear:
-    """Lay two weights [width, in_features] out for `linear_silu_mul`, as one layer.
+class SplitViews(Weight):
+    """A layer of two views as two weights, which may differ in their formats."""
 
-    On a GPU, outputs alternate in blocks of `GATE_BLOCK`, so that one tile of the layer holds what belongs together.
+    def __init__(self, ar: Weight, diffusion: Weight) -> None:
+        self._views = ar, diffusion
+
+    @staticmethod
+    def join(views: Sequence[Weight]) -> Weight:
+        """One weight for these one or two views."""
+        return views[0] if len(views) == 1 else SplitViews(*views)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self._views)
+
+    def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        result = apply_views([weight.linear for weight in self._views], x, num_ar)
+        return result if out is None else out.copy_(result)
+
+
+def apply_views(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, num_ar: Tensor | None) -> Tensor:
+    """Give each view's rows of x to its product; the results in the order of the rows. num_ar: see `Weight.linear`."""
+    if len(products) == 1:
+        return products[0](x)
+    if num_ar is None:
+        raise ValueError("a layer of two views needs num_ar, the number of AR rows")
+    ar, diffusion = products
+    split = int(num_ar)
+    if split == 0:
+        return diffusion(x)
+    if split == x.shape[0]:
+        return ar(x)
+    return torch.cat([ar(x[:split]), diffusion(x[split:])])
+
+
+def join_projections(projections: Sequence[Parameters]) -> tuple[Tensor, Tensor | None]:
+    """Take weight and bias out of `projections`, and put those of all of them side by side along the outputs."""
+    weights = [parameters.pop("weight") for parameters in projections]
+    biases = [parameters.pop("bias") for parameters in projections if "bias" in parameters]
+    if len(weights) == 1:
+        return weights[0], biases[0] if biases else None
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+class WeightFormat(Protocol):
+    """What is registered under a format's name: usually a subclass of `Weight`."""
+
+    def pack(self, views: Views, *, gated: bool, longest_sum: int) -> Weight:
+        """Lay out the weights of a layer; for the arguments see `pack_weight`."""
+
+
+_FORMATS: dict[str, WeightFormat] = {}
+_Format = TypeVar("_Format", bound=WeightFormat)
+
+
+def weight_format(name: str) -> Callable[[_Format], _Format]:
+    """Decorator of a class: `pack_weight` finds it under `name` from now on."""
+
+    def register(format: _Format) -> _Format:
+        _FORMATS[name] = format
+        return format
+
+    return register
+
+
+def pack_weight(
+    views: Views, format: str = "plain", *, gated: bool = False, longest_sum: int = LONGEST_SUM
+) -> Weight:
+    """Lay out the weights of a layer in a format.
+
+    views: the tensors are taken out of these dictionaries, so that only a part of a layer is in memory twice.
+    format: a name that `weight_format` registered; ValueError for any other.
+    gated: whether the layer's two projections are a gate and up, for `linear_silu_mul`.
+    longest_sum: see `LONGEST_SUM`; formats that add in an order of their own ignore it.
     """
-    if gate.is_cuda:
-        blocks = [weight.unflatten(0, (-1, 1, GATE_BLOCK)) for weight in (gate, up)]
-        return replace(pack_linear([torch.cat(blocks, 1).flatten(0, 2)]), interleaved=True)
-    return pack_linear([torch.cat([gate, up])])
-
-
-def linear(x: Tensor, layer: PackedLinear, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """x [rows, in_features] times the layer's weight, plus its bias: [rows, out_features], in `out` and its dtype if given.
-
-    num_ar: int32 [1], needed for a layer of two views.
-    """
-    if runs_triton(x):
-        from kernels.linear import triton as linear_triton
-
-        return linear_triton.linear(x, layer, num_ar, out)
-    if layer.views == 1:
-        result = _one_view(x, layer, 0)
-    else:
-        assert num_ar is not None, "a layer of two views needs num_ar"
-        split = int(num_ar)
-        if split in (0, x.shape[0]):
-            result = _one_view(x, layer, int(split == 0))
-        else:
-            result = torch.cat([_one_view(x[:split], layer, 0), _one_view(x[split:], layer, 1)])
-    return result if out is None else out.copy_(result)
-
-
-def _one_view(x: Tensor, layer: PackedLinear, view: int) -> Tensor:
-    out = layer.products[view](x) if layer.products else plain_product(x, layer.weights[view])
-    return out if layer.bias is None else out.add_(layer.bias[view])
-
-
-def linear_silu_mul(x: Tensor, layer: PackedLinear) -> Tensor:
-    """silu(gate) * up of a layer from `pack_gated_linear`: x [rows, in_features] -> [rows, width]."""
-    if runs_triton(x):
-        from kernels.linear import triton as linear_triton
-
-        return linear_triton.linear_silu_mul(x, layer)
-    gate_up = linear(x, layer)
-    if layer.interleaved:
-        gate_up = gate_up.unflatten(1, (-1, 2, GATE_BLOCK)).transpose(1, 2).flatten(1)
-    return silu_mul(gate_up)
-
-
-def linear_add_rms_norm(
-    x: Tensor,
-    layer: PackedLinear,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    num_ar: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """hidden = residual + linear(x, layer), and its RMS norm: both [rows, out_features]."""
-    if runs_triton(x):
-        from kernels.linear import triton as linear_triton
-
-        return linear_triton.linear_add_rms_norm(x, layer, residual, norm_weight, eps, num_ar)
-    hidden = residual + linear(x, layer, num_ar)
-    return hidden, rms_norm(hidden, norm_weight, eps)
-
-
-def linear_gumbel_argmax(
-    x: Tensor,
-    layer: PackedLinear,
-    logits: Tensor,
-    wanted: Tensor,
-    temperatures: Tensor,
-    keys: Tensor,
-    picks: Tensor,
-    first_pick: Tensor,
-) -> None:
-    """Pick a token for every row from the layer's outputs, as `gumbel_argmax` does from logits.
-
-    logits: the outputs, float32 or wider [rows, out_features], where `wanted` (int32 [1]) is not 0; else anything, since
-    writing them takes a GPU longer than picking from them.
-    """
-    if runs_triton(x):
-        from kernels.linear import triton as linear_triton
-
-        linear_triton.linear_gumbel_argmax(x, layer, logits, wanted, temperatures, keys, picks, first_pick)
-        return
-    linear(x, layer, out=logits)
-    gumbel_argmax(logits, temperatures, keys, picks, first_pick)
+    if format not in _FORMATS:
+        raise ValueError(f"there is no weight format {format!r}; choose one of {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[format].pack(views, gated=gated, longest_sum=longest_sum)

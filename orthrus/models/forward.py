@@ -10,18 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import (
-    PackedLinear,
-    embed,
-    linear,
-    linear_add_rms_norm,
-    linear_silu_mul,
-    pack_gated_linear,
-    pack_linear,
-    paged_attention,
-    qk_norm_rope,
-    start_layer,
-)
+from kernels import Parameters, Weight, embed, pack_weight, paged_attention, qk_norm_rope, start_layer
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.config import ModelConfig
 from orthrus.plan import PassPlan
@@ -38,16 +27,18 @@ class LayerWeights:
     next layer's first, or the model's last.
     """
 
-    qkv: PackedLinear
+    qkv: Weight
     qk_norm: Tensor
-    out: PackedLinear
+    out: Weight
     mlp_norm: Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Weight
+    down: Weight
     after_norm: Tensor
 
 
-def _layer_weights(config: ModelConfig, tensors: dict[str, Tensor], index: int) -> LayerWeights:
+def _layer_weights(
+    config: ModelConfig, tensors: dict[str, Tensor], index: int, weight_format: str
+) -> LayerWeights:
     """Take one layer's tensors out of `tensors`, so that packing never holds two copies of the model."""
     prefix = f"model.layers.{index}"
     views = ("", "_diff") if config.has_diffusion else ("",)
@@ -55,13 +46,14 @@ def _layer_weights(config: ModelConfig, tensors: dict[str, Tensor], index: int) 
     def take(name: str) -> Tensor:
         return tensors.pop(f"{prefix}.{name}")
 
-    def fuse(*names: str) -> PackedLinear:
-        """The projections `names` as one, for every view."""
-        weights = [torch.cat([take(f"self_attn.{n}_proj{view}.weight") for n in names]) for view in views]
-        biases = None
-        if config.attention_bias:
-            biases = [torch.cat([take(f"self_attn.{n}_proj{view}.bias") for n in names]) for view in views]
-        return pack_linear(weights, biases)
+    def projection(name: str) -> Parameters:
+        start = f"{prefix}.{name}."
+        return {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
+
+    def attention(*names: str) -> Weight:
+        """The projections `names` as one layer, with every view's weights."""
+        projections = [[projection(f"self_attn.{name}_proj{view}") for name in names] for view in views]
+        return pack_weight(projections, weight_format)
 
     norms = [
         take(f"self_attn.{name}_norm{view}.weight").expand(count, -1)
@@ -71,12 +63,14 @@ def _layer_weights(config: ModelConfig, tensors: dict[str, Tensor], index: int) 
     last = index + 1 == config.num_hidden_layers
     following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
     return LayerWeights(
-        qkv=fuse("q", "k", "v"),
+        qkv=attention("q", "k", "v"),
         qk_norm=torch.cat(norms).unflatten(0, (len(views), -1)),
-        out=fuse("o"),
+        out=attention("o"),
         mlp_norm=take("post_attention_layernorm.weight"),
-        gate_up=pack_gated_linear(take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")),
-        down=pack_linear([take("mlp.down_proj.weight")]),
+        gate_up=pack_weight(
+            [[projection("mlp.gate_proj"), projection("mlp.up_proj")]], weight_format, gated=True
+        ),
+        down=pack_weight([[projection("mlp.down_proj")]], weight_format),
         after_norm=tensors.pop(following),
     )
 
@@ -88,13 +82,20 @@ class LayerParallelForward:
     head, which makes logits of final hidden states. It has position 0 only until `use_context` gives it more.
     """
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], weight_format: str = "plain") -> None:
+        """weight_format: how the linear layers keep their weights, by a name that `kernels.pack_weight` knows."""
         self.config = config
         self._embedding = tensors.pop("model.embed_tokens.weight")
         head = tensors.pop("lm_head.weight", None)
-        self.head = pack_linear([self._embedding if head is None else head], segment=_HEAD_SEGMENT)
+        self.head = pack_weight(
+            [[{"weight": self._embedding if head is None else head}]],
+            weight_format,
+            longest_sum=_HEAD_SEGMENT,
+        )
         self._first_norm = tensors.pop("model.layers.0.input_layernorm.weight")
-        self._layers = [_layer_weights(config, tensors, i) for i in range(config.num_hidden_layers)]
+        self._layers = [
+            _layer_weights(config, tensors, i, weight_format) for i in range(config.num_hidden_layers)
+        ]
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype
         self._inv_freq, self._rope_scaling = config.rotary()
@@ -132,16 +133,14 @@ class LayerParallelForward:
         hidden, normed = start.hidden, start.normed
         for index, layer in enumerate(self._layers):
             start_layer()
-            qkv = linear(normed, layer.qkv, plan.num_ar).unflatten(1, (-1, dim))
+            qkv = layer.qkv.linear(normed, plan.num_ar).unflatten(1, (-1, dim))
             qk_norm_rope(
                 qkv, layer.qk_norm, start.cos, start.sin, eps, plan.num_ar, plan.slots, *cache.slots[index]
             )
             attended = paged_attention(qkv, *cache.layers[index], plan.attention, dim**-0.5)
-            hidden, normed = linear_add_rms_norm(
-                attended, layer.out, hidden, layer.mlp_norm, eps, plan.num_ar
-            )
-            gated = linear_silu_mul(normed, layer.gate_up)
-            hidden, normed = linear_add_rms_norm(gated, layer.down, hidden, layer.after_norm, eps)
+            hidden, normed = layer.out.linear_add_rms_norm(attended, hidden, layer.mlp_norm, eps, plan.num_ar)
+            gated = layer.gate_up.linear_silu_mul(normed)
+            hidden, normed = layer.down.linear_add_rms_norm(gated, hidden, layer.after_norm, eps)
         return normed
 
     @torch.inference_mode()
@@ -150,5 +149,5 @@ class LayerParallelForward:
 
         A 16-bit model's are rounded to 16 bits first.
         """
-        logits = linear(hidden, self.head)
+        logits = self.head.linear(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import AttentionPlan, gumbel_argmax, linear_gumbel_argmax, upload, workspace
+from kernels import AttentionPlan, gumbel_argmax, upload, workspace
 from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
 from kernels.attention.work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
 from orthrus.cache.kv_cache import KVCache
@@ -304,9 +304,8 @@ class CudaGraphRunner:
         """Picks of final hidden states, and their logits if the pass wants them."""
         rows = hidden.shape[0]
         temperatures, keys = self._pick_settings()
-        linear_gumbel_argmax(
+        self._forward.head.linear_gumbel_argmax(
             hidden,
-            self._forward.head,
             self._logits[:rows],
             self._buffer[_WANTS_LOGITS : _WANTS_LOGITS + 1],
             temperatures[:rows],

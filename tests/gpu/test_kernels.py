@@ -14,21 +14,17 @@ from torch import Tensor
 from kernels import (
     AttentionGroup,
     AttentionPlan,
-    PackedLinear,
     embed,
     gumbel_argmax,
     gumbel_noise,
-    linear,
-    linear_add_rms_norm,
-    linear_gumbel_argmax,
-    linear_silu_mul,
     paged_attention,
     qk_norm_rope,
     upload,
 )
 from kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
 from kernels.linear import hopper as linear_stream
-from kernels.linear import triton as linear_triton
+from kernels.linear.gpu import TritonWeight
+from kernels.linear.reference import DenseWeight
 from kernels.rows import sampling_triton
 from kernels.rows.sampling import NO_TOKEN, noise_keys
 
@@ -45,12 +41,12 @@ def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def layer_of(outs: int, ins: int, views: int = 1) -> PackedLinear:
-    return PackedLinear((randn(views, outs, ins) * ins**-0.5).unbind())
+def layer_of(outs: int, ins: int, views: int = 1) -> TritonWeight:
+    return TritonWeight((randn(views, outs, ins) * ins**-0.5).unbind())
 
 
-def double(layer: PackedLinear) -> PackedLinear:
-    return replace(layer, weights=tuple(w.double() for w in layer.weights))
+def double(layer: TritonWeight) -> DenseWeight:
+    return DenseWeight(tuple(w.double() for w in layer.weights), None, layer.interleaved)
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -62,33 +58,33 @@ def error(got: Tensor, exact: Tensor) -> float:
 def test_linear_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views: int) -> None:
     layer, x = layer_of(outs, ins, views), randn(2048, ins, seed=1)
     num_ar = int32(700)
-    full = linear(x, layer, num_ar)
+    full = layer.linear(x, num_ar)
     for start in (0, 650, 1948):
         part = slice(start, start + 100)
         split = int32(max(0, 700 - start))
-        assert error(full[part], linear(x[part].double(), double(layer), split)) < 3e-3
+        assert error(full[part], double(layer).linear(x[part].double(), split)) < 3e-3
     for rows in ROWS:
         for start in (0, 690, 2048 - rows):
-            got = linear(x[start : start + rows], layer, int32(max(0, min(rows, 700 - start))))
+            got = layer.linear(x[start : start + rows], int32(max(0, min(rows, 700 - start))))
             assert torch.equal(got, full[start : start + rows]), (rows, start)
 
 
 def test_gated_rows_are_the_same_bits_in_any_launch() -> None:
     layer, x = replace(layer_of(24576, 4096), interleaved=True), randn(2048, 4096, seed=1)
-    full = linear_silu_mul(x, layer)
-    assert error(full[:64], linear_silu_mul(x[:64].double(), double(layer))) < 4e-3
+    full = layer.linear_silu_mul(x)
+    assert error(full[:64], double(layer).linear_silu_mul(x[:64].double())) < 4e-3
     for rows in ROWS:
         for start in (0, 2048 - rows):
-            assert torch.equal(linear_silu_mul(x[start : start + rows], layer), full[start : start + rows])
+            assert torch.equal(layer.linear_silu_mul(x[start : start + rows]), full[start : start + rows])
 
 
 @pytest.mark.parametrize(("outs", "ins", "views"), [(4096, 4096, 2), (4096, 12288, 1)])
 def test_residual_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views: int) -> None:
     layer, x, residual = layer_of(outs, ins, views), randn(2048, ins, seed=1), randn(2048, outs, seed=2)
     norm, num_ar = randn(outs, seed=3), int32(700)
-    full = linear_add_rms_norm(x, layer, residual, norm, 1e-6, num_ar)
-    exact = linear_add_rms_norm(
-        x[650:750].double(), double(layer), residual[650:750].double(), norm.double(), 1e-6, int32(50)
+    full = layer.linear_add_rms_norm(x, residual, norm, 1e-6, num_ar)
+    exact = double(layer).linear_add_rms_norm(
+        x[650:750].double(), residual[650:750].double(), norm.double(), 1e-6, int32(50)
     )
     for ours, other in zip(full, exact, strict=True):
         assert error(ours[650:750], other) < 5e-3
@@ -96,7 +92,7 @@ def test_residual_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, view
         for start in (0, 690, 2048 - rows):
             part = slice(start, start + rows)
             split = int32(max(0, min(rows, 700 - start)))
-            got = linear_add_rms_norm(x[part], layer, residual[part], norm, 1e-6, split)
+            got = layer.linear_add_rms_norm(x[part], residual[part], norm, 1e-6, split)
             assert torch.equal(got[0], full[0][part]), (rows, start)
             assert torch.equal(got[1], full[1][part]), (rows, start)
 
@@ -105,18 +101,18 @@ def test_residual_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, view
 def test_tiles_do_not_change_a_bit(outs: int, ins: int) -> None:
     layer, x = layer_of(outs, ins), randn(2048, ins, seed=1)
     residual, norm = torch.zeros(2048, outs, device=DEVICE, dtype=torch.bfloat16), randn(outs, seed=3)
-    expected = linear(x, layer)
+    expected = layer.linear(x)
     by_segments: dict[int, Tensor] = {}
     for rows in (1, 32, 64, 128, 256, 2048):
         for tiles in linear_tiles(rows):
-            assert torch.equal(linear_triton.linear(x[:rows], layer, tiles=tiles), expected[:rows]), tiles
+            assert torch.equal(layer.linear(x[:rows], tiles=tiles), expected[:rows]), tiles
             for segments in (1, 2):
-                got, _ = linear_triton.linear_add_rms_norm(
-                    x[:rows], layer, residual[:rows], norm, 1e-6, tiles=replace(tiles, split=rows <= 64), segments=segments
+                got, _ = layer.linear_add_rms_norm(
+                    x[:rows], residual[:rows], norm, 1e-6, tiles=replace(tiles, split=rows <= 64), segments=segments
                 )  # fmt: skip
                 if segments not in by_segments:
-                    by_segments[segments], _ = linear_triton.linear_add_rms_norm(
-                        x, layer, residual, norm, 1e-6, segments=segments
+                    by_segments[segments], _ = layer.linear_add_rms_norm(
+                        x, residual, norm, 1e-6, segments=segments
                     )
                 assert torch.equal(got, by_segments[segments][:rows]), (segments, tiles)
 
@@ -247,23 +243,23 @@ def test_picks_from_a_layer_are_those_from_its_outputs(rows: int, ins: int) -> N
     """Greedy and sampled rows; a vocabulary and inputs that tiles don't divide; with logits and without."""
     layer, x = layer_of(20_010, ins), randn(rows, ins, seed=1)
     streamed = linear_stream.streams(x)
-    logits = linear(x, layer, out=torch.empty(rows, 20_010, device=DEVICE))
+    logits = layer.linear(x, out=torch.empty(rows, 20_010, device=DEVICE))
     temperatures = torch.arange(rows, device=DEVICE) % 3 * 0.7
     for seed in range(20):
         keys = torch.from_numpy(noise_keys([seed] * rows, range(rows))).to(DEVICE)
         expected, got = (torch.zeros(rows + 2, device=DEVICE, dtype=torch.int32) for _ in range(2))
         gumbel_argmax(logits, temperatures, keys, expected, int32(2))
         out = torch.zeros_like(logits)
-        linear_gumbel_argmax(x, layer, out, int32(seed % 2), temperatures, keys, got, int32(2))
+        layer.linear_gumbel_argmax(x, out, int32(seed % 2), temperatures, keys, got, int32(2))
         assert torch.equal(got, expected), seed
         assert torch.equal(out, logits if seed % 2 or not streamed else torch.zeros_like(out))
         if streamed:  # Not the picks alone: their scores have the same bits, however they were computed.
-            tiles, _ = linear_triton.best_of_tiles(x, layer, out, int32(0), temperatures, keys)
+            tiles, _ = layer.best_of_tiles(x, out, int32(0), temperatures, keys)
             blocks, _ = sampling_triton.best_of_blocks(logits, temperatures, keys)
             assert torch.equal(tiles.amax(1), blocks.amax(1)), seed
     # Of equals the lowest: here all of a tile's, and tiles.
     same = torch.zeros_like(x)
-    linear_gumbel_argmax(same, layer, out, int32(0), torch.zeros(rows, device=DEVICE), keys, got, int32(2))
+    layer.linear_gumbel_argmax(same, out, int32(0), torch.zeros(rows, device=DEVICE), keys, got, int32(2))
     assert not got.any()
 
 
@@ -276,16 +272,16 @@ def test_a_row_of_nan_has_no_pick(rows: int, temperature: float) -> None:
         torch.zeros(rows, 2, device=DEVICE, dtype=torch.int32),
         torch.full((rows,), temperature, device=DEVICE),
     )
-    linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
+    layer.linear_gumbel_argmax(x, out, int32(0), none, keys, picks, int32(0))
     expected = picks.clone()
     x[rows - 1] = float("nan")
-    linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
+    layer.linear_gumbel_argmax(x, out, int32(0), none, keys, picks, int32(0))
     assert torch.equal(picks[:-1], expected[:-1])
     assert int(picks[-1]) == NO_TOKEN
     # So has one with a single token of NaN, in whichever tile; the embedding of such a pick can be looked up.
     x[rows - 1] = 1.0
     layer.weights[0][20_003] = float("nan")
-    linear_gumbel_argmax(x, layer, out, int32(0), none, keys, picks, int32(0))
+    layer.linear_gumbel_argmax(x, out, int32(0), none, keys, picks, int32(0))
     assert (picks == NO_TOKEN).all()
     tokens = torch.full((rows,), -1, device=DEVICE, dtype=torch.int32)
     table, norm = randn(8, 256, seed=2), torch.ones(256, device=DEVICE, dtype=torch.bfloat16)

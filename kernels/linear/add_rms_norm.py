@@ -1,0 +1,97 @@
+"""The kernel behind a layer whose result goes into the residual stream: sum of segments, residual, RMS norm."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.device import chaining
+from kernels.workspace import empty
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x,
+    bias,
+    residual,
+    weight,
+    hidden,
+    normed,
+    num_ar,
+    width,
+    plane,
+    eps,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TWO_VIEWS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Add a layer's segments (or its finished result, PARTS 1), then the residual, then the norm: one program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < width
+    scale = tl.load(weight + place, mask=inside, other=0.0)
+    if CHAINED:
+        gdc_launch_dependents()
+        # The residual was last touched many weights ago: it is fetched from memory while the layer ahead still runs, not when
+        # the next one's weights queue there. Only into the L2 cache, since other kernels may still be writing it.
+        sector = tl.minimum(tl.arange(0, WIDTH // 16) * 16, width - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [residual + row * width + sector],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        gdc_wait()
+    dtype = hidden.dtype.element_ty
+    before = tl.load(residual + row * width + place, mask=inside, other=0.0)
+    total = tl.load(x + row * width + place, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(x + part * plane + row * width + place, mask=inside, other=0.0)
+    if HAS_BIAS:
+        shift = place
+        if TWO_VIEWS:
+            shift += tl.where(row >= tl.load(num_ar), width, 0)
+        total += tl.load(bias + shift, mask=inside, other=0.0).to(tl.float32)
+    value = (total.to(dtype).to(tl.float32) + before.to(tl.float32)).to(dtype)
+    tl.store(hidden + row * width + place, value, mask=inside)
+    value = value.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value) / width + eps)
+    # Rounded before the weight, as Qwen3's own code does.
+    tl.store(normed + row * width + place, value.to(dtype) * scale, mask=inside)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    num_ar: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hidden = residual + x + bias, and its RMS norm: both [rows, width].
+
+    x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width].
+    """
+    rows, width = residual.shape
+    hidden, normed = (empty((rows, width), residual.dtype, residual.device) for _ in range(2))
+    _add_rms_norm_kernel[(rows,)](
+        x,
+        x if bias is None else bias,
+        residual,
+        norm_weight,
+        hidden,
+        normed,
+        x if num_ar is None else num_ar,
+        width,
+        rows * width,
+        eps,
+        WIDTH=triton.next_power_of_2(width),
+        PARTS=x.shape[0] if x.dim() == 3 else 1,
+        HAS_BIAS=bias is not None,
+        TWO_VIEWS=bias is not None and bias.shape[0] > 1,
+        # So many that a thread has all it reads on its way at once: with more to read, the compiler saves registers and waits
+        # for one part after the other. By the width alone, which the order of the norm's sum depends on.
+        num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
+        **chaining(),
+    )
+    return hidden, normed

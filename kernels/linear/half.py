@@ -1,0 +1,114 @@
+"""float32 weights on a CPU that float16 holds exactly: half the bytes, the same float32 arithmetic.
+
+A decode pass takes as long as reading its weights takes. float16 holds most weights of a bfloat16 checkpoint exactly once they
+are scaled by a power of two. FBGEMM multiplies float32 rows by float16 weights and adds in float32.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.linear.reference import pad_rows
+from kernels.linear.weight import OneViewWeight, Parameters, join_projections
+
+_CHECKED_ROWS = 4096
+"""Rows of a weight that are converted at once, so that the conversion needs little memory besides the result."""
+
+_HALF_EXPONENT = 15
+"""Numbers below 2 to this power are finite in float16."""
+
+
+class HalfWeight(OneViewWeight):
+    """A weight as float16 numbers times one power of two."""
+
+    def __init__(self, halves: Tensor, scale: float, bias: Tensor | None, longest_sum: int) -> None:
+        """halves: float16 [out_features, in_features]; the weight is halves * scale."""
+        row_tile = _row_tile()
+        assert row_tile is not None, "as_halves() has checked it"
+        self.bias = bias
+        self._row_tile = row_tile
+        # A tensor, so that multiplying by it makes no new one in every pass.
+        self._scale = torch.tensor(scale)
+        self._nbytes = halves.nbytes + (0 if bias is None else bias.nbytes)
+        # First input, number of inputs, and FBGEMM's weight, of each segment of the inputs. FBGEMM adds a segment's products
+        # one after the other.
+        self._segments = _pack_segments(halves, longest_sum)
+
+    @classmethod
+    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> "HalfWeight":
+        """Raises ValueError if float16 does not hold the weight exactly, or FBGEMM is not there."""
+        weight, bias = join_projections(projections)
+        halves = as_halves(weight)
+        if halves is None:
+            raise ValueError(
+                "float16 does not hold this weight exactly, or this build of PyTorch has no FBGEMM"
+            )
+        return cls(*halves, bias, longest_sum)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def product(self, x: Tensor) -> Tensor:
+        tiled = pad_rows(x, self._row_tile)
+        sums = (
+            torch.ops.quantized.linear_dynamic_fp16(tiled.narrow(1, start, size), packed)
+            for start, size, packed in self._segments
+        )
+        total: Tensor = next(sums)
+        for more in sums:
+            total.add_(more)
+        return total.mul_(self._scale)[: x.shape[0]]
+
+
+def _pack_segments(halves: Tensor, longest_sum: int) -> list[tuple[int, int, Any]]:
+    """Segments of equal length, none longer than `longest_sum`; see `HalfWeight._segments`."""
+    width = halves.shape[1]
+    length = -(-width // -(-width // longest_sum))
+    pack = torch.ops.quantized.linear_prepack_fp16
+    return [
+        (start, part.shape[1], pack(part.float().contiguous(), None))
+        for start, part in zip(range(0, width, length), halves.split(length, 1), strict=True)
+    ]
+
+
+def as_halves(weight: Tensor) -> tuple[Tensor, float] | None:
+    """A float32 weight as float16 and the power of two to multiply it by, which puts the largest number just below 2**15.
+
+    None if bits would be lost, and None if FBGEMM is not there or its results depend on the number of rows.
+    """
+    if _row_tile() is None:
+        return None
+    lowest, highest = weight.aminmax()
+    largest = torch.maximum(-lowest, highest)
+    if not largest.isfinite():
+        return None
+    scale = 2.0 ** (int(torch.frexp(largest).exponent) - _HALF_EXPONENT)
+    halves = torch.empty_like(weight, dtype=torch.float16)
+    for part, half in zip(weight.split(_CHECKED_ROWS), halves.split(_CHECKED_ROWS), strict=True):
+        half.copy_(part / scale)
+        if not torch.equal(half.float().mul_(scale), part):
+            return None
+    return halves, scale
+
+
+@cache
+def _row_tile() -> int | None:
+    """The number of rows to pad to a multiple of, so that FBGEMM gives a row the same bits among any number of others.
+
+    With AVX-512 that is 1. With AVX2 it is 6. FBGEMM chooses its instructions by itself, so both are tried. None: neither holds.
+    """
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(132, 96, generator=generator), torch.randn(80, 96, generator=generator)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    full = torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+    def same(rows: int) -> bool:
+        return torch.equal(torch.ops.quantized.linear_dynamic_fp16(x[:rows], packed), full[:rows])
+
+    return next((tile for tile in (1, 6) if all(same(rows) for rows in range(tile, 132, tile))), None)

@@ -1,0 +1,57 @@
+"""The format "plain": the weights of the checkpoint, every bit of them, as the device multiplies them fastest."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.device import runs_triton
+from kernels.linear.half import HalfWeight, as_halves
+from kernels.linear.onednn import OneDnnWeight
+from kernels.linear.reference import DenseWeight
+from kernels.linear.types import GATE_BLOCK, DenseLayer
+from kernels.linear.weight import Parameters, SplitViews, Views, Weight, join_projections, weight_format
+
+
+@weight_format("plain")
+class PlainFormat:
+    """Chooses a layout by the device and the dtype of the tensors. None of them rounds a weight."""
+
+    @staticmethod
+    def pack(views: Views, *, gated: bool, longest_sum: int) -> Weight:
+        """See `WeightFormat`."""
+        first = views[0][0]["weight"]
+        if runs_triton(first):
+            from kernels.linear.gpu import TritonWeight
+
+            layer = interleave(views[0]) if gated else stack_views(views)
+            return TritonWeight(layer.weights, layer.bias, layer.interleaved)
+        on_cpu = first.device.type == "cpu"
+        if on_cpu and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            return SplitViews.join([_for_cpu(*join_projections(view), longest_sum) for view in views])
+        layer = stack_views(views)
+        return DenseWeight(layer.weights, layer.bias)
+
+
+def _for_cpu(weight: Tensor, bias: Tensor | None, longest_sum: int) -> Weight:
+    """A float32 weight as float16 if that loses nothing, since it takes half as long to read."""
+    halves = as_halves(weight)
+    return OneDnnWeight(weight, bias) if halves is None else HalfWeight(*halves, bias, longest_sum)
+
+
+def stack_views(views: Views) -> DenseLayer:
+    """The views' weights as neighbours in memory."""
+    joined = [join_projections(view) for view in views]
+    biases = [bias for _, bias in joined if bias is not None]
+    if len(joined) == 1:
+        weights: tuple[Tensor, ...] = (joined[0][0].contiguous(),)
+    else:
+        weights = torch.stack([weight for weight, _ in joined]).unbind()
+    return DenseLayer(weights, torch.stack(biases) if biases else None)
+
+
+def interleave(projections: Sequence[Parameters]) -> DenseLayer:
+    """A gate and up [width, in_features] each as one layer [2 * width, in_features] whose outputs alternate in blocks of
+    `GATE_BLOCK`, so that one tile of the layer holds what belongs together. They have no biases."""
+    blocks = [projection.pop("weight").unflatten(0, (-1, 1, GATE_BLOCK)) for projection in projections]
+    return DenseLayer((torch.cat(blocks, 1).flatten(0, 2),), interleaved=True)

@@ -1,0 +1,58 @@
+"""How the linear layers are cut up on a GPU: segments of the inputs, which decide the bits, and tiles, which do not."""
+
+from functools import cache
+
+import torch
+
+from kernels.linear.types import LinearTiles
+
+SEGMENT_UNIT = 128
+"""Segment lengths are multiples of it: every tile's depth divides it."""
+_SHORTEST_SEGMENT = 1024
+_MOST_SEGMENTS = 4
+_FULL_GRID = 128
+"""Programs that keep the memory of a GPU with 132 multiprocessors busy."""
+
+
+@cache
+def num_segments(out_features: int, in_features: int) -> int:
+    """Segments of the inputs of a layer whose result goes into the residual stream: enough to fill a GPU at one row."""
+    segments = 1
+    while (
+        segments < _MOST_SEGMENTS
+        and segments * -(-out_features // 64) < _FULL_GRID
+        and in_features // (2 * segments) >= _SHORTEST_SEGMENT
+    ):
+        segments *= 2
+    return segments
+
+
+def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
+    """Tiles for a launch, by its row count and weight. out_features: of one view; of a gated layer, gate and up together."""
+    if dtype == torch.float32:
+        # Without a matrix unit, and only for checks: small enough to keep in registers.
+        return LinearTiles(64, 16, 32, segments > 1, 4, 2)
+    few = segments > 1
+    if rows <= 64:
+        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
+    if rows <= 128:
+        if out_features <= 8192:
+            return (
+                LinearTiles(64, 128, 64, True, 4, 6) if few else LinearTiles(64, 128, 128, warps=4, stages=4)
+            )
+        # As many programs on a multiprocessor as take all tiles of a gated layer at once; the head has enough for any.
+        return LinearTiles(64 if out_features <= 65536 else 128, 128, 64, few, 4, 3)
+    if rows <= 256:
+        if few:
+            return LinearTiles(64, 128, 128, warps=4, stages=4)
+        return LinearTiles(128, 128, 64, warps=4, stages=5 if out_features <= 65536 else 3)
+    if few:
+        return LinearTiles(128, 128, 64, warps=8, stages=4)
+    if out_features > 65536:
+        return LinearTiles(256, 128, 64, warps=8, stages=4)
+    return LinearTiles(128, 256, 64, warps=8, stages=3)
+
+
+def segment_length(in_features: int, segments: int) -> int:
+    """Inputs of each segment but the last, which may have fewer."""
+    return -(-in_features // (segments * SEGMENT_UNIT)) * SEGMENT_UNIT

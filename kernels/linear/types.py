@@ -1,0 +1,44 @@
+"""What the linear kernels are given: the weights of a layer as plain tensors, and how a launch is cut into tiles."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+GATE_BLOCK = 8
+"""An interleaved layer has this many outputs of the gate, then as many of up, and so on. It is the distance between two
+outputs that one thread of the matrix unit holds."""
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A linear layer whose weights are kept as they are, in the dtype of its inputs."""
+
+    # One [out_features, in_features] for each view (AR, diffusion). On a GPU they are neighbours in memory, in this order.
+    weights: tuple[Tensor, ...]
+    # [views, out_features], or None.
+    bias: Tensor | None = None
+    # Whether the outputs are those of a gate and of up in turn, `GATE_BLOCK` of each, for `linear_silu_mul` on a GPU.
+    interleaved: bool = False
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the weights and the bias."""
+        return sum(weight.nbytes for weight in self.weights) + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """How a launch is cut into tiles. Nothing here changes a bit of the result."""
+
+    # Outputs of a tile.
+    outs: int
+    # Input rows of a tile.
+    rows: int
+    # Inputs that one step of the sum covers.
+    depth: int
+    # Whether each segment of the inputs gets programs of its own.
+    split: bool = False
+    # Warps of a program.
+    warps: int = 4
+    # Steps that are loaded ahead.
+    stages: int = 4

@@ -1,0 +1,111 @@
+"""The seam of weight formats: one class and one registration make a format that a whole model runs in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Parameters, Weight, pack_weight
+from kernels.linear import OneViewWeight, SplitViews, join_projections, weight_format
+from kernels.linear.half import HalfWeight
+from kernels.linear.onednn import OneDnnWeight
+from kernels.linear.reference import product
+from orthrus.kv_cache import KVCache
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.config import ModelConfig
+from orthrus.models.forward import LayerParallelForward
+from orthrus.plan import PassPlan, RowGroup, View
+
+CPU = torch.device("cpu")
+
+
+@weight_format("negated")
+class NegatedWeight(OneViewWeight):
+    """A weight that is stored with its signs turned round. Turning the result round gives the same bits again."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.bias = bias
+        self._negated = -weight
+
+    @classmethod
+    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> Self:
+        return cls(*join_projections(projections))
+
+    @property
+    def nbytes(self) -> int:
+        return self._negated.nbytes
+
+    def product(self, x: Tensor) -> Tensor:
+        return product(x, self._negated).neg_()
+
+
+def logits(checkpoint: Path, weight_format: str) -> Tensor:
+    """Logits of a pass of AR rows and a diffusion block, in float64, where "plain" multiplies by the weights as they are."""
+    config = ModelConfig.from_dir(checkpoint)
+    weights = load_weights(checkpoint, config, CPU, torch.float64)
+    forward = LayerParallelForward(config, weights, weight_format)
+    assert not [name for name in weights if "proj" in name], "packing takes the tensors out of the dictionary"
+    forward.use_context(64)
+    cache = KVCache.allocate(config, 4, 16, CPU, torch.float64)
+    groups = [
+        RowGroup(View.AR, [5, 6, 7], 0, [1], 0, 3),
+        RowGroup(View.DIFFUSION, [8, *[config.mask_token_id or 0] * 3], 0, [2], 0, 4),
+    ]
+    plan = PassPlan.build(groups, page_size=16, heads_per_kv=forward.heads_per_kv, device=CPU)
+    return forward.logits(forward.hidden_states(plan, cache, torch.zeros(1, dtype=torch.int32)))
+
+
+def test_a_format_is_one_class_and_one_registration(tiny_orthrus: Path) -> None:
+    expected = logits(tiny_orthrus, "plain")
+    assert expected.std() > 0.01
+    assert torch.equal(logits(tiny_orthrus, "negated"), expected)
+
+
+def test_an_unknown_format_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match="no weight format 'int3'; choose one of .*plain"):
+        pack_weight([[{"weight": torch.eye(8)}]], "int3")
+
+
+def views_of(*weights: Tensor) -> list[list[Parameters]]:
+    return [[{"weight": weight}] for weight in weights]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_bytes_are_those_of_the_layout_and_each_view_has_its_own() -> None:
+    """float16 holds the first weight exactly, but not the second."""
+    halves, others = torch.eye(64), torch.full((64, 64), 1 / 3)
+    x, num_ar = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([2])
+    both = pack_weight(views_of(halves, others))
+    one, other = pack_weight(views_of(halves)), pack_weight(views_of(others))
+    assert isinstance(both, SplitViews) and isinstance(one, HalfWeight) and isinstance(other, OneDnnWeight)
+    assert (one.nbytes, other.nbytes, both.nbytes) == (64 * 64 * 2, 64 * 64 * 4, 64 * 64 * 6)
+    assert torch.equal(both.linear(x, num_ar), torch.cat([one.linear(x[:2]), other.linear(x[2:])]))
+    with pytest.raises(ValueError, match="needs num_ar"):
+        both.linear(x)
+
+
+def test_half_weights_refuse_what_float16_does_not_hold() -> None:
+    with pytest.raises(ValueError, match="float16 does not hold this weight exactly"):
+        HalfWeight.pack_view([{"weight": torch.full((8, 8), 1 / 3)}], 512)
+
+
+@pytest.mark.parametrize("format", ["plain", "negated"])
+def test_projections_lie_side_by_side_with_their_biases_in_every_view(format: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def projection(outs: int) -> Parameters:
+        weight, bias = (torch.randn(*shape, generator=generator) for shape in ((outs, 16), (outs,)))
+        return {"weight": weight, "bias": bias}
+
+    views = [[projection(outs) for outs in (8, 24)] for _ in range(2)]
+    x = torch.randn(5, 16, generator=generator)
+    parts = [
+        torch.cat([x[rows] @ p["weight"].T + p["bias"] for p in view], 1)
+        for view, rows in zip(views, (slice(0, 3), slice(3, 5)), strict=True)
+    ]
+    layer: Weight = pack_weight(views, format)
+    assert not any(parameters for view in views for parameters in view)
+    torch.testing.assert_close(layer.linear(x, torch.tensor([3])), torch.cat(parts))
