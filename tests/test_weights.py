@@ -45,7 +45,7 @@ class NegatedWeight(OneViewWeight):
 def logits(checkpoint: Path, weight_format: str) -> Tensor:
     """Logits of a pass of AR rows and a diffusion block, in float64, where "plain" multiplies by the weights as they are."""
     config = ModelConfig.from_dir(checkpoint)
-    weights = load_weights(checkpoint, config, CPU, torch.float64)
+    weights = load_weights(checkpoint, config, device=CPU, dtype=torch.float64)
     forward = LayerParallelForward(config, weights, weight_format)
     assert not [name for name in weights if "proj" in name], "packing takes the tensors out of the dictionary"
     forward.use_context(64)
@@ -65,7 +65,7 @@ def test_a_format_is_one_class_and_one_registration(tiny_orthrus: Path) -> None:
 
 
 def test_an_unknown_format_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match="no weight format 'int3'; choose one of .*plain"):
+    with pytest.raises(ValueError, match=r"no weight format 'int3'; choose one of .*plain"):
         pack_weight([[{"weight": torch.eye(8)}]], "int3")
 
 
