@@ -13,7 +13,7 @@ from kernels.linear import OneViewWeight, SplitViews, join_projections, weight_f
 from kernels.linear.half import HalfWeight
 from kernels.linear.onednn import OneDnnWeight
 from kernels.linear.reference import product
-from orthrus.kv_cache import KVCache
+from orthrus.cache.kv_cache import KVCache
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
