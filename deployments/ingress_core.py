@@ -21,7 +21,7 @@ from deployments.request_metrics import RequestMetrics
 from deployments.response_store import Responses
 from deployments.responses_api import ResponsesApi
 from orthrus.engine_config import EngineConfig
-from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
 from orthrus.models.files import resolve
 from orthrus.text.stream import load_tokenizer
 
@@ -50,7 +50,7 @@ class IngressCore:
         self._gate = Gate(api, limiter, RequestMetrics(self._model))
         path = resolve(config.model)
         self._tokenizer = load_tokenizer(path)
-        model = ModelConfig.from_dir(path)
+        model = load_config(path)
         self._vocab_size = model.vocab_size
         trained = model.max_position_embeddings
         self._max_model_len = config.max_model_len or min(trained, config.kv_cache_tokens or trained)

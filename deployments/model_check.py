@@ -4,6 +4,7 @@ from pathlib import Path
 
 from orthrus.engine_config import EngineConfig
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
 from orthrus.models.files import CONFIG_FILES, check_files, resolve
 from orthrus.text.stream import check_tokenizer, load_tokenizer
 
@@ -27,7 +28,7 @@ def check_model(engine: EngineConfig, *, load: bool = True) -> ModelConfig:
     ConfigError naming what is wrong, the setting or the file.
     """
     path = resolve(engine.model, CONFIG_FILES, (Path(), _ROOT))
-    model = ModelConfig.from_dir(path)
+    model = load_config(path)
     engine.check_model(model)
     if Path(engine.model).is_dir():
         check_files(path, model)

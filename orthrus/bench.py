@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from orthrus.engine import Engine, choose_device
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import family_of, load_config
 from orthrus.models.files import resolve
 from orthrus.prompts import encode_prompts
 from orthrus.request import SamplingParams
@@ -134,7 +134,7 @@ class BenchReport:
 def bench(options: BenchOptions, progress: Progress = lambda line: None) -> BenchReport:
     """Measure; `progress` is told one line per round. Raises ConfigError for a model or setting that can't be loaded."""
     path = resolve(options.model)
-    model = ModelConfig.from_dir(path)
+    model = load_config(path)
     device = choose_device(options.device)
     prompts = bench_prompts(path, model, max(options.batches))
     if max(map(len, prompts)) + options.new_tokens > model.max_position_embeddings:
@@ -146,7 +146,7 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
         for schedule in (("ar", "orthrus") if model.has_diffusion else ("ar",))
     ]
     dtype = ours[0].forward.dtype
-    contestants = [hugging_face(path, device, dtype), *(engine_contestant(engine) for engine in ours)]
+    contestants = [hugging_face(path, model, device, dtype), *(engine_contestant(engine) for engine in ours)]
     for batch in options.batches:
         for contestant in contestants:
             contestant.run(prompts[:batch], min(WARM_UP_TOKENS, options.new_tokens))
@@ -226,14 +226,13 @@ def engine_contestant(engine: Engine) -> Contestant:
     return Contestant(engine.schedule_name, run)
 
 
-def hugging_face(path: Path, device: torch.device, dtype: torch.dtype) -> Contestant:
+def hugging_face(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Contestant:
     """transformers' own `generate` of the same checkpoint's AR view: eager, growing cache, one left-padded batch."""
-    from transformers import Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
     logging.disable_progress_bar()
-    model: Any = Qwen3ForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model = family_of(config).hugging_face().model.from_pretrained(path, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None  # Every request runs to its length, as ours do.
 
     def run(prompts: list[list[int]], new_tokens: int) -> Output:

@@ -26,6 +26,7 @@ from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
 from orthrus.models.files import kv_bytes_per_token, resolve, weight_bytes
 from orthrus.models.forward import LayerParallelForward
 from orthrus.pass_cost import measure_decode_cost
@@ -162,7 +163,7 @@ class Engine:
     def from_pretrained(cls, config: EngineConfig) -> "Engine":
         """Load the checkpoint (directory or hub id) and tokenizer that `config.model` names. Raises ConfigError."""
         path = resolve(config.model)
-        model_config = ModelConfig.from_dir(path)
+        model_config = load_config(path)
         device = choose_device(config.device)
         _check_memory(model_config, device, compute_dtype(config.dtype, model_config, device))
         stages.info("loading the weights of %s", model_config.name)

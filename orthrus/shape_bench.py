@@ -25,7 +25,8 @@ from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
-from orthrus.models.files import kv_bytes_per_token, tensor_shapes, weight_bytes
+from orthrus.models.families import family_of
+from orthrus.models.files import kv_bytes_per_token, weight_bytes
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.plan import RowGroup, View
 from orthrus.request import SamplingParams
@@ -206,7 +207,7 @@ def random_weights(model: ModelConfig, device: torch.device, dtype: torch.dtype)
             0.0, shape[1] ** -0.5, generator=generator
         )
 
-    return {name: tensor(name, shape) for name, shape in tensor_shapes(model).items()}
+    return {name: tensor(name, shape) for name, shape in family_of(model).tensor_shapes(model).items()}
 
 
 def shape_engine(
@@ -307,18 +308,18 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
 
 
 def hugging_face_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' Qwen3 with the weights of `random_weights`, the AR view's."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """transformers' own model with the weights of `random_weights`, the AR view's."""
+    family = family_of(model)
+    classes = family.hugging_face()
     plain = replace(model, block_size=None, mask_token_id=None)
     with torch.device("meta"):
-        theirs: Any = Qwen3ForCausalLM(Qwen3Config(**plain.to_dict()))
+        theirs = classes.model(classes.config(**family.write_config(plain)))
     weights = random_weights(plain, device, dtype)
     if model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, assign=True)
     # What is no weight has to be made anew.
-    inv_freq, _ = model.rotary()
+    inv_freq, _ = family.rotary(model)
     theirs.model.rotary_emb.inv_freq = inv_freq.to(device)
     theirs.model.rotary_emb.original_inv_freq = inv_freq.to(device)
     return theirs.eval()

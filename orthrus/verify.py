@@ -24,6 +24,7 @@ from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import family_of, load_config
 from orthrus.models.files import resolve
 from orthrus.prompts import encode_prompts
 from orthrus.request import Request, RequestStats, SamplingParams, TokenLogprob
@@ -128,7 +129,7 @@ class Check:
 
 @dataclass(frozen=True)
 class HuggingFaceCheck:
-    """Our forward against transformers' Qwen3ForCausalLM, both in `dtype`, over every generated position. Nats.
+    """Our forward against transformers' own, both in `dtype`, over every generated position. Nats.
 
     max_logprob_gap compares the logprobs that decoding reported. greedy_disagreements: greedy picks that are not the
     argmax of Hugging Face's logits; `max_regret` is how far below it the worst one is.
@@ -212,7 +213,7 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
     Raises ConfigError for a model or setting that can't be loaded.
     """
     path = resolve(options.model)
-    model = ModelConfig.from_dir(path)
+    model = load_config(path)
     if options.max_tokens + 2 > model.max_position_embeddings:
         raise ConfigError(
             f"--max-tokens {options.max_tokens} leaves no room for a prompt in a context of "
@@ -384,13 +385,13 @@ def compare_hugging_face(
     engine: Engine, path: Path, requests: Sequence[Request], reference: dict[str, Result]
 ) -> HuggingFaceCheck:
     """Score every reference text with both forwards, in the engine's dtype; KL in float64 from their logits."""
-    from transformers import Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
     logging.disable_progress_bar()
     started = time.perf_counter()
-    theirs = Qwen3ForCausalLM.from_pretrained(path, dtype=engine.forward.dtype).to(engine.device).eval()
+    classes = family_of(engine.model_config).hugging_face()
+    theirs = classes.model.from_pretrained(path, dtype=engine.forward.dtype).to(engine.device).eval()
     max_kl = total_kl = max_gap = max_regret = 0.0
     positions = disagreements = 0
     for request in requests:
@@ -445,7 +446,7 @@ def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) 
                 "adaptive_draft": way.adaptive,
                 "draft_lead": way.lead,
                 "kv_cache_tokens": kv_cache_tokens,
-                "max_model_len": min(kv_cache_tokens, ModelConfig.from_dir(path).max_position_embeddings),
+                "max_model_len": min(kv_cache_tokens, load_config(path).max_position_embeddings),
                 "max_num_seqs": options.max_batch if way.mixed else 1,
                 "prefill_chunk": SHORT_CHUNK if way.mixed else LONG_CHUNK,
             }

@@ -62,7 +62,7 @@ def make_checkpoint(
             eos_token_id=vocab_size - 2 if eos_token_id is None else eos_token_id,
         )
         if diffusion:
-            _add_diffusion(path, correlated, noise, initializer_range)
+            add_diffusion(path, correlated, noise, initializer_range)
             edit_json(
                 path / "config.json",
                 architectures=["OrthrusLM"],
@@ -103,7 +103,10 @@ def _save_base(path: Path, dtype: torch.dtype, **settings: Any) -> None:
     model.to(dtype).save_pretrained(path)
 
 
-def _add_diffusion(path: Path, correlated: bool, noise: float, initializer_range: float) -> None:
+def add_diffusion(
+    path: Path, correlated: bool = True, noise: float = 0.05, initializer_range: float = 0.15
+) -> None:
+    """Add `*_diff` weights to the checkpoint at `path`. Arguments: see `make_checkpoint`."""
     file = path / "model.safetensors"
     tensors = load_file(file)
     added = {}

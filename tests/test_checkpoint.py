@@ -23,7 +23,8 @@ from orthrus.engine_config import EngineConfig
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import compute_dtype, load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
-from orthrus.models.files import HubUnreachable, resolve, tensor_shapes
+from orthrus.models.families import family_of, load_config
+from orthrus.models.files import HubUnreachable, resolve
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.reference import Reference
 
@@ -54,7 +55,7 @@ TINY = ModelConfig(
 
 
 def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    config = ModelConfig.from_dir(path)
+    config = load_config(path)
     return config, load_weights(path, config, "cpu", config.dtype)
 
 
@@ -84,7 +85,7 @@ def load_error(path: Path) -> str:
 def test_round_trip(tmp_path: Path, variant: dict[str, Any], max_shard_bytes: int) -> None:
     original = make_checkpoint(tmp_path / "original", **variant)
     config, weights = load(original)
-    assert {n: tuple(t.shape) for n, t in weights.items()} == tensor_shapes(config)
+    assert {n: tuple(t.shape) for n, t in weights.items()} == family_of(config).tensor_shapes(config)
     # What Hugging Face wrote is what we read.
     stored = load_file(original / "model.safetensors")
     assert all(torch.equal(weights[name], stored[name]) for name in stored)
@@ -157,10 +158,10 @@ def test_loaded_tensors_do_not_change_with_their_file(tmp_path: Path) -> None:
 
 def test_saved_dtype_is_that_of_the_tensors(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "half", dtype=torch.bfloat16)
-    config = ModelConfig.from_dir(path)
+    config = load_config(path)
     weights = load_weights(path, config, "cpu", "auto")
     save_checkpoint(tmp_path / "full", config, weights)
-    assert ModelConfig.from_dir(tmp_path / "full") == replace(config, dtype="float32")
+    assert load_config(tmp_path / "full") == replace(config, dtype="float32")
 
 
 def test_views_that_share_memory_or_are_strided_save(tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ class TestBrokenFiles:
 
 class TestSaveErrors:
     def test_tensors_that_are_not_the_configs(self, tmp_path: Path) -> None:
-        tensors = {name: torch.zeros(shape) for name, shape in tensor_shapes(TINY).items()}
+        tensors = {name: torch.zeros(shape) for name, shape in family_of(TINY).tensor_shapes(TINY).items()}
         del tensors["model.norm.weight"]
         tensors["lm_head.weight"] = torch.zeros(8, 5)
         tensors["extra"] = torch.zeros(1)
@@ -421,7 +422,7 @@ class TestSaveErrors:
         assert not (tmp_path / "saved").exists()
 
     def test_mixed_dtypes(self, tmp_path: Path) -> None:
-        tensors = {name: torch.zeros(shape) for name, shape in tensor_shapes(TINY).items()}
+        tensors = {name: torch.zeros(shape) for name, shape in family_of(TINY).tensor_shapes(TINY).items()}
         tensors["model.norm.weight"] = torch.zeros(4, dtype=torch.bfloat16)
         with pytest.raises(CheckpointError, match=r"one dtype, found .*bfloat16.*float32.*cast them first"):
             save_checkpoint(tmp_path, TINY, tensors)
@@ -433,7 +434,7 @@ def test_loading_shows_hugging_faces_progress_bar(
 ) -> None:
     (progress.enable_progress_bar if wanted else progress.disable_progress_bar)()
     try:
-        load_weights(tiny_orthrus, ModelConfig.from_dir(tiny_orthrus), "cpu")
+        load_weights(tiny_orthrus, load_config(tiny_orthrus), "cpu")
     finally:
         progress.disable_progress_bar()
     assert ("loading tiny-orthrus: 100%" in capsys.readouterr().err) == wanted
@@ -499,7 +500,7 @@ class TestResolve:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         path = resolve("someone/tiny")
         assert path == snapshot
-        assert ModelConfig.from_dir(path).name == "someone/tiny"
+        assert load_config(path).name == "someone/tiny"
 
 
 class TestReference:

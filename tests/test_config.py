@@ -12,6 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import family_of, load_config, parse_config
 from tests.checkpoints import edit_json, make_checkpoint
 
 # What the published Orthrus-Qwen3-1.7B says, in transformers-4 style.
@@ -53,8 +54,16 @@ def without(*keys: str) -> dict[str, Any]:
     return {key: value for key, value in ORTHRUS_1_7B.items() if key not in keys}
 
 
+def written(config: ModelConfig) -> dict[str, Any]:
+    return family_of(config).write_config(config)
+
+
+def rotary(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    return family_of(config).rotary(config)
+
+
 def test_reads_a_published_config() -> None:
-    config = ModelConfig.from_dict(ORTHRUS_1_7B, name="Orthrus-Qwen3-1.7B")
+    config = parse_config(ORTHRUS_1_7B, name="Orthrus-Qwen3-1.7B")
     assert config == ModelConfig(
         vocab_size=151936,
         hidden_size=2048,
@@ -83,15 +92,13 @@ def test_both_model_types_and_rope_styles_read_the_same(model_type: str) -> None
         "dtype": "bfloat16",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
     }
-    assert ModelConfig.from_dict(style5) == ModelConfig.from_dict(ORTHRUS_1_7B)
+    assert parse_config(style5) == parse_config(ORTHRUS_1_7B)
 
 
 def test_yarn_reads_the_same_in_both_styles() -> None:
     old = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    style4 = ModelConfig.from_dict(changed(rope_scaling=old))
-    style5 = ModelConfig.from_dict(
-        without("rope_theta") | {"rope_parameters": YARN | {"rope_theta": 1000000}}
-    )
+    style4 = parse_config(changed(rope_scaling=old))
+    style5 = parse_config(without("rope_theta") | {"rope_parameters": YARN | {"rope_theta": 1000000}})
     assert style4 == style5
     assert style4.rope_parameters == YARN | {"rope_theta": 1000000}
 
@@ -100,21 +107,21 @@ def test_yarn_reads_the_same_in_both_styles() -> None:
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_yarn_as_the_model_card_writes_it_extends_the_context(positions: int, key: str) -> None:
     card = {key: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    config = ModelConfig.from_dict(changed(max_position_embeddings=positions, rope_scaling=card))
+    config = parse_config(changed(max_position_embeddings=positions, rope_scaling=card))
     assert config.max_position_embeddings == 131072
-    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert parse_config(written(config)) == config
     # A file that names more, or says nothing of where it started, keeps to its own numbers.
     more = changed(max_position_embeddings=200_000, rope_scaling=card)
-    assert ModelConfig.from_dict(more).max_position_embeddings == 200_000
+    assert parse_config(more).max_position_embeddings == 200_000
     del card["original_max_position_embeddings"]
     short = changed(max_position_embeddings=positions, rope_scaling=card)
-    assert ModelConfig.from_dict(short).max_position_embeddings == 4 * positions
+    assert parse_config(short).max_position_embeddings == 4 * positions
 
 
 def test_reading_leaves_the_dict_alone() -> None:
     data = changed(rope_scaling=dict(YARN))
     before = json.dumps(data)
-    ModelConfig.from_dict(data)
+    parse_config(data)
     assert json.dumps(data) == before
 
 
@@ -131,30 +138,30 @@ def test_reading_leaves_the_dict_alone() -> None:
     ids=["orthrus", "plain", "biased", "yarn"],
 )
 def test_to_dict_round_trip(data: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict(data)
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = parse_config(data)
+    assert parse_config(json.loads(json.dumps(written(config)))) == config
     assert hash(replace(config)) == hash(config)
 
 
 def test_to_dict_is_the_official_format() -> None:
-    orthrus = ModelConfig.from_dict(changed(model_type="orthrus")).to_dict()
+    orthrus = written(parse_config(changed(model_type="orthrus")))
     assert (orthrus["architectures"], orthrus["model_type"]) == (["OrthrusLM"], "qwen3")
     assert (orthrus["block_size"], orthrus["mask_token_id"]) == (32, 151669)
-    plain = ModelConfig.from_dict(without("block_size", "mask_token_id", "architectures")).to_dict()
+    plain = written(parse_config(without("block_size", "mask_token_id", "architectures")))
     assert (plain["architectures"], plain["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
     assert "block_size" not in plain
     assert "mask_token_id" not in plain
 
 
 def test_a_plain_model_may_name_a_mask_token() -> None:
-    config = ModelConfig.from_dict(without("block_size", "architectures"))
+    config = parse_config(without("block_size", "architectures"))
     assert not config.has_diffusion
     assert config.mask_token_id is None
 
 
 @pytest.mark.parametrize("rope", [None, YARN, YARN | {"attention_factor": 1.5, "beta_fast": 16.0}])
 def test_rotary_is_transformers(rope: dict[str, Any] | None) -> None:
-    inv_freq, scaling = ModelConfig.from_dict(changed(rope_scaling=rope)).rotary()
+    inv_freq, scaling = rotary(parse_config(changed(rope_scaling=rope)))
     hf = Qwen3RotaryEmbedding(Qwen3Config(**changed(rope_scaling=rope)))
     assert inv_freq.dtype == torch.float32
     assert torch.equal(inv_freq, hf.inv_freq)
@@ -164,23 +171,23 @@ def test_rotary_is_transformers(rope: dict[str, Any] | None) -> None:
 
 def test_rotary_is_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
-        assert ModelConfig.from_dict(ORTHRUS_1_7B).rotary()[0].device.type == "cpu"
+        assert rotary(parse_config(ORTHRUS_1_7B))[0].device.type == "cpu"
 
 
 def test_eos_ids_are_those_of_generation_config(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, eos_token_id=5)
-    assert ModelConfig.from_dir(path).eos_token_ids == (5,)
+    assert load_config(path).eos_token_ids == (5,)
     edit_json(path / "generation_config.json", eos_token_id=[7, 8], bos_token_id=3, pad_token_id=4)
-    config = ModelConfig.from_dir(path)
+    config = load_config(path)
     assert (config.eos_token_ids, config.bos_token_id, config.pad_token_id) == ((7, 8), 3, 4)
     (path / "generation_config.json").unlink()
-    assert ModelConfig.from_dir(path).eos_token_ids == (5,)
+    assert load_config(path).eos_token_ids == (5,)
 
 
 def test_name_is_the_directory_or_the_hub_id(tmp_path: Path) -> None:
-    assert ModelConfig.from_dir(make_checkpoint(tmp_path / "mine")).name == "mine"
+    assert load_config(make_checkpoint(tmp_path / "mine")).name == "mine"
     snapshot = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / "0123abc"
-    assert ModelConfig.from_dir(make_checkpoint(snapshot)).name == "Qwen/Qwen3-0.6B"
+    assert load_config(make_checkpoint(snapshot)).name == "Qwen/Qwen3-0.6B"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_name_is_the_directory_or_the_hub_id(tmp_path: Path) -> None:
 )
 def test_unsupported_configs_say_what_to_change(data: Any, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_dict(data)
+        parse_config(data)
     for word in words:
         assert word in str(caught.value)
 
@@ -228,23 +235,23 @@ def test_unsupported_configs_say_what_to_change(data: Any, words: list[str]) -> 
 def test_errors_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     with pytest.raises(ConfigError, match=r"config\.json is missing.*Hugging Face"):
-        ModelConfig.from_dir(tmp_path)
+        load_config(tmp_path)
     file.write_text('{"model_type": "qwen3",')
     with pytest.raises(ConfigError, match=r"config\.json isn't valid JSON"):
-        ModelConfig.from_dir(tmp_path)
+        load_config(tmp_path)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"config\.json isn't valid JSON"):
-        ModelConfig.from_dir(tmp_path)
+        load_config(tmp_path)
     file.write_text("[1]")
     with pytest.raises(ConfigError, match=r"config\.json: expected a JSON object, found list"):
-        ModelConfig.from_dir(tmp_path)
+        load_config(tmp_path)
     file.write_text(json.dumps(changed(hidden_act="gelu")))
     with pytest.raises(ConfigError, match=r"config\.json: hidden_act 'gelu'"):
-        ModelConfig.from_dir(tmp_path)
+        load_config(tmp_path)
     file.write_text(json.dumps(ORTHRUS_1_7B))
     (tmp_path / "generation_config.json").write_text("")
     with pytest.raises(ConfigError, match=r"generation_config\.json isn't valid JSON"):
-        ModelConfig.from_dir(tmp_path)
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,7 @@ def test_what_is_left_out_is_what_hugging_face_means(given: dict[str, Any]) -> N
         "num_key_value_heads": 1,
     }
     ours, theirs = (
-        ModelConfig.from_dict({"model_type": "qwen3", **least, **given}),
+        parse_config({"model_type": "qwen3", **least, **given}),
         Qwen3Config(**least, **given),
     )
     for key in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias"):

@@ -17,12 +17,12 @@ from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import load_weights
-from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config, parse_config
 from orthrus.models.files import check_files
 from orthrus.text.stream import load_tokenizer
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.hostile import VALUES, bounded
-from tests.test_config import ORTHRUS_1_7B, YARN
+from tests.test_config import ORTHRUS_1_7B, YARN, rotary
 
 MODEL = Path(__file__).parents[1] / "models" / "orthrus-tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -89,7 +89,7 @@ def model(whole: Path, tmp_path: Path) -> Path:
 
 
 def look_at(path: Path) -> None:
-    config = ModelConfig.from_dir(path)
+    config = load_config(path)
     check_files(path, config)
     load_tokenizer(path)
     load_weights(path, config, "cpu", config.dtype)
@@ -116,14 +116,14 @@ def complaint(look: Callable[[], object]) -> str | None:
 
 
 def taken(data: dict[str, Any]) -> bool:
-    message = complaint(lambda: ModelConfig.from_dict(data).rotary())
+    message = complaint(lambda: rotary(parse_config(data)))
     assert message is None or (message.encode() and len(message) < 600)
     return message is None
 
 
 @pytest.mark.parametrize("field", TAKEN)
 def test_every_field_of_a_config_takes_its_values_or_is_refused(field: str) -> None:
-    ModelConfig.from_dict(ORTHRUS_1_7B).rotary()
+    rotary(parse_config(ORTHRUS_1_7B))
     config = {k: v for k, v in ORTHRUS_1_7B.items() if k != "torch_dtype"}
     found = {name for name, value in VALUES.items() if taken(config | {field: value})}
     assert found == TAKEN[field]
@@ -131,7 +131,7 @@ def test_every_field_of_a_config_takes_its_values_or_is_refused(field: str) -> N
 
 @pytest.mark.parametrize("field", ROPE_TAKEN)
 def test_every_rotary_setting_takes_its_values_or_is_refused(field: str) -> None:
-    ModelConfig.from_dict(ORTHRUS_1_7B).rotary()
+    rotary(parse_config(ORTHRUS_1_7B))
     found = {
         name
         for name, value in VALUES.items()
@@ -147,9 +147,9 @@ def test_special_tokens_of_a_generation_config(model: Path, field: str) -> None:
         (model / "generation_config.json").write_text(json.dumps({field: value}))
         fits = {"null", "zero", *({"list", "empty-list"} if field == "eos_token_id" else ())}
         if name in fits:
-            ModelConfig.from_dir(model)
+            load_config(model)
         else:
-            message = refused(lambda: ModelConfig.from_dir(model))
+            message = refused(lambda: load_config(model))
             assert "generation_config.json" in message, name
             assert field in message
 
@@ -157,7 +157,7 @@ def test_special_tokens_of_a_generation_config(model: Path, field: str) -> None:
 def test_a_checkpoint_without_an_end_token_loads(model: Path) -> None:
     edit_json(model / "config.json", eos_token_id=None)
     (model / "generation_config.json").write_text('{"eos_token_id": []}')
-    assert ModelConfig.from_dir(model).eos_token_ids == ()
+    assert load_config(model).eos_token_ids == ()
     engine = Engine.from_pretrained(EngineConfig(model=str(model), kv_cache_tokens=256))
     assert engine.generate([[1, 2, 3]])[0][0].finish_reason == "length"
 
@@ -307,7 +307,7 @@ def test_weights_that_a_dtype_does_not_hold(model: Path) -> None:
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tensors["model.norm.weight"][0] = 1e6
     save_file(tensors, file)
-    config = ModelConfig.from_dir(model)
+    config = load_config(model)
     load_weights(model, config, "cpu", "float32")
     with pytest.raises(
         CheckpointError, match=r"model\.norm\.weight has values too large for float16: set dtype"

@@ -13,7 +13,7 @@ import orthrus
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.models.checkpoint import load_weights
-from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
 from orthrus.request import Chunk, Request, SamplingParams, joined_chunks
 from orthrus.runner.eager import EagerRunner
 from tests.checkpoints import make_checkpoint
@@ -44,7 +44,7 @@ def engine_of(path: Path, runner: str, damage: Callable[[dict[str, Tensor]], obj
         kv_cache_tokens=4096,
         device="cpu",
     )
-    model = ModelConfig.from_dir(path)
+    model = load_config(path)
     weights = load_weights(path, model, "cpu", "auto")
     damage(weights)
     engine = Engine(config, model, weights)

@@ -19,8 +19,7 @@ from orthrus.cli import main
 from orthrus.engine import Engine
 from orthrus.engine_config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.models.config import ModelConfig
-from orthrus.models.files import tensor_shapes
+from orthrus.models.families import family_of, load_config
 from orthrus.request import SamplingParams
 from orthrus.training.data import DataSettings, generate, read_shards
 from orthrus.training.eval import EvalSettings, distinct_ngrams, measure_drafts
@@ -173,7 +172,9 @@ def test_heads_for_any_qwen3_load_by_the_official_formats_rules(
     raw = json.loads((out / "config.json").read_text())
     assert (raw["architectures"], raw["block_size"], raw["mask_token_id"]) == (["OrthrusLM"], 4, 299)
     found = weights(out)
-    assert {n: tuple(t.shape) for n, t in found.items()} == tensor_shapes(ModelConfig.from_dir(out))
+    assert {n: tuple(t.shape) for n, t in found.items()} == family_of(load_config(out)).tensor_shapes(
+        load_config(out)
+    )
     for name, tensor in found.items():
         assert tensor.dtype == shape.get("dtype", torch.float32)
         if "_diff." not in name:

@@ -357,10 +357,13 @@ def test_embed_matches_its_reference_and_takes_tokens_from_picks(dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_ar", [0, 2, 3])
-def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(num_ar: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("norms", [True, False])
+def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(
+    norms: bool, num_ar: int, dtype: torch.dtype
+) -> None:
     rows, heads, kv_heads, dim = 3, 4, 2, 16
     qkv = randn(rows, heads + 2 * kv_heads, dim, dtype=dtype)
-    weight = randn(2, heads + kv_heads, dim, seed=1, dtype=dtype)
+    weight = randn(2, heads + kv_heads, dim, seed=1, dtype=dtype) if norms else None
     cos, sin = randn(rows, 1, dim, seed=2, dtype=dtype), randn(rows, 1, dim, seed=3, dtype=dtype)
     slots = int32(7, 0, 33)
     caches = [torch.zeros(kv_heads, 40, dim, dtype=dtype) for _ in range(2)]
@@ -369,7 +372,8 @@ def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(num_ar: int, dt
     got, wide = qkv.clone(), qkv.nan_to_num(posinf=0.0).double()
     split = int32(num_ar)
     qk_norm_rope_triton.qk_norm_rope(got, weight, cos, sin, 1e-6, split, slots, caches[0], caches[1])
-    qk_norm_rope(wide, weight.double(), cos.double(), sin.double(), 1e-6, split, slots, exact[0], exact[1])
+    widened = None if weight is None else weight.double()
+    qk_norm_rope(wide, widened, cos.double(), sin.double(), 1e-6, split, slots, exact[0], exact[1])
     assert_near(got, wide)
     for cache, other in zip(caches, exact, strict=True):
         if num_ar:

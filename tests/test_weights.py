@@ -15,7 +15,7 @@ from kernels.linear.onednn import OneDnnWeight
 from kernels.linear.reference import product
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.checkpoint import load_weights
-from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, View
 
@@ -44,7 +44,7 @@ class NegatedWeight(OneViewWeight):
 
 def logits(checkpoint: Path, weight_format: str) -> Tensor:
     """Logits of a pass of AR rows and a diffusion block, in float64, where "plain" multiplies by the weights as they are."""
-    config = ModelConfig.from_dir(checkpoint)
+    config = load_config(checkpoint)
     weights = load_weights(checkpoint, config, device=CPU, dtype=torch.float64)
     forward = LayerParallelForward(config, weights, weight_format)
     assert not [name for name in weights if "proj" in name], "packing takes the tensors out of the dictionary"

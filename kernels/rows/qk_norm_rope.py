@@ -9,7 +9,7 @@ from kernels.rows.rope import apply_rope
 
 def qk_norm_rope(
     qkv: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     eps: float,
@@ -21,24 +21,28 @@ def qk_norm_rope(
     """RMS-norm and rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place; write to the cache.
 
     weight [views, heads + kv_heads, dim]: the norm weight of each head, for the first num_ar (int32 [1]) rows and for the
-    others; cos, sin [rows, 1, dim] as `apply_rope` takes them. Keys and values of the first num_ar rows also go to their slots
-    [rows] of k_cache and v_cache [kv_heads, places, dim]. Values that are not finite are replaced by zeros, since
-    attention multiplies hidden ones by zero: what one sequence breaks must not reach another.
+    others. None: rotate only. cos, sin [rows, 1, dim] as `apply_rope` takes them. Keys and values of the first num_ar rows also
+    go to their slots [rows] of k_cache and v_cache [kv_heads, places, dim]. Values that are not finite are replaced by zeros,
+    since attention multiplies hidden ones by zero: what one sequence breaks must not reach another.
     """
     if runs_triton(qkv):
         from kernels.rows import qk_norm_rope_triton
 
         qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, eps, num_ar, slots, k_cache, v_cache)
         return
-    normed, split = weight.shape[1], int(num_ar)
+    kv_heads = k_cache.shape[0]
+    rotated, split = qkv.shape[1] - kv_heads, int(num_ar)
     for view, rows in enumerate((slice(0, split), slice(split, qkv.shape[0]))):
         if rows.start < rows.stop:
-            heads = qkv[rows, :normed]
-            twice = rms_norm(heads.unsqueeze(2).expand(-1, -1, 2, -1), weight[view].unsqueeze(1), eps)
+            heads = qkv[rows, :rotated]
+            twice = heads.unsqueeze(2).expand(-1, -1, 2, -1)
+            if weight is None:
+                twice = twice.contiguous()
+            else:
+                twice = rms_norm(twice, weight[view].unsqueeze(1), eps)
             apply_rope(twice, cos[rows], sin[rows], out=heads)
-    first_key = 2 * normed - qkv.shape[1]
     qkv.nan_to_num_(0.0, 0.0, 0.0)
     if split:
         places = slots[:split].long()
-        k_cache.index_copy_(1, places, qkv[:split, first_key:normed].transpose(0, 1))
-        v_cache.index_copy_(1, places, qkv[:split, normed:].transpose(0, 1))
+        k_cache.index_copy_(1, places, qkv[:split, rotated - kv_heads : rotated].transpose(0, 1))
+        v_cache.index_copy_(1, places, qkv[:split, rotated:].transpose(0, 1))

@@ -40,10 +40,11 @@ def _qk_norm_rope_kernel(
     inside = (unit < count)[:, None] & (dims < DIM)
     # The other half of the head, for the rotation: read again rather than moved between threads.
     other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
-    weight += ((head + tl.where(row < tl.load(num_ar), 0, normed)) * DIM)[:, None]
     turned = inside & (head < normed)[:, None]
-    own_weight = tl.load(weight + dims, mask=turned, other=0.0)
-    other_weight = tl.load(weight + other, mask=turned, other=0.0)
+    if weight is not None:
+        weight += ((head + tl.where(row < tl.load(num_ar), 0, normed)) * DIM)[:, None]
+        own_weight = tl.load(weight + dims, mask=turned, other=0.0)
+        other_weight = tl.load(weight + other, mask=turned, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
@@ -54,10 +55,11 @@ def _qk_norm_rope_kernel(
     raw = tl.load(source + dims, mask=inside, other=0.0)
     value = tl.where(turned, raw.to(tl.float32), 0.0)
     swapped = tl.load(source + other, mask=turned, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)[:, None]
     dtype = qkv.dtype.element_ty
-    value = (value * scale).to(dtype) * own_weight
-    swapped = (swapped * scale).to(dtype) * other_weight
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)[:, None]
+        value = (value * scale).to(dtype) * own_weight
+        swapped = (swapped * scale).to(dtype) * other_weight
     result = (value.to(tl.float32) * cosine + swapped.to(tl.float32) * sine).to(dtype)
     result = tl.where((head < normed)[:, None], result, raw)
     result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
@@ -71,7 +73,7 @@ def _qk_norm_rope_kernel(
 
 def qk_norm_rope(
     qkv: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     eps: float,
@@ -82,8 +84,7 @@ def qk_norm_rope(
 ) -> None:
     """`kernels.rows.qk_norm_rope` of contiguous tensors, up to float32."""
     rows, all_heads, dim = qkv.shape
-    normed = weight.shape[1]
-    kv_heads = all_heads - normed
+    kv_heads = k_cache.shape[0]
     _qk_norm_rope_kernel[(triton.cdiv(rows * all_heads, _HEADS),)](
         qkv,
         weight,
@@ -94,7 +95,7 @@ def qk_norm_rope(
         k_cache,
         v_cache,
         rows * all_heads,
-        normed - kv_heads,
+        all_heads - 2 * kv_heads,
         kv_heads,
         k_cache.shape[1],
         eps,

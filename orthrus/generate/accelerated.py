@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from orthrus.engine import Engine, choose_device
@@ -21,8 +21,10 @@ from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
 from orthrus.generate.hf_fields import unsupported
 from orthrus.generate.hf_module import check_as_written
 from orthrus.models.checkpoint import check_finite, compute_dtype
-from orthrus.models.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
-from orthrus.models.files import EMBEDDING, HEAD, resolve, tensor_shapes
+from orthrus.models.config import ModelConfig
+from orthrus.models.families import CONFIG_FILE, FAMILIES, GENERATION_CONFIG_FILE, family_of, parse_config
+from orthrus.models.family import EMBEDDING, HEAD
+from orthrus.models.files import resolve
 from orthrus.request import Chunk, Request
 
 # nn.Module methods that return the module: through an accelerated model they would hand out the slow one.
@@ -63,23 +65,23 @@ def accelerate(
 ) -> "AcceleratedModel":
     """Make `generate` faster without changing what it returns.
 
-    model_or_id: a Qwen3ForCausalLM, plain or with Orthrus' `*_diff` weights, or a checkpoint directory or hub
-    id. Of a model, the weights are taken as they are now: accelerate it again after changing them. schedule:
-    "orthrus" drafts with the diffusion weights, "ar" decodes token by token, "auto" drafts where it can.
-    device, dtype: by default the model's own; of an id, a GPU where there is one and the checkpoint's dtype
-    there. engine_settings: other fields of `EngineConfig`. On a GPU, the KV cache takes most of what is free
-    unless kv_cache_tokens says how many tokens it is for. Raises ConfigError for a model or setting that
-    can't work.
+    model_or_id: a Hugging Face model of a family in `orthrus.models.families`, plain or with Orthrus' `*_diff` weights, or a
+    checkpoint directory or hub id. Of a model, the weights are taken as they are now: accelerate it again after changing
+    them. schedule: "orthrus" drafts with the diffusion weights, "ar" decodes token by token, "auto" drafts where it can.
+    device, dtype: by default the model's own; of an id, a GPU where there is one, and the checkpoint's dtype there.
+    engine_settings: other fields of `EngineConfig`. On a GPU, the KV cache takes most of the free memory unless
+    kv_cache_tokens says for how many tokens it has room. Raises ConfigError for a model or setting that can't work.
     """
     if isinstance(model_or_id, str | Path):
         return _from_checkpoint(str(model_or_id), schedule, device, dtype, engine_settings)
     if isinstance(model_or_id, PreTrainedModel):
         return _from_module(model_or_id, schedule, device, dtype, engine_settings)
+    architectures = " or ".join(dict.fromkeys(family.architecture for family in FAMILIES.values()))
     merge = (
         " (merge its adapter first: merge_and_unload())" if hasattr(model_or_id, "merge_and_unload") else ""
     )
     raise ConfigError(
-        "accelerate takes a Qwen3ForCausalLM, a checkpoint directory or a hub id, "
+        f"accelerate takes a {architectures}, a checkpoint directory or a hub id, "
         f"got {type(model_or_id).__name__}{merge}"
     )
 
@@ -115,8 +117,9 @@ def _from_checkpoint(
     engine = Engine.from_pretrained(config)
     file = path / CONFIG_FILE
     try:
-        # Whatever its model_type says, what `generate` gives is a Qwen3's.
-        hf_config = Qwen3Config(**{k: v for k, v in read_json(file).items() if k != "model_type"})
+        # Of the plain model, whatever the file's model_type says: `generate` returns its text.
+        config_class = family_of(engine.model_config).hugging_face().config
+        hf_config = config_class(**{k: v for k, v in read_json(file).items() if k != "model_type"})
         if (path / GENERATION_CONFIG_FILE).exists():
             file = path / GENERATION_CONFIG_FILE
             generation_config = GenerationConfig.from_pretrained(path)
@@ -150,7 +153,7 @@ def _from_module(
             raise ConfigError(advice)
         warnings.warn(advice, stacklevel=3)
         fields = {k: v for k, v in fields.items() if k not in ("architectures", "block_size")}
-    model_config = ModelConfig.from_dict(fields, name=name)
+    model_config = parse_config(fields, name=name)
     _check_tensors(tensors, model_config)
     target = choose_device(config.device)
     kind = compute_dtype(config.dtype, model_config, target)
@@ -163,7 +166,7 @@ def _from_module(
 
 def _check_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Raise ConfigError unless the tensors are the config's: an adapter left out would change the text."""
-    expected = tensor_shapes(config)
+    expected = family_of(config).tensor_shapes(config)
     if HEAD in tensors:
         # One that was untied by hand, whatever the config says.
         expected[HEAD] = expected[EMBEDDING]

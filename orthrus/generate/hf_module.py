@@ -37,7 +37,7 @@ def _additions(model: nn.Module) -> Iterator[str]:
         if "forward" in vars(module):
             yield f"{where} has a forward method of its own ({_name(module.forward)})"
         if not f"{_module(type(module).forward)}.".startswith(_TRUSTED):
-            yield f"{where} is a {type(module).__name__}, whose forward method is not that of a Qwen3"
+            yield f"{where} is a {type(module).__name__}, whose forward method is neither torch's nor transformers'"
         if hasattr(module, "parametrizations"):
             yield f"{where} has parametrizations"
 

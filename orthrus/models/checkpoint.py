@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthrus.errors import CheckpointError
-from orthrus.models.config import CONFIG_FILE, GENERATION_CONFIG_FILE, ModelConfig
-from orthrus.models.files import EMBEDDING, HEAD, check_stored, dtype_name, raise_if, tensor_shapes
+from orthrus.models.config import ModelConfig
+from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
+from orthrus.models.family import EMBEDDING, HEAD
+from orthrus.models.files import check_stored, dtype_name, raise_if
 from orthrus.models.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
 
 # Hugging Face's default, so that a saved model has as many files as one would expect.
@@ -39,7 +41,7 @@ def compute_dtype(dtype: str | torch.dtype, config: ModelConfig, device: str | t
 def load_weights(
     path: str | Path, config: ModelConfig, device: str | torch.device, dtype: str | torch.dtype = "auto"
 ) -> dict[str, Tensor]:
-    """Every tensor of `tensor_shapes(config)` on `device` in `dtype` (see `compute_dtype`).
+    """Every tensor of the family's `tensor_shapes` on `device` in `dtype` (see `compute_dtype`).
 
     Goes tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, but comes along
     where the files hold another than the embedding (see `with_own_head`).
@@ -52,7 +54,7 @@ def load_weights(
     stored = stored_tensors(Path(path))
     check_stored(Path(path), stored, config)
     by_file: dict[Path, list[str]] = {}
-    names = list(tensor_shapes(config))
+    names = list(family_of(config).tensor_shapes(config))
     if config.tie_word_embeddings and _has_own_head(stored):
         names.append(HEAD)
     for name in names:
@@ -132,7 +134,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that `load_weights` reads back bit for bit, and transformers as a Qwen3 (its AR view).
 
-    `tensors` are those of `tensor_shapes(config)`, in one dtype, on any device; a tied lm_head is left out,
+    `tensors` are those of the family's `tensor_shapes`, in one dtype, on any device; a tied lm_head is left out,
     and one that differs from the embedding makes the checkpoint untied. No file
     holds more than `max_shard_bytes` of weights, unless one tensor alone does. Weights that were in `path` are
     replaced. `tokenizer`: anything with `save_pretrained`.
@@ -140,7 +142,8 @@ def save_checkpoint(
     """
     path = Path(path)
     config = with_own_head(config, tensors)
-    shapes = tensor_shapes(config)
+    family = family_of(config)
+    shapes = family.tensor_shapes(config)
     dtype = _check_given(config, tensors, shapes)
     saved = replace(config, dtype=str(dtype).removeprefix("torch."))
     path.mkdir(parents=True, exist_ok=True)
@@ -167,7 +170,7 @@ def save_checkpoint(
     else:
         (path / INDEX_FILE).unlink(missing_ok=True)
 
-    _write_json(path / CONFIG_FILE, saved.to_dict())
+    _write_json(path / CONFIG_FILE, family.write_config(saved))
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,

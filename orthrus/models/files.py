@@ -17,10 +17,11 @@ from huggingface_hub.errors import (
 )
 
 from orthrus.errors import CheckpointError, ConfigError
-from orthrus.models.config import CONFIG_FILE, DTYPE_SIZES, GENERATION_CONFIG_FILE, ModelConfig
+from orthrus.models.config import DTYPE_SIZES, ModelConfig
+from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
+from orthrus.models.family import EMBEDDING, HEAD
 from orthrus.models.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED_PROBLEMS = 8
 _HUB_SECONDS = 5.0
 """Within which the hub must begin to answer."""
@@ -108,32 +109,6 @@ def _no_directory(path: Path, beside: Path) -> str:
     )
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint, in the order in which the layers use them."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
-    projections = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        for suffix in ("", "_diff") if config.has_diffusion else ("",):
-            for name, shape in projections.items():
-                shapes[f"{layer}.self_attn.{name}_proj{suffix}.weight"] = shape
-                if config.attention_bias:
-                    shapes[f"{layer}.self_attn.{name}_proj{suffix}.bias"] = shape[:1]
-            for name in ("q", "k"):
-                shapes[f"{layer}.self_attn.{name}_norm{suffix}.weight"] = (dim,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
-
-
 def check_files(path: str | Path, config: ModelConfig) -> None:
     """Check the files' headers against the config, without reading a weight. Raises CheckpointError listing what is wrong."""
     check_stored(Path(path), stored_tensors(Path(path)), config)
@@ -141,7 +116,7 @@ def check_files(path: str | Path, config: ModelConfig) -> None:
 
 def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     """Raise one error that lists how the stored tensors differ from the config's."""
-    shapes = tensor_shapes(config)
+    shapes = family_of(config).tensor_shapes(config)
     has_diffusion = any("_diff." in name for name in stored)
     if has_diffusion and not config.has_diffusion:
         raise CheckpointError(
@@ -190,7 +165,7 @@ def raise_if(problems: list[str], headline: str) -> None:
 
 def weight_bytes(config: ModelConfig, item_bytes: int) -> int:
     """Memory that the weights take with `item_bytes` for a number."""
-    return sum(math.prod(shape) for shape in tensor_shapes(config).values()) * item_bytes
+    return sum(math.prod(shape) for shape in family_of(config).tensor_shapes(config).values()) * item_bytes
 
 
 def kv_bytes_per_token(config: ModelConfig, item_bytes: int) -> int:

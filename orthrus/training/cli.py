@@ -18,7 +18,7 @@ from orthrus.engine import DECODE_ROWS, Engine
 from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
-from orthrus.models.files import tensor_shapes
+from orthrus.models.families import family_of, load_config
 from orthrus.text.stream import load_tokenizer
 from orthrus.training import corpus as corpora
 from orthrus.training.base import train_base
@@ -115,7 +115,10 @@ def _base(run: Run) -> None:
             save_checkpoint(
                 run.work / "base",
                 config,
-                {name: model.state_dict()[name].bfloat16() for name in tensor_shapes(config)},
+                {
+                    name: model.state_dict()[name].bfloat16()
+                    for name in family_of(config).tensor_shapes(config)
+                },
                 tokenizer=as_transformers(tokenizer, config.max_position_embeddings),
                 max_shard_bytes=run.max_shard_bytes,
             )
@@ -170,7 +173,7 @@ def _heads(run: Run) -> None:
 
 def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
     """Write the base's own tensors, read again so that they are its bytes, the trained ones in its dtype, its tokenizer."""
-    stored = ModelConfig.from_dir(base)
+    stored = load_config(base)
     tensors = load_weights(base, stored, "cpu", stored.dtype)
     dtype = tensors["model.norm.weight"].dtype
     tensors |= {name: p.detach().to("cpu", dtype) for name, p in model.diffusion_parameters().items()}
@@ -184,7 +187,7 @@ def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
 
 def _eval(run: Run) -> None:
     settings = run.eval
-    config = ModelConfig.from_dir(run.out)
+    config = load_config(run.out)
     if config.block_size is None:
         raise ConfigError(f"{run.out} has no diffusion view: run `orthrus train heads` first")
     prompts, rows = run.eval_texts(load_tokenizer(run.out))

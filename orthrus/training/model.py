@@ -1,4 +1,4 @@
-"""The trainable two-view Qwen3: plain dense PyTorch, parameters named as in the checkpoint.
+"""The trainable two-view model: plain dense PyTorch, parameters named as in the checkpoint.
 
 Meant to be read beside `orthrus.models.forward`, which serves the same weights from a paged cache.
 """
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orthrus.models.checkpoint import load_weights, with_own_head
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import family_of, load_config
 from orthrus.training.attention import KeysValues, draft_attention
 from orthrus.training.blocks import DraftBlocks
 
@@ -47,7 +48,8 @@ class Attention(nn.Module):
             config.head_dim,
         )
         bias = config.attention_bias
-        for suffix in ("", "_diff") if config.has_diffusion else ("",):
+        qk_norm = family_of(config).qk_norm
+        for suffix in config.views:
             for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
                 self.add_module(
                     f"{name}_proj{suffix}", nn.Linear(config.hidden_size, heads * self.dim, bias=bias)
@@ -55,8 +57,10 @@ class Attention(nn.Module):
             self.add_module(
                 f"o_proj{suffix}", nn.Linear(self.heads * self.dim, config.hidden_size, bias=bias)
             )
-            self.add_module(f"q_norm{suffix}", RMSNorm(self.dim, config.rms_norm_eps))
-            self.add_module(f"k_norm{suffix}", RMSNorm(self.dim, config.rms_norm_eps))
+            for name in "qk":
+                # A family without these norms only rotates.
+                norm = RMSNorm(self.dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+                self.add_module(f"{name}_norm{suffix}", norm)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, suffix: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values [batch, heads, rows, head_dim], normed and rotated, of x [batch, rows, hidden_size]."""
@@ -131,7 +135,7 @@ class Decoder(nn.Module):
 
 
 class TwoViewModel(nn.Module):
-    """A Qwen3 with an autoregressive view and, where the config has a block size, a diffusion view."""
+    """A model with an autoregressive view and, where the config has a block size, a diffusion view."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -140,7 +144,7 @@ class TwoViewModel(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.inv_freq: Tensor
-        inv_freq, self._rope_scaling = config.rotary()
+        inv_freq, self._rope_scaling = family_of(config).rotary(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self._autoregressive, self._diffusion = Layer.autoregressive, Layer.diffusion
 
@@ -206,7 +210,7 @@ class TwoViewModel(nn.Module):
 
 
 def initialise(model: TwoViewModel, seed: int) -> None:
-    """Random weights of a plain Qwen3: normal with deviation 0.02; projections back into the residual stream start at zero."""
+    """Random weights of a plain model: normal with deviation 0.02; projections back into the residual stream start at zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -223,7 +227,7 @@ def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch
 
     What is frozen is held in bfloat16 on an accelerator and float32 on a CPU, the diffusion view in float32.
     """
-    stored = ModelConfig.from_dir(folder)
+    stored = load_config(folder)
     frozen = torch.float32 if device.type == "cpu" else torch.bfloat16
     tensors = load_weights(folder, stored, device, frozen)
     stored = with_own_head(stored, tensors)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.config import ModelConfig
-from orthrus.models.files import tensor_shapes
+from orthrus.models.families import family_of
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup, View
 from orthrus.runner.cuda_graphs import CudaGraphRunner
@@ -46,7 +46,7 @@ def weights(dtype: torch.dtype) -> dict[str, Tensor]:
         values = torch.randn(shape, generator=generator, device=DEVICE) / shape[1] ** 0.5
         return values.bfloat16().to(dtype)
 
-    return {name: tensor(shape) for name, shape in tensor_shapes(CONFIG).items()}
+    return {name: tensor(shape) for name, shape in family_of(CONFIG).tensor_shapes(CONFIG).items()}
 
 
 class Model:

@@ -1,0 +1,242 @@
+"""`Family`: what the models of one architecture have of their own.
+
+A new architecture is a subclass of `Family` in a file of its own and an entry in `orthrus.models.families`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from orthrus.errors import ConfigError
+from orthrus.files import one_line, shown
+from orthrus.models.config import SIZES, ModelConfig, check_sizes, check_token
+from orthrus.models.rope import check_rope, check_rope_numbers, check_rope_type, standard_rope, yarn_context
+
+if TYPE_CHECKING:
+    # Only for annotations. Reading a configuration must not import torch, which takes seconds.
+    from torch import Tensor
+
+    from orthrus.models.layer import DecoderLayer
+
+EMBEDDING, FIRST_NORM, HEAD = (
+    "model.embed_tokens.weight",
+    "model.layers.0.input_layernorm.weight",
+    "lm_head.weight",
+)
+_OPTIONAL = (
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+)
+
+
+@dataclass(frozen=True)
+class HuggingFaceClasses:
+    """A family's own classes in transformers."""
+
+    config: Any
+    # The causal language model.
+    model: Any
+    # The module that makes the rotary frequencies from a config.
+    rotary: Any
+
+
+class Family(ABC):
+    """A decoder of the layout that Llama began and most open models follow. A family overrides what it does otherwise.
+
+    A layer is an RMS norm, attention with rotary embeddings, a second RMS norm, and a gated MLP with SiLU. Where a checkpoint
+    has a diffusion view, every attention weight exists a second time under a name with `_diff`.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """The `model_type`s of config.json that mean this family. The first is the one that we write."""
+    architecture: ClassVar[str]
+    """The name of Hugging Face's class for a plain checkpoint."""
+    defaults: ClassVar[Mapping[str, Any]]
+    """What that class assumes for optional settings that config.json leaves out. `head_dim` may be missing here: then it is
+    hidden_size / num_attention_heads."""
+    qk_norm: ClassVar[bool]
+    """Whether each head's queries and keys are RMS-normed before they are rotated."""
+
+    @abstractmethod
+    def hugging_face(self) -> HuggingFaceClasses:
+        """The classes in transformers. Importing them takes seconds."""
+
+    def check_supported(self, data: Mapping[str, Any]) -> None:
+        """Refuse a config.json whose model would load but compute something else. Raises ConfigError naming the setting."""
+        if data.get("quantization_config") is not None:
+            raise ConfigError("quantization_config is not supported: use the unquantised checkpoint")
+        layer_types = _list_of(data, "layer_types")
+        other = sorted({shown(t).strip("'") for t in layer_types if t != "full_attention"})
+        if other:
+            raise ConfigError(f"layer_types {', '.join(other[:3])} is not supported: only full_attention is")
+        activation = data.get("hidden_act", "silu")
+        if activation != "silu":
+            raise ConfigError(f"hidden_act {shown(activation)} is not supported: only silu is")
+        # transformers reports missing settings of an unsupported type before it says that it is unsupported.
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = {} if data.get(key) is None else data[key]
+            if not isinstance(rope, Mapping):
+                raise ConfigError(f"{key} must be an object with rope_type and rope_theta, got {shown(rope)}")
+            check_rope_type(rope.get("rope_type", rope.get("type", "default")))
+            check_rope_numbers(rope)
+        is_orthrus = data.get("model_type") == "orthrus" or "OrthrusLM" in _list_of(data, "architectures")
+        if is_orthrus and data.get("block_size") is None:
+            raise ConfigError(
+                "block_size is missing from an Orthrus checkpoint: add the block_size and mask_token_id that it was "
+                "trained with (the published models: 32 and 151669)"
+            )
+
+    def read_config(self, data: Mapping[str, Any], name: str = "") -> ModelConfig:
+        """The config that the contents of a config.json describe, in the style of transformers 4 or 5.
+
+        Raises ConfigError naming the setting that is missing, wrong or not supported.
+        """
+        self.check_supported(data)
+        missing = [key for key in SIZES if data.get(key) is None]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} missing: add what the weights were made with")
+        # A null is the same as leaving a key out.
+        present = {key: data[key] for key in (*SIZES, *_OPTIONAL) if data.get(key) is not None}
+        check_sizes(present)
+        fields = {"head_dim": present["hidden_size"] // present["num_attention_heads"]}
+        fields |= {**self.defaults, **present}
+        rope = standard_rope(fields)
+        check_rope(rope)
+        dtype = next((data[key] for key in ("dtype", "torch_dtype") if data.get(key) is not None), "float32")
+        block_size = data.get("block_size")
+        plain = (*SIZES, "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias")
+        return ModelConfig(
+            **{key: fields[key] for key in plain},
+            max_position_embeddings=max(fields["max_position_embeddings"], yarn_context(rope)),
+            rope_parameters=rope,
+            eos_token_ids=token_ids(data.get("eos_token_id"), present["vocab_size"]),
+            bos_token_id=data.get("bos_token_id"),
+            pad_token_id=data.get("pad_token_id"),
+            block_size=block_size,
+            # Tokenizers of plain models may name a mask token too; without a block it means nothing here.
+            mask_token_id=data.get("mask_token_id") if block_size is not None else None,
+            dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
+            model_type=self.model_types[0],
+            name=name,
+        )
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        """The contents of a config.json, which transformers reads as the plain model (the AR view)."""
+        eos = list(config.eos_token_ids)
+        data: dict[str, Any] = {
+            "architectures": ["OrthrusLM" if config.has_diffusion else self.architecture],
+            "attention_bias": config.attention_bias,
+            "attention_dropout": 0.0,
+            "bos_token_id": config.bos_token_id,
+            "dtype": config.dtype,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            "head_dim": config.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "model_type": self.model_types[0],
+            "num_attention_heads": config.num_attention_heads,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_key_value_heads": config.num_key_value_heads,
+            "pad_token_id": config.pad_token_id,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_parameters": dict(config.rope_parameters),
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "vocab_size": config.vocab_size,
+        }
+        if config.has_diffusion:
+            data |= {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+        return data
+
+    def tensor_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a checkpoint, in the order in which the layers use them."""
+        hidden = config.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+        layer = self.layer_shapes(config)
+        for index in range(config.num_hidden_layers):
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (hidden,)
+        if not config.tie_word_embeddings:
+            shapes[HEAD] = (config.vocab_size, hidden)
+        return shapes
+
+    def layer_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name, within its layer, and shape of every tensor of one layer."""
+        hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        projections = {
+            "q": (queries, hidden),
+            "k": (keys, hidden),
+            "v": (keys, hidden),
+            "o": (hidden, queries),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+        for view in config.views:
+            for name, shape in projections.items():
+                shapes[f"self_attn.{name}_proj{view}.weight"] = shape
+                if config.attention_bias:
+                    shapes[f"self_attn.{name}_proj{view}.bias"] = shape[:1]
+            if self.qk_norm:
+                shapes |= {f"self_attn.{name}_norm{view}.weight": (dim,) for name in "qk"}
+        return shapes | {
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+
+    def layer(
+        self, config: ModelConfig, tensors: dict[str, "Tensor"], index: int, weight_format: str
+    ) -> "DecoderLayer":
+        """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
+
+        weight_format: a name that `kernels.pack_weight` knows.
+        """
+        from orthrus.models.layer import DecoderLayer
+
+        return DecoderLayer.pack(config, tensors, index, weight_format, qk_norm=self.qk_norm)
+
+    def rotary(self, config: ModelConfig) -> tuple["Tensor", float]:
+        """Rotary frequencies, float32 [head_dim / 2] on the CPU, and the factor on cos and sin.
+
+        transformers' own code makes them. Raises ConfigError for rotary settings that give no frequencies.
+        """
+        import torch
+
+        classes = self.hugging_face()
+        known = {k: v for k, v in self.write_config(config).items() if k in (*SIZES, *_OPTIONAL)}
+        try:
+            with torch.device("cpu"):
+                rotary = classes.rotary(classes.config(**known))
+            frequencies, scaling = rotary.inv_freq.float(), float(rotary.attention_scaling)
+        except (ValueError, ArithmeticError) as error:
+            raise ConfigError(f"rope_parameters give no rotary embedding: {one_line(error)}") from error
+        if not frequencies.isfinite().all():
+            raise ConfigError(
+                f"rope_parameters {shown(dict(config.rope_parameters))} give frequencies that are not finite numbers"
+            )
+        return frequencies, scaling
+
+
+def token_ids(value: object, vocab_size: int) -> tuple[int, ...]:
+    """The token ids in an `eos_token_id`: one, several, or none for null and an empty list. Raises ConfigError."""
+    ids = () if value is None else value if isinstance(value, list) else (value,)
+    for token in ids:
+        check_token("eos_token_id", token, vocab_size)
+    return tuple(dict.fromkeys(ids))
+
+
+def _list_of(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key)
+    if value is not None and not isinstance(value, list):
+        raise ConfigError(f"{key} must be a list, got {shown(value)}")
+    return value or []

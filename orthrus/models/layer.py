@@ -1,0 +1,110 @@
+"""A decoder layer over paged keys and values: both views of all rows side by side, over one read of the weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import Parameters, Weight, pack_weight, paged_attention, qk_norm_rope
+from orthrus.models.config import ModelConfig
+from orthrus.plan import PassPlan
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The weights of one layer, packed for the kernels. Calling it runs the layer."""
+
+    # Queries, keys and values as one projection, for every view.
+    qkv: Weight
+    # [views, heads + kv_heads, head_dim]: the norm weight of each query and key head. None in a family without these norms.
+    qk_norm: Tensor | None
+    # The attention's output projection, for every view.
+    out: Weight
+    mlp_norm: Tensor
+    gate_up: Weight
+    down: Weight
+    # The norm behind the layer: the first one of the next layer, or the model's last.
+    after_norm: Tensor
+    head_dim: int
+    eps: float
+
+    @classmethod
+    def pack(
+        cls,
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        index: int,
+        weight_format: str,
+        *,
+        qk_norm: bool,
+    ) -> "DecoderLayer":
+        """Layer `index` of a checkpoint in the usual layout. Its tensors are taken out of `tensors`, so that packing never
+        holds two copies of the model.
+
+        weight_format: a name that `kernels.pack_weight` knows. qk_norm: whether the layer norms queries and keys.
+        """
+        prefix = f"model.layers.{index}"
+
+        def take(name: str) -> Tensor:
+            return tensors.pop(f"{prefix}.{name}")
+
+        def projection(name: str) -> Parameters:
+            start = f"{prefix}.{name}."
+            return {
+                key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)
+            }
+
+        def attention(*names: str) -> Weight:
+            """The projections `names` as one layer, with every view's weights."""
+            views = [[projection(f"self_attn.{name}_proj{view}") for name in names] for view in config.views]
+            return pack_weight(views, weight_format)
+
+        norms = None
+        if qk_norm:
+            heads = (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
+            norms = torch.stack(
+                [
+                    torch.cat(
+                        [take(f"self_attn.{n}_norm{view}.weight").expand(count, -1) for n, count in heads]
+                    )
+                    for view in config.views
+                ]
+            )
+        last = index + 1 == config.num_hidden_layers
+        following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
+        return cls(
+            qkv=attention("q", "k", "v"),
+            qk_norm=norms,
+            out=attention("o"),
+            mlp_norm=take("post_attention_layernorm.weight"),
+            gate_up=pack_weight(
+                [[projection("mlp.gate_proj"), projection("mlp.up_proj")]], weight_format, gated=True
+            ),
+            down=pack_weight([[projection("mlp.down_proj")]], weight_format),
+            after_norm=tensors.pop(following),
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+        )
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        normed: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: PassPlan,
+        pages: tuple[Tensor, Tensor],
+        slots: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer on all rows of a pass. Writes the AR rows' keys and values to the cache.
+
+        hidden, normed [rows, hidden_size]: the residual stream, and the same after the layer's first norm. cos, sin
+        [rows, 1, head_dim]: the rows' rotary angles. pages, slots: this layer's part of the cache, as `KVCache.layers`
+        and `KVCache.slots` give it. Returns the residual stream behind the layer, and the same after `after_norm`.
+        """
+        qkv = self.qkv.linear(normed, plan.num_ar).unflatten(1, (-1, self.head_dim))
+        qk_norm_rope(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.slots, *slots)
+        attended = paged_attention(qkv, *pages, plan.attention, self.head_dim**-0.5)
+        hidden, normed = self.out.linear_add_rms_norm(attended, hidden, self.mlp_norm, self.eps, plan.num_ar)
+        gated = self.gate_up.linear_silu_mul(normed)
+        return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps)
