@@ -10,7 +10,7 @@ from deployments.api_keys import read_keys
 from deployments.app_args import AppArgs, DeploymentOptions
 from deployments.config_file import load_config
 from deployments.model_check import check_model, locate
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.files import HubUnreachable, dtype_name, kv_bytes_per_token, weight_bytes

@@ -13,7 +13,7 @@ from deployments.rate_limits import RateLimiter
 from deployments.replica import OrthrusReplica
 from deployments.response_store import ResponseStore
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.models.files import HubUnreachable
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}

@@ -10,7 +10,7 @@ from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema
 
 from deployments.api_config import ApiConfig
 from deployments.config_faults import describe_faults
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import Keys, YamlFile
 

@@ -28,7 +28,7 @@ from typing import Any
 
 from deployments.replica_load import NAME_BYTES, Capacity, Load, request_load, request_name
 from orthrus.cache.page_hash import PageHash, page_hashes
-from orthrus.request import Request
+from orthrus.requests.request import Request
 
 Replica = Any
 """Whatever names a replica, hashable: Serve's ReplicaID."""

@@ -42,13 +42,13 @@ from deployments.bench_client import first_token_seconds, total_seconds
 from deployments.config_file import load_config
 from deployments.environment import free_port, set_environment
 from deployments.model_check import locate
-from orthrus.bench import Progress, Ratio, hardware
-from orthrus.engine import Engine, choose_device
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.engine import Engine, choose_device
 from orthrus.errors import ConfigError
+from orthrus.measure.bench import Progress, Ratio, hardware
+from orthrus.measure.prompts import PROMPTS
 from orthrus.plan import RowGroup, flatten
-from orthrus.prompts import PROMPTS
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 from orthrus.runner.sampler import PickRows
 
 _BARE_PATH = "/bare"

@@ -23,7 +23,7 @@ from deployments.protocol import Body
 from deployments.rate_limits import Limits, Quotas
 from deployments.request_metrics import RequestMetrics
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, RequestStats
+from orthrus.requests.request import Chunk, RequestStats
 
 logger = logging.getLogger("ray.serve")
 

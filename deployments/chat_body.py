@@ -10,7 +10,7 @@ from deployments.chat_tools import AllowedToolChoice, NamedToolChoice, Tool
 from deployments.protocol import AnswerOptions, Body
 from deployments.strict_model import StrictModel
 from orthrus.errors import RequestError
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 

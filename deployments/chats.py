@@ -16,7 +16,7 @@ from deployments.chunk_link import ChunkReceiver
 from deployments.failures import Failure, describe_failure
 from deployments.generation import TextChunk, generate
 from deployments.openai_format import named_sse
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Any
 
 import ray
 
-from orthrus.request import Chunk
+from orthrus.requests.request import Chunk
 
 logger = logging.getLogger("ray.serve")
 

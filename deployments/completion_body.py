@@ -6,7 +6,7 @@ from typing import Any
 
 from deployments.protocol import Body
 from orthrus.errors import RequestError
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 
 _MAX_CHOICES = 1024
 

@@ -4,7 +4,7 @@ import threading
 
 from ray.serve.metrics import Counter, Gauge
 
-from orthrus.engine import Engine, EngineStats
+from orthrus.engine.engine import Engine, EngineStats
 
 COUNTERS = {
     "passes": "Forward passes",

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.chunk_link import ChunkReceiver, Inbox
 from deployments.failures import REPLICA_LOST, GenerationFailed
-from orthrus.request import Chunk, Request
+from orthrus.requests.request import Chunk, Request
 
 logger = logging.getLogger("ray.serve")
 

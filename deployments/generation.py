@@ -15,7 +15,7 @@ from deployments.chunk_link import ChunkReceiver
 from deployments.failover import generate_on_replica
 from deployments.failures import EXPECTED, GenerationFailed, unwrap
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
+from orthrus.requests.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
 from orthrus.text.stream import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16

@@ -16,7 +16,7 @@ from deployments.generation import TextChunk
 from deployments.proto import orthrus_pb2 as pb
 from deployments.protocol import sampling_params
 from orthrus.errors import RequestError
-from orthrus.request import SamplingParams, TokenLogprob
+from orthrus.requests.request import SamplingParams, TokenLogprob
 
 _REPEATED = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict, "bad_words": tuple}
 

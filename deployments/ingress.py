@@ -36,7 +36,7 @@ from deployments.responses_body import ResponsesBody
 from deployments.tokenize_body import DetokenizeBody, TokenizeBody
 from deployments.tokenizer_info import tokenizer_info
 from orthrus.errors import RequestError
-from orthrus.request import RequestStats, SamplingParams
+from orthrus.requests.request import RequestStats, SamplingParams
 
 # Traces are Serve's and ours (deployments/calls.py).
 api = FastAPI(title="Orthrus", openapi_url=None, redirect_slashes=False, telemetry={"tracing": False})

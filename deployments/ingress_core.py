@@ -20,7 +20,7 @@ from deployments.recent import Recent
 from deployments.request_metrics import RequestMetrics
 from deployments.response_store import Responses
 from deployments.responses_api import ResponsesApi
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.models.families import load_config
 from orthrus.models.files import resolve
 from orthrus.text.stream import load_tokenizer

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orthrus.request import PromptLogprobs, TokenLogprob
+from orthrus.requests.request import PromptLogprobs, TokenLogprob
 from orthrus.text.stream import TextStream, token_bytes
 
 

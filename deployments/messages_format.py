@@ -12,7 +12,7 @@ from deployments.answer_parts import Part, PartStream, Step
 from deployments.failures import Failure
 from deployments.generation import Choice, TextChunk
 from deployments.openai_format import cost
-from orthrus.request import RequestStats
+from orthrus.requests.request import RequestStats
 
 _OVERLOADED = 529
 _ERROR_TYPES = {

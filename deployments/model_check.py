@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.files import CONFIG_FILES, check_files, resolve

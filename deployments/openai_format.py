@@ -12,7 +12,7 @@ from deployments.chat_output import ChatDelta
 from deployments.generation import Choice, TextChunk
 from deployments.logprobs_format import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
 from deployments.protocol import AnswerOptions
-from orthrus.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
+from orthrus.requests.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
 
 _PADDED_TO = 64
 """Characters: the lengths of padded events are multiples of it, plus what every one has."""

@@ -21,7 +21,7 @@ from deployments.answer_format import (
 from deployments.strict_model import StrictModel
 from deployments.unsupported_fields import drop_neutral
 from orthrus.errors import RequestError
-from orthrus.request import SEED_BITS, SamplingParams
+from orthrus.requests.request import SEED_BITS, SamplingParams
 
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = r"^[!-~]{1,128}$"

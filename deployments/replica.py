@@ -18,11 +18,11 @@ from deployments.engine_metrics import MetricsExporter
 from deployments.log_filter import quiet_client_errors
 from deployments.replica_load import replica_capacity, replica_report
 from deployments.stages import clear_stages, publish_stages
-from orthrus.async_engine import AsyncEngine
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.async_engine import AsyncEngine
+from orthrus.engine.config import EngineConfig
 from orthrus.loading import stages
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 from orthrus.text.grammar import json_grammar
 
 logger = logging.getLogger("ray.serve")

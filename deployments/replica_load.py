@@ -3,7 +3,7 @@
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orthrus.request import Request
+from orthrus.requests.request import Request
 
 if TYPE_CHECKING:
     from orthrus.engine import Engine

@@ -13,7 +13,7 @@ from deployments.openai_format import cost
 from deployments.response_items import seal
 from deployments.responses_body import ENCRYPTED_REASONING, ResponsesBody
 from deployments.responses_tools import FunctionTool, HostedTool, custom_input
-from orthrus.request import RequestStats
+from orthrus.requests.request import RequestStats
 
 Event = dict[str, Any]
 _PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc", "custom": "ctc"}

@@ -18,7 +18,7 @@ from ray.util.metrics import Counter
 
 from deployments.balancer import PrefixBalancer
 from deployments.replica_load import Capacity
-from orthrus.request import Request
+from orthrus.requests.request import Request
 
 _ASK_SECONDS = 0.25
 """How long from one question to all replicas to the next, while requests wait."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthrus.engine import Engine
-    from orthrus.engine_config import EngineConfig
+    from orthrus.engine.config import EngineConfig
     from orthrus.generate.accelerated import accelerate
-    from orthrus.request import Request, SamplingParams
+    from orthrus.requests.request import Request, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -20,10 +20,10 @@ __all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "__version__",
 _MODULES = {
     # Not a module named `accelerate`: importing it would put the module in the function's place.
     "accelerate": "orthrus.generate.accelerated",
-    "Engine": "orthrus.engine",
-    "EngineConfig": "orthrus.engine_config",
-    "Request": "orthrus.request",
-    "SamplingParams": "orthrus.request",
+    "Engine": "orthrus.engine.engine",
+    "EngineConfig": "orthrus.engine.config",
+    "Request": "orthrus.requests.request",
+    "SamplingParams": "orthrus.requests.request",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from orthrus.engine import Engine
 from orthrus.errors import ConfigError, RequestError
-from orthrus.request import Request, RequestStats, SamplingParams
+from orthrus.requests.request import Request, RequestStats, SamplingParams
 from orthrus.text.chat_limits import render_chat
 from orthrus.text.stream import TextStream
 

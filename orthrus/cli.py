@@ -17,7 +17,7 @@ from orthrus.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from orthrus.engine import Engine
-    from orthrus.request import SamplingParams
+    from orthrus.requests.request import SamplingParams
 
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny-cpu.yaml"
@@ -295,7 +295,7 @@ def _time(text: str) -> datetime:
 
 
 def _sampling(arguments: argparse.Namespace) -> "SamplingParams":
-    from orthrus.request import SamplingParams
+    from orthrus.requests.request import SamplingParams
 
     return SamplingParams(
         temperature=arguments.temperature,
@@ -315,7 +315,7 @@ def _engine(arguments: argparse.Namespace) -> "Engine":
     print(f"loading {arguments.model}", file=sys.stderr, flush=True)  # torch alone takes seconds to import.
     tell_stages(lambda stage: print(stage, file=sys.stderr, flush=True))
     from orthrus.engine import Engine
-    from orthrus.engine_config import EngineConfig
+    from orthrus.engine.config import EngineConfig
 
     return Engine.from_pretrained(
         EngineConfig(
@@ -381,7 +381,7 @@ def _keys_new(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from orthrus.verify import VerifyOptions, verify
+    from orthrus.measure.verify import VerifyOptions, verify
 
     report = verify(
         VerifyOptions(
@@ -401,7 +401,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from orthrus.bench import BenchOptions, bench
+    from orthrus.measure.bench import BenchOptions, bench
 
     report = bench(
         BenchOptions(
@@ -418,7 +418,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _shape_bench(arguments: argparse.Namespace) -> None:
-    from orthrus.shape_bench import ShapeBenchOptions, plot, shape_bench
+    from orthrus.measure.shape_bench import ShapeBenchOptions, plot, shape_bench
 
     report = shape_bench(
         ShapeBenchOptions(

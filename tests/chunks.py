@@ -7,7 +7,7 @@ from typing import Any
 
 from deployments.chat_output import ChatSplitter
 from deployments.generation import TextChunk
-from orthrus.request import Chunk, RequestStats, TokenLogprob
+from orthrus.requests.request import Chunk, RequestStats, TokenLogprob
 
 STATS = RequestStats(prompt_tokens=50, cached_tokens=32, completion_tokens=40, cycles=10, passes=20, seed=7)
 ANSWER = (

@@ -157,7 +157,7 @@ def stub(ports: tuple[int, int]) -> "OrthrusStub":
 def ar() -> "Engine":
     """Plain AR decoding of the served model: what every answer must be."""
     from orthrus.engine import Engine
-    from orthrus.engine_config import EngineConfig
+    from orthrus.engine.config import EngineConfig
 
     model = str(ROOT / "models" / "orthrus-tiny")
     return Engine.from_pretrained(

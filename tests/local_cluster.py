@@ -25,7 +25,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 from deployments.app import make_application
 from deployments.environment import free_port, set_environment
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "orthrus-tiny"

@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 
 from orthrus.engine import Engine
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 
 MODEL = "orthrus-tiny"
 PROMPT = "def add(a, b):\n    "

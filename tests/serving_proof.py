@@ -22,9 +22,9 @@ import pytest
 
 from deployments.bench import ServeBenchOptions, serve_bench
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.plan import RowGroup
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows

@@ -10,8 +10,8 @@ import jsonschema
 import torch
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
-from orthrus.request import SamplingParams
+from orthrus.engine.config import EngineConfig
+from orthrus.requests.request import SamplingParams
 from orthrus.text.grammar import json_grammar
 from tests.schemas import SCHEMAS
 

@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 import orthrus
 from orthrus.errors import ConfigError, RequestError
 from orthrus.generate.accelerated import AcceleratedModel
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from tests.checkpoints import edit_json, make_checkpoint
 
 VOCAB = 128

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from orthrus.async_engine import AsyncEngine
 from orthrus.cache.kv_cache import KVCache
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.async_engine import AsyncEngine
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
-from orthrus.request import Chunk, Request, SamplingParams
+from orthrus.requests.request import Chunk, Request, SamplingParams
+from orthrus.requests.token_mask import TokenMask
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
 from orthrus.text.grammar import GrammarMasks
-from orthrus.token_mask import TokenMask
 
 
 @pytest.fixture(scope="module")

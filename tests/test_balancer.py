@@ -13,7 +13,7 @@ from deployments.balancer import PrefixBalancer
 from deployments.replica_load import NAME_BYTES, Capacity, Load, request_name
 from orthrus.cache.kv_cache import PagePool
 from orthrus.cache.page_hash import page_hashes
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 
 CAPACITY = Capacity(max_num_seqs=16, prefill_chunk=256, page_size=16, pages=512)
 

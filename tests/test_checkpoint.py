@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3ForCausalL
 from transformers.utils import logging as progress
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import compute_dtype, load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig

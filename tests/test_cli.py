@@ -13,12 +13,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 import orthrus
-from orthrus.bench import BenchOptions, bench
 from orthrus.chat import stream_text
 from orthrus.cli import main
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
-from orthrus.request import SamplingParams
+from orthrus.engine.config import EngineConfig
+from orthrus.measure.bench import BenchOptions, bench
+from orthrus.requests.request import SamplingParams
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,10 +7,10 @@ from statistics import harmonic_mean, mean, median
 
 import pytest
 
-from orthrus.draft_planner import BlockPlan, DraftPlanner
-from orthrus.pass_cost import DecodeCost, PassCost, measure_decode_cost
 from orthrus.plan import RowGroup, View
-from orthrus.sequence import Draft
+from orthrus.requests.sequence import Draft
+from orthrus.schedules.pass_cost import DecodeCost, PassCost, measure_decode_cost
+from orthrus.schedules.planner import BlockPlan, DraftPlanner
 
 
 def flat() -> PassCost:

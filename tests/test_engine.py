@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.plan import RowGroup
-from orthrus.request import Chunk, Completion, Request, SamplingParams, joined_chunks
+from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows

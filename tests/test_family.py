@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import orthrus
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.families import FAMILIES, family_of, load_config, register
 from orthrus.models.family import Family, HuggingFaceClasses
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from orthrus.training.model import load_frozen
 from tests.checkpoints import add_diffusion, edit_json
 

@@ -20,7 +20,7 @@ from deployments.openai_format import ResponseFormat
 from deployments.proto import orthrus_pb2 as pb
 from deployments.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, RequestStats
+from orthrus.requests.request import Chunk, RequestStats
 from orthrus.text.grammar import GrammarMasks
 from orthrus.text.stream import load_tokenizer
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import RequestError
 from orthrus.models.checkpoint import load_weights
-from orthrus.request import Completion, SamplingParams
+from orthrus.requests.request import Completion, SamplingParams
 from orthrus.runner.sampler import PickRows
 from orthrus.text.grammar import (
     GrammarMasks,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.families import load_config, parse_config

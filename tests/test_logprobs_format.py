@@ -16,7 +16,14 @@ from deployments.logprobs_format import Echo, TextLogprobs, chat_logprobs, promp
 from deployments.openai_format import ResponseFormat
 from deployments.tokenizer_info import tokenizer_info
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, FinishReason, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
+from orthrus.requests.request import (
+    Chunk,
+    FinishReason,
+    PromptLogprobs,
+    RequestStats,
+    SamplingParams,
+    TokenLogprob,
+)
 from orthrus.text.stream import TextStream
 
 SPECIAL, TWIN, PADDING = 256, 257, 300

@@ -11,10 +11,10 @@ from transformers import Qwen3ForCausalLM
 
 import orthrus
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.families import load_config
-from orthrus.request import Chunk, Request, SamplingParams, joined_chunks
+from orthrus.requests.request import Chunk, Request, SamplingParams, joined_chunks
 from orthrus.runner.eager import EagerRunner
 from tests.checkpoints import make_checkpoint
 

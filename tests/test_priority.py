@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 

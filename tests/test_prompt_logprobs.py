@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from orthrus.engine import SCORE_ROWS, Engine
+from orthrus.engine.engine import SCORE_ROWS, Engine
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, Completion, PromptLogprobs, Request, SamplingParams, TokenLogprob
+from orthrus.requests.request import Chunk, Completion, PromptLogprobs, Request, SamplingParams, TokenLogprob
 from tests.checkpoints import make_checkpoint
 from tests.reference import Reference
 from tests.test_engine import GREEDY, LimitedRunner, engine

@@ -41,7 +41,7 @@ from deployments.logprobs_format import Echo
 from deployments.openai_format import ResponseFormat, cost
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
+from orthrus.requests.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
 
 ROOT = Path(__file__).resolve().parent.parent
 STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)

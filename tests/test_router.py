@@ -12,7 +12,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 from deployments.replica_load import Capacity
 from deployments.router import PrefixRouter
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 
 DEPLOYMENT = DeploymentID(name="OrthrusReplica", app_name="orthrus")
 SLOTS = 3

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
-from orthrus.request import SamplingParams
+from orthrus.engine.config import EngineConfig
+from orthrus.requests.request import SamplingParams
 
 # The smallest positive numbers that float64, float32 and bfloat16 have, and the largest below one, among others.
 EXTREMES: dict[str, list[Any]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from orthrus.runner.sampler import PickRows, adjust
 
 

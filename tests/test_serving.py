@@ -18,7 +18,7 @@ from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from deployments.request_metrics import HISTOGRAMS
 from deployments.stages import read_stages
 from orthrus.engine import Engine
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http, plain, wait_until_busy, wait_until_free
 
 

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine import Engine
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, plain, wait_until_busy, wait_until_free
 
 HI = [pb.ChatMessage(role="user", content="# sort a list of words by length")]

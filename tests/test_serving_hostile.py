@@ -21,7 +21,7 @@ import pytest
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine import Engine
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http, plain, wait_until_free
 
 CONTEXT = 2048

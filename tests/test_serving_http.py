@@ -9,7 +9,7 @@ import pytest
 
 from deployments.api_docs import BODIES
 from deployments.proto import orthrus_pb2 as pb
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 
 if TYPE_CHECKING:
     from deployments.proto.orthrus_pb2_grpc import OrthrusStub

@@ -10,7 +10,7 @@ import pytest
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine import Engine
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http
 
 SCORE = {"max_tokens": 0, "temperature": 0, "logprobs": 2, "echo": True}

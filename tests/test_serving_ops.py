@@ -10,7 +10,7 @@ import pytest
 from ray import serve
 
 from orthrus.engine import Engine
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from tests.local_cluster import (
     App,
     Clients,

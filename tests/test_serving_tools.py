@@ -15,7 +15,7 @@ from deployments.api_config import ApiConfig
 from deployments.ingress import Ingress
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from tests.conftest import ROOT
 from tests.serving import MODEL, http
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from orthrus.bench import Ratio
 from orthrus.errors import ConfigError
-from orthrus.request import SamplingParams
-from orthrus.shape_bench import (
+from orthrus.measure.bench import Ratio
+from orthrus.measure.shape_bench import (
     PassTime,
     ShapeBenchOptions,
     ShapeReport,
@@ -22,6 +21,7 @@ from orthrus.shape_bench import (
     shape_config,
     shape_engine,
 )
+from orthrus.requests.request import SamplingParams
 
 CPU = torch.device("cpu")
 SMALL = replace(

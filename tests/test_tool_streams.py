@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from deployments.chat_output import ChatSplitter, joined
 from deployments.generation import TextChunk
 from deployments.openai_format import ResponseFormat
-from orthrus.request import Chunk
+from orthrus.requests.request import Chunk
 from orthrus.text.stream import TextStream, load_tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from orthrus.cli import main
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.families import family_of, load_config
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from orthrus.training.data import DataSettings, generate, read_shards
 from orthrus.training.eval import EvalSettings, distinct_ngrams, measure_drafts
 from orthrus.training.prompts import read_prompts

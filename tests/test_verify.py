@@ -10,9 +10,9 @@ import torch
 
 from orthrus.cli import main
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.verify import (
+from orthrus.measure.verify import (
     KL_LIMIT,
     WAYS,
     VerifyOptions,

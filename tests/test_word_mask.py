@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import RequestError
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 from orthrus.text.grammar import json_grammar
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
-from orthrus.engine import Engine, choose_device
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.engine import Engine, choose_device
 from orthrus.errors import ConfigError, RequestError
 from orthrus.files import one_line, read_json
 from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
@@ -25,7 +25,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, FAMILIES, GENERATION_CONFIG_FILE, family_of, parse_config
 from orthrus.models.family import EMBEDDING, HEAD
 from orthrus.models.files import resolve
-from orthrus.request import Chunk, Request
+from orthrus.requests.request import Chunk, Request
 
 # nn.Module methods that return the module: through an accelerated model they would hand out the slow one.
 _MODULE_CHANGES = {

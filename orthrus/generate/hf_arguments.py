@@ -25,7 +25,7 @@ from orthrus.generate.hf_fields import (
     integer,
     unsupported,
 )
-from orthrus.request import SEED_BITS, SamplingParams
+from orthrus.requests.request import SEED_BITS, SamplingParams
 
 # What `generate` does when neither the caller nor the model's generation config says (transformers 5).
 DEFAULT_NEW_TOKENS = 20

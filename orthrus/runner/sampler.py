@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels import gumbel_argmax
 from kernels.rows.sampling import NO_TOKEN, argmax, noise_keys
-from orthrus.request import SamplingParams
-from orthrus.token_mask import TokenMask
+from orthrus.requests.request import SamplingParams
+from orthrus.requests.token_mask import TokenMask
 
 _WHOLE = 1 << 40
 

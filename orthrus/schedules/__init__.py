@@ -6,7 +6,7 @@ A new schedule is one new file here; the forward, the cache, the sampler and the
 from typing import Protocol
 
 from orthrus.plan import RowGroup
-from orthrus.sequence import Sequence
+from orthrus.requests.sequence import Sequence
 
 
 class Schedule(Protocol):

@@ -1,7 +1,7 @@
 """Plain autoregressive decoding: one row in, one token out."""
 
 from orthrus.plan import RowGroup, View
-from orthrus.sequence import Sequence
+from orthrus.requests.sequence import Sequence
 
 
 class ARSchedule:

@@ -11,10 +11,10 @@ cycle brings two tokens at least, for reading the AR view's attention weights on
 import itertools
 
 from kernels.rows.sampling import NO_TOKEN
-from orthrus.draft_planner import DraftPlanner
 from orthrus.plan import RowGroup, View
+from orthrus.requests.sequence import Draft, Sequence
 from orthrus.schedules.ar import ARSchedule
-from orthrus.sequence import Draft, Sequence
+from orthrus.schedules.planner import DraftPlanner
 
 
 class OrthrusSchedule:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from orthrus.engine import Engine
 from orthrus.errors import ConfigError
-from orthrus.request import Request, SamplingParams
+from orthrus.requests.request import Request, SamplingParams
 from orthrus.training.progress import check_origin
 from orthrus.training.settings import Settings
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from tqdm import tqdm
 
-from orthrus.draft_planner import DraftPlanner
-from orthrus.engine import DECODE_ROWS, Engine
-from orthrus.request import Request, SamplingParams
+from orthrus.engine.engine import DECODE_ROWS, Engine
+from orthrus.requests.request import Request, SamplingParams
+from orthrus.requests.sequence import Draft
 from orthrus.schedules.orthrus import OrthrusSchedule
-from orthrus.sequence import Draft
+from orthrus.schedules.planner import DraftPlanner
 from orthrus.training.settings import Settings
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import DEFAULT_SHARD_BYTES
 from orthrus.models.files import resolve

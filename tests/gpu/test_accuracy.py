@@ -9,10 +9,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.measure.shape_bench import hugging_face_model, random_weights, shape_config
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.runner.cuda_graphs import CudaGraphRunner
-from orthrus.shape_bench import hugging_face_model, random_weights, shape_config
 
 DEVICE = torch.device("cuda")
 MODEL = replace(shape_config("8B", diffusion=False), num_hidden_layers=6, vocab_size=8192)

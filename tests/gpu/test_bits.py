@@ -16,9 +16,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.engine import Engine
-from orthrus.request import Request, SamplingParams
-from orthrus.shape_bench import agreement_for, replaying, shape_config, shape_engine
-from orthrus.verify import Result, find_drifts, run
+from orthrus.measure.shape_bench import agreement_for, replaying, shape_config, shape_engine
+from orthrus.measure.verify import Result, find_drifts, run
+from orthrus.requests.request import Request, SamplingParams
 
 DEVICE = torch.device("cuda")
 MODEL = replace(shape_config("8B"), num_hidden_layers=4)

@@ -19,8 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orthrus.pass_cost import DecodeCost
-from orthrus.sequence import Draft
+from orthrus.requests.sequence import Draft
+from orthrus.schedules.pass_cost import DecodeCost
 
 _PRIOR_ACCEPTANCE = 0.85
 """At each depth, before anything is known."""

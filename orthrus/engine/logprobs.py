@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orthrus.request import PromptLogprobs, SamplingParams, TokenLogprob
+from orthrus.requests.request import PromptLogprobs, SamplingParams, TokenLogprob
 
 SCORED = SamplingParams(temperature=0.0, logprobs=0)
 """How rows are picked from that only score tokens: their picks are nobody's, and their logits are read."""

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from orthrus.engine import Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.measure.prompts import encode_prompts
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
 from orthrus.models.files import resolve
-from orthrus.prompts import encode_prompts
-from orthrus.request import Request, RequestStats, SamplingParams, TokenLogprob
+from orthrus.requests.request import Request, RequestStats, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner
 
 KL_LIMIT = 1e-10

@@ -18,20 +18,19 @@ from torch import Tensor
 from kernels.rows.sampling import NO_TOKEN
 from orthrus.cache.kv_cache import KVCache, PagePool
 from orthrus.cache.page_hash import PageHash
-from orthrus.draft_planner import DraftPlanner
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
+from orthrus.engine.scheduler import Planned, Scheduler
 from orthrus.errors import ConfigError, RequestError
 from orthrus.loading import stages
-from orthrus.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.files import kv_bytes_per_token, resolve, weight_bytes
 from orthrus.models.forward import LayerParallelForward
-from orthrus.pass_cost import measure_decode_cost
 from orthrus.plan import RowGroup, View
-from orthrus.request import (
+from orthrus.requests.request import (
     Chunk,
     Completion,
     PromptLogprobs,
@@ -40,18 +39,19 @@ from orthrus.request import (
     TokenLogprob,
     joined_chunks,
 )
+from orthrus.requests.sequence import Sequence
+from orthrus.requests.token_mask import TokenMask
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass, ModelRunner
 from orthrus.runner.sampler import PickRows
-from orthrus.scheduler import Planned, Scheduler
 from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
-from orthrus.sequence import Sequence
+from orthrus.schedules.pass_cost import measure_decode_cost
+from orthrus.schedules.planner import DraftPlanner
 from orthrus.text.grammar import GrammarMasks
 from orthrus.text.stream import TextStream, load_tokenizer
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
-from orthrus.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
 

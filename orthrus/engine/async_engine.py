@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orthrus.engine import Engine, EngineStats
+from orthrus.engine.engine import Engine, EngineStats
 from orthrus.errors import RequestError
-from orthrus.request import Chunk, Request
-from orthrus.token_mask import TokenMask
+from orthrus.requests.request import Chunk, Request
+from orthrus.requests.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
 

@@ -19,22 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.bench import Contestant, Output, Ratio, engine_contestant, hardware, ratio
-from orthrus.draft_planner import DraftPlanner
-from orthrus.engine import DECODE_ROWS, Engine
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.engine import DECODE_ROWS, Engine
 from orthrus.errors import ConfigError
+from orthrus.measure.bench import Contestant, Output, Ratio, engine_contestant, hardware, ratio
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.files import kv_bytes_per_token, weight_bytes
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.plan import RowGroup, View
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
+from orthrus.requests.sequence import Draft
+from orthrus.requests.sequence import Sequence as EngineSequence
 from orthrus.schedules import Schedule
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
-from orthrus.sequence import Draft
-from orthrus.sequence import Sequence as EngineSequence
+from orthrus.schedules.planner import DraftPlanner
 
 Progress = Callable[[str], None]
 

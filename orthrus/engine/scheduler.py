@@ -15,8 +15,8 @@ from operator import attrgetter
 from orthrus.cache.kv_cache import PagePool
 from orthrus.cache.page_hash import page_hashes
 from orthrus.plan import RowGroup, View
+from orthrus.requests.sequence import Sequence
 from orthrus.schedules import Schedule
-from orthrus.sequence import Sequence
 
 
 @dataclass(frozen=True)

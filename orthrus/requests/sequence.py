@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from orthrus.cache.page_hash import PageHash
-from orthrus.request import FinishReason, PromptLogprobs, RequestStats, SamplingParams
+from orthrus.requests.request import FinishReason, PromptLogprobs, RequestStats, SamplingParams
+from orthrus.requests.token_mask import TokenMask
 from orthrus.text.stream import TextStream
-from orthrus.token_mask import TokenMask
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-from orthrus.engine import Engine, choose_device
-from orthrus.engine_config import EngineConfig
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.engine import Engine, choose_device
 from orthrus.errors import ConfigError
+from orthrus.measure.prompts import encode_prompts
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
 from orthrus.models.files import resolve
-from orthrus.prompts import encode_prompts
-from orthrus.request import SamplingParams
+from orthrus.requests.request import SamplingParams
 from orthrus.text.stream import load_tokenizer
 
 WARM_UP_TOKENS = 8

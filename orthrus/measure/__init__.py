@@ -1,0 +1,1 @@
+"""Measurements: `orthrus verify`, `orthrus bench` and `orthrus bench shape`."""
