@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cluster.config import ClusterConfig, NodeType, actor_demand
-from deployments.api_config import ApiConfig
-from deployments.api_keys import read_keys
-from deployments.app_args import AppArgs, DeploymentOptions
-from deployments.config_file import load_config
-from deployments.model_check import check_model, locate
+from deployments.access.keys import read_keys
+from deployments.config.api import ApiConfig
+from deployments.config.app_args import AppArgs, DeploymentOptions
+from deployments.config.config_file import load_config
+from deployments.config.model_check import check_model, locate
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig

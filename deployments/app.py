@@ -6,12 +6,12 @@ from typing import Any
 
 from ray.serve import Application, Deployment, deployment
 
-from deployments.app_args import parse_args
-from deployments.ingress import Ingress
-from deployments.model_check import check_model, locate
-from deployments.rate_limits import RateLimiter
-from deployments.replica import OrthrusReplica
-from deployments.response_store import ResponseStore
+from deployments.access.rate_limits import RateLimiter
+from deployments.config.app_args import parse_args
+from deployments.config.model_check import check_model, locate
+from deployments.ingress.ingress import Ingress
+from deployments.replica.replica import OrthrusReplica
+from deployments.responses.store import ResponseStore
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.models.files import HubUnreachable

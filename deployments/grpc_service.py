@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
-from deployments.log_filter import quiet_client_errors
+from deployments.failures.log_filter import quiet_client_errors
 from deployments.proto.orthrus_pb2_grpc import add_OrthrusServicer_to_server
 
 StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]

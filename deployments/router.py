@@ -1,4 +1,4 @@
-"""Serve's side of `PrefixBalancer` (deployments/balancer.py): requests wait in its queue until a replica has room for them.
+"""Serve's side of `PrefixBalancer` (deployments/routing/balancer.py): requests wait in its queue until a replica has room for them.
 
 Clients may name a session, in the header (over gRPC, the metadata) `x-session-id` or as `prompt_cache_key`; every ingress then
 prefers the same replica for it. Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which
@@ -16,8 +16,8 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.util.metrics import Counter
 
-from deployments.balancer import PrefixBalancer
-from deployments.replica_load import Capacity
+from deployments.routing.balancer import PrefixBalancer
+from deployments.routing.load import Capacity
 from orthrus.requests.request import Request
 
 _ASK_SECONDS = 0.25

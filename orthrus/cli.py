@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser(with_training=argv[:1] == ["train"]).parse_args(argv)
     if arguments.run is _serve:
-        from deployments.supervisor import run_supervised
+        from deployments.launch.supervisor import run_supervised
 
         return run_supervised(lambda: _run(arguments))
     return _run(arguments)
@@ -344,11 +344,11 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from deployments.progress import Progress
+    from deployments.launch.progress import Progress
 
     with Progress() as progress:
         progress.now("Loading Ray")
-        from deployments.serve import serve_config
+        from deployments.launch.serve import serve_config
 
         serve_config(arguments.config, address=arguments.address, tell=progress.now)
     threading.Event().wait()  # Until the supervisor ends it.
@@ -368,7 +368,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _keys_new(arguments: argparse.Namespace) -> None:
-    from deployments.api_keys import new_key
+    from deployments.access.keys import new_key
 
     key, entry = new_key(
         arguments.name,
@@ -440,7 +440,7 @@ def _shape_bench(arguments: argparse.Namespace) -> None:
 
 
 def _serve_bench(arguments: argparse.Namespace) -> None:
-    from deployments.bench import ServeBenchOptions, serve_bench
+    from deployments.bench.serve_bench import ServeBenchOptions, serve_bench
 
     report = serve_bench(
         ServeBenchOptions(

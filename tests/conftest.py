@@ -102,8 +102,8 @@ def ports(
     import ray
     from ray import serve
 
-    from deployments.environment import free_port
-    from deployments.serve import serve_config
+    from deployments.launch.environment import free_port
+    from deployments.launch.serve import serve_config
 
     config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
     web, rpc = free_port(), free_port()

@@ -23,7 +23,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from deployments.app import make_application
-from deployments.environment import free_port, set_environment
+from deployments.launch.environment import free_port, set_environment
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 
@@ -48,7 +48,7 @@ class Replica:
         return self.actor.rpartition("#")[2]
 
     def report(self) -> dict[str, Any]:
-        """What it tells request routers (deployments/replica_load.py). Of OrthrusReplica only."""
+        """What it tells request routers (deployments/routing/load.py). Of OrthrusReplica only."""
         actor = ray.get_actor(self.actor, namespace=SERVE_NAMESPACE)
         report: dict[str, Any] = ray.get(actor.record_routing_stats.remote(), timeout=30)
         return report

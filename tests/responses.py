@@ -8,10 +8,10 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.body_faults import describe
-from deployments.generation import Choice, TextChunk
-from deployments.responses_body import ResponsesBody
-from deployments.responses_format import ResponsesFormat
+from deployments.bodies.faults import describe
+from deployments.generation.generate import Choice, TextChunk
+from deployments.responses.body import ResponsesBody
+from deployments.responses.format import ResponsesFormat
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deployments.api_config import ApiConfig
-from deployments.api_keys import KeyRing, new_key, parse_keys
-from deployments.rate_limits import Limits, RateLimiter, Standing, duration
-from deployments.recent import Recent
+from deployments.access.keys import KeyRing, new_key, parse_keys
+from deployments.access.rate_limits import Limits, RateLimiter, Standing, duration
+from deployments.config.api import ApiConfig
+from deployments.operations.recent import Recent
 from orthrus.cli import main
 from orthrus.errors import ConfigError
 

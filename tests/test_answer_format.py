@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from deployments.chat_body import ChatBody
-from deployments.completion_body import CompletionBody
-from deployments.grpc_format import chat_body
+from deployments.bodies.completion_body import CompletionBody
+from deployments.chat.body import ChatBody
+from deployments.grpc.format import chat_body
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.text.grammar import json_grammar

@@ -2,8 +2,8 @@
 
 import pytest
 
-from deployments.answer_parts import PartStream
-from deployments.chat_output import ChatSplitter
+from deployments.chat.output import ChatSplitter
+from deployments.chat.parts import PartStream
 
 TEXT = 'Hm.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>After.<tool_call>{"name": "g"}'
 

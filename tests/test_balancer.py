@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from deployments.balancer import PrefixBalancer
-from deployments.replica_load import NAME_BYTES, Capacity, Load, request_name
+from deployments.routing.balancer import PrefixBalancer
+from deployments.routing.load import NAME_BYTES, Capacity, Load, request_name
 from orthrus.cache.kv_cache import PagePool
 from orthrus.cache.page_hash import page_hashes
 from orthrus.requests.request import Request, SamplingParams

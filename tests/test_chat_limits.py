@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from deployments.chat_body import ChatBody
-from deployments.chat_template import ChatTemplate
+from deployments.chat.body import ChatBody
+from deployments.chat.template import ChatTemplate
 from orthrus.errors import ConfigError, RequestError
 from orthrus.text.chat_limits import TooMuch, check_templates, render_chat
 from orthrus.text.stream import load_tokenizer

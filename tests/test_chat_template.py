@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.answer_grammar import answer_grammar
-from deployments.body_faults import describe
-from deployments.chat_body import ChatBody
-from deployments.chat_output import ChatDelta, joined
-from deployments.chat_template import ChatTemplate
+from deployments.bodies.faults import describe
+from deployments.chat.body import ChatBody
+from deployments.chat.grammar import answer_grammar
+from deployments.chat.output import ChatDelta, joined
+from deployments.chat.template import ChatTemplate
 from orthrus.errors import RequestError
 from orthrus.text.grammar import GrammarMasks
 from orthrus.text.stream import TextStream, load_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deployments.chunk_link import Address, ChunkLink, ChunkLinks, ChunkReceiver, Inbox, LinkLost
+from deployments.link.chunk_link import Address, ChunkLink, ChunkLinks, ChunkReceiver, Inbox, LinkLost
 from orthrus.requests.request import Chunk, RequestStats, TokenLogprob, joined_chunks
 
 STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)

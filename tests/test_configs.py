@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from cluster.check import check_config
-from deployments.api_keys import new_key
+from deployments.access.keys import new_key
 from deployments.app import build
-from deployments.app_args import parse_args
-from deployments.config_file import load_config
-from deployments.serve import serve_config
+from deployments.config.app_args import parse_args
+from deployments.config.config_file import load_config
+from deployments.launch.serve import serve_config
 from orthrus.cli import main
 from orthrus.errors import ConfigError
 from orthrus.models.files import weight_bytes

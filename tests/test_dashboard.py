@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from deployments.engine_metrics import COUNTERS, GAUGES
-from deployments.request_metrics import COUNTER, HISTOGRAMS
+from deployments.access.request_metrics import COUNTER, HISTOGRAMS
+from deployments.replica.engine_metrics import COUNTERS, GAUGES
 
 ROOT = Path(__file__).resolve().parent.parent
 

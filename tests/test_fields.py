@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.body_faults import describe, field_path
-from deployments.chat_body import ChatBody
-from deployments.chat_output import ChatDelta
-from deployments.chat_template import ChatTemplate
-from deployments.completion_body import CompletionBody
-from deployments.failures import describe_failure
-from deployments.generation import TextChunk
-from deployments.grpc_format import chat_body, completion_body, request_params
-from deployments.http_body import parse_body
-from deployments.openai_format import ResponseFormat
+from deployments.bodies.completion_body import CompletionBody
+from deployments.bodies.faults import describe, field_path
+from deployments.bodies.unsupported_fields import UNSUPPORTED
+from deployments.chat.body import ChatBody
+from deployments.chat.output import ChatDelta
+from deployments.chat.template import ChatTemplate
+from deployments.failures.failures import describe_failure
+from deployments.generation.generate import TextChunk
+from deployments.grpc.format import chat_body, completion_body, request_params
+from deployments.http.body import parse_body
+from deployments.openai.format import ResponseFormat
 from deployments.proto import orthrus_pb2 as pb
-from deployments.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, RequestStats
 from orthrus.text.grammar import GrammarMasks

@@ -11,9 +11,9 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from deployments.api_config import ApiConfig
-from deployments.api_docs import BODIES, docs_page, openapi_document, router
-from deployments.http_manners import PathManners, no_route, with_cors
+from deployments.config.api import ApiConfig
+from deployments.http.manners import PathManners, no_route, with_cors
+from deployments.ingress.docs import BODIES, docs_page, openapi_document, router
 
 PAGE = "https://chat.example"
 

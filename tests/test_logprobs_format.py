@@ -11,10 +11,10 @@ from openai.types.completion import Completion
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deployments.generation import MAX_SCORES, Choice, TextChunk, _text_chunk, check_scores
-from deployments.logprobs_format import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
-from deployments.openai_format import ResponseFormat
-from deployments.tokenizer_info import tokenizer_info
+from deployments.generation.generate import MAX_SCORES, Choice, TextChunk, _text_chunk, check_scores
+from deployments.openai.format import ResponseFormat
+from deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
+from deployments.tokenizer.info import tokenizer_info
 from orthrus.errors import RequestError
 from orthrus.requests.request import (
     Chunk,

@@ -9,11 +9,17 @@ from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.body_faults import describe
-from deployments.failures import GenerationFailed, ModelUnavailable, QueueFull, RateLimited, describe_failure
-from deployments.generation import Choice, TextChunk
-from deployments.messages_body import CountTokensBody, MessagesBody
-from deployments.messages_format import MessageFormat, error_body, error_status
+from deployments.bodies.faults import describe
+from deployments.failures.failures import (
+    GenerationFailed,
+    ModelUnavailable,
+    QueueFull,
+    RateLimited,
+    describe_failure,
+)
+from deployments.generation.generate import Choice, TextChunk
+from deployments.messages.body import CountTokensBody, MessagesBody
+from deployments.messages.format import MessageFormat, error_body, error_status
 from orthrus.errors import RequestError
 from tests.chunks import ANSWER, chunks, cut
 

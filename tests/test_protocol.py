@@ -19,12 +19,12 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from pydantic import TypeAdapter, ValidationError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
-from deployments.body_faults import describe
-from deployments.call_text import ToolCallDelta
-from deployments.chat_body import ChatBody
-from deployments.chat_output import ChatDelta
-from deployments.completion_body import CompletionBody
-from deployments.failures import (
+from deployments.bodies.completion_body import CompletionBody
+from deployments.bodies.faults import describe
+from deployments.chat.body import ChatBody
+from deployments.chat.call_text import ToolCallDelta
+from deployments.chat.output import ChatDelta
+from deployments.failures.failures import (
     BodyTooLarge,
     BodyTooSlow,
     GenerationFailed,
@@ -35,10 +35,10 @@ from deployments.failures import (
     describe_failure,
     unwrap,
 )
-from deployments.generation import Choice, TextChunk
-from deployments.grpc_format import chat_body, chat_chunk, generate_chunk, request_params
-from deployments.logprobs_format import Echo
-from deployments.openai_format import ResponseFormat, cost
+from deployments.generation.generate import Choice, TextChunk
+from deployments.grpc.format import chat_body, chat_chunk, generate_chunk, request_params
+from deployments.openai.format import ResponseFormat, cost
+from deployments.openai.logprobs import Echo
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from deployments.api_config import ResponseStoreConfig
-from deployments.api_keys import ApiKey
-from deployments.calls import Call
-from deployments.chats import Chats
-from deployments.failures import ModelUnavailable, ResponseNotFound, describe_failure
-from deployments.response_store import Responses, ResponseStore, StoredResponse
-from deployments.responses_api import ResponsesApi
-from deployments.responses_body import ResponsesBody
+from deployments.access.calls import Call
+from deployments.access.keys import ApiKey
+from deployments.config.api import ResponseStoreConfig
+from deployments.failures.failures import ModelUnavailable, ResponseNotFound, describe_failure
+from deployments.generation.chats import Chats
+from deployments.responses.api import ResponsesApi
+from deployments.responses.body import ResponsesBody
+from deployments.responses.store import Responses, ResponseStore, StoredResponse
 from orthrus.errors import RequestError
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from deployments.failures import GenerationFailed, RateLimited, describe_failure
-from deployments.response_items import seal
-from deployments.responses_format import ResponsesFormat
+from deployments.failures.failures import GenerationFailed, RateLimited, describe_failure
+from deployments.responses.format import ResponsesFormat
+from deployments.responses.items import seal
 from orthrus.errors import RequestError
 from tests.chunks import ANSWER, chunks, cut
 from tests.responses import EVENTS, SCHEMA, TOOL, body, streamed, whole, without_ids

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from deployments.calls import Call
-from deployments.chats import Chats
-from deployments.failures import describe_failure
-from deployments.responses_api import ResponsesApi
-from deployments.responses_tools import custom_input
+from deployments.access.calls import Call
+from deployments.failures.failures import describe_failure
+from deployments.generation.chats import Chats
+from deployments.responses.api import ResponsesApi
+from deployments.responses.tools import custom_input
 from orthrus.errors import RequestError
 from tests.chunks import chunks, cut
 from tests.responses import SCHEMA, TOOL, body, streamed, whole, without_ids

@@ -20,7 +20,7 @@ import yaml
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray import serve
 
-from deployments.api_keys import new_key
+from deployments.access.keys import new_key
 from deployments.app import build
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deployments.api_docs import BODIES
+from deployments.ingress.docs import BODIES
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.requests.request import SamplingParams
 

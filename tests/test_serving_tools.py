@@ -11,8 +11,8 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from ray import serve
 
-from deployments.api_config import ApiConfig
-from deployments.ingress import Ingress
+from deployments.config.api import ApiConfig
+from deployments.ingress.ingress import Ingress
 from deployments.proto import orthrus_pb2 as pb
 from deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine.config import EngineConfig

@@ -10,9 +10,9 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from tokenizers import AddedToken
 
-from deployments.chat_output import ChatSplitter, joined
-from deployments.generation import TextChunk
-from deployments.openai_format import ResponseFormat
+from deployments.chat.output import ChatSplitter, joined
+from deployments.generation.generate import TextChunk
+from deployments.openai.format import ResponseFormat
 from orthrus.requests.request import Chunk
 from orthrus.text.stream import TextStream, load_tokenizer
 

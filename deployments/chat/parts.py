@@ -1,0 +1,81 @@
+"""A chat answer as the parts that follow one another in it: reasoning, text, tool calls.
+
+OpenAI's Responses API and Anthropic's Messages API both have an answer as a list of such parts, and stream each from its start
+to its end before the next one begins.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from deployments.chat.call_text import ToolCallDelta
+from deployments.chat.output import ChatDelta
+
+Kind = Literal["reasoning", "text", "call"]
+Step = Literal["start", "more", "end"]
+
+
+@dataclass
+class Part:
+    """Part number `index` of an answer. text: what there is of it; of a call, its arguments' JSON. id, name: of a call."""
+
+    index: int
+    kind: Kind
+    text: str = ""
+    id: str = ""
+    name: str = ""
+
+
+class PartStream:
+    """Puts the deltas of one answer in order. `parts` are those that have begun, the last of them perhaps still open."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self._open: Part | None = None
+        self._call = -1
+
+    def push(self, delta: ChatDelta) -> Iterator[tuple[Step, Part, str]]:
+        """What happens to which part, and for "more" the text that is added to it."""
+        calls = list(delta.tool_calls)
+        if calls and calls[0].index == self._call:
+            # It was under way: text beside it follows it.
+            yield from self._add_call(calls.pop(0))
+        if delta.reasoning:
+            yield from self._add("reasoning", delta.reasoning)
+        if delta.content:
+            yield from self._add("text", delta.content)
+        for call in calls:
+            yield from self._add_call(call)
+
+    def push_empty_text(self) -> Iterator[tuple[Step, Part, str]]:
+        """Begin a text that nothing is added to."""
+        yield from self._begin(Part(len(self.parts), "text"))
+
+    def finish(self) -> Iterator[tuple[Step, Part, str]]:
+        """The end of the part that is open; call once, when the answer is over."""
+        if self._open is not None:
+            yield "end", self._open, ""
+        self._open = None
+
+    def _add(self, kind: Kind, text: str) -> Iterator[tuple[Step, Part, str]]:
+        if self._open is None or self._open.kind != kind:
+            yield from self._begin(Part(len(self.parts), kind))
+        yield self._more(text)
+
+    def _add_call(self, call: ToolCallDelta) -> Iterator[tuple[Step, Part, str]]:
+        if call.index != self._call:
+            self._call = call.index
+            yield from self._begin(Part(len(self.parts), "call", id=call.id or "", name=call.name or ""))
+        if call.arguments:
+            yield self._more(call.arguments)
+
+    def _begin(self, part: Part) -> Iterator[tuple[Step, Part, str]]:
+        yield from self.finish()
+        self._open = part
+        self.parts.append(part)
+        yield "start", part, ""
+
+    def _more(self, text: str) -> tuple[Step, Part, str]:
+        assert self._open is not None, "a part has begun"
+        self._open.text += text
+        return "more", self._open, text

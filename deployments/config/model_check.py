@@ -1,0 +1,36 @@
+"""Look at a model before replicas start: what is wrong with it shows in seconds, not after they have failed in turn."""
+
+from pathlib import Path
+
+from orthrus.engine.config import EngineConfig
+from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
+from orthrus.models.files import CONFIG_FILES, check_files, resolve
+from orthrus.text.stream import check_tokenizer, load_tokenizer
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def locate(engine: EngineConfig) -> EngineConfig:
+    """The settings with a model path that exists below the project taken from there: a config works from any directory."""
+    local = _ROOT / engine.model
+    if not local.is_dir():
+        return engine
+    name = engine.served_model_name or local.name
+    return engine.model_copy(update={"model": str(local), "served_model_name": name})
+
+
+def check_model(engine: EngineConfig, *, load: bool = True) -> ModelConfig:
+    """The config of the model that the settings name, which can be served with them.
+
+    Of a directory everything is checked but the weights' values; of a hub id its config.json. load: load the tokenizer,
+    for which torch and transformers are imported; else only its tokenizer.json is looked at. Raises HubUnreachable, and
+    ConfigError naming what is wrong, the setting or the file.
+    """
+    path = resolve(engine.model, CONFIG_FILES, (Path(), _ROOT))
+    model = load_config(path)
+    engine.check_model(model)
+    if Path(engine.model).is_dir():
+        check_files(path, model)
+        (load_tokenizer if load else check_tokenizer)(path)
+    return model

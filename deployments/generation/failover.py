@@ -1,0 +1,68 @@
+"""A request's chunks from whichever replica can give them: one that dies is replaced as long as nothing has come from it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.failures.failures import REPLICA_LOST, GenerationFailed
+from deployments.link.chunk_link import ChunkReceiver, Inbox
+from orthrus.requests.request import Chunk, Request
+
+logger = logging.getLogger("ray.serve")
+
+_ATTEMPTS = 3
+"""A request that has seen this many replicas die is more likely their killer than their victim."""
+
+
+async def generate_on_replica(
+    replica: DeploymentHandle, receiver: ChunkReceiver, request: Request
+) -> AsyncGenerator[list[Chunk]]:
+    """Chunks of `request` from one replica, as many at a time as have come; closing the iterator cancels it there.
+
+    Raises GenerationFailed when the replica dies after its first chunk, and what Serve raises when no replica is left.
+    """
+    address = await receiver.address()
+    for attempt in range(1, _ATTEMPTS + 1):
+        # An id of its own: an attempt that was given up may still send.
+        tried = replace(request, request_id=f"{request.request_id}-{attempt}")
+        inbox = receiver.open(tried.request_id)
+        # As plain gRPC, whatever the cluster's default: a call between actors costs three times as much, and one whose
+        # caller has died blocks the replica's event loop for a second.
+        stream = replica.options(stream=True, _by_reference=False).generate.remote(tried, address)
+        call = asyncio.create_task(_watch(stream, receiver, tried.request_id, inbox))
+        unfinished, begun = request.params.n, False
+        try:
+            while unfinished:
+                chunks = await inbox.take()
+                begun = True
+                unfinished -= sum(chunk.finish_reason is not None for chunk in chunks)
+                yield chunks
+            await call
+            return
+        except REPLICA_LOST as error:
+            if begun:
+                raise GenerationFailed(
+                    "the replica that was answering has stopped: what it sent is right but not complete, send the "
+                    "request again"
+                ) from error
+            if attempt == _ATTEMPTS:
+                raise
+            logger.warning("request %s: its replica is gone, trying another", request.request_id)
+        finally:
+            receiver.forget(tried.request_id)
+            if not call.done():
+                stream.cancel()
+                call.cancel()
+
+
+async def _watch(stream: Any, receiver: ChunkReceiver, request_id: str, inbox: Inbox) -> None:
+    """Follow the request's call to its end: tell `inbox` when no more chunks will come."""
+    try:
+        async for link in stream:
+            receiver.expect_rest(request_id, link)
+    except Exception as error:
+        inbox.fail(error)

@@ -1,0 +1,109 @@
+"""Reading the body of an HTTP request, from a client that may send anything, slowly, and without end."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import Request
+from jiter import from_json
+from pydantic import BaseModel, ValidationError
+
+from deployments.access.calls import Call
+from deployments.bodies.faults import describe, unknown_fields
+from deployments.bodies.unsupported_fields import UNSUPPORTED
+from deployments.config.api import ApiConfig
+from deployments.failures.failures import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from orthrus.errors import RequestError
+
+Body = TypeVar("Body", bound=BaseModel)
+_IGNORED = "x-orthrus-ignored-fields"
+_MOST_IGNORED, _LONGEST_IGNORED = 20, 64
+_READ_TO_THE_END = 16
+"""Times the limit. So far a body is read and dropped: a client that is still sending may lose the answer that it is too large."""
+
+
+async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Body:
+    """The checked body. Raises RequestError, UnsupportedBody, BodyTooLarge and BodyTooSlow.
+
+    Where unknown fields are ignored, a header of the answer names those that were.
+    """
+    # Browsers send other types, which need no preflight, for any page that asks them to.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedBody("the body must be JSON: send Content-Type: application/json")
+    if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise UnsupportedBody(f"Content-Encoding {encoding} is not supported: send the body as it is")
+    raw, size = bytearray(), 0
+    most = config.max_body_bytes
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size <= most:
+                    raw += part
+                elif size > most * _READ_TO_THE_END:
+                    break
+    except TimeoutError:
+        raise BodyTooSlow(f"the request body did not come within {config.body_timeout_s:g} s") from None
+    if size > most:
+        raise BodyTooLarge(f"the request body is over {most} bytes: send a shorter prompt")
+    checked, ignored = parse_body(bytes(raw), body, ignore_unknown=config.unknown_fields == "ignore")
+    name_ignored(request.state.call, ignored)
+    return checked
+
+
+def name_ignored(call: Call, paths: Sequence[str]) -> None:
+    """Have a header of the answer name fields that were ignored, after those that it names already."""
+    if paths:
+        before = [call.headers[_IGNORED]] if _IGNORED in call.headers else []
+        call.headers = {
+            **call.headers,
+            _IGNORED: ", ".join([*before, *map(_header_text, paths[:_MOST_IGNORED])]),
+        }
+
+
+def parse_body(raw: bytes, body: type[Body], *, ignore_unknown: bool = False) -> tuple[Body, list[str]]:
+    """The checked body, and the paths of those of its fields that were ignored as unknown. Raises RequestError."""
+    data = _json(raw)
+    try:
+        return body.model_validate(data), []
+    except ValidationError as error:
+        unknown = unknown_fields(error) if ignore_unknown else None
+        if unknown is None or any(path in UNSUPPORTED for path in unknown):
+            raise describe(error, body) from None
+    try:
+        return body.model_validate(data, extra="ignore"), unknown
+    except ValidationError as error:
+        raise describe(error, body) from None
+
+
+def _json(raw: bytes) -> Any:
+    """The value that JSON text stands for; of equal keys the last one counts. Raises RequestError."""
+    try:
+        # pydantic's own parsing takes NaN, which is no JSON and would go on into schemas and templates.
+        return from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        fault = RequestError(f"the body is not JSON: {error}")
+    try:
+        data = from_json(raw)
+    except ValueError:
+        raise fault from None
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if not _is_finite(value):
+            raise RequestError(f"{name}: NaN and Infinity are no JSON numbers: send a finite one", name)
+    raise fault
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in it are finite. JSON that could be read is nested no deeper than can be followed."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return True
+
+
+def _header_text(path: str) -> str:
+    """A field's path as a header may have it."""
+    return quote(path[:_LONGEST_IGNORED].encode(errors="replace"), safe="[].-_")

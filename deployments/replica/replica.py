@@ -1,0 +1,102 @@
+"""One model replica: an engine in its own thread behind a Serve deployment."""
+
+import asyncio
+import gc
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict
+from typing import Any
+
+from ray import serve
+from transformers.utils.logging import disable_progress_bar
+
+from deployments.autoscaling import engine_load
+from deployments.failures.log_filter import quiet_client_errors
+from deployments.link.chunk_link import Address, ChunkLinks, LinkLost
+from deployments.replica.engine_metrics import MetricsExporter
+from deployments.replica.stages import clear_stages, publish_stages
+from deployments.routing.load import replica_capacity, replica_report
+from orthrus.engine import Engine
+from orthrus.engine.async_engine import AsyncEngine
+from orthrus.engine.config import EngineConfig
+from orthrus.loading import stages
+from orthrus.requests.request import Request, SamplingParams
+from orthrus.text.grammar import json_grammar
+
+logger = logging.getLogger("ray.serve")
+
+
+@serve.deployment
+class OrthrusReplica:
+    """Runs requests. A RequestError reaches the caller; a cancelled call cancels its request."""
+
+    def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> None:
+        quiet_client_errors()
+        publish_stages()
+        disable_progress_bar()  # A log has no use for one.
+        self._engine = AsyncEngine(load(config), on_failure=_end_process)
+        engine = self._engine.engine
+        if engine.takes_grammars:
+            stages.info("preparing structured output")
+            # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
+            engine.check(Request("first-grammar", [0], SamplingParams(grammar=json_grammar({}))))
+        self._links = ChunkLinks()
+        self._load_since = time.monotonic(), engine.stats
+        self._metrics = MetricsExporter(engine)
+        # What has been loaded stays: no pass shall wait for a search through all of it.
+        gc.collect()
+        gc.freeze()
+        clear_stages()
+        logger.info(
+            "%s ready: schedule %s, context %d", config.model, engine.schedule_name, engine.max_model_len
+        )
+
+    async def generate(self, request: Request, address: Address) -> AsyncGenerator[bytes]:
+        """Run a request; its chunks go over the link to `address`, whose name comes when all of them are on their way."""
+        link = await self._links.to(address)
+        run = asyncio.ensure_future(self._engine.run(request, link.send))
+        try:
+            await asyncio.wait((run, link.lost), return_when=asyncio.FIRST_COMPLETED)
+            if not run.done():
+                raise LinkLost("the connection to the ingress has ended")
+            run.result()
+        finally:
+            run.cancel()
+        yield link.name
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters (`EngineStats`)."""
+        return asdict(self._engine.stats)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every `metrics_interval_s`: the signals since the last call, for the autoscaling policy."""
+        (then, before), now, stats = self._load_since, time.monotonic(), self._engine.stats
+        self._load_since = now, stats
+        return engine_load(before, stats, now - then)
+
+    async def record_replica_metadata(self) -> dict[str, int]:
+        """Called by Serve once: what the request router must know of this replica's size."""
+        return replica_capacity(self._engine.engine)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
+        return replica_report(self._engine.engine)
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            self._metrics.close()
+            self._links.close()
+            engine.close()
+
+
+def _end_process(error: Exception) -> None:
+    """End as a killed process does: a failed engine can't be mended, nor may this process use its GPU again.
+
+    Serve starts another replica at once, and the ingress sends the requests that have got nothing yet elsewhere.
+    """
+    logger.critical("the engine has failed, and this replica ends with it", exc_info=error)
+    logging.shutdown()
+    os._exit(1)

@@ -1,0 +1,300 @@
+"""A chat's chunks in the shapes of OpenAI's Responses API: the response, its items, and the events of a stream."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from deployments.chat.parts import Part, PartStream, Step
+from deployments.failures.failures import Failure
+from deployments.generation.generate import Choice, TextChunk
+from deployments.openai.format import cost
+from deployments.openai.logprobs import chat_logprobs
+from deployments.responses.body import ENCRYPTED_REASONING, ResponsesBody
+from deployments.responses.items import seal
+from deployments.responses.tools import FunctionTool, HostedTool, custom_input
+from orthrus.requests.request import RequestStats
+
+Event = dict[str, Any]
+_PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc", "custom": "ctc"}
+_ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
+
+
+class ResponsesFormat:
+    """One response. What it streams adds up to `whole`.
+
+    tokenizer: spells tokens for log-probabilities. stored: whether the response can be asked for again.
+    """
+
+    def __init__(self, body: ResponsesBody, tokenizer: Any, *, stored: bool) -> None:
+        self.id = f"resp_{uuid.uuid4().hex}"
+        self.response: dict[str, Any] = {}
+        """The finished response, once it is."""
+        self._body = body
+        self._tokenizer = tokenizer
+        self._asked = {
+            "id": self.id,
+            "object": "response",
+            "created_at": int(time.time()),
+            **_asked(body, stored),
+        }
+        self._tools = {tool.function["name"]: tool for tool in body.offered}
+        self._parts = PartStream()
+        self._ids: list[str] = []
+        self._output: list[dict[str, Any]] = []
+        self._reasoning_tokens = 0
+        self._next_event = 0
+        # What events have told of the open call's input, where it is of a custom tool.
+        self._input = ""
+        # Of the text's tokens, and how many of them events have told of.
+        self._logprobs: list[dict[str, Any]] = []
+        self._told = 0
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """The unstreamed response."""
+        for item in choice.chunks:
+            self._count(item)
+        last = choice.chunks[-1]
+        for step in [*self._parts.push(choice.message), *self._end_parts(last)]:
+            for _ in self._part_events(*step, last):
+                pass
+        return self._finish(last)
+
+    def opening(self) -> list[Event]:
+        """The events before the first chunk's."""
+        response = self._response("in_progress")
+        return [self._event(f"response.{what}", response=response) for what in ("created", "in_progress")]
+
+    def events(self, item: TextChunk) -> list[Event]:
+        """The events of one chunk; of the last one, the end of the stream too."""
+        self._count(item)
+        happened = list(self._parts.push(item.delta)) if item.delta else []
+        last = item.finish_reason is not None
+        if last:
+            happened += self._end_parts(item)
+        events = [event for step in happened for event in self._part_events(*step, item)]
+        if last:
+            response = self._finish(item)
+            events.append(self._event(f"response.{response['status']}", response=response))
+        return events
+
+    def failed(self, failure: Failure) -> list[Event]:
+        """The events that end a stream which can't go on."""
+        code = _ERROR_CODES.get(failure.status, "server_error")
+        error = {"code": code, "message": failure.message}
+        return [
+            self._event("error", **error, param=failure.param),
+            self._event("response.failed", response={**self._response("failed"), "error": error}),
+        ]
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        self._next_event += 1
+        return {"type": kind, "sequence_number": self._next_event - 1, **fields}
+
+    def _count(self, item: TextChunk) -> None:
+        """Count the chunk's reasoning, and keep the log-probabilities of the tokens that are text."""
+        self._reasoning_tokens += len(item.reasoning)
+        if item.chunk.logprobs is None or any(part.kind == "call" for part in self._parts.parts):
+            return
+        if item.reasoning:
+            self._logprobs.clear()  # What came before it was its marker.
+        of_text = item.chunk.logprobs[item.reasoning.stop :]
+        self._logprobs += chat_logprobs(self._tokenizer, of_text)["content"]
+
+    def _end_parts(self, last: TextChunk) -> Iterator[tuple[Step, Part, str]]:
+        # A whole answer says something, if only "".
+        if last.finish_reason == "stop" and all(part.kind == "reasoning" for part in self._parts.parts):
+            yield from self._parts.push_empty_text()
+        yield from self._parts.finish()
+
+    def _part_events(self, step: Step, part: Part, text: str, item: TextChunk) -> Iterator[Event]:
+        """What a step means to clients. item: the chunk that it came with."""
+        if step == "start":
+            self._ids.append(f"{_PREFIXES[self._kind(part)]}_{uuid.uuid4().hex}")
+            self._input = ""
+        at = {"item_id": self._ids[part.index], "output_index": part.index}
+        match step:
+            case "start":
+                empty = {**self._item(part, "in_progress"), **_EMPTY[self._kind(part)]}
+                yield self._event("response.output_item.added", output_index=part.index, item=empty)
+                if part.kind != "call":
+                    yield self._content_event("added", at, part, "")
+            case "more":
+                if self._kind(part) == "custom":
+                    told, self._input = self._input, custom_input(part.text)
+                    text = self._input[len(told) :]
+                    if not text:
+                        return
+                name, place = self._place(part)
+                extra = {"logprobs": self._new_logprobs()} if part.kind == "text" else {}
+                yield self._event(f"response.{name}.delta", **at, **place, delta=text, **extra)
+            case "end":
+                name, place = self._place(part)
+                yield self._event(f"response.{name}.done", **at, **place, **self._said(part))
+                if part.kind != "call":
+                    yield self._content_event("done", at, part, part.text)
+                cut = item.finish_reason == "length" and part is self._parts.parts[-1]
+                self._output.append(self._item(part, "incomplete" if cut else "completed"))
+                yield self._event("response.output_item.done", output_index=part.index, item=self._output[-1])
+
+    def _place(self, part: Part) -> tuple[str, dict[str, int]]:
+        """What a part's events are called, and where in the item they say they belong."""
+        match self._kind(part):
+            case "text":
+                return "output_text", {"content_index": 0}
+            case "call":
+                return "function_call_arguments", {}
+            case "custom":
+                return "custom_tool_call_input", {}
+            case _ if self._body.summarises:
+                return "reasoning_summary_text", {"summary_index": 0}
+            case _:
+                return "reasoning_text", {"content_index": 0}
+
+    def _said(self, part: Part) -> dict[str, Any]:
+        """A part's whole text, as the event at its end has it."""
+        match self._kind(part):
+            case "call":
+                return {"arguments": part.text, "name": self._called(part)["name"]}
+            case "custom":
+                return {"input": custom_input(part.text)}
+            case "text":
+                return {"text": part.text, "logprobs": self._logprobs}
+            case _:
+                return {"text": part.text}
+
+    def _content_event(self, what: str, at: dict[str, Any], part: Part, text: str) -> Event:
+        _, place = self._place(part)
+        if part.kind == "reasoning" and self._body.summarises:
+            summary = {"type": "summary_text", "text": text}
+            return self._event(f"response.reasoning_summary_part.{what}", **at, **place, part=summary)
+        return self._event(f"response.content_part.{what}", **at, **place, part=self._content(part, text))
+
+    def _content(self, part: Part, text: str) -> dict[str, Any]:
+        if part.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {
+            "type": "output_text",
+            "text": text,
+            "annotations": [],
+            "logprobs": self._logprobs if text else [],
+        }
+
+    def _item(self, part: Part, status: str) -> dict[str, Any]:
+        """The item that a part is, with what there is of its text."""
+        item = {"id": self._ids[part.index], "status": status}
+        match self._kind(part):
+            case "call":
+                call = {"call_id": part.id, **self._called(part), "arguments": part.text}
+                return {**item, "type": "function_call", **call}
+            case "custom":
+                call = {"call_id": part.id, **self._called(part), "input": custom_input(part.text)}
+                return {**item, "type": "custom_tool_call", **call}
+            case "text":
+                content = [self._content(part, part.text)]
+                return {**item, "type": "message", "role": "assistant", "content": content}
+            case _:
+                summary = [{"type": "summary_text", "text": part.text}]
+                content = [{"type": "reasoning_text", "text": part.text}]
+                told = {"summary": summary} if self._body.summarises else {"summary": [], "content": content}
+                if ENCRYPTED_REASONING in self._body.includes:
+                    told["encrypted_content"] = seal(part.text)  # type: ignore[assignment]
+                return {**item, "type": "reasoning", **told}
+
+    def _kind(self, part: Part) -> str:
+        """The part's kind, "custom" for the call of a custom tool."""
+        tool = self._tools.get(part.name)
+        return "custom" if tool is not None and tool.custom else part.kind
+
+    def _called(self, part: Part) -> dict[str, str]:
+        """What a call calls, by the client's names."""
+        tool = self._tools.get(part.name)
+        if tool is None:
+            return {"name": part.name}  # The model has made it up.
+        return {"name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})}
+
+    def _new_logprobs(self) -> list[dict[str, Any]]:
+        """Log-probabilities of the text's tokens since the event before."""
+        told, self._told = self._told, len(self._logprobs)
+        return self._logprobs[told:]
+
+    def _finish(self, last: TextChunk) -> dict[str, Any]:
+        stats = last.chunk.stats
+        assert stats is not None, "a finished choice has stats"
+        self.response = self._response("incomplete" if last.finish_reason == "length" else "completed")
+        if last.finish_reason == "length":
+            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            self.response["completed_at"] = int(time.time())
+        self.response["usage"] = self._usage(stats)
+        self.response["orthrus"] = cost(stats)
+        return self.response
+
+    def _response(self, status: str) -> dict[str, Any]:
+        nothing = {"error": None, "incomplete_details": None, "completed_at": None, "usage": None}
+        return {**self._asked, "status": status, **nothing, "output": list(self._output)}
+
+    def _usage(self, stats: RequestStats) -> dict[str, Any]:
+        return {
+            "input_tokens": stats.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": stats.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": stats.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
+            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        }
+
+
+_EMPTY: dict[str, dict[str, Any]] = {
+    "text": {"content": []},
+    "call": {"arguments": ""},
+    "custom": {"input": ""},
+    "reasoning": {"summary": [], "content": []},
+}
+"""What an item that has just begun has, whatever it will have."""
+
+
+def _asked(body: ResponsesBody, stored: bool) -> dict[str, Any]:
+    """What was asked for, as a response repeats it, defaults filled in."""
+    reasoning, text = body.reasoning, body.text
+    format_ = text.format if text is not None else None
+    tools = [
+        {**({"parameters": None, "strict": True} if isinstance(tool, FunctionTool) else {}), **_dump(tool)}
+        for tool in body.tools or ()
+        if not isinstance(tool, HostedTool)
+    ]
+    choice = body.tool_choice or "auto"
+    return {
+        "background": False,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "model": body.model,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {
+            "effort": reasoning.effort if reasoning is not None else None,
+            "summary": (reasoning.summary or reasoning.generate_summary) if reasoning is not None else None,
+        },
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": stored,
+        "temperature": body.temperature,
+        "text": {
+            "format": _dump(format_) if format_ is not None else {"type": "text"},
+            "verbosity": (text.verbosity if text is not None else None) or "medium",
+        },
+        "tool_choice": choice if isinstance(choice, str) else _dump(choice),
+        "tools": tools,
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": body.top_p,
+        "truncation": "disabled",
+        "user": body.user,
+    }
+
+
+def _dump(given: Any) -> dict[str, Any]:
+    """As the client sent it."""
+    dumped: dict[str, Any] = given.model_dump(exclude_none=True, by_alias=True, mode="json")
+    return dumped

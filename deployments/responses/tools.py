@@ -1,0 +1,245 @@
+"""`tools` and `tool_choice` of OpenAI's Responses API, and the functions that the model is told of for them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from jiter import from_json
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from deployments.bodies.strict_model import StrictModel
+from deployments.chat.tools import LONGEST_NAME, ToolName
+from orthrus.errors import RequestError
+
+HostedKind = Literal[
+    "apply_patch",
+    "code_interpreter",
+    "computer",
+    "computer_use_preview",
+    "file_search",
+    "image_generation",
+    "local_shell",
+    "mcp",
+    "programmatic_tool_calling",
+    "shell",
+    "tool_search",
+    "web_search",
+    "web_search_2025_08_26",
+    "web_search_preview",
+    "web_search_preview_2025_03_11",
+]
+
+
+class _NamedTool(StrictModel):
+    """defer_loading, allowed_callers: change nothing."""
+
+    name: ToolName
+    description: str | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[str] | None = None
+
+
+class FunctionTool(_NamedTool):
+    """A function that the model may call. output_schema: changes nothing."""
+
+    type: Literal["function"]
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    output_schema: dict[str, Any] | None = None
+
+    def definition(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict,
+        }
+
+
+class InputFormat(StrictModel):
+    """How the text given to a custom tool must look: the model is told, not held to it."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+    @model_validator(mode="after")
+    def _grammar_goes_with_its_type(self) -> "InputFormat":
+        has = (self.syntax is not None, self.definition is not None)
+        if has != (self.type == "grammar",) * 2:
+            raise RequestError(
+                "tools: a format has a syntax and a definition if, and only if, its type is grammar", "tools"
+            )
+        return self
+
+
+class CustomTool(_NamedTool):
+    """A tool that takes a text. Models know functions, so to the model it is one with the text as its argument `input`."""
+
+    type: Literal["custom"]
+    format: InputFormat | None = None
+
+    def definition(self) -> dict[str, Any]:
+        told = [self.description] if self.description else []
+        if self.format is not None and self.format.type == "grammar":
+            told.append(f"The input follows this {self.format.syntax} grammar:\n{self.format.definition}")
+        return {
+            "name": self.name,
+            "description": "\n\n".join(told) or None,
+            "parameters": {
+                "type": "object",
+                "properties": {"input": {"type": "string"}},
+                "required": ["input"],
+                "additionalProperties": False,
+            },
+            "strict": True,
+        }
+
+
+def qualified(name: str, namespace: str | None) -> str:
+    """What the model knows a tool as, wherever it belongs."""
+    return f"{namespace}.{name}" if namespace else name
+
+
+_HOSTED = get_args(HostedKind)
+_BRANCHES = {"custom": "CustomTool", "namespace": "NamespaceTool", **dict.fromkeys(_HOSTED, "HostedTool")}
+
+
+def _branch(tool: Any) -> str:
+    """Which of the union's models a tool is: a name that the paths of errors leave out."""
+    return _BRANCHES.get(tool.get("type"), "FunctionTool") if isinstance(tool, dict) else "FunctionTool"
+
+
+def _of_type(*types: str) -> BeforeValidator:
+    """Refuses objects of other types, by name."""
+
+    def check(given: Any) -> Any:
+        kind = given.get("type", types[0]) if isinstance(given, dict) else types[0]
+        if kind not in types:
+            known = " or ".join(repr(name) for name in types if name not in _HOSTED)
+            raise ValueError(f"type {kind!r} is not supported here: send {known}")
+        return given
+
+    return BeforeValidator(check)
+
+
+_Function = Annotated[FunctionTool, Tag("FunctionTool")]
+_Custom = Annotated[CustomTool, Tag("CustomTool")]
+_Nested = Annotated[_Function | _Custom, Discriminator(_branch)]
+
+
+class NamespaceTool(StrictModel):
+    """Tools under a common name, which their calls come with."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: str | None = None
+    tools: list[Annotated[_Nested, _of_type("function", "custom")]]
+
+    @model_validator(mode="after")
+    def _names_are_short_enough(self) -> "NamespaceTool":
+        for tool in self.tools:
+            if len(name := qualified(tool.name, self.name)) > LONGEST_NAME:
+                raise RequestError(
+                    f"tools: {name!r} has over {LONGEST_NAME} characters: shorten the name of the namespace or of the tool",
+                    "tools",
+                )
+        return self
+
+
+class HostedTool(StrictModel):
+    """A tool that OpenAI runs, or that only its models know how to use: the model here is not told of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: HostedKind
+
+
+_Namespace = Annotated[NamespaceTool, Tag("NamespaceTool")]
+_Hosted = Annotated[HostedTool, Tag("HostedTool")]
+_AnyTool = Annotated[_Function | _Custom | _Namespace | _Hosted, Discriminator(_branch)]
+ResponsesTool = Annotated[_AnyTool, _of_type("function", "custom", "namespace", *_HOSTED)]
+
+
+class NamedChoice(StrictModel):
+    """The one tool that must be called."""
+
+    type: Literal["function", "custom"]
+    name: str
+    namespace: str | None = None
+
+
+class AllowedTools(StrictModel):
+    """Some of the tools, to choose from freely or to call at least one of."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[Annotated[NamedChoice, _of_type("function", "custom")]]
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | Annotated[NamedChoice | AllowedTools, Field(discriminator="type")],
+    _of_type("function", "custom", "allowed_tools"),
+]
+
+
+@dataclass(frozen=True)
+class OfferedTool:
+    """A tool as the model is told of it: `function`, in the terms of a chat. path: where in the body it is."""
+
+    function: dict[str, Any]
+    path: str
+    name: str
+    namespace: str | None
+    custom: bool
+
+
+def offered_tools(tools: Sequence[ResponsesTool]) -> list[OfferedTool]:
+    """The tools that the model is told of, those in namespaces among them. What a namespace is for stands at its first tool."""
+    offered = []
+    for i, tool in enumerate(tools):
+        match tool:
+            case NamespaceTool():
+                about = f"{tool.name}: {tool.description}" if tool.description else None
+                for j, inner in enumerate(tool.tools):
+                    offered.append(_offered(inner, f"tools[{i}].tools[{j}]", tool.name, about))
+                    about = None
+            case FunctionTool() | CustomTool():
+                offered.append(_offered(tool, f"tools[{i}]"))
+    return offered
+
+
+def _offered(
+    tool: FunctionTool | CustomTool, path: str, namespace: str | None = None, about: str | None = None
+) -> OfferedTool:
+    function = {**tool.definition(), "name": qualified(tool.name, namespace)}
+    if about is not None:
+        function["description"] = "\n\n".join(filter(None, (about, function["description"])))
+    return OfferedTool(function, path, tool.name, namespace, isinstance(tool, CustomTool))
+
+
+def chat_choice(choice: ToolChoice | None) -> Any:
+    """The same choice in the terms of a chat."""
+    match choice:
+        case NamedChoice():
+            return {"type": "function", "function": {"name": qualified(choice.name, choice.namespace)}}
+        case AllowedTools():
+            allowed = {"mode": choice.mode, "tools": [chat_choice(tool) for tool in choice.tools]}
+            return {"type": "allowed_tools", "allowed_tools": allowed}
+    return choice
+
+
+def custom_arguments(text: str) -> str:
+    """The arguments of the function that a custom tool is to the model."""
+    return json.dumps({"input": text})
+
+
+def custom_input(arguments: str) -> str:
+    """The text given to a custom tool, as far as the arguments have come; "" before it begins."""
+    try:
+        given = from_json(arguments.encode(), partial_mode="trailing-strings")
+    except ValueError:
+        return ""
+    text = given.get("input") if isinstance(given, dict) else None
+    return text if isinstance(text, str) else ""

@@ -1,0 +1,369 @@
+"""Which replica gets a request, and when. No Serve in it: deployments/router.py ties it to that.
+
+**Late binding.** A request is bound to a replica that has room, and waits here while none has. Room is a free slot (one of
+the engine's `max_num_seqs` sequences) and pages for the prompt: what is sent then starts at once. So no slot is idle while
+requests wait, whichever replica it is on. A request of several choices needs one free slot; its other choices wait for the next
+ones in that engine.
+
+**What is known of a replica.** Its last report, which names the requests that it counts, and what this router has sent it. A
+request of ours that the report does not name is added; one that it names and that has ended since is taken off. So the age of
+a report doesn't matter. Of other routers' requests a router knows by reports alone and may be wrong about room: the replica then
+refuses (`max_ongoing_requests`), and the request is back at its place in the queue.
+
+**Among replicas with room** the first is the one that holds the longest prefix of the prompt, then the session's own, as far as
+the load allows, then the less used of two at random. **Among the waiting** it is by priority, then first come, first served, but
+for two cases: a freed slot goes to the request of that priority of which most is cached there, and a prompt whose pages fit
+nowhere lets others pass. A request that `_MOST_PASSED` others have passed has the next slot, whatever is cached or used there. No
+slot is left free for the sake of a prefix.
+"""
+
+import bisect
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from deployments.routing.load import NAME_BYTES, Capacity, Load, request_load, request_name
+from orthrus.cache.page_hash import PageHash, page_hashes
+from orthrus.requests.request import Request
+
+Replica = Any
+"""Whatever names a replica, hashable: Serve's ReplicaID."""
+_MAX_SENT_PAGES = 8192
+_SENT_SECONDS = 30.0
+"""How long a prompt counts as cached where it was sent before the replica's reports must show it."""
+_UNCONFIRMED_SECONDS = 2.0
+"""How long a choice counts as load until Serve says that the request was taken; it may have been cancelled."""
+_REPORT_SECONDS = 10.0
+"""A report that comes later than this after it was made may count a request of ours twice."""
+_MOST_PASSED = 8
+_LOOK_AHEAD = 16
+"""Waiting requests, from the first, that may get a free slot before others."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """The `arrival`th request. names: of its prompt's pages. passed: how many later ones have got a slot before it."""
+
+    arrival: int
+    request: Request
+    session: str
+    names: Sequence[PageHash]
+    passed: int = 0
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """What the queue is in order of."""
+        return self.request.priority, self.arrival
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where a request is, and what spoke for it: see `PrefixBalancer.confirm`."""
+
+    replica: Replica
+    reason: str
+    waited: _Waiting
+
+
+class _View:
+    """What is known of one replica."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self.refused = False
+        self._report: Mapping[str, Any] = {}
+        self._reported = Load()
+        self._counted: frozenset[bytes] = frozenset()
+        # Names of this router's requests: those that are there, and those that have ended and since when.
+        self._mine: dict[bytes, Load] = {}
+        self._ended: dict[bytes, tuple[Load, float]] = {}
+        # What is mine and not counted, less what is counted and has ended.
+        self._sent = Load()
+        # Requests of other routers that the replica has now, less those that the report counts.
+        self._others = 0
+        self._held: frozenset[PageHash] = frozenset()
+        self._sent_names: dict[PageHash, float] = {}
+
+    @property
+    def load(self) -> Load:
+        return self._reported.plus(self._sent).plus(Load(sequences=self._others))
+
+    @property
+    def use(self) -> float:
+        return self.load.use(self.capacity)
+
+    @property
+    def has_slot(self) -> bool:
+        return not self.refused and self.load.sequences < self.capacity.max_num_seqs
+
+    @property
+    def requests(self) -> int:
+        """How many of this router's requests it has."""
+        return len(self._mine)
+
+    def has_pages(self, waiting: _Waiting) -> bool:
+        """Whether the prompt fits beside the rest. Where there is nothing else, more room will not come."""
+        load, cached = self.load, self.matching_pages(waiting.names)
+        needed = len(waiting.request.prompt) / self.capacity.page_size - cached
+        return load.sequences < 1 or load.pages + needed <= self.capacity.pages
+
+    def report(self, report: Mapping[str, Any], now: float) -> None:
+        """Take over a report that is new."""
+        if not report or report == self._report:
+            return
+        self._report, self.refused, self._others = report, False, 0
+        self._reported = Load(report["sequences"], report["prompts"], report["pages"])
+        self._counted = frozenset(_parts(report["requests"]))
+        self._held = frozenset(_parts(report["prefixes"]))
+        self._sent = Load()
+        for name, load in self._mine.items():
+            if name not in self._counted:
+                self._sent = self._sent.plus(load)
+        for name, (load, _) in self._ended.items():
+            if name in self._counted:
+                self._sent = self._sent.plus(load, -1)
+        self._sent_names = {n: at for n, at in self._sent_names.items() if now - at < _SENT_SECONDS}
+
+    def hear(self, ongoing: int) -> None:
+        """The replica has `ongoing` requests at this moment, of all routers."""
+        self.refused = False
+        counted = len(self._counted - self._mine.keys() - self._ended.keys())
+        self._others = max(0, ongoing - len(self._mine)) - counted
+
+    def add(self, name: bytes, load: Load) -> None:
+        self._ended.pop(name, None)  # It may have been taken back before.
+        self._mine[name] = load
+        self._sent = self._sent.plus(load)
+
+    def remove(self, name: bytes, now: float) -> None:
+        load = self._mine.pop(name)
+        while self._ended and now - next(iter(self._ended.values()))[1] > _REPORT_SECONDS:
+            del self._ended[next(iter(self._ended))]
+        self._ended[name] = load, now
+        # Whether the report counts it or not.
+        self._sent = self._sent.plus(load, -1)
+
+    def matching_pages(self, names: Sequence[PageHash]) -> int:
+        """Pages of the longest prefix held. A page's name stands for all before it, which outlive it in the cache."""
+        for count in range(len(names), 0, -1):
+            if names[count - 1] in self._held or names[count - 1] in self._sent_names:
+                return count
+        return 0
+
+    def will_hold(self, names: Iterable[PageHash], now: float) -> None:
+        for name in names:
+            self._sent_names.pop(name, None)
+            self._sent_names[name] = now
+        while len(self._sent_names) > _MAX_SENT_PAGES:
+            del self._sent_names[next(iter(self._sent_names))]
+
+
+class PrefixBalancer:
+    """The queue of one router, and what it knows of the replicas. See above.
+
+    load_bound: a replica is given requests for its cache's or a session's sake while its use stays below this multiple of
+    the mean. affinity_floor: or below this use, where balance does not matter yet. Both are about use as in `Load.use`.
+    clock, rng: for tests.
+    """
+
+    def __init__(
+        self,
+        load_bound: float = 1.25,
+        affinity_floor: float = 0.1,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        if load_bound < 1:
+            raise ValueError(f"load_bound must be at least 1, got {load_bound}")
+        if not 0 <= affinity_floor <= 1:
+            raise ValueError(f"affinity_floor must be between 0 and 1, got {affinity_floor}")
+        self._load_bound, self._affinity_floor = load_bound, affinity_floor
+        self._clock, self._rng = clock, rng or random.Random()
+        self._views: dict[Replica, _View] = {}
+        self._queue: list[_Waiting] = []
+        self._arrivals = 0
+        # By request id.
+        self._placed: dict[str, _Placement] = {}
+        # Request ids of choices that Serve has not confirmed, oldest first.
+        self._unconfirmed: dict[str, float] = {}
+
+    @property
+    def has_replicas(self) -> bool:
+        return bool(self._views)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._queue)
+
+    def use(self, replica: Replica) -> float:
+        """Part of a replica's capacity that is taken, as far as this router knows."""
+        return self._views[replica].use
+
+    def requests(self, replica: Replica) -> int:
+        """How many of this router's requests a replica has."""
+        return self._views[replica].requests
+
+    # --- what happens to replicas
+
+    def update(self, replicas: Mapping[Replica, tuple[Capacity, Mapping[str, Any]]]) -> None:
+        """Take over the set of replicas with what they published and last reported."""
+        self._views = {
+            replica: self._views.get(replica) or _View(capacity)
+            for replica, (capacity, _) in replicas.items()
+        }
+        for replica, (_, report) in replicas.items():
+            self._views[replica].report(report, self._clock())
+        for request_id in [name for name, p in self._placed.items() if p.replica not in self._views]:
+            self._take_back(request_id)
+
+    def hear(self, replica: Replica, ongoing: int) -> None:
+        """A replica says how many requests it has, of all routers."""
+        if replica in self._views:
+            self._views[replica].hear(ongoing)
+
+    def refuse(self, replica: Replica) -> None:
+        """A replica takes nothing, whatever it seems: no room until it is heard of again."""
+        if replica in self._views:
+            self._views[replica].refused = True
+
+    # --- what happens to requests
+
+    def add(self, request: Request, session: str = "") -> None:
+        """Let a request wait; `dispatch` gives it a replica. There must be replicas. session: "" for none.
+
+        One that has a replica already was refused there: it gets its place in the queue back.
+        """
+        before = self._placed.get(request.request_id)
+        if before is not None:
+            self._take_back(request.request_id)
+            self.refuse(before.replica)
+        waiting = self._make_waiting(request, session) if before is None else before.waited
+        bisect.insort(self._queue, waiting, key=_turn)
+
+    def dispatch(self) -> list[tuple[str, Replica]]:
+        """Give replicas to the waiting as far as there is room: request ids, each with its replica, charged for it."""
+        self._expire()
+        placed = []
+        while (found := self._next()) is not None:
+            waiting, replica = found
+            self._queue.remove(waiting)
+            self._place(waiting, replica)
+            self._unconfirmed[waiting.request.request_id] = self._clock()
+            placed.append((waiting.request.request_id, replica))
+        return placed
+
+    def confirm(self, request: Request, replica: Replica, session: str = "") -> str:
+        """The request has been taken by `replica`.
+
+        What speaks for that replica: a "prefix" that it holds, that it is the "session"'s, or "load" alone.
+        """
+        self._unconfirmed.pop(request.request_id, None)
+        placement = self._placed.get(request.request_id)
+        if placement is None and replica in self._views:  # It took long.
+            placement = self._place(self._make_waiting(request, session), replica)
+        return "load" if placement is None else placement.reason
+
+    def done(self, request_id: str) -> None:
+        """The request has ended or waits no more, whatever its end; unknown ones are ignored."""
+        self._take_back(request_id)
+        self._queue = [waiting for waiting in self._queue if waiting.request.request_id != request_id]
+
+    # --- how
+
+    def _take_back(self, request_id: str) -> None:
+        """The request is not on its replica, if it has one."""
+        self._unconfirmed.pop(request_id, None)
+        placement = self._placed.pop(request_id, None)
+        if placement is not None and placement.replica in self._views:
+            self._views[placement.replica].remove(request_name(request_id), self._clock())
+
+    def _make_waiting(self, request: Request, session: str) -> _Waiting:
+        page_size = next(iter(self._views.values())).capacity.page_size
+        # The newest token is computed in any case, so its page is never taken from the cache.
+        hashes = page_hashes(request.prompt[:-1], page_size, salt=request.cache_salt)
+        names = [page_hash[:NAME_BYTES] for page_hash in hashes]
+        self._arrivals += 1
+        return _Waiting(self._arrivals, request, session, names)
+
+    def _next(self) -> tuple[_Waiting, Replica] | None:
+        """Who gets a replica next, and which."""
+        rooms = [replica for replica, view in self._views.items() if view.has_slot]
+        if not rooms:
+            return None
+        window = self._queue[:_LOOK_AHEAD]
+        for place, waiting in enumerate(window):
+            fitting = [replica for replica in rooms if self._fits(waiting, replica)]
+            if not fitting:
+                continue
+            replica = self._best(waiting, fitting)
+            chosen = place if waiting.passed >= _MOST_PASSED else self._most_cached(window, place, replica)
+            for passed in window[:chosen]:
+                passed.passed += 1
+            return window[chosen], replica
+        return None
+
+    def _fits(self, waiting: _Waiting, replica: Replica) -> bool:
+        return waiting.passed >= _MOST_PASSED or self._views[replica].has_pages(waiting)
+
+    def _most_cached(self, window: Sequence[_Waiting], first: int, replica: Replica) -> int:
+        """The place in `window`, from `first` on, of the request of which the replica holds most; the first of equals."""
+        if first == len(window) - 1:
+            return first
+        view = self._views[replica]
+        priority = window[first].request.priority
+        later = (i for i in range(first + 1, len(window)) if window[i].request.priority == priority)
+        places = [first, *(i for i in later if view.has_pages(window[i]))]
+        return max(places, key=lambda place: view.matching_pages(window[place].names))
+
+    def _best(self, waiting: _Waiting, replicas: Sequence[Replica]) -> Replica:
+        """The best of `replicas` for a request."""
+        # Before this request: a replica with nothing to do takes the largest.
+        use = {replica: view.use for replica, view in self._views.items()}
+        bound = max(self._affinity_floor, self._load_bound * sum(use.values()) / len(use))
+        preferred = self._home(waiting.session)
+        pair = self._rng.sample(list(replicas), min(2, len(replicas)))
+
+        def rank(replica: Replica) -> tuple[int, bool, bool, float]:
+            near = use[replica] <= bound
+            pages = self._views[replica].matching_pages(waiting.names) if near else 0
+            return -pages, not (near and replica == preferred), replica not in pair, use[replica]
+
+        return min(replicas, key=rank)
+
+    def _home(self, session: str) -> Replica | None:
+        return max(self._views, key=lambda replica: _weight(session, replica)) if session else None
+
+    def _place(self, waiting: _Waiting, replica: Replica) -> _Placement:
+        view, request = self._views[replica], waiting.request
+        cached = view.matching_pages(waiting.names)
+        home = replica == self._home(waiting.session)
+        placement = _Placement(replica, "prefix" if cached else "session" if home else "load", waiting)
+        self._placed[request.request_id] = placement
+        view.add(request_name(request.request_id), request_load(request, view.capacity, cached))
+        view.will_hold(waiting.names, self._clock())
+        return placement
+
+    def _expire(self) -> None:
+        horizon = self._clock() - _UNCONFIRMED_SECONDS
+        while self._unconfirmed:
+            request_id, at = next(iter(self._unconfirmed.items()))
+            if at > horizon:
+                return
+            self._take_back(request_id)
+
+
+_turn = attrgetter("turn")
+
+
+def _weight(session: str, replica: Replica) -> bytes:
+    """Rendezvous hashing: all routers agree, and a replica that comes or goes moves its own sessions only."""
+    return hashlib.blake2b(f"{session}\0{replica}".encode(), digest_size=8).digest()
+
+
+def _parts(names: bytes) -> list[bytes]:
+    return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]
