@@ -1,4 +1,4 @@
-"""Serve's side of `PrefixBalancer` (deployments/routing/balancer.py): requests wait in its queue until a replica has room for them.
+"""Serve's request router: requests wait in the queue of a `PrefixBalancer` until a replica has room for them.
 
 Clients may name a session, in the header (over gRPC, the metadata) `x-session-id` or as `prompt_cache_key`; every ingress then
 prefers the same replica for it. Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which
