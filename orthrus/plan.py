@@ -1,9 +1,9 @@
-"""The pass plan: which rows run in one forward pass, as a flat list in groups.
+"""What one forward pass computes: groups of rows, and how they lie in the pass.
 
-A group is consecutive positions of one sequence in one view. A schedule only decides which groups a sequence puts into a
-pass; the forward, the cache and the sampler are the same for all. AR rows come first, then diffusion rows. Where a runner adds
-rows of no group, to fill a pass up to a size that it is prepared for, they write to page 0, which no sequence owns, and nobody
-reads them.
+A row is one token at one position of one sequence. A `RowGroup` is a run of rows, and all that a schedule has to produce: the
+forward pass, the cache and the sampler are the same for all schedules. `flatten` puts the groups of all sequences into one
+list of rows, AR rows before diffusion rows. A runner may add rows that belong to no group, to fill a pass up to a size that it
+is prepared for. Their keys and values go to page 0, which no sequence owns, and nobody reads their results.
 """
 
 from collections import defaultdict
@@ -19,27 +19,35 @@ from kernels import AttentionGroup, AttentionPlan
 
 
 class View(Enum):
-    """Which projections a row uses. AR rows are causal and written to the cache; diffusion rows see their whole block."""
+    """Which of the model's two sets of attention projections a row uses."""
 
     AR = "ar"
+    """Causal attention; keys and values are written to the cache."""
     DIFFUSION = "diffusion"
+    """Attention to the cached keys before the group and to all rows of the group; nothing is written."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of one sequence: `tokens` at positions start, start + 1, ... in one view.
-
-    tokens: a token that an earlier pass is still to pick, and that the host does not know, is -1 - its place among the
-    runner's picks. pages: the sequence's page table; it covers every position that AR rows write. Rows `logits_from` up to
-    but not including `logits_to`, counted within the group, need logits.
-    """
+    """Rows at consecutive positions of one sequence, in one view."""
 
     view: View
     tokens: Sequence[int]
+    """The rows' input tokens. -1 - i stands for the token at place i of the runner's picks, which the host does not know yet."""
     start: int
-    pages: Sequence[int]
+    """Position of the first row."""
+    block_table: list[int]
+    """The pages that hold the sequence's positions, in order. Groups of one sequence may have different ones, whose pages differ
+    where their tokens do. The scheduler appends the pages that AR rows need before the pass runs."""
     logits_from: int
+    """The first row that needs logits, counted within the group."""
     logits_to: int
+    """The row after the last one that needs logits."""
+
+    @property
+    def end(self) -> int:
+        """The position after the last row's."""
+        return self.start + len(self.tokens)
 
     @property
     def num_logits(self) -> int:
@@ -48,31 +56,38 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class FlatRows:
-    """The rows of a pass in order, as numpy arrays int32 [rows]; see `PassPlan`."""
+    """The rows of a pass in the order in which it computes them."""
 
     tokens: np.ndarray
+    """int32 [rows], as in `RowGroup.tokens`."""
     positions: np.ndarray
+    """int32 [rows]."""
     slots: np.ndarray
+    """int32 [rows], where an AR row's key and value go, page * page_size + offset in the page; 0 for diffusion rows."""
     num_ar: int
+    """How many rows are AR rows; these come first."""
     groups: tuple[AttentionGroup, ...]
+    """What the rows attend to, in the order of the rows."""
     logit_rows: np.ndarray
+    """int32, the rows that need logits, in the order of the groups that were flattened."""
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """One forward pass, ready for the device.
-
-    tokens, positions, slots [rows]; a slot is page * page_size + offset, where the row's AR key and value go (diffusion
-    rows: slot 0). num_ar: AR rows, int32 [1]; the rest are diffusion rows. attention: what the
-    rows see. logit_rows: the rows that need logits, in the order of the groups that the plan was built from.
-    """
+    """What the forward pass reads: the fields of `FlatRows` as tensors on its device."""
 
     tokens: Tensor
+    """int32 or int64 [rows]."""
     positions: Tensor
+    """int32 or int64 [rows]."""
     slots: Tensor
+    """int32 or int64 [rows]."""
     num_ar: Tensor
+    """int32 [1]."""
     attention: AttentionPlan
+    """What the rows attend to."""
     logit_rows: Tensor
+    """int32 or int64, the rows that need logits."""
 
     @staticmethod
     def build(
@@ -95,38 +110,57 @@ class PassPlan:
 
 
 def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
-    """Put the rows of `groups` in order: by view, groups of one length side by side."""
-    alike: dict[View, dict[int, list[int]]] = {view: defaultdict(list) for view in View}
-    for index, group in enumerate(groups):
-        alike[group.view][len(group.tokens)].append(index)
+    """The rows of `groups` (none empty), in the order that `_pass_order` says. page_size: positions of a cache page."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    first_row = [0] * len(groups)
-    seen: list[AttentionGroup] = []
-    num_ar = 0
-    for view, by_length in alike.items():
-        for count, members in by_length.items():
-            for index in members:
-                group = groups[index]
-                first_row[index] = len(tokens)
-                seen.append(
-                    AttentionGroup(len(tokens), count, group.start, group.pages, view is View.DIFFUSION)
-                )
-                span = range(group.start, group.start + count)
-                tokens.extend(group.tokens)
-                positions.extend(span)
-                if view is View.AR:
-                    pages = group.pages
-                    slots.extend([pages[p // page_size] * page_size + p % page_size for p in span])
-        if view is View.AR:
-            num_ar = len(tokens)
-    slots += [0] * (len(tokens) - num_ar)
-    logit_rows = [
-        row
-        for first, group in zip(first_row, groups, strict=True)
-        for row in range(first + group.logits_from, first + group.logits_to)
+    first_rows = [0] * len(groups)
+    attention: list[AttentionGroup] = []
+    for index in _pass_order(groups):
+        group = groups[index]
+        start, num_rows, diffusion = group.start, len(group.tokens), group.view is View.DIFFUSION
+        first_rows[index] = first_row = len(tokens)
+        tokens.extend(group.tokens)
+        positions.extend(range(start, start + num_rows))
+        if not diffusion:
+            _append_slots(slots, group.block_table, start, num_rows, page_size)
+        attention.append(AttentionGroup(first_row, num_rows, start, group.block_table, diffusion))
+    num_ar = len(slots)
+    slots.extend([0] * (len(tokens) - num_ar))
+    logit_rows: list[int] = []
+    for first_row, group in zip(first_rows, groups, strict=True):
+        logit_rows.extend(range(first_row + group.logits_from, first_row + group.logits_to))
+    return FlatRows(
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
+        slots=np.array(slots, np.int32),
+        num_ar=num_ar,
+        groups=tuple(attention),
+        logit_rows=np.array(logit_rows, np.int32),
+    )
+
+
+def _append_slots(
+    slots: list[int], block_table: Sequence[int], start: int, num_rows: int, page_size: int
+) -> None:
+    """Append the cache slots of positions start, start + 1, ..., page by page."""
+    while num_rows > 0:
+        page, offset = divmod(start, page_size)
+        count = min(page_size - offset, num_rows)
+        slot = block_table[page] * page_size + offset
+        slots.extend(range(slot, slot + count))
+        start += count
+        num_rows -= count
+
+
+def _pass_order(groups: Sequence[RowGroup]) -> list[int]:
+    """The groups' indices in the order of the pass: by view, groups of one length side by side.
+
+    Plain PyTorch attention takes groups of one view and length together.
+    """
+    alike: dict[View, dict[int, list[int]]] = {view: defaultdict(list) for view in View}
+    for index, group in enumerate(groups):
+        alike[group.view][len(group.tokens)].append(index)
+    return [
+        index for by_length in alike.values() for same_length in by_length.values() for index in same_length
     ]
-    arrays = (np.array(values, np.int32) for values in (tokens, positions, slots, logit_rows))
-    token_array, position_array, slot_array, logit_array = arrays
-    return FlatRows(token_array, position_array, slot_array, num_ar, tuple(seen), logit_array)

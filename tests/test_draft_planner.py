@@ -153,8 +153,8 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> Non
     def run(groups: list[RowGroup], temperature: float) -> None:
         for group in groups:
             assert group.start >= 0 and group.start + len(group.tokens) <= 40
-            assert min(group.pages) >= 1 and max(group.pages) < 11
-            assert len(group.pages) * 8 >= group.start + len(group.tokens)
+            assert min(group.block_table) >= 1 and max(group.block_table) < 11
+            assert len(group.block_table) * 8 >= group.start + len(group.tokens)
         views = tuple(dict.fromkeys(group.view for group in groups))
         seen.add((views, len(groups[-1].tokens), len(groups)))
 

@@ -708,7 +708,7 @@ class Engine:
         """
         each = -(-context // self.page_size)
         groups = [
-            RowGroup(view, [0] * rows, context - rows, range(1 + i * each, 1 + (i + 1) * each), 0, rows)
+            RowGroup(view, [0] * rows, context - rows, list(range(1 + i * each, 1 + (i + 1) * each)), 0, rows)
             for i in range(batch)
         ]
         params = SamplingParams(temperature=0.0)

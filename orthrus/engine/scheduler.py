@@ -219,22 +219,29 @@ class Scheduler:
         return RowGroup(View.AR, tokens, start, sequence.pages, min(first - start, len(tokens)), len(tokens))
 
     def _reserve(self, sequence: Sequence, groups: tuple[RowGroup, ...]) -> bool:
-        """Give the sequence pages for the groups' AR rows, preempting from the last in turn; False if it fell itself."""
-        while (missing := max(self._missing_pages(sequence, group) for group in groups)) > 0:
-            pages = self.pool.allocate(missing)
-            if pages is not None:
-                sequence.pages.extend(pages)
-                break
+        """Give the groups' block tables the pages that they lack. False if the sequence itself was preempted for it.
+
+        Where too few pages are free, running sequences are preempted, the last in turn first.
+        """
+        missing = self._missing_pages(groups)
+        while (pages := self.pool.allocate(sum(count for _, count in missing))) is None:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
+        _append_pages(missing, pages)
         return True
 
-    def _missing_pages(self, sequence: Sequence, group: RowGroup) -> int:
-        if group.view is View.DIFFUSION:
-            return 0
-        return -(-(group.start + len(group.tokens)) // self._page_size) - len(sequence.pages)
+    def _missing_pages(self, groups: Iterable[RowGroup]) -> list[tuple[list[int], int]]:
+        """Block tables that are too short for the AR rows of `groups`, each once, and how many pages each lacks."""
+        missing: dict[int, tuple[list[int], int]] = {}
+        for group in groups:
+            table = group.block_table
+            lacks = -(-group.end // self._page_size) - len(table)
+            _, before = missing.get(id(table), (table, 0))
+            if group.view is View.AR and lacks > before:
+                missing[id(table)] = table, lacks
+        return list(missing.values())
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -252,15 +259,16 @@ class Scheduler:
         sequence.hashes = hashes[: len(sequence.pages)]
         rows = self._rows_that_fit(sequence, budget, score_budget)
         group = self._prefill_group(sequence, rows)
-        missing = self._missing_pages(sequence, group)
-        fits = rows > 0 and missing + len(self.running) <= self.pool.available
-        pages = self.pool.allocate(missing) if fits else None
+        missing = self._missing_pages([group])
+        count = sum(lacks for _, lacks in missing)
+        fits = rows > 0 and count + len(self.running) <= self.pool.available
+        pages = self.pool.allocate(count) if fits else None
         if pages is None:
             self._release(sequence)
             return None
         if sequence.num_generated == 0:
             sequence.cached_tokens = sequence.computed
-        sequence.pages.extend(pages)
+        _append_pages(missing, pages)
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_turn)
         self.admitted += 1
@@ -277,6 +285,14 @@ def _scoring(sequence: Sequence, group: RowGroup) -> int:
     """How many rows of a prompt's group score the token after them."""
     end = group.start + len(group.tokens)
     return max(0, min(end, sequence.unscored.stop) - max(group.start, sequence.unscored.start))
+
+
+def _append_pages(missing: list[tuple[list[int], int]], pages: list[int]) -> None:
+    """Give each block table in `missing` as many of `pages` as it lacks."""
+    start = 0
+    for block_table, count in missing:
+        block_table.extend(pages[start : start + count])
+        start += count
 
 
 def _rows(groups: tuple[RowGroup, ...]) -> int:

@@ -93,7 +93,7 @@ def measure_decode_cost(
 
     def groups(kind: _Kind, rows: int, index: int) -> list[RowGroup]:
         first = 1 + index % most_sequences * pages_each
-        pages, start = range(first, first + pages_each), length - rows
+        pages, start = list(range(first, first + pages_each)), length - rows
         if kind in (_Kind.STEP, _Kind.VERIFY):
             return [RowGroup(View.AR, [0] * rows, start, pages, 0, rows)]
         block = [0, *[mask_token_id] * (rows - 1)]

@@ -69,9 +69,9 @@ class Model:
         return self._runner.logits(groups)
 
 
-def pages_of(sequence: int) -> range:
+def pages_of(sequence: int) -> list[int]:
     first = 1 + sequence * PAGES
-    return range(first, first + PAGES)
+    return list(range(first, first + PAGES))
 
 
 def rows(tokens: list[int], start: int, count: int, sequence: int) -> RowGroup:

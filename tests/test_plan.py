@@ -1,0 +1,72 @@
+"""The order of a pass's rows, where they go in the cache, and which of them need logits."""
+
+import pytest
+import torch
+
+from orthrus.plan import PassPlan, RowGroup, View, flatten
+
+PAGE = 8
+
+
+def ar(
+    tokens: list[int], start: int, block_table: list[int], logits: tuple[int, int] | None = None
+) -> RowGroup:
+    return RowGroup(View.AR, tokens, start, block_table, *(logits or (0, len(tokens))))
+
+
+def diffusion(tokens: list[int], start: int, block_table: list[int]) -> RowGroup:
+    return RowGroup(View.DIFFUSION, tokens, start, block_table, 0, len(tokens) - 1)
+
+
+def test_ar_rows_come_first_and_groups_of_one_length_side_by_side() -> None:
+    groups = [
+        diffusion([1, 2], 20, [9, 8, 7]),
+        ar([3], 30, [1, 2, 3, 4]),
+        ar([4, 5, 6], 6, [5, 6], logits=(2, 3)),
+        ar([7], 0, [11]),
+    ]
+    rows = flatten(groups, PAGE)
+    assert rows.tokens.tolist() == [3, 7, 4, 5, 6, 1, 2]
+    assert rows.positions.tolist() == [30, 0, 6, 7, 8, 20, 21]
+    assert rows.num_ar == 5
+    assert [(g.first_row, g.num_rows, g.start, g.diffusion) for g in rows.groups] == [
+        (0, 1, 30, False),
+        (1, 1, 0, False),
+        (2, 3, 6, False),
+        (5, 2, 20, True),
+    ]
+    # In the order of the groups that were given, not of the rows.
+    assert rows.logit_rows.tolist() == [5, 0, 4, 1]
+
+
+def test_slots_follow_the_block_table_across_pages_and_diffusion_rows_write_none() -> None:
+    rows = flatten([ar(list(range(20)), 6, [5, 2, 9, 4]), diffusion([1, 2, 3], 26, [5, 2, 9, 4])], PAGE)
+    table = [5, 2, 9, 4]
+    assert rows.slots[:20].tolist() == [table[p // PAGE] * PAGE + p % PAGE for p in range(6, 26)]
+    assert rows.slots[20:].tolist() == [0, 0, 0]
+
+
+def test_groups_of_one_sequence_may_have_block_tables_of_their_own() -> None:
+    # Two continuations from position 9 on, which share the first page.
+    first, second = flatten([ar([1, 2], 9, [3, 4]), ar([1, 5], 9, [3, 6])], PAGE).slots.reshape(2, 2).tolist()
+    assert first == [4 * PAGE + 1, 4 * PAGE + 2]
+    assert second == [6 * PAGE + 1, 6 * PAGE + 2]
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_pass_of_diffusion_rows_alone_has_no_ar_rows(page_size: int) -> None:
+    rows = flatten([diffusion([1, 2, 3, 4], 3, [1, 2, 3])], page_size)
+    assert rows.num_ar == 0
+    assert rows.slots.tolist() == [0, 0, 0, 0]
+    assert rows.logit_rows.tolist() == [0, 1, 2]
+
+
+def test_the_plan_has_the_same_numbers_on_the_device() -> None:
+    groups = [diffusion([1, -3], 4, [2]), ar([5, 6, 7], 1, [2])]
+    rows = flatten(groups, PAGE)
+    plan = PassPlan.build(groups, page_size=PAGE, heads_per_kv=2, device=torch.device("cpu"))
+    for name in ("tokens", "positions", "slots", "logit_rows"):
+        assert getattr(plan, name).tolist() == getattr(rows, name).tolist(), name
+    assert plan.num_ar.tolist() == [3]
+    assert plan.attention.groups == rows.groups
+    assert plan.attention.page_size == PAGE
