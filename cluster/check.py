@@ -13,7 +13,8 @@ from deployments.config.model_check import check_model, locate
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
-from orthrus.models.files import HubUnreachable, dtype_name, kv_bytes_per_token, weight_bytes
+from orthrus.models.files import dtype_name, kv_bytes_per_token, weight_bytes
+from orthrus.models.hub import HubUnreachable
 from orthrus.models.shapes import published_shape
 
 GIB = 1 << 30

@@ -14,7 +14,7 @@ from deployments.replica.replica import OrthrusReplica
 from deployments.responses.store import ResponseStore
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
-from orthrus.models.files import HubUnreachable
+from orthrus.models.hub import HubUnreachable
 
 ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
 """The replicas' request router where the config names none."""

@@ -168,7 +168,7 @@ def ar() -> "Engine":
 @pytest.fixture(scope="session")
 def qwen3_tokenizer() -> Any:
     """Qwen3's own tokenizer. What can't be fetched fails the test: a skip would hide that nothing was checked."""
-    from orthrus.text.stream import load_tokenizer
+    from orthrus.text.tokenizer import load_tokenizer
     from tests.qwen3_tokenizer import fetch
 
     try:

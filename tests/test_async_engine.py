@@ -22,7 +22,7 @@ from orthrus.requests.token_mask import TokenMask
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
-from orthrus.text.grammar import GrammarMasks
+from orthrus.text.grammar_mask import GrammarMasks
 
 
 @pytest.fixture(scope="module")

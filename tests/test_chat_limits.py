@@ -11,7 +11,7 @@ from deployments.chat.body import ChatBody
 from deployments.chat.template import ChatTemplate
 from orthrus.errors import ConfigError, RequestError
 from orthrus.text.chat_limits import TooMuch, check_templates, render_chat
-from orthrus.text.stream import load_tokenizer
+from orthrus.text.tokenizer import load_tokenizer
 from tests.hostile import bounded
 
 MODEL = Path(__file__).parents[1] / "models" / "orthrus-tiny"

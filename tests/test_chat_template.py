@@ -14,8 +14,9 @@ from deployments.chat.grammar import answer_grammar
 from deployments.chat.output import ChatDelta, joined
 from deployments.chat.template import ChatTemplate
 from orthrus.errors import RequestError
-from orthrus.text.grammar import GrammarMasks
-from orthrus.text.stream import TextStream, load_tokenizer
+from orthrus.text.grammar_mask import GrammarMasks
+from orthrus.text.stream import TextStream
+from orthrus.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WEATHER: dict[str, Any] = {

@@ -24,7 +24,7 @@ from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import compute_dtype, load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
-from orthrus.models.files import HubUnreachable, resolve
+from orthrus.models.hub import HubUnreachable, resolve
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.reference import Reference
 
@@ -471,7 +471,7 @@ class TestResolve:
     ) -> None:
         """The hub isn't asked, which could take minutes, and both readings get advice."""
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("orthrus.models.files.HfApi", None)
+        monkeypatch.setattr("orthrus.models.hub.HfApi", None)
         make_checkpoint(tmp_path / "models" / "tiny")
         with pytest.raises(CheckpointError) as caught:
             resolve("models/tyni")
@@ -484,8 +484,8 @@ class TestResolve:
         """A server that takes the connection and says nothing."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             hub = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
-            monkeypatch.setattr("orthrus.models.files.HfApi", lambda: hub)
-            monkeypatch.setattr("orthrus.models.files._HUB_SECONDS", 0.2)
+            monkeypatch.setattr("orthrus.models.hub.HfApi", lambda: hub)
+            monkeypatch.setattr("orthrus.models.hub._HUB_SECONDS", 0.2)
             monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
             begin = time.monotonic()
             with pytest.raises(HubUnreachable, match="nor can the hub be reached"):

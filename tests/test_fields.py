@@ -21,8 +21,8 @@ from deployments.openai.format import ResponseFormat
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, RequestStats
-from orthrus.text.grammar import GrammarMasks
-from orthrus.text.stream import load_tokenizer
+from orthrus.text.grammar_mask import GrammarMasks
+from orthrus.text.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -21,13 +21,8 @@ from orthrus.errors import RequestError
 from orthrus.models.checkpoint import load_weights
 from orthrus.requests.request import Completion, SamplingParams
 from orthrus.runner.sampler import PickRows
-from orthrus.text.grammar import (
-    GrammarMasks,
-    choice_grammar,
-    json_grammar,
-    lark_grammar,
-    regex_grammar,
-)
+from orthrus.text.grammar import choice_grammar, json_grammar, lark_grammar, regex_grammar
+from orthrus.text.grammar_mask import GrammarMasks
 from tests.checkpoints import edit_json
 
 MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")

@@ -19,7 +19,7 @@ from orthrus.errors import CheckpointError, ConfigError
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.families import load_config, parse_config
 from orthrus.models.files import check_files
-from orthrus.text.stream import load_tokenizer
+from orthrus.text.tokenizer import load_tokenizer
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.hostile import VALUES, bounded
 from tests.test_config import ORTHRUS_1_7B, YARN, rotary

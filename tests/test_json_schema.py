@@ -10,7 +10,8 @@ import pytest
 
 from orthrus.engine import Engine
 from orthrus.errors import RequestError
-from orthrus.text.grammar import GrammarMasks, json_grammar
+from orthrus.text.grammar import json_grammar
+from orthrus.text.grammar_mask import GrammarMasks
 from orthrus.text.json_schema.bounds import bounded
 from tests.schemas import SCHEMAS, record
 from tests.structured import both_schedules, check, strict_json, tokens_per_cycle

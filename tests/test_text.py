@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from orthrus.errors import ConfigError
-from orthrus.text.stream import TextStream, load_tokenizer, token_bytes
+from orthrus.text.stream import TextStream, token_bytes
+from orthrus.text.tokenizer import load_tokenizer
 
 SAMPLES = [
     "Plain words, and a second sentence.",

@@ -14,7 +14,8 @@ from deployments.chat.output import ChatSplitter, joined
 from deployments.generation.generate import TextChunk
 from deployments.openai.format import ResponseFormat
 from orthrus.requests.request import Chunk
-from orthrus.text.stream import TextStream, load_tokenizer
+from orthrus.text.stream import TextStream
+from orthrus.text.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
 CALLS = """Well.

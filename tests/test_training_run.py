@@ -364,7 +364,7 @@ def test_distinct_ngrams_counts_first_occurrences() -> None:
 
 
 def test_prompts_are_texts_or_chats_and_a_bad_line_is_named(run: Path, tmp_path: Path) -> None:
-    from orthrus.text.stream import load_tokenizer
+    from orthrus.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(out_of(run))
     file = tmp_path / "prompts.jsonl"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from orthrus.engine import Engine
-from orthrus.text.grammar import GrammarMask, GrammarMasks, json_grammar
+from orthrus.text.grammar import json_grammar
+from orthrus.text.grammar_mask import GrammarMask, GrammarMasks
 from orthrus.text.json_schema.bounds import MAX_KEY
 from orthrus.text.unique_keys import KeyTokens, Place
 from tests.test_json_schema import allowed

@@ -5,8 +5,9 @@ from pathlib import Path
 from orthrus.engine.config import EngineConfig
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
-from orthrus.models.files import CONFIG_FILES, check_files, resolve
-from orthrus.text.stream import check_tokenizer, load_tokenizer
+from orthrus.models.files import check_files
+from orthrus.models.hub import CONFIG_FILES, resolve
+from orthrus.text.tokenizer import check_tokenizer, load_tokenizer
 
 _ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,8 +22,8 @@ from deployments.responses.api import ResponsesApi
 from deployments.responses.store import Responses
 from orthrus.engine.config import EngineConfig
 from orthrus.models.families import load_config
-from orthrus.models.files import resolve
-from orthrus.text.stream import load_tokenizer
+from orthrus.models.hub import resolve
+from orthrus.text.tokenizer import load_tokenizer
 
 _NICENESS = 5
 

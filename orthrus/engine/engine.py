@@ -27,8 +27,9 @@ from orthrus.malloc import keep_freed_memory
 from orthrus.models.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
-from orthrus.models.files import kv_bytes_per_token, resolve, weight_bytes
+from orthrus.models.files import kv_bytes_per_token, weight_bytes
 from orthrus.models.forward import LayerParallelForward
+from orthrus.models.hub import resolve
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import (
     Chunk,
@@ -49,8 +50,9 @@ from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.schedules.pass_cost import measure_decode_cost
 from orthrus.schedules.planner import DraftPlanner
-from orthrus.text.grammar import GrammarMasks
-from orthrus.text.stream import TextStream, load_tokenizer
+from orthrus.text.grammar_mask import GrammarMasks
+from orthrus.text.stream import TextStream
+from orthrus.text.tokenizer import load_tokenizer
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
 
 logger = logging.getLogger(__name__)

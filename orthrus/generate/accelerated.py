@@ -24,7 +24,7 @@ from orthrus.models.checkpoint import check_finite, compute_dtype
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, FAMILIES, GENERATION_CONFIG_FILE, family_of, parse_config
 from orthrus.models.family import EMBEDDING, HEAD
-from orthrus.models.files import resolve
+from orthrus.models.hub import resolve
 from orthrus.requests.request import Chunk, Request
 
 # nn.Module methods that return the module: through an accelerated model they would hand out the slow one.

@@ -24,9 +24,9 @@ from orthrus.errors import ConfigError
 from orthrus.measure.prompts import encode_prompts
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
-from orthrus.models.files import resolve
+from orthrus.models.hub import resolve
 from orthrus.requests.request import SamplingParams
-from orthrus.text.stream import load_tokenizer
+from orthrus.text.tokenizer import load_tokenizer
 
 WARM_UP_TOKENS = 8
 

@@ -26,7 +26,7 @@ from orthrus.errors import ConfigError
 from orthrus.measure.prompts import encode_prompts
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
-from orthrus.models.files import resolve
+from orthrus.models.hub import resolve
 from orthrus.requests.request import Request, RequestStats, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner
 

@@ -1,42 +1,22 @@
-"""Token masks from grammars (llguidance): JSON Schemas, regular expressions, choices, and Lark grammars.
+"""Grammars as text: JSON Schemas, regular expressions, choices, and Lark grammars.
 
-A grammar travels as text, in `SamplingParams.grammar`, and is compiled where the engine is. The parser can be rolled back,
-so the masks of a block of drafts are those that plain decoding would meet one by one.
+A grammar travels as text, in `SamplingParams.grammar`, and is compiled where the engine is (`orthrus.text.grammar_mask`). So
+whoever only writes grammars needs no torch.
 """
 
 import json
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
 from typing import Any
 
-import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
-from torch import Tensor
 
 from orthrus.errors import RequestError
 from orthrus.text.json_schema.bounds import bounded
-from orthrus.text.unique_keys import KeyTokens, Place
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 # JSON on one line, or laid out in lines, but never a context full of blanks.
 _WHITESPACE = r" ?|\r?\n( {0,40}|\t{0,10})"
-# Masks are made on the engine's thread, where every stream waits for them.
-_POSITION_SECONDS = 0.01
-_MASK_SECONDS = 1.0
-_LIMITS = LLParserLimits(
-    max_items_in_row=1000,
-    initial_lexer_fuel=500_000,
-    step_lexer_fuel=50_000,
-    step_max_items=10_000,
-    max_lexer_states=50_000,
-    max_grammar_size=200_000,
-)
-# How the bounds of a JSON Schema write that an object may have keys by a pattern, which says nothing of how often each comes.
-_FREE_KEYS = '"patternProperties": {"'
 
 
 def json_grammar(schema: Any, param: str = "response_format") -> str:
@@ -58,7 +38,7 @@ def regex_grammar(pattern: str, param: str) -> str:
 
     `\\d`, `\\w` and `\\s` are ASCII's. param: the request's field, for errors. Raises RequestError.
     """
-    _check_size(pattern, param)
+    check_size(pattern, param)
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
         raise RequestError(f"{param} ends with a backslash that escapes nothing", param)
     return f"start: /{regex_to_lark(pattern, 'dws')}/"
@@ -72,7 +52,7 @@ def choice_grammar(choices: Sequence[str], param: str) -> str:
     grammar = "start: CHOICE\nCHOICE: " + " | ".join(
         json.dumps(choice, ensure_ascii=False) for choice in choices
     )
-    _check_size(grammar, param)
+    check_size(grammar, param)
     return grammar
 
 
@@ -81,7 +61,7 @@ def lark_grammar(text: str, param: str) -> str:
 
     param: the request's field, for errors. Raises RequestError; a Lark grammar's own faults show when it is compiled.
     """
-    _check_size(text, param)
+    check_size(text, param)
     try:
         return any_to_lark(text)
     except Exception as error:
@@ -91,8 +71,8 @@ def lark_grammar(text: str, param: str) -> str:
         ) from None
 
 
-def _check_size(text: str, param: str) -> None:
-    """Raise RequestError for a text that no grammar may have."""
+def check_size(text: str, param: str) -> None:
+    """Raise RequestError for a grammar that is too long, or that holds half of a surrogate pair. param: the request's field."""
     if len(text) > MAX_GRAMMAR_CHARACTERS:
         raise RequestError(
             f"the grammar or schema has {len(text)} characters, over the limit of {MAX_GRAMMAR_CHARACTERS}",
@@ -109,147 +89,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-class GrammarMasks:
-    """Compiles grammars for one model. Any thread may use it."""
-
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """tokenizer: a fast Hugging Face one. vocab_size: columns of the logits. eos_token_ids: what may end a text."""
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos = list(eos_token_ids)
-        self._lock = threading.Lock()
-        self._compiled = lru_cache(maxsize=128)(self._compile)
-
-    def __call__(self, grammar: str) -> "GrammarMask":
-        """The mask of a new sequence. Raises RequestError for a grammar that can't be compiled.
-
-        The first call for a model takes seconds, the first for a grammar up to one; then it takes microseconds.
-        """
-        keys = self._key_tokens if _FREE_KEYS in grammar else None
-        return GrammarMask(self._compiled(grammar).deep_copy(), -(-self._vocab_size // 32), keys)
-
-    @cached_property
-    def _vocabulary(self) -> LLTokenizer:
-        # Here, since it brings all of transformers' models, and an ingress only writes grammars.
-        from llguidance.hf import from_tokenizer
-
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
-
-    @cached_property
-    def _key_tokens(self) -> KeyTokens:
-        return KeyTokens([self._vocabulary.decode_bytes([token]) for token in range(self._vocab_size)])
-
-    def _compile(self, grammar: str) -> LLMatcher:
-        _check_size(grammar, "response_format")
-        with self._lock:
-            vocabulary = self._vocabulary
-        matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
-        # A grammar that defines itself by itself shows only now.
-        matcher.compute_bitmask()
-        if matcher.is_error():
-            reason = matcher.get_error().partition("<state>")[0].strip()
-            raise RequestError(f"the grammar or schema can't be used: {reason}", "response_format")
-        return matcher
-
-
-class GrammarMask:
-    """The `TokenMask` of one sequence under a grammar."""
-
-    param = "response_format"
-
-    def __init__(self, matcher: LLMatcher, width: int, keys: KeyTokens | None = None) -> None:
-        """width: of a row, in int32; llguidance's may be wider. keys: the vocabulary's, if the grammar leaves keys free."""
-        self.error: str | None = None
-        self._matcher = matcher
-        self._width = width
-        self._keys = keys
-        self._place = Place()
-        self._ahead: list[_Position] = []
-        self._seconds = 0.0  # Beyond what its positions may take.
-
-    def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
-        begin = time.thread_time()
-        taken = self._matcher.try_consume_tokens(list(ahead[:first]))
-        rows = [self._matcher.compute_bitmask()]
-        for token in ahead[first:]:
-            if not self._matcher.try_consume_tokens([token]):
-                break
-            taken += 1
-            rows.append(self._matcher.compute_bitmask())
-        self._matcher.rollback(taken)
-        known = len(rows)
-        rows += rows[-1:] * (len(ahead) + 1 - first - len(rows))
-        masks = self._tensor(rows)
-        # Only what is verified counts; a draft may bring a key again.
-        if self._keys is not None and first == 0:
-            self._forbid_repeated_keys(self._keys, masks[:known], ahead)
-        self._note_time(begin, known)
-        return masks
-
-    def _tensor(self, rows: Sequence[bytes]) -> Tensor:
-        masks = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32)
-        return masks.view(len(rows), -1)[:, : self._width]
-
-    def _behind(self, ahead: Sequence[int], token: int) -> Tensor:
-        """The mask behind `ahead` and one more token, keys that come again included."""
-        taken = self._matcher.try_consume_tokens([*ahead, token])
-        row = self._matcher.compute_bitmask()
-        self._matcher.rollback(taken)
-        return self._tensor([row])[0]
-
-    def _forbid_repeated_keys(self, keys: KeyTokens, masks: Tensor, ahead: Sequence[int]) -> None:
-        place: Place | None = self._place
-        self._ahead = []
-        for i, row in enumerate(masks):
-            if place is None:
-                break  # What comes after a key that may not come is never read.
-            anything = keys.follows_nothing(row)
-            if anything:
-                place = Place()
-            behind = partial(self._behind, ahead[:i])
-            stuck = not keys.forbid(row, place, behind)
-            self._ahead.append(_Position(anything, stuck))
-            if i < len(ahead):
-                place = place.after(keys.texts[ahead[i]])
-
-    def accepts(self, tokens: Sequence[int]) -> int:
-        begin = time.thread_time()
-        accepted: int = self._matcher.validate_tokens(list(tokens))
-        self._note_time(begin, len(tokens))
-        return accepted
-
-    def commit(self, token: int) -> None:
-        if self._keys is not None and not self._ahead:
-            self.allowed([])
-        begin = time.thread_time()
-        if self._keys is not None:
-            position = self._ahead.pop(0)
-            place = Place() if position.anything else self._place
-            self._place = place.after(self._keys.texts[token]) or Place()
-            if position.stuck:
-                self.error = (
-                    "the answer can't go on: an object needs another key, and has all that its schema allows"
-                )
-        # Once the text is complete only an end of sequence is allowed, and the matcher has nothing more to take in.
-        if not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
-        self._note_time(begin, 1)
-
-    def _note_time(self, begin: float, positions: int) -> None:
-        """Note what was done since `begin`, in this thread's seconds, for so many positions."""
-        self._seconds = max(0.0, self._seconds + time.thread_time() - begin - positions * _POSITION_SECONDS)
-        if self.error is None and self._matcher.is_error():
-            reason = self._matcher.get_error().partition("<state>")[0].strip()
-            self.error = f"the grammar is too complex to follow: {reason}"
-        if self.error is None and self._seconds > _MASK_SECONDS:
-            self.error = "the grammar takes too long to follow: make it less ambiguous, or smaller"
-
-
-@dataclass(frozen=True, slots=True)
-class _Position:
-    """What a mask has shown of one position. stuck: nothing but a key that has come already may come."""
-
-    anything: bool
-    stuck: bool

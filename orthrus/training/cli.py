@@ -19,7 +19,7 @@ from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
-from orthrus.text.stream import load_tokenizer
+from orthrus.text.tokenizer import load_tokenizer
 from orthrus.training import corpus as corpora
 from orthrus.training.base import train_base
 from orthrus.training.batches import TokenStream

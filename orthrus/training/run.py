@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import DEFAULT_SHARD_BYTES
-from orthrus.models.files import resolve
+from orthrus.models.hub import resolve
 from orthrus.training.base import BaseSettings
 from orthrus.training.batches import TokenStream
 from orthrus.training.corpus import HELD_OUT_FILE, TRAIN_FILE
