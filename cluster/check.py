@@ -10,10 +10,11 @@ from deployments.config.api import ApiConfig
 from deployments.config.app_args import AppArgs, DeploymentOptions
 from deployments.config.config_file import load_config
 from deployments.config.model_check import check_model, locate
+from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
-from orthrus.models.files import dtype_name, kv_bytes_per_token, weight_bytes
+from orthrus.models.files import dtype_name, weight_bytes
 from orthrus.models.hub import HubUnreachable
 from orthrus.models.shapes import published_shape
 

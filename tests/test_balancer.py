@@ -11,8 +11,8 @@ import pytest
 
 from deployments.routing.balancer import PrefixBalancer
 from deployments.routing.load import NAME_BYTES, Capacity, Load, request_name
-from orthrus.cache.kv_cache import PagePool
 from orthrus.cache.page_hash import page_hashes
+from orthrus.cache.page_pool import PagePool
 from orthrus.requests.request import Request, SamplingParams
 
 CAPACITY = Capacity(max_num_seqs=16, prefill_chunk=256, page_size=16, pages=512)

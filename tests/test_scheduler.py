@@ -1,6 +1,6 @@
 """Whose block tables get pages, and what happens when there are too few."""
 
-from orthrus.cache.kv_cache import PagePool
+from orthrus.cache.page_pool import PagePool
 from orthrus.engine.scheduler import Scheduler
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams

@@ -1,124 +1,52 @@
-"""The paged KV cache: its memory (`KVCache`) and who owns which page (`PagePool`).
+"""`KVCache`: the memory of the paged KV cache, which holds the AR view's keys and values."""
 
-A page holds `page_size` consecutive positions of one sequence in all layers. Full pages of committed positions are named by a
-hash of all tokens up to their end, so that a later request with the same prefix takes them over. Sharing is exact:
-keys and values of a position are the same bits however they were computed.
-"""
-
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 
 import torch
-from torch import Tensor
 
-from orthrus.cache.page_hash import PageHash
+from orthrus.cache.kv_format import KVLayer
+from orthrus.cache.kv_formats import KV_FORMATS
 from orthrus.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one engine: [layers, kv_heads, pages, page_size, head_dim], zero where never written."""
+    """Keys and values of one engine, in pages that `PagePool` hands out."""
 
-    keys: Tensor
-    values: Tensor
+    layers: Sequence[KVLayer]
+    page_size: int
+    """Positions of a page."""
+    device: torch.device
 
     @staticmethod
     def allocate(
-        config: ModelConfig, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kv_format: str = "plain",
     ) -> "KVCache":
-        """Memory for `num_pages` pages; page 0 is the one that padding rows write to."""
-        shape = (config.num_hidden_layers, config.num_key_value_heads, num_pages, page_size, config.head_dim)
-        return KVCache(
-            torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        )
+        """Memory for `num_pages` pages, page 0 included, which is for rows that belong to no sequence.
+
+        dtype: the model's. kv_format: a name in `KV_FORMATS`.
+        """
+        layers = KV_FORMATS[kv_format].allocate(config, num_pages, page_size, device, dtype)
+        return KVCache(layers, page_size, device)
 
     @property
-    def page_size(self) -> int:
-        return self.keys.shape[3]
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
 
-    @cached_property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's keys and values [kv_heads, pages, page_size, head_dim]."""
-        return list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+    @torch.inference_mode()
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages in all layers: pairs of source and target, where no page is both.
 
-    @cached_property
-    def slots(self) -> list[tuple[Tensor, Tensor]]:
-        """The same memory by slot: [kv_heads, pages * page_size, head_dim]."""
-        return [(keys.flatten(1, 2), values.flatten(1, 2)) for keys, values in self.layers]
-
-
-class PagePool:
-    """Hands out pages 1 to num_pages - 1, counts who shares them, and keeps freed named pages until space is short."""
-
-    def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
-        self._prefix_caching = prefix_caching
-        self._free = list(range(num_pages - 1, 0, -1))
-        self._owners = [0] * num_pages
-        # Named pages, least recently named or matched first.
-        self._by_hash: OrderedDict[PageHash, int] = OrderedDict()
-        self._hash_of: dict[int, PageHash] = {}
-        # Named pages that nobody owns, least recently used first.
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self.capacity = num_pages - 1
-
-    @property
-    def available(self) -> int:
-        """Pages that `allocate` can hand out, idle named ones included."""
-        return len(self._free) + len(self._idle)
-
-    @property
-    def used(self) -> int:
-        """Pages that some sequence owns."""
-        return self.capacity - self.available
-
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages of the caller's own, or None when there are too few; evicts the idle pages used longest ago."""
-        if count > self.available:
-            return None
-        pages = []
-        for _ in range(count):
-            if self._free:
-                page = self._free.pop()
-            else:
-                page, _ = self._idle.popitem(last=False)
-                del self._by_hash[self._hash_of.pop(page)]
-            self._owners[page] = 1
-            pages.append(page)
-        return pages
-
-    def release(self, pages: Sequence[int]) -> None:
-        """Give up ownership. Pages are idled last first: of a prefix, its end is evicted before its beginning."""
-        for page in reversed(pages):
-            self._owners[page] -= 1
-            if self._owners[page] == 0:
-                if page in self._hash_of:
-                    self._idle[page] = None
-                else:
-                    self._free.append(page)
-
-    def name(self, page: int, page_hash: PageHash) -> None:
-        """Make a full page of committed positions findable. The first page of a name keeps it."""
-        if self._prefix_caching and page not in self._hash_of and page_hash not in self._by_hash:
-            self._by_hash[page_hash] = page
-            self._hash_of[page] = page_hash
-
-    def match(self, hashes: Sequence[PageHash]) -> list[int]:
-        """Pages of the longest known prefix, now shared with the caller."""
-        pages = []
-        for page_hash in hashes:
-            page = self._by_hash.get(page_hash)
-            if page is None:
-                break
-            self._owners[page] += 1
-            self._idle.pop(page, None)
-            self._by_hash.move_to_end(page_hash)
-            pages.append(page)
-        return pages
-
-    def recent(self, limit: int) -> list[PageHash]:
-        """Names of the pages that were named or matched last, newest first. Other threads may ask too."""
-        # One C call from start to end, so that the engine's thread cannot change the names meanwhile.
-        return list(islice(reversed(self._by_hash), limit))
+        On a GPU this is ordered like a kernel launch: after the passes launched before it, before those launched after it.
+        """
+        if not copies:
+            return
+        sources, targets = torch.tensor(copies, device=self.device).unbind(1)
+        for layer in self.layers:
+            layer.copy_pages(sources, targets)

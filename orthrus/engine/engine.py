@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels.rows.sampling import NO_TOKEN
-from orthrus.cache.kv_cache import KVCache, PagePool
+from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.cache.page_hash import PageHash
+from orthrus.cache.page_pool import PagePool
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.engine.scheduler import Planned, Scheduler
@@ -27,7 +29,7 @@ from orthrus.malloc import keep_freed_memory
 from orthrus.models.checkpoint import compute_dtype, load_weights, with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
-from orthrus.models.files import kv_bytes_per_token, weight_bytes
+from orthrus.models.files import weight_bytes
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.hub import resolve
 from orthrus.plan import RowGroup, View

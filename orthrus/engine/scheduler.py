@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from orthrus.cache.kv_cache import PagePool
 from orthrus.cache.page_hash import page_hashes
+from orthrus.cache.page_pool import PagePool
 from orthrus.plan import RowGroup, View
 from orthrus.requests.sequence import Sequence
 from orthrus.schedules import Schedule

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.engine import DECODE_ROWS, Engine
 from orthrus.errors import ConfigError
 from orthrus.measure.bench import Contestant, Output, Ratio, engine_contestant, hardware, ratio
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
-from orthrus.models.files import kv_bytes_per_token, weight_bytes
+from orthrus.models.files import weight_bytes
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
@@ -264,7 +265,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     passes = tuple(pass_times(engine, options, read))
     for p in passes:
         progress(f"{p.name}: {p.milliseconds:.3f} ms")
-    held = weight_bytes(model, dtype.itemsize) + engine.cache.keys.nbytes + engine.cache.values.nbytes
+    held = weight_bytes(model, dtype.itemsize) + engine.cache.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
     contestants = [
         _recorded(_scheduled("ar", engine, ARSchedule()), schedule),

@@ -75,11 +75,6 @@ def weight_bytes(config: ModelConfig, item_bytes: int) -> int:
     return sum(math.prod(shape) for shape in family_of(config).tensor_shapes(config).values()) * item_bytes
 
 
-def kv_bytes_per_token(config: ModelConfig, item_bytes: int) -> int:
-    """Memory that one position takes in the KV cache: keys and values of all layers, `item_bytes` for a number."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes
-
-
 def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:
     """The dtype to run in. "auto" is the saved one on an accelerator; float32 on CPU, where halves are slow.
 

@@ -75,11 +75,9 @@ class LayerParallelForward:
             plan.tokens, plan.positions, picks, self._embedding, self._first_norm, eps, self._cos, self._sin
         )
         hidden, normed = start.hidden, start.normed
-        for index, layer in enumerate(self._layers):
+        for layer, kv in zip(self._layers, cache.layers, strict=True):
             start_layer()
-            hidden, normed = layer(
-                hidden, normed, start.cos, start.sin, plan, cache.layers[index], cache.slots[index]
-            )
+            hidden, normed = layer(hidden, normed, start.cos, start.sin, plan, kv)
         return normed
 
     @torch.inference_mode()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Parameters, Weight, pack_weight, paged_attention, qk_norm_rope
+from kernels import Parameters, Weight, pack_weight
+from orthrus.cache.kv_format import KVLayer
 from orthrus.models.config import ModelConfig
 from orthrus.plan import PassPlan
 
@@ -93,18 +94,17 @@ class DecoderLayer:
         cos: Tensor,
         sin: Tensor,
         plan: PassPlan,
-        pages: tuple[Tensor, Tensor],
-        slots: tuple[Tensor, Tensor],
+        kv: KVLayer,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer on all rows of a pass. Writes the AR rows' keys and values to the cache.
 
         hidden, normed [rows, hidden_size]: the residual stream, and the same after the layer's first norm. cos, sin
-        [rows, 1, head_dim]: the rows' rotary angles. pages, slots: this layer's part of the cache, as `KVCache.layers`
-        and `KVCache.slots` give it. Returns the residual stream behind the layer, and the same after `after_norm`.
+        [rows, 1, head_dim]: the rows' rotary angles. kv: this layer's part of the cache.
+        Returns the residual stream behind the layer, and the same after `after_norm`.
         """
         qkv = self.qkv.linear(normed, plan.num_ar).unflatten(1, (-1, self.head_dim))
-        qk_norm_rope(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.slots, *slots)
-        attended = paged_attention(qkv, *pages, plan.attention, self.head_dim**-0.5)
+        kv.write(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.slots)
+        attended = kv.attend(qkv, plan.attention, self.head_dim**-0.5)
         hidden, normed = self.out.linear_add_rms_norm(attended, hidden, self.mlp_norm, self.eps, plan.num_ar)
         gated = self.gate_up.linear_silu_mul(normed)
         return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps)

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.plain_layer import PlainLayer
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.forward import LayerParallelForward
@@ -68,6 +69,11 @@ class Model:
         """Logits of all rows, in the order of the groups."""
         return self._runner.logits(groups)
 
+    def keys(self, sequence: int) -> Tensor:
+        """A copy of the keys in the sequence's pages: [layers, kv_heads, pages, page_size, head_dim]."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, PlainLayer)]
+        return torch.stack([layer.keys[:, pages_of(sequence)] for layer in layers])
+
 
 def pages_of(sequence: int) -> list[int]:
     first = 1 + sequence * PAGES
@@ -86,7 +92,7 @@ def test_logits_keep_their_bits_in_every_plan() -> None:
     tokens = torch.randint(31_000, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
     model = Model(torch.bfloat16)
     expected = model.run(rows(tokens, 0, LENGTH, 0))
-    keys = model.cache.keys[:, :, pages_of(0)].clone()
+    keys = model.keys(0)
 
     # In chunks, beside the same sequence on other pages, with a draft in the same pass.
     mixed = []
@@ -98,7 +104,7 @@ def test_logits_keep_their_bits_in_every_plan() -> None:
             assert torch.equal(model.run(draft(tokens[end], end, 2), step)[8], expected[end]), end
     differing = (torch.cat(mixed) != expected).any(1).nonzero().flatten().tolist()
     assert not differing, f"rows {differing[:20]} of {len(differing)}"
-    assert torch.equal(model.cache.keys[:, :, pages_of(2)], keys)
+    assert torch.equal(model.keys(2), keys)
 
     # Layers and head in graphs of their own, where not all rows need logits.
     last = RowGroup(View.AR, tokens[:100], 0, pages_of(3), 99, 100)

@@ -1,0 +1,73 @@
+"""What a format of the KV cache has to say and to do: `KVFormat`, and `KVLayer` for one layer's part of the cache.
+
+A new format is a file with one class of each, and an entry in `orthrus.cache.kv_formats`.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    # Only for annotations. Sizing a cache must not import torch, which takes seconds.
+    import torch
+    from torch import Tensor
+
+    from kernels import AttentionPlan
+    from orthrus.models.config import ModelConfig
+
+
+class KVLayer(Protocol):
+    """One layer's keys and values, in pages."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        ...
+
+    def write(
+        self,
+        qkv: "Tensor",
+        qk_norm: "Tensor | None",
+        cos: "Tensor",
+        sin: "Tensor",
+        eps: float,
+        num_ar: "Tensor",
+        slots: "Tensor",
+    ) -> None:
+        """Norm and rotate the queries and keys of all rows in place, and write the AR rows' keys and values to their slots.
+
+        qkv [rows, heads + 2 * kv_heads, head_dim]: queries, keys and values from the projection.
+        qk_norm [views, heads + kv_heads, head_dim]: each head's norm weight; None to rotate only.
+        cos, sin [rows, 1, head_dim]: the rows' rotary angles. eps: of the norm.
+        num_ar int32 [1]: the number of AR rows, which come first.
+        slots, whole numbers [rows]: page * page_size + offset in the page.
+        """
+        ...
+
+    def attend(self, qkv: "Tensor", attention: "AttentionPlan", scale: float) -> "Tensor":
+        """Attention of all rows to what `attention` says they see: [rows, heads * head_dim] in the dtype of `qkv`.
+
+        qkv: what `write` left. scale: the factor on the products of queries and keys.
+        """
+        ...
+
+    def copy_pages(self, sources: "Tensor", targets: "Tensor") -> None:
+        """Copy the contents of pages. sources, targets: int64 [count], no page in both."""
+        ...
+
+
+class KVFormat(Protocol):
+    """How keys and values are stored."""
+
+    def bytes_per_token(self, config: "ModelConfig", item_bytes: int) -> int:
+        """Memory that one position takes in all layers. item_bytes: bytes of one number of the model's dtype."""
+        ...
+
+    def allocate(
+        self,
+        config: "ModelConfig",
+        num_pages: int,
+        page_size: int,
+        device: "torch.device",
+        dtype: "torch.dtype",
+    ) -> list[KVLayer]:
+        """Memory for all layers, zero where nothing has been written. dtype: the model's."""
+        ...

@@ -1,0 +1,113 @@
+"""`PagePool`: who owns which page of the KV cache.
+
+A page holds `page_size` consecutive positions of one sequence in all layers. Full pages of committed positions are named by a
+hash of all tokens up to their end, so that a later request with the same prefix takes them over. Sharing is exact:
+keys and values of a position are the same bits however they were computed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from orthrus.cache.page_hash import PageHash
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A block table for another continuation of a sequence."""
+
+    block_table: list[int]
+    """Pages that the original shares, then at most one of the caller's own."""
+    copies: list[tuple[int, int]]
+    """Source and target of the pages whose contents `KVCache.copy_pages` has to copy before the block table is used."""
+
+
+class PagePool:
+    """Hands out pages 1 to num_pages - 1, counts who owns each, and keeps freed named pages until space is short."""
+
+    def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
+        self._prefix_caching = prefix_caching
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._owners = [0] * num_pages
+        # Named pages, least recently named or matched first.
+        self._by_hash: OrderedDict[PageHash, int] = OrderedDict()
+        self._hash_of: dict[int, PageHash] = {}
+        # Named pages that nobody owns, least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self.capacity = num_pages - 1
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can hand out, idle named ones included."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Pages that some sequence owns."""
+        return self.capacity - self.available
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages of the caller's own, or None when there are too few; evicts the idle pages used longest ago."""
+        if count > self.available:
+            return None
+        pages = []
+        for _ in range(count):
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, _ = self._idle.popitem(last=False)
+                del self._by_hash[self._hash_of.pop(page)]
+            self._owners[page] = 1
+            pages.append(page)
+        return pages
+
+    def fork(self, block_table: Sequence[int], num_tokens: int, page_size: int) -> Fork | None:
+        """A block table that continues the first `num_tokens` positions of `block_table` in another way.
+
+        Pages full of these positions are shared. Of a page that they fill in part, the caller gets a copy of its own, so that
+        two continuations never write to the same page. Further pages are added as a sequence's are, by `allocate`. None if
+        there is no page for the copy; then nothing is owned.
+        """
+        num_full, partly_filled = divmod(num_tokens, page_size)
+        own = self.allocate(1 if partly_filled else 0)
+        if own is None:
+            return None
+        shared = list(block_table[:num_full])
+        for page in shared:
+            self._owners[page] += 1
+        return Fork(shared + own, [(block_table[num_full], page) for page in own])
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up ownership. Pages are idled last first: of a prefix, its end is evicted before its beginning."""
+        for page in reversed(pages):
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                if page in self._hash_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def name(self, page: int, page_hash: PageHash) -> None:
+        """Make a full page of committed positions findable. The first page of a name keeps it."""
+        if self._prefix_caching and page not in self._hash_of and page_hash not in self._by_hash:
+            self._by_hash[page_hash] = page
+            self._hash_of[page] = page_hash
+
+    def match(self, hashes: Sequence[PageHash]) -> list[int]:
+        """Pages of the longest known prefix, now shared with the caller."""
+        pages = []
+        for page_hash in hashes:
+            page = self._by_hash.get(page_hash)
+            if page is None:
+                break
+            self._owners[page] += 1
+            self._idle.pop(page, None)
+            self._by_hash.move_to_end(page_hash)
+            pages.append(page)
+        return pages
+
+    def recent(self, limit: int) -> list[PageHash]:
+        """Names of the pages that were named or matched last, newest first. Other threads may ask too."""
+        # One C call from start to end, so that the engine's thread cannot change the names meanwhile.
+        return list(islice(reversed(self._by_hash), limit))

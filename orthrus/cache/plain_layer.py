@@ -1,0 +1,46 @@
+"""One layer of the plain cache format, for the kernels that read and write it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from kernels import AttentionPlan, paged_attention, qk_norm_rope
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """See `KVLayer`."""
+
+    keys: Tensor
+    """[kv_heads, pages, page_size, head_dim]."""
+    values: Tensor
+    """[kv_heads, pages, page_size, head_dim]."""
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The same memory by slot: keys and values [kv_heads, pages * page_size, head_dim]."""
+        return self.keys.flatten(1, 2), self.values.flatten(1, 2)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(
+        self,
+        qkv: Tensor,
+        qk_norm: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        num_ar: Tensor,
+        slots: Tensor,
+    ) -> None:
+        qk_norm_rope(qkv, qk_norm, cos, sin, eps, num_ar, slots, *self.slots)
+
+    def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
+        return paged_attention(qkv, self.keys, self.values, attention, scale)
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        for cache in (self.keys, self.values):
+            cache.index_copy_(1, targets, cache.index_select(1, sources))

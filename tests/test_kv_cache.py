@@ -1,0 +1,128 @@
+"""The memory of the KV cache: its formats, their size, and copies of pages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import AttentionPlan
+from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.kv_format import KVLayer
+from orthrus.cache.kv_formats import KV_FORMATS, kv_bytes_per_token
+from orthrus.cache.page_pool import PagePool
+from orthrus.cache.plain import PlainFormat
+from orthrus.cache.plain_layer import PlainLayer
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
+from orthrus.models.forward import LayerParallelForward
+from orthrus.plan import RowGroup, View
+from orthrus.runner.eager import EagerRunner
+
+CPU = torch.device("cpu")
+PAGE = 4
+
+
+class NegatedLayer(PlainLayer):
+    """Holds values with their signs turned round, which attention turns back: not one bit changes."""
+
+    def write(
+        self,
+        qkv: Tensor,
+        qk_norm: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        num_ar: Tensor,
+        slots: Tensor,
+    ) -> None:
+        super().write(qkv, qk_norm, cos, sin, eps, num_ar, slots)
+        self.slots[1][:, slots[: int(num_ar)]] *= -1
+
+    def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
+        return PlainLayer(self.keys, -self.values).attend(qkv, attention, scale)
+
+
+class NegatedFormat(PlainFormat):
+    def allocate(
+        self, config: ModelConfig, num_pages: int, page_size: int, device: torch.device, dtype: torch.dtype
+    ) -> list[KVLayer]:
+        plain = super().allocate(config, num_pages, page_size, device, dtype)
+        return [NegatedLayer(layer.keys, layer.values) for layer in plain if isinstance(layer, PlainLayer)]
+
+
+@pytest.fixture
+def forward(tiny_orthrus: Path) -> LayerParallelForward:
+    config = load_config(tiny_orthrus)
+    forward = LayerParallelForward(
+        config, load_weights(tiny_orthrus, config, device=CPU, dtype=torch.float32)
+    )
+    forward.use_context(64)
+    return forward
+
+
+def allocate(forward: LayerParallelForward, kv_format: str = "plain") -> KVCache:
+    return KVCache.allocate(forward.config, 12, PAGE, CPU, torch.float32, kv_format)
+
+
+def passes(forward: LayerParallelForward, cache: KVCache) -> Tensor:
+    """Logits of a prompt, and of a block and a step on top of it."""
+    runner, table, mask = EagerRunner(forward, cache), [3, 1, 4], forward.config.mask_token_id or 0
+    prompt = runner.logits([RowGroup(View.AR, list(range(9)), 0, table, 0, 9)])
+    step = RowGroup(View.AR, [9], 9, table, 0, 1)
+    block = RowGroup(View.DIFFUSION, [9, mask, mask], 9, table, 0, 3)
+    return torch.cat([prompt, runner.logits([step, block])])
+
+
+def test_a_format_is_a_class_for_a_layer_and_one_entry(
+    forward: LayerParallelForward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KV_FORMATS, "negated", NegatedFormat())
+    plain, negated = allocate(forward), allocate(forward, "negated")
+    assert torch.equal(passes(forward, negated), passes(forward, plain))
+    for layer, other in zip(negated.layers, plain.layers, strict=True):
+        assert isinstance(layer, NegatedLayer) and isinstance(other, PlainLayer)
+        assert layer.values.any()
+        assert torch.equal(layer.values, -other.values)
+
+
+def test_the_cache_takes_as_much_memory_as_it_is_said_to(forward: LayerParallelForward) -> None:
+    assert allocate(forward).nbytes == 12 * PAGE * kv_bytes_per_token(forward.config, 4)
+
+
+def test_a_fork_continues_as_if_the_whole_prefix_had_been_computed_for_it(
+    forward: LayerParallelForward,
+) -> None:
+    cache, pool = allocate(forward), PagePool(12)
+    runner, table = EagerRunner(forward, cache), pool.allocate(3) or []
+
+    def run(tokens: list[int], start: int, block_table: list[int]) -> Tensor:
+        return runner.logits([RowGroup(View.AR, tokens, start, block_table, 0, len(tokens))])
+
+    run(list(range(6)), 0, table)
+    fork = pool.fork(table, 6, PAGE)
+    assert fork is not None
+    cache.copy_pages(fork.copies)
+    one, other = run([20, 21], 6, table), run([30, 31], 6, fork.block_table)
+    # Neither has written to the other's pages.
+    assert torch.equal(run([21], 7, table), one[1:])
+    assert torch.equal(run([31], 7, fork.block_table), other[1:])
+    alone = run([*range(6), 30, 31], 0, pool.allocate(2) or [])
+    assert torch.allclose(other, alone[6:], atol=1e-5)
+    assert not torch.allclose(one, other, atol=1e-2)
+
+
+def test_copying_pages_leaves_all_others_alone(forward: LayerParallelForward) -> None:
+    cache = allocate(forward)
+    for layer in cache.layers:
+        assert isinstance(layer, PlainLayer)
+        for tensor in (layer.keys, layer.values):
+            tensor.copy_(torch.rand(tensor.shape))
+    before = [layer.keys.clone() for layer in cache.layers if isinstance(layer, PlainLayer)]
+    cache.copy_pages([(3, 7), (5, 2)])
+    moved = {7: 3, 2: 5}
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert isinstance(layer, PlainLayer)
+        for page in range(12):
+            assert torch.equal(layer.keys[:, page], keys[:, moved.get(page, page)]), page
