@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orthrus.engine import Engine
     from orthrus.engine.config import EngineConfig
-    from orthrus.generate.accelerated import accelerate
+    from orthrus.generate.accelerate import accelerate
     from orthrus.requests.request import Request, SamplingParams
 
 __version__ = "0.1.0"
@@ -18,8 +18,7 @@ __version__ = "0.1.0"
 __all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "__version__", "accelerate"]
 
 _MODULES = {
-    # Not a module named `accelerate`: importing it would put the module in the function's place.
-    "accelerate": "orthrus.generate.accelerated",
+    "accelerate": "orthrus.generate.accelerate",
     "Engine": "orthrus.engine.engine",
     "EngineConfig": "orthrus.engine.config",
     "Request": "orthrus.requests.request",

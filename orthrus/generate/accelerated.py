@@ -1,30 +1,19 @@
-"""`orthrus.accelerate`: an object whose `generate` is Hugging Face's, arguments and results, run by the engine."""
+"""`AcceleratedModel`: its `generate` takes and returns what Hugging Face's does, and runs on the engine."""
 
 import itertools
 import threading
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
-from orthrus.engine.config import EngineConfig
-from orthrus.engine.engine import Engine, choose_device
-from orthrus.errors import ConfigError, RequestError
-from orthrus.files import one_line, read_json
+from orthrus.engine.engine import Engine
+from orthrus.errors import RequestError
 from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
 from orthrus.generate.hf_fields import unsupported
-from orthrus.generate.hf_module import check_as_written
-from orthrus.models.checkpoint import check_finite, compute_dtype
-from orthrus.models.config import ModelConfig
-from orthrus.models.families import CONFIG_FILE, FAMILIES, GENERATION_CONFIG_FILE, family_of, parse_config
-from orthrus.models.family import EMBEDDING, HEAD
-from orthrus.models.hub import resolve
 from orthrus.requests.request import Chunk, Request
 
 # nn.Module methods that return the module: through an accelerated model they would hand out the slow one.
@@ -53,141 +42,6 @@ class GenerateStats:
     def tokens_per_cycle(self) -> float:
         """Tokens that a draft-and-verify cycle brought on average. 1.0 is plain decoding, more is acceleration."""
         return self.cycle_tokens / self.cycles if self.cycles else 1.0
-
-
-def accelerate(
-    model_or_id: PreTrainedModel | str | Path,
-    *,
-    schedule: str = "auto",
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    **engine_settings: Any,
-) -> "AcceleratedModel":
-    """Make `generate` faster without changing what it returns.
-
-    model_or_id: a Hugging Face model of a family in `orthrus.models.families`, plain or with Orthrus' `*_diff` weights, or a
-    checkpoint directory or hub id. Of a model, the weights are taken as they are now: accelerate it again after changing
-    them. schedule: "orthrus" drafts with the diffusion weights, "ar" decodes token by token, "auto" drafts where it can.
-    device, dtype: by default the model's own; of an id, a GPU where there is one, and the checkpoint's dtype there.
-    engine_settings: other fields of `EngineConfig`. On a GPU, the KV cache takes most of the free memory unless
-    kv_cache_tokens says for how many tokens it has room. Raises ConfigError for a model or setting that can't work.
-    """
-    if isinstance(model_or_id, str | Path):
-        return _from_checkpoint(str(model_or_id), schedule, device, dtype, engine_settings)
-    if isinstance(model_or_id, PreTrainedModel):
-        return _from_module(model_or_id, schedule, device, dtype, engine_settings)
-    architectures = " or ".join(dict.fromkeys(family.architecture for family in FAMILIES.values()))
-    merge = (
-        " (merge its adapter first: merge_and_unload())" if hasattr(model_or_id, "merge_and_unload") else ""
-    )
-    raise ConfigError(
-        f"accelerate takes a {architectures}, a checkpoint directory or a hub id, "
-        f"got {type(model_or_id).__name__}{merge}"
-    )
-
-
-def _engine_config(
-    model: str,
-    schedule: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    settings: dict[str, Any],
-) -> EngineConfig:
-    named: dict[str, Any] = {
-        "schedule": schedule,
-        "device": "auto" if device is None else str(device),
-        "dtype": "auto" if dtype is None else str(dtype).removeprefix("torch."),
-    }
-    try:
-        return EngineConfig(model=model, **named, **settings)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"accelerate: {problems}") from error
-
-
-def _from_checkpoint(
-    model: str,
-    schedule: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    settings: dict[str, Any],
-) -> "AcceleratedModel":
-    config = _engine_config(model, schedule, device, dtype, settings)
-    path = resolve(model)
-    engine = Engine.from_pretrained(config)
-    file = path / CONFIG_FILE
-    try:
-        # Of the plain model, whatever the file's model_type says: `generate` returns its text.
-        config_class = family_of(engine.model_config).hugging_face().config
-        hf_config = config_class(**{k: v for k, v in read_json(file).items() if k != "model_type"})
-        if (path / GENERATION_CONFIG_FILE).exists():
-            file = path / GENERATION_CONFIG_FILE
-            generation_config = GenerationConfig.from_pretrained(path)
-        else:
-            generation_config = GenerationConfig.from_model_config(hf_config)
-    except Exception as error:  # Their checks raise what the values happen to break.
-        raise ConfigError(f"{file}: transformers rejects it: {one_line(error)}") from error
-    return AcceleratedModel(engine, hf_config, generation_config)
-
-
-def _from_module(
-    module: PreTrainedModel,
-    schedule: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    settings: dict[str, Any],
-) -> "AcceleratedModel":
-    name = module.name_or_path or type(module).__name__
-    config = _engine_config(name, schedule, device or module.device, dtype or module.dtype, settings)
-    check_as_written(module)
-    tensors = module.state_dict()
-    if module.config.tie_word_embeddings and module.lm_head.weight is module.model.embed_tokens.weight:
-        tensors.pop(HEAD, None)
-    fields = module.config.to_dict()
-    if fields.get("block_size") is not None and not any("_diff." in tensor for tensor in tensors):
-        advice = (
-            "the model was loaded without the diffusion weights of its checkpoint, so that nothing can be drafted: "
-            f"pass the checkpoint itself, orthrus.accelerate({module.name_or_path!r})"
-        )
-        if schedule == "orthrus":
-            raise ConfigError(advice)
-        warnings.warn(advice, stacklevel=3)
-        fields = {k: v for k, v in fields.items() if k not in ("architectures", "block_size")}
-    model_config = parse_config(fields, name=name)
-    _check_tensors(tensors, model_config)
-    target = choose_device(config.device)
-    kind = compute_dtype(config.dtype, model_config, target)
-    weights = {tensor_name: tensor.to(target, kind) for tensor_name, tensor in tensors.items()}
-    for tensor_name, tensor in tensors.items():
-        check_finite(weights[tensor_name], f"the model's {tensor_name}", tensor)
-    engine = Engine(config, model_config, weights)
-    return AcceleratedModel(engine, module.config, module.generation_config, module)
-
-
-def _check_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> None:
-    """Raise ConfigError unless the tensors are the config's: an adapter left out would change the text."""
-    expected = family_of(config).tensor_shapes(config)
-    if HEAD in tensors:
-        # One that was untied by hand, whatever the config says.
-        expected[HEAD] = expected[EMBEDDING]
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not a tensor of such a model" for name in tensors if name not in expected]
-    problems += [
-        f"{name} is {list(tensors[name].shape)} and not {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    problems += [
-        f"{name} is {'on no device' if tensor.is_meta else tensor.dtype}"
-        for name, tensor in tensors.items()
-        if tensor.is_meta or not tensor.is_floating_point()
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ConfigError(
-            f"the model's weights don't fit its config: {', '.join(problems[:3])}{more}. Merge adapters and "
-            "dequantise before accelerate"
-        )
 
 
 class AcceleratedModel:
@@ -283,20 +137,16 @@ class AcceleratedModel:
         with these `sequences`. Raises RequestError (a ValueError) for an argument that is wrong or has no
         counterpart; its `param` names it. RuntimeError where the model's scores are NaN or infinite.
         """
-        refused = {
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
-            "negative_prompt_ids": negative_prompt_ids,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-            "custom_generate": custom_generate,
-        }
-        for name, value in refused.items():
-            lists = name in ("logits_processor", "stopping_criteria")
-            if not (value is None or value is False or (lists and isinstance(value, list) and not value)):
-                raise unsupported(name, value)
+        _refuse(
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            custom_generate=custom_generate,
+        )
         call = read_arguments(
             model_defaults=self.generation_config,
             context_limit=self.engine.max_model_len,
@@ -365,6 +215,14 @@ class AcceleratedModel:
             self.engine.submit(request)
         except RequestError as error:
             raise renamed(error) from None
+
+
+def _refuse(**arguments: Any) -> None:
+    """Raise RequestError for the first of Hugging Face's arguments that is given and has no counterpart here."""
+    for name, value in arguments.items():
+        empty = isinstance(value, list) and not value and name in ("logits_processor", "stopping_criteria")
+        if not (value is None or value is False or empty):
+            raise unsupported(name, value)
 
 
 @dataclass

@@ -18,11 +18,14 @@ from orthrus.generate.hf_fields import (
     GIVEN,
     KINDS,
     MODEL,
+    TURNED_OFF_BY,
     check_fields,
     check_mask,
     check_prompts,
     checked,
+    has_effect,
     integer,
+    is_off,
     unsupported,
 )
 from orthrus.requests.request import SEED_BITS, SamplingParams
@@ -31,48 +34,8 @@ from orthrus.requests.request import SEED_BITS, SamplingParams
 DEFAULT_NEW_TOKENS = 20
 DEFAULT_TOP_K = 50
 
-# Fields that don't change the tokens of greedy or sampled decoding, there or here: how Hugging Face caches
-# and compiles, and settings of modes (beams, assistants, encoders) that other arguments turn on.
-_WITHOUT_EFFECT = {
-    "use_cache",
-    "cache_config",
-    "max_cache_len",
-    "prefill_chunk_size",
-    "compile_config",
-    "disable_compile",
-    "low_memory",
-    "continuous_batching_config",
-    "renormalize_logits",
-    "early_stopping",
-    "length_penalty",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold",
-    "assistant_lookbehind",
-    "target_lookbehind",
-    "assistant_ensemble_weight",
-    "max_matching_ngram_size",
-    "decoder_start_token_id",
-    "transformers_version",
-}
-_WITHOUT_EFFECT_WHEN_GREEDY = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-# Fields that are an error unless they hold the value, or None or False, that turns them off.
-_TURNED_OFF_BY: dict[str, Any] = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "diversity_penalty": 0.0,
-    "penalty_alpha": 0.0,
-    "guidance_scale": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
 # What the engine calls arguments that have another name here.
 _ENGINE_NAMES = {"prompt": "input_ids", "n": "num_return_sequences", "max_tokens": "max_new_tokens"}
-_CACHES_WITHOUT_EFFECT = ("dynamic", "static", "hybrid", "offloaded", "offloaded_static")
 
 
 @dataclass(frozen=True)
@@ -117,38 +80,14 @@ def read_arguments(
         raise RequestError("pass the prompts as inputs or as input_ids, not as both", "inputs")
     seed = None if seed is None else _seed(seed)
     config, origin = _merge(model_defaults, generation_config, kwargs)
-    if input_ids is None and inputs is None:
-        input_ids = _first_token(config, vocab_size)
-    else:
-        input_ids = (
-            check_prompts(inputs, "inputs") if input_ids is None else check_prompts(input_ids, "input_ids")
-        )
+    input_ids = _given_prompts(inputs, input_ids, config, vocab_size)
     _refuse_unsupported(config, origin)
-
-    eos = [token for token in config.eos_token_id or () if 0 <= token < vocab_size]
-    pad = config.pad_token_id
-    if pad is None and eos:
-        pad = eos[0]
-    if pad is not None and pad >= vocab_size:
-        message = f"pad_token_id{origin('pad_token_id')} must be a token id below {vocab_size}, got {pad}"
-        raise RequestError(message, "pad_token_id")
-    shown = _shown(input_ids, mask, eos, pad)
-    if not shown.all() and _has_repetition_penalty(config):
-        # Hugging Face penalises the tokens in a hole of the mask although nothing attends to them.
-        _refuse_holes(shown)
-    prompts = [row[keep].tolist() for row, keep in zip(input_ids, shown, strict=True)]
+    eos, pad = _end_and_pad(config, origin, vocab_size)
+    prompts = _visible_prompts(input_ids, mask, eos, pad, config)
     max_tokens = _max_tokens(config, input_ids.shape[1], context_limit)
-    length_field = "max_length" if config.max_new_tokens is None else "max_new_tokens"
-    longest = max(map(len, prompts))
-    if longest + max_tokens > context_limit:
-        raise RequestError(
-            f"a prompt of {longest} tokens and {max_tokens} new ones exceed the context limit of "
-            f"{context_limit}: lower {length_field}, or give accelerate more kv_cache_tokens or max_model_len",
-            length_field,
-        )
+    _check_context(prompts, max_tokens, context_limit, config)
     if eos:
         _refuse_minimum(config, input_ids.shape[1], origin)
-
     copies = config.num_return_sequences or 1
     stop_strings = _stop_strings(config, tokenizer)
     if stop_strings is not None and not eos and len(prompts) * copies > 1:
@@ -156,27 +95,81 @@ def read_arguments(
         message = "stop_strings with several sequences needs an eos_token_id: without one nothing is padded"
         raise RequestError(message, "stop_strings")
     seeds = _seeds(seed, len(prompts)) if config.do_sample else [0] * len(prompts)
-    # The end tokens are the call's, not the checkpoint's.
-    common: dict[str, Any] = {
-        "n": copies,
-        "max_tokens": max_tokens,
-        "ignore_eos": True,
-        "stop_token_ids": tuple(eos),
-    }
-    common |= _sampling(config)
-    try:
-        params = [SamplingParams(**common, seed=prompt_seed) for prompt_seed in seeds]
-    except RequestError as error:
-        raise renamed(error) from None
     return GenerateCall(
         input_ids=input_ids,
         prompts=prompts,
-        params=params,
+        params=_params(config, copies, max_tokens, eos, seeds),
         copies=copies,
         pad_token_id=pad,
         stop_strings=stop_strings,
         return_dict=bool(config.return_dict_in_generate),
     )
+
+
+def _given_prompts(inputs: Any, input_ids: Any, config: GenerationConfig, vocab_size: int) -> Tensor:
+    """The prompts that the call gives by either name, int64 [batch, width]; without any, the first token of a text."""
+    if input_ids is not None:
+        return check_prompts(input_ids, "input_ids")
+    if inputs is not None:
+        return check_prompts(inputs, "inputs")
+    return _first_token(config, vocab_size)
+
+
+def _end_and_pad(
+    config: GenerationConfig, origin: Callable[[str], str], vocab_size: int
+) -> tuple[list[int], int | None]:
+    """The end tokens that the model can pick, and the pad token: by default the first of them."""
+    eos = [token for token in config.eos_token_id or () if 0 <= token < vocab_size]
+    pad = config.pad_token_id
+    if pad is None and eos:
+        pad = eos[0]
+    if pad is not None and pad >= vocab_size:
+        message = f"pad_token_id{origin('pad_token_id')} must be a token id below {vocab_size}, got {pad}"
+        raise RequestError(message, "pad_token_id")
+    return eos, pad
+
+
+def _visible_prompts(
+    input_ids: Tensor, mask: Any, eos: list[int], pad: int | None, config: GenerationConfig
+) -> list[list[int]]:
+    """Each prompt's token ids without those that the model does not see."""
+    shown = _shown(input_ids, mask, eos, pad)
+    if not shown.all() and _has_repetition_penalty(config):
+        # Hugging Face penalises the tokens in a hole of the mask although nothing attends to them.
+        _refuse_holes(shown)
+    return [row[keep].tolist() for row, keep in zip(input_ids, shown, strict=True)]
+
+
+def _check_context(
+    prompts: list[list[int]], max_tokens: int, context_limit: int, config: GenerationConfig
+) -> None:
+    """Raise RequestError if a prompt and its new tokens don't fit into the context."""
+    longest = max(map(len, prompts))
+    if longest + max_tokens > context_limit:
+        length_field = "max_length" if config.max_new_tokens is None else "max_new_tokens"
+        raise RequestError(
+            f"a prompt of {longest} tokens and {max_tokens} new ones exceed the context limit of "
+            f"{context_limit}: lower {length_field}, or give accelerate more kv_cache_tokens or max_model_len",
+            length_field,
+        )
+
+
+def _params(
+    config: GenerationConfig, copies: int, max_tokens: int, eos: list[int], seeds: list[int]
+) -> list[SamplingParams]:
+    """The sampling parameters of each prompt, which differ in their seeds only."""
+    common: dict[str, Any] = {
+        "n": copies,
+        "max_tokens": max_tokens,
+        # The call's end tokens count, not the checkpoint's.
+        "ignore_eos": True,
+        "stop_token_ids": tuple(eos),
+    }
+    common |= _sampling(config)
+    try:
+        return [SamplingParams(**common, seed=seed) for seed in seeds]
+    except RequestError as error:
+        raise renamed(error) from None
 
 
 def _merge(
@@ -192,9 +185,9 @@ def _merge(
     sampling = next((value for value in settings if value is not None), False)
     for name in [name for name in arguments if name in vars(GenerationConfig()) and name not in KINDS]:
         # Before transformers looks at them, which may say nothing of which it is.
-        if not _has_effect(name, arguments[name], sampling):
+        if not has_effect(name, arguments[name], sampling):
             del arguments[name]
-        elif not _is_off(name, arguments[name]):
+        elif not is_off(name, arguments[name]):
             raise unsupported(name, arguments[name])
     config = GenerationConfig() if given is None else copy.deepcopy(given)
     check_fields(config, GIVEN)
@@ -232,22 +225,8 @@ def _refuse_unsupported(config: GenerationConfig, origin: Callable[[str], str]) 
         if name.startswith("_") or name in KINDS:
             continue
         value = getattr(config, name)
-        if _has_effect(name, value, bool(config.do_sample)) and not _is_off(name, value):
-            raise unsupported(name, value, origin(name), _TURNED_OFF_BY.get(name))
-
-
-def _has_effect(name: str, value: Any, sampling: bool) -> bool:
-    """Whether a field that is not of `KINDS` may change the tokens."""
-    if name == "cache_implementation":
-        return not isinstance(value, str) or value not in _CACHES_WITHOUT_EFFECT
-    return name not in _WITHOUT_EFFECT and (sampling or name not in _WITHOUT_EFFECT_WHEN_GREEDY)
-
-
-def _is_off(name: str, value: Any) -> bool:
-    # Only plain values: a tensor's comparison is a tensor.
-    if isinstance(value, int | float):
-        return value is False or value == _TURNED_OFF_BY.get(name)
-    return value is None
+        if has_effect(name, value, bool(config.do_sample)) and not is_off(name, value):
+            raise unsupported(name, value, origin(name), TURNED_OFF_BY.get(name))
 
 
 def _shown(input_ids: Tensor, mask: Any, eos: list[int], pad: int | None) -> Tensor:

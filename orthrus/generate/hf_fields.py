@@ -97,6 +97,47 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "eos_token_id": _end_tokens,
 }
 
+# Fields that don't change the tokens of greedy or sampled decoding, there or here: how Hugging Face caches
+# and compiles, and settings of modes (beams, assistants, encoders) that other arguments turn on.
+_WITHOUT_EFFECT = {
+    "use_cache",
+    "cache_config",
+    "max_cache_len",
+    "prefill_chunk_size",
+    "compile_config",
+    "disable_compile",
+    "low_memory",
+    "continuous_batching_config",
+    "renormalize_logits",
+    "early_stopping",
+    "length_penalty",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "assistant_ensemble_weight",
+    "max_matching_ngram_size",
+    "decoder_start_token_id",
+    "transformers_version",
+}
+_WITHOUT_EFFECT_WHEN_GREEDY = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+# Fields that are an error unless they hold the value, or None or False, that turns them off.
+TURNED_OFF_BY: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_CACHES_WITHOUT_EFFECT = ("dynamic", "static", "hybrid", "offloaded", "offloaded_static")
+
 ARGUMENT, GIVEN, MODEL = "", " of generation_config", " of the model's generation_config"
 """Where a field may come from, as words behind its name."""
 
@@ -115,6 +156,21 @@ def check_fields(config: GenerationConfig, origin: str) -> None:
     """Make the fields of a config usable, in place. Raises RequestError."""
     for name in KINDS:
         setattr(config, name, checked(name, getattr(config, name, None), origin))
+
+
+def has_effect(name: str, value: Any, sampling: bool) -> bool:
+    """Whether a field that is not of `KINDS` may change the tokens."""
+    if name == "cache_implementation":
+        return not isinstance(value, str) or value not in _CACHES_WITHOUT_EFFECT
+    return name not in _WITHOUT_EFFECT and (sampling or name not in _WITHOUT_EFFECT_WHEN_GREEDY)
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Whether the value of a field that is not of `KINDS` turns it off."""
+    # Only plain values: a tensor's comparison is a tensor.
+    if isinstance(value, int | float):
+        return value is False or value == TURNED_OFF_BY.get(name)
+    return value is None
 
 
 def unsupported(name: str, value: Any, origin: str = ARGUMENT, off: Any = None) -> RequestError:

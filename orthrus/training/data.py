@@ -67,10 +67,9 @@ def generate(
         raise ConfigError(f"every prompt has {settings.length} tokens or more: raise length")
     # The path of a prompt file is not what the answers depend on: its contents are, and `origin` has them.
     _claim(folder, origin | settings.model_dump(mode="json", exclude={"prompts"}) | {"shards": len(shards)})
-    todo = deque(i for i in range(rank, len(shards), world) if not _file(folder, i).exists())
-    if not todo:
+    missing = {i: shards[i] for i in range(rank, len(shards), world) if not _file(folder, i).exists()}
+    if not missing:
         return
-    engine = make_engine()
 
     def request(number: int) -> Request:
         prompt, temperature = divmod(number, len(temperatures))
@@ -82,9 +81,21 @@ def generate(
         )
         return Request(str(number), prompts[prompt], params)
 
+    _write_shards(make_engine(), request, missing, folder, len(shards))
+
+
+def _write_shards(
+    engine: Engine, request: Callable[[int], Request], shards: dict[int, range], folder: Path, count: int
+) -> None:
+    """Answer the requests of `shards` and write each shard when its last answer is in.
+
+    request: makes the request of a number. shards: the numbers of the requests of each shard. count: shards in all.
+    """
+    shard_of = {number: shard for shard, numbers in shards.items() for number in numbers}
+    todo = deque(shards)
     answers: dict[int, list[int]] = {}
     left: dict[int, int] = {}
-    bar = tqdm(total=sum(len(shards[i]) for i in todo), desc="data", unit="text", disable=None)
+    bar = tqdm(total=len(shard_of), desc="data", unit="text", disable=None)
     start, written = time.monotonic(), 0
     while todo or left:
         # The next shard starts before the last answers of this one are in: the batch stays full.
@@ -100,19 +111,20 @@ def generate(
             if chunk.finish_reason is None:
                 continue
             bar.update()
-            shard = number // settings.shard_texts
+            shard = shard_of[number]
             left[shard] -= 1
-            if not left[shard]:
-                del left[shard]
-                texts = [(request(n).prompt, answers.pop(n)) for n in shards[shard]]
-                _write(_file(folder, shard), texts)
-                written += sum(len(answer) for _, answer in texts)
-                speed = written / (time.monotonic() - start)
-                line = f"shard {shard + 1} of {len(shards)}, {speed:.0f} tokens/s, {engine.stats.tokens_per_cycle:.2f} per cycle"
-                if bar.disable:
-                    print(line, flush=True)
-                else:
-                    bar.set_postfix_str(line)
+            if left[shard]:
+                continue
+            del left[shard]
+            texts = [(request(n).prompt, answers.pop(n)) for n in shards[shard]]
+            _write(_file(folder, shard), texts)
+            written += sum(len(answer) for _, answer in texts)
+            speed = written / (time.monotonic() - start)
+            line = f"shard {shard + 1} of {count}, {speed:.0f} tokens/s, {engine.stats.tokens_per_cycle:.2f} per cycle"
+            if bar.disable:
+                print(line, flush=True)
+            else:
+                bar.set_postfix_str(line)
     bar.close()
 
 

@@ -7,67 +7,38 @@ the bounded schema accepts, the given one accepts.
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-from llguidance import LLMatcher
-
 from orthrus.errors import RequestError
-from orthrus.text.json_schema.algebra import constants, exclusive, merged, types_of
+from orthrus.text.json_schema.algebra import exclusive, merged, types_of
 from orthrus.text.json_schema.keywords import (
-    FORMATS,
     Schema,
     SchemaError,
     is_schema,
     literal,
     other_keys_pattern,
 )
+from orthrus.text.json_schema.leaves import constant, number, string
 from orthrus.text.json_schema.references import References
 
-MAX_STRING = 4096
-"""Characters of a string where the schema has no maxLength, beyond its minLength."""
-MAX_MATCH = 256
-"""The same where it has a pattern."""
 MAX_KEY = 64
+"""Characters of a key that has no name in the schema."""
 MAX_ITEMS = 50
 MAX_KEYS = 24
 """Items of an array without maxItems, beyond its minItems, and keys that have no name in the schema, of an object without
 maxProperties. Within another such array or object half as many, and so on."""
 MAX_DEPTH = 6
 """Recursive references within one another; arrays and objects within one another where the schema leaves values free."""
-MAX_INTEGER = (1 << 53) - 1
-"""The largest integer that all readers of JSON keep exact."""
-MAX_NUMBER = 10**15
-DECIMALS = 10
 
-_FARTHEST = 9 * 10**18
-"""What llguidance can count to, as a float."""
 # What takes llguidance a second or so, or is beyond its own limits in the middle of an answer.
 _MAX_SCHEMAS = 20_000
 _MAX_OPTIONS = 64
 _MAX_OPTIONAL = 200
-_MAX_CONSTANTS = 500
 _MAX_PATTERNS = 300
 _FREE = "free"
 """Stands for the target of a reference to any value; JSON Pointers begin otherwise."""
-_NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_TEXTUAL = ("minLength", "maxLength", "pattern", "format")
-_SCALAR = ("type", *_NUMERIC, *_TEXTUAL)
-_STRUCTURAL = {
-    "items",
-    "prefixItems",
-    "minItems",
-    "maxItems",
-    "properties",
-    "patternProperties",
-    "additionalProperties",
-    "required",
-    "minProperties",
-    "maxProperties",
-}
 
 
 def bounded(schema: Any, param: str) -> Schema:
@@ -262,18 +233,18 @@ class _Bounding:
     def _leaf(self, schema: Schema, room: "_Room") -> Any:
         """A schema without combinations, with bounds for each of its types."""
         if "enum" in schema or "const" in schema:
-            return _constant(schema)
+            return constant(schema)
         types = types_of(schema)
         if not schema and room.free == 0:
             types -= {"array", "object"}
         out: Schema = {"type": sorted(types)}
         if types & {"integer", "number"}:
-            out |= _number(schema, whole="number" not in types)
+            out |= number(schema, whole="number" not in types)
         if "string" in types:
             self._patterns += "pattern" in schema
             if self._patterns > _MAX_PATTERNS:
                 raise SchemaError(f"more than {_MAX_PATTERNS} strings with a pattern")
-            out |= _string(schema)
+            out |= string(schema)
         if "array" in types:
             out |= self._array(schema, room)
         if "object" in types:
@@ -349,59 +320,3 @@ class _Room:
 
 class _Nothing(Exception):
     """No value is left."""
-
-
-def _constant(schema: Schema) -> Schema:
-    """`enum` or `const`, with what else restricts its values."""
-    values = constants(schema)
-    structured = [value for value in values if isinstance(value, (dict, list))]
-    if len(structured) > _MAX_CONSTANTS:
-        raise SchemaError(f"enum may have {_MAX_CONSTANTS} objects and arrays at most")
-    if structured and _STRUCTURAL & schema.keys():
-        raise SchemaError(
-            "enum and const of objects or arrays must stand alone: leave out what only repeats them"
-        )
-    return {"enum": values, **{name: value for name, value in schema.items() if name in _SCALAR}}
-
-
-def _number(schema: Schema, *, whole: bool) -> Schema:
-    """Bounds for digits: before the point by minimum and maximum, behind it by multipleOf."""
-    found = {name: schema[name] for name in _NUMERIC if name in schema}
-    low = max(schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf))
-    high = min(schema.get("maximum", math.inf), schema.get("exclusiveMaximum", math.inf))
-    if low > _FARTHEST or high < -_FARTHEST:
-        raise SchemaError(f"numbers beyond {_FARTHEST} are not written: lower minimum or raise maximum")
-    usual = MAX_INTEGER if whole else MAX_NUMBER
-    if low == -math.inf:
-        found["minimum"] = low = -usual if high > -usual else -_FARTHEST
-    if high == math.inf:
-        found["maximum"] = high = usual if low < usual else _FARTHEST
-    # Where the range is very narrow, its bounds may have more decimals.
-    if not whole and "multipleOf" not in schema and high - low > 10.0 ** (1 - DECIMALS):
-        found["multipleOf"] = 10.0**-DECIMALS
-    return found
-
-
-def _string(schema: Schema) -> Schema:
-    found = {name: schema[name] for name in _TEXTUAL if name in schema}
-    usual = FORMATS.get(found.get("format", ""), MAX_MATCH if "pattern" in found else MAX_STRING)
-    found.setdefault("maxLength", found.get("minLength", 0) + usual)
-    if "pattern" in found:
-        # Whether a pattern and a length go together may be too much to find out.
-        problem = _string_problem(json.dumps(found))
-        if problem and "maxLength" not in schema:
-            del found["maxLength"]
-            problem = _string_problem(json.dumps(found))
-        if problem:
-            raise SchemaError(f"pattern {schema.get('pattern')!r} can't be used: {problem}")
-    return found
-
-
-@lru_cache(maxsize=1024)
-def _string_problem(keywords: str) -> str:
-    """What llguidance says against the keywords of a string, as JSON; empty if nothing."""
-    grammar = LLMatcher.grammar_from_lark(
-        f"start: %json {json.dumps({'type': 'string', **json.loads(keywords)})}"
-    )
-    said: str = LLMatcher.validate_grammar(grammar)
-    return re.sub(r".*(error|schema): ", "", said, flags=re.DOTALL).partition("\n")[0]

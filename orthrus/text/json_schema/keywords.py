@@ -15,19 +15,18 @@ FORMATS = {
     **dict.fromkeys(("email", "hostname"), 254),
     "uri": 1024,
 }
+NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+TEXTUAL = ("minLength", "maxLength", "pattern", "format")
+SCALAR = ("type", *NUMERIC, *TEXTUAL)
+_OF_ARRAYS = ("minItems", "maxItems", "prefixItems", "items")
+_OF_OBJECTS = (
+    *("properties", "patternProperties", "additionalProperties"),
+    *("required", "minProperties", "maxProperties"),
+)
+STRUCTURAL = {*_OF_ARRAYS, *_OF_OBJECTS}
 _KEPT = (
     *("$ref", "allOf", "anyOf", "oneOf", "type", "enum", "const"),
-    *("minLength", "maxLength", "pattern", "format"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    *("minItems", "maxItems", "prefixItems", "items"),
-    *(
-        "properties",
-        "patternProperties",
-        "additionalProperties",
-        "required",
-        "minProperties",
-        "maxProperties",
-    ),
+    *(*TEXTUAL, *NUMERIC, *_OF_ARRAYS, *_OF_OBJECTS),
 )
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _COMBINING = {"$ref", "allOf", "anyOf", "oneOf"}
