@@ -11,7 +11,7 @@ know.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -25,17 +25,14 @@ from kernels.attention.work import DIVIDED_ROWS, AttentionWork, plan_work, work_
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, flatten
+from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.protocol import LaunchedPass
-from orthrus.runner.sampler import PickRows, adjust, follow_masks, row_keys, row_temperatures
+from orthrus.runner.sampler import PickRows, adjust, follow_masks
 
 _RECORDS = 4096
 """Rows x segments of attention whose partial results have room; what needs more is not divided."""
 _GRAPH_BYTES = 1 << 30
 """Room for the graphs themselves, compiled kernels, and what else is not counted."""
-_NUM_AR, _FIRST_PICK, _WANTS_LOGITS = 0, 1, 2
-_BEFORE_HEAD = 8
-_HEAD_FIELDS = 4
-_ROW_FIELDS = 3
 
 
 def row_buckets(most: int) -> list[int]:
@@ -64,19 +61,6 @@ class _Launched:
         return follow_masks(self.logits, self.rows, self.host[:count].tolist())
 
 
-@dataclass
-class _Upload:
-    """A plan's numbers in page-locked memory, as a tensor and as the same array; see `CudaGraphRunner` for their order."""
-
-    size: int
-    tensor: Tensor = field(init=False)
-    array: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tensor = torch.zeros(self.size, dtype=torch.int32, pin_memory=True)
-        self.array = self.tensor.numpy()
-
-
 def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max_logits: int) -> int:
     """GPU memory that a runner of such passes needs besides weights and KV cache, by running its largest pass."""
     device, rows = forward.device, row_buckets(max_rows)[-1]
@@ -84,7 +68,7 @@ def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
-    zeros = torch.zeros(_ROW_FIELDS, rows, dtype=torch.int32, device=device)
+    zeros = torch.zeros(3, rows, dtype=torch.int32, device=device)
     num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
     work = AttentionWork(zeros[0], _RECORDS)
     attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
@@ -101,10 +85,6 @@ class CudaGraphRunner:
     """Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits.
 
     hidden: the final hidden states of the last pass with graphs for layers and head apart, as far as they need logits.
-
-    The buffer of a pass, int32: number of AR rows, place of the first pick, whether logits are wanted; for the head: rows that
-    need logits, temperatures (float32), noise keys (two each), each with room for `max_logits`; then for each row of the
-    bucket: tokens, positions, slots; then attention's work list.
     """
 
     feeds_tokens = True
@@ -127,12 +107,12 @@ class CudaGraphRunner:
         self._row_buckets = row_buckets(max_rows)
         self._head_buckets = row_buckets(max_logits)
         most_logits = self.max_logits = self._head_buckets[-1]
-        self._rows_at = _BEFORE_HEAD + _HEAD_FIELDS * most_logits
         most_rows = self._row_buckets[-1]
-        size = self._rows_at + _ROW_FIELDS * most_rows
-        size += work_size(rows=most_rows, programs=self._programs, capacity=_RECORDS, pages=max_pages)
+        max_work = work_size(rows=most_rows, programs=self._programs, capacity=_RECORDS, pages=max_pages)
+        size = buffer_size(max_rows=most_rows, max_logits=most_logits, max_work=max_work)
         self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        self._uploads = [_Upload(size), _Upload(size)]
+        # For two passes: the one that runs, and the one that is written meanwhile.
+        self._host_buffers = [PassBuffer(size, most_logits, pinned=True) for _ in range(2)]
         self._picks = torch.zeros(2 * most_logits, dtype=torch.int32, device=device)
         self._host_picks = [torch.zeros(most_logits, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         self.hidden = torch.zeros(most_logits, forward.config.hidden_size, device=device, dtype=forward.dtype)
@@ -177,9 +157,7 @@ class CudaGraphRunner:
     ) -> int:
         """Upload the plan and replay its graphs. Returns how many rows need logits."""
         flat = flatten(groups, self._cache.page_size)
-        used = len(flat.tokens)
-        bucket = next(size for size in self._row_buckets if size >= used)
-        count = len(flat.logit_rows)
+        bucket = next(size for size in self._row_buckets if size >= len(flat.tokens))
         work = plan_work(
             flat.groups,
             tile_rows=self._tile_rows,
@@ -187,38 +165,30 @@ class CudaGraphRunner:
             programs=self._programs,
             capacity=_RECORDS,
         )
-        staged = self._uploads[self._turn]
-        array = staged.array
-        # Rows that fill the bucket up are of the view that comes last.
-        array[_NUM_AR] = flat.num_ar if flat.num_ar < used else bucket
-        array[_FIRST_PICK] = first_pick
-        array[_WANTS_LOGITS] = wants_logits
-        most = self.max_logits
-        logit_rows, temperatures, keys = np.split(array[_BEFORE_HEAD : self._rows_at], [most, 2 * most])
-        logit_rows[:count] = flat.logit_rows
-        logit_rows[count:] = 0
-        if rows:
-            temperatures[:count] = row_temperatures(rows).view(np.int32)
-            keys[: 2 * count] = row_keys(rows).ravel()
-        fields = array[self._rows_at : self._rows_at + _ROW_FIELDS * bucket].reshape(_ROW_FIELDS, bucket)
-        for row, values in zip(fields, (flat.tokens, flat.positions, flat.slots), strict=True):
-            row[: len(values)] = values
-            row[len(values) :] = 0
-        end = self._rows_at + _ROW_FIELDS * bucket + len(work)
-        array[end - len(work) : end] = work
-        upload(staged.tensor[:end], self._buffer[:end])
-        head_bucket = next(size for size in self._head_buckets if size >= count)
-        if count and head_bucket == bucket and np.array_equal(flat.logit_rows, np.arange(count)):
-            self._whole_graphs[bucket, bool(work[DIVIDED_ROWS])].replay()
-        else:
-            self._row_graphs[bucket].replay()
-            if count:
-                self._head_graphs[head_bucket].replay()
-        return count
+        buffer = self._host_buffers[self._turn]
+        fields = buffer.fill(
+            flat, rows, work, num_rows=bucket, first_pick=first_pick, wants_logits=wants_logits
+        )
+        used = int(fields.num_used[0])
+        upload(buffer.numbers[:used], self._buffer[:used])
+        self._replay(fields)
+        return len(flat.logit_rows)
+
+    def _replay(self, fields: PassFields[np.ndarray]) -> None:
+        """Run the graphs of a pass whose buffer is on the device. fields: the host's view of the same numbers."""
+        rows, count = int(fields.num_rows[0]), int(fields.num_logits[0])
+        head_rows = next(size for size in self._head_buckets if size >= count)
+        if count and head_rows == rows and np.array_equal(fields.logit_rows[:count], np.arange(count)):
+            self._whole_graphs[rows, bool(fields.work[DIVIDED_ROWS])].replay()
+            return
+        self._row_graphs[rows].replay()
+        if count:
+            self._head_graphs[head_rows].replay()
 
     def _pick_elsewhere(self, rows: Sequence[PickRows], first_pick: int) -> None:
         """Replace the picks of groups that don't pick from the logits as they are."""
-        temperatures, keys = self._pick_settings()
+        fields = self._fields(0)
+        temperatures, keys = fields.temperatures, fields.noise_keys
         start = 0
         for plain, members in itertools.groupby(rows, key=lambda group: group.plain):
             groups = list(members)
@@ -234,11 +204,9 @@ class CudaGraphRunner:
                 )
             start = end
 
-    def _pick_settings(self) -> tuple[Tensor, Tensor]:
-        """Temperatures [max_logits] and noise keys [max_logits, 2] in the buffer."""
-        most = self.max_logits
-        temperatures, keys = self._buffer[_BEFORE_HEAD + most : self._rows_at].split([most, 2 * most])
-        return temperatures.view(torch.float32), keys.view(-1, 2)
+    def _fields(self, rows: int) -> PassFields[Tensor]:
+        """The fields in the device's buffer, of a pass of `rows` rows."""
+        return PassFields.of(self._buffer, rows, self.max_logits)
 
     # --- capture
 
@@ -269,21 +237,17 @@ class CudaGraphRunner:
 
     def _plan(self, rows: int, divided: bool = True) -> PassPlan:
         """The buffer as a plan for `rows` rows. divided: attention may have divided rows."""
-        first = self._rows_at
-        fields = self._buffer[first : first + _ROW_FIELDS * rows].view(_ROW_FIELDS, rows)
-        tokens, positions, slots = fields.unbind()
-        num_ar = self._buffer[_NUM_AR : _NUM_AR + 1]
-        work = AttentionWork(self._buffer[first + _ROW_FIELDS * rows :], _RECORDS if divided else 0)
-        most = self.max_logits
+        fields = self._fields(rows)
+        work = AttentionWork(fields.work, _RECORDS if divided else 0)
         return PassPlan(
-            tokens=tokens,
-            positions=positions,
-            slots=slots,
-            num_ar=num_ar,
+            tokens=fields.tokens,
+            positions=fields.positions,
+            slots=fields.slots,
+            num_ar=fields.num_ar,
             attention=AttentionPlan(
                 (), self._cache.page_size, self._forward.heads_per_kv, self._buffer.device, work
             ),
-            logit_rows=self._buffer[_BEFORE_HEAD : _BEFORE_HEAD + min(rows, most)],
+            logit_rows=fields.logit_rows[:rows],
         )
 
     @torch.inference_mode()
@@ -303,13 +267,13 @@ class CudaGraphRunner:
     def _score(self, hidden: Tensor) -> None:
         """Picks of final hidden states, and their logits if the pass wants them."""
         rows = hidden.shape[0]
-        temperatures, keys = self._pick_settings()
+        fields = self._fields(0)
         self._forward.head.linear_gumbel_argmax(
             hidden,
             self._logits[:rows],
-            self._buffer[_WANTS_LOGITS : _WANTS_LOGITS + 1],
-            temperatures[:rows],
-            keys[:rows],
+            fields.wants_logits,
+            fields.temperatures[:rows],
+            fields.noise_keys[:rows],
             self._picks,
-            self._buffer[_FIRST_PICK : _FIRST_PICK + 1],
+            fields.first_pick,
         )

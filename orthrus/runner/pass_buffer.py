@@ -1,0 +1,150 @@
+"""`PassBuffer`: all numbers of one pass in one piece of memory, and what each of them means.
+
+The host writes a pass into a buffer in page-locked memory. One copy brings it to a buffer of the same layout on the device, from
+which the captured graphs read it. A buffer says all that a device beside its weights has to know to run the pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orthrus.plan import FlatRows
+from orthrus.runner.sampler import PickRows, row_keys, row_temperatures
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+_HEADER = 8
+"""Numbers before the fields of the head: six fields, padded so that the next one is aligned."""
+
+
+@dataclass(frozen=True)
+class PassFields(Generic[Array]):
+    """The fields of a pass as views of its buffer: numpy arrays on the host, tensors on the device.
+
+    All are int32 except for the temperatures. The graphs that run a pass are for fixed numbers of rows, so a pass may have more
+    rows than its groups: these come last, and hold zeros.
+    """
+
+    num_ar: Array
+    """[1] Number of AR rows, which come first."""
+    first_pick: Array
+    """[1] Place of the pass's first pick among the runner's."""
+    wants_logits: Array
+    """[1] Whether logits are to be written, not only picks: 0 or 1."""
+    num_rows: Array
+    """[1] Number of rows, those that no group has included."""
+    num_logits: Array
+    """[1] Number of rows that need logits."""
+    num_used: Array
+    """[1] How many numbers of the buffer this pass uses, from its beginning."""
+    logit_rows: Array
+    """[max_logits] The rows that need logits."""
+    temperatures: Array
+    """float32 [max_logits] For each row that needs logits; 0 for a greedy pick."""
+    noise_keys: Array
+    """[max_logits, 2] For each row that needs logits: the key of its sampling noise."""
+    tokens: Array
+    """[num_rows] As in `RowGroup.tokens`."""
+    positions: Array
+    """[num_rows]"""
+    slots: Array
+    """[num_rows] Where an AR row's key and value go in the cache."""
+    work: Array
+    """[the rest] Attention's work list, see `kernels.attention`."""
+
+    @staticmethod
+    def of(buffer: Array, num_rows: int, max_logits: int) -> "PassFields[Array]":
+        """The fields of a pass of `num_rows` rows in `buffer`, int32 [size]. The only place that knows where they are."""
+        head, rows = _HEADER, _HEADER + 4 * max_logits
+        by_row = buffer[rows : rows + 3 * num_rows].reshape(3, num_rows)
+        temperatures = buffer[head + max_logits : head + 2 * max_logits]
+        floats = torch.float32 if isinstance(temperatures, Tensor) else np.float32
+        return PassFields(
+            num_ar=buffer[0:1],
+            first_pick=buffer[1:2],
+            wants_logits=buffer[2:3],
+            num_rows=buffer[3:4],
+            num_logits=buffer[4:5],
+            num_used=buffer[5:6],
+            logit_rows=buffer[head : head + max_logits],
+            temperatures=temperatures.view(floats),
+            noise_keys=buffer[head + 2 * max_logits : rows].reshape(max_logits, 2),
+            tokens=by_row[0],
+            positions=by_row[1],
+            slots=by_row[2],
+            work=buffer[rows + 3 * num_rows :],
+        )
+
+
+def buffer_size(*, max_rows: int, max_logits: int, max_work: int) -> int:
+    """Numbers of a buffer that holds any pass of up to so many rows, rows that need logits, and numbers of the work list."""
+    return _HEADER + 4 * max_logits + 3 * max_rows + max_work
+
+
+@dataclass
+class PassBuffer:
+    """The host's buffer of one pass."""
+
+    size: int
+    """Numbers that it holds, from `buffer_size`."""
+    max_logits: int
+    pinned: bool
+    """Whether in page-locked memory, which a GPU can read by itself."""
+    numbers: Tensor = field(init=False)
+    """int32 [size]."""
+
+    def __post_init__(self) -> None:
+        self.numbers = torch.zeros(self.size, dtype=torch.int32, pin_memory=self.pinned)
+        self._array = self.numbers.numpy()
+        # By number of rows: making them takes as long as filling them.
+        self._fields: dict[int, PassFields[np.ndarray]] = {}
+
+    def fields(self, num_rows: int) -> PassFields[np.ndarray]:
+        """The fields of a pass of `num_rows` rows, to read and to write."""
+        if num_rows not in self._fields:
+            self._fields[num_rows] = PassFields.of(self._array, num_rows, self.max_logits)
+        return self._fields[num_rows]
+
+    def fill(
+        self,
+        rows: FlatRows,
+        picking: Sequence[PickRows],
+        work: np.ndarray,
+        *,
+        num_rows: int,
+        first_pick: int,
+        wants_logits: bool,
+    ) -> PassFields[np.ndarray]:
+        """Write a pass into the buffer. What was in it is lost.
+
+        rows: the rows of the pass's groups; num_rows: as many or more. picking: how to pick from the rows that need logits, in
+        their order; empty if nothing is picked. work: attention's work list. Returns the fields.
+        """
+        fields = self.fields(num_rows)
+        used, num_logits = len(rows.tokens), len(rows.logit_rows)
+        # Rows that no group has belong to the view that comes last.
+        fields.num_ar[0] = rows.num_ar if rows.num_ar < used else num_rows
+        fields.first_pick[0] = first_pick
+        fields.wants_logits[0] = wants_logits
+        fields.num_rows[0] = num_rows
+        fields.num_logits[0] = num_logits
+        fields.num_used[0] = self.size - len(fields.work) + len(work)
+        _write(fields.logit_rows, rows.logit_rows)
+        if picking:
+            fields.temperatures[:num_logits] = row_temperatures(picking)
+            fields.noise_keys[:num_logits] = row_keys(picking)
+        _write(fields.tokens, rows.tokens)
+        _write(fields.positions, rows.positions)
+        _write(fields.slots, rows.slots)
+        fields.work[: len(work)] = work
+        return fields
+
+
+def _write(target: np.ndarray, values: np.ndarray) -> None:
+    """target[:] = values, then zeros."""
+    target[: len(values)] = values
+    target[len(values) :] = 0

@@ -1,0 +1,95 @@
+"""The numbers of a pass in one buffer: the host's view and the device's are of the same fields, none of which overlap."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from orthrus.plan import RowGroup, View, flatten
+from orthrus.requests.request import SamplingParams
+from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
+from orthrus.runner.sampler import PickRows, row_keys, row_temperatures
+
+MAX_ROWS, MAX_LOGITS, MAX_WORK, PAGE = 32, 16, 100, 8
+NAMES = [field.name for field in fields(PassFields)]
+
+
+def buffer() -> PassBuffer:
+    size = buffer_size(max_rows=MAX_ROWS, max_logits=MAX_LOGITS, max_work=MAX_WORK)
+    return PassBuffer(size, MAX_LOGITS, pinned=False)
+
+
+def upload(host: PassBuffer, used: int) -> torch.Tensor:
+    """As a device gets it: what is used, on top of whatever was there."""
+    device = torch.full((host.size,), -7, dtype=torch.int32)
+    device[:used] = host.numbers[:used]
+    return device
+
+
+@pytest.mark.parametrize("num_rows", [8, 16, MAX_ROWS])
+def test_every_field_is_the_same_in_both_views_and_none_overlap(num_rows: int) -> None:
+    host = buffer()
+    ours = host.fields(num_rows)
+    for number, name in enumerate(NAMES):
+        getattr(ours, name)[...] = number + 1
+    theirs = PassFields.of(host.numbers, num_rows, MAX_LOGITS)
+    for number, name in enumerate(NAMES):
+        ours_now, theirs_now = getattr(ours, name), getattr(theirs, name)
+        # Writing the fields after it has changed no number of it.
+        assert (ours_now == number + 1).all(), name
+        assert torch.equal(theirs_now, torch.from_numpy(ours_now)), name
+        assert theirs_now.shape == ours_now.shape, name
+        assert theirs_now.data_ptr() == ours_now.ctypes.data, name
+    header = 8
+    assert sum(getattr(ours, name).size for name in NAMES) == host.size - header + 6
+    assert ours.work.size == MAX_WORK + 3 * (MAX_ROWS - num_rows)
+
+
+def test_a_device_finds_in_the_buffer_what_the_host_has_put_there() -> None:
+    groups = [
+        RowGroup(View.DIFFUSION, [9, 1, 1], 12, [4, 2], 0, 2),
+        RowGroup(View.AR, [5], 30, [1, 2, 3, 4], 0, 1),
+    ]
+    picking = [
+        PickRows(SamplingParams(temperature=0.7), seed=3, position=13, count=2, drafting=True),
+        PickRows(SamplingParams(temperature=0.0), seed=4, position=31, count=1),
+    ]
+    rows, work, host = flatten(groups, PAGE), np.arange(40, dtype=np.int32), buffer()
+    # What an earlier, larger pass has left must not show.
+    host.numbers.fill_(99)
+    filled = host.fill(rows, picking, work, num_rows=8, first_pick=16, wants_logits=True)
+    used = int(filled.num_used[0])
+    assert used == buffer_size(max_rows=8, max_logits=MAX_LOGITS, max_work=40)
+    device = PassFields.of(upload(host, used), 8, MAX_LOGITS)
+    single = {name: getattr(device, name).tolist() for name in NAMES[:6]}
+    assert single == {
+        "num_ar": [1],
+        "first_pick": [16],
+        "wants_logits": [1],
+        "num_rows": [8],
+        "num_logits": [3],
+        "num_used": [used],
+    }
+    assert device.tokens.tolist() == [5, 9, 1, 1, 0, 0, 0, 0]
+    assert device.positions.tolist() == [30, 12, 13, 14, 0, 0, 0, 0]
+    assert device.slots.tolist() == [4 * PAGE + 6, 0, 0, 0, 0, 0, 0, 0]
+    assert device.logit_rows.tolist() == [1, 2, 0] + [0] * (MAX_LOGITS - 3)
+    assert device.temperatures.dtype == torch.float32
+    assert torch.equal(device.temperatures[:3], torch.from_numpy(row_temperatures(picking)))
+    assert torch.equal(device.noise_keys[:3], torch.from_numpy(row_keys(picking)))
+    assert device.work[:40].tolist() == list(range(40))
+    assert device.work[40:].unique().tolist() == [-7]
+
+
+def test_rows_without_a_group_are_of_the_view_that_comes_last() -> None:
+    def num_ar(*groups: RowGroup) -> int:
+        filled = buffer().fill(
+            flatten(groups, PAGE), [], np.zeros(8, np.int32), num_rows=16, first_pick=0, wants_logits=False
+        )
+        return int(filled.num_ar[0])
+
+    ar, block = RowGroup(View.AR, [1, 2], 3, [1], 0, 2), RowGroup(View.DIFFUSION, [1, 2, 3], 5, [1], 0, 2)
+    assert num_ar(ar) == 16
+    assert num_ar(ar, block) == 2
+    assert num_ar(block) == 0
