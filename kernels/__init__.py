@@ -5,8 +5,7 @@ Every function obeys one rule: a row's result depends on that row's inputs only,
 rows in the launch and whatever they hold. Zero drift rests on it.
 """
 
-from kernels.attention.reference import AttentionPlan, paged_attention
-from kernels.attention.work import AttentionGroup
+from kernels.attention import AttentionGroup, AttentionPlan, paged_attention
 from kernels.linear import Parameters, Weight, pack_weight
 from kernels.rows.embedding import embed
 from kernels.rows.qk_norm_rope import qk_norm_rope

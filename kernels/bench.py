@@ -19,9 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.attention.reference import AttentionPlan, paged_attention
-from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
-from kernels.attention.work import AttentionGroup, AttentionWork, plan_work
+from kernels.attention import AttentionGroup, AttentionPlan, AttentionWork, paged_attention
+from kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
+from kernels.attention.work_list import plan_work
 from kernels.linear.add_rms_norm import add_rms_norm
 from kernels.linear.gpu import TritonWeight
 from kernels.linear.tiles import num_segments

@@ -24,14 +24,14 @@ from kernels import (
     qk_norm_rope,
     upload,
 )
-from kernels.attention import triton as attention_triton
-from kernels.attention import work as attention_work
-from kernels.attention.work import (
-    DIVIDED_ROW,
-    HEADER,
-    ITEM,
+from kernels.attention import AttentionWork, work_list
+from kernels.attention import gpu as attention_gpu
+from kernels.attention.work_list import (
     SPAN,
-    AttentionWork,
+    Item,
+    divided_rows_of,
+    header_of,
+    items_of,
     plan_work,
     segment_start,
     work_size,
@@ -196,7 +196,7 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
     num_rows = qkv.shape[0]
     exact = paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25)[: num_rows - 3]
     results = [
-        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 3, programs), 0.25)
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 3, programs), 0.25)
         for programs in (100, 3, 0)
     ]
     for result in results:
@@ -207,19 +207,19 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
 def test_attention_rows_are_the_same_bits_in_any_company() -> None:
     """Alone, on either side of a segment's end within a group, and beside other groups."""
     qkv, keys, values, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
-    full = attention_triton.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
+    full = attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
     for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
         group = plan.groups[g]
         alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=group.start + row),))
         at = 12 * g + row
-        out = attention_triton.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
+        out = attention_gpu.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
         assert torch.equal(out[0], full[at]), (g, row)
 
 
 def test_a_block_longer_than_a_segment_leaves_one_record() -> None:
     qkv, keys, values, plan = attention_case([(2, 90, False), (130, 500, True)], 2, torch.float16)
     whole, divided = (
-        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 32, programs), 0.25)
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 32, programs), 0.25)
         for programs in (0, 20)
     )
     assert torch.equal(divided, whole)
@@ -230,14 +230,51 @@ def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
     qkv, keys, values, plan = attention_case([(1, 40, False)], 2, torch.float16)
     keys, values = (cache.view(KV_HEADS, 200, 32, 16) for cache in (keys, values))
     with pytest.raises(ValueError, match="page_size must be a multiple of 64"):
-        attention_triton.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
+
+
+@pytest.mark.parametrize("programs", [0, 3])
+def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(programs: int) -> None:
+    """A draft block anchored behind 6 verify rows of the same pass sees these rows' keys, as in two passes."""
+    rows, block, start, per_kv, dim = 6, 5, 200, 2, 16
+    pages = [4, 2, 7, 5]
+    heads = KV_HEADS * (per_kv + 2)
+    group = AttentionGroup(0, rows, start, pages, False)
+    behind = AttentionGroup(rows, block, start + rows, pages, True, writes_from=start)
+    plan = AttentionPlan((group, behind), PAGE, per_kv, CPU)
+    inputs = randn(rows + block, heads, dim)
+    weight, angles = torch.ones(2, heads - KV_HEADS, dim), torch.ones(rows + block, 1, dim)
+    slots = torch.tensor(
+        [pages[p // PAGE] * PAGE + p % PAGE for p in range(start, start + rows)] + [0] * block
+    ).int()
+
+    def run(
+        attend: Callable[..., torch.Tensor],
+        norm: Callable[..., None],
+        plan: AttentionPlan,
+        stale: bool = False,
+    ) -> torch.Tensor:
+        qkv = inputs.clone()
+        caches = [randn(KV_HEADS, 8, PAGE, dim, seed=s) for s in (1, 2)]
+        written = [cache.clone() if stale else cache for cache in caches]
+        norm(qkv, weight, angles, 0 * angles, 1e-6, int32(rows), slots, *(c.flatten(1, 2) for c in written))
+        return attend(qkv, *caches, plan, 0.25)
+
+    work = with_work(plan, 4, programs)
+    assert work.work is not None
+    items = items_of(work.work.numbers.numpy())
+    assert (items["writes_from"] == start).all()
+    together = run(attention_gpu.paged_attention, qk_norm_rope_triton.qk_norm_rope, work)
+    assert_near(together, run(paged_attention, qk_norm_rope, plan))
+    # The cache as it was before the pass would have given something else.
+    assert (together[rows:] - run(paged_attention, qk_norm_rope, plan, stale=True)[rows:]).abs().max() > 0.05
 
 
 def test_segments_tile_the_positions() -> None:
     edges = [0, *range(128, 1025, 128), *range(1536, 8193, 512), *range(9216, 32769, 1024), 34816, 36864]
     for index, (begin, end) in enumerate(pairwise(edges)):
-        assert attention_work.segment_start(index) == begin
-        assert attention_work.num_segments(begin + 1) == attention_work.num_segments(end) == index + 1
+        assert work_list.segment_start(index) == begin
+        assert work_list.num_segments(begin + 1) == work_list.num_segments(end) == index + 1
 
 
 WORK_GROUPS = [
@@ -259,44 +296,34 @@ def test_every_row_meets_every_key_once(shared: bool, programs: int, capacity: i
         rows=rows, programs=programs, capacity=capacity, pages=sum(len(g.pages) for g in groups)
     )
     seen, own = np.zeros((rows, 40_001), int), np.zeros((rows, 33), int)
-    table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
-    divided = work[work[3] : work[3] + DIVIDED_ROW * work[2]].reshape(-1, DIVIDED_ROW)
+    items, divided = items_of(work), divided_rows_of(work)
     first_records = {row: record for row, record, _, _ in divided.tolist()}
     lengths = []
-    for (
-        first,
-        count,
-        place,
-        begin,
-        end,
-        last,
-        fresh,
-        block_row,
-        block,
-        causal,
-        record,
-        stride,
-        *_,
-    ) in table.tolist():
+    for item in map(Item._make, items.tolist()):
+        first, count = item.first_row, item.num_rows
         group = next(g for g in groups if g.first_row <= first < g.first_row + g.num_rows)
-        at = slice(segment_start(begin), segment_start(end))
-        assert (fresh, block_row, causal) == (group.start, group.first_row, not group.diffusion)
-        assert last == group.limits[first + count - 1 - group.first_row]
-        assert work[place] == group.pages[0]
+        at = slice(segment_start(item.first_segment), segment_start(item.end_segment))
+        assert (item.writes_from, item.block_row, item.causal) == (
+            group.start,
+            group.first_row,
+            not group.diffusion,
+        )
+        assert item.num_keys == group.limits[first + count - 1 - group.first_row]
+        assert work[item.table_at] == group.pages[0]
         assert 0 < count <= (32 if shared else 16)
-        seen[first : first + count, at.start : min(at.stop, last)] += 1
-        own[first : first + count, :block] += 1
-        assert (record >= 0) == (first in first_records) == (first + count - 1 in first_records)
-        if record >= 0:
-            assert first_records[first + count - 1] == first_records[first] + stride * (count - 1)
+        seen[first : first + count, at.start : min(at.stop, item.num_keys)] += 1
+        own[first : first + count, : item.block_rows] += 1
+        assert (item.record >= 0) == (first in first_records) == (first + count - 1 in first_records)
+        if item.record >= 0:
+            assert first_records[first + count - 1] == first_records[first] + item.num_records * (count - 1)
         lengths.append(at.stop - at.start)
     for group in groups:
         for row, limit in enumerate(group.limits, group.first_row):
             assert (seen[row, :limit] == 1).all()
             assert own[row].sum() == (group.num_rows if group.diffusion else 0)
     # Shared items come first, and of either kind the longest.
-    big = int((table[:, 1] > 16).sum())
-    assert work[1] == big
+    big = int((items["num_rows"] > 16).sum())
+    assert header_of(work)["num_shared"] == big
     assert (big > 0) == shared
     assert all(list(kind) == sorted(kind, reverse=True) for kind in (lengths[:big], lengths[big:]))
     # The last record of a row ends its last span.
@@ -311,27 +338,25 @@ def test_every_row_meets_every_key_once(shared: bool, programs: int, capacity: i
 def test_work_is_shared_out_evenly_and_whole_spans_leave_one_record() -> None:
     group = AttentionGroup(0, 32, 32_736, range(512), False)
     work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
-    table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
-    sizes = [segment_start(end) - segment_start(begin) for begin, end in table[:, 3:5].tolist()]
-    assert sizes == [SPAN] * 16
-    assert work[work[3] : work[3] + DIVIDED_ROW].tolist()[:3] == [0, 0, 16]
+    runs = items_of(work)[["first_segment", "end_segment"]].tolist()
+    assert [segment_start(end) - segment_start(begin) for begin, end in runs] == [SPAN] * 16
+    assert divided_rows_of(work)[["row", "record", "num_records"]].tolist()[0] == (0, 0, 16)
 
 
 @pytest.mark.parametrize("keys", [200, 900, 1000, 1026, 2000])
 def test_a_short_context_has_an_item_for_each_segment(keys: int) -> None:
     group = AttentionGroup(0, 1, keys - 1, range(40), False)
     work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
-    table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
-    segments = attention_work.num_segments(keys)
-    assert sorted(table[:, 3:5].tolist()) == [[i, i + 1] for i in range(segments)]
+    segments = work_list.num_segments(keys)
+    runs = items_of(work)[["first_segment", "end_segment"]].tolist()
+    assert sorted(runs) == [(i, i + 1) for i in range(segments)]
 
 
 def test_a_block_is_an_item_of_its_own_where_items_are_short() -> None:
     for start, blocks in ((992, [0] * 8 + [32]), (32_736, [0] * 15 + [32])):
         group = AttentionGroup(0, 32, start, range(512), True)
         work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
-        table = work[HEADER : HEADER + ITEM * work[0]].reshape(-1, ITEM)
-        assert sorted(table[:, 8].tolist()) == blocks
+        assert sorted(items_of(work)["block_rows"].tolist()) == blocks
 
 
 @pytest.mark.parametrize("copy", [upload, upload_triton.upload])

@@ -7,44 +7,19 @@ and the splits in order, so that a row's result does not depend on how long the 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.work import AttentionGroup, AttentionWork
-from kernels.device import runs_triton
+from kernels.attention.types import AttentionGroup, AttentionPlan
 
 KV_SPLIT = 128
 """Keys per split: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
 """Queries are padded to a multiple of this: a product with few rows would take other code."""
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """What the rows of a pass see: `groups` of rows that lie in different places of the pass.
-
-    work: the same for the Triton kernels, on their device.
-    """
-
-    groups: tuple[AttentionGroup, ...]
-    page_size: int
-    heads_per_kv: int
-    device: torch.device
-    work: AttentionWork | None = None
-    _layouts: dict[tuple[int, int, int, torch.dtype], "_Layout"] = field(
-        default_factory=dict, init=False, compare=False
-    )
-
-    def layout(self, num_rows: int, cache: Tensor) -> "_Layout":
-        """Where everything lies in a pass of `num_rows` rows and a cache [kv_heads, pages, ...]: the same in all layers."""
-        key = num_rows, cache.shape[0], cache.shape[1], torch.promote_types(cache.dtype, torch.float32)
-        if key not in self._layouts:
-            self._layouts[key] = _layout(self, *key)
-        return self._layouts[key]
 
 
 @dataclass(frozen=True)
@@ -80,6 +55,15 @@ class _Layout:
 
     batches: list[_Batch]
     results: Tensor
+
+
+def _layout_of(plan: AttentionPlan, num_rows: int, cache: Tensor) -> _Layout:
+    """Where everything lies in a pass of `num_rows` rows and a cache [kv_heads, pages, ...]: the same in all layers."""
+    key = num_rows, cache.shape[0], cache.shape[1], torch.promote_types(cache.dtype, torch.float32)
+    if key not in plan.layouts:
+        plan.layouts[key] = _layout(plan, *key)
+    layout: _Layout = plan.layouts[key]
+    return layout
 
 
 def _layout(plan: AttentionPlan, num_rows: int, kv_heads: int, num_pages: int, dtype: torch.dtype) -> _Layout:
@@ -172,17 +156,8 @@ def _mask(
 def paged_attention(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """softmax(q k^T * scale) v for every row of the pass: [rows, heads * dim] in q's dtype; sums are float32 or wider.
-
-    qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, and keys and values, which of a diffusion row the rest
-    of its block sees. k_cache and v_cache [kv_heads, pages, page_size, dim], finite (a hidden key may still take part as 0 x
-    its value). Rows of no group get anything.
-    """
-    if runs_triton(qkv):
-        from kernels.attention import triton as attention_triton
-
-        return attention_triton.paged_attention(qkv, k_cache, v_cache, plan, scale)
-    layout = plan.layout(qkv.shape[0], k_cache)
+    """See `kernels.paged_attention`."""
+    layout = _layout_of(plan, qkv.shape[0], k_cache)
     results = [_attend(qkv.flatten(0, 1), k_cache, v_cache, batch, scale) for batch in layout.batches]
     attended = torch.cat(results) if len(results) > 1 else results[0]
     return attended.index_select(0, layout.results).view(qkv.shape[0], -1).to(qkv.dtype)

@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import AttentionPlan, gumbel_argmax, upload, workspace
-from kernels.attention.triton import attention_programs, shares_tiles, tile_rows
-from kernels.attention.work import DIVIDED_ROWS, AttentionWork, plan_work, work_size
+from kernels.attention import AttentionWork
+from kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
+from kernels.attention.work_list import header_of, plan_work, work_size
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, flatten
@@ -179,7 +180,7 @@ class CudaGraphRunner:
         rows, count = int(fields.num_rows[0]), int(fields.num_logits[0])
         head_rows = next(size for size in self._head_buckets if size >= count)
         if count and head_rows == rows and np.array_equal(fields.logit_rows[:count], np.arange(count)):
-            self._whole_graphs[rows, bool(fields.work[DIVIDED_ROWS])].replay()
+            self._whole_graphs[rows, bool(header_of(fields.work)["num_divided"])].replay()
             return
         self._row_graphs[rows].replay()
         if count:

@@ -1,0 +1,71 @@
+"""Paged attention on a GPU, with one order of sums for each row: what is launched, and where results go."""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.attention import hopper
+from kernels.attention import triton as portable
+from kernels.attention.merge import merge_records
+from kernels.attention.types import AttentionPlan
+from kernels.device import has_warpgroup_mma, multiprocessors
+from kernels.workspace import empty
+
+_LOG2_E = 1.4426950408889634
+
+
+def paged_attention(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """`kernels.paged_attention` for float16, bfloat16 and float32 of contiguous tensors.
+
+    The plan needs its `work`. Raises ValueError if a page of the cache is not a whole number of the kernels' key tiles.
+    """
+    work = plan.work
+    assert work is not None, "a plan for a GPU has a work list"
+    kv_heads, _, page_size, dim = k_cache.shape
+    rows, heads = qkv.shape[0], qkv.shape[1] - 2 * kv_heads
+    keys = 32 if qkv.dtype == torch.float32 else 64
+    if page_size % keys:
+        raise ValueError(
+            f"pages of {page_size} tokens can't be read on a GPU: page_size must be a multiple of {keys}"
+        )
+    queries = _queries(qkv.dtype)
+    width = max(16, triton.next_power_of_2(dim))
+    programs = attention_programs(qkv.device)
+    out = empty((rows, heads * dim), qkv.dtype, qkv.device)
+    # Records of divided tiles, then a place for each program.
+    spare = work.capacity * heads
+    places = spare + programs * queries
+    accs = torch.empty(places, dim, device=qkv.device, dtype=torch.float32)
+    tops, norms = torch.empty(2, places, device=qkv.device, dtype=torch.float32)
+    records = accs, tops, norms
+    # Scores are to base 2: exp2 is one instruction.
+    shape = {"spare": spare, "queries": queries, "keys": keys, "width": width}
+    if shares_tiles(qkv.dtype, dim):
+        launch, programs_launched = hopper.launch, programs // 2
+    else:
+        launch, programs_launched = portable.launch, programs
+    launch(qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, records, programs=programs_launched, **shape)
+    if work.capacity:
+        merge_records(work, out, records, dim=dim, width=width, programs=4 * programs)
+    return out
+
+
+def _queries(dtype: torch.dtype) -> int:
+    return 16 if dtype == torch.float32 else 64
+
+
+def attention_programs(device: torch.device) -> int:
+    """Among how many the work list is divided: two on a multiprocessor, programs or lanes of one program."""
+    return 2 * multiprocessors(device)
+
+
+def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of the work list: as many as their queries have room for."""
+    return max(1, _queries(dtype) // heads_per_kv)
+
+
+def shares_tiles(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the work list is for `hopper`, which takes shared tiles; its rings have no room for wider heads."""
+    return has_warpgroup_mma() and dtype.itemsize == 2 and head_dim <= 128

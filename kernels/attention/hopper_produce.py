@@ -1,0 +1,126 @@
+"""The producers of the Hopper kernel: warps that only ask for keys and values, ahead of the consumers.
+
+Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
+
+from kernels.attention.hopper_lanes import Cursor, Ring, item_index, lane_share, move
+from kernels.attention.items import item_keys, load_item
+
+
+class Pages(NamedTuple):
+    """The pages of a step's two tiles."""
+
+    first: gl.tensor
+    second: gl.tensor
+
+
+@gluon.jit
+def _look_up(table, at, end, KEYS: gl.constexpr, PAGE: gl.constexpr):
+    """The pages of the step from position `at` on; behind `end` page 0, which is nobody's."""
+    first = gl.load(table + at // PAGE, mask=at < end, other=0)
+    second = gl.load(table + (at + KEYS) // PAGE, mask=at + KEYS < end, other=0)
+    return Pages(first, second)
+
+
+@gluon.jit
+def _fetch(source, row, row2, column, ring, place):
+    """Ask for a step's two tiles, from `row` and from `row2` of the source on."""
+    tma.async_copy_global_to_shared(
+        source, [row, column], ring.full.index(place), ring.tiles.index(2 * place)
+    )
+    tma.async_copy_global_to_shared(
+        source, [row2, column], ring.full.index(place), ring.tiles.index(2 * place + 1)
+    )
+
+
+@gluon.jit
+def _fetch_end(source, slot, slot2, count, pieces, full, place, KEYS: gl.constexpr):
+    """Ask for a step's two tiles of which `count` keys are there, piece by piece; pieces past the end repeat the last one.
+
+    pieces: the ring as pieces of some keys and up to 64 dimensions, as the tiles lie in memory.
+    """
+    PIECE: gl.constexpr = source.block_shape[0]
+    PARTS: gl.constexpr = pieces.shape[0] * PIECE // (2 * full.shape[0] * KEYS)
+    last = (count - 1) // PIECE
+    for number in range(2 * KEYS // PIECE):
+        wanted = gl.minimum(number, last) * PIECE
+        row = gl.where(wanted < KEYS, slot, slot2 - KEYS) + wanted
+        piece = (2 * place + number * PIECE // KEYS) * (PARTS * KEYS // PIECE) + number % (KEYS // PIECE)
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(
+                source,
+                [row, part * source.block_shape[1]],
+                full.index(place),
+                pieces.index(piece + part * (KEYS // PIECE)),
+            )
+
+
+@gluon.jit
+def produce(
+    k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, tiles, full, empty,
+    LANE: gl.constexpr, KV_HEADS: gl.constexpr, PER_KV: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
+    PROGRAMS: gl.constexpr, TRIMS_END: gl.constexpr, CHAINED: gl.constexpr,
+):  # fmt: skip
+    """Fill the lane's places: with keys or with values of shared items, with both in turn of the lane's own items.
+
+    Keys that this pass does not write are fetched before the kernels ahead in the stream have finished.
+    """
+    PLACES: gl.constexpr = full.shape[0]
+    KEYS: gl.constexpr = tiles.shape[1]
+    STEP: gl.constexpr = 2 * KEYS
+    PIECE: gl.constexpr = k_pieces.block_shape[0]
+    PART: gl.constexpr = k_pieces.block_shape[1]
+    PIECES: gl.constexpr = 2 * PLACES * KEYS * tiles.shape[2] // (PIECE * PART)
+    pieces = tiles._reinterpret(tiles.dtype, [PIECES, PIECE, PART], k_pieces.layout)
+    step_bytes: gl.constexpr = STEP * tiles.shape[2] * tiles.dtype.primitive_bitwidth // 8
+    ring = Ring(tiles, full, empty)
+    share = lane_share(work, LANE, KV_HEADS, PROGRAMS)
+    cursor = Cursor(gl.to_tensor(LANE), gl.to_tensor(0))
+    waits = CHAINED  # Whether the kernels ahead in the stream may still be running.
+    for turn in range(share.together + share.alone):
+        index = item_index(share, turn, PROGRAMS)
+        item, kv_head = load_item(work, index // KV_HEADS), index % KV_HEADS
+        keys = item_keys(item, STEP)
+        table = work + item.table_at
+        kinds = gl.where(turn < share.together, 1, 2)
+        # Pages are looked up a step ahead, while the one before it waits for room.
+        pages = _look_up(table, keys.begin, keys.end, KEYS, PAGE)
+        for step in range(keys.steps):
+            at = keys.begin + step * STEP
+            next_at = at + STEP
+            next_pages = _look_up(table, next_at, keys.end, KEYS, PAGE)
+            in_block = step >= keys.cached_steps
+            if waits & (in_block | (gl.minimum(next_at, keys.end) > item.writes_from)):
+                gdc_wait()
+                waits = False
+            head_slot = kv_head * slots
+            slot, slot2 = (
+                head_slot + pages.first * PAGE + at % PAGE,
+                head_slot + pages.second * PAGE + (at + KEYS) % PAGE,
+            )
+            row = item.block_row + (step - keys.cached_steps) * STEP
+            for own_kind in range(kinds):
+                values = gl.where(kinds == 1, LANE, own_kind)
+                mbarrier.wait(empty.index(cursor.place), cursor.phase ^ 1)
+                mbarrier.expect(full.index(cursor.place), step_bytes)
+                if in_block:
+                    column = (KV_HEADS * (PER_KV + values) + kv_head) * DIM
+                    _fetch(rows_desc, row, row + KEYS, column, ring, cursor.place)
+                elif TRIMS_END & (keys.end - at < STEP):
+                    if values == 0:
+                        _fetch_end(k_pieces, slot, slot2, keys.end - at, pieces, full, cursor.place, KEYS)
+                    else:
+                        _fetch_end(v_pieces, slot, slot2, keys.end - at, pieces, full, cursor.place, KEYS)
+                elif values == 0:
+                    _fetch(k_pages, slot, slot2, 0, ring, cursor.place)
+                else:
+                    _fetch(v_pages, slot, slot2, 0, ring, cursor.place)
+                cursor = move(cursor, 2, PLACES)
+            pages = next_pages

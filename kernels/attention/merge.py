@@ -1,0 +1,94 @@
+"""The kernel that merges the records of divided tiles."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention.items import DIVIDED_AT, NUM_DIVIDED, load_divided_row
+from kernels.attention.softmax import Records, load, merge, nothing, result
+from kernels.attention.types import AttentionWork
+from kernels.device import chaining
+
+_HEADS = 4
+"""Heads of a program, a warp for each."""
+
+
+@triton.jit
+def _load_record(records, divided, i, heads, head, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """A divided row's i-th record for some of its heads, as a tuple of one; nothing past the row's last record."""
+    inside = head < tl.where(i < divided.num_records, heads, 0)
+    return (load(records, (divided.record + i) * heads + head, inside, WIDTH, DIM),)
+
+
+@triton.jit
+def _merge_kernel(
+    work,
+    out,
+    accs,
+    tops,
+    norms,
+    heads,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    BATCH: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Merge the records of divided rows, HEADS heads of a row at a time: those of each span in order, then the spans."""
+    if CHAINED:
+        gdc_launch_dependents()
+    num_divided, rows_at = tl.load(work + NUM_DIVIDED), tl.load(work + DIVIDED_AT)
+    records = Records(accs, tops, norms)
+    groups = tl.cdiv(heads, HEADS)
+    dims = tl.arange(0, WIDTH)
+    for unit in range(tl.program_id(0), num_divided * groups, tl.num_programs(0)):
+        divided = load_divided_row(work + rows_at, unit // groups)
+        span_ends = work + divided.span_ends_at
+        head = unit % groups * HEADS + tl.arange(0, HEADS)
+        span, total = nothing(HEADS, WIDTH), nothing(HEADS, WIDTH)
+        if CHAINED:
+            gdc_wait()
+        for start in range(0, divided.num_records, BATCH):
+            ends = tl.load(span_ends + start // 32) >> start % 32
+            # Many reads in flight; merging stays in order.
+            parts = _load_record(records, divided, start, heads, head, WIDTH, DIM)
+            for i in tl.static_range(1, BATCH):
+                parts = parts + _load_record(records, divided, start + i, heads, head, WIDTH, DIM)
+            for i in tl.static_range(BATCH):
+                span = merge(span, parts[i])
+                if (ends >> i) & 1:
+                    total = merge(total, span)
+                    span = nothing(HEADS, WIDTH)
+        goal = (out + (divided.row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
+        inside = head < heads
+        value = result(total, inside, out.dtype.element_ty)
+        tl.store(goal, value, mask=inside[:, None] & (dims < DIM)[None, :])
+    if CHAINED:
+        gdc_wait()  # Programs without a row wait too.
+
+
+def merge_records(
+    work: AttentionWork,
+    out: Tensor,
+    records: tuple[Tensor, Tensor, Tensor],
+    *,
+    dim: int,
+    width: int,
+    programs: int,
+) -> None:
+    """Write the divided rows of out [rows, heads * dim]. programs: most that are worth launching."""
+    rows, heads = out.shape[0], out.shape[1] // dim
+    _merge_kernel[(min(programs, rows * triton.cdiv(heads, _HEADS)),)](
+        work.numbers,
+        out,
+        *records,
+        heads,
+        DIM=dim,
+        WIDTH=width,
+        HEADS=_HEADS,
+        # A warp for a head goes through its records alone: with few rows their reads, not the registers, are the limit.
+        BATCH=16 if rows <= 16 else 8,
+        num_warps=_HEADS,
+        **chaining(),
+    )

@@ -1,0 +1,303 @@
+"""Attention of one pass as a work list for a GPU: which rows meet which keys, in pieces of similar cost.
+
+A *tile* is up to `tile_rows` rows of one group. A *shared* tile has up to twice as many, for a kernel that loads keys once
+for two consumers. Keys are cut into *segments* at fixed positions: short ones first, so that a short context still fills the
+GPU, and longer ones further on. A *span* is 2,048 keys. The segments of a span are merged in order, and then the spans. A
+row's diffusion block is merged behind the last segment of its last span.
+
+An *item* is a tile and a run of segments, and every KV head takes it. A tile that is one item is finished by it. If a tile is
+*divided* into several items, these leave partial results, *records*, which are merged afterwards: one for each span that an
+item has from its beginning, and one for each segment of a span that it has not. How a tile is divided changes no bit of the
+result.
+
+The list is one array of int32: a `HEADER`, then the `ITEM`s, then the `DIVIDED_ROW`s, then a bit for each record of these rows
+that says whether the record is the last of its span, then the block tables.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels.attention.types import AttentionGroup
+
+SPAN = 2048
+"""Keys whose segments are merged with one another before anything else."""
+_SHORTEST = 128
+"""Keys of an item, at least: the shortest segment."""
+_LONG_SHARE = 1024
+"""An item with at least this many keys takes its tile's diffusion block along. Otherwise the block is an item of its own."""
+
+
+class Header(NamedTuple):
+    """What the list begins with."""
+
+    num_items: int
+    num_shared: int  # Items with a shared tile; they come first.
+    num_divided: int  # Divided rows.
+    divided_at: int  # Place of the first divided row in the list.
+
+
+class Item(NamedTuple):
+    """A tile and a run of segments. In a kernel each field is a scalar tensor."""
+
+    first_row: int  # The tile's first row in the pass.
+    num_rows: int  # Rows of the tile.
+    table_at: int  # Place of the block table in the list.
+    first_segment: int
+    end_segment: int  # The segment behind the item's last.
+    num_keys: int  # Keys in the cache that the tile's last row sees.
+    writes_from: int  # `AttentionGroup.writes_from`.
+    block_row: int  # First row of the tile's diffusion block.
+    block_rows: int  # Rows of that block; 0 unless this item adds it.
+    causal: (
+        int  # How many keys each row sees more than the row before: 1 for AR rows, 0 for a diffusion block.
+    )
+    record: int  # First record of the tile's first row; -1 if the tile is not divided.
+    num_records: int  # Records of each row.
+
+    def part(self, begin: int, end: int, block_rows: int, record: int, num_records: int) -> "Item":
+        """The same tile with segments begin .. end - 1. Written for speed: there are thousands in a pass."""
+        return Item(*self[:3], begin, end, *self[5:8], block_rows, self.causal, record, num_records)
+
+
+class DividedRow(NamedTuple):
+    """A row of a divided tile."""
+
+    row: int
+    record: int  # The row's first record.
+    num_records: int
+    span_ends_at: (
+        int  # Place of the row's bits in the list, 32 to a number: whether a record is the last of its span.
+    )
+
+
+def _as_dtype(record: type[tuple], size: int) -> np.dtype:
+    """A structured dtype of int32 with the record's fields, padded to `size` numbers."""
+    names = record._fields  # type: ignore[attr-defined]
+    offsets = [4 * place for place in range(len(names))]
+    return np.dtype(
+        {"names": names, "formats": ["<i4"] * len(names), "offsets": offsets, "itemsize": 4 * size}
+    )
+
+
+HEADER = _as_dtype(Header, 8)
+ITEM = _as_dtype(Item, 16)
+DIVIDED_ROW = _as_dtype(DividedRow, 4)
+
+
+def offset(record: np.dtype, field: str) -> int:
+    """Which number of a record a field is."""
+    fields = record.fields
+    assert fields is not None
+    return fields[field][1] // 4
+
+
+def header_of(numbers: np.ndarray) -> np.void:
+    """The list's `HEADER`."""
+    header: np.void = numbers[: HEADER.itemsize // 4].view(HEADER)[0]
+    return header
+
+
+def items_of(numbers: np.ndarray) -> np.ndarray:
+    """The list's items: `ITEM` [num_items]."""
+    first = HEADER.itemsize // 4
+    return numbers[first : first + header_of(numbers)["num_items"] * (ITEM.itemsize // 4)].view(ITEM)
+
+
+def divided_rows_of(numbers: np.ndarray) -> np.ndarray:
+    """The list's divided rows: `DIVIDED_ROW` [num_divided]."""
+    header = header_of(numbers)
+    first = header["divided_at"]
+    return numbers[first : first + header["num_divided"] * (DIVIDED_ROW.itemsize // 4)].view(DIVIDED_ROW)
+
+
+def segment_start(index: int) -> int:
+    """First key of a segment: 8 of 128 keys, 14 of 512 (from 1,024), 24 of 1,024 (from 8,192), then 2,048 each."""
+    if index < 22:
+        return index * 128 if index < 8 else 1024 + (index - 8) * 512
+    return 8192 + (index - 22) * 1024 if index < 46 else 32768 + (index - 46) * 2048
+
+
+def num_segments(keys: int) -> int:
+    """How many segments hold the first `keys` keys."""
+    if keys <= 8192:
+        return -(-keys // 128) if keys <= 1024 else 8 + -(-(keys - 1024) // 512)
+    return 22 + -(-(keys - 8192) // 1024) if keys <= 32768 else 46 + -(-(keys - 32768) // 2048)
+
+
+class _Part(NamedTuple):
+    """An item of a divided tile."""
+
+    begin: int  # First segment.
+    end: int  # The segment behind the last.
+    block_rows: int  # Rows of the diffusion block if the item adds it, else 0.
+    span_ends: list[bool]  # For each record that it leaves: whether that is the last of its span.
+
+
+def plan_work(
+    groups: Sequence[AttentionGroup], *, tile_rows: int, shared: bool, programs: int, capacity: int
+) -> np.ndarray:
+    """The work list of a pass, int32.
+
+    tile_rows: most rows of a tile that is not shared.
+    shared: whether to make shared tiles, each for two programs.
+    programs: number of programs for each KV head. Work is divided so that each gets about as many keys.
+    capacity: most records. A tile that would need more than are left is not divided.
+    """
+    tiles, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
+    keys = sum(tile.num_keys for tile in tiles)
+    items: list[Item] = []
+    divided: list[tuple[int, int, int, int]] = []  # By the fields of `DividedRow`.
+    span_ends: list[int] = []
+    used = 0
+    for tile in tiles:
+        share = max(_SHORTEST, -(-keys * (1 + (tile.num_rows > tile_rows)) // programs))
+        parts = _divide(tile, share)
+        bits = [bit for part in parts for bit in part.span_ends]
+        if not parts or used + tile.num_rows * len(bits) > capacity:
+            items.append(tile)
+            continue
+        record = used
+        for part in parts:
+            items.append(tile.part(part.begin, part.end, part.block_rows, record, len(bits)))
+            record += len(part.span_ends)
+        for row in range(tile.first_row, tile.first_row + tile.num_rows):
+            divided.append((row, used, len(bits), len(span_ends)))
+            used += len(bits)
+        for at in range(0, len(bits), 32):
+            span_ends.append(sum(bit << i for i, bit in enumerate(bits[at : at + 32])))
+    # Shared items first. Within both kinds the longest come first: what runs last should be short.
+    items.sort(key=lambda item: (item.num_rows <= tile_rows, -_length(item)))
+    num_shared = sum(item.num_rows > tile_rows for item in items)
+    return _as_list(items, num_shared, divided, span_ends, tables)
+
+
+def _length(item: Item) -> int:
+    """Keys of the item's segments."""
+    return segment_start(item.end_segment) - segment_start(item.first_segment)
+
+
+def _as_list(
+    items: list[Item],
+    num_shared: int,
+    divided: list[tuple[int, int, int, int]],
+    span_ends: list[int],
+    tables: list[int],
+) -> np.ndarray:
+    """Put the parts of the list side by side. The places in `items` and `divided` are counted from the part they refer to."""
+    divided_at = (HEADER.itemsize + len(items) * ITEM.itemsize) // 4
+    span_ends_at = divided_at + len(divided) * DIVIDED_ROW.itemsize // 4
+    tables_at = span_ends_at + len(span_ends)
+    numbers = np.zeros(tables_at + len(tables), np.int32)
+    header = Header(len(items), num_shared, len(divided), divided_at)
+    numbers[: len(header)] = header
+    _fill(numbers[HEADER.itemsize // 4 : divided_at], items, ITEM, "table_at", tables_at)
+    _fill(numbers[divided_at:span_ends_at], divided, DIVIDED_ROW, "span_ends_at", span_ends_at)
+    numbers[span_ends_at:tables_at] = np.array(span_ends, np.uint32).view(np.int32)
+    numbers[tables_at:] = tables
+    return numbers
+
+
+def _fill(
+    numbers: np.ndarray, rows: Sequence[tuple[int, ...]], record: np.dtype, place: str, start: int
+) -> None:
+    """Write rows, each the fields of a record, into this part of the list. Their field `place` counts from `start`.
+
+    As plain numbers: numpy takes far longer to assign tuples to a structured array.
+    """
+    if rows:
+        table = numbers.reshape(len(rows), record.itemsize // 4)
+        table[:, : len(rows[0])] = rows
+        table[:, offset(record, place)] += start
+
+
+def _tiles(groups: Sequence[AttentionGroup], most_rows: int) -> tuple[list[Item], list[int]]:
+    """The groups in tiles of up to `most_rows` rows, each as one item, and the block tables one behind the other."""
+    tiles: list[Item] = []
+    tables: list[int] = []
+    for group in groups:
+        writes_from = group.start if group.writes_from is None else group.writes_from
+        for at in range(0, group.num_rows, most_rows):
+            rows = min(most_rows, group.num_rows - at)
+            keys = group.start if group.diffusion else group.start + at + rows
+            tile = Item(
+                first_row=group.first_row + at,
+                num_rows=rows,
+                table_at=len(tables),
+                first_segment=0,
+                end_segment=num_segments(keys),
+                num_keys=keys,
+                writes_from=writes_from,
+                block_row=group.first_row,
+                block_rows=group.num_rows if group.diffusion else 0,
+                causal=int(not group.diffusion),
+                record=-1,
+                num_records=0,
+            )
+            tiles.append(tile)
+        tables.extend(group.pages)
+    return tiles, tables
+
+
+def _divide(tile: Item, share: int) -> list[_Part]:
+    """The tile in parts of about `share` keys; none if it is not worth dividing."""
+    runs = _runs(tile.num_keys, share)
+    if len(runs) < 2:
+        return []
+    parts = [_Part(*run, 0, _span_ends(tile.num_keys, *run)) for run in runs]
+    if not tile.block_rows:
+        return parts
+    last = parts.pop()
+    begin, end, ends = last.begin, last.end, last.span_ends
+    if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
+        return [*parts, _Part(begin, end, 0, [*ends[:-1], False]), _Part(end, end, tile.block_rows, [True])]
+    if segment_start(end) <= _spans_from(
+        begin
+    ):  # The last segment leaves a record of its own, and so does the block.
+        ends = [*ends[:-1], False, True]
+    return [*parts, _Part(begin, end, tile.block_rows, ends)]
+
+
+def work_size(*, rows: int, programs: int, capacity: int, pages: int) -> int:
+    """Length of the longest list for `rows` rows and `pages` pages: every row is a tile, has a block, and is divided."""
+    items, divided = 2 * (rows + programs) * ITEM.itemsize // 4, rows * DIVIDED_ROW.itemsize // 4
+    return HEADER.itemsize // 4 + items + divided + rows + capacity // 32 + pages
+
+
+def _runs(keys: int, share: int) -> list[tuple[int, int]]:
+    """The segments of `keys` keys in runs of about `share` keys."""
+    segments, parts = num_segments(keys), round(keys / share)
+    if share == _SHORTEST and parts > 1:
+        # Programs to spare: one for every segment, since two would take one twice as long.
+        return list(pairwise(range(segments + 1)))
+    cuts = [_nearest_segment(keys * part // parts) for part in range(1, parts)]
+    return [(begin, end) for begin, end in pairwise([0, *cuts, segments]) if end > begin]
+
+
+def _nearest_segment(keys: int) -> int:
+    """The segment whose start is nearest to `keys`."""
+    segment = num_segments(keys)
+    if segment > 0 and keys - segment_start(segment - 1) < segment_start(segment) - keys:
+        segment -= 1
+    return segment
+
+
+def _spans_from(begin: int) -> int:
+    """The first key from which on an item whose first segment is `begin` leaves records of spans or their beginnings."""
+    return -(-segment_start(begin) // SPAN) * SPAN
+
+
+def _span_ends(keys: int, begin: int, end: int) -> list[bool]:
+    """For each record that a run of the segments of `keys` keys leaves: whether it is the last of its span.
+
+    A record for each segment as far as the run's first span isn't there from its beginning, then one for each span.
+    """
+    ends: list[bool] = []
+    for behind in range(begin + 1, end + 1):
+        at = segment_start(behind)
+        ends_span = at % SPAN == 0 or behind == num_segments(keys)
+        if ends_span or behind == end or at <= _spans_from(begin):
+            ends.append(ends_span)
+    return ends
