@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 import orthrus
-from orthrus.chat import stream_text
 from orthrus.cli import main
+from orthrus.cli.terminal import stream_text
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.measure.bench import BenchOptions, bench

@@ -17,7 +17,7 @@ PACKAGES = {
     "kernels": {"kernels"},
 }
 # The command line is where the packages meet: `orthrus serve` starts the deployments, `orthrus config` knows the cluster.
-MAY_IMPORT_MORE = {Path("orthrus/cli.py"): {"cluster", "deployments"}}
+MAY_IMPORT_MORE = {Path("orthrus/cli/__init__.py"): {"cluster", "deployments"}}
 
 
 def imported_names(path: Path) -> Iterator[str]:

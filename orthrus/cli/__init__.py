@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from orthrus.engine import Engine
     from orthrus.requests.request import SamplingParams
 
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny-cpu.yaml"
-DEFAULT_CLUSTER = Path(__file__).resolve().parent.parent / "ray_cluster.yaml"
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "models" / "orthrus-tiny"
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny-cpu.yaml"
+DEFAULT_CLUSTER = Path(__file__).resolve().parents[2] / "ray_cluster.yaml"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 SCHEDULES = ("auto", "ar", "orthrus")
 
@@ -62,7 +62,7 @@ def build_parser(*, with_training: bool = False) -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_bench(commands)
     if with_training:
-        from orthrus.training.cli import add_parser
+        from orthrus.training.stages import add_parser
 
         add_parser(commands)
     else:
@@ -328,7 +328,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     params = _sampling(arguments)
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     engine = _engine(arguments)
-    from orthrus.chat import describe, stream_text, tokenizer_of
+    from orthrus.cli.terminal import describe, stream_text, tokenizer_of
 
     answer = stream_text(engine, tokenizer_of(engine).encode(prompt), params, write=_write)
     _write("\n")
@@ -338,7 +338,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     params = _sampling(arguments)
     engine = _engine(arguments)
-    from orthrus.chat import run_chat
+    from orthrus.cli.terminal import run_chat
 
     run_chat(engine, params, system=arguments.system)
 
@@ -459,7 +459,3 @@ def _serve_bench(arguments: argparse.Namespace) -> None:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
