@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orthrus.cli.output import write
 from orthrus.engine import Engine
 from orthrus.errors import ConfigError, RequestError
 from orthrus.requests.request import Request, RequestStats, SamplingParams
@@ -107,21 +108,16 @@ def run_chat(engine: Engine, params: SamplingParams, *, system: str | None = Non
         elif message:
             messages.append({"role": "user", "content": message})
             try:
-                answer = stream_text(engine, _render(tokenizer, messages), params, _write)
+                answer = stream_text(engine, _render(tokenizer, messages), params, write)
             except RequestError as error:
                 print(f"{error}; /reset makes room", file=sys.stderr)
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": answer.text})
-            _write("\n")
+            write("\n")
             print(f"[{describe(answer)}]", file=sys.stderr)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     text = render_chat(tokenizer, messages, add_generation_prompt=True)
     return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -1,9 +1,5 @@
-"""`orthrus train`: corpus, tokenizer, base, data, heads, eval, plot, each driven by one YAML file (`Run`).
+"""The stages of a training run: corpus, tokenizer, base, data, heads, eval, plot. Each takes the whole `Run`."""
 
-`base`, `heads` and `data` also run under torchrun: torchrun --nproc-per-node 8 -m orthrus.cli train heads CONFIG.
-"""
-
-import argparse
 import itertools
 import json
 import shutil
@@ -44,37 +40,6 @@ _TOKENIZER_FILES = (
     *("tokenizer*", "chat_template*", "vocab.json", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json"),
 )
-
-
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `train` and its stages to the `orthrus` command."""
-    parser = commands.add_parser("train", help="train diffusion heads for a frozen Qwen3")
-    stages = parser.add_subparsers(title="stages", metavar="STAGE", required=True)
-    for stage, text in (
-        (_corpus, "fetch the packages and write the corpus"),
-        (_tokenizer, "train the tokenizer on the corpus"),
-        (_base, "pre-train the base model"),
-        (_data, "let the model write its own training texts"),
-        (_heads, "train the diffusion view of a frozen model"),
-        (_eval, "held-out loss, agreement by depth, tokens per cycle, through the engine"),
-        (_plot, "draw the curves of the stages so far"),
-    ):
-        command = stages.add_parser(stage.__name__.removeprefix("_"), help=text)
-        command.add_argument("config", type=Path, help="the run's YAML file, such as configs/train/tiny.yaml")
-        command.add_argument("--work", type=Path, help="instead of the file's `work`")
-        command.add_argument("--out", type=Path, help="instead of the file's `out`")
-        command.set_defaults(run=_with_settings(stage))
-
-
-def _with_settings(stage: Callable[[Run], None]) -> Callable[[argparse.Namespace], None]:
-    def run(arguments: argparse.Namespace) -> None:
-        if rank_and_world()[1] > 1 and stage not in (_base, _data, _heads):
-            raise ConfigError("only the stages base, data and heads run under torchrun")
-        # Master weights stay float32; where a product of them is outside autocast, tensor cores may round it.
-        torch.set_float32_matmul_precision("high")
-        stage(read_settings(Run, arguments.config, work=arguments.work, out=arguments.out))
-
-    return run
 
 
 def _corpus(run: Run) -> None:
@@ -224,3 +189,30 @@ def _eval(run: Run) -> None:
 def _plot(run: Run) -> None:
     for file in plot(run.work):
         print(file)
+
+
+_STAGES: dict[str, Callable[[Run], None]] = {
+    "corpus": _corpus,
+    "tokenizer": _tokenizer,
+    "base": _base,
+    "data": _data,
+    "heads": _heads,
+    "eval": _eval,
+    "plot": _plot,
+}
+_DISTRIBUTED = ("base", "data", "heads")
+
+
+def run_stage(name: str, run: Run) -> None:
+    """Run the stage `name` with what the stages before it have left in `run.work`.
+
+    Raises ConfigError where the run lacks a setting or an earlier stage's result, and under torchrun for a stage that
+    is one process's work.
+    """
+    if rank_and_world()[1] > 1 and name not in _DISTRIBUTED:
+        raise ConfigError(
+            f"only the stages {', '.join(_DISTRIBUTED)} run under torchrun: run {name} without it"
+        )
+    # Master weights stay float32; where a product of them is outside autocast, tensor cores may round it.
+    torch.set_float32_matmul_precision("high")
+    _STAGES[name](run)

@@ -1,0 +1,40 @@
+"""`orthrus train`: the stages of a training run, each driven by one YAML file.
+
+The stages base, data and heads also run under torchrun: torchrun --nproc-per-node 8 -m orthrus.cli train heads CONFIG.
+"""
+
+import argparse
+from pathlib import Path
+
+from orthrus.cli.options import Commands
+
+STAGES = {
+    "corpus": "fetch the packages and write the corpus",
+    "tokenizer": "train the tokenizer on the corpus",
+    "base": "pre-train the base model",
+    "data": "let the model write its own training texts",
+    "heads": "train the diffusion view of a frozen model",
+    "eval": "held-out loss, agreement by depth, tokens per cycle, through the engine",
+    "plot": "draw the curves of the stages so far",
+}
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `train` and its stages to the command line."""
+    parser = commands.add_parser("train", help="train diffusion heads for a frozen Qwen3")
+    stages = parser.add_subparsers(title="stages", metavar="STAGE", required=True)
+    for stage, text in STAGES.items():
+        command = stages.add_parser(stage, help=text)
+        command.add_argument("config", type=Path, help="the run's YAML file, such as configs/train/tiny.yaml")
+        command.add_argument("--work", type=Path, help="instead of the file's `work`")
+        command.add_argument("--out", type=Path, help="instead of the file's `out`")
+        command.set_defaults(run=run, stage=stage)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run one stage."""
+    from orthrus.training.run import Run
+    from orthrus.training.settings import read_settings
+    from orthrus.training.stages import run_stage
+
+    run_stage(arguments.stage, read_settings(Run, arguments.config, work=arguments.work, out=arguments.out))
