@@ -1,35 +1,11 @@
-"""The shape of the project: its layout, which package may import which, and the traps of its names."""
+"""The project: its layout, its versions and pins, and the trap of the name `kernels`."""
 
-import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {
-    "cluster": {"cluster", "deployments", "orthrus", "kernels"},
-    "deployments": {"deployments", "orthrus", "kernels"},
-    "orthrus": {"orthrus", "kernels"},
-    "kernels": {"kernels"},
-}
-# The command line is where the packages meet: `orthrus serve` starts the deployments, `orthrus config` knows the cluster.
-MAY_IMPORT_MORE = {
-    Path("orthrus/cli") / name: {"cluster", "deployments"}
-    for name in ("serve.py", "config.py", "keys.py", "bench_serve.py")
-}
-
-
-def imported_names(path: Path) -> Iterator[str]:
-    """Top-level names that a file imports absolutely, those inside functions included."""
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module.split(".")[0]
 
 
 def test_layout() -> None:
@@ -45,22 +21,6 @@ def test_layout() -> None:
         ".ci/run",
     ):
         assert (ROOT / file).is_file()
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_dependencies_point_one_way(package: str) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
-        allowed = PACKAGES[package] | MAY_IMPORT_MORE.get(path.relative_to(ROOT), set())
-        wrong = {name for name in imported_names(path) if name in PACKAGES} - allowed
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
-
-
-def test_engine_knows_nothing_of_ray() -> None:
-    for package in ("orthrus", "kernels"):
-        for path in (ROOT / package).rglob("*.py"):
-            assert "ray" not in imported_names(path), f"{path.relative_to(ROOT)} imports ray"
 
 
 def test_transformers_does_not_take_our_kernels_for_its_own() -> None:
