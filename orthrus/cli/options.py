@@ -20,11 +20,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
     """Add the model, as an option or as an argument, its device and its dtype."""
-    described = {"default": str(DEFAULT_MODEL), "help": "directory or hub id (default: models/orthrus-tiny)"}
-    if positional:
-        parser.add_argument("model", nargs="?", **described)
-    else:
-        parser.add_argument("--model", **described)
+    name, count = ("model", "?") if positional else ("--model", None)
+    parser.add_argument(
+        name,
+        nargs=count,
+        default=str(DEFAULT_MODEL),
+        help="directory or hub id (default: models/orthrus-tiny)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's on a GPU, float32 on a CPU"
