@@ -69,7 +69,6 @@ CIRCLES: set[str] = {
     "kernels/rows/sampling.py kernels/rows/sampling_triton.py",
 }
 LONG_FILES: set[str] = {
-    "kernels/attention/hopper.py",
     "orthrus/engine/engine.py",
     "orthrus/measure/shape_bench.py",
     "orthrus/measure/verify.py",
