@@ -379,7 +379,7 @@ def test_prompts_are_texts_or_chats_and_a_bad_line_is_named(run: Path, tmp_path:
 
 
 def test_the_shipped_configs_are_valid_and_qwen3_8bs_has_the_papers_numbers() -> None:
-    folder = Path(__file__).parent.parent / "configs" / "train"
+    folder = Path(__file__).parents[2] / "configs" / "train"
     runs = {name: read_settings(Run, folder / f"{name}.yaml") for name in ("tiny", "tiny-heads", "qwen3-8b")}
     heads = runs["qwen3-8b"].heads
     assert heads is not None

@@ -25,7 +25,7 @@ from orthrus.text.grammar import choice_grammar, json_grammar, lark_grammar, reg
 from orthrus.text.grammar_mask import GrammarMasks
 from tests.checkpoints import edit_json
 
-MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")
+MODEL = str(Path(__file__).resolve().parents[2] / "models" / "orthrus-tiny")
 PERSON = {
     "type": "object",
     "properties": {

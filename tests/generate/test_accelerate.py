@@ -727,5 +727,5 @@ def test_exports() -> None:
 
 
 def test_version_is_the_projects() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert orthrus.__version__ == project["project"]["version"]

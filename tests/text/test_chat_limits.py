@@ -14,7 +14,7 @@ from orthrus.text.chat_limits import TooMuch, check_templates, render_chat
 from orthrus.text.tokenizer import load_tokenizer
 from tests.hostile import bounded
 
-MODEL = Path(__file__).parents[1] / "models" / "orthrus-tiny"
+MODEL = Path(__file__).parents[2] / "models" / "orthrus-tiny"
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, "x"], "b": None}}}
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},

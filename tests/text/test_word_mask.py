@@ -15,7 +15,7 @@ from orthrus.requests.request import Request, SamplingParams
 from orthrus.text.grammar import json_grammar
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
 
-MODEL = str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny")
+MODEL = str(Path(__file__).resolve().parents[2] / "models" / "orthrus-tiny")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.9, seed=11, top_p=0.95, max_tokens=60, ignore_eos=True)
 PROMPT = "def parse(self, line):\n"

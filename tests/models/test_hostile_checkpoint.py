@@ -22,9 +22,9 @@ from orthrus.models.files import check_files
 from orthrus.text.tokenizer import load_tokenizer
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.hostile import VALUES, bounded
-from tests.test_config import ORTHRUS_1_7B, YARN, rotary
+from tests.models.test_config import ORTHRUS_1_7B, YARN, rotary
 
-MODEL = Path(__file__).parents[1] / "models" / "orthrus-tiny"
+MODEL = Path(__file__).parents[2] / "models" / "orthrus-tiny"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 # Which of `VALUES` a field of config.json takes, of those that are used.

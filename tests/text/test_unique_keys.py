@@ -12,7 +12,7 @@ from orthrus.text.grammar import json_grammar
 from orthrus.text.grammar_mask import GrammarMask, GrammarMasks
 from orthrus.text.json_schema.bounds import MAX_KEY
 from orthrus.text.unique_keys import KeyTokens, Place
-from tests.test_json_schema import allowed
+from tests.text.test_json_schema import allowed
 
 LONG = "measurement_of_the_quarterly_regional_revenue_before_taxes_in_area_"
 
