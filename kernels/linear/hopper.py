@@ -9,6 +9,7 @@ Written in Gluon, Triton's language for explicit shared memory and copies; there
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,38 +33,146 @@ _RING_BYTES = 200_000
 """Of a multiprocessor's 227 KB of shared memory."""
 
 
-@gluon.jit
-def _place(
-    unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS: gl.constexpr, ROWS: gl.constexpr
-):  # fmt: skip
-    """Where a unit of work lies: first weight row, first output, first input row, the row after its last, segment."""
-    segment = unit % segments
-    tile = unit // segments
-    row_tile = tile % row_tiles
-    out_at = tile // row_tiles * OUTS
-    diffusion = row_tile >= ar_tiles
-    row_at = gl.where(diffusion, split + (row_tile - ar_tiles) * ROWS, row_tile * ROWS)
-    row_end = gl.where(diffusion, num_rows, split)
-    weight_at = out_at + gl.where(diffusion, num_outs, 0)
-    return weight_at, out_at, row_at, row_end, segment
+class Grid(NamedTuple):
+    """How the work of a launch is divided into units: a tile of outputs and rows, and one segment of the inputs."""
+
+    split: gl.tensor  # Number of AR rows.
+    ar_tiles: gl.tensor  # Row tiles of these.
+    row_tiles: gl.tensor  # All row tiles; none has rows of both views.
+    segments: gl.tensor
+    steps: gl.tensor  # Steps of a segment.
+    num_rows: gl.tensor
+    num_outs: gl.tensor  # Outputs of one view.
+    units: gl.tensor
+    programs: gl.tensor
+
+
+class Unit(NamedTuple):
+    """Where a unit of work lies."""
+
+    weight_at: gl.tensor  # First row of the weight, which has the views one behind the other.
+    out_at: gl.tensor  # First output.
+    row_at: gl.tensor  # First input row.
+    row_end: gl.tensor  # The row behind the view's last.
+    segment: gl.tensor
+
+
+class Cursor(NamedTuple):
+    """A step of a program: a tile of the weight and one of the input rows, which meet."""
+
+    unit: gl.tensor
+    step: gl.tensor  # Of its segment.
+    weight_at: gl.tensor
+    row_at: gl.tensor
+    k: gl.tensor  # First input.
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, filled in turn."""
+
+    weights: gl.shared_memory_descriptor  # [places, outs, depth]
+    rows: gl.shared_memory_descriptor  # [places, rows, depth]
+    full: gl.shared_memory_descriptor  # For each place a barrier: both tiles have arrived.
 
 
 @gluon.jit
-def _advance(
-    unit, step, weight_at, row_at, k, programs, split, ar_tiles, row_tiles, segments, num_rows, num_outs, steps,
-    OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
-):  # fmt: skip
+def _make_grid(
+    num_ar,
+    num_rows,
+    num_outs,
+    steps,
+    segments,
+    OUTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    TWO_VIEWS: gl.constexpr,
+):
+    split = num_rows
+    if TWO_VIEWS:
+        split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+    ar_tiles = gl.cdiv(split, ROWS)
+    row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
+    units = row_tiles * gl.cdiv(num_outs, OUTS) * segments
+    return Grid(split, ar_tiles, row_tiles, segments, steps, num_rows, num_outs, units, gl.num_programs(0))
+
+
+@gluon.jit
+def _unit(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
+    """Where a unit lies. Segments change fastest, then row tiles, so that neighbours share a tile of the weight."""
+    segment = number % grid.segments
+    tile = number // grid.segments
+    row_tile = tile % grid.row_tiles
+    out_at = tile // grid.row_tiles * OUTS
+    diffusion = row_tile >= grid.ar_tiles
+    row_at = gl.where(diffusion, grid.split + (row_tile - grid.ar_tiles) * ROWS, row_tile * ROWS)
+    row_end = gl.where(diffusion, grid.num_rows, grid.split)
+    weight_at = out_at + gl.where(diffusion, grid.num_outs, 0)
+    return Unit(weight_at, out_at, row_at, row_end, segment)
+
+
+@gluon.jit
+def _first_step(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """The first step of a unit."""
+    unit = _unit(number, grid, OUTS, ROWS)
+    return Cursor(number, gl.to_tensor(0), unit.weight_at, unit.row_at, unit.segment * grid.steps * DEPTH)
+
+
+@gluon.jit
+def _advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
     """The step after this one: further along the inputs, or the first of the program's next unit."""
-    step += 1
-    k += DEPTH
-    if step == steps:
-        step = 0
-        unit += programs
-        weight_at, _, row_at, _, segment = _place(
-            unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
-        )
-        k = segment * steps * DEPTH
-    return unit, step, weight_at, row_at, k
+    step = cursor.step + 1
+    cursor = Cursor(cursor.unit, step, cursor.weight_at, cursor.row_at, cursor.k + DEPTH)
+    if step == grid.steps:
+        cursor = _first_step(cursor.unit + grid.programs, grid, OUTS, ROWS, DEPTH)
+    return cursor
+
+
+@gluon.jit
+def _fetch_weights(w, ring, place, cursor, wanted):
+    """Ask for a step's tile of the weight, and let the place's barrier wait for it and for the rows."""
+    LOADED: gl.constexpr = (
+        (ring.weights.shape[1] + ring.rows.shape[1]) * ring.rows.shape[2] * w.dtype.primitive_bitwidth // 8
+    )
+    full = ring.full.index(place)
+    mbarrier.expect(full, LOADED, pred=wanted)
+    tma.async_copy_global_to_shared(
+        w, [cursor.weight_at, cursor.k], full, ring.weights.index(place), pred=wanted
+    )
+
+
+@gluon.jit
+def _fetch_rows(x, ring, place, cursor, wanted):
+    """Ask for a step's tile of the input rows."""
+    tma.async_copy_global_to_shared(
+        x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted
+    )
+
+
+@gluon.jit
+def _fill_ring(
+    w,
+    x,
+    ring,
+    grid,
+    total,
+    OUTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CHAINED: gl.constexpr,
+):
+    """Ask for the program's first steps: for their weights before the input rows are there. Returns the step behind them."""
+    RING: gl.constexpr = ring.full.shape[0]
+    first = _first_step(gl.program_id(0), grid, OUTS, ROWS, DEPTH)
+    ahead = first
+    for place in gl.static_range(RING):
+        _fetch_weights(w, ring, place, ahead, place < total)
+        ahead = _advance(ahead, grid, OUTS, ROWS, DEPTH)
+    if CHAINED:
+        gdc_wait()
+    ahead = first
+    for place in gl.static_range(RING):
+        _fetch_rows(x, ring, place, ahead, place < total)
+        ahead = _advance(ahead, grid, OUTS, ROWS, DEPTH)
+    return ahead
 
 
 @gluon.jit
@@ -112,75 +221,42 @@ def _stream_kernel(
     w_ring = gl.allocate_shared_memory(w.dtype, [RING, OUTS, DEPTH], w.layout)
     x_ring = gl.allocate_shared_memory(x.dtype, [RING, ROWS, DEPTH], x.layout)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    ring = Ring(w_ring, x_ring, full)
     for i in gl.static_range(RING):
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    loaded_bytes: gl.constexpr = (OUTS + ROWS) * DEPTH * w.dtype.primitive_bitwidth // 8
-
-    split = num_rows
-    if TWO_VIEWS:
-        split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
-    ar_tiles = gl.cdiv(split, ROWS)
-    row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
-    units = row_tiles * gl.cdiv(num_outs, OUTS) * segments
-    unit, programs = gl.program_id(0), gl.num_programs(0)
-    total = gl.cdiv(gl.maximum(units - unit, 0), programs) * steps
-    weight_at, _, row_at, _, segment = _place(
-        unit, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
-    )
-
-    # Weights of the first steps, before the input rows are there.
-    p_unit, p_step, p_weight, p_row, p_k = unit, 0, weight_at, row_at, segment * steps * DEPTH
-    for i in gl.static_range(RING):
-        wanted = i < total
-        mbarrier.expect(full.index(i), loaded_bytes, pred=wanted)
-        tma.async_copy_global_to_shared(w, [p_weight, p_k], full.index(i), w_ring.index(i), pred=wanted)
-        p_unit, p_step, p_weight, p_row, p_k = _advance(
-            p_unit, p_step, p_weight, p_row, p_k, programs, split, ar_tiles, row_tiles, segments, num_rows, num_outs,
-            steps, OUTS, ROWS, DEPTH,
-        )  # fmt: skip
-    if CHAINED:
-        gdc_wait()
-    p_unit, p_step, p_weight, p_row, p_k = unit, 0, weight_at, row_at, segment * steps * DEPTH
-    for i in gl.static_range(RING):
-        tma.async_copy_global_to_shared(x, [p_row, p_k], full.index(i), x_ring.index(i), pred=i < total)
-        p_unit, p_step, p_weight, p_row, p_k = _advance(
-            p_unit, p_step, p_weight, p_row, p_k, programs, split, ar_tiles, row_tiles, segments, num_rows, num_outs,
-            steps, OUTS, ROWS, DEPTH,
-        )  # fmt: skip
+    grid = _make_grid(num_ar, num_rows, num_outs, steps, segments, OUTS, ROWS, TWO_VIEWS)
+    program = gl.program_id(0)
+    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * steps
+    ahead = _fill_ring(w, x, ring, grid, total, OUTS, ROWS, DEPTH, CHAINED)
 
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
-    stage, phase, done, free = 0, 0, 0, 0
-    for this in range(unit, units, programs):
+    place, phase, done, free = 0, 0, 0, 0
+    for number in range(program, grid.units, grid.programs):
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         for _ in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            acc = warpgroup_mma(w_ring.index(stage), x_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            mbarrier.wait(full.index(place), phase)
+            acc = warpgroup_mma(w_ring.index(place), x_ring.index(place).permute((1, 0)), acc, is_async=True)
             # The product of the step before this one is complete: its place in the ring is free.
             acc = warpgroup_mma_wait(1, deps=(acc,))
             if (done > 0) & (done + RING - 1 < total):
-                mbarrier.expect(full.index(free), loaded_bytes)
-                tma.async_copy_global_to_shared(w, [p_weight, p_k], full.index(free), w_ring.index(free))
-                tma.async_copy_global_to_shared(x, [p_row, p_k], full.index(free), x_ring.index(free))
-                p_unit, p_step, p_weight, p_row, p_k = _advance(
-                    p_unit, p_step, p_weight, p_row, p_k, programs, split, ar_tiles, row_tiles, segments, num_rows,
-                    num_outs, steps, OUTS, ROWS, DEPTH,
-                )  # fmt: skip
+                _fetch_weights(w, ring, free, ahead, True)
+                _fetch_rows(x, ring, free, ahead, True)
+                ahead = _advance(ahead, grid, OUTS, ROWS, DEPTH)
             done += 1
-            free = stage
-            stage += 1
-            if stage == RING:
-                stage = 0
+            free = place
+            place += 1
+            if place == RING:
+                place = 0
                 phase ^= 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _, out_at, row_at, row_end, segment = _place(
-            this, split, ar_tiles, row_tiles, segments, num_rows, num_outs, OUTS, ROWS
-        )
-        row_index = row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
-        width = num_outs
+        unit = _unit(number, grid, OUTS, ROWS)
+        row_index = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+        live = row_index < unit.row_end
+        out_at, width = unit.out_at, num_outs
         if HAS_BIAS:
-            shift = gl.where(row_at >= split, num_outs, 0)
+            shift = gl.where(unit.row_at >= grid.split, num_outs, 0)
             index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
             offset = gl.load(bias + shift + index, mask=index < num_outs, other=0.0)
             acc += offset.to(gl.float32)[:, None]
@@ -191,19 +267,19 @@ def _stream_kernel(
             result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout)
             out_at, width = out_at // 2, num_outs // 2
         index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-        inside = (row_index < row_end)[None, :] & (index < width)[:, None]
+        inside = live[None, :] & (index < width)[:, None]
         stored = True
         if PICKS:
             stored = gl.load(out_wanted) != 0
-            best, token = _best(result, index, row_index, row_index < row_end, temperatures, keys, width)
+            best, token = _best(result, index, row_index, live, temperatures, keys, width)
             tile = row_index * gl.cdiv(width, OUTS) + out_at // OUTS
-            gl.store(values + tile, best, mask=row_index < row_end)
-            gl.store(indices + tile, token, mask=row_index < row_end)
+            gl.store(values + tile, best, mask=live)
+            gl.store(indices + tile, token, mask=live)
         if stored:
-            place = row_index[None, :].to(gl.int64) * width + index[:, None]
+            goal = row_index[None, :].to(gl.int64) * width + index[:, None]
             if SPLIT:
-                place += segment * num_rows.to(gl.int64) * num_outs
-            gl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+                goal += unit.segment * num_rows.to(gl.int64) * num_outs
+            gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)
 
 
 def num_tiles(outs: int) -> int:
