@@ -43,6 +43,8 @@ class RowGroup:
     """The first row that needs logits, counted within the group."""
     logits_to: int
     """The row after the last one that needs logits."""
+    writes_from: int | None = None
+    """The first position that the same pass writes and the group reads: see `AttentionGroup.writes_from`."""
 
     @property
     def end(self) -> int:
@@ -124,7 +126,9 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         positions.extend(range(start, start + num_rows))
         if not diffusion:
             _append_slots(slots, group.block_table, start, num_rows, page_size)
-        attention.append(AttentionGroup(first_row, num_rows, start, group.block_table, diffusion))
+        attention.append(
+            AttentionGroup(first_row, num_rows, start, group.block_table, diffusion, group.writes_from)
+        )
     num_ar = len(slots)
     slots.extend([0] * (len(tokens) - num_ar))
     logit_rows: list[int] = []

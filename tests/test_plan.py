@@ -1,5 +1,7 @@
 """The order of a pass's rows, where they go in the cache, and which of them need logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,3 +72,10 @@ def test_the_plan_has_the_same_numbers_on_the_device() -> None:
     assert plan.num_ar.tolist() == [3]
     assert plan.attention.groups == rows.groups
     assert plan.attention.page_size == PAGE
+
+
+def test_a_block_behind_rows_of_its_own_pass_says_which_keys_these_write() -> None:
+    block = replace(diffusion([5, 9, 9], 7, [2]), writes_from=4)
+    verify, behind = flatten([block, ar([1, 2, 3], 4, [2])], PAGE).groups
+    assert (verify.diffusion, verify.writes_from) == (False, None)
+    assert (behind.diffusion, behind.writes_from) == (True, 4)

@@ -289,3 +289,43 @@ def test_a_row_of_nan_has_no_pick(rows: int, temperature: float) -> None:
     places = torch.zeros_like(tokens)
     rows_of_0 = embed(tokens, places, picks, table, norm, 1e-6, angles, angles).hidden
     assert torch.equal(rows_of_0, table[:1].expand(rows, -1))
+
+
+@pytest.mark.parametrize("start", [1, 100, 2000])
+def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(start: int) -> None:
+    """A draft block behind verify rows of its own pass, in a graph, where each kernel starts before the one ahead has ended."""
+    rows, block, heads, per_kv = 32, 16, 32, 4
+    qkv, pages = (
+        randn(rows + block, heads + 2 * KV_HEADS, HEAD_DIM),
+        list(range(1, 2 + (start + rows) // PAGE)),
+    )
+    keys, values = (randn(KV_HEADS, len(pages) + 1, PAGE, HEAD_DIM, seed=seed) for seed in (4, 5))
+    group = AttentionGroup(0, rows, start, pages, False)
+    behind = AttentionGroup(rows, block, start + rows, pages, True, writes_from=start)
+    plan = AttentionPlan((group, behind), PAGE, per_kv, DEVICE)
+    weight = torch.ones(2, heads + KV_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    cos, sin = (randn(rows + block, 1, HEAD_DIM, seed=seed) for seed in (6, 7))
+    slots = int32(*(pages[p // PAGE] * PAGE + p % PAGE for p in range(start, start + rows)), *[0] * block)
+    num_ar, work = int32(rows), device_plan(plan)
+    cache = [keys.clone(), values.clone()]
+
+    def run(qkv: Tensor, cache: Sequence[Tensor], plan: AttentionPlan) -> Tensor:
+        angles, norms = (cos.to(qkv.dtype), sin.to(qkv.dtype)), weight.to(qkv.dtype)
+        qk_norm_rope(qkv, norms, *angles, 1e-6, num_ar, slots, *(part.flatten(1, 2) for part in cache))
+        return paged_attention(qkv, *cache, plan, HEAD_DIM**-0.5)
+
+    # The exact result, from the numbers that the norm kernel writes in bfloat16.
+    written, wide = qkv.clone(), [keys.clone(), values.clone()]
+    expected = run(written, wide, work)
+    torch.cuda.synchronize()
+    exact = paged_attention(written.double(), *(part.double() for part in wide), plan, HEAD_DIM**-0.5)
+    assert error(expected, exact) < 6e-3
+    mine, graph = qkv.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(mine, cache, work)
+    for _ in range(20):  # Before each replay the cache holds something else where the rows write.
+        mine.copy_(qkv)
+        for part, other in zip(cache, (keys, values), strict=True):
+            part.copy_(other)
+        graph.replay()
+        assert torch.equal(result, expected)
