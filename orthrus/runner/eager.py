@@ -15,6 +15,8 @@ from orthrus.runner.sampler import PickRows, pick
 
 @dataclass(frozen=True)
 class _Done:
+    """See `LaunchedPass`."""
+
     logits: Tensor
     first_pick: int
     tokens: list[list[int]]
@@ -24,18 +26,16 @@ class _Done:
 
 
 class EagerRunner:
-    """Runs every pass to its end before `launch` returns.
-
-    feeds_tokens: nothing is gained by it here, but the engine can be tested as it works with a runner that does.
-    """
+    """See `ModelRunner`. Runs every pass to its end before `launch` returns."""
 
     max_logits = 1 << 30
 
     def __init__(self, forward: LayerParallelForward, cache: KVCache, feeds_tokens: bool = False) -> None:
+        """feeds_tokens: gains nothing here, but tests the engine as it works with a runner that does not wait."""
         self.feeds_tokens = feeds_tokens
         self._forward = forward
         self._cache = cache
-        # Of two passes, like those of a runner that does not wait.
+        # Of the last two passes, as in a runner that does not wait.
         self._picks = [[0], [0]]
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:

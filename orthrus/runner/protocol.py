@@ -10,41 +10,42 @@ from orthrus.runner.sampler import PickRows
 
 
 class LaunchedPass(Protocol):
-    """A pass on its way.
-
-    logits: float32 or wider [rows that need them, vocab_size], until the next pass is launched; of use only if one of its
-    `PickRows` reads logits.
-    """
+    """A pass that has been launched, and may still run."""
 
     @property
-    def logits(self) -> Tensor: ...
+    def logits(self) -> Tensor:
+        """float32 or wider [rows that need logits, vocab_size], until the next pass is launched.
+
+        They hold what the pass computed only if one of its `PickRows.reads_logits`.
+        """
+        ...
 
     @property
     def first_pick(self) -> int:
-        """Place of its first pick among the runner's: what `RowGroup.tokens` refers to, if the runner feeds tokens."""
+        """Place of the pass's first pick among the runner's picks, which `RowGroup.tokens` of the next pass may refer to."""
         ...
 
     def picks(self) -> list[list[int]]:
-        """Wait for the pass. The token at every row of the groups that need logits, one list per group."""
+        """Wait for the pass. For each of its `PickRows`, the token picked at each row, `NO_TOKEN` where there is none."""
         ...
 
 
 class ModelRunner(Protocol):
-    """feeds_tokens: whether a pass may be launched before the host knows the picks of the one before it.
-
-    max_logits: most rows of a pass that need logits.
-    """
+    """Runs the passes of one model over one cache."""
 
     feeds_tokens: bool
+    """Whether a pass may be launched before the host knows the picks of the one before it."""
     max_logits: int
+    """Most rows of a pass that need logits."""
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
-        """Start a pass over `groups`. rows: how to pick, for each group that needs logits.
+        """Start a pass over `groups`, at least one, none empty.
 
-        Of the passes before it, all but the last have been waited for (`LaunchedPass.picks`).
+        rows: how to pick from the rows that need logits, in the order of the groups. Only the last of the passes launched
+        before this one may still be waited for (`LaunchedPass.picks`).
         """
         ...
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
-        """Run a pass and return its logits, in memory of their own."""
+        """Run a pass to its end, without picks. Returns the logits of the rows that need them, in memory of their own."""
         ...

@@ -1,0 +1,161 @@
+"""`PassGraphs`: the CUDA graphs that run a model's passes, and the memory that they read and write.
+
+Graphs are captured for a few numbers of rows. A pass uses those for the next larger number. Everything else about a pass is in
+its buffer on the device: tokens, positions, slots, block tables, and attention's work list (`PassFields`).
+
+Where every row needs logits, as when decoding, one graph runs the layers and the head. There are two such graphs for each
+number of rows: one without the kernel that merges divided rows of attention, for passes that have no such rows. All other
+passes run a graph of the layers, and then a graph of the head for as many rows as need logits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import AttentionPlan, workspace
+from kernels.attention import AttentionWork
+from kernels.attention.work_list import header_of
+from orthrus.cache.kv_cache import KVCache
+from orthrus.models.forward import LayerParallelForward
+from orthrus.plan import PassPlan
+from orthrus.runner.pass_buffer import PassFields
+
+RECORDS = 4096
+"""Partial results of attention that there is room for: rows times records of each. What would need more is not divided."""
+
+
+def graph_sizes(most: int) -> list[int]:
+    """The numbers of rows that graphs are captured for, up to the first that is no less than `most`."""
+    # From 64 on they fill the linear layers' tiles.
+    sizes = [8, 16, 32, 48, 64, 128, *range(256, 1 << 20, 256)]
+    last = next(i for i, size in enumerate(sizes) if size >= most)
+    return sizes[: last + 1]
+
+
+class PassGraphs:
+    """The graphs of one model over one cache. They are captured when this is made, which takes some seconds."""
+
+    buffer: Tensor
+    """int32 [size]: the pass to run, as `PassFields`."""
+    picks: Tensor
+    """int32 [2 * max_logits]: the token picked at each row that needs logits, from `PassFields.first_pick` on."""
+    logits: Tensor
+    """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits."""
+    hidden: Tensor
+    """[max_logits, hidden_size]: final hidden states of the rows that need logits, as the last pass left them that ran layers
+    and head in graphs of their own."""
+
+    def __init__(
+        self,
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        row_sizes: list[int],
+        logit_sizes: list[int],
+        buffer_size: int,
+    ) -> None:
+        """row_sizes, logit_sizes: the numbers of rows, and of rows that need logits, to capture graphs for, in rising order."""
+        self._forward, self._cache = forward, cache
+        self._row_sizes, self._logit_sizes = row_sizes, logit_sizes
+        self._max_logits = logit_sizes[-1]
+        config, device = forward.config, forward.device
+        self.buffer = torch.zeros(buffer_size, dtype=torch.int32, device=device)
+        self.picks = torch.zeros(2 * self._max_logits, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(self._max_logits, config.hidden_size, device=device, dtype=forward.dtype)
+        self.logits = torch.zeros(self._max_logits, config.vocab_size, device=device, dtype=torch.float32)
+        self._results = torch.empty(workspace.BYTES, device=device, dtype=torch.uint8)
+        self._captures = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._row_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Layers and head, by the number of rows and by whether attention may have divided rows.
+        self._whole_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._capture_all()
+
+    def fields(self, num_rows: int = 0) -> PassFields[Tensor]:
+        """The buffer's fields, for a pass of `num_rows` rows."""
+        return PassFields.of(self.buffer, num_rows, self._max_logits)
+
+    def replay(self, fields: PassFields[np.ndarray]) -> None:
+        """Launch the pass that is in the buffer. fields: the host's view of the same numbers."""
+        rows, count = int(fields.num_rows[0]), int(fields.num_logits[0])
+        head_rows = next(size for size in self._logit_sizes if size >= count)
+        if count and head_rows == rows and np.array_equal(fields.logit_rows[:count], np.arange(count)):
+            self._whole_graphs[rows, bool(header_of(fields.work)["num_divided"])].replay()
+            return
+        self._row_graphs[rows].replay()
+        if count:
+            self._head_graphs[head_rows].replay()
+
+    def _capture_all(self) -> None:
+        rows, heads = self._row_sizes[::-1], self._logit_sizes[::-1]
+        whole = [(size, divided) for size in heads if size in rows for divided in (True, False)]
+        bar = tqdm(total=len(rows) + len(heads) + len(whole), desc="CUDA graphs", unit="graph", disable=None)
+        with bar, workspace.kept_in_l2(self._results, self._captures):
+            for size in rows:
+                self._row_graphs[size] = self._capture(partial(self._run_rows, size), bar)
+            for size in heads:
+                self._head_graphs[size] = self._capture(partial(self._run_head, size), bar)
+            for key in whole:
+                self._whole_graphs[key] = self._capture(partial(self._run_whole, *key), bar)
+
+    def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
+        """A graph of what `run` launches. Before that it runs once, which compiles its kernels: the buffer holds zeros, which
+        are rows of no group."""
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Not by torch.cuda.graph(), which collects garbage before every capture.
+        with torch.cuda.stream(self._captures), workspace.results_in(self._results):
+            graph.capture_begin(pool=self._pool)
+            run()
+            graph.capture_end()
+        bar.update()
+        return graph
+
+    def _plan(self, rows: int, divided: bool = True) -> PassPlan:
+        """The buffer as the plan of a pass of `rows` rows. divided: whether attention may have divided rows."""
+        fields = self.fields(rows)
+        work = AttentionWork(fields.work, RECORDS if divided else 0)
+        return PassPlan(
+            tokens=fields.tokens,
+            positions=fields.positions,
+            slots=fields.slots,
+            num_ar=fields.num_ar,
+            attention=AttentionPlan(
+                (), self._cache.page_size, self._forward.heads_per_kv, self.buffer.device, work
+            ),
+            logit_rows=fields.logit_rows[:rows],
+        )
+
+    @torch.inference_mode()
+    def _run_rows(self, rows: int) -> None:
+        plan = self._plan(rows)
+        hidden = self._forward.hidden_states(plan, self._cache, self.picks)
+        torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[: plan.logit_rows.shape[0]])
+
+    @torch.inference_mode()
+    def _run_head(self, rows: int) -> None:
+        self._score(self.hidden[:rows])
+
+    @torch.inference_mode()
+    def _run_whole(self, rows: int, divided: bool) -> None:
+        self._score(self._forward.hidden_states(self._plan(rows, divided), self._cache, self.picks))
+
+    def _score(self, hidden: Tensor) -> None:
+        """Pick from final hidden states [rows, hidden_size], and write their logits if the pass wants them."""
+        rows = hidden.shape[0]
+        fields = self.fields()
+        self._forward.head.linear_gumbel_argmax(
+            hidden,
+            self.logits[:rows],
+            fields.wants_logits,
+            fields.temperatures[:rows],
+            fields.noise_keys[:rows],
+            self.picks,
+            fields.first_pick,
+        )
