@@ -73,14 +73,14 @@ LONG_FILES: set[str] = {
     "orthrus/measure/shape_bench.py",
     "orthrus/measure/verify.py",
     "tests/serving_proof.py",
-    "tests/test_accelerate.py",
+    "tests/generate/test_accelerate.py",
     "tests/test_balancer.py",
-    "tests/test_checkpoint.py",
+    "tests/models/test_checkpoint.py",
     "tests/test_engine.py",
     "tests/test_protocol.py",
     "tests/test_serving_hostile.py",
-    "tests/test_training.py",
-    "tests/test_training_run.py",
+    "tests/training/test_training.py",
+    "tests/training/test_training_run.py",
     "tests/test_triton.py",
 }
 LONG_FUNCTIONS: set[str] = {
