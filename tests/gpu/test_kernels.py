@@ -311,14 +311,16 @@ def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(start: int) -> N
 
     def run(qkv: Tensor, cache: Sequence[Tensor], plan: AttentionPlan) -> Tensor:
         angles, norms = (cos.to(qkv.dtype), sin.to(qkv.dtype)), weight.to(qkv.dtype)
-        qk_norm_rope(qkv, norms, *angles, 1e-6, num_ar, slots, *(part.flatten(1, 2) for part in cache))
-        return paged_attention(qkv, *cache, plan, HEAD_DIM**-0.5)
+        k_cache, v_cache = cache
+        k_slots, v_slots = k_cache.flatten(1, 2), v_cache.flatten(1, 2)
+        qk_norm_rope(qkv, norms, *angles, 1e-6, num_ar, slots, k_slots, v_slots)
+        return paged_attention(qkv, k_cache, v_cache, plan, HEAD_DIM**-0.5)
 
     # The exact result, from the numbers that the norm kernel writes in bfloat16.
     written, wide = qkv.clone(), [keys.clone(), values.clone()]
     expected = run(written, wide, work)
     torch.cuda.synchronize()
-    exact = paged_attention(written.double(), *(part.double() for part in wide), plan, HEAD_DIM**-0.5)
+    exact = paged_attention(written.double(), wide[0].double(), wide[1].double(), plan, HEAD_DIM**-0.5)
     assert error(expected, exact) < 6e-3
     mine, graph = qkv.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
