@@ -1,0 +1,148 @@
+"""The Triton kernels of attention in the interpreter: near float64, and a row against its company."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels import (
+    AttentionGroup,
+    AttentionPlan,
+    paged_attention,
+    qk_norm_rope,
+)
+from kernels.attention import AttentionWork
+from kernels.attention import gpu as attention_gpu
+from kernels.attention.work_list import (
+    items_of,
+    plan_work,
+)
+from kernels.rows import qk_norm_rope_triton
+from tests.kernels.interpreted import CPU, DTYPES, assert_near, int32, interpreted, randn
+
+pytestmark = interpreted
+
+PAGE, KV_HEADS = 64, 2
+
+
+def attention_case(
+    groups: list[tuple[int, int, bool]], per_kv: int, dtype: torch.dtype, dim: int = 16, padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan]:
+    """qkv, the caches, and a plan for groups (rows, start, diffusion); a group's numbers depend on its start alone."""
+    heads = KV_HEADS * (per_kv + 2)
+    rows: list[torch.Tensor] = []
+    plan: list[AttentionGroup] = []
+    for count, start, diffusion in groups:
+        pages = torch.randperm(99, generator=torch.Generator().manual_seed(start))[
+            : (start + count) // PAGE + 1
+        ]
+        first_row = sum(len(part) for part in rows)
+        plan.append(AttentionGroup(first_row, count, start, (pages + 1).tolist(), diffusion))
+        rows.append(randn(150, heads, dim, seed=20 + start)[:count])
+    rows.append(torch.full((padding, heads, dim), float("nan")))
+    keys, values = (randn(KV_HEADS, 100, PAGE, dim, seed=s, dtype=dtype) for s in (1, 2))
+    return torch.cat(rows).to(dtype), keys, values, AttentionPlan(tuple(plan), PAGE, per_kv, CPU)
+
+
+def with_work(plan: AttentionPlan, tile_rows: int, programs: int) -> AttentionPlan:
+    """More programs: items of fewer segments. With 0, every tile is one item."""
+    capacity = 1000 if programs else 0
+    numbers = plan_work(
+        plan.groups, tile_rows=tile_rows, shared=False, programs=max(1, programs), capacity=capacity
+    )
+    return replace(plan, work=AttentionWork(torch.from_numpy(numbers), capacity))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("groups", "per_kv"),
+    [
+        ([(4, 0, False), (2, 37, False), (1, 260, False)], 3),
+        ([(3, 1022, False), (3, 140, True)], 2),
+        ([(4, 0, True), (2, 1, True), (2, 1100, True)], 2),
+        ([(1, 40, False)], 5),
+        ([(3, 2046, False), (2, 4100, True), (1, 2048, True)], 2),
+    ],
+)
+def test_attention_matches_its_reference_however_the_work_is_divided(
+    groups: list[tuple[int, int, bool]], per_kv: int, dtype: torch.dtype
+) -> None:
+    qkv, keys, values, plan = attention_case(groups, per_kv, dtype, padding=3)
+    num_rows = qkv.shape[0]
+    exact = paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25)[: num_rows - 3]
+    results = [
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 3, programs), 0.25)
+        for programs in (100, 3, 0)
+    ]
+    for result in results:
+        assert torch.equal(result[: num_rows - 3], results[0][: num_rows - 3])
+    assert_near(results[0][: num_rows - 3], exact)
+
+
+def test_attention_rows_are_the_same_bits_in_any_company() -> None:
+    """Alone, on either side of a segment's end within a group, and beside other groups."""
+    qkv, keys, values, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
+    full = attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
+    for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
+        group = plan.groups[g]
+        alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=group.start + row),))
+        at = 12 * g + row
+        out = attention_gpu.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
+        assert torch.equal(out[0], full[at]), (g, row)
+
+
+def test_a_block_longer_than_a_segment_leaves_one_record() -> None:
+    qkv, keys, values, plan = attention_case([(2, 90, False), (130, 500, True)], 2, torch.float16)
+    whole, divided = (
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 32, programs), 0.25)
+        for programs in (0, 20)
+    )
+    assert torch.equal(divided, whole)
+    assert_near(whole, paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25))
+
+
+def test_attention_refuses_pages_that_tiles_of_keys_would_straddle() -> None:
+    qkv, keys, values, plan = attention_case([(1, 40, False)], 2, torch.float16)
+    keys, values = (cache.view(KV_HEADS, 200, 32, 16) for cache in (keys, values))
+    with pytest.raises(ValueError, match="page_size must be a multiple of 64"):
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
+
+
+@pytest.mark.parametrize("programs", [0, 3])
+def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(programs: int) -> None:
+    """A draft block anchored behind 6 verify rows of the same pass sees these rows' keys, as in two passes."""
+    rows, block, start, per_kv, dim = 6, 5, 200, 2, 16
+    pages = [4, 2, 7, 5]
+    heads = KV_HEADS * (per_kv + 2)
+    group = AttentionGroup(0, rows, start, pages, False)
+    behind = AttentionGroup(rows, block, start + rows, pages, True, writes_from=start)
+    plan = AttentionPlan((group, behind), PAGE, per_kv, CPU)
+    inputs = randn(rows + block, heads, dim)
+    weight, angles = torch.ones(2, heads - KV_HEADS, dim), torch.ones(rows + block, 1, dim)
+    slots = torch.tensor(
+        [pages[p // PAGE] * PAGE + p % PAGE for p in range(start, start + rows)] + [0] * block
+    ).int()
+
+    def run(
+        attend: Callable[..., torch.Tensor],
+        norm: Callable[..., None],
+        plan: AttentionPlan,
+        stale: bool = False,
+    ) -> torch.Tensor:
+        qkv = inputs.clone()
+        caches = [randn(KV_HEADS, 8, PAGE, dim, seed=s) for s in (1, 2)]
+        written = [cache.clone() if stale else cache for cache in caches]
+        norm(qkv, weight, angles, 0 * angles, 1e-6, int32(rows), slots, *(c.flatten(1, 2) for c in written))
+        return attend(qkv, *caches, plan, 0.25)
+
+    work = with_work(plan, 4, programs)
+    assert work.work is not None
+    items = items_of(work.work.numbers.numpy())
+    assert (items["writes_from"] == start).all()
+    together = run(attention_gpu.paged_attention, qk_norm_rope_triton.qk_norm_rope, work)
+    assert_near(together, run(paged_attention, qk_norm_rope, plan))
+    # The cache as it was before the pass would have given something else.
+    assert (together[rows:] - run(paged_attention, qk_norm_rope, plan, stale=True)[rows:]).abs().max() > 0.05
