@@ -1,4 +1,4 @@
-"""Files that anybody may have made: looked at before they are opened, read up to a bound, and errors that name them."""
+"""Read files that may be damaged or hostile. Their kind and size are checked first, and errors name the file."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from orthrus.errors import ConfigError
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write the largest out.
+        # Python refuses to print very large integers.
         return repr(x) if x.bit_length() < 200 else f"an integer of {x.bit_length()} bits"
 
 
@@ -22,29 +22,29 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def shown(value: object) -> str:
-    """`value` as it stands in an error: its repr, cut where it is long."""
+    """`value` as error messages show it: its repr, shortened if it is long."""
     return _SHORT.repr(value)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, on one line of bounded length."""
+    """The message of another library's error, on one line of bounded length."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether it is an integer, which JSON's true and false are not."""
+    """Whether it is an integer. JSON's true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object, least: float, most: float) -> TypeGuard[float]:
-    """Whether it is a number in these bounds."""
-    # By comparison alone: NaN fails it, and an integer may be too large for a float.
+    """Whether it is a number from `least` to `most`."""
+    # Compared, not converted: NaN fails the comparison, and an integer may be too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def file_size(file: Path) -> int:
-    """Bytes of a regular file. Raises ConfigError for what is missing, and for what may block or never end when read."""
+    """Bytes of a regular file. Raises ConfigError if it is missing, or is a pipe or device, which may block or never end."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -57,14 +57,14 @@ def file_size(file: Path) -> int:
 
 
 def read_file(file: Path, most: int) -> bytes:
-    """The contents of a regular file of up to `most` bytes. Raises ConfigError for another, before it is read."""
+    """The contents of a regular file of up to `most` bytes. Raises ConfigError for any other, before it is read."""
     size = file_size(file)
     if size > most:
         raise ConfigError(
             f"{file} has {size:,} bytes, and no such file needs more than {most:,}: download it again"
         )
     try:
-        # Should the file have become a pipe since, opening it must not wait for a writer.
+        # The file may have become a pipe meanwhile: opening it must not wait for a writer.
         with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
             return stream.read(most)
     except OSError as error:
@@ -72,7 +72,7 @@ def read_file(file: Path, most: int) -> bytes:
 
 
 def parse_json(raw: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """JSON in UTF-8. pairs: makes an object of its keys and values. Raises ValueError for anything else."""
+    """Parse JSON in UTF-8. pairs: builds an object from its keys and values. Raises ValueError for anything else."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""What loading a model is busy with: INFO records of the logger `orthrus.loading`, whose message is the stage."""
+"""The stages of loading a model. Each is an INFO record of the logger `orthrus.loading`, with the stage as its message."""
 
 import logging
 from collections.abc import Callable
@@ -7,7 +7,7 @@ stages = logging.getLogger("orthrus.loading")
 
 
 class StageHandler(logging.Handler):
-    """Hands each stage to `tell`, on the thread that loads."""
+    """Calls `tell` with each stage, on the thread that loads."""
 
     def __init__(self, tell: Callable[[str], object]) -> None:
         super().__init__(logging.INFO)
@@ -18,6 +18,6 @@ class StageHandler(logging.Handler):
 
 
 def tell_stages(tell: Callable[[str], object]) -> None:
-    """Call `tell` with the name of each stage from now on, in this process."""
+    """From now on, call `tell` with the name of each stage in this process."""
     stages.setLevel(logging.INFO)
     stages.handlers = [StageHandler(tell)]

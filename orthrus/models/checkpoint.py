@@ -1,7 +1,7 @@
-"""Read and write checkpoints in Hugging Face format: plain Qwen3 and Orthrus, in one safetensors file or several.
+"""Read and write checkpoints in Hugging Face format, with or without diffusion weights, in one safetensors file or several.
 
-A checkpoint is checked against its config from the file headers alone, before the first weight is read: a wrong one
-costs a second and one error that lists what is wrong, not a model that writes nonsense.
+Before the first weight is read, the file headers are checked against the config. So a wrong checkpoint costs a second and
+gives one error that lists what is wrong.
 """
 
 import json
@@ -41,13 +41,14 @@ def compute_dtype(dtype: str | torch.dtype, config: ModelConfig, device: str | t
 def load_weights(
     path: str | Path, config: ModelConfig, device: str | torch.device, dtype: str | torch.dtype = "auto"
 ) -> dict[str, Tensor]:
-    """Every tensor of the family's `tensor_shapes` on `device` in `dtype` (see `compute_dtype`).
+    """Every tensor that the config's family expects (`Family.tensor_shapes`), on `device` in `dtype` (see `compute_dtype`).
 
-    Goes tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, but comes along
-    where the files hold another than the embedding (see `with_own_head`).
-    Raises CheckpointError naming file, tensor, expected and found; also for values that are NaN or infinite.
+    Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the files
+    hold one that differs from the embedding (see `with_own_head`).
+    Raises CheckpointError for a tensor that is missing, has another shape, or holds NaN or infinite values. It names the
+    file, the tensor, and what was expected and found.
     """
-    # Hugging Face's progress bar, which its users know how to switch off.
+    # Hugging Face's progress bar: users know how to switch it off.
     from transformers.utils import logging as progress
 
     target = compute_dtype(dtype, config, device)
@@ -63,10 +64,10 @@ def load_weights(
     bar = progress.tqdm(total=sum(map(len, by_file.values())), desc=f"loading {config.name}", unit="tensor")
     for file, names in by_file.items():
         try:
-            # Straight to the device: the host never holds more than the tensor under way.
+            # Straight to the device: the host holds one tensor at a time.
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in names:
-                    # On a CPU a copy even where nothing changes: the original is a view of the file, which may change.
+                    # On a CPU always copy: what was read is a view of the file, and the file may change.
                     on_cpu = torch.device(device).type == "cpu"
                     read = tensors.get_tensor(name)
                     weights[name] = read.to(target, copy=on_cpu)
@@ -79,7 +80,7 @@ def load_weights(
 
 
 def _has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
-    """Whether there is a head that differs from the embedding, by the files, so that no device holds a second one."""
+    """Whether the files hold a head that differs from the embedding. Compared on the host, to spare the device a second copy."""
     if HEAD not in stored:
         return False
     head, embedding = (_read_tensor(stored[name].file, name) for name in (HEAD, EMBEDDING))
@@ -96,7 +97,7 @@ def _read_tensor(file: Path, name: str) -> Tensor:
 
 
 def with_own_head(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """`config` as the tensors have it: under tied embeddings, a head that differs from them counts, as for Hugging Face."""
+    """`config`, untied if the tensors hold a head that differs from the embedding. Hugging Face uses such a head too."""
     head = tensors.get(HEAD)
     if not config.tie_word_embeddings or head is None or torch.equal(head, tensors[EMBEDDING]):
         return config
@@ -109,7 +110,7 @@ def with_own_head(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelCo
 
 
 def check_finite(tensor: Tensor, where: str, original: Tensor) -> None:
-    """Raise CheckpointError if a weight is NaN or infinite. original: it before it was cast."""
+    """Raise CheckpointError if a weight is NaN or infinite. where: its name in errors. original: it before it was cast."""
     if _is_finite(tensor):
         return
     if _is_finite(original):
@@ -120,7 +121,7 @@ def check_finite(tensor: Tensor, where: str, original: Tensor) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # In one pass that needs no memory; NaN is passed on.
+    # One pass without extra memory. aminmax returns NaN if there is one.
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
@@ -132,13 +133,12 @@ def save_checkpoint(
     tokenizer: Any = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint that `load_weights` reads back bit for bit, and transformers as a Qwen3 (its AR view).
+    """Write a checkpoint. `load_weights` reads it back bit for bit, and transformers reads its AR view.
 
-    `tensors` are those of the family's `tensor_shapes`, in one dtype, on any device; a tied lm_head is left out,
-    and one that differs from the embedding makes the checkpoint untied. No file
-    holds more than `max_shard_bytes` of weights, unless one tensor alone does. Weights that were in `path` are
-    replaced. `tokenizer`: anything with `save_pretrained`.
-    Raises CheckpointError when tensors and config disagree, ConfigError for a dtype that can't be loaded again.
+    tensors: those that the config's family expects (`Family.tensor_shapes`), all in one dtype, on any device. A tied lm_head
+    is left out. One that differs from the embedding makes the checkpoint untied. max_shard_bytes: most bytes of weights in
+    one file, unless a single tensor has more. tokenizer: anything with `save_pretrained`. Weights in `path` are replaced.
+    Raises CheckpointError if tensors and config disagree, ConfigError for a dtype that can't be loaded again.
     """
     path = Path(path)
     config = with_own_head(config, tensors)
@@ -153,7 +153,7 @@ def save_checkpoint(
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        # Copies: safetensors refuses tensors that share memory, as a fresh diffusion view may with the AR one.
+        # Copies: safetensors refuses tensors that share memory, and a new diffusion view may share the AR view's.
         shard = {
             n: tensors[n].detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n in names
         }
@@ -184,7 +184,7 @@ def save_checkpoint(
 def _check_given(
     config: ModelConfig, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> torch.dtype:
-    """The one dtype of `tensors`. Raises one error that lists how they differ from the config's."""
+    """The dtype that all `tensors` share. Raises one CheckpointError that lists how they differ from `shapes`."""
     problems = []
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -206,7 +206,7 @@ def _check_given(
 def _split(
     shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], max_bytes: int
 ) -> list[list[str]]:
-    """Names in order, cut into runs of at most `max_bytes`, or of one tensor where that is larger."""
+    """The names in order, cut into runs of at most `max_bytes`. A larger tensor gets a run of its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in shapes:

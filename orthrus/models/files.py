@@ -17,12 +17,12 @@ _LISTED_PROBLEMS = 8
 
 
 def check_files(path: str | Path, config: ModelConfig) -> None:
-    """Check the files' headers against the config, without reading a weight. Raises CheckpointError listing what is wrong."""
+    """Check the files' headers against the config without reading a weight. Raises CheckpointError that lists what is wrong."""
     check_stored(Path(path), stored_tensors(Path(path)), config)
 
 
 def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
-    """Raise one error that lists how the stored tensors differ from the config's."""
+    """Raise one CheckpointError that lists how the stored tensors differ from those that the config's family expects."""
     shapes = family_of(config).tensor_shapes(config)
     has_diffusion = any("_diff." in name for name in stored)
     if has_diffusion and not config.has_diffusion:
@@ -36,7 +36,7 @@ def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelCo
             "(*_diff): use the Orthrus checkpoint, or remove block_size and mask_token_id to serve the AR view"
         )
     if HEAD in stored:
-        # Some tools write a tied head out as well.
+        # Some tools write a tied head too.
         shapes[HEAD] = shapes[EMBEDDING]
     problems = []
     for name, shape in shapes.items():
@@ -61,7 +61,7 @@ def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelCo
 
 
 def raise_if(problems: list[str], headline: str) -> None:
-    """Raise one CheckpointError that lists the first of the problems, if there are any."""
+    """If there are problems, raise one CheckpointError that lists the first of them below the headline."""
     if not problems:
         return
     shown = problems[:_LISTED_PROBLEMS]
@@ -71,12 +71,12 @@ def raise_if(problems: list[str], headline: str) -> None:
 
 
 def weight_bytes(config: ModelConfig, item_bytes: int) -> int:
-    """Memory that the weights take with `item_bytes` for a number."""
+    """Bytes that the weights take. item_bytes: of one number."""
     return sum(math.prod(shape) for shape in family_of(config).tensor_shapes(config).values()) * item_bytes
 
 
 def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:
-    """The dtype to run in. "auto" is the saved one on an accelerator; float32 on CPU, where halves are slow.
+    """The dtype to run in. "auto" is the saved one on an accelerator, and float32 on a CPU, where 16-bit dtypes are slow.
 
     device: "cpu" or another kind. Raises ConfigError for any name but "auto" and the supported ones.
     """

@@ -1,7 +1,8 @@
 """`LayerParallelForward`: the AR view and the diffusion view of all rows of a pass, layer by layer, over one shared cache.
 
-At every layer both views run side by side: each has its own attention projections, everything else (norms, MLP, embedding,
-head) is read once for all rows. AR keys and values are written to the cache before attention; both views read them there.
+At every layer both views run side by side. Each has its own attention projections. Everything else (norms, MLP, embedding,
+head) is shared and read once for all rows. AR keys and values are written to the cache before attention, and both views read
+them there.
 Formulas of the views: Orthrus (arXiv 2605.12825, section 3). What is inside a layer: `orthrus.models.layer`.
 """
 
@@ -16,22 +17,25 @@ from orthrus.models.family import EMBEDDING, FIRST_NORM, HEAD
 from orthrus.plan import PassPlan
 
 _HEAD_SEGMENT = 192
-"""Most inputs in one sum of the LM head on a CPU: of what it rounds away, nothing is normed away afterwards."""
+"""Most inputs in one sum of the LM head on a CPU. Shorter sums round less, and no norm follows that makes up for it."""
 
 
 class LayerParallelForward:
     """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
-    `tensors` are a checkpoint's, by their Hugging Face names, on one device in one dtype; the dict is emptied. head: the LM
-    head, which makes logits of final hidden states. It has position 0 only until `use_context` gives it more.
+    It knows the rotary angles of position 0 only, until `use_context` gives it more.
     """
 
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], weight_format: str = "plain") -> None:
-        """weight_format: how the linear layers keep their weights, by a name that `kernels.pack_weight` knows."""
+        """tensors: a checkpoint's, by their Hugging Face names, on one device in one dtype. The dict is emptied.
+
+        weight_format: how the linear layers keep their weights, by a name that `kernels.pack_weight` knows.
+        """
         self.config = config
         family = family_of(config)
         self._embedding = tensors.pop(EMBEDDING)
         head = tensors.pop(HEAD, None)
+        # The LM head: final hidden states to logits.
         self.head = pack_weight(
             [[{"weight": self._embedding if head is None else head}]],
             weight_format,
@@ -51,9 +55,9 @@ class LayerParallelForward:
         return self.config.num_attention_heads // self.config.num_key_value_heads
 
     def use_context(self, positions: int) -> None:
-        """Have rotary angles for so many positions: what the cache holds, which may be far less than the model allows.
+        """Make rotary angles for `positions` positions: as many as the cache holds, often far fewer than the model allows.
 
-        Not for a forward whose passes have been captured.
+        Must not be called once passes have been captured as CUDA graphs.
         """
         place = torch.arange(positions, dtype=torch.float32, device=self.device)
         angles = place[:, None] * self._inv_freq.to(self.device)
@@ -68,7 +72,7 @@ class LayerParallelForward:
     def hidden_states(self, plan: PassPlan, cache: KVCache, picks: Tensor) -> Tensor:
         """Run the layers. Returns the final, normed hidden states [rows, hidden_size] of all rows.
 
-        picks: int32, the runner's picks, for tokens that the plan takes from there.
+        picks: int32, what earlier passes picked. The plan may take tokens from there, see `kernels.embed`.
         """
         eps = self.config.rms_norm_eps
         start = embed(
@@ -84,7 +88,7 @@ class LayerParallelForward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states [rows, hidden_size]: float32 (float64 for a float64 model) [rows, vocab_size].
 
-        A 16-bit model's are rounded to 16 bits first.
+        Those of a 16-bit model are rounded to 16 bits first.
         """
         logits = self.head.linear(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

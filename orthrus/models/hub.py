@@ -1,6 +1,6 @@
 """Find a model: a directory here, or a snapshot of the Hugging Face hub.
 
-Free of torch, whose import takes seconds: `orthrus config check` and a server that can't start say so before.
+Imports no torch, which takes seconds. So `orthrus config check`, and a server that can't start, report errors at once.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE
 
 _LISTED_MODELS = 8
 _HUB_SECONDS = 5.0
-"""Within which the hub must begin to answer."""
+"""How long the hub may take to begin its answer."""
 
 
 class HubUnreachable(CheckpointError):
-    """A hub id that is not in the local cache, while the hub can't be asked: nothing is known about the model."""
+    """A hub id that is not in the local cache while the hub can't be reached: nothing is known about the model."""
 
 
-# Subfolders hold other formats of the same weights.
+# Files in subfolders are left out: they hold the same weights in other formats.
 _ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
@@ -35,11 +35,11 @@ CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 def resolve(
     model: str | Path, files: Sequence[str] = _ALL_FILES, folders: Sequence[Path] = (Path(),)
 ) -> Path:
-    """The directory of `model`: itself when it is one, else that hub id's snapshot, downloaded when needed.
+    """The directory of a model. `model` is a directory, or a hub id whose snapshot is downloaded if it is not here.
 
-    files: names or patterns of what the snapshot must have, `CONFIG_FILES` to look before the weights are fetched.
-    folders: where relative paths may begin. A name of two parts whose first is a folder there is taken for a path, and
-    for a hub id only if its snapshot is here already.
+    files: names or patterns of the files that the snapshot must have; `CONFIG_FILES` looks before the weights are fetched.
+    folders: where relative paths may begin. If `model` is "a/b" and one of these has a folder "a", then it means a path. It is
+    taken for a hub id only if that snapshot is here already.
     Raises CheckpointError saying whether the path, the hub id, the access or the network is at fault.
     """
     path = Path(model).expanduser()
@@ -83,20 +83,18 @@ def resolve(
 
 
 def _hub_answers(repo: str) -> bool:
-    """Whether the hub says anything about `repo` within seconds. A download would try for minutes."""
+    """Whether the hub answers at all within seconds. A download would try for minutes."""
     try:
         HfApi().model_info(repo, timeout=_HUB_SECONDS)
     except (HfHubHTTPError, HFValidationError):
-        return True  # What it says is for the download to tell.
-    except (
-        Exception
-    ):  # Every version of the hub's client has its HTTP library's errors for a network that fails.
+        return True  # The download reports what the answer means.
+    except Exception:  # Of the HTTP library, which differs between versions of the hub's client.
         return False
     return True
 
 
 def _no_directory(path: Path, beside: Path) -> str:
-    """What to say of a model that is missing from a folder that is here."""
+    """The error for a model that is missing from a folder that exists."""
     others = sorted(entry.name for entry in beside.iterdir() if (entry / CONFIG_FILE).is_file())
     found = f" with the models {', '.join(others[:_LISTED_MODELS])}" if others else ""
     return (

@@ -1,4 +1,4 @@
-"""Rotary settings of a Qwen3: which there are, between which bounds, and the context that they give."""
+"""Rotary settings of a config.json: the supported types, the bounds of each number, and the context that they give."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from orthrus.files import is_number, shown
 ROPE_TYPES = ("default", "yarn")
 _DEFAULT_THETA = 10_000.0
 MOST_POSITIONS = (1 << 31) - 1
-# Least and most of the rotary settings that are numbers.
+# The smallest and the largest value of each setting that is a number.
 _NUMBERS = {
     "rope_theta": (1.0, 1e12),
     "factor": (1.0, 1e6),
@@ -23,7 +23,7 @@ _NUMBERS = {
 
 
 def check_rope_type(rope_type: object) -> None:
-    """Raise ConfigError unless there is such a rope_type here."""
+    """Raise ConfigError unless this rope_type is supported."""
     if rope_type not in ROPE_TYPES:
         raise ConfigError(
             f"rope_type {shown(rope_type)} is not supported: use one of {', '.join(ROPE_TYPES)}"
@@ -31,7 +31,7 @@ def check_rope_type(rope_type: object) -> None:
 
 
 def check_rope_numbers(rope: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a rotary setting that is no number, or absurd; missing ones are for `check_rope`."""
+    """Raise ConfigError for a setting that is not a number or out of bounds. `check_rope` reports missing ones."""
     for key, value in rope.items():
         if value is None or key in ("rope_type", "type"):
             continue
@@ -51,7 +51,7 @@ def check_rope(rope: Mapping[str, Any]) -> None:
     rope_type = rope.get("rope_type")
     check_rope_type(rope_type)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError("partial_rotary_factor is not supported: remove it (Qwen3 rotates whole heads)")
+        raise ConfigError("partial_rotary_factor is not supported: remove it (whole heads are rotated)")
     required = ("rope_theta", "factor", "original_max_position_embeddings")
     for key in required if rope_type == "yarn" else required[:1]:
         if rope.get(key) is None:
@@ -71,7 +71,7 @@ def check_rope(rope: Mapping[str, Any]) -> None:
 def yarn_context(rope: Mapping[str, Any]) -> int:
     """The context that YaRN extends to, in tokens; 0 without YaRN.
 
-    Qwen3's model card only has rope settings added to a config.json whose max_position_embeddings stays as it was.
+    Qwen3's model card tells users to add rope settings to config.json, and to leave its max_position_embeddings as it is.
     """
     if rope["rope_type"] != "yarn":
         return 0
@@ -81,7 +81,7 @@ def yarn_context(rope: Mapping[str, Any]) -> int:
 def standard_rope(data: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config.json in transformers-5 style, with Hugging Face's defaults.
 
-    data: with max_position_embeddings, which YaRN's settings may leave out to mean it.
+    data: the settings, max_position_embeddings included. It is the default of YaRN's original_max_position_embeddings.
     """
     given = data.get("rope_scaling") or data.get("rope_parameters") or {}
     rope = {key: value for key, value in given.items() if key != "type"}

@@ -1,4 +1,4 @@
-"""Shapes of the published Qwen3 models, for when a checkpoint can't be looked at: to plan memory, to benchmark."""
+"""Shapes of the published Qwen3 models, to plan memory and to benchmark without a checkpoint."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,7 @@ def _qwen3(
     )
 
 
-# From the config.json of Qwen/Qwen3-*; 72B is Qwen2.5's, the size above Qwen3's largest dense model.
+# From the config.json of Qwen/Qwen3-*. There is no dense Qwen3-72B: its shape is that of Qwen2.5-72B.
 QWEN3_SHAPES = {
     "0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
     "1.7B": _qwen3(2048, 6144, 28, 16, tied=True),

@@ -1,6 +1,7 @@
-"""What the safetensors files of a checkpoint hold, by their headers: no weight is read, and nothing is believed.
+"""What the safetensors files of a checkpoint hold, by their headers. No weight is read.
 
-A header is checked as the library does, which reads the weights later, and further: an error here names what is wrong.
+A header may be damaged or hostile, so everything in it is checked. These checks include those of the safetensors library,
+which reads the weights later, but their errors name what is wrong.
 """
 
 import math
@@ -15,7 +16,7 @@ from orthrus.files import file_size, is_int, parse_json, read_json, shown
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MOST_HEADER_BYTES = 8 << 20
-"""Of a header, and of an index: ten times what the deepest models need."""
+"""The largest header, and the largest index file: ten times what the deepest models need."""
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SHOWN_NAME = 200
@@ -78,14 +79,14 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Name and description of each tensor in a safetensors file, whose size is checked against them."""
+    """Name and description of each tensor in a safetensors file. Checks that the file is as long as they say."""
     size = file_size(file)
     raw = None
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
-            # A damaged length can be anything: never read more than there is.
+            # A damaged length can be any number: never read more than the file has.
             if len(start) == 8 and 8 + length <= size:
                 if length > MOST_HEADER_BYTES:
                     raise CheckpointError(
@@ -161,7 +162,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _other_weights(path: Path) -> str:
-    """What kind of weights the directory has instead, as the end of a sentence."""
+    """The end of an error message: which other files of weights the directory has."""
     others = sorted(
         f.name for f in path.glob("*") if f.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors"}
     )

@@ -1,7 +1,7 @@
 """Grammars as text: JSON Schemas, regular expressions, choices, and Lark grammars.
 
-A grammar travels as text, in `SamplingParams.grammar`, and is compiled where the engine is (`orthrus.text.grammar_mask`). So
-whoever only writes grammars needs no torch.
+A grammar is sent as text, in `SamplingParams.grammar`, and compiled beside the engine (`orthrus.text.grammar_mask`). So code
+that only writes grammars imports no torch.
 """
 
 import json
@@ -15,19 +15,19 @@ from orthrus.errors import RequestError
 from orthrus.text.json_schema.bounds import bounded
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18
-# JSON on one line, or laid out in lines, but never a context full of blanks.
+# Allows JSON on one line or indented, but not an answer full of blanks.
 _WHITESPACE = r" ?|\r?\n( {0,40}|\t{0,10})"
 
 
 def json_grammar(schema: Any, param: str = "response_format") -> str:
-    """A grammar whose texts are JSON values under a JSON Schema. param, errors: as `json_rule`."""
+    """A grammar whose texts are JSON values under a JSON Schema. Parameter and errors are those of `json_rule`."""
     return f"start: {json_rule(schema, param)}"
 
 
 def json_rule(schema: Any, param: str = "response_format") -> str:
-    """The right side of a Lark rule: JSON under a JSON Schema, bounded as `orthrus.text.json_schema.bounds` says.
+    """The right side of a Lark rule: JSON under a JSON Schema, with the bounds that `bounded` adds.
 
-    param: the request's field that has the schema, for errors. Raises RequestError.
+    param: the request's field that holds the schema, for errors. Raises RequestError.
     """
     options = {"whitespace_pattern": _WHITESPACE}
     return f"%json {json.dumps({**bounded(schema, param), 'x-guidance': options})}"
@@ -59,7 +59,7 @@ def choice_grammar(choices: Sequence[str], param: str) -> str:
 def lark_grammar(text: str, param: str) -> str:
     """A grammar that a user wrote, in Lark's notation or in GBNF (`root ::= ...`), as Lark.
 
-    param: the request's field, for errors. Raises RequestError; a Lark grammar's own faults show when it is compiled.
+    param: the request's field, for errors. Raises RequestError. Mistakes in a Lark grammar show when it is compiled.
     """
     check_size(text, param)
     try:

@@ -1,6 +1,6 @@
 """Token masks from grammars (llguidance).
 
-The parser can be rolled back, so the masks of a block of drafts are those that plain decoding would meet one by one.
+The parser can be rolled back. So the masks of a block of drafts are those that plain decoding would use one by one.
 """
 
 import threading
@@ -18,7 +18,8 @@ from orthrus.errors import RequestError
 from orthrus.text.grammar import check_size
 from orthrus.text.unique_keys import KeyTokens, Place
 
-# Masks are made on the engine's thread, where every stream waits for them.
+# Masks are made on the engine's thread, so every stream waits for them. A sequence gets this much time for each position,
+# and may exceed it by `_MASK_SECONDS` in all.
 _POSITION_SECONDS = 0.01
 _MASK_SECONDS = 1.0
 _LIMITS = LLParserLimits(
@@ -29,15 +30,15 @@ _LIMITS = LLParserLimits(
     max_lexer_states=50_000,
     max_grammar_size=200_000,
 )
-# How the bounds of a JSON Schema write that an object may have keys by a pattern, which says nothing of how often each comes.
+# Stands in a grammar whose objects may have keys by a pattern. A pattern can't say that each key comes once.
 _FREE_KEYS = '"patternProperties": {"'
 
 
 class GrammarMasks:
-    """Compiles grammars for one model. Any thread may use it."""
+    """Compiles grammars for one model. Thread-safe."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """tokenizer: a fast Hugging Face one. vocab_size: columns of the logits. eos_token_ids: what may end a text."""
+        """tokenizer: a fast Hugging Face one. vocab_size: columns of the logits. eos_token_ids: tokens that may end a text."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
@@ -47,14 +48,14 @@ class GrammarMasks:
     def __call__(self, grammar: str) -> "GrammarMask":
         """The mask of a new sequence. Raises RequestError for a grammar that can't be compiled.
 
-        The first call for a model takes seconds, the first for a grammar up to one; then it takes microseconds.
+        The first call for a model takes seconds, and the first for a grammar up to one. Later calls take microseconds.
         """
         keys = self._key_tokens if _FREE_KEYS in grammar else None
         return GrammarMask(self._compiled(grammar).deep_copy(), -(-self._vocab_size // 32), keys)
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        # Here, since it brings all of transformers' models, and an ingress only writes grammars.
+        # Imported here, because it imports all of transformers' models.
         from llguidance.hf import from_tokenizer
 
         return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
@@ -68,7 +69,7 @@ class GrammarMasks:
         with self._lock:
             vocabulary = self._vocabulary
         matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
-        # A grammar that defines itself by itself shows only now.
+        # Only now does it show whether a rule is defined by itself.
         matcher.compute_bitmask()
         if matcher.is_error():
             reason = matcher.get_error().partition("<state>")[0].strip()
@@ -82,14 +83,15 @@ class GrammarMask:
     param = "response_format"
 
     def __init__(self, matcher: LLMatcher, width: int, keys: KeyTokens | None = None) -> None:
-        """width: of a row, in int32; llguidance's may be wider. keys: the vocabulary's, if the grammar leaves keys free."""
+        """width: int32 numbers in a row of a mask; llguidance's rows may be wider. keys: given if the grammar has free keys."""
         self.error: str | None = None
         self._matcher = matcher
         self._width = width
         self._keys = keys
         self._place = Place()
         self._ahead: list[_Position] = []
-        self._seconds = 0.0  # Beyond what its positions may take.
+        # How far the time spent exceeds what the positions may take.
+        self._seconds = 0.0
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
         begin = time.thread_time()
@@ -104,7 +106,7 @@ class GrammarMask:
         known = len(rows)
         rows += rows[-1:] * (len(ahead) + 1 - first - len(rows))
         masks = self._tensor(rows)
-        # Only what is verified counts; a draft may bring a key again.
+        # With `first` the masks are for drafts, which may repeat a key: verification decides.
         if self._keys is not None and first == 0:
             self._forbid_repeated_keys(self._keys, masks[:known], ahead)
         self._note_time(begin, known)
@@ -115,7 +117,7 @@ class GrammarMask:
         return masks.view(len(rows), -1)[:, : self._width]
 
     def _behind(self, ahead: Sequence[int], token: int) -> Tensor:
-        """The mask behind `ahead` and one more token, keys that come again included."""
+        """The mask after `ahead` and one more token. Repeated keys are not removed from it."""
         taken = self._matcher.try_consume_tokens([*ahead, token])
         row = self._matcher.compute_bitmask()
         self._matcher.rollback(taken)
@@ -126,7 +128,7 @@ class GrammarMask:
         self._ahead = []
         for i, row in enumerate(masks):
             if place is None:
-                break  # What comes after a key that may not come is never read.
+                break  # Rows after a forbidden key are never read.
             anything = keys.follows_nothing(row)
             if anything:
                 place = Place()
@@ -154,13 +156,13 @@ class GrammarMask:
                 self.error = (
                     "the answer can't go on: an object needs another key, and has all that its schema allows"
                 )
-        # Once the text is complete only an end of sequence is allowed, and the matcher has nothing more to take in.
+        # Once the text is complete, only an end of sequence is allowed. The matcher takes no more tokens.
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
         self._note_time(begin, 1)
 
     def _note_time(self, begin: float, positions: int) -> None:
-        """Note what was done since `begin`, in this thread's seconds, for so many positions."""
+        """Account for the time since `begin`, in CPU seconds of this thread, that `positions` positions took."""
         self._seconds = max(0.0, self._seconds + time.thread_time() - begin - positions * _POSITION_SECONDS)
         if self.error is None and self._matcher.is_error():
             reason = self._matcher.get_error().partition("<state>")[0].strip()
@@ -171,7 +173,9 @@ class GrammarMask:
 
 @dataclass(frozen=True, slots=True)
 class _Position:
-    """What a mask has shown of one position. stuck: nothing but a key that has come already may come."""
+    """What the mask of one position shows."""
 
+    # Any text may follow, so there is no JSON to track.
     anything: bool
+    # Only keys that the object already has may follow.
     stuck: bool

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 class TokenBytes(dict[int, bytes]):
     """The bytes that each token stands for. Joined and read as UTF-8 they are the tokenizer's own `decode`.
 
-    A token is looked up when it is first asked for: every token of every stream comes by here.
+    Each token is looked up once, when it is first asked for, because every token of every stream passes here.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -25,7 +25,7 @@ class TokenBytes(dict[int, bytes]):
         )
 
     def __missing__(self, token_id: int) -> bytes:
-        """Ids past the vocabulary, which padded embeddings have, stand for nothing."""
+        """Ids beyond the vocabulary, which padded embeddings have, stand for no bytes."""
         token = self._tokenizer.id_to_token(token_id) or ""
         alphabet = _byte_alphabet()
         if all(character in alphabet for character in token):
@@ -45,12 +45,12 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-# By identity: a tokenizer is used by many streams, and finding its special tokens takes a millisecond.
+# Cached by the tokenizer's identity: many streams use one, and finding its special tokens takes a millisecond.
 token_bytes = lru_cache(maxsize=8)(TokenBytes)
 
 
 class _Node:
-    """A state of the trie of stop strings. `end` is the stop string that ends here."""
+    """A node of the trie of stop strings. end: the stop string that ends here."""
 
     __slots__ = ("children", "end")
 
@@ -71,10 +71,10 @@ def _stop_trie(stop: tuple[str, ...]) -> _Node:
 
 
 class TextStream:
-    """Incremental detokenisation with stop strings, decided character by character, so that chunking never matters.
+    """Incremental detokenisation with stop strings. It decides character by character, so chunking never matters.
 
-    A token's bytes may end inside a character, and text may begin a stop string: both are held back until decided. Of
-    several stop strings the one that is complete first counts, of those complete at once the longest.
+    A token's bytes may end inside a character, and a text may be the beginning of a stop string. Both are held back until they
+    are decided. The stop string that is complete first counts. Of several that are complete at once, the longest counts.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class TextStream:
     ) -> None:
         """tokenizer: a fast, byte-level Hugging Face one. stop: strings that end the text and are left out of it.
 
-        min_tokens: a stop string that is complete within so many tokens is text as any other. kept: special tokens that
-        are text even where others are skipped.
+        min_tokens: a stop string that is complete within the first `min_tokens` tokens is ordinary text. kept: special tokens
+        that are part of the text even if others are skipped.
         """
         self.stopped: str | None = None
         self._free = min_tokens
@@ -99,11 +99,11 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._root = _stop_trie(tuple(stop)) if stop else None
         self._held = ""
-        # Where in `_held` each stop string that may be under way begins, and how far it has come: oldest first.
+        # The stop strings that may have begun in `_held`, oldest first: where each begins, and its node in the trie.
         self._begun: list[tuple[int, _Node]] = []
 
     def push(self, token_id: int) -> str:
-        """Text that is certain after one more token. Once a stop string is found, `stopped` is it and nothing more comes."""
+        """Text that is certain after one more token. A stop string that is found is put in `stopped`; no text follows it."""
         free = self._free > 0
         self._free -= 1
         if self.stopped is not None or token_id in self._skip:
@@ -112,13 +112,13 @@ class TextStream:
         return self._match(text, free) if self._root is not None else text
 
     def finish(self) -> str:
-        """Text still held back, an unfinished character as U+FFFD; call once, at the end."""
+        """The text that is still held back, with U+FFFD for an unfinished character. Call it once, at the end."""
         if self.stopped is not None:
             return ""
         return self._held + self._utf8.decode(b"", final=True)
 
     def _match(self, text: str, free: bool) -> str:
-        """Hold `text` back as long as a stop string may begin in it; the part that is decided.
+        """Add `text` to what is held back, and return the part of it that can no longer belong to a stop string.
 
         free: stop strings that are complete in it don't count.
         """

@@ -12,14 +12,14 @@ from orthrus.errors import ConfigError
 from orthrus.files import file_size, one_line
 from orthrus.text.chat_limits import check_templates
 
-# Of a tokenizer's file: three times what the largest vocabularies take.
+# The largest file of a tokenizer: three times what the largest vocabularies take.
 _MOST_FILE_BYTES = 32 << 20
 _FILES = ("*.json", "*.txt", "*.jinja", "*.model", "additional_chat_templates/*")
 
 
 def load_tokenizer(path: Path | str) -> Any:
     """The Hugging Face tokenizer in a checkpoint directory. Raises ConfigError unless it is a fast, byte-level one."""
-    # Here, since it brings torch.
+    # Imported here, because it imports torch.
     from transformers import AutoTokenizer
 
     _check_sizes(path)
@@ -38,7 +38,7 @@ def load_tokenizer(path: Path | str) -> Any:
 def check_tokenizer(path: Path | str) -> None:
     """Raise ConfigError for a tokenizer.json that `load_tokenizer` would refuse, without loading transformers.
 
-    What is in other files, and a tokenizer without that one, is not looked at.
+    Other files are not checked, nor is a tokenizer without a tokenizer.json.
     """
     _check_sizes(path)
     file = Path(path) / "tokenizer.json"
@@ -51,11 +51,11 @@ def check_tokenizer(path: Path | str) -> None:
 
 @contextmanager
 def _refusing(path: Path | str) -> Iterator[None]:
-    """Turn what goes wrong while a tokenizer is loaded into a ConfigError."""
+    """Turn any error while a tokenizer is loaded into a ConfigError."""
     try:
         yield
     except BaseException as error:
-        # What is wrong inside tokenizer.json may come as a panic of its Rust code, which is no Exception.
+        # A mistake in tokenizer.json may raise a panic of the Rust code, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ConfigError(f"no tokenizer can be loaded from {path}: {one_line(error)}") from error
@@ -63,7 +63,7 @@ def _refusing(path: Path | str) -> Iterator[None]:
 
 def _check_sizes(path: Path | str) -> None:
     for pattern in _FILES:
-        # Before transformers opens them, which a pipe would have it wait for.
+        # Before transformers opens them: opening a pipe would wait for a writer.
         for file in Path(path).glob(pattern):
             if (size := file_size(file)) > _MOST_FILE_BYTES:
                 raise ConfigError(
@@ -74,4 +74,4 @@ def _check_sizes(path: Path | str) -> None:
 def _check_byte_level(tokenizer: Tokenizer, path: Path | str) -> None:
     decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
     if "ByteLevel" not in {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}:
-        raise ConfigError(f"the tokenizer in {path} is not byte-level BPE, as those of all Qwen3 models are")
+        raise ConfigError(f"the tokenizer in {path} is not byte-level BPE, the only kind that is supported")

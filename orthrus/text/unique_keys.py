@@ -1,7 +1,7 @@
-"""Keys of JSON objects that come once: what a grammar can't say of keys that it leaves free.
+"""Forbid that an object of a JSON text has a key twice. A grammar can't say so for keys that it leaves free.
 
-A JSON text is followed byte by byte, and a token that would end a key for the second time in its object is taken out of the
-mask. Where a grammar lets any text pass, as thoughts before the JSON, there is nothing to follow.
+The JSON text is followed byte by byte. A token that would end a key which its object already has is taken out of the mask.
+Where a grammar allows any text, such as thoughts before the JSON, nothing is followed.
 """
 
 import json
@@ -15,21 +15,21 @@ from torch import Tensor
 from orthrus.text.json_schema.bounds import MAX_KEY
 
 _MOST_LOOKED_BEHIND = 16
-"""Tokens of one position whose next mask is made, only to see whether the answer can go on there."""
+"""For at most this many tokens of a position, the mask after them is made to see whether the answer could go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where in a JSON text the next byte comes.
+    """The state of a JSON text between two of its bytes."""
 
-    open: the arrays (None) and objects (their keys so far, as `_spelled_out` has them, sorted) that are open, outermost
-    first. string: the bytes of a key under way, empty in other strings, None outside of strings. escaped: whether a
-    backslash has just come. wants_key: whether the next string is a key.
-    """
-
+    # The open arrays and objects, outermost first: None for an array, the sorted keys so far for an object, spelled as
+    # `_spelled_out` does.
     open: tuple[tuple[bytes, ...] | None, ...] = ()
+    # Inside a key, its bytes so far. Inside any other string, empty. Outside of strings, None.
     string: bytes | None = None
+    # Whether the last byte was a backslash that escapes the next one.
     escaped: bool = False
+    # Whether the next string, or the current one, is a key.
     wants_key: bool = False
 
     @property
@@ -37,7 +37,7 @@ class Place:
         return self.string is not None and self.wants_key
 
     def after(self, data: bytes) -> "Place | None":
-        """The place behind `data`, None if a key in it is one that its object has already."""
+        """The place after `data`. None if `data` ends a key that its object already has."""
         place = self
         start = 0
         while start < len(data):
@@ -63,7 +63,7 @@ class Place:
         return place
 
     def rests(self) -> Iterator[tuple[bytes, bytes]]:
-        """The keys of the object that begin as the one under way, each with what this one lacks of it."""
+        """The object's keys that begin like the unfinished key, each with the bytes that the unfinished key lacks."""
         keys = self.open[-1] if self.in_key else None
         if not keys or self.string is None:
             return
@@ -88,7 +88,7 @@ class Place:
 
 
 def _string_end(data: bytes, start: int, escaped: bool) -> int | None:
-    """Where the quote stands that ends a string."""
+    """The index of the quote that ends a string. None if it is not in `data`."""
     for i in range(start, len(data)):
         if escaped:
             escaped = False
@@ -105,7 +105,7 @@ def _leaves_escaped(piece: bytes, escaped: bool) -> bool:
 
 
 def _spelled_out(string: bytes) -> bytes:
-    """A key as JSON spells it with the fewest escapes; two spellings of one key are one key."""
+    """A key as JSON spells it with the fewest escapes. So all spellings of a key become the same."""
     try:
         key = str(json.loads(b'"' + string + b'"'))
     except ValueError:
@@ -114,15 +114,17 @@ def _spelled_out(string: bytes) -> bytes:
 
 
 class KeyTokens:
-    """What the tokens of a vocabulary do to keys. texts: the bytes of each."""
+    """Which tokens of a vocabulary end which keys."""
 
     def __init__(self, texts: Sequence[bytes]) -> None:
+        # The bytes of each token.
         self.texts = texts
         self._whole: dict[bytes, list[int]] = {}
         for token, text in enumerate(texts):
             self._whole.setdefault(text, []).append(token)
         quoted = [token for token, text in enumerate(texts) if b'"' in text]
-        # By what they end a key with; those that begin with a backslash or have several quotes must be followed.
+        # Tokens with a quote, by the bytes before the quote. Those with a backslash before it, or with several quotes, are
+        # unclear: their effect has to be worked out byte by byte.
         self._ending: dict[bytes, list[int]] = {}
         unclear: list[int] = []
         for token in quoted:
@@ -132,19 +134,19 @@ class KeyTokens:
             if b"\\" not in before:
                 self._ending.setdefault(before, []).append(token)
         self._quoted, self._unclear = np.array(quoted, np.int64), np.array(unclear, np.int64)
-        # Both may come only where anything may: JSON has no raw line end in a string, and no z elsewhere.
+        # Where both of these tokens are allowed, any text is: JSON allows no raw line end in a string, and no z outside of one.
         self._anything = np.array(
             [self._whole[text][0] for text in (b"\n", b"z") if text in self._whole], np.int64
         )
 
     def follows_nothing(self, row: Tensor) -> bool:
-        """Whether a mask of one position, int32 [ceil(vocab_size / 32)], lets any text pass."""
+        """Whether a mask of one position, int32 [ceil(vocab_size / 32)], allows any text."""
         return len(self._anything) == 2 == len(_those_set(row, self._anything))
 
     def forbid(self, row: Tensor, place: Place, behind: Callable[[int], Tensor]) -> bool:
-        """Clear the bits of tokens that bring a key again; False, and nothing cleared, if none would be left.
+        """Clear the bits of tokens that repeat a key. If none would be left, clear nothing and return False.
 
-        behind: the mask of the position behind a token of this one.
+        behind: gives the mask of the position after a token.
         """
         repeating = self._repeating(row, place) + self._dead_ends(row, place, behind)
         if not repeating:
@@ -156,7 +158,7 @@ class KeyTokens:
         return True
 
     def _repeating(self, row: Tensor, place: Place) -> list[int]:
-        """The tokens that end a key which is there already."""
+        """The tokens that end a key which its object already has."""
         if not any(place.open):
             return []
         followed = self._unclear
@@ -171,7 +173,7 @@ class KeyTokens:
         return repeating + unclear
 
     def _dead_ends(self, row: Tensor, place: Place, behind: Callable[[int], Tensor]) -> list[int]:
-        """The tokens behind which a key has its full length, so that it can only end, and is there already."""
+        """The tokens that bring a repeated key to its full length, so that only its forbidden end could follow."""
         complete = [
             token
             for key, rest in place.rests()
@@ -180,7 +182,7 @@ class KeyTokens:
         ]
         dead: list[int] = []
         for token in _those_set(row, np.array(complete, np.int64))[:_MOST_LOOKED_BEHIND]:
-            # The key may be the beginning of one that the schema names.
+            # A longer key that the schema names may begin like this one.
             next_row, next_place = behind(token), place.after(self.texts[token])
             assert next_place is not None, "a token without a quote ends no key"
             if not _without(next_row, self._repeating(next_row, next_place)).any():
@@ -189,7 +191,7 @@ class KeyTokens:
 
 
 def _without(row: Tensor, tokens: Sequence[int]) -> Tensor:
-    """A copy of a mask's row without the bits of `tokens`."""
+    """A copy of a row of a mask without the bits of `tokens`."""
     left = row.clone()
     which = np.array(tokens, np.int64)
     bits = np.uint32(1) << (which % 32).astype(np.uint32)

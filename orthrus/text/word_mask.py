@@ -1,4 +1,4 @@
-"""Words and tokens that an answer may not have, as a `TokenMask`: `bad_words` and `allowed_token_ids`, as vLLM has them."""
+"""vLLM's `bad_words` and `allowed_token_ids` as a `TokenMask`: words and tokens that an answer must not contain."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ _NOTHING_LEFT = "bad_words and allowed_token_ids leave no token"
 
 
 class WordRules:
-    """What `bad_words` and `allowed_token_ids` of a request forbid. Its choices share it."""
+    """What `bad_words` and `allowed_token_ids` of a request forbid. All choices of the request share it."""
 
     def __init__(
         self, tokenizer: Any, vocab_size: int, bad_words: Sequence[str], allowed: Sequence[int] | None
@@ -27,7 +27,7 @@ class WordRules:
         else:
             _check_ids(allowed, vocab_size)
             bits[list(allowed)] = 1
-        # By what comes before it, the last tokens of words of several.
+        # For words of several tokens: the last token of each, by the tokens before it.
         self._ends: dict[tuple[int, ...], list[int]] = {}
         for *start, end in _spellings(bad_words, tokenizer):
             if start:
@@ -36,17 +36,17 @@ class WordRules:
                 bits[end] = 0
         if not bits.any():
             raise RequestError(f"{_NOTHING_LEFT}: allow more", "bad_words")
-        # What no words of several tokens restrict.
+        # The mask where no word of several tokens is about to end.
         self.free = np.packbits(bits, bitorder="little").view(np.int32)
         self._lengths = sorted({len(start) for start in self._ends})
 
     @property
     def memory(self) -> int:
-        """How many of the newest tokens matter."""
+        """How many of the newest tokens decide what may follow."""
         return self._lengths[-1] if self._lengths else 0
 
     def row(self, before: Sequence[int]) -> np.ndarray:
-        """What may follow the generated tokens `before`: int32 [ceil(vocab_size / 32)], maybe nothing."""
+        """What may follow the generated tokens `before`: int32 [ceil(vocab_size / 32)]. Maybe no token."""
         ends = [
             end
             for length in self._lengths
@@ -76,7 +76,7 @@ class WordMask:
         tokens = [*self._newest, *ahead]
         ends = range(len(self._newest) + first, len(tokens) + 1)
         rows = [self._rules.row(tokens[:end]) for end in ends]
-        # Where nothing is left, `commit` notes the error.
+        # If no token is left, everything free is allowed, and `commit` notes the error.
         return torch.from_numpy(np.stack([row if row.any() else self._rules.free for row in rows]))
 
     def accepts(self, tokens: Sequence[int]) -> int:
@@ -91,12 +91,12 @@ class WordMask:
         if not self.accepts([token]):
             self.error = f"{_NOTHING_LEFT} to go on with: allow more"
         self._newest.append(token)
-        # All of a word but its last token is looked at.
+        # Only the tokens before a word's last one are needed.
         del self._newest[: max(0, len(self._newest) - self._rules.memory)]
 
 
 class JointMask:
-    """What several masks allow at once. Where that is nothing, the first alone counts, and another's `commit` notes the error."""
+    """What several masks allow together. If that is nothing, only the first counts, and `commit` of another notes the error."""
 
     def __init__(self, *masks: TokenMask) -> None:
         self._masks = masks
@@ -134,7 +134,7 @@ def _check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _spellings(words: Sequence[str], tokenizer: Any) -> set[tuple[int, ...]]:
-    """The tokens of each word, at the beginning of a text and behind a blank."""
+    """The tokens of each word, both at the beginning of a text and after a blank."""
     if words and tokenizer is None:
         raise RequestError("bad words need a tokenizer, and this model was loaded without one", "bad_words")
     texts = [text for word in words for text in (word, f" {word.lstrip()}")]

@@ -1,4 +1,4 @@
-"""What two cleaned JSON Schemas are together, and whether they exclude each other."""
+"""Combine two cleaned JSON Schemas, and find out whether they exclude each other."""
 
 import json
 from collections.abc import Callable
@@ -11,13 +11,13 @@ _SMALLER = ("maxLength", "maxItems", "maxProperties", "maximum", "exclusiveMaxim
 
 
 def types_of(schema: Schema) -> frozenset[str]:
-    """The types that a schema leaves, as it names them: "integer" only where it says so."""
+    """The types that a schema allows. "integer" is among them only if the schema names it."""
     given = schema.get("type", TYPES)
     return frozenset([given] if isinstance(given, str) else given)
 
 
 def merged(one: Schema, other: Schema) -> Schema:
-    """A schema that accepts what both do; its new subschemas may have `allOf`. Raises SchemaError where there is no such form."""
+    """A schema for the values that both accept. Its subschemas may have `allOf`. Raises SchemaError if it can't be written."""
     both = {**one, **other}
     for name in one.keys() & other.keys():
         if one[name] != other[name] or name in ("anyOf", "oneOf"):
@@ -36,7 +36,7 @@ def merged(one: Schema, other: Schema) -> Schema:
 
 
 def constants(schema: Schema) -> list[Any]:
-    """The values of `enum` or `const`."""
+    """The values that `enum` and `const` leave."""
     if "enum" not in schema:
         return [schema["const"]]
     if "const" in schema:
@@ -93,7 +93,7 @@ def _merged_properties(one: Schema, other: Schema) -> Schema:
 
 
 def both_of(one: Schema | bool, other: Schema | bool) -> Schema | bool:
-    """The schema of what two schemas accept."""
+    """A schema for the values that both accept. It may have `allOf`."""
     if one is False or other is False:
         return False
     if one is True or one == other:
@@ -104,10 +104,10 @@ def both_of(one: Schema | bool, other: Schema | bool) -> Schema | bool:
 def exclusive(
     one: Schema | bool, other: Schema | bool, flat: Callable[[Any], Schema | bool], depth: int = 3
 ) -> bool:
-    """Whether no value that is written for `one` is valid under `other`, as far as can be seen.
+    """Whether no value that is written for `one` is valid under `other`. False if that can't be told.
 
-    Both are flat: without `$ref` and `allOf`; `flat` makes subschemas so. An object that names its properties is written
-    without others. depth: how many properties deep to look.
+    Both are flat, which means without `$ref` and `allOf`. flat: makes a subschema flat. An object that names its properties is
+    written without others. depth: how many levels of properties to look into.
     """
     if isinstance(one, bool) or isinstance(other, bool):
         return one is False or other is False
@@ -128,7 +128,7 @@ def exclusive(
 
 
 def _kinds(schema: Schema) -> set[str]:
-    """Types, of which no value has two."""
+    """The types, with "integer" counted as "number". No value has two of these."""
     return {"number" if name == "integer" else name for name in types_of(schema)}
 
 
@@ -164,7 +164,7 @@ def _has_type(value: Any, types: frozenset[str]) -> bool:
 
 
 def _canonical(value: Any) -> str:
-    """Equal for values that JSON Schema calls equal: 1 is 1.0, true is not 1."""
+    """A text that is the same for values that are equal in JSON Schema: 1 equals 1.0, and true does not equal 1."""
     if isinstance(value, float) and value == int(value):
         value = int(value)
     return json.dumps(value, sort_keys=True)

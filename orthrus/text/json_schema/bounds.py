@@ -1,8 +1,8 @@
-"""JSON Schemas made ready for llguidance: what it can't enforce is refused by name, and what has no bound gets one.
+"""Prepare JSON Schemas for llguidance: keywords that it can't enforce are refused by name, and open ends get bounds.
 
-A schema says what an answer may be, not that it ends: a number may have digits for ever, a list items, a tree children.
-So every number, string, array and object gets bounds where the schema has none, and recursive references a depth. Whatever
-the bounded schema accepts, the given one accepts.
+A schema allows answers that never end: a number with ever more digits, a list with ever more items, an ever deeper tree.
+So every number, string, array and object gets bounds where the schema has none, and recursion gets a depth. Every value that
+the bounded schema accepts is also valid under the given one.
 """
 
 import json
@@ -26,26 +26,26 @@ from orthrus.text.json_schema.references import References
 MAX_KEY = 64
 """Characters of a key that has no name in the schema."""
 MAX_ITEMS = 50
+"""Items of an array without maxItems, beyond its minItems. Halved for each open-ended array or object around it."""
 MAX_KEYS = 24
-"""Items of an array without maxItems, beyond its minItems, and keys that have no name in the schema, of an object without
-maxProperties. Within another such array or object half as many, and so on."""
+"""Keys without a name in the schema, of an object without maxProperties. Halved likewise."""
 MAX_DEPTH = 6
-"""Recursive references within one another; arrays and objects within one another where the schema leaves values free."""
+"""How deep recursive references may nest, and arrays and objects where the schema allows any value."""
 
-# What takes llguidance a second or so, or is beyond its own limits in the middle of an answer.
+# Beyond these limits llguidance takes about a second, or hits its own limits in the middle of an answer.
 _MAX_SCHEMAS = 20_000
 _MAX_OPTIONS = 64
 _MAX_OPTIONAL = 200
 _MAX_PATTERNS = 300
 _FREE = "free"
-"""Stands for the target of a reference to any value; JSON Pointers begin otherwise."""
+"""The target of a reference to any value. No JSON Pointer looks like this."""
 
 
 def bounded(schema: Any, param: str) -> Schema:
-    """A schema for llguidance that accepts some of what `schema` does, and only texts that end.
+    """A schema for llguidance. It accepts only values that `schema` accepts, and only texts that end.
 
-    param: the request's field, for errors. Raises RequestError naming the keyword and its place for a schema that is none,
-    refers to what is not there, accepts nothing, or asks for what can't be enforced token by token.
+    param: the request's field, for errors. Raises RequestError that names the keyword and its place if `schema` is not a valid
+    schema, has a reference without a target, accepts no value, or asks for what can't be enforced token by token.
     """
     try:
         if not is_schema(schema):
@@ -62,7 +62,7 @@ def bounded(schema: Any, param: str) -> Schema:
 
 
 def _check_values(schema: Any) -> None:
-    """Numbers must be finite and texts Unicode, in constants too. Raises SchemaError."""
+    """Raise SchemaError unless all numbers are finite and all texts are Unicode, in constants too."""
     try:
         json.dumps(schema, allow_nan=False, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -72,7 +72,7 @@ def _check_values(schema: Any) -> None:
 
 
 class _Bounding:
-    """Walks over a schema once for each depth of recursion that is left. `level`: recursive references that may follow."""
+    """Rewrites a schema. A recursive part is rewritten once for each depth at which it may stand (`_Room.level`)."""
 
     def __init__(self, schema: Schema | bool) -> None:
         self._references = References(schema)
@@ -96,10 +96,10 @@ class _Bounding:
             definitions[self._names[target, room]] = body
         return root if root is False else {**root, "$defs": definitions}
 
-    # --- how deep a value must be, so that its recursion can be cut
+    # --- the least depth of recursion that any value of a schema needs
 
     def _find_heights(self) -> None:
-        """How many recursive references any value must at least have within one another, for each recursive target."""
+        """For each recursive target: the fewest nested recursive references that a value of it can have."""
         recursive = self._references.recursive
         self._heights = dict.fromkeys(recursive, math.inf)
         for _ in range(MAX_DEPTH + 1):
@@ -148,9 +148,9 @@ class _Bounding:
         return self._references.clean(raw)
 
     def _flat(self, schema: Schema) -> tuple[Schema, int]:
-        """A cleaned schema with `$ref` and `allOf` worked in, and how many recursive references that took.
+        """A cleaned schema with its `$ref` and `allOf` merged in, and how many recursive references were followed.
 
-        Raises _Nothing if no value is left.
+        Raises _Nothing if it accepts no value.
         """
         flat: Schema = {name: value for name, value in schema.items() if name not in ("$ref", "allOf")}
         hops = 0
@@ -168,7 +168,7 @@ class _Bounding:
         return flat, hops
 
     def _options(self, schema: Schema) -> Iterator[Schema | bool]:
-        """What a flat schema leaves to choose from by `anyOf` or `oneOf`, each with the schema's other keywords."""
+        """The options of a flat schema's `anyOf` or `oneOf`, each combined with the schema's other keywords."""
         name = "anyOf" if "anyOf" in schema else "oneOf"
         rest = {key: value for key, value in schema.items() if key != name}
         for option in schema[name]:
@@ -177,7 +177,7 @@ class _Bounding:
     # --- bounds
 
     def _bound(self, raw: Schema | bool, room: "_Room") -> Any:
-        """What `raw` is within `room`: a schema for llguidance, or False if no value has room."""
+        """`raw` within the limits of `room`: a schema for llguidance, or False if no value fits."""
         if raw is False:
             return False
         schema = {} if raw is True else self._clean(raw)
@@ -209,7 +209,7 @@ class _Bounding:
         return {"anyOf": left} if left else False
 
     def _check_exclusive(self, schema: Schema) -> None:
-        """`oneOf` is written as `anyOf`, so no value that is written for one option may be valid under another."""
+        """Raise SchemaError unless the options of `oneOf` exclude each other: it is written as `anyOf`."""
         options = [self._flat_of(option) for option in self._options(schema)]
         if len(options) > _MAX_OPTIONS:
             raise SchemaError(f"oneOf may have {_MAX_OPTIONS} options at most: use anyOf")
@@ -231,7 +231,7 @@ class _Bounding:
             return False
 
     def _leaf(self, schema: Schema, room: "_Room") -> Any:
-        """A schema without combinations, with bounds for each of its types."""
+        """The bounded form of a schema without combinations, for each of its types."""
         if "enum" in schema or "const" in schema:
             return constant(schema)
         types = types_of(schema)
@@ -254,7 +254,7 @@ class _Bounding:
     def _array(self, schema: Schema, room: "_Room") -> Schema:
         prefix = schema.get("prefixItems", [])
         least = schema.get("minItems", 0)
-        # A list of prefix items alone names all that there are, as properties do.
+        # A schema with prefixItems but no items is taken to list all items, as properties list all keys.
         items = schema.get("items", not prefix or least > len(prefix))
         most = schema.get("maxItems", max(least, len(prefix)) + room.items)
         inside = room.inside(schema, bounded="maxItems" in schema)
@@ -266,7 +266,7 @@ class _Bounding:
     def _object(self, schema: Schema, room: "_Room") -> Schema:
         given, patterns = schema.get("properties", {}), dict(schema.get("patternProperties", {}))
         required = list(dict.fromkeys(schema.get("required", ())))
-        # Whoever names properties wants those; valid answers have no need of others.
+        # A schema that names properties wants those. Others are never needed.
         rest = schema.get("additionalProperties", not given and not patterns)
         wanted = {**given, **{key: rest for key in required if key not in given and not patterns}}
         named = {key: self._bound(sub, room.inside(schema, bounded=True)) for key, sub in wanted.items()}
@@ -283,7 +283,7 @@ class _Bounding:
         bound = len(named) + (max(room.keys, least) if free else 0)
         found: Schema = {"required": required, "additionalProperties": other if patterns else False}
         if free or least > len(required) or (most is not None and most < len(named)):
-            # llguidance counts keys only where those with a name are required; others are patterns of one key each.
+            # llguidance counts only required keys and patterns. So each optional key is written as a pattern of its own.
             free |= {f"^{literal(key)}$": named.pop(key) for key in wanted if key not in required}
             found |= {"minProperties": least, "maxProperties": bound if most is None else min(most, bound)}
         return found | {"properties": named, "patternProperties": free}
@@ -291,11 +291,13 @@ class _Bounding:
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """What a value may hold. level: recursive references within one another; free: arrays and objects within one another
-    where no schema says what they are; outside: arrays and objects around it whose numbers of items the schema leaves open."""
+    """The limits on a value at one place of the schema."""
 
+    # Recursive references that may still nest in it.
     level: int
+    # Arrays and objects that may still nest in it where the schema allows any value.
     free: int = MAX_DEPTH
+    # Arrays and objects around it for which the schema gives no largest size.
     outside: int = 0
 
     @property
@@ -310,13 +312,13 @@ class _Room:
         return replace(self, level=self.level - hops)
 
     def inside(self, schema: Schema, *, bounded: bool) -> "_Room":
-        """Of what is in an array or object of `schema`, which is empty where none says what it is.
+        """The limits on what is in an array or object. schema: of that array or object, empty if it allows any value.
 
-        bounded: whether the schema says how many there are.
+        bounded: whether the schema gives its largest size.
         """
         free = MAX_DEPTH if schema else self.free - 1
         return replace(self, free=free, outside=self.outside + (not bounded and self.items > 2))
 
 
 class _Nothing(Exception):
-    """No value is left."""
+    """The schema accepts no value."""

@@ -1,4 +1,4 @@
-"""The keywords of one JSON Schema object, checked and put in the newest draft's form."""
+"""Check the keywords of one JSON Schema object, and rewrite those of older drafts."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ TYPES = ("null", "boolean", "number", "string", "array", "object")
 _NAMES = (*TYPES, "integer")
 
 FORMATS = {
-    # Those that llguidance knows, and the most characters that they need.
+    # The formats that llguidance knows, and the most characters that each needs.
     **dict.fromkeys(("date-time", "date", "time", "duration"), 40),
     **dict.fromkeys(("ipv4", "ipv6", "uuid"), 45),
     **dict.fromkeys(("email", "hostname"), 254),
@@ -30,7 +30,7 @@ _KEPT = (
 )
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _COMBINING = {"$ref", "allOf", "anyOf", "oneOf"}
-# What would have to be known of the whole value, or of other parts of it.
+# They depend on the whole value, or on other parts of it, so they can't be checked token by token.
 _NOT_ENFORCED = (
     *("not", "if", "contains", "uniqueItems", "propertyNames"),
     *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
@@ -39,7 +39,7 @@ _NOT_ENFORCED = (
 
 
 class SchemaError(ValueError):
-    """What is wrong with one schema object; `bounded` says where it stands."""
+    """What is wrong with one schema object. `bounded` adds where it stands."""
 
 
 def is_schema(value: Any) -> bool:
@@ -47,10 +47,10 @@ def is_schema(value: Any) -> bool:
 
 
 def clean(schema: Schema, *, ref_stands_alone: bool) -> Schema:
-    """Those keywords of `schema` that constrain; the others are annotations, formats that nobody knows among them.
+    """The keywords of `schema` that constrain values. The others are annotations, and so are unknown formats.
 
-    ref_stands_alone: whether `$ref` hides its neighbours, as it did up to draft 7. Raises SchemaError for a keyword whose
-    value has no meaning, or that can't be enforced while an answer is written.
+    ref_stands_alone: whether `$ref` hides the keywords beside it, as it did up to draft 7. Raises SchemaError for a keyword
+    with an invalid value, and for one that can't be enforced while an answer is written.
     """
     for name, value in schema.items():
         if name in _FORMS:
@@ -88,7 +88,7 @@ def _update_draft(schema: Schema, kept: Schema) -> None:
 
 
 def _write_otherwise(schema: Schema, kept: Schema) -> set[str]:
-    """Put keywords that llguidance lacks into those that it has; the names of those that need no more."""
+    """Rewrite keywords that llguidance lacks by those that it has. Returns the names of those that this covers."""
     done = set()
     if schema.get("uniqueItems") is False or kept.get("maxItems", 2) < 2:
         done.add("uniqueItems")
@@ -105,7 +105,7 @@ def _write_otherwise(schema: Schema, kept: Schema) -> set[str]:
 
 
 def _name_keys(names: Any, kept: Schema) -> bool:
-    """Put `propertyNames` into the keywords for properties. False where that can't be done."""
+    """Rewrite `propertyNames` by the keywords for properties. Returns False if that is not possible."""
     rules = {} if names is True else {k: v for k, v in names.items() if k in _KEPT} if names else {"not": {}}
     if rules.pop("type", "string") != "string":
         return False
@@ -128,12 +128,12 @@ def _name_keys(names: Any, kept: Schema) -> bool:
 
 
 def key_pattern(least: int, most: int | None) -> str:
-    """A regular expression for keys of so many characters, of which only quotes and backslashes are escaped."""
+    """A regular expression for keys of `least` to `most` characters, without control characters."""
     return f"^{_PLAIN}{{{least},{'' if most is None else most}}}$"
 
 
 def other_keys_pattern(names: Iterable[str], most: int) -> str:
-    """As `key_pattern`, for keys of 1 to about `most` characters that are none of `names`."""
+    """A regular expression for keys of 1 to about `most` characters that are not among `names`."""
     tree: dict[str, Any] = {}
     for name in names:
         node = tree
@@ -152,7 +152,7 @@ _PLAIN = r"[^\x00-\x1f\x7f]"
 
 
 def _outside(tree: dict[str, Any], most: int, *, first: bool = False) -> str:
-    """What may follow where the names in `tree` may follow, and is none of them."""
+    """A pattern for all texts but the names in `tree`, a trie of characters in which "" marks the end of a name."""
     characters = [character for character in tree if character]
     taken = literal("".join(characters))
     ways = [rf"[^\x00-\x1f\x7f{taken}]{_PLAIN}{{0,{most - 1}}}"]

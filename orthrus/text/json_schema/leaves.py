@@ -36,7 +36,7 @@ _MAX_CONSTANTS = 500
 
 
 def constant(schema: Schema) -> Schema:
-    """`enum` or `const`, with what else restricts its values."""
+    """An `enum` of the values that `enum` and `const` leave, with the other keywords that restrict them."""
     values = constants(schema)
     structured = [value for value in values if isinstance(value, (dict, list))]
     if len(structured) > _MAX_CONSTANTS:
@@ -49,7 +49,7 @@ def constant(schema: Schema) -> Schema:
 
 
 def number(schema: Schema, *, whole: bool) -> Schema:
-    """Bounds for digits: before the point by minimum and maximum, behind it by multipleOf."""
+    """Bounds for a number's digits: `minimum` and `maximum` for those before the point, `multipleOf` for the others."""
     found = {name: schema[name] for name in NUMERIC if name in schema}
     low = max(schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf))
     high = min(schema.get("maximum", math.inf), schema.get("exclusiveMaximum", math.inf))
@@ -60,7 +60,7 @@ def number(schema: Schema, *, whole: bool) -> Schema:
         found["minimum"] = low = -usual if high > -usual else -_FARTHEST
     if high == math.inf:
         found["maximum"] = high = usual if low < usual else _FARTHEST
-    # Where the range is very narrow, its bounds may have more decimals.
+    # Not in a very narrow range, whose bounds may themselves have more decimals.
     if not whole and "multipleOf" not in schema and high - low > 10.0 ** (1 - DECIMALS):
         found["multipleOf"] = 10.0**-DECIMALS
     return found
@@ -72,7 +72,7 @@ def string(schema: Schema) -> Schema:
     usual = FORMATS.get(found.get("format", ""), MAX_MATCH if "pattern" in found else MAX_STRING)
     found.setdefault("maxLength", found.get("minLength", 0) + usual)
     if "pattern" in found:
-        # Whether a pattern and a length go together may be too much to find out.
+        # llguidance may find a pattern together with a length too complex.
         problem = _string_problem(json.dumps(found))
         if problem and "maxLength" not in schema:
             del found["maxLength"]
@@ -84,7 +84,7 @@ def string(schema: Schema) -> Schema:
 
 @lru_cache(maxsize=1024)
 def _string_problem(keywords: str) -> str:
-    """What llguidance says against the keywords of a string, as JSON; empty if nothing."""
+    """What llguidance objects to in the keywords of a string, which are given as JSON. Empty if nothing."""
     grammar = LLMatcher.grammar_from_lark(
         f"start: %json {json.dumps({'type': 'string', **json.loads(keywords)})}"
     )

@@ -1,4 +1,4 @@
-"""What a JSON Schema's `$ref`s mean, and which of them lead back to where they stand."""
+"""Resolve the `$ref`s of a JSON Schema, and find those that are recursive."""
 
 import re
 from collections.abc import Iterator
@@ -13,8 +13,7 @@ _MAX_VISITS = 50_000
 class References:
     """The schemas that `root` refers to, by their JSON Pointer in it.
 
-    recursive: pointers of those that a chain of references leads through again and again, or may lie between such.
-    Raises SchemaError for a reference to what is not there, and for a fault in any schema that is referred to.
+    Raises SchemaError for a reference without a target, and for a mistake in any schema that is referred to.
     """
 
     def __init__(self, root: Schema | bool) -> None:
@@ -24,16 +23,17 @@ class References:
         self._base = str(root.get("$id", root.get("id", ""))) if isinstance(root, dict) else ""
         self._anchors: dict[str, str] = dict(_anchors(root))
         self._targets: dict[str, Schema | bool] = {}
+        # The pointers of schemas that refer back to themselves, or that lie between two such schemas.
         self.recursive = _in_cycles(self._edges())
 
     def __getitem__(self, target: str) -> Schema | bool:
         return self._targets[target]
 
     def clean(self, schema: Schema) -> Schema:
-        """`clean`, once for each schema."""
+        """The schema after `keywords.clean`, which runs once for each schema."""
         found = self._cleaned.get(id(schema))
         if found is None:
-            # With the schema itself, whose id must stay its own.
+            # Keeps the schema alive: another object could get its id.
             found = self._cleaned[id(schema)] = schema, clean(schema, ref_stands_alone=self._old)
         return found[1]
 
@@ -69,7 +69,7 @@ class References:
         return found
 
     def _edges(self) -> dict[str, set[str]]:
-        """For each pointer that is referred to from the root on, and for the root, what its schema refers to."""
+        """For the root and for each pointer that it reaches: the pointers that its schema refers to."""
         edges: dict[str, set[str]] = {}
         waiting, visits = [""], 0
         self._targets[""] = self._root
@@ -98,7 +98,7 @@ class References:
 
 
 def subschemas(schema: Schema) -> Iterator[tuple[str, Schema | bool]]:
-    """The schemas directly in a cleaned one, with their places; not those that it refers to."""
+    """The schemas directly inside a cleaned one, each with its place. References are not followed."""
     for name in ("allOf", "anyOf", "oneOf", "prefixItems"):
         for i, sub in enumerate(schema.get(name, ())):
             yield f"{name}/{i}", sub
@@ -111,7 +111,7 @@ def subschemas(schema: Schema) -> Iterator[tuple[str, Schema | bool]]:
 
 
 def _anchors(root: Any) -> Iterator[tuple[str, str]]:
-    """All names that `$anchor`s give, and `$id`s of only a fragment, with the pointers to where they stand."""
+    """All names that `$anchor`s give, and `$id`s that are only a fragment, each with the pointer to its schema."""
     waiting = [(root, "")]
     while waiting:
         value, pointer = waiting.pop()
@@ -129,7 +129,7 @@ def _anchors(root: Any) -> Iterator[tuple[str, str]]:
 
 
 def _in_cycles(edges: dict[str, set[str]]) -> set[str]:
-    """Nodes of cycles, and those between two: what is left when ends and beginnings of paths are taken away."""
+    """The nodes of cycles, and those on a path between two cycles. All others are removed, from both ends of each path."""
     left = {node: set(targets) for node, targets in edges.items()}
     for _ in range(2):
         sources: dict[str, list[str]] = {node: [] for node in left}
@@ -144,7 +144,7 @@ def _in_cycles(edges: dict[str, set[str]]) -> set[str]:
                 left[node].discard(end)
                 if not left[node]:
                     ends.append(node)
-        # The same again with the arrows turned round.
+        # Once more with all edges reversed.
         turned: dict[str, set[str]] = {node: set() for node in left}
         for node, targets in left.items():
             for target in targets:
