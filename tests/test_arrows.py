@@ -79,9 +79,6 @@ LONG_FILES: set[str] = {
     "tests/test_engine.py",
     "tests/test_protocol.py",
     "tests/test_serving_hostile.py",
-    "tests/training/test_training.py",
-    "tests/training/test_training_run.py",
-    "tests/test_triton.py",
 }
 LONG_FUNCTIONS: set[str] = {
     "orthrus/measure/bench.py bench",
