@@ -25,16 +25,16 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
 
 test-clients: $(INSTALLED)
-	$(BIN)/python -m pytest -q -o faulthandler_timeout=1800 tests/clients_proof.py
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=1800 tests/proofs/clients_proof.py
 
 test-structured: $(INSTALLED)
-	$(BIN)/python -m pytest -q -s tests/structured_proof.py
+	$(BIN)/python -m pytest -q -s tests/proofs/structured_proof.py
 
 test-serving: $(INSTALLED)
-	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true tests/serving_proof.py
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true tests/proofs/serving_proof.py
 
 test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/cluster_proof.py
+	$(BIN)/python -m pytest -q tests/proofs/cluster_proof.py
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/proto/orthrus.proto

@@ -1,6 +1,6 @@
 """What operators rely on, on a running Serve instance: scaling with the load, and a replica killed under streams.
 
-`make test-serving` does it all at length (serving_proof.py).
+`make test-serving` does it all at length (proofs/serving_proof.py).
 """
 
 import asyncio

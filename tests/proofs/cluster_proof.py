@@ -23,7 +23,7 @@ import yaml
 from cluster.config import ClusterConfig
 from tests.network_hosts import NetworkHosts, missing_programs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.prefix) / "bin" / "ray"
 PROMPT = "".join(f"def add_{n}(a, b):\n    return a + b + {n}\n\n\n" for n in range(4))
 
