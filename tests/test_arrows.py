@@ -72,7 +72,6 @@ LONG_FILES: set[str] = {
     "orthrus/engine/engine.py",
     "orthrus/measure/shape_bench.py",
     "orthrus/measure/verify.py",
-    "tests/proofs/serving_proof.py",
     "tests/generate/test_accelerate.py",
     "tests/test_balancer.py",
     "tests/models/test_checkpoint.py",
@@ -84,7 +83,6 @@ LONG_FUNCTIONS: set[str] = {
     "orthrus/measure/bench.py bench",
     "orthrus/measure/verify.py verify",
     "tests/checkpoints.py make_checkpoint",
-    "tests/proofs/serving_proof.py test_clients_that_misbehave_leave_nothing_behind",
 }
 
 

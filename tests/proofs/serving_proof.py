@@ -5,14 +5,11 @@ misbehave, and a rolling update. Every answer is greedy and must be the one that
 """
 
 import asyncio
-import json
 import os
 import random
 import re
 import signal
-import socket
 import time
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +26,6 @@ from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
 from tests.local_cluster import (
-    MODEL,
     ROOT,
     STREAM_SECONDS,
     App,
@@ -49,6 +45,7 @@ from tests.local_cluster import (
     until,
     wait_for,
 )
+from tests.proofs.misbehaving import MisbehavingClients
 from tests.serving import plain
 
 PROMPT = "".join(f"def add_{n}(a, b):\n    return a + b + {n}\n\n\n" for n in range(4))
@@ -337,76 +334,18 @@ def test_prefixes_are_found_on_three_replicas_as_on_one(app: App) -> None:
 def test_clients_that_misbehave_leave_nothing_behind(app: App, ar: Engine) -> None:
     """Clients that never read, that go away, that stop halfway through a request; and 1,000 that cancel."""
     app.deploy(**fixed(1))
-    text = expected(ar, PROMPT, 40)
-    asked = {"model": MODEL, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    text_body = json.dumps({**asked, "prompt": PROMPT})
-    # A megabyte for each answer, which fits no socket's buffers.
-    large_body = json.dumps(
-        {**asked, "messages": [{"role": "user", "content": PROMPT}], "logprobs": True, "top_logprobs": 20}
-    )
-
-    address = urllib.parse.urlsplit(app.url)
-
-    def connect(path: str, body: str, cut: int | None = None) -> socket.socket:
-        """A client that sends a request, up to `cut` bytes of it, and never reads."""
-        head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\n\r\n"
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect((str(address.hostname), address.port))
-        connection.sendall((head + body)[:cut].encode())
-        return connection
-
-    def misbehave() -> None:
-        slow = [connect("chat/completions", large_body) for _ in range(8)]
-        half_open = [connect("completions", text_body, cut) for cut in (20, 100) for _ in range(100)]
-        gone = [connect("completions", text_body) for _ in range(32)]
-        wait_for(lambda: not app.running()[0].free, 20, "work")
-        for connection in gone:
-            connection.close()
-        # Nobody reads the answers of the slow, and others get theirs meanwhile.
-        [stream] = asyncio.run(answers(app.completions, [Stream(PROMPT, 40)]))
-        assert (stream.text, stream.error) == (text, "")
-        wait_for(lambda: app.running()[0].free, 90, "the answers that nobody reads are finished")
-        for connection in (*slow, *half_open):
-            connection.close()
-
-    async def cancel(count: int) -> None:
-        async with client_session() as session:
-
-            async def one(number: int) -> None:
-                stream = Stream(PROMPT, 1500)
-                task = asyncio.create_task(stream.run(session, app.completions))
-                if number % 2:
-                    await until(lambda: stream.events or stream.ended, STREAM_SECONDS, "the answer begins")
-                await asyncio.sleep(number % 7 / 100)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-
-            for first in range(0, count, 50):
-                await asyncio.gather(*(one(number) for number in range(first, first + 50)))
-
-    def resources() -> dict[str, tuple[int, int]]:
-        """Resident MiB and open files of the processes that requests pass through."""
-        wait_for(lambda: app.running()[0].free, 30, "no pages held")
-        [replica], [ingress] = app.running(), app.running("Ingress")
-        [proxy] = pids("haproxy")
-        return {
-            name: usage(pid)
-            for name, pid in (("replica", replica.pid), ("ingress", ingress.pid), ("haproxy", proxy))
-        }
-
-    misbehave()
-    asyncio.run(cancel(300))  # Pools and caches have their sizes now.
-    before = resources()
-    misbehave()
-    asyncio.run(cancel(1000))
+    clients = MisbehavingClients(app, PROMPT, expected(ar, PROMPT, 40))
+    clients.misbehave()
+    asyncio.run(clients.cancel(300))  # Pools and caches have their sizes now.
+    before = clients.resources()
+    clients.misbehave()
+    asyncio.run(clients.cancel(1000))
     wait_for(
-        lambda: all(resources()[name][1] <= files + 4 for name, (_, files) in before.items()),
+        lambda: all(clients.resources()[name][1] <= files + 4 for name, (_, files) in before.items()),
         30,
         "files closed",
     )
-    after = resources()
+    after = clients.resources()
     print(before, after)
     for name, (memory, _) in after.items():
         assert memory <= before[name][0] * 1.05 + 8, (name, before, after)
@@ -445,9 +384,3 @@ def check_nothing_stays(app: App) -> None:
     wait_for(lambda: len(pids("bin/haproxy")) == 1, 60, "one HAProxy")
     dead = {pid: command for pid, (state, command) in processes().items() if state == "Z"}
     assert not dead
-
-
-def usage(pid: int) -> tuple[int, int]:
-    """Resident memory in MiB and open files of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20, len(os.listdir(f"/proc/{pid}/fd"))
