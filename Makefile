@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-structured test-serving test-cluster proto lint format clean
+.PHONY: help serve test test-clients test-structured test-serving test-cluster proto diagram lint format clean
 
 help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
 	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test says when they are stale'
+	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test says when it is stale'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make format  let ruff fix and format'
 	@echo 'make clean   remove .venv and caches'
@@ -38,6 +39,9 @@ test-cluster: $(INSTALLED)
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/proto/orthrus.proto
+
+diagram: $(INSTALLED)
+	$(BIN)/python docs/draw_rooms.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
