@@ -10,10 +10,12 @@ from kernels.linear import Parameters, Weight, pack_weight
 from kernels.rows.embedding import embed
 from kernels.rows.qk_norm_rope import qk_norm_rope
 from kernels.rows.sampling import gumbel_argmax, gumbel_noise
+from kernels.rows.types import NO_TOKEN
 from kernels.rows.upload import upload
 from kernels.workspace import start_layer
 
 __all__ = [
+    "NO_TOKEN",
     "AttentionGroup",
     "AttentionPlan",
     "Parameters",

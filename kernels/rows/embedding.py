@@ -1,23 +1,12 @@
 """The start of a pass: token embeddings, the first layer's norm, and each row's rotary angles."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.device import runs_triton
 from kernels.rows.rms_norm import rms_norm
-
-
-@dataclass(frozen=True)
-class EmbeddedRows:
-    """hidden, normed: [rows, hidden_size]. cos, sin [rows, 1, head_dim]: as `apply_rope` takes them."""
-
-    hidden: Tensor
-    normed: Tensor
-    cos: Tensor
-    sin: Tensor
+from kernels.rows.types import EmbeddedRows
 
 
 def embed(

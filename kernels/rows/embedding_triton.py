@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining
-from kernels.rows.embedding import EmbeddedRows
+from kernels.rows.types import EmbeddedRows
 
 
 @triton.jit

@@ -10,11 +10,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kernels.device import runs_triton
+from kernels.rows.types import NO_TOKEN
 
 _MASK32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
-NO_TOKEN = -1
-"""The pick of a row that has a score of NaN or infinity: there is no best one."""
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:

@@ -7,11 +7,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.device import chaining
-from kernels.rows import sampling
+from kernels.rows import types
 
 _COLUMNS = 1024
 _PICK_COLUMNS = 4096
-NO_TOKEN: tl.constexpr = tl.constexpr(sampling.NO_TOKEN)
+NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.rows.sampling import NO_TOKEN
+from kernels import NO_TOKEN
 from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.cache.page_hash import PageHash

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import gumbel_argmax
-from kernels.rows.sampling import NO_TOKEN, argmax, noise_keys
+from kernels import NO_TOKEN, gumbel_argmax
+from kernels.rows.sampling import argmax, noise_keys
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.token_mask import TokenMask
 

@@ -10,7 +10,7 @@ cycle brings two tokens at least, for reading the AR view's attention weights on
 
 import itertools
 
-from kernels.rows.sampling import NO_TOKEN
+from kernels import NO_TOKEN
 from orthrus.plan import RowGroup, View
 from orthrus.requests.sequence import Draft, Sequence
 from orthrus.schedules.ar import ARSchedule

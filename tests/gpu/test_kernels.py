@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 from torch import Tensor
 
 from kernels import (
+    NO_TOKEN,
     AttentionGroup,
     AttentionPlan,
     embed,
@@ -26,7 +27,7 @@ from kernels.linear import hopper as linear_stream
 from kernels.linear.gpu import TritonWeight
 from kernels.linear.reference import DenseWeight
 from kernels.rows import sampling_triton
-from kernels.rows.sampling import NO_TOKEN, noise_keys
+from kernels.rows.sampling import noise_keys
 
 DEVICE = torch.device("cuda")
 ROWS = (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels import (
+    NO_TOKEN,
     embed,
     gumbel_argmax,
     gumbel_noise,
@@ -15,7 +16,6 @@ from kernels import (
     upload,
 )
 from kernels.rows import embedding_triton, qk_norm_rope_triton, sampling_triton, upload_triton
-from kernels.rows.sampling import NO_TOKEN
 from tests.kernels.interpreted import DTYPES, assert_near, int32, interpreted, keys_of, randn
 
 pytestmark = interpreted
