@@ -1,4 +1,4 @@
-"""`orthrus.accelerate`: a Hugging Face model or a checkpoint, made an `AcceleratedModel`."""
+"""`orthrus.accelerate`: make an `AcceleratedModel` from a Hugging Face model or a checkpoint."""
 
 import warnings
 from pathlib import Path
@@ -84,7 +84,7 @@ def _from_checkpoint(
     engine = Engine.from_pretrained(config)
     file = path / CONFIG_FILE
     try:
-        # Of the plain model, whatever the file's model_type says: `generate` returns its text.
+        # The config of the plain model, whatever model_type the file has: its text is what `generate` returns.
         config_class = family_of(engine.model_config).hugging_face().config
         hf_config = config_class(**{k: v for k, v in read_json(file).items() if k != "model_type"})
         if (path / GENERATION_CONFIG_FILE).exists():
@@ -92,7 +92,7 @@ def _from_checkpoint(
             generation_config = GenerationConfig.from_pretrained(path)
         else:
             generation_config = GenerationConfig.from_model_config(hf_config)
-    except Exception as error:  # Their checks raise what the values happen to break.
+    except Exception as error:  # transformers' checks raise errors of many types.
         raise ConfigError(f"{file}: transformers rejects it: {one_line(error)}") from error
     return AcceleratedModel(engine, hf_config, generation_config)
 
@@ -132,10 +132,10 @@ def _from_module(
 
 
 def _check_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> None:
-    """Raise ConfigError unless the tensors are the config's: an adapter left out would change the text."""
+    """Raise ConfigError unless the tensors are exactly those of the config. Leaving out an adapter would change the text."""
     expected = family_of(config).tensor_shapes(config)
     if HEAD in tensors:
-        # One that was untied by hand, whatever the config says.
+        # The head may have been untied by hand, whatever the config says.
         expected[HEAD] = expected[EMBEDDING]
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not a tensor of such a model" for name in tensors if name not in expected]

@@ -16,7 +16,7 @@ from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
 from orthrus.generate.hf_fields import unsupported
 from orthrus.requests.request import Chunk, Request
 
-# nn.Module methods that return the module: through an accelerated model they would hand out the slow one.
+# Methods of nn.Module that return the module. Called on an accelerated model, they would return the slow one.
 _MODULE_CHANGES = {
     *("to", "cuda", "cpu", "xpu", "float", "double", "half", "bfloat16", "type", "to_empty"),
     *("train", "apply", "compile", "requires_grad_", "share_memory"),
@@ -25,30 +25,29 @@ _MODULE_CHANGES = {
 
 @dataclass(frozen=True)
 class GenerateStats:
-    """What one `generate` took. new_tokens: of all returned sequences. passes: the engine's forward passes.
-
-    cycles, cycle_tokens: decode commits over all sequences and the tokens they brought; the first token of a
-    sequence comes from its prompt's pass and is no cycle.
-    """
+    """What one `generate` took, over all returned sequences."""
 
     sequences: int
     prompt_tokens: int
     new_tokens: int
+    # Forward passes of the engine.
     passes: int
+    # Draft-and-verify cycles, or decoding passes without drafts. The first token of a sequence comes with its prompt's pass,
+    # which is not a cycle.
     cycles: int
+    # Tokens that the cycles brought.
     cycle_tokens: int
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Tokens that a draft-and-verify cycle brought on average. 1.0 is plain decoding, more is acceleration."""
+        """Tokens that a cycle brought on average. 1.0 is plain decoding; more is acceleration."""
         return self.cycle_tokens / self.cycles if self.cycles else 1.0
 
 
 class AcceleratedModel:
     """A model whose `generate` runs on the engine. Made from a Hugging Face module, it has all of its attributes.
 
-    config, generation_config: the Hugging Face ones; edit `generation_config` to change the defaults of
-    `generate`. stats: of the last finished `generate`, None before. Calls from several threads take turns.
+    Edit `generation_config` to change the defaults of `generate`. Calls of `generate` from several threads take turns.
     """
 
     def __init__(
@@ -62,6 +61,7 @@ class AcceleratedModel:
         self.config = config
         self.generation_config = generation_config
         self.module = module
+        # Of the last finished `generate`. None before the first.
         self.stats: GenerateStats | None = None
         self._turn = threading.Lock()
         self._numbers = itertools.count()
@@ -80,11 +80,11 @@ class AcceleratedModel:
         return self.engine.tokenizer
 
     def eval(self) -> "AcceleratedModel":
-        """Itself: it is always in evaluation mode."""
+        """Returns itself: it is always in evaluation mode."""
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, as it is."""
+        """The module's own forward pass."""
         return self._of_module("__call__")(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -93,7 +93,7 @@ class AcceleratedModel:
         return self._of_module(name)
 
     def _of_module(self, name: str) -> Any:
-        # Through __dict__: copy and pickle look attributes up before there are any.
+        # Through __dict__: copy and pickle look up attributes before __init__ has set any.
         module = self.__dict__.get("module")
         if module is None:
             raise AttributeError(
@@ -127,15 +127,15 @@ class AcceleratedModel:
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Hugging Face's `generate`: the same arguments, merged with the generation configs alike, and results.
+        """Hugging Face's `generate`: the same arguments, the same defaults, the same results.
 
-        Greedy decoding returns the same tokens; sampling draws from the same distribution, with random
-        numbers of its own. seed: for do_sample, below 2**63; by default drawn from torch's global generator,
-        so that torch.manual_seed makes calls repeatable. With it, the first sequence is the one that a server
-        gives. Returns int64 [batch * num_return_sequences, width + generated] on the prompts' device, the
+        Greedy decoding returns the same tokens. Sampling draws from the same distribution, with random numbers of
+        its own. seed: for do_sample, below 2**63. By default it is drawn from torch's global generator, so that
+        torch.manual_seed makes calls repeatable. With a seed, the first sequence is the one that a server returns
+        for that seed. Returns int64 [batch * num_return_sequences, width + generated] on the prompts' device, the
         prompts as given and their tokens, padded on the right; with return_dict_in_generate=True an output
         with these `sequences`. Raises RequestError (a ValueError) for an argument that is wrong or has no
-        counterpart; its `param` names it. RuntimeError where the model's scores are NaN or infinite.
+        counterpart; its `param` names it. Raises RuntimeError if the model's scores are NaN or infinite.
         """
         _refuse(
             logits_processor=logits_processor,
@@ -171,13 +171,13 @@ class AcceleratedModel:
     def _run(self, call: GenerateCall, streamer: BaseStreamer | None) -> list["_Row"]:
         """Generate all rows of the call and set `stats`.
 
-        Whatever is raised, by a streamer or an interrupt too, no request stays behind in the engine.
+        No request stays in the engine if something is raised, even by a streamer or an interrupt.
         """
         engine = self.engine
         before = engine.stats
         first_row = {f"accelerate-{next(self._numbers)}": i * call.copies for i in range(len(call.prompts))}
         rows = [_Row(list(ids), len(ids)) for ids in call.input_ids.tolist() for _ in range(call.copies)]
-        # Request ids with the number of their rows that go on.
+        # The requests that go on, each with the number of its rows that go on.
         pending = dict.fromkeys(first_row, call.copies)
         try:
             for request_id, prompt, params in zip(first_row, call.prompts, call.params, strict=True):
@@ -194,7 +194,7 @@ class AcceleratedModel:
                     pending[chunk.request_id] -= 1
                     if pending[chunk.request_id] == 0:
                         del pending[chunk.request_id]
-                        # It goes on in the engine if a stop string ended it here.
+                        # If a stop string ended its last row here, it would go on in the engine.
                         engine.cancel(chunk.request_id)
         finally:
             for request_id in pending:
@@ -227,9 +227,11 @@ def _refuse(**arguments: Any) -> None:
 
 @dataclass
 class _Row:
-    """One returned sequence while it is generated: `ids` are its prompt's, `width` of them, then its tokens."""
+    """One returned sequence while it is generated."""
 
+    # Those of its prompt, then its tokens.
     ids: list[int]
+    # How many of the ids are the prompt's.
     width: int
     finished: bool = False
 
@@ -251,7 +253,7 @@ class _Row:
 def _assemble(call: GenerateCall, rows: list[_Row]) -> Tensor:
     """The result: int64 [rows, longest], padded on the right, on the prompts' device."""
     longest = max(len(row.ids) for row in rows)
-    # Without a pad token no row ends early, and nothing is filled.
+    # Without a pad token no row ends early, so there is nothing to fill.
     pad = 0 if call.pad_token_id is None else call.pad_token_id
     padded = [row.ids + [pad] * (longest - len(row.ids)) for row in rows]
     return torch.tensor(padded, dtype=torch.int64, device=call.input_ids.device)

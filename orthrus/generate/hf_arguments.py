@@ -1,4 +1,4 @@
-"""The arguments of Hugging Face's `generate` in the engine's terms, or an error naming the one that has none."""
+"""Translate the arguments of Hugging Face's `generate` for the engine, or name the one that can't be honoured."""
 
 import copy
 import random
@@ -30,30 +30,31 @@ from orthrus.generate.hf_fields import (
 )
 from orthrus.requests.request import SEED_BITS, SamplingParams
 
-# What `generate` does when neither the caller nor the model's generation config says (transformers 5).
+# The defaults of `generate` in transformers 5.
 DEFAULT_NEW_TOKENS = 20
 DEFAULT_TOP_K = 50
 
-# What the engine calls arguments that have another name here.
+# Hugging Face's name of each argument, by the engine's.
 _ENGINE_NAMES = {"prompt": "input_ids", "n": "num_return_sequences", "max_tokens": "max_new_tokens"}
 
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One call of `generate`: a request per prompt, each completed `copies` (num_return_sequences) times.
+    """One call of `generate`: a request for each prompt."""
 
-    input_ids: int64 [batch, width], the prompts as given; the result begins with them. prompts: their token
-    ids without the masked ones. params: theirs, each with its own seed. pad_token_id: fills rows that end
-    early; None when no row can. stop_strings: decides after a token whether a row ends there, from all its
-    ids so far, int64 [1, width + generated]; None without stop strings. return_dict: return_dict_in_generate.
-    """
-
+    # int64 [batch, width]: the prompts as given. The result begins with them.
     input_ids: Tensor
+    # The token ids of each prompt without the masked ones.
     prompts: list[list[int]]
+    # Of each prompt, each with its own seed.
     params: list[SamplingParams]
+    # Sequences to return for each prompt (num_return_sequences).
     copies: int
+    # Fills rows that end early. None if no row can.
     pad_token_id: int | None
+    # Given all ids of a row so far, int64 [1, width + generated], tells whether the row ends there. None without stop strings.
     stop_strings: StopStringCriteria | None
+    # Whether to return an output object instead of a tensor (return_dict_in_generate).
     return_dict: bool
 
 
@@ -91,7 +92,7 @@ def read_arguments(
     copies = config.num_return_sequences or 1
     stop_strings = _stop_strings(config, tokenizer)
     if stop_strings is not None and not eos and len(prompts) * copies > 1:
-        # There, rows that hit a stop string run on until all have.
+        # In Hugging Face, rows that hit a stop string run on until all have.
         message = "stop_strings with several sequences needs an eos_token_id: without one nothing is padded"
         raise RequestError(message, "stop_strings")
     seeds = _seeds(seed, len(prompts)) if config.do_sample else [0] * len(prompts)
@@ -175,7 +176,7 @@ def _params(
 def _merge(
     model_defaults: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, Callable[[str], str]]:
-    """The call's GenerationConfig, and which origin a field's value has; what nobody set is None, top_k excepted."""
+    """The call's GenerationConfig, and a function that tells where a field was set. Unset fields are None, except top_k."""
     if given is not None and not isinstance(given, GenerationConfig):
         raise RequestError(
             f"generation_config must be a GenerationConfig, got {type(given).__name__}", "generation_config"
@@ -184,7 +185,7 @@ def _merge(
     settings = (arguments.get("do_sample"), given and given.do_sample, model_defaults.do_sample)
     sampling = next((value for value in settings if value is not None), False)
     for name in [name for name in arguments if name in vars(GenerationConfig()) and name not in KINDS]:
-        # Before transformers looks at them, which may say nothing of which it is.
+        # Checked before transformers does, whose errors may not name the field.
         if not has_effect(name, arguments[name], sampling):
             del arguments[name]
         elif not is_off(name, arguments[name]):
@@ -196,7 +197,7 @@ def _merge(
     check_fields(defaults, MODEL)
     try:
         config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
-        # Before the keyword arguments: an explicit top_k=None turns it off.
+        # Set before the keyword arguments, so that an explicit top_k=None turns it off.
         config.update(top_k=DEFAULT_TOP_K, defaults_only=True)
         unused = config.update(**arguments)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -213,7 +214,7 @@ def _merge(
 
 
 def renamed(error: RequestError) -> RequestError:
-    """The engine's error with the argument called by its Hugging Face name."""
+    """The engine's error, with the argument's name replaced by Hugging Face's."""
     if error.param not in _ENGINE_NAMES:
         return error
     name = _ENGINE_NAMES[error.param]
@@ -230,10 +231,10 @@ def _refuse_unsupported(config: GenerationConfig, origin: Callable[[str], str]) 
 
 
 def _shown(input_ids: Tensor, mask: Any, eos: list[int], pad: int | None) -> Tensor:
-    """Which prompt tokens the model sees, bool like `input_ids`.
+    """Which prompt tokens the model sees: bool, of the shape of `input_ids`.
 
-    Without a mask it is all of them, or all but the pads where a pad can't be an end token. Positions count
-    the tokens that are shown: to leave out the others is all there is to a mask.
+    Without a mask these are all tokens, or all but the pad tokens if the pad token is not an end token. Hugging Face counts
+    positions over the visible tokens only, so masking a token is the same as leaving it out.
     """
     if mask is not None:
         shown = check_mask(mask, input_ids)
@@ -262,7 +263,7 @@ def _has_repetition_penalty(config: GenerationConfig) -> bool:
 
 
 def _max_tokens(config: GenerationConfig, width: int, context_limit: int) -> int:
-    """Tokens to generate per row. Lengths count padding, as there."""
+    """The most tokens to generate for a row. As in Hugging Face, max_length counts padding."""
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     if config.max_length is None:
@@ -295,14 +296,14 @@ def _stop_strings(config: GenerationConfig, tokenizer: Any) -> StopStringCriteri
         raise RequestError("stop_strings needs the model's tokenizer: pass tokenizer=", "tokenizer")
     try:
         return StopStringCriteria(tokenizer, config.stop_strings)
-    except Exception as error:  # It reads a vocabulary and a decoder, in whatever way they are wrong.
+    except Exception as error:  # A tokenizer can be wrong in many ways.
         raise RequestError(
             f"tokenizer can't be used for stop_strings: pass the model's own ({one_line(error)})", "tokenizer"
         ) from error
 
 
 def _sampling(config: GenerationConfig) -> dict[str, Any]:
-    """The fields of SamplingParams that shape the distribution."""
+    """The fields of SamplingParams that decide the distribution."""
     penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
     if not config.do_sample:
         return {"temperature": 0.0, "repetition_penalty": penalty}
@@ -338,7 +339,7 @@ def _first_token(config: GenerationConfig, vocab_size: int) -> Tensor:
 
 
 def _seeds(seed: int | None, count: int) -> list[int]:
-    """A seed per prompt: `seed` itself (None: one from torch's global generator), then what follows from it."""
+    """A seed for each prompt. The first is `seed`, or drawn from torch's global generator; the others follow from it."""
     if seed is None:
         seed = int(torch.randint(0, (1 << SEED_BITS) - 1, (), dtype=torch.int64))
     others = random.Random(seed)

@@ -1,4 +1,4 @@
-"""What the fields of a GenerationConfig may hold that `generate` honours, whoever set them: a table, and words by origin."""
+"""Which fields of a GenerationConfig `generate` honours, the values that each may have, and the errors for all others."""
 
 import operator
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _MOST = (1 << 63) - 1
 
 
 def integer(value: Any, least: int = -_MOST, most: int = _MOST) -> int:
-    """An integer of any library as Python's. Raises ValueError for all else, True, 2.0 and "2" among them."""
+    """An integer of any library as a Python int. Raises ValueError for anything else, such as True, 2.0 and "2"."""
     try:
         number = None if _is_bool(value) else operator.index(value)
     except (TypeError, RuntimeError):
@@ -31,7 +31,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    """A finite number of any library as Python's."""
+    """A finite number of any library as a Python float. Raises ValueError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         value = value.item()
     if not _is_bool(value) and not isinstance(value, str | bytes) and hasattr(value, "__float__"):
@@ -51,7 +51,7 @@ def _flag(value: Any) -> bool:
 
 
 def _end_tokens(value: Any) -> list[int]:
-    """Token ids as a list. Those that are no token of the model end nothing, there and here."""
+    """Token ids as a list. Ids that the model doesn't have are allowed, as in Hugging Face, and end nothing."""
     values = value.tolist() if isinstance(value, Tensor) and not value.is_meta else value
     values = values if isinstance(values, list | tuple) else [values]
     if not values:
@@ -77,7 +77,7 @@ def _at_least(least: int) -> Callable[[Any], int]:
     return lambda value: integer(value, least)
 
 
-# What makes the value of a field usable, or raises ValueError. None leaves a field open, and is allowed everywhere.
+# The fields that are honoured. Each function converts a value, or raises ValueError. None means unset, for every field.
 KINDS: dict[str, Callable[[Any], Any]] = {
     "max_length": _at_least(1),
     "max_new_tokens": _at_least(1),
@@ -97,8 +97,8 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "eos_token_id": _end_tokens,
 }
 
-# Fields that don't change the tokens of greedy or sampled decoding, there or here: how Hugging Face caches
-# and compiles, and settings of modes (beams, assistants, encoders) that other arguments turn on.
+# Fields that don't change the tokens of greedy or sampled decoding: how Hugging Face caches and compiles, and settings of
+# modes (beams, assistants, encoders) that other arguments turn on.
 _WITHOUT_EFFECT = {
     "use_cache",
     "cache_config",
@@ -122,7 +122,7 @@ _WITHOUT_EFFECT = {
     "transformers_version",
 }
 _WITHOUT_EFFECT_WHEN_GREEDY = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-# Fields that are an error unless they hold the value, or None or False, that turns them off.
+# Fields that can't be honoured, each with the value that turns it off. None and False turn them off, too.
 TURNED_OFF_BY: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -139,11 +139,11 @@ TURNED_OFF_BY: dict[str, Any] = {
 _CACHES_WITHOUT_EFFECT = ("dynamic", "static", "hybrid", "offloaded", "offloaded_static")
 
 ARGUMENT, GIVEN, MODEL = "", " of generation_config", " of the model's generation_config"
-"""Where a field may come from, as words behind its name."""
+"""Where a field was set, as error messages say it after the field's name."""
 
 
 def checked(name: str, value: Any, origin: str = ARGUMENT) -> Any:
-    """The value of a field of `KINDS`, made usable. Raises RequestError naming it and its origin."""
+    """The converted value of a field of `KINDS`. Raises RequestError that names the field and where it was set."""
     if value is None:
         return None
     try:
@@ -153,20 +153,20 @@ def checked(name: str, value: Any, origin: str = ARGUMENT) -> Any:
 
 
 def check_fields(config: GenerationConfig, origin: str) -> None:
-    """Make the fields of a config usable, in place. Raises RequestError."""
+    """Convert the fields of a config in place. Raises RequestError."""
     for name in KINDS:
         setattr(config, name, checked(name, getattr(config, name, None), origin))
 
 
 def has_effect(name: str, value: Any, sampling: bool) -> bool:
-    """Whether a field that is not of `KINDS` may change the tokens."""
+    """Whether a field that is not in `KINDS` may change the tokens."""
     if name == "cache_implementation":
         return not isinstance(value, str) or value not in _CACHES_WITHOUT_EFFECT
     return name not in _WITHOUT_EFFECT and (sampling or name not in _WITHOUT_EFFECT_WHEN_GREEDY)
 
 
 def is_off(name: str, value: Any) -> bool:
-    """Whether the value of a field that is not of `KINDS` turns it off."""
+    """Whether the value of a field that is not in `KINDS` turns it off."""
     # Only plain values: a tensor's comparison is a tensor.
     if isinstance(value, int | float):
         return value is False or value == TURNED_OFF_BY.get(name)
@@ -174,7 +174,7 @@ def is_off(name: str, value: Any) -> bool:
 
 
 def unsupported(name: str, value: Any, origin: str = ARGUMENT, off: Any = None) -> RequestError:
-    """The error for a field that has no counterpart in the engine. off: the value that turns it off."""
+    """The error for a field that the engine can't honour. off: the value that turns the field off."""
     held = f"={shown(value)}" if isinstance(value, bool | int | float | str) else ""
     if origin == MODEL:
         advice = f"pass {name}={off!r}, or set it to that in the model's generation_config"
@@ -186,7 +186,7 @@ def unsupported(name: str, value: Any, origin: str = ARGUMENT, off: Any = None) 
 
 
 def check_prompts(input_ids: Any, name: str) -> Tensor:
-    """Prompts as int64 [batch, length], given as argument `name`. Raises RequestError for what is no such tensor, or empty."""
+    """The prompts, given as argument `name`, as int64 [batch, length]. Raises RequestError for any other value, or none."""
     what = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else shown(input_ids)
     if (
         not isinstance(input_ids, Tensor)
@@ -203,7 +203,7 @@ def check_prompts(input_ids: Any, name: str) -> Tensor:
 
 
 def check_mask(mask: Any, input_ids: Tensor) -> Tensor:
-    """An attention mask as bool [batch, length] beside `input_ids`. Raises RequestError for any other."""
+    """An attention mask of the shape of `input_ids`, as bool [batch, length]. Raises RequestError for any other value."""
     if not isinstance(mask, Tensor) or mask.shape != input_ids.shape or mask.is_meta or mask.is_complex():
         what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise RequestError(

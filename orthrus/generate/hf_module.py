@@ -1,4 +1,4 @@
-"""Whether a Hugging Face module computes what its weights and its class say: nothing else of it is taken over."""
+"""Check that a Hugging Face module computes what its class and its weights say. Only these are taken over."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from torch.nn.modules import module as torch_module
 
 from orthrus.errors import ConfigError
 
-# Code of other origin in a module's way changes what it computes, or may. A model's own code from the hub is its class.
+# A forward method from elsewhere may compute something else. A model's own code from the hub counts as its class.
 _TRUSTED = ("torch.nn.", "transformers.", "transformers_modules.")
 
 
 def check_as_written(model: nn.Module) -> None:
-    """Raise ConfigError naming what was added to the model or replaced in it: an engine would leave that out."""
+    """Raise ConfigError that names what was added to the model or replaced in it, because the engine would leave it out."""
     if problem := next(_additions(model), None):
         raise ConfigError(
             f"{problem}, which accelerate would leave out of what the model computes: remove it first, or merge it into the "
@@ -31,7 +31,7 @@ def _additions(model: nn.Module) -> Iterator[str]:
         where = f"the model's {path}" if path else "the model"
         for kind, hooks in (("hook", module._forward_hooks), ("pre-hook", module._forward_pre_hooks)):
             for hook in hooks.values():
-                # transformers' own only note what passes by.
+                # transformers' own hooks only record values.
                 if not _module(hook).startswith("transformers."):
                     yield f"{where} has a forward {kind} ({_name(hook)})"
         if "forward" in vars(module):

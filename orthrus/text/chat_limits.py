@@ -1,8 +1,9 @@
-"""Chat templates within limits: whoever wrote one, rendering it ends soon and makes no more text than its input explains.
+"""Render chat templates within limits on time, steps and text, whoever wrote them.
 
-A template is a program, and Jinja's sandbox bounds what it may touch, not what it takes. So every loop, call, filter, operator
-and output of its syntax tree is led through a function of this module, which counts steps and characters before they are
-spent. The rest stays transformers' own: its environment, and what `apply_chat_template` makes of messages and tools.
+A template is a program. Jinja's sandbox limits what it may touch, but not how long it runs or how much memory it takes. So
+every loop, call, filter, operator and output in its syntax tree is replaced by a call of a function in this module, which
+counts steps and characters before they are spent. The rest is transformers' own: its Jinja environment, and
+`apply_chat_template`.
 """
 
 import re
@@ -25,19 +26,19 @@ MOST_TEMPLATE_CHARACTERS = 1 << 20
 _STEPS = 1 << 20
 _CHARACTERS = 1 << 26
 _ITEMS = 1 << 19
-"""Looked at in lists and mappings that become text, or parts of others."""
+"""Items that may be visited in lists and mappings when their size is measured."""
 _DIGITS = 1 << 16
-"""Of a number, in bits."""
+"""The longest integer, in bits."""
 _SECONDS = 1.0
-"""Of a CPU, not by the clock: how busy a machine is must not decide about a request."""
+"""Of CPU time, not of the clock: a busy machine must not reject what an idle one accepts."""
 _ARGUMENT = 1 << 20
 _END_OF_MESSAGE = "END_OF_THE_MESSAGE_TO_CONTINUE"
-# Calls and filters whose result may be as long as text and arguments multiplied.
+# Calls and filters whose result may be as long as the product of the text's and the arguments' lengths.
 _GROWING = {
     *("replace", "join", "format", "expandtabs", "indent", "tojson", "center", "ljust", "rjust", "zfill"),
     *("translate", "map", "wordwrap", "batch", "slice"),
 }
-# Filters that look at a list or mapping, but make no text of all that is in it.
+# Filters that don't turn all of a list or mapping into text.
 _SHALLOW = {
     *(
         "length",
@@ -58,7 +59,7 @@ _WIDE_FORMAT = re.compile(r"\d{5}|\*")
 
 
 class TooMuch(TemplateError):
-    """A template that takes more steps, or makes more text, than any conversation explains."""
+    """The template takes more steps, time or text than any conversation needs."""
 
 
 class _Budget:
@@ -92,16 +93,16 @@ def render_chat(
     continue_final_message: bool = False,
     **settings: Any,
 ) -> str:
-    """`tokenizer.apply_chat_template`, as text and within limits: `TooMuch` beyond them, else what it raises.
+    """The text of `tokenizer.apply_chat_template`. Raises TooMuch beyond the limits, else what that method raises.
 
-    chat_template: the tokenizer's own unless given. continue_final_message: end behind the last message's content, which is
-    text. settings: tools, add_generation_prompt, variables of the template, ...
+    chat_template: by default the tokenizer's. continue_final_message: end the text after the content of the last message,
+    which must be text. settings: tools, add_generation_prompt, variables of the template and so on.
     """
     if chat_template is None:
         chat_template = tokenizer.get_chat_template(tools=settings.get("tools"))
     limited = _limited(chat_template)
     if continue_final_message:
-        # Not left to transformers, which looks for the field's name in the template's text and finds a tree.
+        # transformers can't do it: it searches the template's text, and gets a syntax tree instead.
         *before, last = messages
         messages = [*before, {**last, "content": f"{last['content']}{_END_OF_MESSAGE} "}]
     token = _budget.set(_Budget())
@@ -113,16 +114,16 @@ def render_chat(
 
 
 def _up_to_the_end_of_message(text: str) -> str:
-    """What a template made of a conversation, up to the end of its last message's content."""
+    """A rendered conversation up to the end of its last message's content."""
     begun, found, rest = text.rpartition(_END_OF_MESSAGE)
     if not found:
         raise ValueError("it leaves out the last message, which the answer is to go on with")
-    # A template that has taken the blank away would have taken those of the content, too.
+    # If the template stripped the blank after the mark, it would have stripped the content's own blanks, too.
     return begun if rest.startswith(" ") else begun.rstrip()
 
 
 def check_templates(tokenizer: Any) -> None:
-    """Raise ConfigError for a chat template that can't be read, or exceeds the limits on a word."""
+    """Raise ConfigError for a chat template that can't be parsed, or that exceeds the limits on a one-word message."""
     templates = tokenizer.chat_template or {}
     for template in templates.values() if isinstance(templates, Mapping) else [templates]:
         if len(template) > MOST_TEMPLATE_CHARACTERS:
@@ -139,29 +140,29 @@ def check_templates(tokenizer: Any) -> None:
                     f"the chat template has a mistake in line {error.lineno}: {one_line(error)}"
                 ) from error
         except Exception:
-            continue  # It may want other messages.
+            continue  # The template may need other messages.
 
 
 @lru_cache(maxsize=32)
 def _limited(template: str) -> nodes.Template:
-    """The template's syntax tree, with what it does led through this module."""
+    """The template's syntax tree, with its operations replaced by calls of this module's functions."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # transformers takes a tree where it takes a text: both are what Jinja's `from_string` takes.
+    # transformers accepts a tree instead of a text, because Jinja's `from_string` accepts both.
     environment = _compile_jinja_template("").environment
     limited: nodes.Template = _Limiter(environment.filters).visit(environment.parse(template))
     return limited
 
 
 class _Limiter(NodeTransformer):
-    """Leads a template's operations through the functions below."""
+    """Replaces a template's operations by calls of the functions below."""
 
     def __init__(self, filters: Container[str]) -> None:
         self._filters = filters
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _led("each", node.iter)
+        node.iter = _counted("each", node.iter)
         return node
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:
@@ -173,37 +174,39 @@ class _Limiter(NodeTransformer):
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
         self.generic_visit(node)
         if node.name not in self._filters:
-            return node  # Compiling it says so.
-        if node.node is None:  # Of a filter block, whose text comes later.
-            node.args = [_led("small", argument) for argument in node.args]
+            return node  # Compiling the template reports it.
+        if node.node is None:  # A filter block: its text is counted where it is put out.
+            node.args = [_counted("small", argument) for argument in node.args]
             return node
-        led = _led("filtered", nodes.ContextReference(), nodes.Const(node.name), node.node, *node.args)
+        counted = _counted(
+            "filtered", nodes.ContextReference(), nodes.Const(node.name), node.node, *node.args
+        )
         keywords: Any = node.kwargs
-        led.kwargs, led.dyn_args, led.dyn_kwargs = keywords, node.dyn_args, node.dyn_kwargs
-        return led
+        counted.kwargs, counted.dyn_args, counted.dyn_kwargs = keywords, node.dyn_args, node.dyn_kwargs
+        return counted
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
         node.nodes = [
-            _led("emitted", nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part)
+            _counted("emitted", nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part)
             for part in node.nodes
         ]
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _led("joined", *node.nodes)
+        return _counted("joined", *node.nodes)
 
     def _visit_operator(self, node: nodes.BinExpr) -> nodes.Node:
         self.generic_visit(node)
-        return _led(type(node).__name__.lower(), node.left, node.right)
+        return _counted(type(node).__name__.lower(), node.left, node.right)
 
     visit_Add = visit_Mul = visit_Mod = visit_Pow = _visit_operator
 
     def _visit_literal(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
-        # Not the names that something is assigned to.
-        return node if getattr(node, "ctx", "load") != "load" else _led("built", node)
+        # A tuple of names that is assigned to stays as it is.
+        return node if getattr(node, "ctx", "load") != "load" else _counted("built", node)
 
     visit_List = visit_Dict = visit_Tuple = _visit_literal
 
@@ -212,15 +215,15 @@ def _function(name: str) -> nodes.ImportedName:
     return nodes.ImportedName(f"{__name__}.{name}")
 
 
-def _led(name: str, *arguments: nodes.Node) -> nodes.Call:
+def _counted(name: str, *arguments: nodes.Node) -> nodes.Call:
     return nodes.Call(_function(name), list(arguments), [], None, None)
 
 
-# --- what templates call
+# --- the functions that templates call
 
 
 def each(items: Any) -> Iterable[Any]:
-    """What a loop goes over."""
+    """The items of a loop, counted."""
     return _SizedItems(items) if isinstance(items, Sized) else _Items(items)
 
 
@@ -238,16 +241,16 @@ class _Items:
 
 
 class _SizedItems(_Items):
-    """Items whose number a loop may ask for."""
+    """Counted items with a length, which `loop.length` needs."""
 
     def __len__(self) -> int:
         return len(self._items)
 
 
 def call(context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """A function or method called."""
+    """A call of a function or method."""
     if function is generate_lorem_ipsum:
-        raise TooMuch("it wants text made up")
+        raise TooMuch("it asks for random text (lipsum)")
     _check_arguments(getattr(function, "__name__", ""), getattr(function, "__self__", None), args, kwargs)
     environment = context.environment
     assert isinstance(environment, SandboxedEnvironment), "transformers renders templates in no other"
@@ -255,7 +258,7 @@ def call(context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def filtered(context: Context, name: str, value: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """A filter applied."""
+    """A filter."""
     if name not in _SHALLOW:
         _budget.get().grow(_size(value) if isinstance(value, list | tuple | dict) else 0)
     _check_arguments(name, value, args, kwargs)
@@ -265,7 +268,7 @@ def filtered(context: Context, name: str, value: Any, /, *args: Any, **kwargs: A
 
 
 def emitted(value: Any) -> str:
-    """Text put out, or into a variable by a block."""
+    """Text that is put out, or captured by a block."""
     text = _text(value)
     _budget.get().grow(len(text))
     return text
@@ -279,13 +282,13 @@ def joined(*parts: Any) -> str:
 
 
 def built(value: Any) -> Any:
-    """A list, tuple or mapping written out."""
+    """A list, tuple or mapping that the template writes out."""
     _budget.get().grow(_size(value))
     return value
 
 
 def small(value: Any) -> Any:
-    """An argument that says how much of something is to be made."""
+    """An argument that may say how much of something to make."""
     if isinstance(value, int) and abs(value) > _ARGUMENT:
         raise TooMuch(f"it has an argument over {_ARGUMENT:,}")
     return value
@@ -317,7 +320,7 @@ def pow(left: Any, right: Any) -> Any:
 
 
 def mod(left: Any, right: Any) -> Any:
-    """`a % b`, of which formatting is one."""
+    """`a % b`, which may format text."""
     if isinstance(left, str):
         _check_format(left)
         _budget.get().grow(len(left) + len(_text(right)))
@@ -325,7 +328,7 @@ def mod(left: Any, right: Any) -> Any:
 
 
 def _check_arguments(name: str, of: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Count a call of a method or filter `of` something, and what it may make."""
+    """Count a call of the method or filter `name` of the value `of`, and refuse it if its result may be too large."""
     budget = _budget.get()
     budget.step()
     values = [*args, *kwargs.values()]
@@ -369,7 +372,7 @@ def _text(value: Any) -> str:
 
 
 def _size(value: Any) -> int:
-    """Characters and items of a value, all that it holds included."""
+    """Characters and items of a value, nested ones included."""
     left, size, budget = [value], 0, _budget.get()
     while left:
         item = left.pop()

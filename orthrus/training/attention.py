@@ -1,9 +1,9 @@
 """Attention of the diffusion rows of a training pass: AR keys before a block's anchor, and the block's own rows.
 
-Keys are the AR keys of the sequence followed by those of the diffusion rows. Written as one mask over all of them it would
-be rows x (length + rows), nearly all of it false: 80 million entries a sequence for the paper's 256 blocks of 32 rows.
-On CUDA `flex_attention` skips what the rule hides, and its fused kernel keeps no scores. It has no gradient on a CPU:
-there the two parts are computed apart, over rows x (length + block_size) scores.
+The keys are the AR keys of the sequence, followed by those of the diffusion rows. A dense mask would have rows x (length +
+rows) entries, nearly all of them false: 80 million for each sequence with the paper's 256 blocks of 32 rows. On CUDA,
+`flex_attention` skips what is hidden, and its fused kernel stores no scores. On a CPU it has no gradient, so there the two
+parts are computed separately, with rows x (length + block_size) scores.
 """
 
 import torch
@@ -31,7 +31,7 @@ def draft_attention(query: Tensor, cache: KeysValues, own: KeysValues, blocks: D
 def _two_parts(query: Tensor, cache: KeysValues, own: KeysValues, blocks: DraftBlocks) -> Tensor:
     (batch, heads, _, dim), (kv_heads, length) = query.shape, cache[0].shape[1:3]
     count, size = blocks.anchors.shape[1], blocks.block_size
-    # Heads that share keys are rows of one head; AR keys are the same for all blocks, own keys differ.
+    # Heads that share keys are treated as more rows of one head. All blocks share the AR keys; each has own keys.
     grouped = query.reshape(batch, kv_heads, -1, dim) * dim**-0.5
     per_block = (batch, kv_heads, heads // kv_heads, count, size)
     before = torch.arange(length, device=query.device) < blocks.anchors[:, :, None]

@@ -16,7 +16,7 @@ from orthrus.training.settings import TrainingSettings
 
 
 class BaseSettings(TrainingSettings):
-    """eval_every: steps between held-out losses, on `eval_rows` rows."""
+    """Settings of `orthrus train base`."""
 
     rows: int = 48
     row_length: int = 2048
@@ -28,6 +28,7 @@ class BaseSettings(TrainingSettings):
     final_lr: float = 0.03
     log_every: int = 50
     save_every: int = 1000
+    # Steps between two held-out losses, and the rows that each is measured on.
     eval_every: int = 1000
     eval_rows: int = 64
 
@@ -42,7 +43,7 @@ def held_out_loss(model: TwoViewModel, rows: Tensor) -> float:
     """Mean nats per token of rows int64 [batch, length + 1]."""
     device = model.head_weight.device
     losses = []
-    # Other shapes than training's, a few times: not worth a compilation.
+    # Its shapes differ from training's and come rarely: not worth a compilation.
     with autocast(device), torch.compiler.set_stance("force_eager"):
         for part in rows.to(device).split(8):
             loss = next_token_loss(model(part[:, :-1])[0], model.head_weight, part)
@@ -58,7 +59,7 @@ def train_base(
     folder: Path,
     processes: Processes,
 ) -> None:
-    """Train `model` in place, going on from `folder`/base.pt where there is one. Metrics go to `folder`/base.jsonl."""
+    """Train `model` in place. Resumes from `folder`/base.pt if there is one. Metrics go to `folder`/base.jsonl."""
     device, length = model.head_weight.device, settings.row_length + 1
     held_out_rows = held_out.even_rows(settings.eval_rows, length)
     sums = torch.zeros(2, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Rows of tokens for training: a pure function of seed and row number, so that a resumed run sees what the unbroken one saw."""
+"""Rows of tokens for training, a pure function of seed and row number. So a resumed run sees what an unbroken one sees."""
 
 from functools import lru_cache
 
@@ -10,7 +10,7 @@ from orthrus.errors import ConfigError
 
 
 class TokenStream:
-    """Packed documents as one stream of token ids, which training reads in rows of equal length."""
+    """Documents packed into one stream of token ids. Training reads it in rows of equal length."""
 
     def __init__(self, tokens: np.ndarray, name: str) -> None:
         """tokens: integers [tokens]; name: for messages."""
@@ -22,7 +22,7 @@ class TokenStream:
 
     def per_epoch(self, length: int) -> int:
         """Rows of `length` tokens in one pass over the stream. Raises ConfigError for a stream too short for one."""
-        # The offset that an epoch starts at costs a row.
+        # One row fewer, because each epoch starts at an offset.
         rows = len(self) // length - 1
         if rows < 1:
             raise ConfigError(
@@ -53,6 +53,6 @@ class TokenStream:
 
 @lru_cache(maxsize=8)
 def _epoch(rows: int, length: int, seed: int, epoch: int) -> tuple[int, Tensor]:
-    """Where an epoch's first row starts, and the order of its rows."""
+    """The offset of an epoch's first row, and the order of its rows."""
     generator = torch.Generator().manual_seed((seed << 32) + epoch)
     return int(torch.randint(0, length, (), generator=generator)), torch.randperm(rows, generator=generator)

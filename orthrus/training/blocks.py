@@ -1,7 +1,7 @@
 """The diffusion rows of a training pass: blocks at random anchors of every sequence.
 
 The block at anchor n holds [x_n, MASK, ...] at positions n, n + 1, ...; its row at position i predicts token i + 1. It sees
-AR keys of positions before n, and its own rows in both directions; never another block.
+AR keys of positions before n, and all rows of its own block. It never sees another block.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,23 @@ MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @cache
 def _block_mask_maker() -> Callable[..., BlockMask]:
-    """`create_block_mask`, compiled: it then never holds the mask of single rows and keys that it sums up in tiles."""
+    """`create_block_mask`, compiled: then it reduces to tiles without ever holding the mask of all single rows and keys."""
     return torch.compile(create_block_mask)
 
 
 @dataclass(frozen=True)
 class DraftBlocks:
-    """Blocks of `block_size` rows in a batch of sequences.
+    """Blocks of `block_size` rows in a batch of sequences."""
 
-    anchors int64 [batch, blocks]; lengths int64 [batch, blocks]: live rows of each block, fewer than the block size where
-    serving would draft fewer because that is all that pays; tokens, positions int64 [batch, blocks * block_size].
-    mask: `visibility` in `flex_attention`'s form, made once for all layers; None on a CPU, where that has no gradient.
-    """
-
+    # int64 [batch, blocks]: the position of each block's first row.
     anchors: Tensor
+    # int64 [batch, blocks]: live rows of each block. Serving drafts short blocks where long ones don't pay.
     lengths: Tensor
+    # int64 [batch, blocks * block_size], as are the positions.
     tokens: Tensor
     positions: Tensor
     block_size: int
+    # `visibility` for `flex_attention`, made once for all layers. None on a CPU, where that has no gradient.
     mask: BlockMask | None
 
     @property

@@ -1,8 +1,8 @@
-"""Self-distillation data: prompts, and the model's own answers to them, through the engine, in shards.
+"""Self-distillation data: the model's own answers to prompts, made by the engine and stored in shards.
 
-An answer is a function of model, prompt, sampling parameters and seed, and a request's seed is its number. So a shard has
-the same bytes whoever makes it and whenever: a run that was cut off goes on with the shards that are missing, and
-several processes (torchrun) share them without a word.
+An answer is a function of model, prompt, sampling parameters and seed, and a request's seed follows from its number. So a shard
+has the same bytes whichever process makes it. A run that was stopped goes on with the missing shards, and several
+processes (torchrun) share them without talking to each other.
 """
 
 import json
@@ -28,19 +28,23 @@ _ORIGIN = "origin.json"
 
 
 class DataSettings(Settings):
-    """prompts: a JSONL file (see `read_prompts`); None takes `texts` prompts of `prompt_length` tokens from the corpus.
+    """Every prompt is answered at every temperature.
 
-    length: tokens of a text, prompt included; longer prompts are left out. Every prompt is answered at every temperature.
-    An answer to a prompt of a file ends where the model ends it; corpus goes on after the end of a document, and so
-    does what continues it. shard_texts: texts per file.
+    An answer to a prompt from a file ends where the model ends it. An answer to a prompt from the corpus goes on past the end
+    of a document, as the corpus does.
     """
 
+    # A JSONL file (see `read_prompts`). None: prompts from the corpus.
     prompts: Path | None = None
+    # For the chat template.
     template_arguments: dict[str, Any] = Field(default_factory=dict)
+    # Prompts to take from the corpus, and tokens of each.
     texts: int = 4096
     prompt_length: int = 64
+    # Tokens of a text, prompt included. Longer prompts are left out.
     length: int = 1024
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    # Texts in a file.
     shard_texts: int = 1024
     seed: int = 0
 
@@ -55,9 +59,10 @@ def generate(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Write the shards that `folder` lacks, every `world`-th of them from `rank` on. See `read_shards`.
+    """Write the shards that `folder` lacks. `read_shards` reads them.
 
-    origin: what the answers depend on besides the settings. Raises ConfigError if `folder` was begun with others.
+    origin: what the answers depend on besides the settings. rank, world: this process makes every `world`-th shard, from the
+    `rank`-th on. Raises ConfigError if `folder` was begun with other settings or another origin.
     """
     prompts = [p for p in prompts if len(p) < settings.length]
     temperatures = settings.temperatures
@@ -65,7 +70,7 @@ def generate(
     shards = [numbers[i : i + settings.shard_texts] for i in range(0, len(numbers), settings.shard_texts)]
     if not shards:
         raise ConfigError(f"every prompt has {settings.length} tokens or more: raise length")
-    # The path of a prompt file is not what the answers depend on: its contents are, and `origin` has them.
+    # The answers depend on the contents of a prompt file, which `origin` has, and not on its path.
     _claim(folder, origin | settings.model_dump(mode="json", exclude={"prompts"}) | {"shards": len(shards)})
     missing = {i: shards[i] for i in range(rank, len(shards), world) if not _file(folder, i).exists()}
     if not missing:
@@ -129,9 +134,9 @@ def _write_shards(
 
 
 def read_shards(folder: Path) -> np.ndarray:
-    """The texts of all shards one after another, int32 [tokens]. Raises ConfigError if there are none or some are missing.
+    """The texts of all shards, concatenated: int32 [tokens]. Raises ConfigError if there are none or some are missing.
 
-    A shard is a safetensors file: `tokens`, the texts one after another; `lengths` and `prompt_lengths`, tokens of each.
+    A shard is a safetensors file. `tokens` holds its texts, concatenated; `lengths` and `prompt_lengths` hold their tokens.
     """
     if not (folder / _ORIGIN).exists():
         raise ConfigError(f"{folder} has no texts: run `orthrus train data` first")
@@ -157,7 +162,7 @@ def _file(folder: Path, shard: int) -> Path:
 
 
 def _claim(folder: Path, origin: dict[str, Any]) -> None:
-    """Note in `folder` what its shards come from, or check it against the note."""
+    """Record in `folder` what its shards depend on. If it is recorded already, check that it is the same."""
     folder.mkdir(parents=True, exist_ok=True)
     file, text = folder / _ORIGIN, json.dumps(origin, indent=1) + "\n"
     if file.exists():

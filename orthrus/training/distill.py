@@ -1,7 +1,7 @@
-"""Forward KL from the AR view's distribution to the diffusion view's, and its gradient, a slice of rows at a time.
+"""Forward KL from the AR view's distribution to the diffusion view's, with its gradient, for one slice of rows at a time.
 
-The vocabulary is the widest thing in the model: logits of all rows in float32, with their softmax and gradients, would need
-more memory than everything else. The head is frozen, so the gradient of the hidden states is all there is to keep.
+Logits of all rows in float32, with their softmax and gradients, would need more memory than everything else. The head is
+frozen, so only the gradient of the hidden states has to be kept.
 """
 
 import math
@@ -51,7 +51,7 @@ class _ForwardKL(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), None, None, None, None, None, None
 
 
-# Logits computed at a time: 256 MB in float32, and a few times that with softmaxes and gradient.
+# Logits that are computed at once: 256 MB in float32, and a few times as much with softmaxes and gradient.
 _SLICE_LOGITS = 1 << 26
 
 _compiled: dict[bool, Callable[..., Any]] = {}
@@ -67,17 +67,17 @@ def forward_kl(
     slice_rows: int | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum of weight x KL(target || softmax(hidden @ head.T)) over rows, in float32 whatever autocast says.
+    """The sum over rows of weight * KL(target || softmax(hidden @ head.T)), in float32 even under autocast.
 
-    hidden [rows, hidden_size]: the diffusion view's; targets [positions, vocab_size]: AR logits, once per position;
-    index int64 [rows]: each row's position in them; head [vocab_size, hidden_size], frozen; weigh: weights float [rows],
-    taken as given, from KL and agreement [rows] as below; slice_rows: rows at a time, None for as many as the vocabulary allows.
-    Returns the sum (differentiable by hidden), KL [rows] in nats and top-1 agreement bool [rows].
+    hidden [rows, hidden_size]: the diffusion view's. targets [positions, vocab_size]: AR logits of each position. index int64
+    [rows]: each row's position in `targets`. head [vocab_size, hidden_size]: frozen. weigh: makes the weights, float [rows],
+    from KL and agreement (see below); no gradient flows through them. slice_rows: rows at once, None for as many as fit.
+    Returns the sum (differentiable by hidden), KL [rows] in nats, and top-1 agreement, bool [rows].
     """
     if compiled not in _compiled:
         _compiled[compiled] = torch.compile(_slice_kl) if compiled else _slice_kl
     if slice_rows is None:
-        # Even slices: the kernel is compiled for one shape.
+        # Slices of equal length: the kernel is compiled for one shape.
         slices = math.ceil(len(hidden) * head.shape[0] / _SLICE_LOGITS)
         slice_rows = math.ceil(len(hidden) / slices)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The processes of a data-parallel run, as `torchrun` starts them; without it, the one there is."""
+"""The processes of a data-parallel run that `torchrun` started. Without torchrun there is one."""
 
 import os
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ from orthrus.errors import ConfigError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process (`rank`) among `world`, and what they do together. Every process makes the same calls in the same order."""
+    """This process (`rank`) among `world` processes, and what they do together. All make the same calls in the same order."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def writes(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, rows: int, micro_batch: int | None) -> list[range]:
-        """This process's part of a step's rows, a range for each backward pass. Raises ConfigError if it doesn't come out even.
+        """This process's rows of a step, a range for each backward pass. Raises ConfigError if they can't be shared evenly.
 
-        Which rows go together depends on `micro_batch` alone, so that more processes only spread the same passes.
+        Which rows share a pass depends on `micro_batch` only. So more processes spread the same passes.
         """
         size = micro_batch or rows // self.world
         if size == 0 or rows % (size * self.world):
@@ -45,7 +45,7 @@ class Processes:
                 work.wait()
 
     def first(self, value: float, device: torch.device) -> float:
-        """The first process's `value`, for all."""
+        """The `value` of the first process, in all processes."""
         if self.world == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64, device=device)
@@ -54,7 +54,7 @@ class Processes:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """The first process runs the block before the others do: it makes a file, they find it."""
+        """The first process runs the block before the others do. So it makes a file, and the others find it."""
         if self.world > 1 and not self.writes:
             dist.barrier()
         yield
@@ -63,7 +63,7 @@ class Processes:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process and their number by torchrun's environment; 0 and 1 without it."""
+    """Rank and number of processes from torchrun's environment. 0 and 1 without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -76,7 +76,7 @@ def local_device() -> torch.device:
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[Processes]:
-    """The processes of this run, connected (NCCL on accelerators, gloo on CPUs) while the context lasts."""
+    """Connect the processes of this run while the context lasts, by NCCL on accelerators and by gloo on CPUs."""
     rank, world = rank_and_world()
     if world == 1:
         yield Processes()

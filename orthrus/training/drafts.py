@@ -1,4 +1,4 @@
-"""What the diffusion view learns from a step: blocks at random anchors, drawn towards the AR view's own distribution."""
+"""The loss of the diffusion view: at blocks with random anchors, its KL from the AR view's distribution."""
 
 from typing import Any
 
@@ -13,24 +13,27 @@ from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import Settings
 
 _MIN_KL = 0.01
-"""Nats: below it, a power of KL has no steeper slope."""
+"""In nats. Added to KL before a power of it is taken, to bound its slope near 0."""
 
 
 class DraftSettings(Settings):
-    """anchors: blocks of `block_size` rows per row of tokens; short_blocks: share of them cut to a random length.
+    """Blocks and loss of a step. The loss of a draft is KL ** kl_power * miss_decay ** (wrong drafts before it in its block).
 
-    The loss of a draft is its KL ** kl_power, weighted with miss_decay for every wrong draft before it in its block; 1 and 1
-    are the paper's. What comes after a wrong draft is thrown away. And a sampled draft is refused with a chance of at
-    most sqrt(KL / 2) (Pinsker): a power of 0.5 spends less on drafts that nobody could foresee, and more on those that are
-    nearly right. first_weight: how much of a draft a block's first one is, in the loss and as a miss: 1 is the paper's,
-    0 is right where every block has a lead (`orthrus.schedules.orthrus`), which knows that token.
+    The defaults of the last three settings are the paper's.
     """
 
     block_size: int = 32
+    # Blocks in each row of tokens.
     anchors: int = 64
+    # Share of the blocks that are cut to a random length.
     short_blocks: float = 0.0
+    # Below 1, drafts after a wrong one count less: serving throws them away.
     miss_decay: float = 1.0
+    # A sampled draft is refused with a chance of at most sqrt(KL / 2) (Pinsker's inequality). A power of 0.5 therefore spends
+    # less on drafts that can't be predicted, and more on those that are nearly right.
     kl_power: float = 1.0
+    # Weight of a block's first draft, both in the loss and as a wrong draft. Use 0 if the schedule
+    # knows the first token of every block before it drafts the block (see `orthrus.schedules.orthrus`).
     first_weight: float = 1.0
 
 
@@ -47,7 +50,7 @@ class DraftLoss:
         seed: int,
         compiled: bool,
     ) -> None:
-        """rows: of a step, of `length` tokens each; compiled: the loss, by torch.compile."""
+        """rows: of a step, each of `length` tokens. compiled: whether torch.compile compiles the loss."""
         assert model.config.mask_token_id is not None
         self._model, self._settings, self._mask = model, settings, model.config.mask_token_id
         self._rows, self._length, self._seed, self._compiled = rows, length, seed, compiled
@@ -59,7 +62,7 @@ class DraftLoss:
         self._kl, self._agreed, self._counted, self._blocks = self._sums.split([1, size, size, 3])
 
     def blocks(self, step: int, rows: range, batch: Tensor) -> DraftBlocks:
-        """Blocks of rows `rows` of a step, whose tokens are `batch` int64 [rows, length]: a function of seed and step."""
+        """Blocks of the rows `rows` of a step, a function of seed and step. batch int64 [rows, length]: the rows' tokens."""
         settings = self._settings
         generator = torch.Generator().manual_seed((self._seed << 40) + step)
         anchors = random_anchors(self._rows, settings.anchors, self._length, settings.block_size, generator)
@@ -71,10 +74,10 @@ class DraftLoss:
         return draft_blocks(batch, anchors, lengths, settings.block_size, self._mask)
 
     def __call__(self, hidden: Tensor, drafted: Tensor, blocks: DraftBlocks) -> Tensor:
-        """These rows' part of the step's loss, the mean over its drafts of KL, weighted; differentiable by `drafted` alone.
+        """These rows' part of the step's loss, which is the weighted mean over its drafts. Differentiable by `drafted` only.
 
-        hidden [rows, length, hidden_size]: the AR view's final states; drafted [rows, block rows, hidden_size]: those of
-        `blocks`, the last that `blocks` gave.
+        hidden [rows, length, hidden_size]: the AR view's final states. drafted [rows, block rows, hidden_size]: the final
+        states of `blocks`, which must be the newest result of the method `blocks`.
         """
         settings, size, rows = self._settings, self._settings.block_size, len(hidden)
         index = blocks.positions + torch.arange(rows, device=hidden.device)[:, None] * self._length
@@ -83,7 +86,7 @@ class DraftLoss:
         def weigh(kl: Tensor, agree: Tensor) -> Tensor:
             wrong = ~agree.view(-1, size) * self._share
             weight = settings.miss_decay ** (wrong.cumsum(1) - wrong) * self._share * live / self._live
-            # The gradient of kl ** power is this times that of kl.
+            # d(kl ** power) = power * kl ** (power - 1) * d(kl)
             return weight.flatten() * settings.kl_power * (kl + _MIN_KL) ** (settings.kl_power - 1)
 
         with torch.no_grad(), autocast(hidden.device):
@@ -106,8 +109,10 @@ class DraftLoss:
         self._blocks += torch.stack([(leading * whole).sum(), (behind_lead * whole).sum(), whole.sum()])
 
     def report(self, processes: Processes) -> dict[str, Any]:
-        """Since the last call: KL in nats, top-1 agreement by depth, and the tokens per cycle, plain and with a lead, that
-        leading rows of a block which agree would give on text that is the model's greedy own."""
+        """Metrics since the last call: KL in nats, top-1 agreement by depth, and tokens per cycle without and with a lead.
+
+        Tokens per cycle are those that the drafts would give on the model's own greedy text.
+        """
         processes.add([self._sums])
         agreement = self._agreed / self._counted.clamp(min=1)
         leading, behind_lead, blocks = self._blocks.tolist()

@@ -18,14 +18,13 @@ from orthrus.training.settings import TrainingSettings
 
 
 class HeadsSettings(DraftSettings, TrainingSettings):
-    """mask_token_id: None for the tokenizer's own mask token; sampled: share of the rows that come from the model's own
-    answers, the rest being corpus; epochs count the answers. recompute: keep only layer inputs for the backward pass and
-    run each layer again there, a quarter more time for a tenth of the memory.
-    """
+    """Settings of `orthrus train heads`. `epochs` are passes over the model's own answers."""
 
+    # None: the tokenizer's mask token.
     mask_token_id: int | None = None
     rows: int = 24
     row_length: int = 1024
+    # Share of the rows that come from the model's own answers. The others come from the corpus.
     sampled: float = 1.0
     optimizer: str = "adamw"
     lr: float = 2e-4
@@ -33,6 +32,8 @@ class HeadsSettings(DraftSettings, TrainingSettings):
     weight_decay: float = 0.0
     warmup: float = 0.05
     final_lr: float = 0.1
+    # Keep only the layers' inputs for the backward pass, and run each layer again there: a quarter more time, a tenth of the
+    # memory.
     recompute: bool = False
     log_every: int = 100
     save_every: int = 2000
@@ -68,9 +69,9 @@ def train_heads(
 ) -> None:
     """Train the `_diff` weights of `model` in place; every other weight stays as it is, bit for bit.
 
-    sources: streams with the rows that each gives to a step, `settings.rows` in all. origin: what tells this base model
-    and these texts from others, as plain values. Goes on from `folder`/heads.pt where there is one. Metrics go to
-    `folder`/heads.jsonl: what `DraftLoss` reports.
+    sources: streams, each with its number of rows in a step; `settings.rows` in all. origin: plain values that identify
+    the base model and the texts. If there is `folder`/heads.pt, training resumes from it. Metrics of `DraftLoss` go to
+    `folder`/heads.jsonl.
     """
     device, length = model.head_weight.device, settings.row_length
     if settings.compile:
@@ -80,7 +81,7 @@ def train_heads(
     )
 
     def tokens(step: int, rows: range) -> Tensor:
-        """Rows of a step, int64 [rows, length]: those of the first source come first."""
+        """The rows `rows` of a step, int64 [rows, length]. Rows of the first source come first."""
         parts, before = [], 0
         for count, source in sources:
             wanted = range(max(rows.start - before, 0), min(rows.stop - before, count))

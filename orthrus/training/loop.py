@@ -1,4 +1,4 @@
-"""The training loop that all kinds of training share: accumulate, add over processes, clip, step, log, save."""
+"""The loop that all kinds of training share: accumulate gradients, add them over processes, clip, step, log, save."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from orthrus.training.optim import build_optimizers, learning_rate, set_learning
 from orthrus.training.progress import Budget, Display, State, peak_memory_gib
 from orthrus.training.settings import TrainingSettings
 
-# Settings that may change when a run goes on: they don't change what a step does.
+# Settings that may change when a run resumes, because they don't change what a step does.
 _FREE = {
     *("steps", "epochs", "seconds", "micro_batch", "recompute", "compile"),
     *("log_every", "eval_every", "save_every"),
@@ -22,12 +22,12 @@ _FREE = {
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on an accelerator; float32 on a CPU, where tests compare bits."""
+    """bfloat16 on an accelerator. float32 on a CPU, where tests compare bits."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
 def to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """`rows` on `device`, without a wait for the work that is queued there."""
+    """Copy `rows` to `device` without waiting for the work that is queued there."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
@@ -97,11 +97,11 @@ def optimise(
     evaluate: Callable[[], dict[str, Any]] | None = None,
     eval_every: int = 0,
 ) -> None:
-    """Train the parameters `named` in place, going on from the state in `file` where there is one.
+    """Train the parameters `named` in place. If there is a state in `file`, training resumes from it.
 
-    backward(step, rows): add the gradient of these rows' part of the step's loss. report(): metrics since the last call,
-    called by all processes. evaluate(): metrics every `eval_every` steps and at the end. Metrics go to a .jsonl beside
-    `file`. origin: what else, besides the settings, the state depends on. Raises ConfigError for another run's state.
+    backward(step, rows): adds the gradient of these rows' part of the step's loss. report(): metrics since the last call;
+    all processes call it. evaluate(): metrics, every `eval_every` steps and at the end. Metrics go to a .jsonl beside
+    `file`. origin: what the state depends on besides the settings. Raises ConfigError for the state of another run.
     """
     device = next(iter(named.values())).device
     optimizers = build_optimizers(named, settings)

@@ -1,6 +1,6 @@
-"""The trainable two-view model: plain dense PyTorch, parameters named as in the checkpoint.
+"""The trainable model with two views: plain dense PyTorch, with the checkpoint's parameter names.
 
-Meant to be read beside `orthrus.models.forward`, which serves the same weights from a paged cache.
+`orthrus.models.forward` serves the same weights from a paged cache.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Both views' projections. Parameters of the diffusion view end in `_diff`."""
+    """The projections of both views. Names of the diffusion view's parameters contain `_diff`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Attention(nn.Module):
             return projected.unflatten(-1, (-1, self.dim)).transpose(1, 2)
 
         value = heads("v")
-        # Under autocast some versions of torch norm in float32; attention takes one dtype.
+        # Under autocast some versions of torch return norms in float32, but attention takes one dtype.
         query, key = (
             rotate(getattr(self, f"{n}_norm{suffix}")(heads(n)), cos, sin).to(value.dtype) for n in "qk"
         )
@@ -149,7 +149,7 @@ class TwoViewModel(nn.Module):
         self._autoregressive, self._diffusion = Layer.autoregressive, Layer.diffusion
 
     def compile_layers(self) -> None:
-        """Have torch.compile compile a layer's passes, once for all layers: the whole model would take ten times as long."""
+        """Compile the passes of one layer, for use by all: compiling the whole model would take ten times as long."""
         self._autoregressive = torch.compile(Layer.autoregressive, fullgraph=True)
         self._diffusion = torch.compile(Layer.diffusion, fullgraph=True)
 
@@ -176,7 +176,7 @@ class TwoViewModel(nn.Module):
         [batch, kv_heads, rows, head_dim].
         """
         cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-        # In the compute dtype from layer to layer, as it is served.
+        # In the compute dtype between layers, as in serving.
         hidden = self.model.embed_tokens(tokens).to(cos.dtype)
         cache = []
         for layer in self.model.layers:
@@ -187,7 +187,7 @@ class TwoViewModel(nn.Module):
     def diffuse(self, blocks: DraftBlocks, cache: list[KeysValues], recompute: bool = False) -> Tensor:
         """The diffusion view of the rows of `blocks` over the AR view's `cache`; hidden states [batch, rows, hidden_size].
 
-        recompute: keep only each layer's input for the backward pass, and run the layer again there.
+        recompute: keep only each layer's input, and run the layer again in the backward pass.
         """
         cos, sin = self.rope(blocks.positions)
         hidden = self.model.embed_tokens(blocks.tokens).to(cos.dtype)
@@ -210,7 +210,7 @@ class TwoViewModel(nn.Module):
 
 
 def initialise(model: TwoViewModel, seed: int) -> None:
-    """Random weights of a plain model: normal with deviation 0.02; projections back into the residual stream start at zero."""
+    """Random weights, without a diffusion view: normal with deviation 0.02, but 0 for projections into the residual stream."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -223,9 +223,9 @@ def initialise(model: TwoViewModel, seed: int) -> None:
 
 
 def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch.device) -> TwoViewModel:
-    """The checkpoint in `folder` with a diffusion view to train: its own if it has one, else a copy of its AR view.
+    """The checkpoint in `folder` with a diffusion view to train. It starts as the checkpoint's own, or as a copy of the AR view.
 
-    What is frozen is held in bfloat16 on an accelerator and float32 on a CPU, the diffusion view in float32.
+    Frozen weights are bfloat16 on an accelerator and float32 on a CPU. The diffusion view is float32.
     """
     stored = load_config(folder)
     frozen = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -14,7 +14,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def learning_rate(progress: float, *, warmup: float, final: float) -> float:
-    """Factor on the peak rate at `progress` in 0..1: linear over `warmup`, then a cosine down to `final`."""
+    """The factor on the peak learning rate at `progress` (0 to 1): a linear rise over `warmup`, then a cosine down to `final`."""
     if progress < warmup:
         return max(progress / warmup, 1e-3)
     after = min(1.0, (progress - warmup) / (1 - warmup))
@@ -22,7 +22,7 @@ def learning_rate(progress: float, *, warmup: float, final: float) -> float:
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix of each of [count, rows, columns], roughly, in bfloat16 on an accelerator."""
+    """Roughly the nearest (semi-)orthogonal matrix of each of [count, rows, columns]. In bfloat16 on an accelerator."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -36,7 +36,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised per weight matrix (Jordan et al., 2024). Matrices of one shape go through as one batch."""
+    """Orthogonalises the momentum of each weight matrix (Jordan et al., 2024). Matrices of equal shape form a batch."""
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(
     named: dict[str, nn.Parameter], settings: TrainingSettings
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the layers where the settings say so."""
+    """AdamW for all parameters. If the settings say so, Muon for the matrices inside the layers."""
     matrices = [
         p for n, p in named.items() if settings.optimizer == "muon" and p.dim() == 2 and ".layers." in n
     ]

@@ -1,4 +1,4 @@
-"""How far a run is, what it measured, and how it goes on after a stop."""
+"""The progress of a run, its metrics, and its state on disk, from which it resumes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from orthrus.errors import ConfigError
 
 
 class Budget:
-    """A run's length: optimiser `steps`, or `seconds` of wall clock where steps is None. `done` counts steps."""
+    """How long a run lasts: `steps` optimiser steps, or `seconds` of wall clock if steps is None. `done` counts steps."""
 
     def __init__(self, steps: int | None, seconds: float | None) -> None:
         self.steps, self.seconds = steps, seconds
@@ -24,7 +24,7 @@ class Budget:
         self.start()
 
     def start(self) -> None:
-        """Start the clock, after compilation say."""
+        """Start the clock. Call it again to leave out what came before, such as compilation."""
         self._started = time.monotonic() - self.spent
 
     @property
@@ -41,10 +41,10 @@ class Budget:
 
 
 class Display:
-    """A stage's metrics: one JSON object a line in a file, and a progress bar, or lines where there is no terminal."""
+    """Shows a stage's metrics: in a JSONL file, and as a progress bar, or as lines if there is no terminal."""
 
     def __init__(self, file: Path, budget: Budget, *, writes: bool) -> None:
-        """Lines of `file` after step `budget.done` are dropped: the run that wrote them was cut off before it saved."""
+        """Drops the lines of `file` after step `budget.done`: the run that wrote them stopped before it saved its state."""
         self._file, self._budget, self._writes = file, budget, writes
         if writes:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Display:
             desc=file.stem,
             total=budget.steps or budget.seconds,
             initial=self._position,
-            # None: where there is no terminal.
+            # None disables it if there is no terminal.
             disable=None if writes else True,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% {bar:20} {elapsed}<{remaining} {postfix}",
@@ -74,7 +74,7 @@ class Display:
         if not self._writes:
             return
         values = {"step": self._budget.done, "seconds": round(self._budget.elapsed, 1)} | values
-        # Opened for each line: an interrupted run leaves nothing open and nothing unwritten.
+        # Opened for each line, so that an interrupted run leaves nothing unwritten.
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         text = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
@@ -93,14 +93,14 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        # By depth: 1, 2, 4, 8, ... say enough on a terminal.
+        # Values by depth: on a terminal, depths 1, 2, 4, 8, ... are enough.
         depths = [1 << i for i in range(len(value).bit_length())]
         return " ".join(f"{depth}:{_short(value[depth - 1])}" for depth in depths)
     return str(value)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has held so far: on the accelerator, or of the host's where there is none."""
+    """The most memory that this process has held so far: on the accelerator, or on the host if there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -148,7 +148,7 @@ class State:
 
 
 def check_origin(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise ConfigError, naming the differences, if what lies in `file` was not begun as `expected` says."""
+    """Raise ConfigError that names the differences if the origin `found` in `file` is not the `expected` one."""
     different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
     if different:
         listed = ", ".join(f"{key} {found.get(key)!r} there, {expected.get(key)!r} now" for key in different)

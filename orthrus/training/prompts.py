@@ -10,9 +10,9 @@ from orthrus.errors import ConfigError
 
 
 def read_prompts(file: Path, tokenizer: Any, template_arguments: dict[str, Any]) -> list[list[int]]:
-    """Token ids of every prompt in `file`, one JSON object a line: {"prompt": text}, or {"messages": [...]} for a chat.
+    """Token ids of every prompt in `file`. Each line is a JSON object: {"prompt": text}, or {"messages": [...]} for a chat.
 
-    template_arguments: for the chat template, such as Qwen3's enable_thinking. Raises ConfigError naming file and line.
+    template_arguments: for the chat template, such as Qwen3's enable_thinking. Raises ConfigError that names file and line.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -31,7 +31,7 @@ def read_prompts(file: Path, tokenizer: Any, template_arguments: dict[str, Any])
             else:
                 text = entry["prompt"]
             tokens = tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # A template raises what it likes.
+        except Exception as error:  # A template may raise anything.
             raise ConfigError(
                 f'{file}, line {number}: expected {{"prompt": text}} or {{"messages": [...]}} ({error})'
             ) from error

@@ -1,4 +1,4 @@
-"""A training run: its YAML file, and where its stages leave what the next ones read."""
+"""A training run: its YAML file, and the files by which its stages pass on their results."""
 
 import hashlib
 from pathlib import Path
@@ -27,18 +27,21 @@ Section = TypeVar("Section")
 
 
 class Run(Settings):
-    """work: everything that is not the result (tokens, texts, states, metrics); out: the checkpoint with its heads.
+    """The whole YAML file."""
 
-    base_model: the checkpoint that gets heads, a directory or hub id; None for the one that the stages corpus, tokenizer
-    and base make. model: its shape, as `ModelConfig`'s fields. engine: `EngineConfig`'s fields, for data and eval.
-    """
-
+    # Folder for everything but the result: tokens, texts, states, metrics.
     work: Path
+    # Folder for the result: the checkpoint with its heads.
     out: Path
+    # The checkpoint that gets heads, a directory or hub id. None: the one that the stages corpus, tokenizer and base make.
     base_model: str | None = None
+    # Most bytes of weights in one file of the result.
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    # A file with `CorpusSettings`.
     corpus: Path | None = None
+    # The shape of the base model that is made here, as fields of `ModelConfig`.
     model: dict[str, Any] | None = None
+    # Fields of `EngineConfig`, for the stages data and eval.
     engine: dict[str, Any] = Field(default_factory=dict)
     base: BaseSettings | None = None
     data: DataSettings = DataSettings()
@@ -57,7 +60,7 @@ class Run(Settings):
         return self
 
     def engine_config(self, model: Path | str, **settings: Any) -> EngineConfig:
-        """The engine's settings for `model`: `settings`, and over them those of the file."""
+        """The engine's settings for `model`. Those of the file override `settings`."""
         return EngineConfig(model=str(model), **(settings | self.engine))
 
     def base_folder(self) -> Path:
@@ -108,7 +111,7 @@ class Run(Settings):
 
 
 def needed(section: Section | None, name: str) -> Section:
-    """A section that the stage can't do without. Raises ConfigError if the file lacks it."""
+    """The section, which the stage needs. Raises ConfigError if the file lacks it."""
     if section is None:
         raise ConfigError(f"the file has no section {name}: add one, see configs/train/")
     return section

@@ -1,4 +1,4 @@
-"""A training run's YAML file as typed settings; one that is unknown or has a wrong value is an error that names it."""
+"""A training run's YAML file as typed settings. Unknown settings and wrong values are errors that name them."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,30 +16,37 @@ class Settings(BaseModel):
 
 
 class TrainingSettings(Settings):
-    """What every kind of training has in common.
+    """What every kind of training has in common. Exactly one of `steps`, `epochs` and `seconds` sets how long it lasts."""
 
-    The length is one of: `steps`, optimiser steps; `epochs`, passes over the data; `seconds` of wall clock (only the first
-    two give the same weights twice). rows: per optimiser step, over all processes;
-    micro_batch: rows in one forward and backward pass of one process, None for all of its share; row_length: in tokens.
-    optimizer: "adamw", or "muon" for the matrices inside the layers, at rate `matrix_lr`. warmup: share of the run;
-    final_lr: share of the peak rate at the end of the cosine; clip: largest gradient norm. *_every: in steps.
-    """
-
+    # Optimiser steps.
     steps: int | None = None
+    # Passes over the data.
     epochs: float | None = None
+    # Wall clock. A second run of this length does not give the same weights.
     seconds: float | None = None
+    # Rows of an optimiser step, over all processes.
     rows: int
+    # Rows in one forward and backward pass of one process. None: all rows of its share.
     micro_batch: int | None = None
+    # In tokens.
     row_length: int
+    # "adamw"; or "muon" for the matrices inside the layers, and AdamW for the rest.
     optimizer: str
+    # Peak learning rate of AdamW.
     lr: float
+    # Peak learning rate of Muon.
     matrix_lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float
+    # Share of the run in which the learning rate rises.
     warmup: float
+    # The learning rate at the end of the cosine, as a share of the peak.
     final_lr: float
+    # The largest gradient norm.
     clip: float = 1.0
+    # Whether torch.compile is used.
     compile: bool = True
+    # In steps, as is save_every.
     log_every: int
     save_every: int
     seed: int = 0
@@ -57,9 +64,9 @@ Kind = TypeVar("Kind", bound=Settings)
 
 
 def read_settings(kind: type[Kind], file: Path, **instead: Any) -> Kind:
-    """`kind` from the YAML file, with the values in `instead` that are not None in place of the file's.
+    """Read settings of `kind` from a YAML file. Values in `instead` that are not None replace the file's.
 
-    Raises ConfigError naming the file and the setting.
+    Raises ConfigError that names the file and the setting.
     """
     data = read_yaml(file).data
     if not isinstance(data, dict):
