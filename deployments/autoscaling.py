@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Counter, Gauge
 
 if TYPE_CHECKING:
-    from orthrus.engine.engine import EngineStats
+    from orthrus.engine.stats import EngineStats
 
 logger = logging.getLogger("ray.serve")
 

@@ -11,7 +11,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from deployments.autoscaling import EngineLoadPolicy, engine_load
-from orthrus.engine.engine import EngineStats
+from orthrus.engine.stats import EngineStats
 
 DEPLOYMENT = DeploymentID(name="OrthrusReplica", app_name="orthrus")
 

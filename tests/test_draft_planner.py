@@ -8,9 +8,9 @@ from statistics import harmonic_mean, mean, median
 import pytest
 
 from orthrus.plan import RowGroup, View
-from orthrus.requests.sequence import Draft
-from orthrus.schedules.pass_cost import DecodeCost, PassCost, measure_decode_cost
-from orthrus.schedules.planner import BlockPlan, DraftPlanner
+from orthrus.schedules.decode_cost import DecodeCost
+from orthrus.schedules.pass_cost import PassCost, PassTimer
+from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 
 
 def flat() -> PassCost:
@@ -37,8 +37,8 @@ def planner(
     return DraftPlanner(max_rows, DecodeCost(cost, cost, cost, lead or double), pass_rows)
 
 
-def drafted(count: int, *, lead: bool = False, led: bool = False) -> Draft:
-    return Draft([0] * count, lead, led)
+def drafted(count: int, *, lead: bool = False, first_agreed: bool = False) -> Draft:
+    return Draft([0] * count, lead, first_agreed)
 
 
 def test_long_blocks_where_rows_are_free_and_none_where_they_are_dear() -> None:
@@ -62,7 +62,7 @@ def test_a_lead_where_first_drafts_fail_and_its_pass_is_cheap() -> None:
     assert planner(flat(), 8).plan(True, 1) == BlockPlan(8)
     dear_lead = planner(flat(), 8)
     for _ in range(400):
-        dear_lead.observe(True, drafted(7, lead=True, led=True), 3)
+        dear_lead.observe(True, drafted(7, lead=True, first_agreed=True), 3)
     assert dear_lead.plan(True, 1) == BlockPlan(5)
 
 
@@ -158,9 +158,8 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> Non
         views = tuple(dict.fromkeys(group.view for group in groups))
         seen.add((views, len(groups[-1].tokens), len(groups)))
 
-    cost = measure_decode_cost(
-        run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512, mask_token_id=9
-    )
+    timer = PassTimer(run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512)
+    cost = DecodeCost.measured(timer, mask_token_id=9)
     assert {((View.AR,), 1, 1), ((View.AR,), 1, 4), ((View.AR,), 16, 1), ((View.DIFFUSION,), 16, 1)} <= seen
     assert ((View.AR, View.DIFFUSION), 16, 2) in seen
     assert cost.step.sizes == (1, 2, 4)
@@ -189,7 +188,7 @@ def decode(one: DraftPlanner, tokens: int, agreement: float, rng: random.Random)
             done, seconds = done + 1, seconds + cost.ar(1, greedy=True)
             continue
         agree = [rng.random() < agreement for _ in range(plan.rows)]
-        draft = drafted(plan.rows - 1, lead=plan.lead, led=plan.lead and agree[-1])
+        draft = drafted(plan.rows - 1, lead=plan.lead, first_agreed=plan.lead and agree[-1])
         accepted = [*agree[:-1], False].index(False)
         one.observe(True, draft, accepted)
         done, seconds = done + accepted + 1 + plan.lead, seconds + cost.cycle(plan.rows, 1, True, plan.lead)

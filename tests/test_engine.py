@@ -11,6 +11,7 @@ import torch
 
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
+from orthrus.engine.observer import PassRecord
 from orthrus.errors import RequestError
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
@@ -141,7 +142,7 @@ class LimitedRunner(EagerRunner):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine.forward, engine.cache, feeds_tokens=True)
-        self._most_rows, self._most_logits = engine._max_rows, engine._max_logits
+        self._most_rows, self._most_logits = engine.limits.max_rows, engine.limits.max_logits
         self._passes: list[_ReadPass] = []
         self.fullest = 0
 
@@ -187,7 +188,8 @@ def test_whose_logits_are_read_by_more_than_the_pick(read: bool, settings: dict[
 def test_passes_stay_within_the_memory_laid_out_for_them(checkpoint: Path, ar: Engine, lead: bool) -> None:
     """A crowd that arrives while long drafts wait to be verified, and prompts of many chunks alone."""
     ours = engine(checkpoint, draft_lead=lead, max_num_seqs=128, prefill_chunk=64)
-    ours._runner = runner = LimitedRunner(ours)
+    runner = LimitedRunner(ours)
+    ours.use_runner(runner)
     params = replace(GREEDY, max_tokens=10)
     texts = [[i] for i in range(64)]
     requests = [Request(f"{turn} {i}", text, params) for turn in range(2) for i, text in enumerate(texts)]
@@ -233,20 +235,20 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for i in range(len(texts))
     ]
     ahead = engine(checkpoint, **settings)
-    ahead._runner = LimitedRunner(ahead)
+    ahead.use_runner(LimitedRunner(ahead))
     collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(texts))}
     waiting = [Request(str(i), t, p) for i, (t, p) in enumerate(zip(texts, params, strict=True))]
-    foreseen = 0
+    passes: list[PassRecord] = []
+    ahead.observer = passes.append
     while waiting or ahead.has_work:
         for _ in range(rng.randint(0, 3)):
             if waiting:
                 ahead.submit(waiting.pop())
         for chunk in ahead.step():
             collected[chunk.request_id].append(chunk)
-        foreseen += bool(ahead._in_flight)
         if rng.random() < 0.05:
             ahead.cancel(str(rng.randrange(len(texts))))
-    assert foreseen > 3, "every pass was waited for"
+    assert sum(one.launched_ahead for one in passes) > 3, "every pass was waited for"
     assert ahead.stats.kv_pages_used == 0
     finished = [int(i) for i, chunks in collected.items() if chunks and chunks[-1].finish_reason]
     assert len(finished) > 15 and scored <= set(finished)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from orthrus.engine.engine import SCORE_ROWS, Engine
+from orthrus.engine import Engine
+from orthrus.engine.sizing import SCORE_ROWS
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Completion, PromptLogprobs, Request, SamplingParams, TokenLogprob
 from tests.checkpoints import make_checkpoint
@@ -167,7 +168,8 @@ def test_a_crowd_is_scored_within_the_memory_laid_out_for_it(
     """Long answers and scored prompts that come and go, some cancelled, some computed again: each is told once, and whole."""
     rng = random.Random(5)
     crowded = engine(checkpoint, **({"max_num_seqs": 96} | settings))
-    crowded._runner = runner = LimitedRunner(crowded)
+    runner = LimitedRunner(crowded)
+    crowded.use_runner(runner)
     waiting = [Request(f"answer {i}", [i], replace(GREEDY, max_tokens=30)) for i in range(70)]
     for i, (text, _) in enumerate(decoded * 2):
         waiting.append(
@@ -233,7 +235,7 @@ def test_prompts_that_are_computed_again_while_they_are_scored(checkpoint: Path,
 def test_scoring_gets_on_however_many_sequences_decode(ar: Engine, checkpoint: Path) -> None:
     """A full batch of drafts leaves rows with logits to prompts that are scored: they don't wait until it is over."""
     ours = engine(checkpoint, max_num_seqs=128)
-    ours._runner = LimitedRunner(ours)
+    ours.use_runner(LimitedRunner(ours))
     for i in range(100):
         ours.submit(Request(f"answer {i}", [i], replace(GREEDY, max_tokens=300)))
     ours.step()

@@ -8,19 +8,10 @@ import pytest
 import torch
 
 from orthrus.errors import ConfigError
-from orthrus.measure.bench import Ratio
-from orthrus.measure.shape_bench import (
-    PassTime,
-    ShapeBenchOptions,
-    ShapeReport,
-    Speed,
-    agreement_for,
-    plot,
-    replaying,
-    shape_bench,
-    shape_config,
-    shape_engine,
-)
+from orthrus.measure.contest import Ratio
+from orthrus.measure.random_model import shape_config, shape_engine
+from orthrus.measure.replay import agreement_for, replaying
+from orthrus.measure.shape_bench import PassTime, ShapeBenchOptions, ShapeReport, Speed, plot, shape_bench
 from orthrus.requests.request import SamplingParams
 
 CPU = torch.device("cpu")

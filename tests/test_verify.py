@@ -12,18 +12,9 @@ from orthrus.cli import main
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
-from orthrus.measure.verify import (
-    KL_LIMIT,
-    WAYS,
-    VerifyOptions,
-    _kl,
-    compare_hugging_face,
-    find_drifts,
-    make_requests,
-    run,
-    summarize,
-    verify,
-)
+from orthrus.measure.drift import find_drifts, summarize
+from orthrus.measure.hugging_face_check import KL_LIMIT, compare_hugging_face, kl_divergence
+from orthrus.measure.verify import VerifyOptions, make_requests, run, verify, ways
 from tests.checkpoints import make_checkpoint
 
 
@@ -50,7 +41,7 @@ def test_no_drift(checkpoint: Path) -> None:
     assert report.reference_tokens >= 400
     assert report.compared_tokens == 7 * report.reference_tokens
     checks = {check.name: check for check in report.checks}
-    assert set(checks) == {"ar alone", *(way.name for way in WAYS)}
+    assert set(checks) == {"ar alone", *(way.name for way in ways(has_diffusion=True))}
     for check in checks.values():
         assert (check.tokens, check.requests) == (report.reference_tokens, report.requests)
     # Equal text says nothing about the drafts: only tokens per cycle does.
@@ -131,12 +122,12 @@ def test_kl_is_the_divergence_and_keeps_small_ones() -> None:
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
     )
-    torch.testing.assert_close(_kl(p, q), expected)
+    torch.testing.assert_close(kl_divergence(p, q), expected)
     near = (
         p + 1e-9 * q
     )  # Second order: about half the variance of the gap, far below the rounding of log p - log q.
-    assert ((_kl(p, near) > 1e-20) & (_kl(p, near) < 1e-17)).all()
-    assert (_kl(p, p) == 0).all()
+    assert ((kl_divergence(p, near) > 1e-20) & (kl_divergence(p, near) < 1e-17)).all()
+    assert (kl_divergence(p, p) == 0).all()
 
 
 def test_no_room_for_prompts_is_an_error(checkpoint: Path) -> None:

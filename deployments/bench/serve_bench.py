@@ -42,10 +42,11 @@ from deployments.bench.client import first_token_seconds, total_seconds
 from deployments.config.config_file import load_config
 from deployments.config.model_check import locate
 from deployments.launch.environment import free_port, set_environment
+from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.engine import Engine, choose_device
+from orthrus.engine.sizing import choose_device
 from orthrus.errors import ConfigError
-from orthrus.measure.bench import Progress, Ratio, hardware
+from orthrus.measure.contest import Progress, Ratio, hardware
 from orthrus.measure.prompts import PROMPTS
 from orthrus.plan import RowGroup, flatten
 from orthrus.requests.request import Request, SamplingParams

@@ -4,7 +4,8 @@ import threading
 
 from ray.serve.metrics import Counter, Gauge
 
-from orthrus.engine.engine import Engine, EngineStats
+from orthrus.engine import Engine
+from orthrus.engine.stats import EngineStats
 
 COUNTERS = {
     "passes": "Forward passes",

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orthrus.engine.engine import Engine, EngineStats
+from orthrus.engine.engine import Engine
+from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Request
 from orthrus.requests.token_mask import TokenMask

@@ -2,55 +2,74 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orthrus.errors import ConfigError
+from orthrus.schedules.registry import AUTO, SCHEDULES, schedule_choices
 
 if TYPE_CHECKING:
     from orthrus.models.config import ModelConfig
 
 
 class EngineConfig(BaseModel):
-    """One engine's settings. An unknown key or a value out of range is an error that names it.
-
-    model: Hugging Face directory or hub id. schedule: "auto" is "orthrus" where the checkpoint has diffusion weights,
-    else "ar". draft_length: rows of a diffusion block (newest token included), None for the checkpoint's block_size; the
-    engine drafts fewer where its cost model says that pays. adaptive_draft: let the cost model shorten or skip drafts.
-    draft_lead: whether a draft pass computes the first token behind the newest one exactly, beside the block that drafts
-    those after it; None for where the cost model says that pays.
-    kv_cache_tokens: capacity of the paged KV cache in tokens, over all sequences, rounded up to pages; None sizes it for
-    `max_num_seqs` full contexts, as far as there is memory: 2 GiB on a CPU; on a GPU what weights and passes leave of
-    `gpu_memory_utilization`, the share of its memory that the engine may use. page_size: tokens per page, None for 16 on a
-    CPU and 64 on a GPU, which reads a multiple of 64. prefill_chunk: most prompt rows in one pass.
-    max_model_len: context limit in tokens, None for the checkpoint's. tensor_parallel_size: GPUs that share one model; only
-    1 works so far.
-    """
+    """One engine's settings. An unknown key or a value out of range is an error that names it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
+    """A Hugging Face directory or hub id."""
     served_model_name: str | None = None
+    """What clients call the model."""
     device: str = "auto"
+    """As torch names devices; "auto" is CUDA where there is one."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
-    schedule: Literal["auto", "ar", "orthrus"] = "auto"
+    schedule: str = AUTO
+    """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ar"."""
     draft_length: int | None = Field(default=None, ge=2)
+    """Rows of a diffusion block, the newest token's included; None for the checkpoint's block_size. The engine drafts fewer where
+    its cost model says that this pays."""
     adaptive_draft: bool = True
+    """Whether the cost model may shorten or skip drafts."""
     draft_lead: bool | None = None
+    """Whether a draft pass computes the first token after the newest one exactly, beside the block that drafts those after it.
+    None for where the cost model says that this pays."""
     max_model_len: int | None = Field(default=None, ge=2)
+    """Context limit in tokens, None for the checkpoint's."""
     max_num_seqs: int = Field(default=64, ge=1)
+    """Most sequences that run at a time."""
     prefill_chunk: int = Field(default=512, ge=1)
+    """Most prompt rows in one pass."""
     kv_cache_tokens: int | None = Field(default=None, ge=1)
+    """Capacity of the paged KV cache in tokens, over all sequences, rounded up to pages. None makes room for `max_num_seqs` full
+    contexts, as far as there is memory: 2 GiB on a CPU; on a GPU what weights and passes leave of `gpu_memory_utilization`."""
     page_size: Literal[8, 16, 32, 64, 128, 256] | None = None
+    """Tokens of a page, None for 16 on a CPU and 64 on a GPU, which reads a multiple of 64."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    """The share of the GPU's memory that the engine may use."""
     prefix_caching: bool = True
+    """Whether requests share pages of the cache with earlier ones that begin alike."""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that share one model; only 1 works so far."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, name: str) -> str:
+        if name not in schedule_choices():
+            raise ValueError(f"schedule {name!r} is not known: use one of {', '.join(schedule_choices())}")
+        return name
 
     @model_validator(mode="after")
-    def _drafts_need_orthrus(self) -> "EngineConfig":
-        for name in ("draft_length", "draft_lead"):
-            if self.schedule == "ar" and getattr(self, name) is not None:
+    def _schedule_has_settings(self) -> "EngineConfig":
+        if self.schedule == AUTO:
+            return self
+        own = SCHEDULES[self.schedule].settings
+        for setting in sorted(set().union(*(entry.settings for entry in SCHEDULES.values())) - own):
+            if getattr(self, setting) is not None:
+                others = " or ".join(
+                    f"'{name}'" for name, entry in SCHEDULES.items() if setting in entry.settings
+                )
                 raise ValueError(
-                    f"{name} has no meaning with schedule 'ar': remove it or use schedule 'orthrus'"
+                    f"{setting} has no meaning with schedule '{self.schedule}': remove it or use schedule {others}"
                 )
         return self
 
@@ -81,9 +100,9 @@ class EngineConfig(BaseModel):
                 f"max_model_len {limit} is over the {positions} positions of {model.name}: lower it, or give the "
                 "checkpoint YaRN rope_parameters"
             )
-        if self.schedule == "orthrus" and not model.has_diffusion:
+        if self.schedule != AUTO and not SCHEDULES[self.schedule].fits(model.has_diffusion):
             raise ConfigError(
-                f"schedule 'orthrus' needs diffusion weights, and {model.name} has none: use schedule 'ar' or an "
+                f"schedule '{self.schedule}' needs diffusion weights, and {model.name} has none: use schedule 'ar' or an "
                 "Orthrus checkpoint"
             )
         if (

@@ -1,43 +1,46 @@
-"""Continuous batching: who takes part in the next pass, with which rows, on which pages.
+"""Continuous batching: which sequences take part in the next pass, with which rows, on which pages.
 
-Decoding sequences come first, then prompts in chunks, then newcomers while there is room, by priority and then in order of
-arrival. A prompt that is to be scored lets others pass while the rows that may score are taken. When pages run out, the last
-sequence in that order gives up its own and is computed again later: what it had committed stays, so its text does not
-change.
+Decoding sequences come first, then prompts in chunks, then new sequences while there is room; among each of them by priority
+and then in order of arrival. A prompt that is to be scored lets others pass while all rows that may score are taken.
+
+When pages run out, the last sequence in that order is preempted: it gives up its pages and is computed again later. The tokens
+that it has committed stay, so its text does not change.
 """
 
 import bisect
 import time
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from orthrus.cache.page_hash import page_hashes
 from orthrus.cache.page_pool import PagePool
 from orthrus.plan import RowGroup, View
-from orthrus.requests.sequence import Sequence
-from orthrus.schedules import Schedule
+from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.protocol import Schedule, Turn
+
+PREFILL = "prefill"
+"""The kind of turn that computes rows of a prompt, or of a preempted sequence's tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Planned:
-    """A sequence's part of a pass. decoding: the schedule's rows; else rows of the prompt, in one group.
+    """One sequence's part of a pass."""
 
-    scoring: how many rows, the first of those that need logits, score the prompt token after them.
-    """
-
-    sequence: Sequence
-    groups: tuple[RowGroup, ...]
+    sequence: SequenceState
+    turn: Turn
+    num_rows: int
+    num_logits: int
+    """Rows that need logits."""
     decoding: bool
-    scoring: int = 0
-
-    @property
-    def num_logits(self) -> int:
-        return sum(group.num_logits for group in self.groups)
+    """Whether the schedule made the turn; else it is a prefill, with one group."""
+    num_scoring: int = 0
+    """How many of the rows with logits, from the first on, score the prompt token after them."""
 
 
 class Scheduler:
-    """Owns the waiting and running sequences, both by `Sequence.turn`, and their pages."""
+    """Owns the waiting and the running sequences, both in order of `SequenceState.queue_key`, and their pages."""
 
     def __init__(
         self,
@@ -54,176 +57,233 @@ class Scheduler:
 
         score_rows: rows of a pass that may score prompts however many sequences decode.
         """
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
-        self.preemptions = 0
-        self.admitted = 0
-        self._arrived = 0
-        self.queue_wait_seconds = 0.0
         self.schedule = schedule
         self.pool = pool
+        self.waiting: list[SequenceState] = []
+        self.running: list[SequenceState] = []
+        self.num_preempted = 0
+        """Preemptions so far."""
+        self.num_admitted = 0
+        """Sequences that have left the queue so far, preempted ones each time."""
+        self.queue_wait_seconds = 0.0
+        """How long these had waited."""
+        self.row_use = 0.0
+        """How full the last plan's pass is, 0 to 1: the fuller of two row budgets.
+
+        One is `max_num_seqs`, a row for each decoding sequence. Drafts do not count: they take the rows that are left over. The
+        other is `prefill_chunk`, for prompts.
+        """
+        self._num_arrived = 0
+        # The waiting sequences and their rows to prefill, in the order in which they began to wait.
+        self._queued: OrderedDict[SequenceState, int] = OrderedDict()
+        self._rows_waiting = self._rows_running = 0  # Rows to prefill of waiting and running sequences.
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
         self._decode_rows = decode_rows
         self._score_rows = score_rows
 
-    def add(self, sequence: Sequence) -> None:
-        self._arrived += 1
-        sequence.arrival = self._arrived
+    def add(self, sequence: SequenceState) -> None:
+        """Queue a new sequence."""
+        self._num_arrived += 1
+        sequence.arrival = self._num_arrived
         self._queue(sequence)
 
-    def _queue(self, sequence: Sequence) -> None:
-        sequence.queued_at = time.monotonic()
-        bisect.insort(self.waiting, sequence, key=_turn)
+    def remove(self, sequence: SequenceState) -> None:
+        """Forget a finished or cancelled sequence and free its pages."""
+        if sequence in self._queued:
+            self._unqueue(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self._rows_running = max(0, self._rows_running - sequence.rows_to_prefill)
+        self._release(sequence)
 
     @property
     def oldest_wait(self) -> float:
-        """Seconds that the sequence which has waited longest has waited so far, 0.0 when none waits."""
-        # A copy: other threads ask too, while passes go on.
-        since = min((sequence.queued_at for sequence in list(self.waiting)), default=None)
-        return 0.0 if since is None else time.monotonic() - since
+        """How long the sequence that has waited longest has been waiting, in seconds; 0.0 when none waits."""
+        first = next(iter(self._queued), None)
+        return 0.0 if first is None else time.monotonic() - first.queued_at
 
     @property
     def rows_to_prefill(self) -> int:
-        """Prompt rows to compute for all unfinished sequences."""
-        # Copies: other threads ask too, while passes go on.
-        return sum(s.rows_to_prefill for s in (*list(self.running), *list(self.waiting)))
-
-    def row_use(self, planned: Iterable[Planned]) -> float:
-        """How full the pass `planned` is, 0 to 1: the fuller of its two row budgets.
-
-        One is `max_num_seqs`, a row for each decoding sequence: what drafts add is elastic, they take what is left over
-        and shrink under load. The other is `prefill_chunk`, for prompts.
-        """
-        decoding = prefill = 0
-        for part in planned:
-            if part.decoding:
-                decoding += 1
-            else:
-                prefill += len(part.groups[0].tokens)
-        return max(decoding / self._max_num_seqs, prefill / self._prefill_chunk)
+        """Prompt rows that are still to be computed, after the planned pass, for all unfinished sequences."""
+        return self._rows_waiting + self._rows_running
 
     def may_preempt(self) -> bool:
         """Whether the next plan may run out of pages."""
         missing = 0
         for sequence in self.running:
             rows = self.schedule.max_rows if sequence.decoding else self._prefill_chunk
-            end = min(sequence.computed + rows, sequence.max_length)
-            missing += max(0, -(-end // self._page_size) - len(sequence.pages))
+            end = min(sequence.num_computed + rows, sequence.max_length)
+            missing += max(0, -(-end // self._page_size) - len(sequence.block_table))
         return missing > self.pool.available
 
     def plan(self) -> list[Planned]:
         """The next pass, empty when there is nothing to do."""
         planned: list[Planned] = []
-        budget, decode_budget = self._prefill_chunk, self._decode_rows
-        decoding = sum(s.decoding for s in self.running)
-        score_budget = self._score_budget(decoding)
-        for sequence in list(self.running):
-            if sequence.complete or sequence not in self.running:
-                continue  # The passes on their way end it, or one before it has taken its pages.
-            decodes = sequence.decoding
+        row_budget, decode_budget = self._prefill_chunk, self._decode_rows
+        decoding = [sequence.decoding for sequence in self.running]
+        batch = sum(decoding)
+        score_budget = self._score_budget(batch)
+        preempted = self.num_preempted
+        self._rows_running = num_decoding = 0
+        for sequence, decodes in zip(list(self.running), decoding, strict=True):
+            if sequence.complete:
+                continue  # The passes in flight end it.
+            if self.num_preempted > preempted and sequence not in self.running:
+                continue  # A sequence before it has taken its pages.
             if decodes:
-                groups = self.schedule.groups(sequence, decoding)
-                if _rows(groups) > decode_budget:
+                turn = self.schedule.plan(sequence, batch)
+                num_rows = sum([len(group.tokens) for group in turn.groups])
+                if num_rows > decode_budget:
                     continue  # Blocks drafted when there were fewer sequences fill the pass: it takes part in the next.
-            elif rows := self._rows_that_fit(sequence, budget, score_budget):
-                groups = (self._prefill_group(sequence, rows),)
-            else:
+                if not self._reserve(sequence, turn.groups):
+                    continue
+                decode_budget -= num_rows
+                num_decoding += 1
+                num_logits = sum([group.num_logits for group in turn.groups])
+                planned.append(Planned(sequence, turn, num_rows, num_logits, decoding=True))
                 continue
-            if not self._reserve(sequence, groups):
-                continue
-            part = Planned(sequence, groups, decodes, 0 if decodes else _scoring(sequence, groups[0]))
-            if decodes:
-                decode_budget -= _rows(groups)
-            else:
-                budget -= _rows(groups)
-                score_budget -= part.scoring
+            part = self._prefill(sequence, self._rows_that_fit(sequence, row_budget, score_budget))
+            if part is not None and self._reserve(sequence, part.turn.groups):
+                row_budget -= part.num_rows
+                score_budget -= part.num_scoring
+                self._rows_running -= part.num_rows
+                planned.append(part)
+            if sequence in self.running:
+                self._rows_running += len(sequence.tokens) - sequence.num_computed
+        for part in self._newcomers(row_budget, score_budget):
+            row_budget -= part.num_rows
+            self._rows_running += len(part.sequence.tokens) - part.sequence.num_computed - part.num_rows
             planned.append(part)
-        return planned + self._newcomers(budget, score_budget)
+        self.row_use = max(num_decoding / self._max_num_seqs, 1 - row_budget / self._prefill_chunk)
+        return planned
 
-    def _newcomers(self, budget: int, score_budget: int) -> list[Planned]:
-        """Those who begin in this pass, with what the running sequences leave of its rows."""
+    def mark_computed(self, sequence: SequenceState, count: int) -> None:
+        """Note that `count` more positions are final in the cache, or will be when the passes in flight are over."""
+        sequence.num_computed += count
+        self.name_pages(sequence)
+
+    def name_pages(self, sequence: SequenceState) -> None:
+        """Name the pages that are full of committed tokens, so that other sequences find them."""
+        full = min(sequence.num_computed, len(sequence.tokens)) // self._page_size
+        if full > len(sequence.page_hashes):
+            known = len(sequence.page_hashes)
+            sequence.page_hashes = page_hashes(
+                sequence.tokens[: full * self._page_size],
+                self._page_size,
+                sequence.page_hashes,
+                salt=sequence.cache_salt,
+            )
+            for page, page_hash in zip(
+                sequence.block_table[known:full], sequence.page_hashes[known:], strict=True
+            ):
+                self.pool.name(page, page_hash)
+
+    # --- the queue
+
+    def _queue(self, sequence: SequenceState) -> None:
+        sequence.queued_at = time.monotonic()
+        bisect.insort(self.waiting, sequence, key=_queue_key)
+        self._queued[sequence] = len(sequence.tokens)
+        self._rows_waiting += len(sequence.tokens)
+
+    def _unqueue(self, sequence: SequenceState) -> None:
+        self.waiting.remove(sequence)
+        self._rows_waiting -= self._queued.pop(sequence)
+
+    def _newcomers(self, row_budget: int, score_budget: int) -> list[Planned]:
+        """The sequences that begin in this pass, with the rows that the running ones leave."""
         planned: list[Planned] = []
         for sequence in list(self.waiting):
-            if not budget or len(self.running) >= self._max_num_seqs:
+            if not row_budget or len(self.running) >= self._max_num_seqs:
                 break
-            leader = sequence.leader
-            if leader is not None and leader.num_generated == 0 and leader.finish_reason is None:
-                if leader.unscored:
+            first = sequence.first_choice
+            if first is not None and first.num_generated == 0 and first.finish_reason is None:
+                if first.unscored:
                     continue  # Scoring takes many passes, and leaves room in them.
-                break  # its prompt's pages are about to be shared
+                break  # The first choice's pages are about to be shared.
             if sequence.unscored and score_budget <= 0:
                 continue  # It keeps its place, and lets those pass that score nothing.
-            admitted = self._admit(sequence, budget, score_budget)
-            if admitted is None:
+            part = self._admit(sequence, row_budget, score_budget)
+            if part is None:
                 break
-            part = Planned(sequence, (admitted,), decoding=False, scoring=_scoring(sequence, admitted))
-            budget -= len(admitted.tokens)
-            score_budget -= part.scoring
+            row_budget -= part.num_rows
+            score_budget -= part.num_scoring
             planned.append(part)
         return planned
 
-    def _score_budget(self, decoding: int) -> int:
-        """Rows that may score prompts while `decoding` sequences decode: what these leave of the logits that have room."""
-        # A draft pass with a lead needs logits of one row more than a block has.
-        taken = decoding * (self.schedule.max_rows + 1)
+    def _admit(self, sequence: SequenceState, row_budget: int, score_budget: int) -> Planned | None:
+        """Start a waiting sequence if its first chunk fits beside the running ones' next pages."""
+        # The newest token is always computed, and so is what is still to be scored: their rows give the logits.
+        known = sequence.unscored.start if sequence.unscored else sequence.newest_position
+        hashes = page_hashes(sequence.tokens[:known], self._page_size, salt=sequence.cache_salt)
+        sequence.block_table = self.pool.match(hashes)
+        sequence.num_computed = len(sequence.block_table) * self._page_size
+        sequence.page_hashes = hashes[: len(sequence.block_table)]
+        part = self._prefill(sequence, self._rows_that_fit(sequence, row_budget, score_budget))
+        pages, missing = None, []
+        if part is not None:
+            missing = self._missing_pages(part.turn.groups)
+            count = sum(lacks for _, lacks in missing)
+            # Each running sequence may need a page next.
+            if count + len(self.running) <= self.pool.available:
+                pages = self.pool.allocate(count)
+        if pages is None:
+            self._release(sequence)
+            return None
+        if sequence.num_generated == 0:
+            sequence.num_cached = sequence.num_computed
+        _append_pages(missing, pages)
+        self._unqueue(sequence)
+        bisect.insort(self.running, sequence, key=_queue_key)
+        self.num_admitted += 1
+        waited = time.monotonic() - sequence.queued_at
+        sequence.queue_seconds += waited
+        self.queue_wait_seconds += waited
+        return part
+
+    # --- prompts
+
+    def _score_budget(self, num_decoding: int) -> int:
+        """Rows that may score prompts while `num_decoding` sequences decode: what these leave of the logits' memory."""
+        taken = num_decoding * self.schedule.max_logits
         return max(0, self._decode_rows - taken) + self._score_rows
 
-    def computed(self, sequence: Sequence, count: int) -> None:
-        """Note that `count` more positions of the sequence are final in the cache, or will be after the passes on their way."""
-        sequence.computed += count
-        self.name_pages(sequence)
-
-    def name_pages(self, sequence: Sequence) -> None:
-        """Name the pages that are full of known tokens."""
-        full = min(sequence.computed, len(sequence.tokens)) // self._page_size
-        if full > len(sequence.hashes):
-            known = len(sequence.hashes)
-            sequence.hashes = page_hashes(
-                sequence.tokens[: full * self._page_size],
-                self._page_size,
-                sequence.hashes,
-                salt=sequence.cache_salt,
-            )
-            for page, page_hash in zip(sequence.pages[known:full], sequence.hashes[known:], strict=True):
-                self.pool.name(page, page_hash)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a finished or cancelled sequence and free its pages."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.hashes = [], []
-        sequence.computed, sequence.draft = 0, None
-
-    def _rows_that_fit(self, sequence: Sequence, budget: int, score_budget: int) -> int:
-        """How many of a prompt's next rows fit the pass; those before the first unscored one score nothing."""
+    def _rows_that_fit(self, sequence: SequenceState, row_budget: int, score_budget: int) -> int:
+        """How many of a prompt's next rows fit the pass. Rows before the first unscored position score nothing."""
         if not sequence.unscored:
-            return budget
-        return min(budget, sequence.unscored.start - sequence.computed + score_budget)
+            return row_budget
+        return min(row_budget, sequence.unscored.start - sequence.num_computed + score_budget)
 
-    def _prefill_group(self, sequence: Sequence, rows: int) -> RowGroup:
-        """The next rows of a prompt (or of a preempted sequence's tokens).
+    def _prefill(self, sequence: SequenceState, most_rows: int) -> Planned | None:
+        """The next rows of a prompt, or of a preempted sequence's tokens; None if there is no room for any.
 
-        Logits are needed for the newest token's row, and from the first row on whose token after it is to be scored.
+        The newest token's row needs logits. So do all rows from the first unscored position on.
         """
-        start = sequence.computed
-        tokens = sequence.tokens[start : start + rows]
-        first = sequence.unscored.start if sequence.unscored else len(sequence.tokens) - 1
-        return RowGroup(View.AR, tokens, start, sequence.pages, min(first - start, len(tokens)), len(tokens))
+        if most_rows <= 0:
+            return None
+        start, unscored = sequence.num_computed, sequence.unscored
+        tokens = sequence.tokens[start : start + most_rows]
+        end = start + len(tokens)
+        first = unscored.start if unscored else len(sequence.tokens) - 1
+        group = RowGroup(
+            View.AR, tokens, start, sequence.block_table, min(first - start, len(tokens)), len(tokens)
+        )
+        num_scoring = max(0, min(end, unscored.stop) - max(start, unscored.start))
+        turn = Turn(PREFILL, (group,), (False,), ends_cycle=False)
+        return Planned(sequence, turn, len(tokens), group.num_logits, decoding=False, num_scoring=num_scoring)
 
-    def _reserve(self, sequence: Sequence, groups: tuple[RowGroup, ...]) -> bool:
+    # --- pages
+
+    def _reserve(self, sequence: SequenceState, groups: Sequence[RowGroup]) -> bool:
         """Give the groups' block tables the pages that they lack. False if the sequence itself was preempted for it.
 
-        Where too few pages are free, running sequences are preempted, the last in turn first.
+        Where too few pages are free, running sequences are preempted, the last in order first.
         """
         missing = self._missing_pages(groups)
+        if not missing:
+            return True
         while (pages := self.pool.allocate(sum(count for _, count in missing))) is None:
             victim = self.running[-1]
             self._preempt(victim)
@@ -232,59 +292,28 @@ class Scheduler:
         _append_pages(missing, pages)
         return True
 
-    def _missing_pages(self, groups: Iterable[RowGroup]) -> list[tuple[list[int], int]]:
+    def _missing_pages(self, groups: Sequence[RowGroup]) -> list[tuple[list[int], int]]:
         """Block tables that are too short for the AR rows of `groups`, each once, and how many pages each lacks."""
         missing: dict[int, tuple[list[int], int]] = {}
         for group in groups:
+            if group.view is not View.AR:
+                continue
             table = group.block_table
             lacks = -(-group.end // self._page_size) - len(table)
-            _, before = missing.get(id(table), (table, 0))
-            if group.view is View.AR and lacks > before:
+            if lacks > missing.get(id(table), (table, 0))[1]:
                 missing[id(table)] = table, lacks
         return list(missing.values())
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: SequenceState) -> None:
         self.running.remove(sequence)
         self._release(sequence)
         self._queue(sequence)
-        self.preemptions += 1
+        self.num_preempted += 1
 
-    def _admit(self, sequence: Sequence, budget: int, score_budget: int) -> RowGroup | None:
-        """Start a waiting sequence if its first chunk fits beside the running ones' next pages."""
-        # The newest token is always computed, and what is still to be scored: their rows give the logits.
-        known = sequence.unscored.start if sequence.unscored else sequence.newest
-        hashes = page_hashes(sequence.tokens[:known], self._page_size, salt=sequence.cache_salt)
-        sequence.pages = self.pool.match(hashes)
-        sequence.computed = len(sequence.pages) * self._page_size
-        sequence.hashes = hashes[: len(sequence.pages)]
-        rows = self._rows_that_fit(sequence, budget, score_budget)
-        group = self._prefill_group(sequence, rows)
-        missing = self._missing_pages([group])
-        count = sum(lacks for _, lacks in missing)
-        fits = rows > 0 and count + len(self.running) <= self.pool.available
-        pages = self.pool.allocate(count) if fits else None
-        if pages is None:
-            self._release(sequence)
-            return None
-        if sequence.num_generated == 0:
-            sequence.cached_tokens = sequence.computed
-        _append_pages(missing, pages)
-        self.waiting.remove(sequence)
-        bisect.insort(self.running, sequence, key=_turn)
-        self.admitted += 1
-        waited = time.monotonic() - sequence.queued_at
-        sequence.queue_seconds += waited
-        self.queue_wait_seconds += waited
-        return group
-
-
-_turn = attrgetter("turn")
-
-
-def _scoring(sequence: Sequence, group: RowGroup) -> int:
-    """How many rows of a prompt's group score the token after them."""
-    end = group.start + len(group.tokens)
-    return max(0, min(end, sequence.unscored.stop) - max(group.start, sequence.unscored.start))
+    def _release(self, sequence: SequenceState) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table, sequence.page_hashes = [], []
+        sequence.num_computed, sequence.schedule_state = 0, None
 
 
 def _append_pages(missing: list[tuple[list[int], int]], pages: list[int]) -> None:
@@ -295,5 +324,4 @@ def _append_pages(missing: list[tuple[list[int], int]], pages: list[int]) -> Non
         start += count
 
 
-def _rows(groups: tuple[RowGroup, ...]) -> int:
-    return sum(len(group.tokens) for group in groups)
+_queue_key = attrgetter("queue_key")

@@ -8,29 +8,28 @@ contestants in the same round.
 
 import json
 import math
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from orthrus.engine.config import EngineConfig
-from orthrus.engine.engine import Engine, choose_device
+from orthrus.engine import Engine, EngineConfig
+from orthrus.engine.sizing import choose_device
 from orthrus.errors import ConfigError
+from orthrus.measure.contest import Contestant, Output, Progress, Ratio, engine_contestant, hardware, ratio
+from orthrus.measure.hugging_face import hugging_face
 from orthrus.measure.prompts import encode_prompts
 from orthrus.models.config import ModelConfig
-from orthrus.models.families import family_of, load_config
+from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
-from orthrus.requests.request import SamplingParams
+from orthrus.schedules.registry import SCHEDULES
 from orthrus.text.tokenizer import load_tokenizer
 
 WARM_UP_TOKENS = 8
-
-Progress = Callable[[str], None]
+AR = "ar"
+"""The schedule that the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -43,39 +42,6 @@ class BenchOptions:
     batches: tuple[int, ...] = (1, 4, 16)
     new_tokens: int = 128
     rounds: int = 5
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a contestant made of the prompts: new token ids of each, cycles and forward passes all prompts took part in."""
-
-    token_ids: list[list[int]]
-    cycles: int
-    passes: int
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """Something that decodes greedily: `run(prompts, new_tokens)` gives exactly that many new tokens for every prompt."""
-
-    name: str
-    run: Callable[[list[list[int]], int], Output]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Speed over another contestant's: the median round, and the lowest and highest."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(rounds: Sequence[float]) -> "Ratio":
-        return Ratio(statistics.median(rounds), min(rounds), max(rounds))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -141,16 +107,49 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
         raise ConfigError(
             f"--new-tokens {options.new_tokens} does not fit a context of {model.max_position_embeddings} with the prompts"
         )
-    ours = [
-        _engine(path, options, schedule)
-        for schedule in (("ar", "orthrus") if model.has_diffusion else ("ar",))
-    ]
+    schedules = [name for name, entry in SCHEDULES.items() if entry.fits(model.has_diffusion) and name != AR]
+    ours = [_engine(path, options, schedule) for schedule in (AR, *schedules)]
     dtype = ours[0].forward.dtype
     contestants = [hugging_face(path, model, device, dtype), *(engine_contestant(engine) for engine in ours)]
+    seconds, outputs = _run_rounds(contestants, prompts, options, progress)
+    base, ar, *others = (contestant.name for contestant in contestants)
+    return BenchReport(
+        model=options.model,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        hardware=hardware(device),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        new_tokens=options.new_tokens,
+        rounds=options.rounds,
+        exact=all(
+            outputs[name, batch].token_ids == outputs[ar, batch].token_ids
+            for batch in options.batches
+            for name in others
+        ),
+        measurements=tuple(
+            _measurement(
+                name,
+                batch,
+                seconds[name, batch],
+                seconds[base, batch],
+                seconds[ar, batch],
+                outputs[name, batch],
+                outputs[base, batch],
+            )
+            for batch in options.batches
+            for name in (base, ar, *others)
+        ),
+    )
+
+
+def _run_rounds(
+    contestants: list[Contestant], prompts: list[list[int]], options: BenchOptions, progress: Progress
+) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], Output]]:
+    """The seconds of each round and the last output, by contestant and batch size."""
     for batch in options.batches:
         for contestant in contestants:
             contestant.run(prompts[:batch], min(WARM_UP_TOKENS, options.new_tokens))
-
     seconds: dict[tuple[str, int], list[float]] = {
         (c.name, b): [] for c in contestants for b in options.batches
     }
@@ -167,38 +166,7 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
             for name, own in best.items():
                 seconds[name, batch].append(own)
         progress(f"round {number + 1} of {options.rounds}")
-
-    names = [contestant.name for contestant in contestants]
-    measurements = [
-        _measurement(
-            name,
-            batch,
-            seconds[name, batch],
-            seconds[names[0], batch],
-            seconds[names[1], batch],
-            outputs[name, batch],
-            outputs[names[0], batch],
-        )
-        for batch in options.batches
-        for name in names
-    ]
-    exact = all(
-        outputs[name, batch].token_ids == outputs[names[1], batch].token_ids
-        for batch in options.batches
-        for name in names[2:]
-    )
-    return BenchReport(
-        model=options.model,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        hardware=hardware(device),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        new_tokens=options.new_tokens,
-        rounds=options.rounds,
-        exact=exact,
-        measurements=tuple(measurements),
-    )
+    return seconds, outputs
 
 
 def bench_prompts(path: Path, model: ModelConfig, count: int) -> list[list[int]]:
@@ -209,61 +177,6 @@ def bench_prompts(path: Path, model: ModelConfig, count: int) -> list[list[int]]
         generator = torch.Generator().manual_seed(0)
         texts = [torch.randint(model.vocab_size, (24,), generator=generator).tolist() for _ in range(16)]
     return [texts[i % len(texts)] for i in range(count)]
-
-
-def engine_contestant(engine: Engine) -> Contestant:
-    """Our engine, all prompts submitted at once."""
-
-    def run(prompts: list[list[int]], new_tokens: int) -> Output:
-        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-        completions = [choices[0] for choices in engine.generate(prompts, params)]
-        return Output(
-            [list(c.token_ids) for c in completions],
-            cycles=sum(c.stats.cycles for c in completions),
-            passes=sum(c.stats.passes for c in completions),
-        )
-
-    return Contestant(engine.schedule_name, run)
-
-
-def hugging_face(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Contestant:
-    """transformers' own `generate` of the same checkpoint's AR view: eager, growing cache, one left-padded batch."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
-    logging.disable_progress_bar()
-    model = family_of(config).hugging_face().model.from_pretrained(path, dtype=dtype).to(device).eval()
-    model.generation_config.eos_token_id = None  # Every request runs to its length, as ours do.
-
-    def run(prompts: list[list[int]], new_tokens: int) -> Output:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        with torch.inference_mode():
-            rows = model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
-            )
-        steps = len(prompts) * (new_tokens - 1)
-        return Output(rows[:, width:].tolist(), cycles=steps, passes=steps)
-
-    return Contestant("hugging face", run)
-
-
-def hardware(device: torch.device) -> str:
-    """The processor that the numbers belong to, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        name = models[0] if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def _engine(path: Path, options: BenchOptions, schedule: str) -> Engine:
@@ -304,11 +217,6 @@ def _measurement(
         tokens_per_pass=after_first / max(1, output.passes),
         agreement=agreeing / tokens,
     )
-
-
-def ratio(seconds: list[float], others: list[float]) -> Ratio:
-    """Speed over another contestant's, whose times `others` are from the same rounds."""
-    return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
 
 
 def _agreeing(a: list[int], b: list[int]) -> int:

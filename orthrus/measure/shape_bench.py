@@ -7,42 +7,31 @@ passes run in full. What a trained checkpoint adds is its own acceptance, not ot
 
 import gc
 import json
-import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
-from orthrus.engine.config import EngineConfig
-from orthrus.engine.engine import DECODE_ROWS, Engine
+from orthrus.engine import Engine
 from orthrus.errors import ConfigError
-from orthrus.measure.bench import Contestant, Output, Ratio, engine_contestant, hardware, ratio
-from orthrus.models.config import ModelConfig
-from orthrus.models.families import family_of
+from orthrus.measure.contest import Contestant, Output, Progress, Ratio, engine_contestant, hardware, ratio
+from orthrus.measure.hugging_face import COMPILED, EAGER, hugging_face_contestants
+from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
+from orthrus.measure.replay import ReplaySchedule, agreement_for, replaying
 from orthrus.models.files import weight_bytes
-from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
-from orthrus.requests.sequence import Draft
-from orthrus.requests.sequence import Sequence as EngineSequence
-from orthrus.schedules import Schedule
+from orthrus.runner.sampler import PickRows
 from orthrus.schedules.ar import ARSchedule
-from orthrus.schedules.orthrus import OrthrusSchedule
-from orthrus.schedules.planner import DraftPlanner
+from orthrus.schedules.protocol import Schedule
 
-Progress = Callable[[str], None]
-
-BLOCK_SIZE, PASSES = 32, 30
-_GOLDEN = (math.sqrt(5) - 1) / 2
+PASSES = 30
+"""Passes of each kind that are timed."""
 _PAGE = 64
-EAGER, COMPILED = "hf eager", "hf static, compiled"
 
 
 @dataclass(frozen=True)
@@ -126,110 +115,6 @@ class ShapeReport:
         )
 
 
-class ReplaySchedule(OrthrusSchedule):
-    """Orthrus' schedule with drafts that are right as often as wished: passes run in full, their picks are replaced.
-
-    `learn` tells it what the AR schedule makes of each prompt. agreement: chance that a draft is right if all before it are.
-    """
-
-    def __init__(
-        self, planner: DraftPlanner, mask_token_id: int, vocab_size: int, agreement: float, seed: int = 0
-    ) -> None:
-        super().__init__(planner, mask_token_id)
-        self._texts: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        self._vocab_size, self._seed = vocab_size, seed
-        self._log_agreement = math.log(min(max(agreement, 1e-9), 1 - 1e-9))
-
-    def learn(self, prompt: Sequence[int], params: SamplingParams, tokens: Sequence[int]) -> None:
-        """Note that the AR schedule continues `prompt` with `tokens`."""
-        self._texts[_key(prompt, params)] = [*prompt, *tokens]
-
-    def commit(
-        self, sequence: EngineSequence, groups: tuple[RowGroup, ...], picks: list[list[int]]
-    ) -> list[int]:
-        if groups[-1].view is not View.DIFFUSION:
-            return super().commit(sequence, groups, picks)
-        if sequence.draft is None:
-            sequence.draft = self._replay(sequence, groups[-1])
-        return []
-
-    def foresee(self, sequence: EngineSequence, groups: tuple[RowGroup, ...], feeds: list[list[int]]) -> None:
-        if groups[-1].view is View.DIFFUSION:
-            sequence.draft = self._replay(sequence, groups[-1])
-        else:
-            super().foresee(sequence, groups, feeds)
-
-    def _replay(self, sequence: EngineSequence, block: RowGroup) -> Draft:
-        text = self._texts[_key(sequence.tokens[: sequence.num_prompt], sequence.params)]
-        right = text[block.start + 1 : block.start + 1 + block.num_logits]
-        # Draws that spread evenly over a sequence's cycles: a few bring what many would on average.
-        first = random.Random(hash((self._seed, *text[-4:]))).random()
-        draw = (first + sequence.cycles * _GOLDEN) % 1.0
-        wrong = int(math.log1p(-draw) / self._log_agreement)
-        tokens = [(t + (depth == wrong)) % self._vocab_size for depth, t in enumerate(right)]
-        return Draft(tokens + [0] * (block.num_logits - len(tokens)))
-
-
-def _key(prompt: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], int]:
-    # Prompts here are random: their ends tell them apart.
-    assert params.greedy or params.seed is not None
-    return tuple(prompt[-24:]), 0 if params.greedy or params.seed is None else params.seed
-
-
-def agreement_for(tokens_per_cycle: float, block_rows: int) -> float:
-    """The chance of each draft with which a block brings so many tokens: 1 + a + a^2 + ... + a^(rows - 1)."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if sum(middle**depth for depth in range(block_rows)) < tokens_per_cycle:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def shape_config(shape: str, diffusion: bool = True) -> ModelConfig:
-    """The shape as a model, with a diffusion view or without. Raises ConfigError for an unknown one."""
-    if shape not in QWEN3_SHAPES:
-        raise ConfigError(f"shape {shape!r} is not known: use one of {', '.join(QWEN3_SHAPES)}")
-    model = replace(QWEN3_SHAPES[shape], name=f"Qwen3-{shape}")
-    return replace(model, block_size=BLOCK_SIZE, mask_token_id=151669) if diffusion else model
-
-
-def random_weights(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights that keep a row's size about one, each a function of its name alone."""
-
-    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, device=device, dtype=dtype)
-        seed = random.Random(name).getrandbits(40)
-        generator = torch.Generator(device).manual_seed(seed)
-        return torch.empty(shape, device=device, dtype=dtype).normal_(
-            0.0, shape[1] ** -0.5, generator=generator
-        )
-
-    return {name: tensor(name, shape) for name, shape in family_of(model).tensor_shapes(model).items()}
-
-
-def shape_engine(
-    model: ModelConfig, schedule: str, device: torch.device, dtype: torch.dtype, **settings: Any
-) -> Engine:
-    """An engine of random weights."""
-    fixed = {"model": model.name, "schedule": schedule, "adaptive_draft": False}
-    config = EngineConfig.model_validate(fixed | settings)
-    return Engine(config, model, random_weights(model, device, dtype))
-
-
-def replaying(engine: Engine, agreement: float, seed: int = 0) -> ReplaySchedule:
-    """Give an Orthrus engine a schedule that replays its drafts; its texts are for the caller to fill in."""
-    model = engine.model_config
-    assert model.block_size is not None and model.mask_token_id is not None
-    planner = DraftPlanner(model.block_size, None, DECODE_ROWS)
-    schedule = ReplaySchedule(planner, model.mask_token_id, model.vocab_size, agreement, seed)
-    engine.use_schedule(schedule)
-    return schedule
-
-
 def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: None) -> ShapeReport:
     """Measure. Raises ConfigError for an unknown shape, and where there is no GPU."""
     if not torch.cuda.is_available():
@@ -238,24 +123,8 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shape_config(options.shape)
-    most = max(options.batches)
-    # Prompts end one token behind a page that stays cached: all sequences decode from the second pass on. The context is
-    # that of the text's middle.
-    context = max(1, round((options.context - options.new_tokens / 2) / _PAGE)) * _PAGE
-    new_pages = -(-(1 + options.new_tokens + BLOCK_SIZE) // _PAGE)
-    pages = context // _PAGE + new_pages
-    settings = {
-        # Texts of finished requests stay cached too.
-        "kv_cache_tokens": most * (pages + new_pages) * _PAGE,
-        "max_model_len": pages * _PAGE,
-        "max_num_seqs": most,
-        "prefill_chunk": 2048,
-        "page_size": _PAGE,
-    }
+    settings, prompts = _settings_and_prompts(options)
     _, read = bandwidths()
-    rng = random.Random(0)
-    prompts = [[rng.randrange(100_000) for _ in range(context + 1)] for _ in range(most)]
-
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -265,7 +134,8 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     passes = tuple(pass_times(engine, options, read))
     for p in passes:
         progress(f"{p.name}: {p.milliseconds:.3f} ms")
-    held = weight_bytes(model, dtype.itemsize) + engine.cache.nbytes
+    weights = weight_bytes(model, dtype.itemsize)
+    held = weights + engine.cache.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
     contestants = [
         _recorded(_scheduled("ar", engine, ARSchedule()), schedule),
@@ -285,9 +155,30 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
         passes=passes,
         speeds=speeds,
         exact=exact,
-        weights_gib=weight_bytes(model, dtype.itemsize) / (1 << 30),
+        weights_gib=weights / (1 << 30),
         memory_over=over,
     )
+
+
+def _settings_and_prompts(options: ShapeBenchOptions) -> tuple[dict[str, int], list[list[int]]]:
+    """Engine settings with room for the largest batch, and its prompts.
+
+    A prompt ends one token after a page that stays cached, so all sequences decode from the second pass on. The middle of the
+    generated text is at the context that is asked for.
+    """
+    most = max(options.batches)
+    context = max(1, round((options.context - options.new_tokens / 2) / _PAGE)) * _PAGE
+    new_pages = -(-(1 + options.new_tokens + BLOCK_SIZE) // _PAGE)
+    pages = context // _PAGE + new_pages
+    settings = {
+        "kv_cache_tokens": most * (pages + new_pages) * _PAGE,  # Texts of finished requests stay cached too.
+        "max_model_len": pages * _PAGE,
+        "max_num_seqs": most,
+        "prefill_chunk": 2048,
+        "page_size": _PAGE,
+    }
+    rng = random.Random(0)
+    return settings, [[rng.randrange(100_000) for _ in range(context + 1)] for _ in range(most)]
 
 
 def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[PassTime]:
@@ -301,52 +192,33 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
         (f"verify {BLOCK_SIZE} rows", View.AR, BLOCK_SIZE, 1),
         (f"draft {BLOCK_SIZE} rows", View.DIFFUSION, BLOCK_SIZE, 1),
     ):
-        seconds = engine.time_passes(view, rows, batch, options.context, PASSES)
+        seconds = time_passes(engine, view, rows, batch, options.context, PASSES)
         size = views - lookup + batch * options.context * kv_bytes_per_token(model, torch.bfloat16.itemsize)
         milliseconds = statistics.median(seconds) * 1e3
         found.append(PassTime(name, milliseconds, size / read / 1e6 / milliseconds))
     return found
 
 
-def hugging_face_model(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' own model with the weights of `random_weights`, the AR view's."""
-    family = family_of(model)
-    classes = family.hugging_face()
-    plain = replace(model, block_size=None, mask_token_id=None)
-    with torch.device("meta"):
-        theirs = classes.model(classes.config(**family.write_config(plain)))
-    weights = random_weights(plain, device, dtype)
-    if model.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    theirs.load_state_dict(weights, assign=True)
-    # What is no weight has to be made anew.
-    inv_freq, _ = family.rotary(model)
-    theirs.model.rotary_emb.inv_freq = inv_freq.to(device)
-    theirs.model.rotary_emb.original_inv_freq = inv_freq.to(device)
-    return theirs.eval()
+def time_passes(engine: Engine, view: View, rows: int, batch: int, context: int, count: int) -> list[float]:
+    """Seconds of each of `count` passes that follow one another: `rows` greedy rows in one view for each of `batch` sequences.
 
-
-def hugging_face_contestants(
-    model: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> list[Contestant]:
-    """transformers' `generate` of the same weights: eager, and with a static cache and a compiled forward."""
-    from transformers import GenerationConfig
-
-    theirs = hugging_face_model(model, device, dtype)
-
-    def contestant(name: str, cache: str | None) -> Contestant:
-        def run(prompts: list[list[int]], new_tokens: int) -> Output:
-            ids = torch.tensor(prompts, device=device)
-            settings = GenerationConfig(
-                do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, cache_implementation=cache
-            )
-            rows = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-            steps = len(prompts) * (new_tokens - 1)
-            return Output(rows[:, ids.shape[1] :].tolist(), cycles=steps, passes=steps)
-
-        return Contestant(name, run)
-
-    return [contestant(EAGER, None), contestant(COMPILED, "static")]
+    Nothing may run meanwhile, and what the cache holds is overwritten.
+    """
+    each = -(-context // engine.page_size)
+    groups = [
+        RowGroup(view, [0] * rows, context - rows, list(range(1 + i * each, 1 + (i + 1) * each)), 0, rows)
+        for i in range(batch)
+    ]
+    picking = [PickRows(SamplingParams(temperature=0.0), seed=0, position=1, count=rows)] * batch
+    times, before, begin = [], None, time.perf_counter()
+    for _ in range(count + 2):
+        launched = engine.runner.launch(groups, picking)
+        if before is not None:
+            before.picks()
+            times.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+        before = launched
+    return times[1:]
 
 
 def plot(report: ShapeReport, file: Path) -> None:

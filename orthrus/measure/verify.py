@@ -10,64 +10,65 @@ distribution over the generated text.
 
 import gc
 import itertools
-import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from orthrus.engine import Engine
-from orthrus.engine.config import EngineConfig
+from orthrus.engine import Engine, EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.measure.contest import Progress
+from orthrus.measure.drift import Check, Drift, Result, find_drifts, summarize
+from orthrus.measure.hugging_face_check import compare_hugging_face
 from orthrus.measure.prompts import encode_prompts
+from orthrus.measure.verify_report import Report
 from orthrus.models.config import ModelConfig
-from orthrus.models.families import family_of, load_config
+from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
-from orthrus.requests.request import Request, RequestStats, SamplingParams, TokenLogprob
+from orthrus.requests.request import Request, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner
+from orthrus.schedules.registry import SCHEDULES
 
-KL_LIMIT = 1e-10
-"""Nats, in float32: what two forwards that round differently come to, 6e-11 at worst with orthrus-tiny, stays below it."""
-LOGPROB_LIMIT = 1e-3
-"""Nats between a decode-time logprob and Hugging Face's: a wrong row is off by whole nats, rounding by 1e-5."""
 SHOWN_DRIFTS = 10
 LONGEST_PROMPT = 384
 LONG_CHUNK = 512
 SHORT_CHUNK = 48
 """Prefill chunks, in tokens, of requests alone and in mixtures: the same prompt is cut differently."""
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running the requests. mixed: in a batch they join and leave, else alone. adaptive: draft lengths.
-
-    lead: drafts have one. logprobs: asked for; without them, a pass may be launched before the one before it is read.
-    """
+    """A way of running the requests."""
 
     name: str
     schedule: str
     mixed: bool = False
-    adaptive: bool = False
-    lead: bool | None = None
+    """Whether requests join and leave a running batch; else each runs alone."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `EngineConfig`. Blocks have their full length unless these say otherwise."""
     logprobs: bool = True
+    """Whether requests ask for them. Without them, a pass may be launched before the one before it is read."""
 
 
 REFERENCE = Way("ar alone", "ar")
-WAYS = (
-    Way("ar mixed", "ar", mixed=True),
-    Way("ar ahead", "ar", mixed=True, logprobs=False),
-    Way("orthrus alone", "orthrus"),
-    Way("orthrus mixed", "orthrus", mixed=True),
-    Way("orthrus lead", "orthrus", mixed=True, lead=True),
-    Way("orthrus ahead", "orthrus", mixed=True, lead=True, logprobs=False),
-    Way("orthrus adaptive", "orthrus", mixed=True, adaptive=True, logprobs=False),
-)
+
+
+def ways(has_diffusion: bool) -> list[Way]:
+    """The ways of running requests that are compared with `REFERENCE`: for each schedule that fits the model, alone, mixed, and
+    mixed with the settings that the registry says."""
+    found: list[Way] = []
+    for name, entry in reversed(SCHEDULES.items()):
+        if entry.fits(has_diffusion):
+            found += [Way(f"{name} alone", name), Way(f"{name} mixed", name, mixed=True)]
+            found += [
+                Way(f"{name} {variant.name}", name, True, variant.settings, variant.logprobs)
+                for variant in entry.variants
+            ]
+    return [way for way in found if way != REFERENCE]
 
 
 @dataclass(frozen=True)
@@ -88,125 +89,6 @@ class VerifyOptions:
     compare_hf: bool = True
 
 
-@dataclass(frozen=True)
-class Result:
-    """All of one request's output: token ids, a logprob for each if they were asked for, and what it cost."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
-    stats: RequestStats
-
-
-@dataclass(frozen=True)
-class Drift:
-    """The first place where a request of a check left the reference; `expected` and `got` say token and logprob."""
-
-    check: str
-    request: str
-    position: int
-    expected: str
-    got: str
-
-
-@dataclass(frozen=True)
-class Check:
-    """One way of running all requests. drifted_*: tokens that differ from the reference in id / in logprob bits.
-
-    tokens_per_cycle: tokens committed per draft + verify (AR: per pass). tokens_per_pass: TPF, drafts counted.
-    """
-
-    name: str
-    requests: int
-    tokens: int
-    drifted_tokens: int
-    drifted_logprobs: int
-    tokens_per_cycle: float
-    tokens_per_pass: float
-    seconds: float
-    preemptions: int
-    prefix_hit_tokens: int
-
-
-@dataclass(frozen=True)
-class HuggingFaceCheck:
-    """Our forward against transformers' own, both in `dtype`, over every generated position. Nats.
-
-    max_logprob_gap compares the logprobs that decoding reported. greedy_disagreements: greedy picks that are not the
-    argmax of Hugging Face's logits; `max_regret` is how far below it the worst one is.
-    """
-
-    dtype: str
-    positions: int
-    max_kl: float
-    mean_kl: float
-    max_logprob_gap: float
-    greedy_disagreements: int
-    max_regret: float
-    seconds: float
-
-    @property
-    def limited(self) -> bool:
-        """Whether limits apply. In 16 bits both forwards round, each in its own way, and the figures are for the reader."""
-        return self.dtype not in ("float16", "bfloat16")
-
-    @property
-    def ok(self) -> bool:
-        if not self.limited:
-            return True
-        return self.max_kl <= KL_LIMIT and max(self.max_logprob_gap, self.max_regret) <= LOGPROB_LIMIT
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of `verify`. `ok`: no drift in any check, and Hugging Face's distributions within limits."""
-
-    model: str
-    device: str
-    dtype: str
-    torch: str
-    requests: int
-    reference_tokens: int
-    compared_tokens: int
-    checks: tuple[Check, ...]
-    hugging_face: HuggingFaceCheck | None
-    drifts: tuple[Drift, ...] = field(default=())
-
-    @property
-    def ok(self) -> bool:
-        exact = not any(check.drifted_tokens or check.drifted_logprobs for check in self.checks)
-        return exact and (self.hugging_face is None or self.hugging_face.ok)
-
-    def to_json(self) -> str:
-        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
-
-    def to_text(self) -> str:
-        lines = [
-            f"{self.model} on {self.device}, {self.dtype}, torch {self.torch}: "
-            f"{self.requests} requests, {self.compared_tokens} tokens compared with {self.reference_tokens} of the reference",
-            "",
-            f"{'check':<18}{'drifted':>9}{'logprobs':>10}{'tok/cycle':>11}{'tok/pass':>10}{'tok/s':>8}{'preempted':>11}",
-        ]
-        lines += [
-            f"{c.name:<18}{c.drifted_tokens:>9}{c.drifted_logprobs:>10}{c.tokens_per_cycle:>11.2f}"
-            f"{c.tokens_per_pass:>10.2f}{c.tokens / max(c.seconds, 1e-9):>8.0f}{c.preemptions:>11}"
-            for c in self.checks
-        ]
-        if (hf := self.hugging_face) is not None:
-            limit = f"limit {KL_LIMIT:.0e}" if hf.limited else "no limit in 16 bits"
-            lines += [
-                "",
-                f"Hugging Face, {hf.dtype}, {hf.positions} positions: KL max {hf.max_kl:.1e}, mean {hf.mean_kl:.1e} "
-                f"({limit}); logprobs within {hf.max_logprob_gap:.1e}; "
-                f"{hf.greedy_disagreements} greedy picks differ",
-            ]
-        lines += [
-            f"DRIFT {d.check} {d.request} at {d.position}: {d.expected} became {d.got}" for d in self.drifts
-        ]
-        return "\n".join(
-            [*lines, "", "zero drift" if self.ok else "DRIFT: the output depends on more than the request"]
-        )
-
-
 def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Report:
     """Run every check on `options.model`; `progress` is told one line per step.
 
@@ -219,24 +101,15 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
             f"--max-tokens {options.max_tokens} leaves no room for a prompt in a context of "
             f"{model.max_position_embeddings}"
         )
-    ways = [way for way in WAYS if way.schedule == "ar" or model.has_diffusion]
-
+    others = ways(model.has_diffusion)
     engine = _engine(path, options, REFERENCE, _longest(model, options))
     device, dtype = str(engine.device), str(engine.forward.dtype).removeprefix("torch.")
-    share = -(-options.tokens // len(ways))
+    share = -(-options.tokens // len(others))
     progress(f"reference: {REFERENCE.name}, {share} tokens")
-    requests: list[Request] = []
-    reference: dict[str, Result] = {}
-    started, tokens = time.perf_counter(), 0
-    for request in make_requests(engine, options):
-        requests.append(request)
-        reference |= run(engine, [request], itertools.repeat(1))
-        tokens += len(reference[request.request_id].token_ids)
-        if tokens >= share:
-            break
-    seconds = time.perf_counter() - started
-    checks = [summarize(REFERENCE.name, engine, reference, reference, seconds)]
-
+    started = time.perf_counter()
+    requests, reference = _run_reference(engine, options, share)
+    checks = [summarize(REFERENCE.name, engine, reference, reference, time.perf_counter() - started)]
+    tokens = checks[0].tokens
     hugging_face = None
     if options.compare_hf:
         progress(f"Hugging Face forward over {tokens} positions")
@@ -244,18 +117,11 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
     del engine
 
     drifts: list[Drift] = []
-    for way in ways:
+    for way in others:
         progress(way.name)
-        _free_memory()
-        engine = _engine(path, options, way, _tight_cache(requests, options.max_batch))
-        rng = random.Random(f"{options.seed}/{way.name}")
-        order = rng.sample(requests, len(requests))
-        limits = _random_limits(rng, options.max_batch) if way.mixed else itertools.repeat(1)
-        started = time.perf_counter()
-        results = run(engine, order if way.logprobs else list(map(_without_logprobs, order)), limits)
-        checks.append(summarize(way.name, engine, results, reference, time.perf_counter() - started))
-        drifts += find_drifts(way.name, results, reference)
-        del engine
+        check, found = _check(path, options, way, requests, reference)
+        checks.append(check)
+        drifts += found
     return Report(
         model=options.model,
         device=device,
@@ -268,6 +134,36 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
         hugging_face=hugging_face,
         drifts=tuple(drifts[:SHOWN_DRIFTS]),
     )
+
+
+def _run_reference(
+    engine: Engine, options: VerifyOptions, tokens: int
+) -> tuple[list[Request], dict[str, Result]]:
+    """Requests that come to at least `tokens` generated tokens, and their results, one request at a time."""
+    requests: list[Request] = []
+    reference: dict[str, Result] = {}
+    for request in make_requests(engine, options):
+        requests.append(request)
+        reference |= run(engine, [request], itertools.repeat(1))
+        tokens -= len(reference[request.request_id].token_ids)
+        if tokens <= 0:
+            break
+    return requests, reference
+
+
+def _check(
+    path: Path, options: VerifyOptions, way: Way, requests: list[Request], reference: dict[str, Result]
+) -> tuple[Check, list[Drift]]:
+    """Run the requests in one way, and compare the results with the reference."""
+    _free_memory()
+    engine = _engine(path, options, way, _tight_cache(requests, options.max_batch))
+    rng = random.Random(f"{options.seed}/{way.name}")
+    order = rng.sample(requests, len(requests))
+    limits = _random_limits(rng, options.max_batch) if way.mixed else itertools.repeat(1)
+    started = time.perf_counter()
+    results = run(engine, order if way.logprobs else list(map(_without_logprobs, order)), limits)
+    check = summarize(way.name, engine, results, reference, time.perf_counter() - started)
+    return check, find_drifts(way.name, results, reference)
 
 
 def make_requests(engine: Engine, options: VerifyOptions) -> Iterator[Request]:
@@ -335,105 +231,6 @@ def _random_limits(rng: random.Random, largest: int) -> Iterator[int]:
         yield rng.randint(1, largest)
 
 
-def summarize(
-    name: str, engine: Engine, results: dict[str, Result], reference: dict[str, Result], seconds: float
-) -> Check:
-    """Count `results` of a run that took `seconds` and compare them with `reference`, which has the same requests."""
-    drifted_tokens = drifted_logprobs = 0
-    for request_id, result in results.items():
-        expected = reference[request_id]
-        drifted_tokens += abs(len(expected.token_ids) - len(result.token_ids))
-        drifted_tokens += sum(a != b for a, b in zip(expected.token_ids, result.token_ids, strict=False))
-        if result.logprobs:
-            drifted_logprobs += abs(len(expected.logprobs) - len(result.logprobs))
-            drifted_logprobs += sum(a != b for a, b in zip(expected.logprobs, result.logprobs, strict=False))
-    after_first = sum(result.stats.completion_tokens - 1 for result in results.values())
-    return Check(
-        name=name,
-        requests=len(results),
-        tokens=sum(len(result.token_ids) for result in results.values()),
-        drifted_tokens=drifted_tokens,
-        drifted_logprobs=drifted_logprobs,
-        tokens_per_cycle=after_first / max(1, sum(result.stats.cycles for result in results.values())),
-        tokens_per_pass=after_first / max(1, sum(result.stats.passes for result in results.values())),
-        seconds=seconds,
-        preemptions=engine.stats.preemptions,
-        prefix_hit_tokens=engine.stats.prefix_hit_tokens,
-    )
-
-
-def find_drifts(check: str, results: dict[str, Result], reference: dict[str, Result]) -> list[Drift]:
-    """The first drift of each request that has one."""
-    drifts = []
-    for request_id, result in results.items():
-        expected = reference[request_id]
-        silent = [None] * len(expected.token_ids), [None] * len(result.token_ids)
-        scored = (expected.logprobs, result.logprobs) if result.logprobs else silent
-        before, after = (
-            [*zip(r.token_ids, values, strict=True)]
-            for r, values in zip((expected, result), scored, strict=True)
-        )
-        if before == after:
-            continue
-        shared = min(len(before), len(after))
-        position = next((i for i in range(shared) if before[i] != after[i]), shared)
-        drifts.append(Drift(check, request_id, position, _show(before, position), _show(after, position)))
-    return drifts
-
-
-def compare_hugging_face(
-    engine: Engine, path: Path, requests: Sequence[Request], reference: dict[str, Result]
-) -> HuggingFaceCheck:
-    """Score every reference text with both forwards, in the engine's dtype; KL in float64 from their logits."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
-    logging.disable_progress_bar()
-    started = time.perf_counter()
-    classes = family_of(engine.model_config).hugging_face()
-    theirs = classes.model.from_pretrained(path, dtype=engine.forward.dtype).to(engine.device).eval()
-    max_kl = total_kl = max_gap = max_regret = 0.0
-    positions = disagreements = 0
-    for request in requests:
-        result = reference[request.request_id]
-        ids = [*request.prompt, *result.token_ids]
-        rows = slice(len(request.prompt) - 1, len(ids) - 1)  # The row at position i predicts token i + 1.
-        with torch.inference_mode():
-            logits = theirs(torch.tensor([ids], device=engine.device)).logits[0, rows].double()
-        ours = engine.score(ids)[rows].double().to(logits.device)
-        picks = torch.tensor(result.token_ids, device=logits.device)[:, None]
-        kl = _kl(logits, ours)
-        max_kl, total_kl = max(max_kl, float(kl.max())), total_kl + float(kl.sum())
-        reported = torch.tensor([entry.logprob for entry in result.logprobs], dtype=torch.float64)
-        scored = logits.log_softmax(-1).gather(1, picks)[:, 0].cpu()
-        max_gap = max(max_gap, float((reported - scored).abs().max()))
-        positions += len(picks)
-        if request.params.greedy:
-            regret = logits.max(-1).values - logits.gather(1, picks)[:, 0]
-            disagreements += int((regret > 0).sum())
-            max_regret = max(max_regret, float(regret.max()))
-    return HuggingFaceCheck(
-        dtype=str(engine.forward.dtype).removeprefix("torch."),
-        positions=positions,
-        max_kl=max_kl,
-        mean_kl=total_kl / max(1, positions),
-        max_logprob_gap=max_gap,
-        greedy_disagreements=disagreements,
-        max_regret=max_regret,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) in nats per row of two float64 [rows, vocab] logits, as a sum of terms that are all >= 0.
-
-    The textbook sum of p (log p - log q) cancels: its rounding error, 1e-16 times the vocabulary, can be negative.
-    """
-    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-    gap = q - p
-    return (p.exp() * (gap.expm1() - gap)).sum(-1)
-
-
 def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) -> Engine:
     """An engine with a KV cache of its own small size: on a GPU another model has to fit beside it."""
     engine = Engine.from_pretrained(
@@ -443,8 +240,8 @@ def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) 
                 "device": options.device,
                 "dtype": options.dtype,
                 "schedule": way.schedule,
-                "adaptive_draft": way.adaptive,
-                "draft_lead": way.lead,
+                "adaptive_draft": False,
+                **way.settings,
                 "kv_cache_tokens": kv_cache_tokens,
                 "max_model_len": min(kv_cache_tokens, load_config(path).max_position_embeddings),
                 "max_num_seqs": options.max_batch if way.mixed else 1,
@@ -473,10 +270,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _show(tokens: Sequence[tuple[int, TokenLogprob | None]], position: int) -> str:
-    if position >= len(tokens):
-        return "the end"
-    token, logprob = tokens[position]
-    return f"token {token}" if logprob is None else f"token {token} ({logprob.logprob!r})"

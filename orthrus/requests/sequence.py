@@ -1,6 +1,7 @@
-"""The state of one choice of one request while the engine works on it."""
+"""The state of one sequence while the engine works on it: one of the `n` choices of a request."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from orthrus.cache.page_hash import PageHash
 from orthrus.requests.request import FinishReason, PromptLogprobs, RequestStats, SamplingParams
@@ -8,109 +9,129 @@ from orthrus.requests.token_mask import TokenMask
 from orthrus.text.stream import TextStream
 
 
-@dataclass(frozen=True)
-class Draft:
-    """Drafted `tokens`, waiting to be verified. lead: whether they follow a token that came with them, exact.
-
-    led: whether the block's own first pick was that token.
-    """
-
-    tokens: list[int]
-    lead: bool = False
-    led: bool = False
-
-
 @dataclass(eq=False)
-class Sequence:
-    """One choice. `tokens` holds prompt and committed tokens; the cache holds AR keys and values of positions < `computed`.
+class SequenceState:
+    """One sequence. The newest token, x_n, stands at position n; the first token of the prompt at position 0."""
 
-    In the design's terms the newest committed token x_n is tokens[-1] at position n. `max_length` bounds len(tokens). `ends`:
-    those of `stop_ids` that may not be picked before `params.min_tokens`. `foreseen`: tokens behind tokens[-1] that passes on
-    their way will commit, as `RowGroup.tokens` refers to them; `computed` counts on those passes. `draft`: tokens drafted
-    for the positions after n, waiting to be verified. `leader`: the first choice of the same request, whose prefill this
-    one waits for, to share its pages. `unscored`: positions whose logits score the prompt token after them, and that are still to
-    be computed for it; `scores`: of the tokens that have been scored. `queued_at`: since when it waits, monotonic
-    seconds; `queue_seconds`: how long it has waited before.
-    `arrival`: its number in order of arrival. `priority` and `cache_salt`: the request's.
-    """
+    # --- what was asked for
 
     request_id: str
     index: int
+    """Which of the request's choices it is."""
     params: SamplingParams
     seed: int
+    """Of this choice."""
     tokens: list[int]
+    """Token ids of the prompt and then the committed ones."""
     num_prompt: int
+    """How many of `tokens` are the prompt's."""
     max_length: int
+    """Most tokens, prompt included."""
     stop_ids: frozenset[int]
-    ends: tuple[int, ...] = ()
+    """Tokens that end the sequence, end-of-sequence tokens included."""
+    withheld_stop_ids: tuple[int, ...] = ()
+    """Those of `stop_ids` that may not be picked before `params.min_tokens`."""
     text: TextStream | None = None
+    """Looks for stop strings, if there are any."""
     mask: TokenMask | None = None
-    leader: "Sequence | None" = None
-    pages: list[int] = field(default_factory=list)
-    hashes: list[PageHash] = field(default_factory=list)
-    computed: int = 0
-    foreseen: list[int] = field(default_factory=list)
-    cached_tokens: int = 0
-    draft: Draft | None = None
-    unscored: range = range(0)
-    scores: list[PromptLogprobs] = field(default_factory=list)
-    cycles: int = 0
-    passes: int = 0
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    queued_at: float = 0.0
-    queue_seconds: float = 0.0
-    arrival: int = 0
+    """What a grammar or word rules allow, if there are any."""
+    first_choice: "SequenceState | None" = None
+    """The request's first choice. The others wait for its prefill, to share its pages."""
     priority: int = 0
+    """The request's."""
     cache_salt: str = ""
+    """The request's: only sequences with the same salt share pages."""
+
+    # --- the cache
+
+    block_table: list[int] = field(default_factory=list)
+    """The pages that it owns or shares, in order of positions."""
+    page_hashes: list[PageHash] = field(default_factory=list)
+    """Names of those of its first pages that are full of committed tokens."""
+    num_computed: int = 0
+    """Positions whose AR keys and values are in the cache, or will be when the passes in flight are over."""
+    num_cached: int = 0
+    """Prompt tokens that were found in the cache."""
+
+    # --- decoding
+
+    placeholders: list[int] = field(default_factory=list)
+    """Stand for tokens after tokens[-1] that passes in flight will commit, as `RowGroup.tokens` refers to them."""
+    schedule_state: Any = None
+    """What the schedule keeps of this sequence between passes."""
+    unscored: range = range(0)
+    """Positions that are still to be computed because their logits score the prompt token after them."""
+    prompt_scores: list[PromptLogprobs] = field(default_factory=list)
+    """Of the prompt tokens scored so far."""
+    cycles: int = 0
+    """As in `RequestStats`."""
+    passes: int = 0
+    """As in `RequestStats`."""
+    finish_reason: FinishReason | None = None
+    """None while it is unfinished."""
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it."""
+
+    # --- the queue
+
+    arrival: int = 0
+    """Its number in order of arrival."""
+    queued_at: float = 0.0
+    """Since when it has been waiting, in monotonic seconds."""
+    queue_seconds: float = 0.0
+    """How long it waited, all waits that are over together."""
 
     @property
-    def turn(self) -> tuple[int, int]:
-        """What sequences are ordered by: the lowest goes first, and the highest gives way first."""
+    def queue_key(self) -> tuple[int, int]:
+        """Sequences are served in ascending order of this, and preempted in descending order."""
         return self.priority, self.arrival
 
     @property
-    def newest(self) -> int:
-        """Position n of the newest token."""
-        return len(self.tokens) + len(self.foreseen) - 1
+    def newest_position(self) -> int:
+        """Position n of the newest token, placeholders included."""
+        return len(self.tokens) + len(self.placeholders) - 1
 
     @property
     def newest_token(self) -> int:
-        """x_n, or what stands for it while no pass has picked it."""
-        return self.foreseen[-1] if self.foreseen else self.tokens[-1]
+        """x_n, or its placeholder while no pass has picked it."""
+        return self.placeholders[-1] if self.placeholders else self.tokens[-1]
 
     @property
     def num_generated(self) -> int:
+        """Committed tokens after the prompt."""
         return len(self.tokens) - self.num_prompt
 
     @property
-    def foreseeable(self) -> bool:
-        """Whether what a pass does for this sequence depends on earlier picks through its input tokens alone.
+    def takes_placeholders(self) -> bool:
+        """Whether its next pass needs nothing of the pass in flight but the picks as input tokens.
 
-        Where its logits are read afterwards, the next pass must not have taken their place.
+        A mask, penalties or log-probabilities need more: the host's knowledge of the picks, or logits that the next pass
+        would overwrite.
         """
-        read = self.params.logprobs is not None or bool(self.unscored)
-        return self.mask is None and not self.params.has_penalties and not read
+        reads_logits = self.params.logprobs is not None or bool(self.unscored)
+        return self.mask is None and not self.params.has_penalties and not reads_logits
 
     @property
     def complete(self) -> bool:
-        """Whether it will have its full length when the passes on their way are over."""
-        return self.newest + 1 >= self.max_length
+        """Whether it will have its full length when the passes in flight are over."""
+        return self.newest_position + 1 >= self.max_length
 
     @property
     def decoding(self) -> bool:
-        """Whether only the newest token lacks its key and value, so that the schedule decides what comes next."""
-        return self.newest >= self.num_prompt and self.computed == self.newest
+        """Whether only the newest token lacks its key and value. Then the schedule decides what comes next."""
+        newest = self.newest_position
+        return newest >= self.num_prompt and self.num_computed == newest
 
     @property
     def rows_to_prefill(self) -> int:
-        """Prompt rows (a preempted sequence's tokens included) to compute before the next token comes."""
-        return 0 if self.decoding else len(self.tokens) - self.computed
+        """Rows of the prompt, or of a preempted sequence's tokens, to compute before the next token comes."""
+        return 0 if self.decoding else len(self.tokens) - self.num_computed
 
     def stats(self) -> RequestStats:
+        """What it has cost so far."""
         return RequestStats(
             prompt_tokens=self.num_prompt,
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self.num_cached,
             completion_tokens=self.num_generated,
             cycles=self.cycles,
             passes=self.passes,

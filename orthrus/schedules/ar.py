@@ -1,22 +1,37 @@
 """Plain autoregressive decoding: one row in, one token out."""
 
+from collections.abc import Sequence
+
 from orthrus.plan import RowGroup, View
-from orthrus.requests.sequence import Sequence
+from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
+
+STEP = "step"
 
 
 class ARSchedule:
     """The yardstick: every other schedule must commit exactly these tokens."""
 
+    max_groups = 1
     max_rows = 1
+    max_logits = 1
 
-    def groups(self, sequence: Sequence, batch: int) -> tuple[RowGroup, ...]:
-        return (RowGroup(View.AR, [sequence.newest_token], sequence.newest, sequence.pages, 0, 1),)
+    @classmethod
+    def build(cls, context: ScheduleContext) -> "ARSchedule":
+        return cls()
 
-    def commit(self, sequence: Sequence, groups: tuple[RowGroup, ...], picks: list[list[int]]) -> list[int]:
-        return picks[0]
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        return Turn(
+            STEP, ar_rows([sequence.newest_token], sequence.newest_position, sequence.block_table), (False,)
+        )
 
-    def foresees(self, groups: tuple[RowGroup, ...]) -> bool:
-        return True
+    def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
+        return Commit(picks[0])
 
-    def foresee(self, sequence: Sequence, groups: tuple[RowGroup, ...], feeds: list[list[int]]) -> None:
-        sequence.foreseen += feeds[0]
+    def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
+        return placeholders[0]
+
+
+def ar_rows(tokens: Sequence[int], start: int, block_table: list[int]) -> tuple[RowGroup]:
+    """AR rows with logits: `tokens` at positions start, start + 1, ..."""
+    return (RowGroup(View.AR, tokens, start, block_table, 0, len(tokens)),)

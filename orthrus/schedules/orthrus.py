@@ -1,86 +1,121 @@
 """Orthrus' two-pass cycle (arXiv 2605.12825, section 3): a diffusion pass drafts a block, an AR pass verifies it.
 
-Draft: rows [x_n, MASK, ...] at positions n, n + 1, ... each predict the token after them; the last row's prediction could not
-be verified in the same block and is not asked for. Verify: AR rows [x_n, drafts]; the picks that agree with the drafts
-are committed, and the first that does not, or the one after the last draft, is the bonus token.
+Let x_n be the newest token, at position n.
 
-A draft pass may have a lead: the AR row of x_n beside the block. Its pick is x_n+1 itself and committed at once, so that a
-cycle brings two tokens at least, for reading the AR view's attention weights once more. Verification then starts from x_n+1.
+- The *draft* turn has diffusion rows [x_n, MASK, ..., MASK] at positions n, n + 1, ... Each row predicts the token after it.
+  The last row's prediction would not fit the verify turn, so its logits are not computed.
+- The *verify* turn has AR rows [x_n, drafts]. The drafts up to the first wrong one are committed, and then the AR view's own
+  pick after them.
+
+A draft turn may have a *lead*: the AR row of x_n, beside the block. Its pick is exactly x_n+1 and is committed at once, so each
+cycle commits at least two tokens. The price is to read the AR view's attention weights in the draft pass too. The verify turn
+then starts from x_n+1, and the prediction of the block's last row is of use.
 """
 
 import itertools
+from collections.abc import Sequence
 
-from kernels import NO_TOKEN
-from orthrus.plan import RowGroup, View
-from orthrus.requests.sequence import Draft, Sequence
-from orthrus.schedules.ar import ARSchedule
-from orthrus.schedules.planner import DraftPlanner
+from kernels.rows.sampling import NO_TOKEN
+from orthrus.loading import stages
+from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
+from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
+from orthrus.schedules.decode_cost import DecodeCost
+from orthrus.schedules.planner import Draft, DraftPlanner
+from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
 
 
 class OrthrusSchedule:
-    """`planner` says how many rows a block is worth, and whether a lead; a block of one is an AR step."""
+    """`planner` chooses the length of each block and whether it has a lead. A block of one row is an AR step.
+
+    It keeps the `Draft` that waits to be verified as `SequenceState.schedule_state`.
+    """
+
+    max_groups = 2
 
     def __init__(self, planner: DraftPlanner, mask_token_id: int) -> None:
         self.max_rows = planner.max_rows
+        self.max_logits = planner.max_rows + 1  # A block's and its lead's.
         self._planner = planner
         self._mask = mask_token_id
         self._ar = ARSchedule()
 
-    def groups(self, sequence: Sequence, batch: int) -> tuple[RowGroup, ...]:
-        n, pages = sequence.newest, sequence.pages
-        if sequence.draft is not None:
-            rows = [sequence.newest_token, *sequence.draft.tokens]
-            return (RowGroup(View.AR, rows, n, pages, 0, len(rows)),)
-        step = self._ar.groups(sequence, batch)
+    @classmethod
+    def build(cls, context: ScheduleContext) -> "OrthrusSchedule":
+        config, model = context.config, context.model
+        assert model.block_size is not None and model.mask_token_id is not None, (
+            "the registry asks for diffusion"
+        )
+        cost = None
+        if config.adaptive_draft and context.max_model_len > 2:  # Else no block fits.
+            stages.info("measuring what passes cost")
+            cost = DecodeCost.measured(context.timer, model.mask_token_id)
+        planner = DraftPlanner(
+            config.draft_length or model.block_size, cost, context.max_pass_rows, config.draft_lead
+        )
+        return cls(planner, model.mask_token_id)
+
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        n, block_table = sequence.newest_position, sequence.block_table
+        draft: Draft | None = sequence.schedule_state
+        if draft is not None:
+            tokens = [sequence.newest_token, *draft.tokens]
+            if len(tokens) == 1:
+                return self._ar.plan(sequence, batch)
+            # Where the next block begins is known only when this one is verified.
+            return Turn(
+                VERIFY,
+                ar_rows(tokens, n, block_table),
+                (False,),
+                num_verified=len(draft.tokens),
+                can_advance=False,
+            )
         # With one token to go, two rows would draft it and verify it: the AR step is one pass.
         room = sequence.max_length - n
         if room <= 2:
-            return step
+            return self._ar.plan(sequence, batch)
         plan = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
-        # Tokens of a cycle: as many as the block has rows, and the lead's.
-        rows_planned = min(plan.rows, room - plan.lead)
-        if rows_planned < 2:
-            return step
-        block = [sequence.newest_token] + [self._mask] * (rows_planned - 1)
-        # A grammar says what may follow x_n, not yet what may follow the token after it.
-        if plan.lead and sequence.mask is None:
-            return (*step, RowGroup(View.DIFFUSION, block, n, pages, 0, rows_planned))
-        return (RowGroup(View.DIFFUSION, block, n, pages, 0, rows_planned - 1),)
+        # A cycle commits at most as many tokens as the block has rows, and the lead's.
+        num_rows = min(plan.rows, room - plan.lead)
+        if num_rows < 2:
+            return self._ar.plan(sequence, batch)
+        # A grammar says what may follow x_n, but not yet what may follow the token after it.
+        lead = plan.lead and sequence.mask is None
+        groups = draft_rows(sequence.newest_token, num_rows, n, block_table, self._mask, lead=lead)
+        if lead:
+            return Turn(LEAD_DRAFT, groups, (False, True), ends_cycle=False)
+        return Turn(DRAFT, groups, (True,), ends_cycle=False)
 
-    def commit(self, sequence: Sequence, groups: tuple[RowGroup, ...], picks: list[list[int]]) -> list[int]:
-        if groups[-1].view is View.DIFFUSION:
-            sequence.draft = _draft([_tokens(part) for part in picks])
-            return picks[0] if sequence.draft.lead else []
-        if len(groups[0].tokens) == 1:
-            if sequence.draft == Draft([]):
-                sequence.draft = None
-            return picks[0]
-        draft, sequence.draft = sequence.draft, None
+    def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
+        if turn.kind in (DRAFT, LEAD_DRAFT):
+            sequence.schedule_state = _draft(turn, [_tokens(group) for group in picks])
+            return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
+        draft: Draft | None = sequence.schedule_state
+        if turn.kind == STEP:
+            if draft is not None and not draft.tokens:
+                sequence.schedule_state = None
+            return Commit(picks[0])
         assert draft is not None, "what a block verifies has been drafted"
-        agreeing = (i for i, (d, p) in enumerate(zip(draft.tokens, picks[0], strict=False)) if d != p)
-        accepted = next(agreeing, len(draft.tokens))
+        sequence.schedule_state = None
+        differing = (i for i, (d, p) in enumerate(zip(draft.tokens, picks[0], strict=False)) if d != p)
+        accepted = next(differing, len(draft.tokens))
         self._planner.observe(sequence.params.greedy, draft, accepted)
-        return picks[0][: accepted + 1]
+        return Commit(picks[0][: accepted + 1], accepted)
 
-    def foresees(self, groups: tuple[RowGroup, ...]) -> bool:
-        # Where the next block begins is known only when this one is verified.
-        return groups[-1].view is View.DIFFUSION or len(groups[0].tokens) == 1
-
-    def foresee(self, sequence: Sequence, groups: tuple[RowGroup, ...], feeds: list[list[int]]) -> None:
-        if groups[-1].view is View.DIFFUSION:
-            sequence.draft = _draft(feeds)
-        if groups[0].view is View.AR:
-            sequence.foreseen += feeds[0]
+    def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
+        if turn.kind in (DRAFT, LEAD_DRAFT):
+            sequence.schedule_state = _draft(turn, placeholders)
+        return [] if turn.kind == DRAFT else placeholders[0]
 
 
 def _tokens(picks: list[int]) -> list[int]:
-    """The picks up to the first that is none: nothing can be drafted behind it."""
+    """The picks before the first NO_TOKEN: nothing can be drafted on top of that."""
     return list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))
 
 
-def _draft(picks: list[list[int]]) -> Draft:
-    """What a draft pass drafted: behind a lead, the block's first pick is no news."""
-    if len(picks) == 1:
+def _draft(turn: Turn, picks: Sequence[list[int]]) -> Draft:
+    """What a draft turn drafted. Behind a lead, the block's first pick is of no use: the lead has picked the same position."""
+    if turn.kind == DRAFT:
         return Draft(picks[0])
     lead, block = picks
-    return Draft(block[1:], lead=True, led=block[:1] == lead)
+    return Draft(block[1:], lead=True, first_agreed=block[:1] == lead)

@@ -1,29 +1,35 @@
-"""What the passes of decoding cost on this machine, measured when the engine starts."""
+"""What passes cost on this machine, measured when the engine starts. A schedule says which shapes of passes matter to it."""
 
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-from orthrus.plan import RowGroup, View
+from orthrus.plan import RowGroup
 
 _ROWS = (2, 4, 8, 16, 32, 64, 128, 256)
+"""Rows of one sequence that are timed."""
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Sequences of one row each that are timed."""
 _GROUPS = 8
 _GROUP_ROWS = 4
+"""To learn what a further sequence adds to a pass, so many sequences of so many rows are timed."""
 _CONTEXT = 256
+"""Position, in tokens, up to which the rows of timed passes reach."""
 _SECONDS = 2.0
-"""Time for all measurements, as far as one round of the smaller shapes allows."""
+"""Time for all measurements, as far as one round of the smaller passes allows."""
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Seconds of a pass: `seconds[i]` at `sizes[i]` rows of one sequence, `per_group` more for every further sequence."""
+    """Seconds of a pass as a function of its size."""
 
     sizes: tuple[int, ...]
+    """Sizes that were measured, ascending: rows of one sequence, or sequences of one row."""
     seconds: tuple[float, ...]
+    """Seconds at each of `sizes`."""
     per_group: float = 0.0
+    """Seconds that each sequence after the first adds to a pass of as many rows."""
 
     def __call__(self, size: int, groups: int = 1) -> float:
         """Interpolated between measurements; beyond the last in proportion to it."""
@@ -36,139 +42,122 @@ class PassCost:
 
 
 @dataclass(frozen=True)
-class DecodeCost:
-    """step: an AR pass, by the number of sequences; draft, verify: the two passes of a cycle, by rows and sequences.
+class PassShape:
+    """A kind of pass that a schedule wants timed. All sequences of the pass take part alike."""
 
-    lead: a draft pass with a lead, by the rows of the blocks alone. sampled_row: more for every row that is sampled rather
-    than greedy.
-    """
-
-    step: PassCost
-    draft: PassCost
-    verify: PassCost
-    lead: PassCost
-    sampled_row: float = 0.0
-
-    def ar(self, batch: int, greedy: bool) -> float:
-        """Seconds of an AR step of `batch` sequences: one token each."""
-        return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
-
-    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
-        """Seconds of a draft pass and a verify pass of `batch` sequences with `block_rows` rows each."""
-        rows = block_rows * batch
-        seconds = (self.lead if lead else self.draft)(rows, batch) + self.verify(rows, batch)
-        # Without a lead, the draft pass picks one token less than it has rows; with one, a token more.
-        return seconds + (0.0 if greedy else (2 * rows + (batch if lead else -batch)) * self.sampled_row)
+    kind: str
+    groups: Callable[[int, int, list[int]], Sequence[RowGroup]]
+    """The groups of one sequence: so many rows, from a start position on, with this block table."""
+    one_row: bool = False
+    """Whether a sequence has only one row. The cost is then a function of the number of sequences, else of rows."""
 
 
-class _Kind(Enum):
-    STEP = "step"
-    DRAFT = "draft"
-    VERIFY = "verify"
-    LEAD = "lead"
+_Size = tuple[PassShape, int, int]
+"""Shape, rows of each sequence, sequences."""
 
 
-_Shape = tuple[_Kind, int, int]
-"""Kind of pass, rows of each sequence (of its block), sequences."""
+class PassTimer:
+    """Times passes on an engine without work."""
 
+    def __init__(
+        self,
+        run: Callable[[list[RowGroup], float], None],
+        *,
+        context: int,
+        page_size: int,
+        num_pages: int,
+        max_batch: int,
+        max_rows: int,
+    ) -> None:
+        """run(groups, temperature): runs a pass until its picks are there. context: the context limit in tokens.
 
-def measure_decode_cost(
-    run: Callable[[list[RowGroup], float], None],
-    *,
-    context: int,
-    page_size: int,
-    num_pages: int,
-    max_batch: int,
-    max_rows: int,
-    mask_token_id: int,
-) -> DecodeCost:
-    """Time `run(groups, temperature)`, a pass with its picks, on shapes of decoding; two seconds, more for a slow model.
+        num_pages: of the cache, the padding page 0 included. Pages 1 to num_pages - 1 are overwritten. max_batch: most
+        sequences of a pass. max_rows: most rows of a pass.
+        """
+        self._run = run
+        self._page_size = page_size
+        self._max_batch, self._max_rows = max_batch, max_rows
+        self._end = min(context, _CONTEXT, (num_pages - 1) * page_size)
+        self._pages_each = -(-self._end // page_size)
+        # Where the cache holds fewer, sequences share pages: that costs the same.
+        self._distinct = max(1, (num_pages - 1) // self._pages_each)
 
-    context: the model's context limit. max_rows: of a pass. Pages 1 to num_pages - 1 are written to, so nothing may be in
-    them yet.
-    """
-    length = min(context, _CONTEXT, (num_pages - 1) * page_size)
-    pages_each = -(-length // page_size)
-    most_sequences = max(1, (num_pages - 1) // pages_each)
-
-    def groups(kind: _Kind, rows: int, index: int) -> list[RowGroup]:
-        first = 1 + index % most_sequences * pages_each
-        pages, start = list(range(first, first + pages_each)), length - rows
-        if kind in (_Kind.STEP, _Kind.VERIFY):
-            return [RowGroup(View.AR, [0] * rows, start, pages, 0, rows)]
-        block = [0, *[mask_token_id] * (rows - 1)]
-        if kind is _Kind.DRAFT:
-            return [RowGroup(View.DIFFUSION, block, start, pages, 0, rows - 1)]
-        return [
-            RowGroup(View.AR, [0], start, pages, 0, 1),
-            RowGroup(View.DIFFUSION, block, start, pages, 0, rows),
+    def curves(self, shapes: Sequence[PassShape]) -> dict[str, PassCost]:
+        """The cost of each kind of pass. Takes two seconds, more for a slow model."""
+        row_counts = [r for r in _ROWS if r < min(self._end, self._max_rows + 1)]
+        batches = [b for b in _BATCHES if b <= self._max_batch]
+        blocks = [shape for shape in shapes if not shape.one_row]
+        sizes: list[_Size] = [
+            *((shape, 1, batch) for shape in shapes if shape.one_row for batch in batches),
+            *((shape, rows, 1) for rows in row_counts for shape in blocks),
+            *((shape, min(_GROUP_ROWS, row_counts[-1]), _GROUPS) for shape in blocks),
         ]
+        best = _best_times(self._time, sorted(sizes, key=lambda size: size[1] * size[2]))
+        return {shape.kind: (_batch_curve if shape.one_row else _rows_curve)(best, shape) for shape in shapes}
 
-    def time_pass(shape: _Shape) -> float:
-        kind, rows, sequences = shape
-        planned = [group for i in range(sequences) for group in groups(kind, rows, i)]
-        return _seconds(lambda: run(planned, 0.0))
+    def sampled_row(self, shape: PassShape) -> float:
+        """Seconds that a row of `shape` adds to a pass if its pick is sampled at temperature 1 rather than greedy."""
+        groups = self._groups((shape, _GROUP_ROWS, 1))
+        greedy, sampled = (
+            min(_seconds(lambda t=t: self._run(groups, t)) for _ in range(8))  # type: ignore[misc]
+            for t in (0.0, 1.0)
+        )
+        return max(0.0, sampled - greedy) / _GROUP_ROWS
 
-    sizes = [r for r in _ROWS if r < min(length, max_rows + 1)]
-    batches = [b for b in _BATCHES if b <= max_batch]
-    blocks = (_Kind.DRAFT, _Kind.VERIFY, _Kind.LEAD)
-    shapes: list[_Shape] = [
-        *((_Kind.STEP, 1, batch) for batch in batches),
-        *((kind, rows, 1) for rows in sizes for kind in blocks),
-        *((kind, min(_GROUP_ROWS, sizes[-1]), _GROUPS) for kind in blocks),
-    ]
-    best = _best_times(time_pass, sorted(shapes, key=lambda s: s[1] * s[2]))
-    step_batches = [b for b in batches if (_Kind.STEP, 1, b) in best]
-    sampled = groups(_Kind.VERIFY, _GROUP_ROWS, 0)
-    return DecodeCost(
-        step=_curve(step_batches, [best[_Kind.STEP, 1, b] for b in step_batches]),
-        draft=_rows_curve(best, _Kind.DRAFT),
-        verify=_rows_curve(best, _Kind.VERIFY),
-        lead=_rows_curve(best, _Kind.LEAD),
-        sampled_row=_sampling_seconds(lambda temperature: run(sampled, temperature)) / _GROUP_ROWS,
-    )
+    def _groups(self, size: _Size) -> list[RowGroup]:
+        shape, rows, sequences = size
+        groups: list[RowGroup] = []
+        for index in range(sequences):
+            first = 1 + index % self._distinct * self._pages_each
+            groups += shape.groups(rows, self._end - rows, list(range(first, first + self._pages_each)))
+        return groups
+
+    def _time(self, size: _Size) -> float:
+        groups = self._groups(size)
+        return _seconds(lambda: self._run(groups, 0.0))
 
 
-def _best_times(time_pass: Callable[[_Shape], float], shapes: Sequence[_Shape]) -> dict[_Shape, float]:
-    """The best time of each shape; the largest ones are left out where measuring all of them once takes too long.
+def _best_times(time_pass: Callable[[_Size], float], sizes: Sequence[_Size]) -> dict[_Size, float]:
+    """The best time of each size; the largest ones are left out where measuring all of them once takes too long.
 
-    The best, and in turns: what else the machine does only ever adds time, and should not meet one shape alone. Next is always
-    the shape that has had the least time so far: so short passes, whose times are the least certain, are seen most often.
+    The best, because what else the machine does only ever adds time. Passes take turns, so that a disturbance does not meet one
+    of them alone. Next is always the pass that has been timed for the shortest time in all: short passes, whose times are the
+    least certain, are so timed most often.
     """
-    times: dict[_Shape, list[float]] = {}
+    times: dict[_Size, list[float]] = {}
     began = time.perf_counter()
-    time_pass(shapes[0])
-    for shape in shapes:
-        if len(times) >= len(shapes) // 2 and time.perf_counter() - began > _SECONDS / 2:
+    time_pass(sizes[0])
+    for size in sizes:
+        if len(times) >= len(sizes) // 2 and time.perf_counter() - began > _SECONDS / 2:
             break
-        times[shape] = [time_pass(shape)]
+        times[size] = [time_pass(size)]
     while time.perf_counter() - began < _SECONDS:
-        shape = min(times, key=lambda s: sum(times[s]))
-        times[shape].append(time_pass(shape))
-    return {shape: min(seconds) for shape, seconds in times.items()}
+        size = min(times, key=lambda s: sum(times[s]))
+        times[size].append(time_pass(size))
+    return {size: min(seconds) for size, seconds in times.items()}
 
 
-def _rows_curve(best: dict[_Shape, float], kind: _Kind) -> PassCost:
-    sizes = sorted(rows for k, rows, sequences in best if k is kind and sequences == 1)
-    alone = _curve(sizes, [best[kind, rows, 1] for rows in sizes])
-    crowded = [(shape, seconds) for shape, seconds in best.items() if shape[0] is kind and shape[2] > 1]
+def _batch_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
+    """Cost by the number of sequences."""
+    by_batch = {sequences: seconds for (s, _, sequences), seconds in best.items() if s is shape}
+    return _curve(by_batch)
+
+
+def _rows_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
+    """Cost by the rows of one sequence, and what further sequences add."""
+    alone = _curve({rows: seconds for (s, rows, n), seconds in best.items() if s is shape and n == 1})
+    crowded = [(rows, n, seconds) for (s, rows, n), seconds in best.items() if s is shape and n > 1]
     if not crowded:
         return alone
-    (_, rows, sequences), seconds = crowded[0]
-    return PassCost(
-        alone.sizes, alone.seconds, max(0.0, (seconds - alone(rows * sequences)) / (sequences - 1))
-    )
+    [(rows, sequences, seconds)] = crowded
+    per_group = (seconds - alone(rows * sequences)) / (sequences - 1)
+    return PassCost(alone.sizes, alone.seconds, max(0.0, per_group))
 
 
-def _curve(sizes: Sequence[int], seconds: Sequence[float]) -> PassCost:
+def _curve(seconds: dict[int, float]) -> PassCost:
+    sizes = tuple(sorted(seconds))
     # A pass of more rows never costs less: what says otherwise is noise.
-    return PassCost(tuple(sizes), tuple(min(seconds[i:]) for i in range(len(sizes))))
-
-
-def _sampling_seconds(run: Callable[[float], None]) -> float:
-    """Seconds that a pass takes longer at temperature 1 than with greedy picks."""
-    greedy, sampled = (min(_seconds(lambda t=t: run(t)) for _ in range(8)) for t in (0.0, 1.0))  # type: ignore[misc]
-    return max(0.0, sampled - greedy)
+    return PassCost(sizes, tuple(min(seconds[size] for size in sizes[i:]) for i in range(len(sizes))))
 
 
 def _seconds(work: Callable[[], None]) -> float:

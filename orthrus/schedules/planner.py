@@ -1,55 +1,74 @@
-"""How many rows a draft block is worth, and whether a lead: expected tokens per second under measured costs and acceptance.
+"""Chooses the length of each draft block, and whether it has a lead, so that tokens per second are expected to be highest.
 
-A cycle of K rows costs two passes of batch * K rows and commits 1 + sum over d < K of P(the first d drafts are accepted) tokens a
-sequence; with a lead, whose pass costs more, the first of these is certain and one comes on top. An AR step costs one pass of
-batch rows and commits one. The planner takes what has the best rate, an AR step included, which is what keeps Orthrus
-from being slower than AR where rows are dear. Its choice never changes the text.
+A cycle with blocks of K rows runs two passes of batch * K rows. Per sequence it commits
 
-Acceptance is counted twice: over the last cycles, which say what the text is like now and how long a block should be, and over
-many, which say what drafts are worth at all. Blocks have to pay by both, lest a batch drafts on the strength of what few
-easy sequences left behind. Where drafts don't pay, some are tried now and then, the more seldom the more that costs, and
-hardly ever where they are known to lose; where not even hopeful acceptance would pay, none are.
+    1 + sum over d = 1 ... K - 1 of P(the first d drafts are accepted)
 
-A look is at least one block, and goes on as long as it has gained more time than it has lost. So a text that drafts well is
-drafted for at once, however badly the texts before it went, and one that doesn't costs no more than the look's last block. Where
-another text begins, a look comes sooner: what is known is about those before it.
+tokens, and one more with a lead. An AR step runs one pass of batch rows and commits one token per sequence. The planner takes
+whichever has the best rate. Because AR steps compete too, Orthrus is not slower than AR where rows are expensive. The choice
+never changes the text.
+
+How often drafts are accepted is counted twice, with a short and with a long memory. The short one (about twenty cycles) says
+what the current text is like and how long a block should be. The long one (about five hundred cycles) says what drafts are
+worth in general. Blocks must pay by both counts: else a large batch would draft because of a few easy sequences before it.
+
+Where drafts do not pay at present, the planner probes: it drafts now and then to find out whether they have come to pay. The
+more a probe costs, the fewer there are. There are hardly any once drafts are known to lose, and none where not even drafts
+that are right 95 % of the time would pay. A probe is one block for each sequence of the batch, and it is repeated while probes
+have gained more time than they lost. So a text that drafts well is drafted for at once, whatever came before it, and one that
+does not costs only the probe's last block. A new text is probed sooner, because what is known is about the texts before it.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orthrus.requests.sequence import Draft
-from orthrus.schedules.pass_cost import DecodeCost
+from orthrus.schedules.decode_cost import DecodeCost
 
 _PRIOR_ACCEPTANCE = 0.85
-"""At each depth, before anything is known."""
+"""Assumed acceptance at each depth before any draft has been verified."""
 _PRIOR_WEIGHT = 2.0
+"""How many observations the assumed acceptance counts as."""
 _HOPED_ACCEPTANCE = 0.95
-"""At each depth, at best. Where it would not pay, nothing is drafted: better text is too rare to look for."""
+"""Acceptance of very good drafts, at each depth. Where not even these would pay, nothing is drafted."""
 _RECENT, _LASTING = 0.95, 0.998
-"""Weight of the past at each observation: about the last twenty cycles count, and the last five hundred."""
+"""The short and the long memory: what an earlier count is multiplied by at each observation."""
 _MARGIN = 1.06
-"""A block must promise this much more than AR: the best of many noisy estimates promises too much, and AR is the promise."""
+"""A block must promise this many times the speed of AR steps. The best of many noisy estimates is usually too high."""
 _OTHER_EVERY = 256
-"""Every so many blocks, one is with a lead instead of without, or the other way round: the text may have become another."""
+"""One block in so many has a lead where that seems worse, or none where a lead seems better, in case the text has changed."""
 _PROBE_SHARE = 0.01
-"""What looking again may cost where drafts don't pay at present, as a share of the AR steps."""
+"""Most time that probes may lose, as a share of the AR steps."""
 _PROBE_EVERY = 16
-"""AR steps from one look to the next at least, however little it costs."""
+"""Fewest AR steps between two probes, however little a probe costs."""
 _KNOWN_BLOCKS, _SELDOM = 100, 4096
-"""After so many verified blocks it is known whether drafts lose on the whole; then, AR steps from one look to the next. A look
-costs more than its own two passes: the sequences of a batch come out of it with different lengths."""
+"""After so many verified blocks it is known whether drafts lose in general. From then on, AR steps between two probes. A probe
+costs more than its two passes: it leaves the sequences of a batch with different lengths."""
 _MOST_GAINED = 8.0
-"""AR steps of gain that a look may use up again before it ends: a text may become worse."""
+"""Most AR steps of gain, per sequence, that probes may lose again before they stop."""
 
 
-_Choice = tuple[float, int, bool]
-"""Speed over AR; the block's rows, and whether it has a lead."""
+@dataclass(frozen=True)
+class Draft:
+    """Drafted tokens that wait to be verified."""
+
+    tokens: list[int]
+    """Drafts for the positions after the newest committed token, in order."""
+    lead: bool = False
+    """Whether the block had a lead, whose token has been committed before these."""
+    first_agreed: bool = False
+    """Whether the block's own first pick, which a lead makes superfluous, was the lead's token."""
+
+
+_Candidate = tuple[float, int, bool]
+"""Speed of a block over AR steps, its rows, and whether it has a lead."""
 
 
 def _expected_tokens(acceptance: Iterable[float]) -> list[float]:
-    """Tokens that a verification of 1, 2, ... rows commits. acceptance: of the draft at each depth, given all before it."""
+    """Expected tokens from verify turns of 1, 2, ... rows.
+
+    acceptance: at each depth, the chance that the draft is right if all drafts before it are.
+    """
     expected, reach = [1.0], 1.0
     for accepted in acceptance:
         reach *= accepted
@@ -58,7 +77,7 @@ def _expected_tokens(acceptance: Iterable[float]) -> list[float]:
 
 
 class _Acceptance:
-    """Decayed counts of how often the draft at each depth agreed, given that all before it did."""
+    """How often the draft at each depth was right if all drafts before it were, with older observations counting less."""
 
     def __init__(self, depths: int, decay: float) -> None:
         self._decay = decay
@@ -72,7 +91,7 @@ class _Acceptance:
 
     @property
     def blocks(self) -> float:
-        """How many have been observed, as far as they still count."""
+        """Number of observed blocks, older ones counting less."""
         return self._tried[0] - _PRIOR_WEIGHT
 
     def expected_tokens(self) -> list[float]:
@@ -83,19 +102,19 @@ class _Acceptance:
 
 @dataclass
 class _Probe:
-    """Looks whether drafts have come to pay. asked: plans made since the last look; left: drafts still to make for this one.
-
-    gained: what its blocks have brought so far beyond what they cost, in AR steps of a sequence.
-    """
+    """Decides when to try drafts where they do not pay at present."""
 
     asked: int = 0
+    """Plans made since the last probe."""
     left: int = 0
+    """Blocks that this probe is still to draft."""
     gained: float = 0.0
+    """What the blocks of probes have gained so far, in AR steps of one sequence; negative if they have lost time."""
 
     def due(self, batch: int, after: int) -> bool:
-        """Whether to draft this time, in a batch of `batch` sequences: all that ask in a row do, as a rule in one pass.
+        """Whether to draft now. after: AR steps from one probe to the next.
 
-        One alone would make the pass dearer by nearly as much, and say less. after: AR steps from one look to the next.
+        All `batch` sequences draft, normally in the same pass. One block alone would cost the pass nearly as much and say less.
         """
         if not self.left:
             self.asked += 1
@@ -107,15 +126,16 @@ class _Probe:
         return True
 
     def gain(self, steps: float, batch: int) -> None:
-        """A block has brought so many tokens more than AR steps would have in its time."""
+        """Note that a block committed `steps` more tokens than AR steps would have in its time."""
         self.gained = min(self.gained + steps, _MOST_GAINED * batch)
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Rows of the next block, 1 for an AR step, and whether it has a lead."""
+    """What to draft next."""
 
     rows: int
+    """Rows of the block, the newest token's included; 1 for an AR step."""
     lead: bool = False
 
 
@@ -124,31 +144,33 @@ _AR_STEP = BlockPlan(1)
 
 @dataclass(frozen=True)
 class _Ranking:
-    """The best block with a lead and the best without, the better one first; none where none fits a pass or could ever pay.
-
-    pays: it beats an AR step. look: what is tried where it doesn't. look_after: AR steps until then, on another text and on the
-    same.
-    """
+    """What to do with one kind of text at one batch size."""
 
     blocks: list[BlockPlan]
+    """The best block with a lead and the best without, the better one first. Empty if no block could ever pay."""
     pays: bool
-    look: BlockPlan = _AR_STEP
-    look_after: tuple[int, int] = (0, 0)
+    """Whether the first of these beats an AR step."""
+    probe: BlockPlan = _AR_STEP
+    """The block to probe with where it does not."""
+    probe_after: tuple[int, int] = (0, 0)
+    """AR steps until then, where a new text begins and within a text."""
 
 
 @dataclass(frozen=True)
 class _BatchCost:
-    """Seconds of a batch's AR step, and of its cycles with blocks of 2, 3, ... rows, by whether they have a lead."""
+    """What passes of one batch size cost."""
 
     step: float
+    """Seconds of an AR step."""
     cycles: dict[bool, list[float]]
+    """Seconds of cycles with blocks of 2, 3, ... rows, with a lead (True) and without."""
 
     def steps(self, block: BlockPlan) -> float:
-        """AR steps that a cycle with `block` takes as long as."""
+        """How many AR steps fit into the time of a cycle with `block`."""
         return self.cycles[block.lead][block.rows - 2] / self.step
 
-    def look(self, verified: dict[bool, list[float]]) -> BlockPlan:
-        """The best of the blocks that would pay if all of their drafts agreed: others could not show that drafts pay."""
+    def probe(self, verified: dict[bool, list[float]]) -> BlockPlan:
+        """The best of the blocks that would pay if all their drafts were right: others cannot show that drafts pay."""
         blocks = (
             BlockPlan(rows + 2, lead) for lead, cycles in self.cycles.items() for rows in range(len(cycles))
         )
@@ -157,23 +179,27 @@ class _BatchCost:
             key=lambda block: (verified[block.lead][block.rows - 1] + block.lead) / self.steps(block),
         )
 
-    def best(self, lead: bool, verified: list[float]) -> _Choice:
-        """The best of the blocks with or without a lead. verified: tokens that a verification of 1, 2, ... rows commits."""
-        rates = zip(verified[1:], self.cycles[lead], strict=False)  # Blocks go as far as fit a pass.
+    def best(self, lead: bool, verified: list[float]) -> _Candidate:
+        """The best of the blocks with or without a lead. verified: expected tokens from verify turns of 1, 2, ... rows."""
+        rates = zip(
+            verified[1:], self.cycles[lead], strict=False
+        )  # `cycles` ends where blocks no longer fit a pass.
         return max(
             ((lead + tokens) * self.step / cycle, rows, lead) for rows, (tokens, cycle) in enumerate(rates, 2)
         )
 
 
 class DraftPlanner:
-    """Plans each block. `cost` None fixes them at `max_rows`, as far as `pass_rows` reach for all sequences and their leads.
-
-    lead: whether blocks have one; None for where that pays, and where nothing says so, not.
-    """
+    """Plans each block, from what passes cost and from how often drafts have been accepted."""
 
     def __init__(
         self, max_rows: int, cost: DecodeCost | None, pass_rows: int, lead: bool | None = None
     ) -> None:
+        """max_rows: of a block. cost: None fixes blocks at `max_rows`, or at what fits a pass.
+
+        pass_rows: most rows of all sequences in a pass. lead: whether blocks have one; None lets the costs decide, and means no
+        lead where there are no costs.
+        """
         self.max_rows = max_rows
         self._pass_rows = pass_rows
         self._cost = cost
@@ -185,23 +211,23 @@ class DraftPlanner:
             for decay in (_RECENT, _LASTING)
         }
         self._blocks = 0
-        # Of (greedy, batch): sequences of a pass ask for the same, and where none drafts, nothing changes.
+        # By (greedy, batch), until the next observation: all sequences of a pass ask for the same.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
-        # What no text changes is found out once.
+        # By (greedy, batch), computed once: costs do not depend on the text.
         self._batch_costs: dict[tuple[bool, int], _BatchCost | None] = {}
         self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
-        # The batch that has looked last, greedy and sampled.
-        self._looking: dict[bool, int] = {}
+        # The batch size of the last probe, for greedy and for sampled text.
+        self._probing: dict[bool, int] = {}
 
     def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
-        """Note that of one verified draft the first `accepted` tokens agreed."""
+        """Note that the first `accepted` tokens of a verified draft were right."""
         self._rankings.clear()
         drafted = len(draft.tokens)
-        self._count_look(greedy, BlockPlan(drafted + 1, draft.lead), accepted)
+        self._count_probe(greedy, BlockPlan(drafted + 1, draft.lead), accepted)
         self._observe(greedy, draft.lead, drafted, accepted)
         if draft.lead:
-            # Without its lead, the block would have been tried like this; its last draft not at all.
-            self._observe(greedy, False, drafted, accepted + 1 if draft.led else 0)
+            # Without a lead, the block's first pick would have been a draft too, and its last pick would not.
+            self._observe(greedy, False, drafted, accepted + 1 if draft.first_agreed else 0)
         elif accepted:
             self._observe(greedy, True, drafted - 1, accepted - 1)
 
@@ -209,31 +235,31 @@ class DraftPlanner:
         for decay in (_RECENT, _LASTING):
             self._acceptance[greedy, lead, decay].observe(drafted, accepted)
 
-    def _count_look(self, greedy: bool, block: BlockPlan, accepted: int) -> None:
-        """Note what a block brought if it was a look."""
-        if (batch := self._looking.get(greedy)) is None:
+    def _count_probe(self, greedy: bool, block: BlockPlan, accepted: int) -> None:
+        """Note what a block gained if it was a probe."""
+        if (batch := self._probing.get(greedy)) is None:
             return
         costs = self._batch_costs[greedy, batch]
-        # Another batch may have drafted it, a longer one than this batch could.
+        # A block that another batch size has drafted may be too long to have a cost here.
         if costs is not None and block.rows - 2 < len(costs.cycles.get(block.lead, ())):
             self._probes[greedy, batch].gain(accepted + 1 + block.lead - costs.steps(block), batch)
 
     def plan(self, greedy: bool, batch: int, begins: bool = False) -> BlockPlan:
-        """The next block of a sequence while `batch` sequences decode. begins: it is the sequence's first."""
+        """The next block of a sequence while `batch` sequences decode. begins: whether it is the sequence's first block."""
         ranking = self._rankings.get((greedy, batch))
         if ranking is None:
             ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
         if not ranking.blocks:
             return _AR_STEP
         if not ranking.pays:
-            # Where several decode, one of them says too little.
-            after = ranking.look_after[0 if begins and batch == 1 else 1]
+            # Where several decode, a new one among them says too little.
+            after = ranking.probe_after[0 if begins and batch == 1 else 1]
             if not self._probes[greedy, batch].due(batch, after):
                 return _AR_STEP
-            self._looking[greedy] = batch
-            return ranking.look
+            self._probing[greedy] = batch
+            return ranking.probe
         self._probes.pop((greedy, batch), None)
-        self._looking.pop(greedy, None)
+        self._probing.pop(greedy, None)
         self._blocks += 1
         return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
 
@@ -243,7 +269,7 @@ class DraftPlanner:
         return {lead: rows for lead, rows in most.items() if rows > 1}
 
     def _batch_cost(self, cost: DecodeCost, greedy: bool, batch: int) -> _BatchCost | None:
-        """What the batch's blocks cost; None where none fits a pass or would pay even on hopeful text."""
+        """What passes cost at this batch size; None if no block fits a pass, or none would pay with very good drafts."""
         cycles = {
             lead: [cost.cycle(rows, batch, greedy, lead) for rows in range(2, most + 1)]
             for lead, most in self._most_rows(batch).items()
@@ -270,14 +296,14 @@ class DraftPlanner:
             sorted((costs.best(lead, expected[lead, decay]) for lead in costs.cycles), reverse=True)
             for decay in (_RECENT, _LASTING)
         )
-        on_the_whole, _, lasting_lead = lasting[0]
-        look = costs.look({lead: expected[lead, _RECENT] for lead in costs.cycles})
-        steps_lost = costs.steps(look) - look.lead - expected[look.lead, _RECENT][look.rows - 1]
-        look_after = max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE))
+        lasting_speed, _, lasting_lead = lasting[0]
+        probe = costs.probe({lead: expected[lead, _RECENT] for lead in costs.cycles})
+        steps_lost = costs.steps(probe) - probe.lead - expected[probe.lead, _RECENT][probe.rows - 1]
+        probe_after = max(_PROBE_EVERY, round(steps_lost / _PROBE_SHARE))
         known = self._acceptance[greedy, lasting_lead, _LASTING].blocks >= _KNOWN_BLOCKS
         return _Ranking(
             [BlockPlan(rows, lead) for _, rows, lead in recent],
-            pays=min(recent[0][0], on_the_whole) >= _MARGIN,
-            look=look,
-            look_after=(look_after, _SELDOM if known and on_the_whole < _MARGIN else look_after),
+            pays=min(recent[0][0], lasting_speed) >= _MARGIN,
+            probe=probe,
+            probe_after=(probe_after, _SELDOM if known and lasting_speed < _MARGIN else probe_after),
         )

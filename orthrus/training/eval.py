@@ -1,6 +1,6 @@
 """What the drafts are worth, through the engine that serves them: tokens per cycle and agreement by depth, and the AR loss.
 
-The figures are the engine's own: its count of cycles, and what its schedule tells the planner of every verified draft.
+The figures are the engine's own: its count of cycles, and what its observer is told of every draft and verify turn.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from tqdm import tqdm
 
-from orthrus.engine.engine import DECODE_ROWS, Engine
+from orthrus.engine import Engine
+from orthrus.engine.observer import PassRecord, TurnRecord
+from orthrus.engine.sizing import DECODE_ROWS
 from orthrus.requests.request import Request, SamplingParams
-from orthrus.requests.sequence import Draft
+from orthrus.schedules.blocks import LEAD_DRAFT, VERIFY
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.schedules.planner import DraftPlanner
 from orthrus.training.settings import Settings
@@ -54,15 +56,28 @@ def held_out_loss(engine: Engine, rows: Sequence[Sequence[int]]) -> float:
     return total / max(1, count)
 
 
-class _Recorder(DraftPlanner):
-    """Plans blocks of one length, and keeps what came of them: each verified draft and how much of it was accepted."""
+class _Verified:
+    """An engine's observer that keeps what came of each block of `block_rows` rows."""
 
-    def __init__(self, rows: int, lead: bool) -> None:
-        super().__init__(rows, None, DECODE_ROWS, lead)
-        self.verified: list[tuple[Draft, int]] = []
+    def __init__(self, block_rows: int) -> None:
+        self.accepted: list[int] = []
+        """For each block, how many of its drafts were right."""
+        self.first_agreed: list[bool] = []
+        """For each block with a lead, whether its own first pick was the lead's token."""
+        self._block_rows = block_rows
+        # Of the blocks that are to be verified, by sequence.
+        self._leads: dict[str, TurnRecord] = {}
 
-    def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
-        self.verified.append((draft, accepted))
+    def __call__(self, record: PassRecord) -> None:
+        for turn in record.turns:
+            if turn.turn.kind == LEAD_DRAFT:
+                self._leads[turn.request_id] = turn
+            # Near a text's end, fewer rows are drafted.
+            elif turn.turn.kind == VERIFY and turn.turn.num_verified == self._block_rows - 1:
+                self.accepted.append(turn.num_accepted)
+                if (draft := self._leads.get(turn.request_id)) is not None:
+                    lead, block = draft.picks
+                    self.first_agreed.append(block[:1] == lead)
 
 
 def measure_drafts(
@@ -84,8 +99,8 @@ def measure_drafts(
     """
     mask = engine.model_config.mask_token_id
     assert mask is not None, "only a checkpoint with a diffusion view can draft"
-    recorder = _Recorder(block_rows, lead)
-    engine.use_schedule(OrthrusSchedule(recorder, mask))
+    engine.use_schedule(OrthrusSchedule(DraftPlanner(block_rows, None, DECODE_ROWS, lead), mask))
+    engine.observer = verified = _Verified(block_rows)
     for index, prompt in enumerate(prompts):
         params = SamplingParams(
             temperature=temperature,
@@ -102,22 +117,20 @@ def measure_drafts(
             if chunk.stats is not None:
                 tokens += chunk.stats.completion_tokens - 1
                 cycles += chunk.stats.cycles
-    # Near a text's end, fewer rows are drafted.
-    whole = [
-        (draft, accepted) for draft, accepted in recorder.verified if len(draft.tokens) == block_rows - 1
-    ]
-    right = [lead + accepted for _, accepted in whole]
+    engine.observer = None
+    num_blocks = len(verified.accepted)
+    right = [lead + accepted for accepted in verified.accepted]
     reached = [sum(r >= depth for r in right) for depth in range(block_rows + lead)]
     agreed = [r / max(1, b) for b, r in pairwise(reached)]
     if lead:
-        agreed[0] = sum(draft.led for draft, _ in whole) / max(1, len(whole))
+        agreed[0] = sum(verified.first_agreed) / max(1, num_blocks)
     values = {
         "temperature": temperature,
         "block_rows": block_rows,
         "lead": lead,
-        "cycles": len(whole),
+        "cycles": num_blocks,
         "tokens_per_cycle": round(tokens / max(1, cycles), 3),
-        "acceptance": [round(r / max(1, len(whole)), 3) for r in reached[1:]],
+        "acceptance": [round(r / max(1, num_blocks), 3) for r in reached[1:]],
         "agreement": [round(a, 3) for a in agreed],
         "distinct_8grams": round(sum(map(distinct_ngrams, texts)) / len(texts), 3),
     }

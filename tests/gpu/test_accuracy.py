@@ -9,7 +9,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.cache.kv_cache import KVCache
-from orthrus.measure.shape_bench import hugging_face_model, random_weights, shape_config
+from orthrus.measure.hugging_face import hugging_face_model
+from orthrus.measure.random_model import random_weights, shape_config
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.runner.cuda_graphs import CudaGraphRunner

@@ -16,8 +16,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.engine import Engine
-from orthrus.measure.shape_bench import agreement_for, replaying, shape_config, shape_engine
-from orthrus.measure.verify import Result, find_drifts, run
+from orthrus.measure.drift import Result, find_drifts
+from orthrus.measure.random_model import shape_config, shape_engine
+from orthrus.measure.replay import agreement_for, replaying
+from orthrus.measure.verify import run
 from orthrus.requests.request import Request, SamplingParams
 
 DEVICE = torch.device("cuda")

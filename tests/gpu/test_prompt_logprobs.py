@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.engine import Engine
-from orthrus.measure.shape_bench import agreement_for, replaying
-from orthrus.measure.verify import Result, run
+from orthrus.measure.drift import Result
+from orthrus.measure.replay import agreement_for, replaying
+from orthrus.measure.verify import run
 from orthrus.requests.request import PromptLogprobs, Request, SamplingParams
 from tests.gpu.test_bits import LONGEST, engine, limits
 

@@ -1,0 +1,397 @@
+"""The engine's loop: requests in, chunks of committed tokens out, one forward pass a step."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.rows.sampling import NO_TOKEN
+from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.page_hash import PageHash
+from orthrus.cache.page_pool import PagePool
+from orthrus.engine.admission import Admission
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.observer import Observer, PassRecord, TurnRecord
+from orthrus.engine.output import (
+    NO_NUMBERS,
+    append_tokens,
+    final_chunk,
+    pick_rows,
+    score_prompt,
+    tokens_chunk,
+)
+from orthrus.engine.passes import make_runner, run_pass
+from orthrus.engine.scheduler import Planned, Scheduler
+from orthrus.engine.sizing import SCORE_ROWS, PassLimits, cache_pages, choose_page_size, context_limit
+from orthrus.engine.stats import EngineStats
+from orthrus.errors import RequestError
+from orthrus.models.checkpoint import with_own_head
+from orthrus.models.config import ModelConfig
+from orthrus.models.forward import LayerParallelForward
+from orthrus.plan import RowGroup
+from orthrus.requests.request import Chunk, Request
+from orthrus.requests.sequence import SequenceState
+from orthrus.requests.token_mask import TokenMask
+from orthrus.runner.protocol import LaunchedPass, ModelRunner
+from orthrus.runner.sampler import PickRows
+from orthrus.schedules.pass_cost import PassTimer
+from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext
+from orthrus.schedules.registry import SCHEDULES, choose_schedule
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A pass whose picks have not been read."""
+
+    planned: list[Planned]
+    launched: LaunchedPass
+    ahead: bool
+    """Whether its sequences have gone on with placeholders, so that the next pass can be launched before it is over."""
+    begin: float
+    """When it was launched, in seconds; for the observer."""
+
+
+class EngineCore:
+    """Serves one model: `submit` requests, and call `step` while `has_work`.
+
+    It belongs to one thread. Other threads may call `prepare` and read `stats`, which is replaced as a whole.
+    """
+
+    stats: EngineStats
+    """As of the last step, submission or cancellation."""
+    observer: Observer | None = None
+    """Is told of every pass."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: dict[str, Tensor],
+        tokenizer: Any = None,
+        grammar_masks: Callable[[str], TokenMask] | None = None,
+    ) -> None:
+        """weights: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied.
+
+        tokenizer: a Hugging Face one, needed for stop strings only. grammar_masks: makes the token mask of a sequence from
+        `SamplingParams.grammar`, or raises RequestError. Raises ConfigError for settings that do not fit the model or the
+        device.
+        """
+        model_config = with_own_head(model_config, weights)
+        config.check_model(model_config)
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.forward = LayerParallelForward(model_config, weights)
+        self.device = self.forward.device
+        self.use_device()
+
+        self.limits = PassLimits.of(config)
+        self.page_size = choose_page_size(config, self.device)
+        num_pages = cache_pages(config, self.forward, self.page_size)
+        self.max_model_len = context_limit(config, model_config, num_pages * self.page_size)
+        self.forward.use_context(self.max_model_len)
+        self.cache = KVCache.allocate(
+            model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype
+        )
+        self._pool = PagePool(num_pages + 1, config.prefix_caching)
+        schedule = SCHEDULES[self.schedule_name].load()
+        self.runner = make_runner(self.forward, self.cache, config, self.max_model_len, schedule.max_groups)
+        self._scheduler = Scheduler(
+            schedule.build(self.schedule_context()),
+            self._pool,
+            page_size=self.page_size,
+            max_num_seqs=config.max_num_seqs,
+            prefill_chunk=config.prefill_chunk,
+            decode_rows=self.limits.decode_rows,
+            score_rows=SCORE_ROWS,
+        )
+        self._admission = Admission(model_config, self.max_model_len, tokenizer, grammar_masks)
+        self._by_request: dict[str, list[SequenceState]] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._passes = self._cycles = self._committed = self._prompt_tokens = self._prefix_hits = 0
+        self._row_use_seconds = self._last_end = 0.0
+        self._publish()
+
+    # --- requests
+
+    def submit(self, request: Request, masks: Sequence[TokenMask | None] | None = None) -> None:
+        """Queue a request. Raises RequestError for one that can never be served. masks: what `prepare` gave for it."""
+        self._check(request)
+        if masks is None:
+            masks = self._admission.masks(request.params)
+        choices = self._admission.sequences(request, masks)
+        self._by_request[request.request_id] = choices
+        for sequence in choices:
+            self._scheduler.add(sequence)
+        self._publish()
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, naming the field, if `submit` would refuse the request. Any thread may call it."""
+        self.prepare(replace(request, params=replace(request.params, n=1)))
+
+    def prepare(self, request: Request) -> list[TokenMask | None]:
+        """The token mask of each choice. Raises RequestError, naming the field, if `submit` would refuse the request.
+
+        Any thread may call it, so that a new grammar, which takes up to a second to compile, holds up no pass.
+        """
+        self._check(request)
+        return self._admission.masks(request.params)
+
+    def _check(self, request: Request) -> None:
+        # One look into a dict, which other threads may take too.
+        if request.request_id in self._by_request:
+            raise RequestError(f"a request with id {request.request_id!r} is already running", "request_id")
+        self._admission.check(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request's unfinished choices and free their pages; unknown and finished ids are ignored."""
+        for sequence in self._by_request.pop(request_id, ()):
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "cancelled"
+                self._scheduler.remove(sequence)
+        self._publish()
+
+    # --- the loop
+
+    def step(self) -> list[Chunk]:
+        """Launch a pass over what is due, and return the chunks of passes that are over, in order of arrival.
+
+        Where nothing but its picks is needed to plan the next pass, and the runner feeds tokens, a pass stays in flight: the
+        next step launches another one before it reads the picks.
+        """
+        begin = time.perf_counter()
+        chunks: list[Chunk] = []
+        if self._in_flight and self._scheduler.may_preempt():
+            chunks += self._collect(
+                keep=0
+            )  # A preempted sequence is computed again from the tokens that are known.
+        planned = self._scheduler.plan()
+        if planned:
+            self._launch(planned)
+        chunks += self._collect(keep=int(bool(planned) and self._in_flight[-1].ahead))
+        self._row_use_seconds += self._scheduler.row_use * (time.perf_counter() - begin)
+        self._publish()
+        return chunks
+
+    def _launch(self, planned: list[Planned]) -> None:
+        """Start a pass, and let its sequences go on as far as they can before its picks are known."""
+        groups: list[RowGroup] = []
+        rows: list[PickRows] = []
+        ahead = self.runner.feeds_tokens
+        for part in planned:
+            groups += part.turn.groups
+            rows += pick_rows(part)
+            if part.num_logits and not (part.turn.can_advance and part.sequence.takes_placeholders):
+                ahead = False
+        begin = time.perf_counter() if self.observer is not None else 0.0
+        launched = self.runner.launch(groups, rows)
+        self._passes += 1
+        self._in_flight.append(_InFlight(planned, launched, ahead, begin))
+        place = -1 - launched.first_pick  # Of a pick, as `RowGroup.tokens` refers to it.
+        for part in planned:
+            sequence = part.sequence
+            if not part.decoding:
+                self._scheduler.mark_computed(sequence, part.num_rows)
+            if ahead:
+                placeholders: list[list[int]] = []
+                for group in part.turn.groups:
+                    placeholders.append(list(range(place, place - group.num_logits, -1)))
+                    place -= group.num_logits
+                if part.decoding:
+                    tokens = self._scheduler.schedule.advance(sequence, part.turn, placeholders)
+                    sequence.placeholders += tokens
+                    self._scheduler.mark_computed(sequence, len(tokens))
+                else:
+                    sequence.placeholders += placeholders[0]
+
+    def _collect(self, keep: int) -> list[Chunk]:
+        """Wait for the passes in flight but for the last `keep`, and commit their picks."""
+        chunks: list[Chunk] = []
+        while len(self._in_flight) > keep:
+            done = self._in_flight.popleft()
+            # Also for a pass without picks: the runner has no room for more than one that has not been waited for.
+            picks = iter(done.launched.picks())
+            records: list[TurnRecord] | None = [] if self.observer is not None else None
+            row = 0
+            for part in done.planned:
+                if not part.num_logits:
+                    continue
+                first, row = row, row + part.num_logits
+                scored = first + part.num_scoring
+                scores = next(picks) if part.num_scoring else []
+                picked = [next(picks) for group in part.turn.groups if group.num_logits > part.num_scoring]
+                sequence = part.sequence
+                if sequence.finish_reason is not None:
+                    continue  # It ended, or was cancelled, while this pass was in flight.
+                if NO_TOKEN in scores:
+                    chunks.append(self._fail(sequence, NO_NUMBERS))
+                    continue
+                if part.num_scoring:
+                    score_prompt(part, done.launched.logits[first:scored])
+                if picked:
+                    chunk = self._commit(part, picked, done.launched.logits[scored:row], done.ahead, records)
+                    if chunk is not None:
+                        chunks.append(chunk)
+            if records is not None:
+                self._tell_observer(done, records)
+        return chunks
+
+    def _commit(
+        self,
+        part: Planned,
+        picks: list[list[int]],
+        logits: Tensor,
+        ahead: bool,
+        records: list[TurnRecord] | None,
+    ) -> Chunk | None:
+        """Turn a part's picks into tokens, append them one by one, and report them. None if nothing came of it.
+
+        ahead: whether the sequence has gone on since with placeholders. records: is told what came of the turn.
+        """
+        sequence, turn = part.sequence, part.turn
+        commit = Commit(picks[0])
+        if part.decoding:
+            commit = self._scheduler.schedule.commit(sequence, turn, picks)
+        before = sequence.num_generated
+        first = before == 0
+        sequence.passes += not first
+        tokens, error = commit.tokens, None
+        if ahead:
+            del sequence.placeholders[: len(tokens)]
+        if sequence.params.max_tokens == 0 and NO_TOKEN not in tokens:
+            sequence.finish_reason = "length"
+        elif tokens:
+            error = append_tokens(sequence, tokens)
+        taken = sequence.tokens[sequence.num_prompt + before :]
+        if records is not None:
+            records.append(
+                TurnRecord(
+                    sequence.request_id, sequence.index, turn, tuple(picks), len(taken), commit.num_accepted
+                )
+            )
+        if sequence.mask is not None and sequence.mask.error is not None:
+            return self._fail(sequence, sequence.mask.error, sequence.mask.param)
+        if not tokens and sequence.finish_reason is None:
+            return None
+        if first:
+            self._prompt_tokens += sequence.num_prompt
+            self._prefix_hits += sequence.num_cached
+        else:
+            sequence.cycles += turn.ends_cycle
+            self._cycles += turn.ends_cycle
+            self._committed += len(taken)
+        # Every row whose input was committed is final: x_n and the accepted drafts.
+        if part.decoding and not ahead:
+            self._scheduler.mark_computed(sequence, len(taken))
+        else:
+            self._scheduler.name_pages(sequence)
+        if sequence.finish_reason is not None:
+            self._finish(sequence)
+        return tokens_chunk(sequence, taken, logits, first, error)
+
+    def _fail(self, sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
+        """End a sequence that cannot go on. param: the request's field that is the reason, if one is."""
+        sequence.finish_reason = "error"
+        self._finish(sequence)
+        return final_chunk(sequence, error, param)
+
+    def _finish(self, sequence: SequenceState) -> None:
+        self._scheduler.remove(sequence)
+        choices = self._by_request[sequence.request_id]
+        if all(choice.finish_reason is not None for choice in choices):
+            del self._by_request[sequence.request_id]
+
+    # --- what it is and what it does
+
+    @property
+    def schedule_name(self) -> str:
+        """The name of the schedule that the settings choose for this model."""
+        return choose_schedule(self.config.schedule, self.model_config.has_diffusion)
+
+    @property
+    def takes_grammars(self) -> bool:
+        """Whether requests may have a grammar: that takes a tokenizer and a token that ends a text."""
+        return self._admission.takes_grammars
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_request)
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether some choice of the request is unfinished."""
+        return request_id in self._by_request
+
+    def live_requests(self) -> list[str]:
+        """Ids of the requests that have an unfinished choice."""
+        return list(self._by_request)
+
+    def recent_prefixes(self, limit: int) -> list[PageHash]:
+        """Names of the cached pages used last, newest first: what `page_hashes` gives for the prompts that they begin."""
+        return self._pool.recent(limit)
+
+    def _publish(self) -> None:
+        """Take the snapshot that other threads read."""
+        scheduler = self._scheduler
+        self.stats = EngineStats(
+            self._passes,
+            self._cycles,
+            self._committed,
+            scheduler.num_preempted,
+            self._prompt_tokens,
+            self._prefix_hits,
+            scheduler.num_admitted,
+            scheduler.queue_wait_seconds,
+            self._row_use_seconds,
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.rows_to_prefill,
+            scheduler.oldest_wait,
+            self._pool.used,
+            self._pool.capacity,
+        )
+
+    def _tell_observer(self, done: _InFlight, records: list[TurnRecord]) -> None:
+        end = time.perf_counter()
+        seconds = end - max(done.begin, self._last_end)
+        self._last_end = end
+        if self.observer is not None:
+            num_rows = sum(part.num_rows for part in done.planned)
+            self.observer(PassRecord(tuple(records), num_rows, seconds, done.ahead))
+
+    # --- set-up
+
+    def use_device(self) -> None:
+        """Launch what this thread launches on the engine's GPU, if it has one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def schedule_context(self) -> ScheduleContext:
+        """What a schedule for this engine is built from. Its timer may be used while nothing runs, and overwrites the cache."""
+        timer = PassTimer(
+            partial(run_pass, self.runner),
+            context=self.max_model_len,
+            page_size=self.page_size,
+            num_pages=self._pool.capacity + 1,
+            max_batch=self.config.max_num_seqs,
+            max_rows=self.limits.decode_rows,
+        )
+        return ScheduleContext(
+            self.config, self.model_config, self.max_model_len, self.limits.decode_rows, timer
+        )
+
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Decode by another schedule from now on, while nothing runs."""
+        assert not self.has_work, "a sequence's state belongs to its schedule"
+        self._collect(keep=0)
+        self._scheduler.schedule = schedule
+
+    def use_runner(self, runner: ModelRunner) -> None:
+        """Run passes by another runner from now on, while nothing runs."""
+        assert not self.has_work, "passes in flight belong to their runner"
+        self._collect(keep=0)
+        self.runner = runner

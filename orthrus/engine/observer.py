@@ -1,0 +1,41 @@
+"""What an observer of an engine is told of each pass: `Engine.observer`. Without an observer, nothing of this is made."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orthrus.schedules.protocol import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """One sequence's part of a pass."""
+
+    request_id: str
+    index: int
+    """Which of the request's choices it is."""
+    turn: Turn
+    """The rows and their meaning. `turn.kind` is "prefill" for rows of a prompt."""
+    picks: tuple[list[int], ...]
+    """The picks of each group that has rows with logits."""
+    num_committed: int
+    """Tokens that were appended to the sequence. The schedule may have given more, if these ended the sequence."""
+    num_accepted: int
+    """How many of the `turn.num_verified` drafts were right."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One pass, after its picks have been committed."""
+
+    turns: tuple[TurnRecord, ...]
+    """Of the sequences that had rows with logits, and that had not ended while the pass was in flight."""
+    num_rows: int
+    """Rows of the pass, those of other sequences included."""
+    seconds: float
+    """From its launch, or from the end of the pass before it if that was later, until its picks were there."""
+    launched_ahead: bool
+    """Whether the next pass could be launched before the picks of this one were there."""
+
+
+Observer = Callable[[PassRecord], None]
+"""Called on the engine's thread between passes: it should be quick."""

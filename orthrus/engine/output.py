@@ -1,0 +1,113 @@
+"""Between the picks of a pass and what a client is told: how to pick for a sequence, and the chunks that come of the picks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.rows.sampling import NO_TOKEN
+from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
+from orthrus.engine.scheduler import Planned
+from orthrus.requests.request import Chunk, PromptLogprobs
+from orthrus.requests.sequence import SequenceState
+from orthrus.runner.sampler import PickRows
+
+NO_NUMBERS = (
+    "the model's scores for the next token are NaN or infinite: its weights are damaged, or its dtype is too small for them "
+    "(load it in bfloat16 or float32)"
+)
+
+
+def pick_rows(part: Planned) -> list[PickRows]:
+    """How to pick from the part's rows with logits: first from those that score the prompt, then from the others, by group."""
+    sequence, params, scoring = part.sequence, part.sequence.params, part.num_scoring
+    penalised = params.has_penalties
+    rows: list[PickRows] = []
+    for group, drafting in zip(part.turn.groups, part.turn.drafts, strict=True):
+        position = group.start + group.logits_from + 1
+        if scoring:
+            rows.append(PickRows(SCORED, seed=0, position=position, count=scoring))
+        if group.num_logits == scoring:
+            continue
+        rows.append(
+            PickRows(
+                params=params,
+                seed=sequence.seed,
+                position=position + scoring,
+                count=group.num_logits - scoring,
+                prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
+                generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
+                ahead=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
+                mask=sequence.mask,
+                drafting=drafting,
+                ends=sequence.withheld_stop_ids,
+                may_end=sequence.num_prompt + params.min_tokens,
+            )
+        )
+    return rows
+
+
+def score_prompt(part: Planned, logits: Tensor) -> None:
+    """Note the log-probabilities of the prompt tokens after the part's scoring rows, whose logits these are."""
+    sequence, top = part.sequence, part.sequence.params.prompt_logprobs
+    assert top is not None, "only then are there scoring rows"
+    rows = sequence.unscored[: part.num_scoring]
+    sequence.unscored = sequence.unscored[part.num_scoring :]
+    tokens = sequence.tokens[rows.start + 1 : rows.stop + 1]
+    sequence.prompt_scores.append(prompt_logprobs(logits, tokens, top))
+
+
+def append_tokens(sequence: SequenceState, tokens: Sequence[int]) -> str | None:
+    """Append tokens until one ends the sequence. Returns what went wrong, if a pick was none."""
+    for token in tokens:
+        if token == NO_TOKEN:
+            sequence.finish_reason = "error"
+            return NO_NUMBERS
+        sequence.append(token)
+        if sequence.finish_reason is not None:
+            break
+    return None
+
+
+def tokens_chunk(
+    sequence: SequenceState, tokens: list[int], logits: Tensor, first: bool, error: str | None
+) -> Chunk:
+    """The chunk of a pass. logits [at least len(tokens), vocab_size]: of the tokens' rows, in order.
+
+    first: whether it is the sequence's first chunk.
+    """
+    top = sequence.params.logprobs
+    return Chunk(
+        request_id=sequence.request_id,
+        index=sequence.index,
+        token_ids=tuple(tokens),
+        logprobs=None if top is None else token_logprobs(logits[: len(tokens)], tokens, top),
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        stats=None if sequence.finish_reason is None else sequence.stats(),
+        prompt_logprobs=_take_prompt_scores(sequence, logits.shape[-1]) if first else None,
+        error=error,
+    )
+
+
+def final_chunk(sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
+    """The last chunk of a sequence that cannot go on. param: the request's field that is the reason, if one is."""
+    return Chunk(
+        sequence.request_id,
+        sequence.index,
+        (),
+        finish_reason="error",
+        stats=sequence.stats(),
+        error=error,
+        error_param=param,
+    )
+
+
+def _take_prompt_scores(sequence: SequenceState, vocab_size: int) -> PromptLogprobs | None:
+    """What the first chunk of choice 0 says of the prompt, None if nothing was asked; nothing is kept here."""
+    top = sequence.params.prompt_logprobs
+    if top is None or sequence.index:
+        return None
+    scores = sequence.prompt_scores
+    sequence.prompt_scores = []
+    return PromptLogprobs.joined(scores or [prompt_logprobs(torch.zeros(0, vocab_size), [], top)])

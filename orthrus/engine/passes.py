@@ -1,0 +1,45 @@
+"""The runner of an engine, and single passes for whoever measures what passes cost."""
+
+import torch
+
+from orthrus.cache.kv_cache import KVCache
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.sizing import PassLimits
+from orthrus.loading import stages
+from orthrus.malloc import keep_freed_memory
+from orthrus.models.forward import LayerParallelForward
+from orthrus.plan import RowGroup
+from orthrus.requests.request import SamplingParams
+from orthrus.runner.eager import EagerRunner
+from orthrus.runner.protocol import ModelRunner
+from orthrus.runner.sampler import PickRows
+
+
+def make_runner(
+    forward: LayerParallelForward, cache: KVCache, config: EngineConfig, max_model_len: int, max_groups: int
+) -> ModelRunner:
+    """The runner for the device of `forward`. max_model_len: the context limit in tokens; max_groups: of a sequence in a pass."""
+    if forward.device.type != "cuda" or forward.dtype == torch.float64:
+        keep_freed_memory()
+        return EagerRunner(forward, cache)
+    from orthrus.runner.cuda_graphs import (
+        CudaGraphRunner,  # Needs Triton, which machines without a GPU may lack.
+    )
+
+    stages.info("capturing CUDA graphs")
+    limits = PassLimits.of(config)
+    return CudaGraphRunner(
+        forward,
+        cache,
+        max_rows=limits.max_rows,
+        max_logits=limits.max_logits,
+        max_pages=max_groups * config.max_num_seqs * -(-max_model_len // cache.page_size),
+    )
+
+
+def run_pass(runner: ModelRunner, groups: list[RowGroup], temperature: float) -> None:
+    """Run one pass until its picks are there, with the same temperature for all of them."""
+    params = SamplingParams(temperature=temperature)
+    runner.launch(
+        groups, [PickRows(params, seed=0, position=1, count=g.num_logits) for g in groups if g.num_logits]
+    ).picks()

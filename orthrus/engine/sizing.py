@@ -1,0 +1,131 @@
+"""How much an engine makes room for: the rows of a pass, the pages of its cache, its context; and whether a model fits at all."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from orthrus.cache.kv_formats import kv_bytes_per_token
+from orthrus.engine.config import EngineConfig
+from orthrus.errors import ConfigError
+from orthrus.models.config import ModelConfig
+from orthrus.models.files import weight_bytes
+from orthrus.models.forward import LayerParallelForward
+
+logger = logging.getLogger(__name__)
+
+DECODE_ROWS = 512
+"""Most rows of decoding sequences in a pass: beyond it, a row costs a GPU more than a draft brings. One each, at least."""
+SCORE_ROWS = 64
+"""Rows that can score prompts while decoding sequences fill a pass: memory for so many more logits is laid out."""
+_DEFAULT_CPU_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class PassLimits:
+    """The largest pass."""
+
+    decode_rows: int
+    """Most rows of decoding sequences."""
+    max_rows: int
+    """Most rows in all."""
+    max_logits: int
+    """Most rows that need logits: all of decoding sequences, one of each prompt that ends, and those that score prompts."""
+
+    @staticmethod
+    def of(config: EngineConfig) -> "PassLimits":
+        decode_rows = max(DECODE_ROWS, config.max_num_seqs)
+        return PassLimits(
+            decode_rows,
+            max_rows=config.prefill_chunk + decode_rows,
+            max_logits=decode_rows + config.max_num_seqs + SCORE_ROWS,
+        )
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a setting names; "auto" is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def choose_page_size(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a page. Raises ConfigError for a setting that the device cannot use."""
+    page_size = config.page_size or (64 if device.type == "cuda" else 16)
+    if device.type == "cuda" and page_size % 64:
+        raise ConfigError(
+            f"page_size {page_size} is too small for a GPU, which reads 64 tokens at a time: leave it out or set it "
+            "to 64, 128 or 256"
+        )
+    return page_size
+
+
+def cache_pages(config: EngineConfig, forward: LayerParallelForward, page_size: int) -> int:
+    """Pages of the KV cache, without the padding page. Raises ConfigError if there is no memory for it."""
+    tokens, model = config.kv_cache_tokens, forward.config
+    if tokens is None:
+        width = kv_bytes_per_token(model, forward.dtype.itemsize)
+        full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
+        tokens = min(full, max(_cache_bytes(config, forward, page_size) // width, page_size))
+    return -(-tokens // page_size)
+
+
+def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -> int:
+    """The context limit in tokens: as set, else the model's, as far as the cache holds one such sequence.
+
+    Raises ConfigError if the cache is too small for the setting.
+    """
+    wanted, trained = config.max_model_len, model.max_position_embeddings
+    if wanted is not None and wanted > cache_tokens:
+        raise ConfigError(
+            f"the KV cache holds {cache_tokens} tokens, fewer than max_model_len {wanted}: raise kv_cache_tokens "
+            f"to {wanted} or lower max_model_len"
+        )
+    if wanted is None and trained > cache_tokens:
+        logger.warning("context limit lowered from %d to the KV cache's %d tokens", trained, cache_tokens)
+    return wanted or min(trained, cache_tokens)
+
+
+def check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError before anything is loaded if the device has no room for the weights."""
+    wanted, name = weight_bytes(model, dtype.itemsize), str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if wanted > size:
+            raise ConfigError(
+                f"the weights of {model.name} need {_gib(wanted)} in {name}, and this machine has {_gib(size)} of memory: "
+                "take a smaller model or a larger machine"
+            )
+    elif device.type == "cuda":
+        free, size = torch.cuda.mem_get_info(device)
+        if wanted > free:
+            raise ConfigError(
+                f"the weights of {model.name} need {_gib(wanted)} in {name}, and {_gib(free)} of the GPU's {_gib(size)} are "
+                f"free: {_gib(wanted - free)} are missing. Free them, take a smaller model or a larger GPU, or set dtype to "
+                "bfloat16"
+            )
+
+
+def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size: int) -> int:
+    """Memory for the KV cache where no setting says how much."""
+    if forward.device.type != "cuda":
+        return _DEFAULT_CPU_CACHE_BYTES
+    from orthrus.runner.cuda_graphs import pass_bytes  # Needs Triton, which machines without a GPU may lack.
+
+    limits = PassLimits.of(config)
+    share = config.gpu_memory_utilization
+    free, size = torch.cuda.mem_get_info(forward.device)
+    # What passes need comes on top of what is in use now.
+    passes = pass_bytes(forward, page_size, limits.max_rows, limits.max_logits)
+    left = int(size * share) - (size - free) - passes
+    if left <= 0:
+        raise ConfigError(
+            f"the model leaves no GPU memory for a KV cache: {_gib(size - free)} are in use with its weights, passes need "
+            f"{_gib(passes)}, and gpu_memory_utilization {share:g} of {_gib(size)} is {_gib(size * share)}: "
+            f"{_gib(-left)} are missing. Raise gpu_memory_utilization, lower max_num_seqs or prefill_chunk, or take a "
+            "larger GPU"
+        )
+    return left
+
+
+def _gib(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB"

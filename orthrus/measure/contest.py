@@ -1,0 +1,86 @@
+"""What benchmarks share: contestants that decode the same prompts, and the ratio of their speeds."""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from orthrus.engine import Engine
+from orthrus.requests.request import SamplingParams
+
+Progress = Callable[[str], None]
+"""Is told one line now and then of how far a measurement is."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a contestant made of the prompts: new token ids of each, cycles and forward passes all prompts took part in."""
+
+    token_ids: list[list[int]]
+    cycles: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that decodes greedily: `run(prompts, new_tokens)` gives exactly that many new tokens for every prompt."""
+
+    name: str
+    run: Callable[[list[list[int]], int], Output]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Speed over another contestant's: the median round, and the lowest and highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(rounds: Sequence[float]) -> "Ratio":
+        return Ratio(statistics.median(rounds), min(rounds), max(rounds))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
+def ratio(seconds: list[float], others: list[float]) -> Ratio:
+    """Speed over another contestant's, whose times `others` are from the same rounds."""
+    return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
+
+
+def engine_contestant(engine: Engine) -> Contestant:
+    """Our engine, all prompts submitted at once."""
+
+    def run(prompts: list[list[int]], new_tokens: int) -> Output:
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        completions = [choices[0] for choices in engine.generate(prompts, params)]
+        return Output(
+            [list(c.token_ids) for c in completions],
+            cycles=sum(c.stats.cycles for c in completions),
+            passes=sum(c.stats.passes for c in completions),
+        )
+
+    return Contestant(engine.schedule_name, run)
+
+
+def hardware(device: torch.device) -> str:
+    """The processor that the numbers belong to, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"

@@ -1,0 +1,101 @@
+"""Our forward pass against Hugging Face's own, over the text of many requests."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from orthrus.engine import Engine
+from orthrus.measure.drift import Result
+from orthrus.models.families import family_of
+from orthrus.requests.request import Request
+
+KL_LIMIT = 1e-10
+"""Nats, in float32: what two forwards that round differently come to, 6e-11 at worst with orthrus-tiny, stays below it."""
+LOGPROB_LIMIT = 1e-3
+"""Nats between a decode-time logprob and Hugging Face's: a wrong row is off by whole nats, rounding by 1e-5."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceCheck:
+    """Our forward against transformers' own, both in `dtype`, over every generated position. Nats.
+
+    max_logprob_gap compares the logprobs that decoding reported. greedy_disagreements: greedy picks that are not the
+    argmax of Hugging Face's logits; `max_regret` is how far below it the worst one is.
+    """
+
+    dtype: str
+    positions: int
+    max_kl: float
+    mean_kl: float
+    max_logprob_gap: float
+    greedy_disagreements: int
+    max_regret: float
+    seconds: float
+
+    @property
+    def limited(self) -> bool:
+        """Whether limits apply. In 16 bits both forwards round, each in its own way, and the figures are for the reader."""
+        return self.dtype not in ("float16", "bfloat16")
+
+    @property
+    def ok(self) -> bool:
+        if not self.limited:
+            return True
+        return self.max_kl <= KL_LIMIT and max(self.max_logprob_gap, self.max_regret) <= LOGPROB_LIMIT
+
+
+def compare_hugging_face(
+    engine: Engine, path: Path, requests: Sequence[Request], reference: dict[str, Result]
+) -> HuggingFaceCheck:
+    """Score every reference text with both forwards, in the engine's dtype; KL in float64 from their logits."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
+    logging.disable_progress_bar()
+    started = time.perf_counter()
+    classes = family_of(engine.model_config).hugging_face()
+    theirs = classes.model.from_pretrained(path, dtype=engine.forward.dtype).to(engine.device).eval()
+    max_kl = total_kl = max_gap = max_regret = 0.0
+    positions = disagreements = 0
+    for request in requests:
+        result = reference[request.request_id]
+        ids = [*request.prompt, *result.token_ids]
+        rows = slice(len(request.prompt) - 1, len(ids) - 1)  # The row at position i predicts token i + 1.
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([ids], device=engine.device)).logits[0, rows].double()
+        ours = engine.score(ids)[rows].double().to(logits.device)
+        picks = torch.tensor(result.token_ids, device=logits.device)[:, None]
+        kl = kl_divergence(logits, ours)
+        max_kl, total_kl = max(max_kl, float(kl.max())), total_kl + float(kl.sum())
+        reported = torch.tensor([entry.logprob for entry in result.logprobs], dtype=torch.float64)
+        scored = logits.log_softmax(-1).gather(1, picks)[:, 0].cpu()
+        max_gap = max(max_gap, float((reported - scored).abs().max()))
+        positions += len(picks)
+        if request.params.greedy:
+            regret = logits.max(-1).values - logits.gather(1, picks)[:, 0]
+            disagreements += int((regret > 0).sum())
+            max_regret = max(max_regret, float(regret.max()))
+    return HuggingFaceCheck(
+        dtype=str(engine.forward.dtype).removeprefix("torch."),
+        positions=positions,
+        max_kl=max_kl,
+        mean_kl=total_kl / max(1, positions),
+        max_logprob_gap=max_gap,
+        greedy_disagreements=disagreements,
+        max_regret=max_regret,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) in nats per row of two float64 [rows, vocab] logits, as a sum of terms that are all >= 0.
+
+    The textbook sum of p (log p - log q) cancels: its rounding error, 1e-16 times the vocabulary, can be negative.
+    """
+    p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    gap = q - p
+    return (p.exp() * (gap.expm1() - gap)).sum(-1)

@@ -1,0 +1,98 @@
+"""What the engine asks of a schedule: a `Turn` for each decoding sequence in each pass, and the tokens that come of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from orthrus.plan import RowGroup
+from orthrus.requests.sequence import SequenceState
+
+if TYPE_CHECKING:
+    from orthrus.engine.config import EngineConfig
+    from orthrus.models.config import ModelConfig
+    from orthrus.schedules.pass_cost import PassTimer
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one sequence does in one pass, and what that means. The schedule makes it and gets it back in `commit`."""
+
+    kind: str
+    """The sort of turn, such as "draft". Observers and cost models tell turns apart by it; the engine does not read it."""
+    groups: tuple[RowGroup, ...]
+    """The rows, in at least one group. The sequence may still lack pages for them: the scheduler allocates these."""
+    drafts: tuple[bool, ...]
+    """What the picks of each group mean.
+
+    False: the tokens that AR decoding picks, if the tokens of the group are right. Row i is picked for on top of the group's
+    tokens 0 to i. True: drafts, which a later turn verifies. Row i is picked for on top of the picks of rows 0 to i - 1.
+    """
+    ends_cycle: bool = True
+    """Whether a cycle ends when this turn is committed. Tokens per cycle counts these turns."""
+    num_verified: int = 0
+    """How many of the rows' tokens are drafts that this turn verifies."""
+    can_advance: bool = True
+    """Whether the next turn can be planned while this turn's picks are unknown: `Schedule.advance` then does it."""
+
+
+class Commit(NamedTuple):
+    """What came of a turn. Token i was picked at the i-th of the turn's rows that have logits."""
+
+    tokens: list[int]
+    """Tokens to append to the sequence, in order."""
+    num_accepted: int = 0
+    """How many of the turn's drafts turned out to be right."""
+
+
+@dataclass(frozen=True)
+class ScheduleContext:
+    """What a schedule is built from."""
+
+    config: "EngineConfig"
+    model: "ModelConfig"
+    max_model_len: int
+    """Context limit in tokens."""
+    max_pass_rows: int
+    """Most rows of all decoding sequences together in one pass."""
+    timer: "PassTimer"
+    """Times passes on this machine, before the engine has work."""
+
+
+class Schedule(Protocol):
+    """Decides for one decoding sequence at a time.
+
+    All that it keeps of a sequence between passes is in `SequenceState.schedule_state`, which is None when decoding begins
+    and again after a preemption.
+    """
+
+    max_rows: int
+    """Most positions that a turn writes to the cache."""
+    max_logits: int
+    """Most rows of a turn that need logits."""
+
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        """The sequence's next turn, in a pass in which up to `batch` sequences decode."""
+        ...
+
+    def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
+        """What comes of a turn. picks: one token for each row with logits, by group; the row at position p picks for p + 1."""
+        ...
+
+    def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
+        """Get ready to plan the next turn before the picks of `turn`, which can advance, are known.
+
+        placeholders: stand for the picks, by group, and may be used as tokens of rows. Returns those that `commit`, which is
+        called later, will turn into committed tokens.
+        """
+        ...
+
+
+class ScheduleFactory(Protocol):
+    """What the registry holds: as a rule the schedule's class."""
+
+    max_groups: int
+    """Most groups of a turn. Runners lay out memory for so many."""
+
+    def build(self, context: ScheduleContext) -> Schedule:
+        """The schedule for one engine. Called once the engine can run passes, and before it has work."""
+        ...

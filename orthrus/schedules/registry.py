@@ -1,0 +1,84 @@
+"""All schedules by name: what the engine's `schedule` setting, the command line and `orthrus verify` know of them.
+
+Nothing here loads a schedule's code, or torch, before the schedule is used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from orthrus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from orthrus.schedules.protocol import ScheduleFactory
+
+AUTO = "auto"
+"""The setting that chooses the first registered schedule that a model can run."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings under which `orthrus verify` runs a schedule beside the default ones."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `EngineConfig`."""
+    logprobs: bool = True
+    """Whether requests ask for logprobs. Without them, a pass is launched before the picks of the one before it are read."""
+
+
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """One schedule."""
+
+    factory: "str | ScheduleFactory"
+    """The schedule's class, or "module:class" for one that is imported when it is first used."""
+    needs_diffusion: bool = False
+    """Whether it runs only checkpoints that have diffusion weights."""
+    settings: frozenset[str] = frozenset()
+    """Fields of `EngineConfig` that have a meaning with this schedule, and none with schedules that do not list them."""
+    variants: tuple[Variant, ...] = (Variant("ahead", logprobs=False),)
+    """What to verify beyond the default settings."""
+
+    def load(self) -> "ScheduleFactory":
+        """The class itself."""
+        if not isinstance(self.factory, str):
+            return self.factory
+        module, _, name = self.factory.partition(":")
+        loaded: ScheduleFactory = getattr(import_module(module), name)
+        return loaded
+
+    def fits(self, has_diffusion: bool) -> bool:
+        """Whether it can run a model with or without diffusion weights."""
+        return has_diffusion or not self.needs_diffusion
+
+
+SCHEDULES: dict[str, ScheduleEntry] = {
+    "orthrus": ScheduleEntry(
+        "orthrus.schedules.orthrus:OrthrusSchedule",
+        needs_diffusion=True,
+        settings=frozenset({"draft_length", "draft_lead"}),
+        variants=(
+            Variant("lead", {"draft_lead": True}),
+            Variant("ahead", {"draft_lead": True}, logprobs=False),
+            Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
+        ),
+    ),
+    "ar": ScheduleEntry("orthrus.schedules.ar:ARSchedule"),
+}
+"""In the order in which "auto" tries them."""
+
+
+def schedule_choices() -> list[str]:
+    """The values of the `schedule` setting."""
+    return [AUTO, *sorted(SCHEDULES)]
+
+
+def choose_schedule(setting: str, has_diffusion: bool) -> str:
+    """The name of the schedule that `setting` means for a model with or without diffusion weights. Raises ConfigError."""
+    if setting == AUTO:
+        return next(name for name, entry in SCHEDULES.items() if entry.fits(has_diffusion))
+    if setting not in SCHEDULES:
+        raise ConfigError(f"schedule {setting!r} is not known: use one of {', '.join(schedule_choices())}")
+    return setting
