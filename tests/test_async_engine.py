@@ -141,6 +141,26 @@ def test_a_refused_request_costs_nothing(served: AsyncEngine) -> None:
     assert asyncio.run(main())[-1].finish_reason in ("length", "stop")
 
 
+def test_questions_are_answered_on_the_engines_thread_also_while_it_works(served: AsyncEngine) -> None:
+    def ask(engine: Engine) -> tuple[str, list[str]]:
+        return threading.current_thread().name, engine.live_requests()
+
+    async def main() -> None:
+        assert await served.ask(ask) == ("orthrus-engine", [])
+        begun = asyncio.Event()
+        request = Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True))
+        running = asyncio.create_task(served.run(request, lambda _: begun.set()))
+        await begun.wait()
+        assert await served.ask(ask) == ("orthrus-engine", ["long"])
+        with pytest.raises(ZeroDivisionError):
+            await served.ask(lambda engine: 1 / 0)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(main())
+
+
 def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
     served = AsyncEngine(engine)
 
@@ -165,6 +185,8 @@ def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
     assert chunks[-1].finish_reason == "error" and "closed" in (chunks[-1].error or "")
     with pytest.raises(RuntimeError, match="stopped"):
         asyncio.run(collect(served, Request("late", [1])))
+    with pytest.raises(RuntimeError, match="stopped"):
+        asyncio.run(served.ask(lambda engine: engine.has_work))
 
 
 def test_an_engine_that_fails_says_what_of_and_ends_its_requests(tiny_orthrus: Path) -> None:

@@ -82,7 +82,7 @@ class OrthrusReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
-        return replica_report(self._engine.engine)
+        return await self._engine.ask(replica_report)
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)

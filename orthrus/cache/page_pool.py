@@ -108,6 +108,5 @@ class PagePool:
         return pages
 
     def recent(self, limit: int) -> list[PageHash]:
-        """Names of the pages that were named or matched last, newest first. Other threads may ask too."""
-        # One C call from start to end, so that the engine's thread cannot change the names meanwhile.
+        """Names of the pages that were named or matched last, newest first."""
         return list(islice(reversed(self._by_hash), limit))

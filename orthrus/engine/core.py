@@ -59,7 +59,8 @@ class _InFlight:
 class EngineCore:
     """Serves one model: `submit` requests, and call `step` while `has_work`.
 
-    It belongs to one thread. Other threads may call `prepare` and read `stats`, which is replaced as a whole.
+    It belongs to one thread. Other threads may call `check` and `prepare`, and read `stats`, which is replaced as a whole.
+    `AsyncEngine` puts all else that they ask to the engine's thread.
     """
 
     stats: EngineStats

@@ -1,0 +1,92 @@
+"""A new schedule is one class and one line in the registry: a toy, which verifies drafts that are always the same."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from orthrus.cli import build_parser
+from orthrus.engine import Engine, EngineConfig
+from orthrus.engine.observer import PassRecord
+from orthrus.measure.verify import VerifyOptions, verify
+from orthrus.requests.request import SamplingParams
+from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.ar import ar_rows
+from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
+from orthrus.schedules.registry import SCHEDULES, ScheduleEntry
+from tests.checkpoints import make_checkpoint
+
+DRAFT = [5, 6, 7]
+
+
+class ConstantDraft:
+    """Each pass verifies the same three drafts after the newest token."""
+
+    max_groups = 1
+    max_rows = max_logits = 1 + len(DRAFT)
+
+    @classmethod
+    def build(cls, context: ScheduleContext) -> "ConstantDraft":
+        return cls()
+
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        room = sequence.max_length - sequence.newest_position - 1
+        tokens = [sequence.newest_token, *DRAFT[: room - 1]]
+        groups = ar_rows(tokens, sequence.newest_position, sequence.block_table)
+        return Turn("constant", groups, (False,), num_verified=len(tokens) - 1, can_advance=False)
+
+    def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
+        drafts = turn.groups[0].tokens[1:]
+        wrong = [draft != pick for draft, pick in zip(drafts, picks[0], strict=False)]
+        accepted = [*wrong, True].index(True)
+        return Commit(picks[0][: accepted + 1], accepted)
+
+    def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
+        raise AssertionError("its turns can't advance")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEDULES, "constant", ScheduleEntry(ConstantDraft))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("toy") / "model", diffusion=False)
+
+
+def engine(path: Path, schedule: str) -> Engine:
+    return Engine.from_pretrained(EngineConfig(model=str(path), schedule=schedule, kv_cache_tokens=2048))
+
+
+def test_its_text_is_that_of_ar_and_right_drafts_save_passes(checkpoint: Path) -> None:
+    # A bias makes the model say the drafts often, but not always.
+    params = [
+        SamplingParams(
+            temperature=1.0, seed=seed, max_tokens=60, ignore_eos=True, logit_bias=dict.fromkeys(DRAFT, 4.0)
+        )
+        for seed in range(4)
+    ]
+    prompts = [[seed, 5] for seed in range(4)]
+    toy, ar = engine(checkpoint, "constant"), engine(checkpoint, "ar")
+    passes: list[PassRecord] = []
+    toy.observer = passes.append
+    expected = ar.generate(prompts, params)
+    got = toy.generate(prompts, params)
+    assert [c.token_ids for [c] in got] == [c.token_ids for [c] in expected]
+    assert ar.stats.tokens_per_cycle == 1.0
+    assert toy.stats.tokens_per_cycle > 1.2
+    turns = [turn for record in passes for turn in record.turns if turn.turn.kind == "constant"]
+    assert len(turns) == toy.stats.cycles
+    # Each turn commits the drafts that were right and one token more.
+    assert sum(turn.num_accepted + 1 for turn in turns) == toy.stats.committed
+    assert {turn.turn.num_verified for turn in turns} >= {3}
+
+
+def test_verify_and_the_command_line_know_it(checkpoint: Path) -> None:
+    options = VerifyOptions(str(checkpoint), tokens=600, max_tokens=24, device="cpu", compare_hf=False)
+    report = verify(options)
+    assert report.ok
+    checks = {check.name: check for check in report.checks}
+    assert {"constant alone", "constant mixed", "constant ahead"} < checks.keys()
+    assert build_parser().parse_args(["generate", "--schedule", "constant"]).schedule == "constant"
