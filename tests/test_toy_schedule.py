@@ -16,7 +16,7 @@ from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
 from orthrus.schedules.registry import SCHEDULES, ScheduleEntry
 from tests.checkpoints import make_checkpoint
 
-DRAFT = [5, 6, 7]
+DRAFT = [5, 5, 5]
 
 
 class ConstantDraft:
@@ -60,11 +60,9 @@ def engine(path: Path, schedule: str) -> Engine:
 
 
 def test_its_text_is_that_of_ar_and_right_drafts_save_passes(checkpoint: Path) -> None:
-    # A bias makes the model say the drafts often, but not always.
+    # A bias makes the model pick the drafted token often, but not always.
     params = [
-        SamplingParams(
-            temperature=1.0, seed=seed, max_tokens=60, ignore_eos=True, logit_bias=dict.fromkeys(DRAFT, 4.0)
-        )
+        SamplingParams(temperature=1.0, seed=seed, max_tokens=60, ignore_eos=True, logit_bias={5: 6.0})
         for seed in range(4)
     ]
     prompts = [[seed, 5] for seed in range(4)]
@@ -75,7 +73,7 @@ def test_its_text_is_that_of_ar_and_right_drafts_save_passes(checkpoint: Path) -
     got = toy.generate(prompts, params)
     assert [c.token_ids for [c] in got] == [c.token_ids for [c] in expected]
     assert ar.stats.tokens_per_cycle == 1.0
-    assert toy.stats.tokens_per_cycle > 1.2
+    assert toy.stats.tokens_per_cycle > 1.8
     turns = [turn for record in passes for turn in record.turns if turn.turn.kind == "constant"]
     assert len(turns) == toy.stats.cycles
     # Each turn commits the drafts that were right and one token more.

@@ -28,42 +28,50 @@ _CHOICE_STEP = 0x9E3779B97F4A7C15
 class SamplingParams:
     """How to pick tokens. Names and defaults are OpenAI's and vLLM's; every combination is exact under every schedule.
 
-    temperature: 0 is greedy. top_k: 0 keeps all. top_p: 0 keeps the best token. seed: None draws one, reported in
-    `RequestStats.seed`. max_tokens: None means up to the context limit; 0 only scores the prompt. logprobs: number of top
-    alternatives per token (0: the chosen token's only), None for none. prompt_logprobs: the same for the prompt's tokens,
-    which choice 0 brings; such a prompt takes nothing from the prefix cache. Log-probabilities are of the model's own
-    distribution at temperature 1, before masks, penalties and biases. min_tokens: before so many, neither the end of
-    sequence nor a stop token is picked, and within them a stop string does not end the text.
-    skip_special_tokens: leave them out of the text, and of where stop strings are looked for.
-    include_stop_str_in_output: let the text end with the stop string that ended it. grammar: text of the grammar
-    (`orthrus.text.grammar`) that the answer must follow. bad_words: texts that are not generated: of each one's tokens the
-    last is forbidden where the others come before it. allowed_token_ids: no others are picked, ends included; None
-    allows all.
-    Raises RequestError naming the field for a value out of range.
+    Log-probabilities are of the model's own distribution at temperature 1, before masks, penalties and biases. Raises RequestError
+    naming the field for a value out of range.
     """
 
     temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """0 keeps the best token."""
     top_k: int = 0
+    """0 keeps all tokens."""
     min_p: float = 0.0
     seed: int | None = None
+    """None draws one, which `RequestStats.seed` reports."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
+    """What is added to the logits of some token ids."""
     stop: tuple[str, ...] = ()
+    """Strings that end the text."""
     stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the text."""
     ignore_eos: bool = False
+    """Whether the end-of-sequence token does not end the text."""
     max_tokens: int | None = None
+    """None means up to the context limit. 0 only scores the prompt."""
     logprobs: int | None = None
+    """Number of best alternatives to report per token (0: only the chosen token), None for no log-probabilities."""
     prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, which choice 0 brings. Such a prompt takes nothing from the prefix cache."""
     n: int = 1
+    """Choices to generate."""
     min_tokens: int = 0
+    """Within the first so many tokens, neither the end of sequence nor a stop token is picked, and no stop string ends the text."""
     skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text, and of where stop strings are looked for."""
     include_stop_str_in_output: bool = False
+    """Whether the text ends with the stop string that ended it."""
     grammar: str | None = None
+    """A grammar (`orthrus.text.grammar`) that the answer must follow."""
     bad_words: tuple[str, ...] = ()
+    """Texts that are not generated: the last token of each is forbidden where its other tokens come before it."""
     allowed_token_ids: tuple[int, ...] | None = None
+    """The only token ids that may be picked, ends included; None allows all."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -152,17 +160,17 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt (token ids) to complete `params.n` times. `request_id` is the caller's, unique among live requests.
-
-    priority: of requests that wait the lowest comes first, of those that run the highest is the first to give way. It
-    changes no text. cache_salt: only requests with the same one share cached prefixes. Raises RequestError.
-    """
+    """One prompt to complete `params.n` times. Raises RequestError."""
 
     request_id: str
+    """The caller's, unique among live requests."""
     prompt: Sequence[int]
+    """Token ids."""
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    """Of the requests that wait, the lowest comes first; of those that run, the highest is preempted first. It changes no text."""
     cache_salt: str = ""
+    """Only requests with the same salt share cached prefixes."""
 
     def __post_init__(self) -> None:
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
@@ -188,17 +196,18 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptLogprobs:
-    """Log-probabilities (nats) of consecutive prompt tokens, as arrays: a long prompt has many of them.
-
-    token_ids int32 [tokens]; logprobs float32 (float64 for a float64 model) [tokens]; ranks int32 [tokens], 1 for a token
-    that none is likelier than; top_ids, top_logprobs [tokens, top]: the best alternatives, best first.
-    """
+    """Log-probabilities (nats) of consecutive prompt tokens, as arrays: a long prompt has many of them."""
 
     token_ids: np.ndarray
+    """int32 [tokens]."""
     logprobs: np.ndarray
+    """float32, or float64 for a float64 model, [tokens]."""
     ranks: np.ndarray
+    """int32 [tokens], 1 for a token that none is likelier than."""
     top_ids: np.ndarray
+    """int32 [tokens, top]: the best alternatives, best first."""
     top_logprobs: np.ndarray
+    """As `logprobs`, [tokens, top]."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -220,20 +229,20 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """What one sequence cost. Sent with its last chunk.
-
-    cycles: committing steps after the first token (a draft + verify pair, or one AR pass).
-    passes: forward passes the sequence had decode rows in, drafts included. Both are what tokens per cycle
-    and TPF (tokens per forward pass) are made of; see `tokens_per_cycle`. queue_seconds: time that it waited for room.
-    """
+    """What one sequence cost. Sent with its last chunk."""
 
     prompt_tokens: int
     cached_tokens: int
+    """Prompt tokens that were found in the prefix cache."""
     completion_tokens: int
     cycles: int
+    """Cycles after the first token: a draft and verify pair, or one AR pass."""
     passes: int
+    """Forward passes after the first token that the sequence had rows in, drafts included."""
     seed: int
+    """Of this choice."""
     queue_seconds: float = field(default=0.0, compare=False)  # Of the moment, unlike the rest.
+    """How long it waited for room."""
 
     @property
     def tokens_per_cycle(self) -> float:
@@ -243,24 +252,27 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens that one pass committed for choice `index` of a request.
-
-    The last chunk of a choice has `finish_reason` and `stats`; it may hold no tokens. `stop_reason` is the stop
-    string or stop token id that ended it, None for end of sequence. `error` is set for finish_reason "error", and with it
-    `error_param` where a field of the request is at fault. The first chunk of choice 0 has `prompt_logprobs` where the request
-    wants them: of the prompt's tokens from the second on, for nothing predicts the first.
-    """
+    """The tokens that one pass committed for one choice of a request. The last chunk of a choice may hold none."""
 
     request_id: str
     index: int
+    """Which of the request's choices it is."""
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each token, if they were asked for."""
     finish_reason: FinishReason | None = None
+    """Set in a choice's last chunk."""
     stop_reason: int | str | None = None
+    """The stop string or stop token id that ended the choice, None for end of sequence."""
     stats: RequestStats | None = None
+    """Set in a choice's last chunk."""
     error: str | None = None
+    """What went wrong, for finish_reason "error"."""
     error_param: str | None = None
+    """The field of the request that is at fault, if one is."""
     prompt_logprobs: PromptLogprobs | None = None
+    """In the first chunk of choice 0, if the request asks for them: of the prompt's tokens from the second on, since nothing
+    predicts the first."""
 
 
 def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
