@@ -1,7 +1,7 @@
-"""Whose block tables get pages, and what happens when there are too few."""
+"""Who takes part in a pass, with which rows, on which pages, and what happens when there are too few."""
 
 from orthrus.cache.page_pool import PagePool
-from orthrus.engine.scheduler import Scheduler
+from orthrus.engine.scheduler import PREFILL, Scheduler
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
@@ -73,3 +73,103 @@ def test_a_sequence_whose_branches_do_not_fit_is_preempted() -> None:
     assert part.turn.groups[0].start == PAGE
     assert ours.num_preempted == 1
     assert pool.used == 2
+
+
+def plain(pages: int = 32, **settings: int) -> Scheduler:
+    """A scheduler of AR decoding."""
+    limits = {"max_num_seqs": 4, "prefill_chunk": 8, "decode_rows": 64, "score_rows": 8} | settings
+    return Scheduler(ARSchedule(), PagePool(pages + 1), page_size=PAGE, **limits)
+
+
+def arrived(
+    ours: Scheduler, name: str, tokens: list[int], *, priority: int = 0, first: SequenceState | None = None
+) -> SequenceState:
+    """A new sequence in the queue."""
+    sequence = SequenceState(
+        name, 0, SamplingParams(), 0, list(tokens), len(tokens), 100, frozenset(), priority=priority
+    )
+    sequence.first_choice = first
+    ours.add(sequence)
+    return sequence
+
+
+def run_pass(ours: Scheduler) -> list[tuple[str, str, list[int]]]:
+    """Plan a pass and commit token 1 for each sequence that has a pick: who took part, by which turn, with which tokens."""
+    planned = ours.plan()
+    for part in planned:
+        if not part.decoding:
+            ours.mark_computed(part.sequence, part.num_rows)
+        if part.num_logits:
+            part.sequence.append(1)
+        if part.decoding:
+            ours.mark_computed(part.sequence, 1)
+    return [(part.sequence.request_id, part.turn.kind, list(part.turn.groups[0].tokens)) for part in planned]
+
+
+def test_a_prompt_is_computed_in_chunks_and_then_decodes() -> None:
+    ours = plain()
+    sequence = arrived(ours, "a", list(range(20)))
+    assert ours.rows_to_prefill == 20
+    assert run_pass(ours) == [("a", PREFILL, list(range(8)))]
+    assert (ours.rows_to_prefill, ours.row_use) == (12, 1.0)
+    assert run_pass(ours) == [("a", PREFILL, list(range(8, 16)))]
+    assert run_pass(ours) == [("a", PREFILL, list(range(16, 20)))]
+    assert (ours.rows_to_prefill, ours.row_use) == (0, 0.5)
+    assert run_pass(ours) == [("a", STEP, [1])]
+    assert ours.row_use == 1 / 4
+    ours.remove(sequence)
+    assert ours.plan() == [] and ours.pool.used == 0 and ours.row_use == 0.0
+
+
+def test_decoding_sequences_come_before_prompts_and_a_chunk_is_shared() -> None:
+    ours = plain()
+    arrived(ours, "a", [0] * 3)
+    run_pass(ours)
+    arrived(ours, "b", [0] * 5)
+    arrived(ours, "c", [0] * 6)
+    assert [(name, kind, len(tokens)) for name, kind, tokens in run_pass(ours)] == [
+        ("a", STEP, 1),
+        ("b", PREFILL, 5),
+        ("c", PREFILL, 3),
+    ]
+    assert ours.rows_to_prefill == 3
+
+
+def test_the_lowest_priority_number_begins_first_and_the_highest_is_preempted_first() -> None:
+    ours = plain(pages=4, max_num_seqs=2)
+    for name, priority in (("late", 2), ("soon", 0), ("next", 1)):
+        arrived(ours, name, [0] * 4, priority=priority)
+    assert [name for name, *_ in run_pass(ours)] == ["soon", "next"]
+    assert [sequence.request_id for sequence in ours.waiting] == ["late"]
+    # Each fills its second page; there is none for a third one of "soon".
+    for _ in range(4):
+        assert [name for name, *_ in run_pass(ours)] == ["soon", "next"]
+    assert ours.num_preempted == 0 and ours.may_preempt()
+    assert [name for name, *_ in run_pass(ours)] == ["soon"]
+    assert ours.num_preempted == 1
+    assert [sequence.request_id for sequence in ours.waiting] == ["next", "late"]
+    assert ours.waiting[0].tokens[4:] == [1] * 5, "what it has committed stays"
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    ours = plain()
+    first = arrived(ours, "a", list(range(6)))
+    other = arrived(ours, "b", list(range(6)), first=first)
+    assert [name for name, *_ in run_pass(ours)] == ["a"], "another choice waits for the first one's pages"
+    assert run_pass(ours)[1] == ("b", PREFILL, [4, 5])
+    assert other.num_cached == PAGE
+    assert other.block_table[0] == first.block_table[0]
+
+
+def test_what_waits_is_counted_until_it_is_admitted_or_cancelled() -> None:
+    ours = plain(max_num_seqs=1)
+    sequences = [arrived(ours, name, [0] * 4) for name in "abc"]
+    assert ours.rows_to_prefill == 12 and ours.oldest_wait > 0.0
+    run_pass(ours)
+    assert ours.rows_to_prefill == 8
+    ours.remove(sequences[2])
+    assert ours.rows_to_prefill == 4
+    ours.remove(sequences[0])
+    run_pass(ours)
+    assert (ours.rows_to_prefill, ours.oldest_wait, ours.num_admitted) == (0, 0.0, 2)
+    assert ours.queue_wait_seconds == sum(s.queue_seconds for s in sequences) > 0.0

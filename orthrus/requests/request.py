@@ -28,8 +28,8 @@ _CHOICE_STEP = 0x9E3779B97F4A7C15
 class SamplingParams:
     """How to pick tokens. Names and defaults are OpenAI's and vLLM's; every combination is exact under every schedule.
 
-    Log-probabilities are of the model's own distribution at temperature 1, before masks, penalties and biases. Raises RequestError
-    naming the field for a value out of range.
+    Log-probabilities are of the model's own distribution at temperature 1, before masks, penalties and biases. Raises
+    RequestError, naming the field, for a value out of range.
     """
 
     temperature: float = 1.0
@@ -61,7 +61,7 @@ class SamplingParams:
     n: int = 1
     """Choices to generate."""
     min_tokens: int = 0
-    """Within the first so many tokens, neither the end of sequence nor a stop token is picked, and no stop string ends the text."""
+    """Within the first so many tokens, no end of sequence and no stop token is picked, and no stop string ends the text."""
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text, and of where stop strings are looked for."""
     include_stop_str_in_output: bool = False
@@ -168,7 +168,7 @@ class Request:
     """Token ids."""
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
-    """Of the requests that wait, the lowest comes first; of those that run, the highest is preempted first. It changes no text."""
+    """The lowest is served first, the highest is preempted first. It changes no text."""
     cache_salt: str = ""
     """Only requests with the same salt share cached prefixes."""
 
