@@ -23,6 +23,8 @@ ROOMS = (
     "orthrus/cache",
     "orthrus/requests",
     "orthrus/models",
+    "orthrus/schedules/registry.py",
+    "orthrus/engine/config.py",
     "orthrus/schedules",
     "orthrus/runner",
     "orthrus/engine",
@@ -62,16 +64,12 @@ UPWARD: set[tuple[str, str]] = {
     ("deployments/grpc/methods.py", "deployments/ingress/ingress_core.py"),
     ("deployments/openai/format.py", "deployments/generation/generate.py"),
     ("deployments/replica/replica.py", "deployments/autoscaling.py"),
-    ("orthrus/text/word_mask.py", "orthrus/requests/token_mask.py"),
 }
 CIRCLES: set[str] = {
     "kernels/rows/embedding.py kernels/rows/embedding_triton.py",
     "kernels/rows/sampling.py kernels/rows/sampling_triton.py",
 }
 LONG_FILES: set[str] = {
-    "orthrus/engine/engine.py",
-    "orthrus/measure/shape_bench.py",
-    "orthrus/measure/verify.py",
     "tests/generate/test_accelerate.py",
     "tests/test_balancer.py",
     "tests/models/test_checkpoint.py",
@@ -80,8 +78,6 @@ LONG_FILES: set[str] = {
     "tests/test_serving_hostile.py",
 }
 LONG_FUNCTIONS: set[str] = {
-    "orthrus/measure/bench.py bench",
-    "orthrus/measure/verify.py verify",
     "tests/checkpoints.py make_checkpoint",
 }
 

@@ -18,11 +18,11 @@ from orthrus.models.checkpoint import load_weights
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, Request, SamplingParams
-from orthrus.requests.token_mask import TokenMask
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
 from orthrus.text.grammar_mask import GrammarMasks
+from orthrus.text.token_mask import TokenMask
 
 
 @pytest.fixture(scope="module")

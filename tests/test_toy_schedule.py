@@ -47,7 +47,7 @@ class ConstantDraft:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCHEDULES, "constant", ScheduleEntry(ConstantDraft))
+    monkeypatch.setitem(SCHEDULES, "constant", ScheduleEntry(f"{__name__}:ConstantDraft"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from orthrus.schedules.registry import schedule_choices
+
 if TYPE_CHECKING:
     from orthrus.engine import Engine
     from orthrus.requests.request import SamplingParams
@@ -12,7 +14,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MODEL = ROOT / "models" / "orthrus-tiny"
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-SCHEDULES = ("auto", "ar", "orthrus")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a command adds its parser: what `ArgumentParser.add_subparsers` returns."""
@@ -36,7 +37,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, positional: bool = Fal
 def add_schedule_option(parser: argparse.ArgumentParser) -> None:
     """Add the schedule."""
     parser.add_argument(
-        "--schedule", default="auto", choices=SCHEDULES, help="changes the speed, never the text"
+        "--schedule", default="auto", choices=schedule_choices(), help="changes the speed, never the text"
     )
 
 

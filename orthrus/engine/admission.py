@@ -8,8 +8,8 @@ from orthrus.errors import RequestError
 from orthrus.models.config import ModelConfig
 from orthrus.requests.request import Request, SamplingParams
 from orthrus.requests.sequence import SequenceState
-from orthrus.requests.token_mask import TokenMask
 from orthrus.text.stream import TextStream
+from orthrus.text.token_mask import TokenMask
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
 
 

@@ -18,7 +18,7 @@ from orthrus.engine.engine import Engine
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Request
-from orthrus.requests.token_mask import TokenMask
+from orthrus.text.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")

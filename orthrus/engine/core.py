@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.rows.sampling import NO_TOKEN
+from kernels import NO_TOKEN
 from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
@@ -36,12 +36,12 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, Request
 from orthrus.requests.sequence import SequenceState
-from orthrus.requests.token_mask import TokenMask
 from orthrus.runner.protocol import LaunchedPass, ModelRunner
 from orthrus.runner.sampler import PickRows
 from orthrus.schedules.pass_cost import PassTimer
-from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext
+from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext, load_schedule
 from orthrus.schedules.registry import SCHEDULES, choose_schedule
+from orthrus.text.token_mask import TokenMask
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class EngineCore:
             model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype
         )
         self._pool = PagePool(num_pages + 1, config.prefix_caching)
-        schedule = SCHEDULES[self.schedule_name].load()
+        schedule = load_schedule(SCHEDULES[self.schedule_name])
         self.runner = make_runner(self.forward, self.cache, config, self.max_model_len, schedule.max_groups)
         self._scheduler = Scheduler(
             schedule.build(self.schedule_context()),

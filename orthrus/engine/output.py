@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.rows.sampling import NO_TOKEN
+from kernels import NO_TOKEN
 from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.engine.scheduler import Planned
 from orthrus.requests.request import Chunk, PromptLogprobs

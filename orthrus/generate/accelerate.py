@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.engine import Engine, choose_device
+from orthrus.engine.sizing import choose_device
 from orthrus.errors import ConfigError
 from orthrus.files import one_line, read_json
 from orthrus.generate.accelerated import AcceleratedModel

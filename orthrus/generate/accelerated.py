@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
-from orthrus.engine.engine import Engine
+from orthrus.engine import Engine
 from orthrus.errors import RequestError
 from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
 from orthrus.generate.hf_fields import unsupported

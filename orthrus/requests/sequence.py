@@ -5,8 +5,8 @@ from typing import Any
 
 from orthrus.cache.page_hash import PageHash
 from orthrus.requests.request import FinishReason, PromptLogprobs, RequestStats, SamplingParams
-from orthrus.requests.token_mask import TokenMask
 from orthrus.text.stream import TextStream
+from orthrus.text.token_mask import TokenMask
 
 
 @dataclass(eq=False)

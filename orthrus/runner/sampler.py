@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import NO_TOKEN, gumbel_argmax
 from kernels.rows.sampling import argmax, noise_keys
 from orthrus.requests.request import SamplingParams
-from orthrus.requests.token_mask import TokenMask
+from orthrus.text.token_mask import TokenMask
 
 _WHOLE = 1 << 40
 

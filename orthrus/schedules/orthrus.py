@@ -15,7 +15,7 @@ then starts from x_n+1, and the prediction of the block's last row is of use.
 import itertools
 from collections.abc import Sequence
 
-from kernels.rows.sampling import NO_TOKEN
+from kernels import NO_TOKEN
 from orthrus.loading import stages
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows

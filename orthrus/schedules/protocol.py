@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from orthrus.plan import RowGroup
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from orthrus.engine.config import EngineConfig
     from orthrus.models.config import ModelConfig
     from orthrus.schedules.pass_cost import PassTimer
+    from orthrus.schedules.registry import ScheduleEntry
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class Schedule(Protocol):
 
 
 class ScheduleFactory(Protocol):
-    """What the registry holds: as a rule the schedule's class."""
+    """What the registry names: the schedule's class, with `build` as a class method."""
 
     max_groups: int
     """Most groups of a turn. Runners lay out memory for so many."""
@@ -96,3 +98,10 @@ class ScheduleFactory(Protocol):
     def build(self, context: ScheduleContext) -> Schedule:
         """The schedule for one engine. Called once the engine can run passes, and before it has work."""
         ...
+
+
+def load_schedule(entry: "ScheduleEntry") -> ScheduleFactory:
+    """Import the class that an entry of the registry names."""
+    module, _, name = entry.factory.partition(":")
+    factory: ScheduleFactory = getattr(import_module(module), name)
+    return factory

@@ -5,13 +5,9 @@ Nothing here loads a schedule's code, or torch, before the schedule is used.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthrus.errors import ConfigError
-
-if TYPE_CHECKING:
-    from orthrus.schedules.protocol import ScheduleFactory
 
 AUTO = "auto"
 """The setting that chooses the first registered schedule that a model can run."""
@@ -32,22 +28,14 @@ class Variant:
 class ScheduleEntry:
     """One schedule."""
 
-    factory: "str | ScheduleFactory"
-    """The schedule's class, or "module:class" for one that is imported when it is first used."""
+    factory: str
+    """The schedule's class, as "module:class": it is imported when it is first used. See `ScheduleFactory`."""
     needs_diffusion: bool = False
     """Whether it runs only checkpoints that have diffusion weights."""
     settings: frozenset[str] = frozenset()
     """Fields of `EngineConfig` that have a meaning with this schedule, and none with schedules that do not list them."""
     variants: tuple[Variant, ...] = (Variant("ahead", logprobs=False),)
     """What to verify beyond the default settings."""
-
-    def load(self) -> "ScheduleFactory":
-        """The class itself."""
-        if not isinstance(self.factory, str):
-            return self.factory
-        module, _, name = self.factory.partition(":")
-        loaded: ScheduleFactory = getattr(import_module(module), name)
-        return loaded
 
     def fits(self, has_diffusion: bool) -> bool:
         """Whether it can run a model with or without diffusion weights."""

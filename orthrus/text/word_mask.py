@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orthrus.errors import RequestError
-from orthrus.requests.token_mask import TokenMask
+from orthrus.text.token_mask import TokenMask
 
 _NOTHING_LEFT = "bad_words and allowed_token_ids leave no token"
 
