@@ -43,8 +43,6 @@ class RowGroup:
     """The first row that needs logits, counted within the group."""
     logits_to: int
     """The row after the last one that needs logits."""
-    writes_from: int | None = None
-    """The first position that the same pass writes and the group reads: see `AttentionGroup.writes_from`."""
 
     @property
     def end(self) -> int:
@@ -116,19 +114,26 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    first_rows = [0] * len(groups)
-    attention: list[AttentionGroup] = []
-    for index in _pass_order(groups):
+    written: dict[int, int] = {}
+    order, first_rows = _pass_order(groups), [0] * len(groups)
+    for index in order:
         group = groups[index]
-        start, num_rows, diffusion = group.start, len(group.tokens), group.view is View.DIFFUSION
-        first_rows[index] = first_row = len(tokens)
+        first_rows[index] = len(tokens)
         tokens.extend(group.tokens)
-        positions.extend(range(start, start + num_rows))
-        if not diffusion:
-            _append_slots(slots, group.block_table, start, num_rows, page_size)
-        attention.append(
-            AttentionGroup(first_row, num_rows, start, group.block_table, diffusion, group.writes_from)
+        positions.extend(range(group.start, group.start + len(group.tokens)))
+        if group.view is View.AR:
+            _append_slots(slots, written, group, page_size)
+    attention = [
+        AttentionGroup(
+            first_rows[index],
+            len(groups[index].tokens),
+            groups[index].start,
+            groups[index].block_table,
+            groups[index].view is View.DIFFUSION,
+            _writes_from(groups[index], written, page_size),
         )
+        for index in order
+    ]
     num_ar = len(slots)
     slots.extend([0] * (len(tokens) - num_ar))
     logit_rows: list[int] = []
@@ -144,17 +149,35 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
     )
 
 
-def _append_slots(
-    slots: list[int], block_table: Sequence[int], start: int, num_rows: int, page_size: int
-) -> None:
-    """Append the cache slots of positions start, start + 1, ..., page by page."""
+def _append_slots(slots: list[int], written: dict[int, int], group: RowGroup, page_size: int) -> None:
+    """Append the cache slot of every row of an AR group, page by page, and note the first position that a page is written at.
+
+    written: that position for each page that the pass writes to.
+    """
+    start, num_rows = group.start, len(group.tokens)
     while num_rows > 0:
-        page, offset = divmod(start, page_size)
+        index, offset = divmod(start, page_size)
+        page = group.block_table[index]
+        if written.get(page, start) >= start:
+            written[page] = start
         count = min(page_size - offset, num_rows)
-        slot = block_table[page] * page_size + offset
+        slot = page * page_size + offset
         slots.extend(range(slot, slot + count))
         start += count
         num_rows -= count
+
+
+def _writes_from(group: RowGroup, written: dict[int, int], page_size: int) -> int | None:
+    """The first of the positions that `group` sees in the cache whose key this pass writes. None: the pass writes none of them.
+
+    Whose rows write them does not matter: groups may share pages. A pass writes no position without those between it and the
+    group, so the search goes back page by page.
+    """
+    end = group.start + len(group.tokens) if group.view is View.AR else group.start
+    first, index = None, (end - 1) // page_size
+    while index >= 0 and (position := written.get(group.block_table[index])) is not None:
+        first, index = position, index - 1
+    return first
 
 
 def _pass_order(groups: Sequence[RowGroup]) -> list[int]:

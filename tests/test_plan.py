@@ -1,7 +1,5 @@
 """The order of a pass's rows, where they go in the cache, and which of them need logits."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -74,8 +72,34 @@ def test_the_plan_has_the_same_numbers_on_the_device() -> None:
     assert plan.attention.page_size == PAGE
 
 
-def test_a_block_behind_rows_of_its_own_pass_says_which_keys_these_write() -> None:
-    block = replace(diffusion([5, 9, 9], 7, [2]), writes_from=4)
-    verify, behind = flatten([block, ar([1, 2, 3], 4, [2])], PAGE).groups
-    assert (verify.diffusion, verify.writes_from) == (False, None)
-    assert (behind.diffusion, behind.writes_from) == (True, 4)
+def writes_from(*groups: RowGroup) -> list[int | None]:
+    """In the order of the pass."""
+    return [group.writes_from for group in flatten(groups, PAGE).groups]
+
+
+def test_a_group_says_from_where_on_the_pass_writes_what_it_reads() -> None:
+    table = [1, 2, 3, 4]
+    # What an AR group reads, it writes itself from its start on; so does a long one, across pages.
+    assert writes_from(ar([5], 19, table)) == [19]
+    assert writes_from(ar(list(range(20)), 6, table)) == [6]
+    # A diffusion block reads nothing that is written beside other sequences' rows.
+    assert writes_from(diffusion([5, 1], 19, table), ar([6], 3, [9])) == [3, None]
+    assert writes_from(diffusion([5, 1], 0, [])) == [None]
+
+
+def test_a_block_behind_rows_of_the_same_pass_waits_for_them() -> None:
+    table = [1, 2, 3, 4]
+    # Drafted on top of rows that are verified in this very pass, in the same page or pages before it.
+    assert writes_from(ar([5, 6, 7], 17, table), diffusion([7, 1], 20, table)) == [17, 17]
+    assert writes_from(ar(list(range(12)), 6, table), diffusion([7, 1], 18, table)) == [6, 6]
+    # An AR row beside the block writes behind what the block sees.
+    assert writes_from(ar([5], 19, table), diffusion([5, 1], 19, table)) == [19, 19]
+    assert writes_from(ar([5], 16, table), diffusion([5, 1], 16, table)) == [16, None]
+
+
+def test_rows_that_other_groups_write_to_shared_pages_count() -> None:
+    # A trunk, and a branch that shares its pages but for the last.
+    assert writes_from(ar([1, 2, 3], 13, [1, 2]), ar([4], 16, [1, 2, 7])) == [13, 13]
+    # A branch with pages of its own from the trunk's first row on sees nothing of it.
+    assert writes_from(ar([1, 2, 3], 13, [1, 2]), ar([1, 9], 13, [1, 8])) == [13, 13]
+    assert writes_from(ar([1, 2, 3], 13, [1, 2]), ar([9], 15, [1, 8])) == [13, 15]

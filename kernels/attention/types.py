@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(
+    slots=True
+)  # Not frozen: a pass makes one for every sequence, and freezing would take half of flattening it.
 class AttentionGroup:
     """Consecutive rows of a pass that hold consecutive positions of one sequence in one view."""
 
