@@ -70,9 +70,7 @@ CIRCLES: set[str] = {
     "kernels/rows/sampling.py kernels/rows/sampling_triton.py",
 }
 LONG_FILES: set[str] = {
-    "tests/generate/test_accelerate.py",
     "tests/test_balancer.py",
-    "tests/models/test_checkpoint.py",
     "tests/test_engine.py",
     "tests/test_protocol.py",
     "tests/test_serving_hostile.py",
