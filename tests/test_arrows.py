@@ -65,10 +65,7 @@ UPWARD: set[tuple[str, str]] = {
     ("deployments/openai/format.py", "deployments/generation/generate.py"),
     ("deployments/replica/replica.py", "deployments/autoscaling.py"),
 }
-CIRCLES: set[str] = {
-    "kernels/rows/embedding.py kernels/rows/embedding_triton.py",
-    "kernels/rows/sampling.py kernels/rows/sampling_triton.py",
-}
+CIRCLES: set[str] = set()
 LONG_FILES: set[str] = {
     "tests/test_balancer.py",
     "tests/test_engine.py",
