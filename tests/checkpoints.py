@@ -40,9 +40,8 @@ def make_checkpoint(
     and then; else they are drawn on their own. mask_token_id is the last id; eos_token_id the last but one, unless
     given.
     """
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         _save_base(
             path,
             dtype,
@@ -69,8 +68,6 @@ def make_checkpoint(
                 block_size=block_size,
                 mask_token_id=vocab_size - 1,
             )
-    finally:
-        torch.random.set_rng_state(torch_state)
     return path
 
 

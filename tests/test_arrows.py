@@ -72,9 +72,7 @@ LONG_FILES: set[str] = {
     "tests/test_protocol.py",
     "tests/test_serving_hostile.py",
 }
-LONG_FUNCTIONS: set[str] = {
-    "tests/checkpoints.py make_checkpoint",
-}
+LONG_FUNCTIONS: set[str] = set()
 
 
 def shown(path: Path) -> str:

@@ -128,7 +128,8 @@ def test_odd_values_are_refused_by_name_or_do_what_they_do_there(
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"])
 def test_odd_values_of_sampling(model: AcceleratedModel, name: str) -> None:
     for kind, value in ODD.items():
-        arguments = {"input_ids": PROMPT, "max_new_tokens": 3, "do_sample": True, name: value}
+        # Of the seeds that are drawn, some would end the text early.
+        arguments = {"input_ids": PROMPT, "max_new_tokens": 3, "do_sample": True, "seed": 0, name: value}
         result, error = attempt(model, arguments)
         assert (error is None) == (result is not None and len(result[0]) == 7)
         if error is not None:
