@@ -21,7 +21,7 @@ from orthrus.measure.bench import BenchOptions, bench
 from orthrus.requests.request import SamplingParams
 from tests.checkpoints import make_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 Output = pytest.CaptureFixture[str]
 
