@@ -68,7 +68,6 @@ UPWARD: set[tuple[str, str]] = {
 CIRCLES: set[str] = set()
 LONG_FILES: set[str] = {
     "tests/test_balancer.py",
-    "tests/test_engine.py",
     "tests/test_protocol.py",
     "tests/test_serving_hostile.py",
 }

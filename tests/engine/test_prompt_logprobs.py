@@ -13,8 +13,9 @@ from orthrus.engine.sizing import SCORE_ROWS
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Completion, PromptLogprobs, Request, SamplingParams, TokenLogprob
 from tests.checkpoints import make_checkpoint
+from tests.engine.limited_runner import LimitedRunner
+from tests.engine.test_engine import GREEDY, engine
 from tests.reference import Reference
-from tests.test_engine import GREEDY, LimitedRunner, engine
 
 TOP = 3
 SCORE = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=TOP)
