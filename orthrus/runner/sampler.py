@@ -1,8 +1,9 @@
 """Coupled sampling: the pick at a position is argmax(filtered logits / T + g(seed, position)), or plain argmax if greedy.
 
-Rows are grouped by their filter settings, never padded to each other's: a row's arithmetic must not depend on its neighbours.
-Order of operations: token mask and forbidden ends, repetition, presence and frequency penalties, logit bias, temperature,
-top-k, top-p, min-p.
+g is Gumbel noise that depends on nothing but seed and position, so a draft and its verification meet the same noise. Logits are
+adjusted in this order: token mask and tokens that would end the text too early; repetition, presence and frequency penalties;
+logit bias; temperature; top-k, top-p, min-p. Rows with the same filters are filtered together, but never padded to each other's:
+a row's arithmetic must not depend on its neighbours.
 """
 
 import itertools
@@ -23,29 +24,34 @@ _WHOLE = 1 << 40
 
 @dataclass(frozen=True)
 class PickRows:
-    """Consecutive logit rows of one sequence: the first predicts `position`, the next `position` + 1, ...
-
-    prompt, generated: the committed tokens, needed for penalties only. ahead: tokens assumed at `position` and after it;
-    row i predicts on top of the first i of them (a draft's own penalties leave them out: that costs acceptance only).
-    mask: what is allowed at `position`. drafting: each row predicts on top of the picks of those before it. ends: tokens
-    that are not allowed at positions below `may_end`.
-    """
+    """How to pick from consecutive rows of one sequence: the first predicts `position`, the next `position` + 1, ..."""
 
     params: SamplingParams
     seed: int
+    """Of the sampling noise."""
     position: int
+    """The position that the first row predicts."""
     count: int
+    """Number of rows."""
     prompt: Seq[int] = ()
+    """The prompt's tokens; needed for penalties only."""
     generated: Seq[int] = ()
+    """The tokens committed after it; needed for penalties only."""
     ahead: Seq[int] = ()
+    """Drafted tokens from `position` on that these rows verify: row i predicts what follows the first i of them. The rows of a
+    draft have none here, so their penalties leave out what is being drafted. That costs acceptance only."""
     mask: TokenMask | None = None
+    """Which tokens are allowed at `position` and after it."""
     drafting: bool = False
+    """Whether these rows draft: then each predicts what follows the picks of the rows before it."""
     ends: Seq[int] = ()
+    """Tokens that are not allowed at positions before `may_end`."""
     may_end: int = 0
+    """The first position at which `ends` are allowed."""
 
     @property
     def endless_rows(self) -> int:
-        """Rows that may not pick one of `ends`."""
+        """How many rows, from the first on, may not pick one of `ends`."""
         return min(self.count, max(0, self.may_end - self.position)) if self.ends else 0
 
     @property
@@ -55,20 +61,20 @@ class PickRows:
 
     @property
     def filters(self) -> tuple[bool, float, int, float, float]:
-        """Whether tokens are filtered out by their probability, and all that this depends on."""
+        """Whether improbable tokens are dropped, and the settings that say which: temperature, top_k, top_p, min_p."""
         p = self.params
         wanted = not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
         return wanted, p.temperature, p.top_k, p.top_p, p.min_p
 
     @property
     def plain(self) -> bool:
-        """Whether logits are picked from as they are; a draft's mask comes after its picks."""
+        """Whether the picks are made from the logits as they are. A draft's mask comes after its picks: see `follow_masks`."""
         masked = self.mask is not None and not self.drafting
         return not (masked or self.endless_rows or self.reweighted or self.filters[0])
 
     @property
     def reads_logits(self) -> bool:
-        """Whether the logits are read by anything but the pick of the pass itself."""
+        """Whether anything but the model's own pick reads the logits, so that they have to be written."""
         return not self.plain or self.mask is not None or self.params.logprobs is not None
 
 
@@ -97,10 +103,10 @@ def _penalise(logits: Tensor, rows: PickRows) -> None:
 
 
 def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
-    """-inf where the filters drop a token of logits [rows, vocab].
+    """logits [rows, vocab] with -inf for each token that the filters drop.
 
-    As Hugging Face's processors do, top-k keeps all that are as likely as the last one, and top-p as many of those as it
-    takes: which of them it keeps is left open there, here it is those with the lowest ids.
+    As in Hugging Face's processors, top-k keeps all tokens as likely as the k-th, and top-p as few as add up to its share. Of
+    equally likely tokens, top-p keeps those with the lowest ids; Hugging Face leaves that open.
     """
     top_k, top_p, min_p = params.top_k, params.top_p, params.min_p
     scores = logits / params.temperature
@@ -118,24 +124,24 @@ def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _cut_top_p(scores: Tensor, k: int, top_p: float) -> None:
-    """Top-p among the k best, and those that equal the worst of these, on scores [rows, vocab] in place."""
+    """Top-p on scores [rows, vocab] in place, among the k best tokens and those that are as good as the worst of these."""
     ranked = scores.topk(min(k + 1, scores.shape[1]), dim=-1).values
     ranked, next_best = ranked[:, :k], ranked[:, k:]
     last = ranked[:, -1:]
-    # In whole numbers, whose sums are the same in any order: that of a floating-point scan may depend on the rows.
+    # In whole numbers: their sums are the same in any order, and the order of a floating-point scan may depend on the rows.
     mass = ((ranked - ranked[:, :1]).exp().double() * _WHOLE).long()
     before = mass.cumsum(-1) - mass
     listed = before[:, -1:] + mass[:, -1:]
     further = torch.zeros_like(listed)
-    # On a GPU it costs less to count than to wait for whether there are any.
+    # On a GPU, counting them costs less than waiting to know whether there are any.
     if next_best.numel() and (scores.is_cuda or bool((next_best == last).any())):
         further = ((scores == last).count_nonzero(-1) - (ranked == last).count_nonzero(-1)).unsqueeze(-1)
     share = top_p * (listed + further * mass[:, -1:]).double()
-    # At least the best, also for a top_p of 0.
+    # At least the best one, even for a top_p of 0.
     kept = (before < share).sum(-1, keepdim=True).clamp_(min=1)
     threshold = ranked.gather(1, kept - 1)
     scores.masked_fill_(scores < threshold, float("-inf"))
-    # Of those that equal the worst kept, so many are wanted. Where all that are listed are kept, further ones may be.
+    # How many of those that equal the worst one kept are wanted. Where all that are ranked are kept, others may be too.
     more = ((share - listed) / mass[:, -1:].clamp(min=1)).ceil_().long().clamp_(min=0)
     wanted = kept - (ranked > threshold).sum(-1, keepdim=True) + more.where(kept == k, 0)
     equal = (ranked == threshold).sum(-1, keepdim=True) + further.where(threshold == last, 0)
@@ -149,9 +155,9 @@ def _cut_top_p(scores: Tensor, k: int, top_p: float) -> None:
 
 
 def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
-    """logits [rows, vocab] as `groups` want to pick from them, but for temperature and the masks of drafts.
+    """logits [rows, vocab] with all adjustments that `groups` ask for, except for temperature and the masks of drafts.
 
-    What is not to be picked is -inf. Returns `logits` itself where nothing changes; waits for no device.
+    A token that may not be picked has -inf. Returns `logits` itself if nothing changes. Does not wait for the device.
     """
     if all(group.plain for group in groups):
         return logits
@@ -176,9 +182,9 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
 
 
 def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
-    """The token at every row of logits [rows, vocab], whose rows are those of `groups` in order. One list per group.
+    """The token picked at every row of logits [rows, vocab], which are the rows of `groups` in order: one list for each group.
 
-    It is `NO_TOKEN` where a logit that may be picked is NaN or infinite.
+    `NO_TOKEN` where a logit that may be picked is NaN or infinite.
     """
     adjusted, device = adjust(logits, groups), logits.device
     if all(group.params.greedy for group in groups):
@@ -210,7 +216,7 @@ def row_keys(groups: Seq[PickRows]) -> np.ndarray:
 
 
 def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> list[list[int]]:
-    """Cut `picks` [rows] up by group, and make drafts keep to their masks."""
+    """`picks` [rows] as one list for each group. In drafts, tokens that the mask forbids are replaced."""
     return [
         _follow_mask(logits[span], group, picks[span])
         if group.mask is not None and group.drafting
@@ -232,9 +238,9 @@ def _forbid(logits: Tensor, bits: Tensor) -> None:
 
 
 def _follow_mask(logits: Tensor, rows: PickRows, picks: list[int]) -> list[int]:
-    """A draft's picks with those replaced that the mask forbids, each given the ones before it.
+    """A draft's picks, where each token that the mask forbids behind those before it is replaced by a pick from the allowed ones.
 
-    Where the filters ran before the mask, verification may still pick otherwise: that costs acceptance only.
+    The other picks were filtered without the mask, so verification may still pick another token. That costs acceptance only.
     """
     assert rows.mask is not None
     picks = list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))

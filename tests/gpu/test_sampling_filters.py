@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from tests.test_sampling_filters import kept
+from tests.runner.test_sampling_filters import kept
 
 
 def test_the_same_tokens_are_kept_as_on_a_cpu() -> None:
