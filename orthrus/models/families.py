@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Have models of the family's types run here."""
+    """Make models of the family's types run here."""
     FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
@@ -25,8 +25,17 @@ register(Qwen3())
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a model belongs to."""
-    return FAMILIES[config.model_type]
+    """The family that a model belongs to. Raises ConfigError if its `model_type` is not registered."""
+    return _family(config.model_type)
+
+
+def _family(model_type: object) -> Family:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise ConfigError(
+            f"model_type {shown(model_type)} is not supported: use a model of type {' or '.join(FAMILIES)}"
+        )
+    return family
 
 
 def parse_config(data: Mapping[str, Any], *, name: str = "") -> ModelConfig:
@@ -36,13 +45,7 @@ def parse_config(data: Mapping[str, Any], *, name: str = "") -> ModelConfig:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a JSON object, found {type(data).__name__}")
-    model_type = data.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise ConfigError(
-            f"model_type {shown(model_type)} is not supported: use a model of type {' or '.join(FAMILIES)}"
-        )
-    return family.read_config(data, name)
+    return _family(data.get("model_type")).read_config(data, name)
 
 
 def load_config(path: str | Path) -> ModelConfig:

@@ -137,13 +137,13 @@ def test_reading_leaves_the_dict_alone() -> None:
     ],
     ids=["orthrus", "plain", "biased", "yarn"],
 )
-def test_to_dict_round_trip(data: dict[str, Any]) -> None:
+def test_a_written_config_reads_the_same(data: dict[str, Any]) -> None:
     config = parse_config(data)
     assert parse_config(json.loads(json.dumps(written(config)))) == config
     assert hash(replace(config)) == hash(config)
 
 
-def test_to_dict_is_the_official_format() -> None:
+def test_a_written_config_has_the_official_format() -> None:
     orthrus = written(parse_config(changed(model_type="orthrus")))
     assert (orthrus["architectures"], orthrus["model_type"]) == (["OrthrusLM"], "qwen3")
     assert (orthrus["block_size"], orthrus["mask_token_id"]) == (32, 151669)

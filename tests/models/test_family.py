@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import orthrus
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
+from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.families import FAMILIES, family_of, load_config, register
 from orthrus.models.family import Family, HuggingFaceClasses
@@ -96,6 +97,16 @@ def greedy(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
         torch.tensor([prompt]), max_new_tokens=GREEDY.max_tokens, do_sample=False, pad_token_id=0
     )
     return rows[0, len(prompt) :].tolist()
+
+
+def test_a_family_that_is_not_registered_is_named(checkpoint: Path) -> None:
+    config = load_config(checkpoint)
+    del FAMILIES["llama"]
+    for look in (lambda: load_config(checkpoint), lambda: family_of(config)):
+        with pytest.raises(
+            ConfigError, match="model_type 'llama' is not supported: use a model of type qwen3"
+        ):
+            look()
 
 
 def test_logits_and_greedy_text_are_hugging_faces(model: LlamaForCausalLM, checkpoint: Path) -> None:
