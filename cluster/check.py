@@ -14,9 +14,9 @@ from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
-from orthrus.models.files import dtype_name, weight_bytes
 from orthrus.models.hub import HubUnreachable
 from orthrus.models.shapes import published_shape
+from orthrus.models.sizes import dtype_name, weight_bytes
 
 GIB = 1 << 30
 GPU_GIB = {

@@ -17,8 +17,8 @@ from deployments.config.config_file import load_config
 from deployments.launch.serve import serve_config
 from orthrus.cli import main
 from orthrus.errors import ConfigError
-from orthrus.models.files import weight_bytes
 from orthrus.models.shapes import QWEN3_SHAPES, published_shape
+from orthrus.models.sizes import weight_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "ray_cluster.yaml"

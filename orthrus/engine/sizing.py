@@ -10,8 +10,8 @@ from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
-from orthrus.models.files import weight_bytes
 from orthrus.models.forward import LayerParallelForward
+from orthrus.models.sizes import weight_bytes
 
 logger = logging.getLogger(__name__)
 

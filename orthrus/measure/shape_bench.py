@@ -22,7 +22,7 @@ from orthrus.measure.contest import Contestant, Output, Progress, Ratio, engine_
 from orthrus.measure.hugging_face import COMPILED, EAGER, hugging_face_contestants
 from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule, agreement_for, replaying
-from orthrus.models.files import weight_bytes
+from orthrus.models.sizes import weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.sampler import PickRows

@@ -21,7 +21,8 @@ from orthrus.errors import CheckpointError
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
 from orthrus.models.family import EMBEDDING, HEAD
-from orthrus.models.files import check_stored, dtype_name, raise_if
+from orthrus.models.files import check_stored, raise_if
+from orthrus.models.sizes import dtype_name
 from orthrus.models.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
 
 # Hugging Face's default, so that a saved model has as many files as one would expect.

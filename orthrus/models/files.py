@@ -3,12 +3,11 @@
 Free of torch, whose import takes seconds: `orthrus config check` and a server that can't start say so before.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from orthrus.errors import CheckpointError, ConfigError
-from orthrus.models.config import DTYPE_SIZES, ModelConfig
+from orthrus.errors import CheckpointError
+from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, family_of
 from orthrus.models.family import EMBEDDING, HEAD
 from orthrus.models.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
@@ -68,20 +67,3 @@ def raise_if(problems: list[str], headline: str) -> None:
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     raise CheckpointError(f"{headline}:\n  " + "\n  ".join(shown))
-
-
-def weight_bytes(config: ModelConfig, item_bytes: int) -> int:
-    """Bytes that the weights take. item_bytes: of one number."""
-    return sum(math.prod(shape) for shape in family_of(config).tensor_shapes(config).values()) * item_bytes
-
-
-def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:
-    """The dtype to run in. "auto" is the saved one on an accelerator, and float32 on a CPU, where 16-bit dtypes are slow.
-
-    device: "cpu" or another kind. Raises ConfigError for any name but "auto" and the supported ones.
-    """
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else config.dtype
-    if dtype not in DTYPE_SIZES:
-        raise ConfigError(f"dtype {dtype!r} is not supported: use auto or one of {', '.join(DTYPE_SIZES)}")
-    return dtype
