@@ -3,6 +3,7 @@
 The parser can be rolled back. So the masks of a block of drafts are those that plain decoding would use one by one.
 """
 
+import copy
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import AddedToken
 from torch import Tensor
 
 from orthrus.errors import RequestError
@@ -58,7 +60,17 @@ class GrammarMasks:
         # Imported here, because it imports all of transformers' models.
         from llguidance.hf import from_tokenizer
 
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
+        # An end token may be ordinary text too. Flagged as special, it no longer matches a grammar's text: otherwise it
+        # could end an answer in the middle of a string.
+        tokenizer = self._tokenizer
+        added = tokenizer.added_tokens_decoder
+        ordinary = [token for token in self._eos if token not in added or not added[token].special]
+        texts = tokenizer.convert_ids_to_tokens(ordinary)
+        if texts := [text for text in texts if text is not None]:
+            tokenizer = copy.deepcopy(tokenizer)
+            flagged = [AddedToken(text, special=True, normalized=False) for text in texts]
+            tokenizer.backend_tokenizer.add_special_tokens(flagged)
+        return from_tokenizer(tokenizer, n_vocab=self._vocab_size, eos_token=self._eos)
 
     @cached_property
     def _key_tokens(self) -> KeyTokens:

@@ -162,6 +162,18 @@ def test_masks_of_a_block_are_those_met_one_by_one(ar: Engine) -> None:
     assert block.error is None and step.error is None
 
 
+def test_an_end_token_that_is_text_too_ends_no_string(ar: Engine) -> None:
+    letters = ar.tokenizer.encode("self", add_special_tokens=False)
+    ends = [*ar.model_config.eos_token_ids, *letters]
+    mask = GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ends)(regex_grammar('"[a-z]+"', "regex"))
+    for token in ar.tokenizer.encode('"ab"', add_special_tokens=False):
+        [row] = bits(mask.allowed([]))
+        assert not set(ends) & set(row)
+        mask.commit(token)
+    [row] = bits(mask.allowed([]))
+    assert set(row) == set(ends)
+
+
 def test_a_forbidden_draft_leaves_no_trace(ar: Engine) -> None:
     masks = GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ar.model_config.eos_token_ids)
     mask = masks(json_grammar({"type": "integer"}))
