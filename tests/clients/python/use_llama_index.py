@@ -1,7 +1,5 @@
 """LlamaIndex: OpenAILike, plain, streamed, with tools and structured output."""
 
-from typing import Annotated
-
 from common import BASE, MODEL, PROMPT, QUESTION, step
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
@@ -9,9 +7,16 @@ from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel, Field
 
 
-def weather(city: Annotated[str, Field(max_length=20)], days: int) -> str:
+def weather(city: str, days: int) -> str:
     """The weather of a city."""
     return f"Sunny in {city} for {days} days."
+
+
+class Weather(BaseModel):
+    """What `weather` takes. LlamaIndex leaves out a limit that an annotation of the function states."""
+
+    city: str = Field(max_length=20)
+    days: int
 
 
 class Report(BaseModel):
@@ -36,7 +41,7 @@ def model(max_tokens: int) -> OpenAILike:
 
 llm, short = model(300), model(24)
 asked = [ChatMessage(role="user", content=QUESTION)]
-tool = FunctionTool.from_defaults(weather)
+tool = FunctionTool.from_defaults(weather, fn_schema=Weather)
 
 with step("chat, whole and streamed"):
     whole = short.chat(asked).message.content
