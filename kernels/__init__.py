@@ -1,8 +1,10 @@
-"""The arithmetic of a pass: one file per kernel. `X.py` is plain PyTorch, `X_triton.py` the same function on a GPU, `X_stream.py`
-a faster version for Hopper.
+"""The arithmetic of a pass, in three rooms: `attention`, `linear` with the weight formats, and `rows` for the rest.
 
-Every function obeys one rule: a row's result depends on that row's inputs only, to the last bit, whatever the number of
-rows in the launch and whatever they hold. Zero drift rests on it.
+Every kernel has a plain PyTorch reference with the same arguments. Triton kernels run on GPUs, and faster versions of some run on
+Hopper GPUs.
+
+Every function obeys one rule: a row's result depends on that row's inputs alone, to the last bit, whatever other rows are in the
+launch. Zero drift rests on it.
 """
 
 from kernels.attention import AttentionGroup, AttentionPlan, paged_attention

@@ -1,8 +1,8 @@
 """`python -m kernels.bench`: what the kernels reach on this GPU, at Qwen3-8B's shapes in bfloat16.
 
-Linear layers run beside cuBLAS (torch.matmul) in one run, attention beside the measured read bandwidth, and a stack of whole
-layers beside the time that reading its weights takes. Each figure is the median over replays of a CUDA graph of several
-launches, which take turns over more copies of their inputs than the L2 cache holds. `--sweep` tries other tiles too.
+Linear layers are compared with cuBLAS (torch.matmul), attention with the measured read bandwidth, and a stack of layers with
+the time that reading its weights takes. Each figure is the median over replays of a CUDA graph of several launches. The
+launches take turns over more copies of their inputs than the L2 cache holds. `--sweep` tries other tiles too.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _COLD_BYTES = 200_000_000
 
 
 def linear_tiles(rows: int) -> list[LinearTiles]:
-    """Tiles worth trying for a launch of so many rows."""
+    """Tiles that are worth trying for a launch of `rows` rows."""
     if rows <= 64:
         tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
         cuts = [
@@ -72,7 +72,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPlan:
-    """The plan with a work list. programs, for each KV head: how finely it is divided; 0: every tile is one item."""
+    """The plan with a work list. programs: how many the work is divided among, for each KV head; 0: no tile is divided."""
     if programs is None:
         programs = attention_programs(plan.device) // KV_HEADS
     capacity = 1 << 15 if programs else 0
@@ -88,7 +88,7 @@ def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPl
 
 @cache
 def _first_graph() -> torch.cuda.CUDAGraph:
-    """An empty graph, whose memory pool all others share: each is gone when the next is captured."""
+    """An empty graph. The others share its memory pool: each is gone when the next is captured."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin()
@@ -131,9 +131,9 @@ def bandwidths() -> tuple[float, float]:
 
 
 class LinearCase:
-    """One of the layers, over more copies of its weight than the L2 cache holds, as a pass runs it and through cuBLAS.
+    """One of the layers, as a pass runs it and through cuBLAS, over more copies of its weight than the L2 cache holds.
 
-    Where a residual add and norm follow, they follow cuBLAS's product too, in the same kernel.
+    If a residual add and a norm follow the layer, they follow cuBLAS's product too, in the same kernel.
     """
 
     def __init__(self, name: str, rows: int) -> None:
@@ -149,7 +149,7 @@ class LinearCase:
         self.segments = num_segments(self.outs, self.ins) if name in ("o", "down") else 1
 
     def variants(self, sweep: bool) -> list[tuple[int, LinearTiles | None]]:
-        """Segments and tiles, first what a pass uses (None)."""
+        """Pairs of segments and tiles. The first is what a pass uses; its tiles are None."""
         found: dict[tuple[int, LinearTiles | None], None] = {(self.segments, None): None}
         if sweep:
             for tiles in linear_tiles(self.rows):
@@ -188,7 +188,7 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
             try:
                 times[segments, tiles] = microseconds(partial(case.ours, segments, tiles), case.launches)
             except Exception as error:
-                # A tile that does not fit is left out of the table, not the end of it.
+                # A tile that does not fit is left out of the table.
                 print(f"  {name} {rows} {segments} {tiles}: {type(error).__name__}: {str(error)[:100]}")
         usual = times[case.segments, None]
         ranked = sorted(times, key=times.__getitem__)
@@ -217,7 +217,7 @@ def _name(tiles: LinearTiles | None) -> str:
 
 
 class AttentionCase:
-    """`rows` rows at positions from `start`, for each of `groups` sequences; argument i picks other pages."""
+    """`rows` rows at positions from `start` on, for each of `groups` sequences. Each call has other pages, by its number."""
 
     def __init__(self, groups: int, rows: int, start: int, diffusion: bool) -> None:
         each = triton.cdiv(start + rows, PAGE)
@@ -316,7 +316,7 @@ class LayerStack:
 
 
 def bench_layers(read: float, depth: int = 8) -> list[dict[str, Any]]:
-    """Time per layer and share of the read bandwidth of AR steps and of blocks."""
+    """Time per layer, and share of the read bandwidth, of AR steps and of blocks."""
     found = []
     for name, rows, groups, diffusion in (
         ("step", 8, 1, False),

@@ -1,4 +1,4 @@
-"""Which of a kernel's two versions runs, and how kernels follow one another on a GPU."""
+"""Which version of a kernel runs on a device, and how kernels follow one another on a GPU."""
 
 from functools import cache
 from typing import Any
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether x is for the Triton kernels. Everything on a GPU is, but float64, which no kernel here computes in."""
+    """Whether the Triton kernels take x. They take everything on a GPU except float64, which they do not compute in."""
     return x.is_cuda and x.dtype != torch.float64
 
 
 @cache
 def chaining() -> dict[str, Any]:
-    """Launch arguments of every kernel of a pass: `CHAINED` and, where it is true, programmatic dependent launch.
+    """Launch arguments of every kernel of a pass: `CHAINED` and, if that is true, programmatic dependent launch.
 
-    A chained kernel is launched while the one before it runs, does what depends on nothing, and waits
-    (`gdc_wait`, in every program, before it touches anything that another kernel of the pass writes or reads).
-    From compute capability 9.0 on.
+    A chained kernel is launched while the kernel before it still runs. It first does what depends on no other kernel. Every
+    program of it then calls `gdc_wait`, before it touches anything that another kernel of the pass writes or reads. GPUs of
+    compute capability 9.0 and later can do that.
     """
     chained = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     return {"CHAINED": True, "launch_pdl": True} if chained else {"CHAINED": False}
@@ -26,11 +26,11 @@ def chaining() -> dict[str, Any]:
 
 @cache
 def has_warpgroup_mma() -> bool:
-    """Whether kernels with Hopper's own matrix instructions run; later GPUs have others."""
+    """Whether the GPU has Hopper's matrix instructions. Later GPUs have others instead."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 4 on a CPU, where Triton's interpreter runs programs one after the other."""
+    """Number of multiprocessors of a GPU; 4 for a CPU, where Triton's interpreter runs programs one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

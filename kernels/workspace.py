@@ -1,9 +1,9 @@
-"""Where kernels put a layer's results: over those of the layer before, in memory that a GPU keeps in its L2 cache.
+"""Where kernels put a layer's results: in the memory of the layer before, which the GPU keeps in its L2 cache.
 
-With 64 rows, a layer of Qwen3-8B makes 9 MB of results, each of which is soon read, once or twice. The hundreds of megabytes of
-weights, keys and values that are read meanwhile push them out of the L2 cache, and writing them to memory costs time for
-reading. So a part of the cache is set aside for them (CUDA C++ Programming Guide, "L2 Set-Aside Cache for Persisting
-Accesses").
+With 64 rows, a layer of Qwen3-8B makes 9 MB of results, and each is soon read once or twice. Meanwhile hundreds of megabytes of
+weights, keys and values are read, which would push the results out of the L2 cache. Writing them to memory then takes time
+that is needed for reading. So a part of the L2 cache is set aside for them (CUDA C++ Programming Guide, "L2 Set-Aside Cache for
+Persisting Accesses").
 """
 
 import logging
@@ -33,7 +33,7 @@ _active: _Workspace | None = None
 
 @contextmanager
 def results_in(memory: Tensor) -> Iterator[None]:
-    """Inside it, kernels take room for their results from `memory` (uint8), as far as that goes. For one thread at a time."""
+    """Inside it, kernels take room for their results from `memory` (uint8) until it is full. For one thread at a time."""
     global _active
     _active = _Workspace(memory)
     try:
@@ -43,9 +43,9 @@ def results_in(memory: Tensor) -> Iterator[None]:
 
 
 def start_layer() -> None:
-    """The results that follow go where those of the layer before are, which makes the same ones.
+    """A layer begins: its results take the places of the last layer's results.
 
-    Each of these may be read until the same result is made anew.
+    Every layer makes the same results in the same order. So each may be read until the next layer makes its own.
     """
     if _active is not None:
         _active.used = 0
@@ -64,9 +64,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 @contextmanager
 def kept_in_l2(memory: Tensor, stream: torch.cuda.Stream) -> Iterator[None]:
-    """Inside it, what kernels of `stream` keep in `memory` stays in the L2 cache; so it does whenever a graph captured here runs.
+    """Inside it, what kernels of `stream` keep in `memory` stays in the L2 cache.
 
-    Where a GPU can't do that, nothing changes.
+    That also holds later, for the graphs that are captured inside it. If a GPU can't do that, nothing changes.
     """
     from cuda.bindings import driver  # Comes with torch for CUDA.
 

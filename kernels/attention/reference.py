@@ -1,8 +1,8 @@
-"""Attention of one pass over the paged KV cache, for rows of both views.
+"""Attention in plain PyTorch.
 
-A row sees the cache keys below its limit (an AR row at position p: p + 1; a row of a diffusion block anchored at n: n) and,
-in a diffusion block, every row of its own block. Keys are summed in splits of fixed length aligned to position 0,
-and the splits in order, so that a row's result does not depend on how long the batch's longest context is.
+A row sees the keys in the cache below its limit: p + 1 for an AR row at position p, and n for the rows of a diffusion block
+anchored at n. A row of a block also sees every row of its own block. Keys are added up in splits of fixed length that are
+aligned to position 0, and then the splits in order. So a row's result does not depend on the longest context of the batch.
 """
 
 from collections import defaultdict
@@ -19,26 +19,25 @@ KV_SPLIT = 128
 """Keys per split: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
-"""Queries are padded to a multiple of this: a product with few rows would take other code."""
+"""Queries are padded to a multiple of this: a library multiplies few rows by other code, which rounds differently."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Groups of one view and row count, a product for each group and KV head: `products` of them, in this order.
+    """Groups of one view and one number of rows. They are multiplied together, a product for each group and KV head."""
 
-    queries: int64 [products * queries], their places among the rows' heads, with some repeated up to a whole number of query
-    tiles. own_keys, own_values: int64 [products * rows], the same of a diffusion block's; else None. pages: int64 [products *
-    pages], where in the cache their pages lie, padded to whole splits. in_place: instead, a slice of the cache's pages, if there
-    is one group and its pages follow one another. mask [products, queries, own keys + cached keys]: -inf where a query does
-    not see a key, else 0.
-    """
-
+    # Number of products, by group and then by KV head.
     products: int
+    # int64 [products * queries]: places of the queries among the rows' heads. The last is repeated to fill a query tile.
     queries: Tensor
+    # int64 [products * rows]: places of a diffusion block's own keys and values; None for AR rows.
     own_keys: Tensor | None
     own_values: Tensor | None
+    # int64 [products * pages]: the groups' pages in the cache, padded to whole splits.
     pages: Tensor
+    # The same pages as a slice of the cache, if there is one group and its pages follow one another.
     in_place: slice | None
+    # [products, queries, own keys + cached keys]: -inf where a query does not see a key, else 0.
     mask: Tensor
 
     def cached(self, cache: Tensor) -> Tensor:
@@ -51,9 +50,10 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A pass in batches. results: int64 [rows * heads], where a row's heads lie among the results of all batches."""
+    """A pass in batches."""
 
     batches: list[_Batch]
+    # int64 [rows * heads]: where each head of each row lies among the results of all batches.
     results: Tensor
 
 
@@ -124,9 +124,9 @@ def _batch(
 
 
 def _run(pages: Sequence[int], width: int, num_pages: int) -> slice | None:
-    """`width` pages of the cache that begin with `pages`, if these follow one another and so many are left.
+    """A slice of `width` pages of the cache that begins with `pages`, if these follow one another and the cache is long enough.
 
-    What is more than these is whatever comes next: hidden keys like any other.
+    The slice may end with pages of other sequences. Their keys are hidden like those behind a row's limit.
     """
     if (
         not pages
@@ -177,7 +177,7 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
     keys, values = (batch.cached(cache).to(wide).split(KV_SPLIT, 1) for cache in (k_cache, v_cache))
     if batch.own_keys is not None and batch.own_values is not None:
         keys, values = (take(batch.own_keys), *keys), (take(batch.own_values), *values)
-    # A product for each split, those of the cache all of one size: a library may sum over more keys otherwise.
+    # One product for each split, all of the cache's of one size: a library may add up other numbers of keys in another order.
     scores = [torch.bmm(queries, split.transpose(1, 2)) for split in keys]
     weights = (torch.cat(scores, 2) if len(scores) > 1 else scores[0]).add_(batch.mask).softmax(-1)
     shares = weights.split([split.shape[1] for split in keys], 2)

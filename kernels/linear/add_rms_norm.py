@@ -27,15 +27,15 @@ def _add_rms_norm_kernel(
     TWO_VIEWS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Add a layer's segments (or its finished result, PARTS 1), then the residual, then the norm: one program per row."""
+    """Add a layer's segments (PARTS 1: its finished result) and the residual, then norm the sum; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     inside = place < width
     scale = tl.load(weight + place, mask=inside, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
-        # The residual was last touched many weights ago: it is fetched from memory while the layer ahead still runs, not when
-        # the next one's weights queue there. Only into the L2 cache, since other kernels may still be writing it.
+        # The residual has left the L2 cache since it was written. It is fetched while the layer ahead still runs, before the
+        # weights of the next one queue for memory. It goes into the L2 cache only: other kernels may still be writing it.
         sector = tl.minimum(tl.arange(0, WIDTH // 16) * 16, width - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [residual + row * width + sector],
@@ -89,8 +89,9 @@ def add_rms_norm(
         PARTS=x.shape[0] if x.dim() == 3 else 1,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
-        # So many that a thread has all it reads on its way at once: with more to read, the compiler saves registers and waits
-        # for one part after the other. By the width alone, which the order of the norm's sum depends on.
+        # With so many warps a thread reads little enough to ask for all of it at once. With more to read, the compiler would
+        # save registers and wait for one part after the other. The number depends on the width alone, because it decides the
+        # order of the norm's sum.
         num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
         **chaining(),
     )

@@ -1,9 +1,9 @@
-"""The linear layers of decode passes: few rows, so that time is that of reading the weights, which never stops.
+"""The linear kernel for few rows on Hopper. It takes as long as reading the weights, so the reading never stops.
 
-As many programs as multiprocessors each go through a share of the weight tiles. A ring of tiles in shared memory is always being
-filled: over the end of one tile's sum and the beginning of the next, and before the kernels ahead in the stream have finished,
-because weights depend on nothing. Only then a program waits for its input rows. The sums are those of `kernels.linear.triton`, by
-the same instructions in the same order, so that a row has the same bits in a decode pass and in a prefill chunk.
+There is one program for each multiprocessor, and each goes through its share of the weight's tiles. A ring of tiles in shared
+memory is always being filled: while the sum of one tile ends and the next begins, and before the kernels ahead in the stream
+have finished, because weights depend on no kernel. Only then does a program wait for its input rows. The sums are those of
+`triton`, by the same instructions in the same order. So a row has the same bits in a decode pass and in a prefill chunk.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
 """
@@ -26,11 +26,11 @@ from kernels.rows.sampling_triton import nan_to_inf, perturb
 
 MOST_ROWS = 64
 _OUTS = 64
-"""Outputs of a tile: one instruction's."""
+"""Outputs of a tile: as many as one instruction computes."""
 _DEPTH = 128
 """Inputs of a step."""
 _RING_BYTES = 200_000
-"""Of a multiprocessor's 227 KB of shared memory."""
+"""Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
 
 
 class Grid(NamedTuple):
@@ -159,7 +159,10 @@ def _fill_ring(
     DEPTH: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    """Ask for the program's first steps: for their weights before the input rows are there. Returns the step behind them."""
+    """Ask for the tiles of the program's first steps, and for the weights before the input rows are there.
+
+    Returns the step behind these.
+    """
     RING: gl.constexpr = ring.full.shape[0]
     first = _first_step(gl.program_id(0), grid, OUTS, ROWS, DEPTH)
     ahead = first
@@ -177,7 +180,7 @@ def _fill_ring(
 
 @gluon.jit
 def _best(logits, token, row, live, temperatures, keys, vocab):
-    """The best of a tile's tokens for each row and the token, as `gumbel_argmax` picks. logits [tokens, rows]."""
+    """For each row, the highest score among a tile's tokens and that token, as in `gumbel_argmax`. logits [tokens, rows]."""
     score = logits
     temperature = gl.load(temperatures + row, mask=live, other=0.0)
     if gl.max(temperature, 0) > 0.0:
@@ -283,7 +286,7 @@ def _stream_kernel(
 
 
 def num_tiles(outs: int) -> int:
-    """Of a layer with so many outputs."""
+    """Number of tiles of a layer with `outs` outputs."""
     return -(-outs // _OUTS)
 
 
@@ -296,7 +299,7 @@ def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def streams(x: Tensor) -> bool:
-    """Whether a layer of x [rows, in_features] is for `launch`."""
+    """Whether `launch` takes these rows x [rows, in_features]."""
     return x.shape[0] <= MOST_ROWS and x.itemsize == 2 and has_warpgroup_mma()
 
 
@@ -310,9 +313,9 @@ def launch(
 ) -> None:
     """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several.
 
-    picking: to pick from the outputs, temperatures, noise keys and whether `out` is wanted at all, as
-    `linear_gumbel_argmax` takes them; then where the best score of each of `num_tiles` tiles and its token go: float32 and int32
-    [rows, tiles].
+    picking: empty, or what is needed to pick from the outputs. First come the temperatures, the noise keys, and whether `out` is
+    wanted at all, as `Weight.linear_gumbel_argmax` takes them; then where the best score of each tile and its token go, which
+    are float32 and int32 [rows, num_tiles].
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)

@@ -7,7 +7,7 @@ import torch
 from kernels.linear.types import LinearTiles
 
 SEGMENT_UNIT = 128
-"""Segment lengths are multiples of it: every tile's depth divides it."""
+"""Segment lengths are multiples of this, and the depth of every tile divides it."""
 _SHORTEST_SEGMENT = 1024
 _MOST_SEGMENTS = 4
 _FULL_GRID = 128
@@ -16,7 +16,7 @@ _FULL_GRID = 128
 
 @cache
 def num_segments(out_features: int, in_features: int) -> int:
-    """Segments of the inputs of a layer whose result goes into the residual stream: enough to fill a GPU at one row."""
+    """Segments of a layer whose result goes into the residual stream: enough to fill a GPU when there is one row."""
     segments = 1
     while (
         segments < _MOST_SEGMENTS
@@ -28,9 +28,9 @@ def num_segments(out_features: int, in_features: int) -> int:
 
 
 def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
-    """Tiles for a launch, by its row count and weight. out_features: of one view; of a gated layer, gate and up together."""
+    """The usual tiles of a launch. out_features: outputs of one view; in a gated layer those of gate and up together."""
     if dtype == torch.float32:
-        # Without a matrix unit, and only for checks: small enough to keep in registers.
+        # float32 is for checks only and does not use the matrix unit: the tile is small enough for registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
     few = segments > 1
     if rows <= 64:
@@ -40,7 +40,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
             return (
                 LinearTiles(64, 128, 64, True, 4, 6) if few else LinearTiles(64, 128, 128, warps=4, stages=4)
             )
-        # As many programs on a multiprocessor as take all tiles of a gated layer at once; the head has enough for any.
+        # So many programs fit a multiprocessor that all tiles of a gated layer run at once. The LM head has enough tiles anyway.
         return LinearTiles(64 if out_features <= 65536 else 128, 128, 64, few, 4, 3)
     if rows <= 256:
         if few:

@@ -80,7 +80,7 @@ class Weight(ABC):
 class OneViewWeight(Weight):
     """A format that runs one view at a time. A layer of two views is then two of these, see `SplitViews`.
 
-    The number of AR rows has to be known to the host for that, so it is no way for a captured CUDA graph.
+    The host must know the number of AR rows for that, so such a format can't run in a captured CUDA graph.
     """
 
     bias: Tensor | None

@@ -1,13 +1,13 @@
-"""SwiGLU's gate (Shazeer, 2020). On a GPU it is part of the linear layer before it."""
+"""The gate of SwiGLU (Shazeer, 2020). On a GPU it is part of the linear layer before it."""
 
 import torch
 from torch import Tensor
 
 _SERIAL = 32767
-"""Elements up to which PyTorch does not share an operation out among threads.
+"""Up to this number of elements, PyTorch runs an operation on one thread.
 
-What it vectorises and what it leaves to scalar code, which rounds exponentials otherwise, depends on where a
-thread's share begins and ends. Below this a row is all of one thread, in one way.
+With several threads, where a thread's share begins and ends decides which elements run as vectors and which as scalars, and
+scalar code rounds exponentials differently. On one thread a row is always computed in the same way.
 """
 
 

@@ -21,9 +21,9 @@ def embed(
 ) -> EmbeddedRows:
     """Look up `tokens` [rows] in table [vocab_size, hidden_size] and norm them; look up `positions` [rows] in cos and sin.
 
-    picks: int32, what earlier passes picked: a token -1 - i stands for picks[i], which the host need not know. `NO_TOKEN`
-    among them is as good as token 0: nobody reads what follows from it. cos, sin
-    [positions, head_dim / 2]: of the rotary angles.
+    picks, int32: what earlier passes picked. A token -1 - i stands for picks[i], which the host need not know. `NO_TOKEN` among
+    the picks is looked up as token 0, since nobody reads what follows from it.
+    cos, sin [positions, head_dim / 2]: cosine and sine of the rotary angles.
     """
     if runs_triton(table):
         from kernels.rows import embedding_triton

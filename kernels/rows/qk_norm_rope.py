@@ -1,4 +1,4 @@
-"""What attention needs from a projection: normed and rotated queries and keys, and the AR view's keys and values in the cache."""
+"""What comes between a projection and attention: queries and keys are normed and rotated, and AR keys and values are cached."""
 
 from torch import Tensor
 
@@ -21,9 +21,12 @@ def qk_norm_rope(
     """RMS-norm and rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place; write to the cache.
 
     weight [views, heads + kv_heads, dim]: the norm weight of each head, for the first num_ar (int32 [1]) rows and for the
-    others. None: rotate only. cos, sin [rows, 1, dim] as `apply_rope` takes them. Keys and values of the first num_ar rows also
-    go to their slots [rows] of k_cache and v_cache [kv_heads, places, dim]. Values that are not finite are replaced by zeros,
-    since attention multiplies hidden ones by zero: what one sequence breaks must not reach another.
+    others. None: rotate only.
+    cos, sin [rows, 1, dim]: as `apply_rope` takes them.
+    slots [rows]: where the keys and values of the first num_ar rows go in k_cache and v_cache [kv_heads, places, dim].
+
+    Numbers that are not finite are replaced by zeros. Attention multiplies values that a row does not see by zero, and zero times
+    infinity would carry what one sequence broke into another.
     """
     if runs_triton(qkv):
         from kernels.rows import qk_norm_rope_triton

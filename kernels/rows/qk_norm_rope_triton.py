@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.device import chaining
 
 _HEADS = 32
-"""Heads of a program, a warp for each: few programs leave most multiprocessors to the kernel behind this one."""
+"""Heads of a program, a warp for each. With few programs, most multiprocessors are free for the kernel behind this one."""
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _qk_norm_rope_kernel(
     slot = tl.load(slots + row, mask=writes, other=0)
     dims = tl.arange(0, WIDTH)[None, :]
     inside = (unit < count)[:, None] & (dims < DIM)
-    # The other half of the head, for the rotation: read again rather than moved between threads.
+    # The other half of the head, for the rotation. It is read again, not moved between threads.
     other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
     turned = inside & (head < normed)[:, None]
     if weight is not None:
@@ -82,7 +82,7 @@ def qk_norm_rope(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    """`kernels.rows.qk_norm_rope` of contiguous tensors, up to float32."""
+    """`kernels.qk_norm_rope` of contiguous tensors, up to float32."""
     rows, all_heads, dim = qkv.shape
     kv_heads = k_cache.shape[0]
     _qk_norm_rope_kernel[(triton.cdiv(rows * all_heads, _HEADS),)](

@@ -1,7 +1,8 @@
-"""Gumbel noise from a counter-based generator: a pure function of seed, position and token id.
+"""Gumbel noise from a counter-based generator, and the picks that are made with it.
 
-argmax(logits / T + noise) is a draw from softmax(logits / T) (the Gumbel-max trick). Both views use the same noise at
-a position, so a good draft is the token that plain decoding with that seed picks, and sampled text needs no rejection sampler.
+The noise is a pure function of seed, position and token id. argmax(logits / T + noise) is a draw from softmax(logits / T):
+the Gumbel-max trick. Both views use the same noise at a position. So a good draft is the very token that AR decoding
+with that seed picks, and sampled text needs no rejection sampler.
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 def noise_keys(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
-    """Two keys of 32 bits for each row's noise, int32 [rows, 2] by their bits, from seeds below 2**64 and positions."""
+    """The keys of each row's noise, from its seed below 2**64 and its position: int32 [rows, 2] that hold 32 bits each."""
     golden = np.uint64(_GOLDEN)
     seeds, positions = np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64)
     mixed = _mix64(_mix64(np.atleast_1d(seeds) + golden) + np.atleast_1d(positions) * golden)
@@ -33,7 +34,7 @@ def noise_keys(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser on int64 values below 2**32 (torch lacks unsigned shifts on 32-bit integers)."""
+    """MurmurHash3's 32-bit finaliser, on int64 values below 2**32: PyTorch has no unsigned shifts of 32-bit integers."""
     x = (x ^ (x >> 16)).mul_(0x85EBCA6B).bitwise_and_(_MASK32)
     x = (x ^ (x >> 13)).mul_(0xC2B2AE35).bitwise_and_(_MASK32)
     return x ^ (x >> 16)
@@ -48,27 +49,29 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     wide = keys.long() & _MASK32
     token = torch.arange(vocab_size, device=keys.device).mul_(0x9E3779B1)
     bits = _mix32((token + wide[:, :1]) & _MASK32).bitwise_xor_(wide[:, 1:])
-    # A small u, finely spaced, is large noise: the tail that decides. The upper clamp keeps the noise finite.
+    # A small u makes large noise, which decides picks, and floats are finely spaced there. The clamp keeps the noise finite.
     u = (_mix32(bits).to(torch.float32) + 0.5) * 2.0**-32
     return torch.log1p(-u.clamp_(max=1 - 2.0**-24)).neg_().log_().neg_()
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """The best of every row of scores [rows, vocab_size]: int64 [rows], `NO_TOKEN` where one is NaN or infinite."""
+    """The best token of every row of scores [rows, vocab_size]: int64 [rows]; `NO_TOKEN` for a row with NaN or infinity."""
     best = scores.argmax(-1)
-    # Of a row with NaN, the best is NaN.
+    # argmax takes NaN for the best.
     return best.masked_fill_(~(scores.gather(1, best[:, None]).squeeze(1) < float("inf")), NO_TOKEN)
 
 
 def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:
-    """Pick a token for every row: argmax(logits / T + noise), or argmax(logits) where T is 0; of equals the lowest id.
+    """Pick a token for every row: argmax(logits / T + noise), or argmax(logits) where T is 0. Of equal scores the lowest id wins.
 
-    Where a score is NaN or infinite the pick is `NO_TOKEN`; -inf is what must not be picked.
+    A row with a score of NaN or infinity gets `NO_TOKEN`. A score of -inf marks a token that must not be picked.
 
-    logits float32 or wider [rows, vocab_size]; temperatures float32 [rows]; keys int32 [rows, 2], see `gumbel_noise`. The
-    picks go to `picks`, int32, from place `first_pick` (int32 [1]) on.
+    logits: float32 or wider [rows, vocab_size].
+    temperatures: float32 [rows].
+    keys: int32 [rows, 2] from `noise_keys`.
+    picks: int32. The rows' picks go there, from place `first_pick` (int32 [1]) on.
     """
     if runs_triton(logits):
         from kernels.rows import sampling_triton

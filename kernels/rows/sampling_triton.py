@@ -1,4 +1,4 @@
-"""Gumbel noise on a GPU: the counters of `kernels.rows.sampling`, hashed and turned into noise in registers."""
+"""Gumbel noise and picks on a GPU. The noise is that of `sampling`, made in registers."""
 
 import torch
 import triton
@@ -36,13 +36,13 @@ def _noise(keys, row, token):
 
 @triton.jit
 def perturb(logits, temperature, keys, row, token):
-    """What is compared where the temperature is not 0."""
+    """The scores that are compared if the temperature is not 0."""
     return tl.div_rn(logits, temperature) + _noise(keys, row, token)
 
 
 @triton.jit
 def nan_to_inf(score):
-    """Scores of which a maximum, which passes over NaN, is infinite where one is NaN: `pick_best` knows it by that."""
+    """The scores with infinity for NaN, which a maximum would pass over: `pick_best` gives such a row no token."""
     return tl.where(score == score, score, float("inf"))
 
 
@@ -86,7 +86,7 @@ def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.conste
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """`kernels.rows.sampling.gumbel_noise`."""
+    """See `sampling.gumbel_noise`."""
     rows = keys.shape[0]
     out = torch.empty(rows, vocab_size, device=keys.device, dtype=torch.float32)
     _gumbel_kernel[(rows, triton.cdiv(vocab_size, _COLUMNS))](keys, out, vocab_size, COLUMNS=_COLUMNS)
@@ -96,14 +96,14 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:
-    """`kernels.gumbel_argmax`: the best of every block of tokens, then the best block."""
+    """See `kernels.gumbel_argmax`. First the best of every block of tokens is found, then the best block."""
     pick_best(*best_of_blocks(logits, temperatures, keys), picks, first_pick)
 
 
 def best_of_blocks(logits: Tensor, temperatures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks].
 
-    Infinite where a score is NaN.
+    The score is infinite if one of the block's scores is NaN.
     """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, _PICK_COLUMNS)
@@ -116,9 +116,11 @@ def best_of_blocks(logits: Tensor, temperatures: Tensor, keys: Tensor) -> tuple[
 
 
 def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor) -> None:
-    """For every row the index with the highest value, of equals the first: values, int32 indices [rows, blocks].
+    """For every row, pick the index that has the highest value. Of equal values the first wins.
 
-    `NO_TOKEN` where that value is infinite.
+    values: float32 [rows, blocks]. A row whose highest value is infinite gets `NO_TOKEN`.
+    indices: int32 [rows, blocks].
+    picks, first_pick: see `kernels.gumbel_argmax`.
     """
     rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)

@@ -1,4 +1,4 @@
-"""The way of a pass's plan to the device that runs it."""
+"""Copying the plan of a pass to its device."""
 
 from torch import Tensor
 
@@ -6,10 +6,10 @@ from kernels.device import runs_triton
 
 
 def upload(source: Tensor, target: Tensor) -> None:
-    """target[:] = source, both contiguous [count]; source: in page-locked memory, not to be changed before that is done.
+    """target[:] = source, both contiguous [count].
 
-    Between other kernels a small copy by a kernel takes a third of the time of one by a GPU's copy engine, which the
-    kernels before and after it wait for.
+    source is in page-locked memory and must not change before the copy is done. A kernel copies little data in a third of the
+    time that the GPU's copy engine needs, because the kernels before and after wait for the engine.
     """
     if runs_triton(target):
         from kernels.rows import upload_triton

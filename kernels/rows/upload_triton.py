@@ -1,4 +1,4 @@
-"""The copy of a pass's plan, by a kernel that reads the host's memory."""
+"""Copying the plan of a pass by a kernel that reads the host's memory."""
 
 import triton
 import triton.language as tl
@@ -14,6 +14,6 @@ def _upload_kernel(source, target, count, BLOCK: tl.constexpr):
 
 
 def upload(source: Tensor, target: Tensor) -> None:
-    """`kernels.rows.upload`; source: in page-locked memory, which a GPU reads by its address."""
+    """See `kernels.upload`. A GPU can read page-locked memory of the host by its address."""
     count = source.numel()
     _upload_kernel[(triton.cdiv(count, _BLOCK),)](source, target, count, BLOCK=_BLOCK)
