@@ -17,13 +17,12 @@ from triton.language.extra.cuda import gdc_wait
 
 from kernels.attention.hopper_lanes import Cursor, Ring, give_back, item_index, lane_share, move
 from kernels.attention.items import (
-    advance,
     ends_record,
-    ends_segment,
     item_keys,
     load_item,
     next_segment,
     start_walk,
+    take_step,
 )
 from kernels.attention.softmax import Records, Softmax
 
@@ -232,8 +231,8 @@ def consume(
             segment = Softmax(segment.top, segment.norm, acc)
             give_back(ring, cursor, shared)
             cursor = move(cursor, stride, PLACES)
-            walk = advance(walk, STEP)
-            if ends_segment(walk, keys, step):
+            walk, ends_segment = take_step(walk, keys, step, STEP)
+            if ends_segment:
                 span = _merge(span, segment)
                 segment = Softmax(unseen, segment.norm, segment.acc)
                 if ends_record(walk, keys, step):

@@ -111,12 +111,6 @@ def start_walk(item, keys):
 
 
 @triton.jit
-def advance(walk, STEP: tl.constexpr):
-    """The walk after a step."""
-    return Walk(walk.here + STEP, walk.segment, walk.segment_end)
-
-
-@triton.jit
 def next_segment(walk, keys, step):
     """The walk in the segment that begins after step number `step`."""
     segment = walk.segment + 1
@@ -125,14 +119,16 @@ def next_segment(walk, keys, step):
 
 
 @triton.jit
-def ends_segment(walk, keys, step):
-    """Whether a segment ends with step number `step`; walk: after it."""
-    return (step + 1 == keys.steps) | (step + 1 == keys.cached_steps) | (walk.here == walk.segment_end)
+def take_step(walk, keys, step, STEP: tl.constexpr):
+    """The walk after step number `step`, and whether a segment ends with it."""
+    here = walk.here + STEP
+    ends = (step + 1 == keys.steps) | (step + 1 == keys.cached_steps) | (here == walk.segment_end)
+    return Walk(here, walk.segment, walk.segment_end), ends
 
 
 @triton.jit
 def ends_record(walk, keys, step):
-    """Whether a record ends with the segment that ends with step number `step`.
+    """Whether a record ends with the segment that ends with step number `step`; walk: after that step.
 
     A record ends with every segment until the first whole span, and then with every span. A diffusion block belongs to the
     last span in the cache.

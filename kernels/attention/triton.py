@@ -15,13 +15,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention.items import (
     NUM_ITEMS,
-    advance,
     ends_record,
-    ends_segment,
     item_keys,
     load_item,
     next_segment,
     start_walk,
+    take_step,
 )
 from kernels.attention.softmax import Records, load, merge, nothing, result, see, store
 from kernels.attention.types import AttentionPlan
@@ -30,7 +29,8 @@ from kernels.device import chaining
 
 @triton.jit
 def _load_cached(
-    cache,
+    k_cache,
+    v_cache,
     kv_head,
     slots,
     page,
@@ -40,21 +40,24 @@ def _load_cached(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Keys or values of positions at .. at + KEYS - 1 [keys, width], which lie in one page."""
+    """Keys and values of positions at .. at + KEYS - 1 [keys, width], which lie in one page."""
     key, dims = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     spot = (kv_head * slots + page * PAGE + at % PAGE + key).to(tl.int64)[:, None] * DIM + dims[None, :]
-    return tl.load(cache + spot, mask=(dims < DIM)[None, :], other=0.0)
+    mask = (dims < DIM)[None, :]
+    return tl.load(k_cache + spot, mask=mask, other=0.0), tl.load(v_cache + spot, mask=mask, other=0.0)
 
 
 @triton.jit
 def _load_block(
-    qkv, head, first_row, own, rows, all_heads, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+    qkv, item, kv_head, own, heads, kv_heads, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Keys or values [keys, width] of a diffusion block from its row `own` on; zeros behind its `rows` rows."""
-    key, dims = own + tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    there = (key < rows)[:, None] & (dims < DIM)[None, :]
-    spot = ((first_row + key) * all_heads + head).to(tl.int64)[:, None] * DIM + dims[None, :]
-    return tl.load(qkv + spot, mask=there, other=0.0)
+    """Keys and values [keys, width] of the item's diffusion block from its row `own` on; zeros behind its last row."""
+    key, dims = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    there = (own + key < item.block_rows)[:, None] & (dims < DIM)[None, :]
+    head = (item.block_row + own + key) * (heads + 2 * kv_heads) + heads + kv_head
+    spot = head.to(tl.int64)[:, None] * DIM + dims[None, :]
+    k = tl.load(qkv + spot, mask=there, other=0.0)
+    return k, tl.load(qkv + spot + kv_heads * DIM, mask=there, other=0.0)
 
 
 @triton.jit
@@ -87,7 +90,6 @@ def _attention_kernel(
     # The work list is uploaded before the pass: no kernel writes it.
     count = tl.load(work + NUM_ITEMS) * kv_heads
     records = Records(accs, tops, norms)
-    all_heads = heads + 2 * kv_heads
     query_index = tl.arange(0, QUERIES)
     dims = tl.arange(0, WIDTH)
     for index in range(tl.program_id(0), count, PROGRAMS):
@@ -108,7 +110,7 @@ def _attention_kernel(
         keys = item_keys(item, KEYS)
         if CHAINED:
             gdc_wait()
-        place = ((item.first_row + row) * all_heads + head).to(tl.int64) * DIM
+        place = ((item.first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
         query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
         span, segment = nothing(QUERIES, WIDTH), nothing(QUERIES, WIDTH)
         walk = start_walk(item, keys)
@@ -118,20 +120,15 @@ def _attention_kernel(
             key = tl.arange(0, KEYS)
             if step < keys.cached_steps:
                 page = tl.load(work + item.table_at + at // PAGE)
-                k = _load_cached(k_cache, kv_head, slots, page, at, PAGE, KEYS, DIM, WIDTH)
-                v = _load_cached(v_cache, kv_head, slots, page, at, PAGE, KEYS, DIM, WIDTH)
+                k, v = _load_cached(k_cache, v_cache, kv_head, slots, page, at, PAGE, KEYS, DIM, WIDTH)
                 bound = limit - at
             else:
                 own = (step - keys.cached_steps) * KEYS
-                block_row, block_rows, block_head = item.block_row, item.block_rows, heads + kv_head
-                k = _load_block(qkv, block_head, block_row, own, block_rows, all_heads, KEYS, DIM, WIDTH)
-                v = _load_block(
-                    qkv, block_head + kv_heads, block_row, own, block_rows, all_heads, KEYS, DIM, WIDTH
-                )
-                bound = tl.zeros_like(limit) + (block_rows - own)
+                k, v = _load_block(qkv, item, kv_head, own, heads, kv_heads, KEYS, DIM, WIDTH)
+                bound = tl.zeros_like(limit) + (item.block_rows - own)
             segment = see(segment, query, k, v, scale, key[None, :] < bound[:, None])
-            walk = advance(walk, KEYS)
-            if ends_segment(walk, keys, step):
+            walk, ends_segment = take_step(walk, keys, step, KEYS)
+            if ends_segment:
                 span = merge(span, segment)
                 segment = nothing(QUERIES, WIDTH)
                 if ends_record(walk, keys, step):
