@@ -7,33 +7,12 @@ pickled to Serve's controller: it imports nothing heavy.
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Counter, Gauge
 
-if TYPE_CHECKING:
-    from orthrus.engine.stats import EngineStats
-
 logger = logging.getLogger("ray.serve")
-
-
-def engine_load(before: "EngineStats", now: "EngineStats", seconds: float) -> dict[str, float]:
-    """The signals of one replica, by the names that `EngineLoadPolicy` reads: `before` was `seconds` ago.
-
-    row_use: how full the passes were over all that time, 0 to 1. queue_wait: seconds that the first request in the
-    queue has waited. kv_use: part of the KV pages that requests hold. admitted_rate: sequences a second that got a slot.
-    tokens_per_cycle: since the start where nothing was decoded meanwhile.
-    """
-    cycles = now.cycles - before.cycles
-    return {
-        # A pass counts where it ends, the part before the window included.
-        "row_use": min(1.0, (now.row_use_seconds - before.row_use_seconds) / seconds),
-        "queue_wait": now.oldest_wait,
-        "kv_use": now.kv_pages_used / now.kv_pages_total,
-        "admitted_rate": (now.admitted - before.admitted) / seconds,
-        "tokens_per_cycle": (now.committed - before.committed) / cycles if cycles else now.tokens_per_cycle,
-    }
 
 
 class Decision(NamedTuple):
@@ -97,19 +76,21 @@ class EngineLoadPolicy:
         # The work is the sum over replicas, however many share it: what a new one takes over comes off the others.
         calls = []
         for name, target in self._targets.items():
-            total = sum(signals[name].values())
-            reason = f"{name} {total / len(signals[name]):.2f} on average, target {target:.2f}"
-            calls.append(Decision(total / target, name, reason))
+            # Replicas of another version may not report a signal. Then nothing follows from it.
+            if values := list(signals.get(name, {}).values()):
+                reason = f"{name} {sum(values) / len(values):.2f} on average, target {target:.2f}"
+                calls.append(Decision(sum(values) / target, name, reason))
         # A queue in some replicas only needs no other one: new requests go elsewhere, and those in it stay.
-        wait = min(signals["queue_wait"].values())
+        wait = min(signals.get("queue_wait", {}).values(), default=0.0)
         if wait > self._max_queue_wait:
             reason = f"requests have waited {wait:.1f} s everywhere, limit {self._max_queue_wait:.1f} s"
             calls.append(Decision(running + 1, "queue_wait", reason))
         # A mean over time: under 1 it is requests on their way to a replica. By Little's law, its wait is this over the rate
         # at which requests leave the queue.
-        queued, rate = ctx.total_queued_requests, sum(signals["admitted_rate"].values())
+        queued, rates = ctx.total_queued_requests, signals.get("admitted_rate", {})
+        rate = sum(rates.values())
         wait = queued / rate if rate else math.inf
-        if queued >= 1 and wait > self._max_queue_wait:
+        if queued >= 1 and rates and wait > self._max_queue_wait:
             pace = (
                 f"for {wait:.1f} s, limit {self._max_queue_wait:.1f} s"
                 if rate

@@ -16,8 +16,8 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.util.metrics import Counter
 
+from deployments.replica.reports import Capacity
 from deployments.routing.balancer import PrefixBalancer
-from deployments.routing.load import Capacity
 from orthrus.requests.request import Request
 
 _ASK_SECONDS = 0.25
@@ -140,9 +140,9 @@ class PrefixRouter(RequestRouter):
     def _update_balancer(self) -> None:
         self._balancer.update(
             {
-                replica_id: (Capacity(**replica.replica_metadata), replica.routing_stats)
+                replica_id: (capacity, replica.routing_stats)
                 for replica_id, replica in self._replicas.items()
-                if replica.replica_metadata
+                if (capacity := Capacity.read(replica.replica_metadata or {})) is not None
             }
         )
         self._dispatch()

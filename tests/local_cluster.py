@@ -48,7 +48,7 @@ class Replica:
         return self.actor.rpartition("#")[2]
 
     def report(self) -> dict[str, Any]:
-        """What it tells request routers (deployments/routing/load.py). Of OrthrusReplica only."""
+        """What it tells request routers (deployments/replica/reports.py). Of OrthrusReplica only."""
         actor = ray.get_actor(self.actor, namespace=SERVE_NAMESPACE)
         report: dict[str, Any] = ray.get(actor.record_routing_stats.remote(), timeout=30)
         return report

@@ -9,7 +9,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.bodies.faults import describe
-from deployments.generation.generate import Choice, TextChunk
+from deployments.generation.choices import Choice
+from deployments.generation.text_chunk import TextChunk
 from deployments.responses.body import ResponsesBody
 from deployments.responses.format import ResponsesFormat
 

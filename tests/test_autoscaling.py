@@ -10,7 +10,8 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from deployments.autoscaling import EngineLoadPolicy, engine_load
+from deployments.autoscaling import EngineLoadPolicy
+from deployments.replica.reports import engine_load
 from orthrus.engine.stats import EngineStats
 
 DEPLOYMENT = DeploymentID(name="OrthrusReplica", app_name="orthrus")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from deployments.replica.reports import NAME_BYTES, Capacity, Load, request_name
 from deployments.routing.balancer import PrefixBalancer
-from deployments.routing.load import NAME_BYTES, Capacity, Load, request_name
 from orthrus.cache.page_hash import page_hashes
 from orthrus.cache.page_pool import PagePool
 from orthrus.requests.request import Request, SamplingParams

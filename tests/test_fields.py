@@ -13,8 +13,8 @@ from deployments.bodies.unsupported_fields import UNSUPPORTED
 from deployments.chat.body import ChatBody
 from deployments.chat.output import ChatDelta
 from deployments.chat.template import ChatTemplate
-from deployments.failures.failures import describe_failure
-from deployments.generation.generate import TextChunk
+from deployments.failures.failure import describe_failure
+from deployments.generation.text_chunk import TextChunk
 from deployments.grpc.format import chat_body, completion_body, request_params
 from deployments.http.body import parse_body
 from deployments.openai.format import ResponseFormat

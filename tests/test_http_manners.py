@@ -12,8 +12,11 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from deployments.config.api import ApiConfig
-from deployments.http.manners import PathManners, no_route, with_cors
-from deployments.ingress.docs import BODIES, docs_page, openapi_document, router
+from deployments.http.cors import with_cors
+from deployments.http.paths import NormalizePaths, no_route
+from deployments.ingress.docs import BODIES, docs_page, openapi_document
+from deployments.ingress.docs import router as docs_router
+from deployments.operations.router import router as operations_router
 
 PAGE = "https://chat.example"
 
@@ -21,8 +24,9 @@ PAGE = "https://chat.example"
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
     app = FastAPI(title="Orthrus", openapi_url=None, redirect_slashes=False)
-    app.include_router(router)
-    app.add_middleware(PathManners)
+    app.include_router(docs_router)
+    app.include_router(operations_router)
+    app.add_middleware(NormalizePaths)
 
     @app.exception_handler(404)
     @app.exception_handler(405)

@@ -11,7 +11,9 @@ from openai.types.completion import Completion
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deployments.generation.generate import MAX_SCORES, Choice, TextChunk, _text_chunk, check_scores
+from deployments.generation.choices import Choice
+from deployments.generation.generate import MAX_SCORES, check_scores
+from deployments.generation.text_chunk import TextChunk, text_chunk
 from deployments.openai.format import ResponseFormat
 from deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
 from deployments.tokenizer.info import tokenizer_info
@@ -66,7 +68,7 @@ def answer(
         )
         if last and params.stop and reason == "stop":
             chunk = replace(chunk, stop_reason=params.stop[0])
-        items.append(_text_chunk(chunk, params, text, None))
+        items.append(text_chunk(chunk, params, text, None))
     return items
 
 

@@ -10,14 +10,10 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.bodies.faults import describe
-from deployments.failures.failures import (
-    GenerationFailed,
-    ModelUnavailable,
-    QueueFull,
-    RateLimited,
-    describe_failure,
-)
-from deployments.generation.generate import Choice, TextChunk
+from deployments.failures.errors import GenerationFailed, ModelUnavailable, QueueFull, RateLimited
+from deployments.failures.failure import describe_failure
+from deployments.generation.choices import Choice
+from deployments.generation.text_chunk import TextChunk
 from deployments.messages.body import CountTokensBody, MessagesBody
 from deployments.messages.format import MessageFormat, error_body, error_status
 from orthrus.errors import RequestError

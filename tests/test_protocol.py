@@ -24,7 +24,7 @@ from deployments.bodies.faults import describe
 from deployments.chat.body import ChatBody
 from deployments.chat.call_text import ToolCallDelta
 from deployments.chat.output import ChatDelta
-from deployments.failures.failures import (
+from deployments.failures.errors import (
     BodyTooLarge,
     BodyTooSlow,
     GenerationFailed,
@@ -32,10 +32,11 @@ from deployments.failures.failures import (
     ModelNotFound,
     RateLimited,
     UnsupportedBody,
-    describe_failure,
     unwrap,
 )
-from deployments.generation.generate import Choice, TextChunk
+from deployments.failures.failure import describe_failure
+from deployments.generation.choices import Choice
+from deployments.generation.text_chunk import TextChunk
 from deployments.grpc.format import chat_body, chat_chunk, generate_chunk, request_params
 from deployments.openai.format import ResponseFormat, cost
 from deployments.openai.logprobs import Echo

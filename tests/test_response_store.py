@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from deployments.access.calls import Call
+from deployments.access.call import Call
 from deployments.access.keys import ApiKey
-from deployments.config.api import ResponseStoreConfig
-from deployments.failures.failures import ModelUnavailable, ResponseNotFound, describe_failure
-from deployments.generation.chats import Chats
+from deployments.config.api import ApiConfig, ResponseStoreConfig
+from deployments.failures.errors import ModelUnavailable, ResponseNotFound
+from deployments.failures.failure import describe_failure
+from deployments.generation.handler import Handler
+from deployments.generation.served_model import ServedModel
 from deployments.responses.api import ResponsesApi
 from deployments.responses.body import ResponsesBody
 from deployments.responses.store import Responses, ResponseStore, StoredResponse
@@ -112,7 +114,7 @@ def api() -> ResponsesApi:
     responses = Responses(Handle(store_of()))
     items = [{"id": f"i{i}", "type": "message", "role": "user", "content": str(i)} for i in range(8)]
     asyncio.run(responses.keep("alice", StoredResponse({"id": "r1", "output": items[7:]}, items, 7)))
-    return ResponsesApi(None, None, responses)  # type: ignore[arg-type]
+    return ResponsesApi(None, responses)  # type: ignore[arg-type]
 
 
 def test_a_response_is_its_keys_alone(api: ResponsesApi) -> None:
@@ -145,7 +147,7 @@ def test_input_items_come_in_pages(api: ResponsesApi) -> None:
 
 
 def test_without_a_store_the_setting_is_named() -> None:
-    api = ResponsesApi(None, None, None)  # type: ignore[arg-type]
+    api = ResponsesApi(None, None)  # type: ignore[arg-type]
     call = call_of("alice")
     for ask in (api.get(call, "r", {}), api.delete(call, "r"), api.input_items(call, "r", {})):
         with pytest.raises(ResponseNotFound, match=r"api\.response_store"):
@@ -177,9 +179,10 @@ def test_what_is_kept_comes_back() -> None:
 
 def test_errors_name_what_the_client_sent(tokenizer: Any) -> None:
     """The chat behind a response has other names for it."""
-    chats = Chats(None, None, tokenizer, 100)  # type: ignore[arg-type]
+    model = ServedModel("m", tokenizer, 256, 100)
+    handler = Handler(model, None, None, None, ApiConfig())  # type: ignore[arg-type]
     call = call_of("alice")
     with pytest.raises(RequestError) as caught:  # This tokenizer has no chat template.
-        asyncio.run(ResponsesApi(chats, tokenizer, None).create(call, ResponsesBody(model="m", input="hi")))
+        asyncio.run(ResponsesApi(handler, None).create(call, ResponsesBody(model="m", input="hi")))
     assert caught.value.param == "messages"
     assert describe_failure(caught.value, call.sent_as).param == "input"

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from deployments.failures.failures import GenerationFailed, RateLimited, describe_failure
+from deployments.failures.errors import GenerationFailed, RateLimited
+from deployments.failures.failure import describe_failure
 from deployments.responses.format import ResponsesFormat
 from deployments.responses.items import seal
 from orthrus.errors import RequestError

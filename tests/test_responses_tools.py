@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from deployments.access.calls import Call
-from deployments.failures.failures import describe_failure
-from deployments.generation.chats import Chats
+from deployments.access.call import Call
+from deployments.config.api import ApiConfig
+from deployments.failures.failure import describe_failure
+from deployments.generation.handler import Handler
+from deployments.generation.served_model import ServedModel
 from deployments.responses.api import ResponsesApi
 from deployments.responses.tools import custom_input
 from orthrus.errors import RequestError
@@ -185,10 +187,11 @@ def test_tools_that_cannot_be_offered_are_refused_by_name(fields: dict[str, Any]
 
 def test_the_answer_says_what_was_left_out_and_errors_where_tools_are(tokenizer: Any) -> None:
     call = Call("responses")
-    chats = Chats(None, None, tokenizer, 100)  # type: ignore[arg-type]
+    model = ServedModel("m", tokenizer, 256, 100)
+    handler = Handler(model, None, None, None, ApiConfig())  # type: ignore[arg-type]
     asked = body(tools=[WEB_SEARCH, AGENTS])
     with pytest.raises(RequestError, match="chat template"):
-        asyncio.run(ResponsesApi(chats, tokenizer, None).create(call, asked))
+        asyncio.run(ResponsesApi(handler, None).create(call, asked))
     assert call.headers["x-orthrus-ignored-fields"] == "tools[0]"
     told = describe_failure(
         RequestError("tools[1].function.parameters: no", "tools[1].function.parameters"), asked.sent_as

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionChunk
 from tokenizers import AddedToken
 
 from deployments.chat.output import ChatSplitter, joined
-from deployments.generation.generate import TextChunk
+from deployments.generation.text_chunk import TextChunk
 from deployments.openai.format import ResponseFormat
 from orthrus.requests.request import Chunk
 from orthrus.text.stream import TextStream

@@ -50,10 +50,14 @@ class CompletionBody(Body):
         """How many tokens an answer may have."""
         return 16 if self.max_tokens is None else self.max_tokens
 
+    def constrained(self, params: SamplingParams) -> SamplingParams:
+        """`params` with the grammar that the body asks for. Raises RequestError."""
+        return replace(params, grammar=self.constraint.lark) if self.constraint is not None else params
+
     def sampling(self) -> SamplingParams:
+        """The body's sampling parameters. Raises RequestError."""
         max_tokens = self.new_tokens
         scored = self.prompt_logprobs
         if self.echo and (self.logprobs is not None or max_tokens == 0):
             scored = max(scored or 0, self.logprobs or 0)
-        params = self.sampling_with(max_tokens, self.logprobs, scored)
-        return replace(params, grammar=self.constraint.lark) if self.constraint is not None else params
+        return self.constrained(self.sampling_with(max_tokens, self.logprobs, scored))

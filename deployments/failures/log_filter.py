@@ -5,7 +5,7 @@ import logging
 from grpc import StatusCode
 from ray.serve.exceptions import gRPCStatusError
 
-from deployments.failures.failures import EXPECTED, GenerationFailed
+from deployments.failures.errors import EXPECTED, GenerationFailed
 
 _EXPECTED_CODES = {
     StatusCode.INVALID_ARGUMENT,

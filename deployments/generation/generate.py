@@ -1,50 +1,25 @@
-"""The way of a request through the ingress, the same for HTTP and gRPC: token ids to a replica, chunks back, text out."""
+"""One request: its token ids go to a replica, chunks come back and become text."""
 
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.access.calls import Call
-from deployments.chat.output import ChatDelta, ChatSplitter, joined
-from deployments.failures.failures import EXPECTED, GenerationFailed, unwrap
+from deployments.access.call import Call
+from deployments.chat.output import ChatSplitter
+from deployments.failures.errors import EXPECTED, GenerationFailed, unwrap
 from deployments.generation.failover import generate_on_replica
-from deployments.link.chunk_link import ChunkReceiver
+from deployments.generation.text_chunk import TextChunk, text_chunk
+from deployments.link.receiver import ChunkReceiver
 from orthrus.errors import RequestError
-from orthrus.requests.request import Chunk, Request, RequestStats, SamplingParams, joined_chunks
+from orthrus.requests.request import Chunk, Request, SamplingParams, joined_chunks
 from orthrus.text.stream import TextStream
 
 MAX_STOP_CHARACTERS = 1 << 16
 MAX_SCORES = 1 << 18
-"""Log-probabilities of prompts in one answer: some 20 MB of JSON."""
-_MOST_PROMPTS_AT_ONCE = 128
-"""Of one request: far fewer than may wait for a replica."""
-
-
-@dataclass(frozen=True)
-class TextChunk:
-    """A chunk of choice `index` with the text that has become certain; in a chat, taken apart as `delta`.
-
-    finish_reason: "stop", "length" or "tool_calls" in a choice's last chunk. reasoning: which of the chunk's tokens
-    are a chat's reasoning.
-    """
-
-    index: int
-    text: str
-    chunk: Chunk
-    delta: ChatDelta | None = None
-    finish_reason: str | None = None
-    reasoning: range = range(0)
-
-    @property
-    def says_nothing(self) -> bool:
-        """Whether a client need not hear of it: its text is held back, and nothing else has happened."""
-        said = self.text if self.delta is None else self.delta
-        return not (said or self.chunk.logprobs or self.finish_reason)
+"""How many log-probabilities of prompts one answer may have: some 20 MB of JSON."""
 
 
 def check_scores(prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
@@ -69,15 +44,17 @@ async def generate(
     params: SamplingParams,
     splitter: Callable[[], ChatSplitter] | None = None,
 ) -> AsyncGenerator[TextChunk]:
-    """Run one request on a replica. Raises RequestError and GenerationFailed; closing the iterator cancels the request.
+    """Run one request on a replica. Closing the iterator cancels the request.
 
-    call: what the request belongs to and is counted for. splitter: makes what takes a choice's text apart, for chats.
+    call: the request belongs to it, and its tokens are counted there.
+    prompt: token ids.
+    splitter: makes a splitter for each choice's text, None where the text is not a chat's.
+    Raises RequestError, GenerationFailed, QueueFull and ModelUnavailable.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
             f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
-    check_scores([prompt], params)
     request = Request(uuid.uuid4().hex, prompt, params, call.priority, call.cache_salt)
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]
     texts = [
@@ -101,13 +78,13 @@ async def generate(
                 call.add(chunk, len(prompt))
                 begun = True
                 if unlogged is not None:
-                    # Only now is it certain that the ids are tokens.
+                    # The replica has accepted the ids: only now is it certain that they are tokens.
                     unlogged.append(await asyncio.to_thread(tokenizer.decode, prompt))
                     unlogged = None
-                yield _text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
+                yield text_chunk(chunk, params, texts[chunk.index], splitters[chunk.index])
     except (asyncio.CancelledError, GeneratorExit):
         if not begun:
-            call.add_prompt(request.request_id, len(prompt))  # Some of its rows may have been computed.
+            call.add_prompt(request.request_id, len(prompt))  # The replica may have computed some of it.
         raise
     except Exception as error:
         cause = unwrap(error)
@@ -118,110 +95,11 @@ async def generate(
         await stream.aclose()
 
 
-def _text_chunk(
-    chunk: Chunk, params: SamplingParams, text: TextStream, splitter: ChatSplitter | None
-) -> TextChunk:
-    """A chunk with what has become certain of its choice's text."""
-    tokens = chunk.token_ids
-    # A stop token ends the text and is no part of it, even where it is an ordinary word.
-    if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
-        tokens = tokens[:-1]
-    last = chunk.finish_reason is not None
-    pieces = [text.push(token) for token in tokens]
-    certain = "".join(pieces)
-    if last:
-        certain += text.finish()
-        if params.include_stop_str_in_output:
-            certain += text.stopped or ""
-    if splitter is None:
-        return TextChunk(chunk.index, certain, chunk, finish_reason=chunk.finish_reason)
-    reasoning = splitter.reasoning_span(pieces)
-    delta = splitter.push(certain, final=last)
-    reason = "tool_calls" if chunk.finish_reason == "stop" and splitter.called else chunk.finish_reason
-    return TextChunk(chunk.index, certain, chunk, delta, reason, reasoning)
-
-
 def _by_choice(chunks: list[Chunk]) -> list[Chunk]:
-    """Chunks that came together as one for each choice."""
+    """Chunks that came together, joined into one for each choice."""
     if len(chunks) == 1:
         return chunks
     of_choice: dict[int, list[Chunk]] = {}
     for chunk in chunks:
         of_choice.setdefault(chunk.index, []).append(chunk)
     return [joined_chunks(parts) for parts in of_choice.values()]
-
-
-@dataclass
-class Choice:
-    """All of one choice: its chunks added up."""
-
-    chunks: list[TextChunk] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return "".join([item.text for item in self.chunks])
-
-    @property
-    def message(self) -> ChatDelta:
-        """Of a chat."""
-        return joined(item.delta for item in self.chunks if item.delta is not None)
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.chunks[-1].finish_reason
-
-    @property
-    def reasoning_tokens(self) -> int:
-        """Of a chat."""
-        return sum(len(item.reasoning) for item in self.chunks)
-
-    @property
-    def stats(self) -> RequestStats:
-        stats = self.chunks[-1].chunk.stats
-        assert stats is not None, "a finished choice has stats"
-        return stats
-
-
-async def collect(merged: AsyncGenerator[tuple[int, TextChunk]], count: int) -> list[Choice]:
-    """Wait for all `count` choices that `merge` brings."""
-    choices = [Choice() for _ in range(count)]
-    async with aclosing(merged) as items:
-        async for index, item in items:
-            choices[index].chunks.append(item)
-    return choices
-
-
-async def merge(streams: list[AsyncGenerator[TextChunk]], n: int) -> AsyncGenerator[tuple[int, TextChunk]]:
-    """The chunks of several prompts' streams as they come, each with its choice's index among all of them."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as items:
-            async for item in items:
-                yield item.index, item
-        return
-    queue: asyncio.Queue[tuple[int, TextChunk] | BaseException | None] = asyncio.Queue()
-    room = asyncio.Semaphore(_MOST_PROMPTS_AT_ONCE)
-
-    async def pump(number: int, stream: AsyncGenerator[TextChunk]) -> None:
-        try:
-            async with room:
-                async for item in stream:
-                    await queue.put((number * n + item.index, item))
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
-    try:
-        open_streams = len(tasks)
-        while open_streams:
-            got = await queue.get()
-            if isinstance(got, BaseException):
-                raise got
-            if got is None:
-                open_streams -= 1
-            else:
-                yield got
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,8 +12,8 @@ from deployments.bodies.completion_body import CompletionBody
 from deployments.bodies.faults import describe
 from deployments.chat.body import ChatBody
 from deployments.chat.output import joined
-from deployments.failures.failures import describe_failure
-from deployments.generation.generate import TextChunk
+from deployments.failures.failure import describe_failure
+from deployments.generation.text_chunk import TextChunk
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import SamplingParams, TokenLogprob
@@ -22,7 +22,7 @@ _REPEATED = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict, "bad_wo
 
 
 def request_params(sampling: pb.SamplingParams) -> SamplingParams:
-    """Sampling parameters; what is unset has its default. Raises RequestError."""
+    """Sampling parameters. What is unset has its default, and the seed is drawn. Raises RequestError."""
     values: dict[str, Any] = {}
     for field in pb.SamplingParams.DESCRIPTOR.fields:
         value = getattr(sampling, field.name)

@@ -10,11 +10,11 @@ from fastapi import Request
 from jiter import from_json
 from pydantic import BaseModel, ValidationError
 
-from deployments.access.calls import Call
+from deployments.access.call import Call
 from deployments.bodies.faults import describe, unknown_fields
 from deployments.bodies.unsupported_fields import UNSUPPORTED
 from deployments.config.api import ApiConfig
-from deployments.failures.failures import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from deployments.failures.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
 from orthrus.errors import RequestError
 
 Body = TypeVar("Body", bound=BaseModel)

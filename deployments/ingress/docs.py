@@ -78,18 +78,6 @@ _STYLE = (
 router = APIRouter()
 
 
-@router.get("/version")
-async def version_of_server() -> dict[str, str]:
-    """The server's version."""
-    return {"version": version("orthrus-serve")}
-
-
-@router.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
-async def ping() -> dict[str, str]:
-    """This ingress is alive, as `/health`."""
-    return {}
-
-
 @router.get("/openapi.json")
 async def openapi_json(request: HTTPRequest) -> dict[str, Any]:
     """This description."""

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic_core import from_json
 
 from deployments.chat.parts import Part, PartStream, Step
-from deployments.failures.failures import Failure
-from deployments.generation.generate import Choice, TextChunk
+from deployments.failures.failure import Failure
+from deployments.generation.choices import Choice
+from deployments.generation.text_chunk import TextChunk
 from deployments.openai.format import cost
 from orthrus.requests.request import RequestStats
 

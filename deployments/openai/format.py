@@ -1,6 +1,5 @@
 """Chunks and choices in OpenAI's response JSON, for both endpoints, streamed and whole."""
 
-import json
 import secrets
 import time
 import uuid
@@ -10,14 +9,14 @@ from typing import Any
 
 from deployments.bodies.body import AnswerOptions
 from deployments.chat.output import ChatDelta
-from deployments.generation.generate import Choice, TextChunk
+from deployments.generation.choices import Choice
+from deployments.generation.text_chunk import TextChunk
+from deployments.http.sse import encode_json, sse
 from deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
 from orthrus.requests.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
 
 _PADDED_TO = 64
 """Characters: the lengths of padded events are multiples of it, plus what every one has."""
-# Compact, as OpenAI's own events are. Made once: json.dumps makes one at each call that has options.
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def usage(stats: Sequence[RequestStats], n: int, reasoning_tokens: int = 0) -> dict[str, Any]:
@@ -202,9 +201,9 @@ class ResponseFormat:
                 "content": replace(item, delta=ChatDelta(content=marker)),
                 "reasoning": replace(item, delta=ChatDelta(reasoning=marker)),
             }
-            around = sse(self.event(marked[key], index)).split(_encode(marker))
+            around = sse(self.event(marked[key], index)).split(encode_json(marker))
             self._around[index, key] = around
-        return f"{around[0]}{_encode(text)}{around[1]}"
+        return f"{around[0]}{encode_json(text)}{around[1]}"
 
     def usage_event(self, stats: Sequence[RequestStats]) -> dict[str, Any]:
         """The last event where the client asked for usage."""
@@ -217,7 +216,7 @@ class ResponseFormat:
     def sse(self, event: dict[str, Any]) -> str:
         """A server-sent event, padded where the length of its text is not to show."""
         if self.options.obfuscation:
-            missing = -len(_encode(event)) % _PADDED_TO
+            missing = -len(encode_json(event)) % _PADDED_TO
             event = {**event, "obfuscation": secrets.token_urlsafe(_PADDED_TO)[:missing]}
         return sse(event)
 
@@ -303,13 +302,3 @@ def _delta(delta: ChatDelta) -> dict[str, Any]:
             for call in delta.tool_calls
         ]
     return rendered
-
-
-def sse(event: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {_encode(event)}\n\n"
-
-
-def named_sse(event: dict[str, Any]) -> str:
-    """A server-sent event that bears its type as its name too, as the clients of newer APIs expect."""
-    return f"event: {event['type']}\n{sse(event)}"

@@ -12,12 +12,13 @@ from typing import Any
 from ray import serve
 from transformers.utils.logging import disable_progress_bar
 
-from deployments.autoscaling import engine_load
 from deployments.failures.log_filter import quiet_client_errors
-from deployments.link.chunk_link import Address, ChunkLinks, LinkLost
+from deployments.link.errors import LinkLost
+from deployments.link.framing import Address
+from deployments.link.sender import ChunkLinks
 from deployments.replica.engine_metrics import MetricsExporter
+from deployments.replica.reports import Capacity, RoutingReport, engine_load
 from deployments.replica.stages import clear_stages, publish_stages
-from deployments.routing.load import replica_capacity, replica_report
 from orthrus.engine import Engine
 from orthrus.engine.async_engine import AsyncEngine
 from orthrus.engine.config import EngineConfig
@@ -78,11 +79,11 @@ class OrthrusReplica:
 
     async def record_replica_metadata(self) -> dict[str, int]:
         """Called by Serve once: what the request router must know of this replica's size."""
-        return replica_capacity(self._engine.engine)
+        return Capacity.of(self._engine.engine)._asdict()
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
-        return await self._engine.ask(replica_report)
+        return await self._engine.ask(RoutingReport.of)
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)

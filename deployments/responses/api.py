@@ -1,4 +1,4 @@
-"""/v1/responses: requests of OpenAI's Responses API, from their bodies to their answers."""
+"""What the endpoints of OpenAI's Responses API do, from a body to an answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.access.calls import Call
-from deployments.failures.failures import ResponseNotFound
-from deployments.generation.chats import Chats, stream_answer
-from deployments.generation.generate import collect, merge
+from deployments.access.call import Call
+from deployments.failures.errors import ResponseNotFound
+from deployments.generation.handler import Handler
 from deployments.http.body import name_ignored
+from deployments.http.events import stream_answer
 from deployments.responses.body import ResponsesBody
 from deployments.responses.format import ResponsesFormat
 from deployments.responses.items import Item, listed
@@ -23,20 +23,23 @@ _MOST_LISTED = 100
 
 
 class ResponsesApi:
-    """store: None where responses are not stored."""
+    """Makes, keeps, finds and deletes responses."""
 
-    def __init__(self, chats: Chats, tokenizer: Any, store: Responses | None) -> None:
-        self._chats, self._tokenizer, self._store = chats, tokenizer, store
+    def __init__(self, handler: Handler, store: Responses | None) -> None:
+        """store: None if responses are not stored."""
+        self.handler, self._store = handler, store
 
     async def create(self, call: Call, body: ResponsesBody) -> Response:
-        """The response, whole or as events. Raises RequestError, ModelUnavailable, and as `generate` does."""
+        """The response, whole or as events. Raises RequestError, ModelUnavailable, and what `generate` raises."""
         call.sent_as = body.sent_as
         name_ignored(call, body.left_out)
         before = await self._before(call, body)
         chat = body.chat(before)
-        running = await self._chats.start(call, chat, chat.sampling())
+        params = chat.sampling()
+        call.read(chat)
+        answer = await self.handler.chat(call, chat, params)
         store = self._store if body.store is not False else None
-        out = ResponsesFormat(body, self._tokenizer, stored=store is not None)
+        out = ResponsesFormat(body, self.handler.model.tokenizer, stored=store is not None)
 
         async def keep() -> None:
             if store is not None:
@@ -45,18 +48,18 @@ class ResponsesApi:
                 await store.keep(_owner(call), kept)
 
         if body.stream:
-            return await stream_answer(call, running.chunks, out, keep)
-        [choice] = await collect(merge([running.chunks], 1), 1)
+            return await stream_answer(call, answer, out, keep)
+        [choice] = await answer.choices()
         response = out.whole(choice)
         await keep()
         call.outcome = "ok"
         return JSONResponse(response)
 
     async def count(self, call: Call, body: ResponsesBody) -> dict[str, Any]:
-        """How many tokens the prompt would have. Raises as `create` does."""
+        """How many tokens the prompt would have. Raises what `create` raises."""
         call.sent_as = body.sent_as
         name_ignored(call, body.left_out)
-        prompt = await self._chats.prompt(body.chat(await self._before(call, body)))
+        prompt = await self.handler.chat_prompt(body.chat(await self._before(call, body)))
         call.outcome = "ok"
         return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
 

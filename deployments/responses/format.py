@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from deployments.chat.parts import Part, PartStream, Step
-from deployments.failures.failures import Failure
-from deployments.generation.generate import Choice, TextChunk
+from deployments.failures.failure import Failure
+from deployments.generation.choices import Choice
+from deployments.generation.text_chunk import TextChunk
 from deployments.openai.format import cost
 from deployments.openai.logprobs import chat_logprobs
 from deployments.responses.body import ENCRYPTED_REASONING, ResponsesBody

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.config.api import ResponseStoreConfig
-from deployments.failures.failures import ModelUnavailable
+from deployments.failures.errors import ModelUnavailable
 
 logger = logging.getLogger("ray.serve")
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from deployments.routing.load import NAME_BYTES, Capacity, Load, request_load, request_name
+from deployments.replica.reports import NAME_BYTES, Capacity, Load, RoutingReport, request_name
+from deployments.routing.load import request_load
 from orthrus.cache.page_hash import PageHash, page_hashes
 from orthrus.requests.request import Request
 
@@ -116,9 +117,7 @@ class _View:
         if not report or report == self._report:
             return
         self._report, self.refused, self._others = report, False, 0
-        self._reported = Load(report["sequences"], report["prompts"], report["pages"])
-        self._counted = frozenset(_parts(report["requests"]))
-        self._held = frozenset(_parts(report["prefixes"]))
+        self._reported, self._counted, self._held = RoutingReport.read(report)
         self._sent = Load()
         for name, load in self._mine.items():
             if name not in self._counted:
@@ -363,7 +362,3 @@ _turn = attrgetter("turn")
 def _weight(session: str, replica: Replica) -> bytes:
     """Rendezvous hashing: all routers agree, and a replica that comes or goes moves its own sessions only."""
     return hashlib.blake2b(f"{session}\0{replica}".encode(), digest_size=8).digest()
-
-
-def _parts(names: bytes) -> list[bytes]:
-    return [names[i : i + NAME_BYTES] for i in range(0, len(names), NAME_BYTES)]

@@ -1,4 +1,4 @@
-"""What went wrong with a request, and how each protocol says so."""
+"""How an error is told to a client, over HTTP and over gRPC."""
 
 import logging
 import math
@@ -8,104 +8,41 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
-from ray.exceptions import ActorDiedError, ActorUnavailableError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from deployments.link.chunk_link import LinkLost
+from deployments.failures.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    GenerationFailed,
+    InvalidKey,
+    ModelNotFound,
+    ModelUnavailable,
+    QueueFull,
+    RateLimited,
+    ResponseNotFound,
+    UnsupportedBody,
+)
 from orthrus.errors import RequestError
 
 logger = logging.getLogger("ray.serve")
 
 
-class GenerationFailed(Exception):
-    """The engine ended a request that it had accepted."""
-
-
-class ModelNotFound(Exception):
-    """The request names a model that is not served here."""
-
-
-class ResponseNotFound(Exception):
-    """There is no such response, or not for this caller."""
-
-
-class BodyTooLarge(Exception):
-    """The request is over the size limit."""
-
-
-class BodyTooSlow(Exception):
-    """The client has not sent its request in time."""
-
-
-class UnsupportedBody(Exception):
-    """The request's body is of a kind that is not read here."""
-
-
-class InvalidKey(Exception):
-    """The call has no API key, or not one that may call now."""
-
-
-class RateLimited(Exception):
-    """The key has used up one of its limits. retry_after: seconds."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-    def __reduce__(self) -> tuple[type, tuple[str, float]]:
-        # As an exception has it by default, only the message would reach another process.
-        return type(self), (str(self), self.retry_after)
-
-
-class QueueFull(Exception):
-    """As many requests are waiting for a replica as may."""
-
-
-class ModelUnavailable(Exception):
-    """No replica can take the request now."""
-
-
-REPLICA_LOST = (ActorDiedError, ActorUnavailableError, LinkLost)
-"""What a call raises whose replica has ended."""
-# What Serve raises for want of a replica. Its own answers to them, which it would give over HTTP, are not OpenAI's.
-_NO_REPLICA = (DeploymentUnavailableError, ReplicaUnavailableError, *REPLICA_LOST)
-# What `describe_failure` has an answer for; anything else is a bug here and is logged as one.
-EXPECTED: tuple[type[Exception], ...] = (
-    RequestError,
-    ModelNotFound,
-    ResponseNotFound,
-    BodyTooLarge,
-    BodyTooSlow,
-    UnsupportedBody,
-    InvalidKey,
-    RateLimited,
-    GenerationFailed,
-    QueueFull,
-    ModelUnavailable,
-)
-
-
-def unwrap(error: Exception) -> Exception:
-    """The error behind what a call to a replica raised: out of Ray's wrapper around it, and ours where it is Serve's."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, BackPressureError):
-        return QueueFull("too many requests are waiting: try again later")
-    if isinstance(error, _NO_REPLICA) or isinstance(cause, _NO_REPLICA):
-        return ModelUnavailable("the model's replica is not available: try again")
-    return cause
-
-
 @dataclass(frozen=True)
 class Failure:
-    """An error as HTTP (status, OpenAI's error fields, headers) and as gRPC (status code, details = message)."""
+    """An error in the words of both protocols."""
 
     status: int
+    """HTTP's status."""
     grpc_code: grpc.StatusCode
     message: str
+    """`message` of OpenAI's error object, and the details of a gRPC status."""
     kind: str = "invalid_request_error"
+    """`type` of OpenAI's error object."""
     param: str | None = None
+    """The field of the request that is wrong, by the client's name."""
     code: str | None = None
+    """`code` of OpenAI's error object."""
     headers: dict[str, str] = field(default_factory=dict)
+    """HTTP headers of the answer."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -118,14 +55,14 @@ _MAX_MESSAGE = 500
 
 
 def describe_failure(error: BaseException, sent_as: Mapping[str, str] | None = None) -> Failure:
-    """The answer to a request that ended in `error`. A fault of ours is logged, and its details stay with us.
+    """The answer to a request that ended in `error`. A fault of the server is logged, and the client is not told its details.
 
-    sent_as: the client's names of fields that the error may name otherwise.
+    sent_as: maps names of fields, as the error has them, to the names that the client used.
     """
     failure = _describe(error)
     if sent_as and failure.param is not None and failure.param in sent_as:
         name = sent_as[failure.param]
-        # "prompt" and the like are words too, so only what must be a field's name is replaced in the message.
+        # "prompt" and the like are ordinary words too, so the message keeps them: only names with "_" or "." are replaced.
         message = (
             re.sub(rf"\b{re.escape(failure.param)}\b", name, failure.message)
             if re.search("[_.]", failure.param)

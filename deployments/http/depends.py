@@ -1,0 +1,39 @@
+"""What endpoints ask for by the types of their parameters: the handler, and an admitted call."""
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from deployments.access.call import Call
+from deployments.generation.handler import Handler
+
+
+async def _handler(request: Request) -> Handler:
+    handler: Handler = request.app.state.handler
+    return handler
+
+
+HandlerDep = Annotated[Handler, Depends(_handler)]
+"""The handler of this application."""
+
+
+def admitted(endpoint: str) -> Any:
+    """A dependency: the call of a request, admitted. `CallMiddleware` ends it.
+
+    endpoint: what logs and metrics call it.
+    """
+
+    async def admit(request: Request, handler: HandlerDep) -> Call:
+        request.state.call = call = Call(endpoint)
+        await handler.gate.admit(call, request.headers)
+        return call
+
+    return Depends(admit)
+
+
+async def _identify(request: Request, handler: HandlerDep) -> None:
+    handler.gate.identify(request.headers)
+
+
+Identified = Depends(_identify)
+"""A dependency: the caller has a key, where keys are needed. For endpoints that are no calls: they cost nothing."""

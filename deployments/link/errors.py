@@ -1,0 +1,5 @@
+"""How a connection between a replica and an ingress fails."""
+
+
+class LinkLost(Exception):
+    """The connection between a replica and an ingress has ended under a request."""

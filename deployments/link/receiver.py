@@ -1,0 +1,134 @@
+"""The ingress's end of the link: takes the chunks of its requests from all replicas (see sender.py)."""
+
+import asyncio
+import hmac
+import logging
+import ssl
+from typing import Any
+
+import ray
+
+from deployments.link.errors import LinkLost
+from deployments.link.framing import Address, Decoder, new_secret
+from deployments.link.inbox import Inbox
+from deployments.link.tls import tls_context
+from orthrus.requests.request import Chunk
+
+logger = logging.getLogger("ray.serve")
+
+
+class ChunkReceiver:
+    """Where an ingress takes the chunks of its requests, from all replicas. Used on one event loop."""
+
+    def __init__(self) -> None:
+        self._secret = new_secret()
+        self._inboxes: dict[str, Inbox] = {}
+        self._links: dict[bytes, _Incoming] = {}
+        self._listening: asyncio.Task[asyncio.Server] | None = None
+        self._host = ray.util.get_node_ip_address()
+
+    async def address(self) -> Address:
+        """Where replicas connect to; the first call starts listening."""
+        if self._listening is None:
+            listen = asyncio.get_running_loop().create_server(
+                lambda: _Incoming(self), self._host, 0, ssl=tls_context(ssl.Purpose.CLIENT_AUTH)
+            )
+            self._listening = asyncio.create_task(listen)
+        listening = self._listening
+        try:
+            server = await asyncio.shield(listening)
+        except OSError:
+            if self._listening is listening:
+                self._listening = None  # The next call tries again.
+            raise
+        return Address(self._host, server.sockets[0].getsockname()[1], self._secret)
+
+    def close(self) -> None:
+        """Listen no more, and end the connections there are."""
+        if self._listening is not None and self._listening.done():
+            self._listening.result().close()
+        for incoming in list(self._links.values()):
+            incoming.close()
+
+    def open(self, request_id: str) -> Inbox:
+        """Begin to take a request's chunks, until `forget`."""
+        inbox = self._inboxes[request_id] = Inbox()
+        return inbox
+
+    def forget(self, request_id: str) -> None:
+        """Drop what may still come for a request."""
+        self._inboxes.pop(request_id, None)
+        for incoming in self._links.values():
+            incoming.expected.discard(request_id)
+
+    def expect_rest(self, request_id: str, link: bytes) -> None:
+        """The replica has sent all chunks of a request over `link`. If that link is lost, so are those that have not come yet."""
+        inbox = self._inboxes.get(request_id)
+        if inbox is None:
+            return
+        incoming = self._links.get(link)
+        if incoming is None:
+            inbox.fail(LinkLost("the connection to the replica has ended"))
+        else:
+            incoming.expected.add(request_id)
+
+    # Called by the connections.
+
+    def admit(self, secret: bytes, name: bytes, incoming: "_Incoming") -> bool:
+        """Take a connection into account, unless its secret is wrong."""
+        if not hmac.compare_digest(secret, self._secret):
+            return False
+        self._links[name] = incoming
+        return True
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Put a chunk into its request's inbox, if anybody still waits for it."""
+        inbox = self._inboxes.get(chunk.request_id)
+        if inbox is not None:
+            inbox.put(chunk)
+
+    def lose(self, name: bytes, expected: set[str]) -> None:
+        """A connection has ended that still had the rest of the requests `expected`."""
+        self._links.pop(name, None)
+        for request_id in expected:
+            inbox = self._inboxes.get(request_id)
+            if inbox is not None:
+                inbox.fail(LinkLost("the connection to the replica has ended"))
+
+
+class _Incoming(asyncio.Protocol):
+    """A replica's connection as the ingress sees it."""
+
+    expected: set[str]
+    """Requests that the replica has sent to their end over this connection, and whose inbox is still open."""
+
+    def __init__(self, receiver: ChunkReceiver) -> None:
+        self.expected = set()
+        self._receiver = receiver
+        self._decoder = Decoder()
+        self._name = b""
+        self._transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._decoder.push(data)
+        if not self._name:
+            greeting = self._decoder.greeting()
+            if greeting is None:
+                return
+            secret, name = greeting
+            if not self._receiver.admit(secret, name, self):
+                logger.warning("a connection that did not know the secret was refused")
+                self.close()
+                return
+            self._name = name
+        for chunk in self._decoder.chunks():
+            self._receiver.deliver(chunk)
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._receiver.lose(self._name, self.expected)

@@ -1,0 +1,45 @@
+"""Anthropic's Messages API."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from deployments.access.call import Call
+from deployments.http.body import read_body
+from deployments.http.depends import HandlerDep, admitted
+from deployments.http.events import stream_answer
+from deployments.messages.body import CountTokensBody, MessagesBody
+from deployments.messages.format import MessageFormat
+
+router = APIRouter()
+
+
+@router.post("/v1/messages")
+async def messages(
+    request: Request, handler: HandlerDep, call: Annotated[Call, admitted("messages")]
+) -> Response:
+    body = await read_body(request, MessagesBody, handler.config)
+    handler.model.check_name(body.model)
+    chat = body.chat()
+    params = chat.sampling()
+    call.read(chat)
+    answer = await handler.chat(call, chat, params)
+    [prompt] = answer.prompts
+    out = MessageFormat(body.model, len(prompt), body.max_tokens)
+    if body.stream:
+        return await stream_answer(call, answer, out)
+    [choice] = await answer.choices()
+    call.outcome = "ok"
+    return JSONResponse(out.whole(choice))
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(
+    request: Request, handler: HandlerDep, call: Annotated[Call, admitted("messages.count_tokens")]
+) -> dict[str, int]:
+    body = await read_body(request, CountTokensBody, handler.config)
+    handler.model.check_name(body.model)
+    prompt = await handler.chat_prompt(body.chat())
+    call.outcome = "ok"
+    return {"input_tokens": len(prompt.tokens)}

@@ -1,0 +1,96 @@
+"""OpenAI's completions and chat completions, and the list of models."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from deployments.access.call import Call
+from deployments.bodies.completion_body import CompletionBody
+from deployments.chat.body import ChatBody
+from deployments.generation.handler import Answer, Handler
+from deployments.http.body import read_body
+from deployments.http.depends import HandlerDep, Identified, admitted
+from deployments.openai.format import ResponseFormat
+from deployments.openai.logprobs import Echo
+from deployments.openai.respond import respond
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(
+    request: Request, handler: HandlerDep, call: Annotated[Call, admitted("completions")]
+) -> Response:
+    body = await read_body(request, CompletionBody, handler.config)
+    handler.model.check_name(body.model)
+    call.read(body)
+    # In a thread: a grammar may take long to make.
+    params = await asyncio.to_thread(body.sampling)
+    answer = await handler.complete(call, body, params)
+    out = ResponseFormat(
+        False,
+        body.model,
+        handler.model.tokenizer,
+        body.options.include_usage,
+        n=params.n,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        skip_special_tokens=params.skip_special_tokens,
+        options=body.options,
+        prompts=answer.prompts,
+    )
+    if body.echo:
+        out.echo = await _echoes(handler, body, answer)
+    return await respond(call, answer, out, stream=bool(body.stream))
+
+
+async def _echoes(handler: Handler, body: CompletionBody, answer: Answer) -> Sequence[Echo]:
+    """What is put before the choices of each prompt."""
+    return [
+        await asyncio.to_thread(
+            Echo.of,
+            handler.model.tokenizer,
+            # A truncated prompt is spelled from its tokens: the client's text is longer.
+            given if body.truncate_prompt_tokens is None else tokens,
+            tokens,
+            body.logprobs is not None,
+        )
+        for given, tokens in zip(body.prompts(), answer.prompts, strict=True)
+    ]
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(
+    request: Request, handler: HandlerDep, call: Annotated[Call, admitted("chat.completions")]
+) -> Response:
+    body = await read_body(request, ChatBody, handler.config)
+    handler.model.check_name(body.model)
+    call.read(body)
+    params = body.sampling()
+    answer = await handler.chat(call, body, params)
+    out = ResponseFormat(
+        True,
+        body.model,
+        handler.model.tokenizer,
+        body.options.include_usage,
+        n=params.n,
+        logprobs=body.alternatives,
+        prompt_logprobs=body.prompt_logprobs,
+        options=body.options,
+        prompts=answer.prompts,
+    )
+    return await respond(call, answer, out, stream=bool(body.stream))
+
+
+@router.get("/v1/models", dependencies=[Identified])
+async def models(handler: HandlerDep) -> dict[str, Any]:
+    return {"object": "list", "data": [handler.model.card]}
+
+
+@router.get("/v1/models/{model:path}", dependencies=[Identified])
+async def model(handler: HandlerDep, model: str) -> dict[str, Any]:
+    handler.model.check_name(model)
+    return handler.model.card

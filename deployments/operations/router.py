@@ -1,0 +1,55 @@
+"""What operators ask for: health, readiness, metrics and version. None of it needs a key."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from deployments.operations.metrics import scrape, spell
+from deployments.operations.recent import Recent
+from deployments.operations.status import ModelStatus
+
+router = APIRouter()
+
+
+async def _status(request: Request) -> ModelStatus:
+    status: ModelStatus = request.app.state.status
+    return status
+
+
+_scrape = Recent(scrape)
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """This ingress is alive; says nothing of the model."""
+    return {"status": "ok"}
+
+
+@router.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
+async def ping() -> dict[str, str]:
+    """This ingress is alive, as `/health`."""
+    return {}
+
+
+@router.get("/ready")
+async def ready(status: Annotated[ModelStatus, Depends(_status)]) -> Response:
+    """503 unless a replica of the model runs, or all have been scaled away and the next request brings one back."""
+    fault = await status.fault()
+    if fault is not None:
+        return JSONResponse({"status": "unavailable", "message": fault}, 503)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Metrics of the cluster, in Prometheus' format."""
+    text, media_type = spell(await _scrape(), request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": media_type})
+
+
+@router.get("/version")
+async def version_of_server() -> dict[str, str]:
+    """The server's version."""
+    return {"version": version("orthrus-serve")}

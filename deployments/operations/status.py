@@ -1,0 +1,26 @@
+"""What an application knows of its own state, for health checks."""
+
+import asyncio
+from functools import partial
+
+from ray import serve
+
+from deployments.operations.recent import Recent
+
+
+class ModelStatus:
+    """Whether the replicas of a model can answer."""
+
+    def __init__(self, deployment: str) -> None:
+        """deployment: the name of the replicas' deployment, in the application that asks."""
+        self._deployment = deployment
+        self._status = Recent(partial(asyncio.to_thread, serve.status))
+
+    async def fault(self) -> str | None:
+        """Why no replica can answer. None if one runs, or if all were scaled away: the next request then starts one."""
+        app = serve.get_replica_context().app_name
+        replica = (await self._status()).applications[app].deployments[self._deployment]
+        starting = replica.replica_states and not replica.replica_states.get("RUNNING")
+        if starting or replica.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+            return str(replica.message)
+        return None
