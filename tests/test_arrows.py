@@ -39,17 +39,17 @@ ROOMS = (
     "deployments/config",
     "deployments/access",
     "deployments/chat",
-    "deployments/tokenizer",
-    "deployments/operations",
-    "deployments/openai",
     "deployments/generation",
     "deployments/http",
+    "deployments/openai",
+    "deployments/tokenizer",
+    "deployments/operations",
     "deployments/messages",
     "deployments/responses",
     "deployments/grpc",
     "deployments/ingress",
-    "deployments/routing",
     "deployments/replica",
+    "deployments/routing",
     "deployments",
     "deployments/launch",
     "deployments/bench",
@@ -60,11 +60,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # What does not hold yet. Each list may only shrink: an entry that is no longer needed fails its test.
-UPWARD: set[tuple[str, str]] = {
-    ("deployments/grpc/methods.py", "deployments/ingress/ingress_core.py"),
-    ("deployments/openai/format.py", "deployments/generation/generate.py"),
-    ("deployments/replica/replica.py", "deployments/autoscaling.py"),
-}
+UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[str] = set()
 LONG_FILES: set[str] = {
     "tests/test_balancer.py",

@@ -8,8 +8,8 @@ from typing import Any
 from deployments.failures.errors import ModelNotFound
 from orthrus.engine.config import EngineConfig
 from orthrus.models.families import load_config
-from orthrus.models.files import resolve
-from orthrus.text.stream import load_tokenizer
+from orthrus.models.hub import resolve
+from orthrus.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
