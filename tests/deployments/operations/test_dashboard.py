@@ -2,12 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 from deployments.access.request_metrics import COUNTER, HISTOGRAMS
 from deployments.replica.engine_metrics import COUNTERS, GAUGES
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 def test_the_dashboard_shows_the_metrics_that_are_exported() -> None:

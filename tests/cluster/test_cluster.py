@@ -8,8 +8,8 @@ import yaml
 
 from cluster.config import ClusterConfig, actor_demand
 from orthrus.errors import ConfigError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTER_FILE = ROOT / "ray_cluster.yaml"
 
 

@@ -43,8 +43,8 @@ from deployments.openai.logprobs import Echo
 from deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)
 
 

@@ -1,7 +1,6 @@
 """The fields that clients of other servers send: each is honoured, or refused with what does it here."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +22,9 @@ from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, RequestStats
 from orthrus.text.grammar_mask import GrammarMasks
 from orthrus.text.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
+MODEL = ROOT / "models" / "orthrus-tiny"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 

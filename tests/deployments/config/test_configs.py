@@ -19,8 +19,8 @@ from orthrus.cli import main
 from orthrus.errors import ConfigError
 from orthrus.models.shapes import QWEN3_SHAPES, published_shape
 from orthrus.models.sizes import weight_bytes
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "ray_cluster.yaml"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PLANNED = {"qwen3-72b-2xh200.yaml": 2, "qwen3-72b-4xh100.yaml": 4}

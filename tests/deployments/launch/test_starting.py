@@ -18,8 +18,8 @@ from deployments.launch.environment import free_port
 from deployments.launch.ports import check_ports
 from deployments.launch.progress import Progress
 from orthrus.errors import ConfigError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
 
 

@@ -9,7 +9,7 @@ from deployments.autoscaling import EngineLoadPolicy
 from deployments.replica.reports import NAME_BYTES, Capacity, Load, RoutingReport, request_name
 from deployments.routing.balancer import PrefixBalancer
 from orthrus.requests.request import Request, SamplingParams
-from tests.test_autoscaling import context
+from tests.deployments.test_autoscaling import context
 
 CAPACITY = Capacity(max_num_seqs=2, prefill_chunk=256, page_size=16, pages=64)
 WHOLE = {

@@ -2,7 +2,6 @@
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from orthrus.errors import RequestError
 from orthrus.text.grammar_mask import GrammarMasks
 from orthrus.text.stream import TextStream
 from orthrus.text.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {

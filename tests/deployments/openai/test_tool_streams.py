@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from deployments.openai.format import ResponseFormat
 from orthrus.requests.request import Chunk
 from orthrus.text.stream import TextStream
 from orthrus.text.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"
+MODEL = ROOT / "models" / "orthrus-tiny"
 CALLS = """Well.
 <tool_call>
 {"name": "f", "arguments": {"a": "b", "c": [1]}}
