@@ -47,20 +47,21 @@ async def stream_answer(
     """
     chunks = answer.chunks
     # Awaited here, while a refusal can still be an HTTP status.
-    _, first = await anext(chunks)
+    first = await anext(chunks)
 
     async def events() -> AsyncIterator[str]:
         try:
             yield "".join(map(named_sse, out.opening()))
             async with aclosing(chunks):
-                item: TextChunk | None = first
-                while item is not None:
+                entry: tuple[int, TextChunk] | None = first
+                while entry is not None:
+                    _, item = entry
                     happened = out.events(item)
                     if item.finish_reason is not None and before_end is not None:
                         await before_end()
                     if happened:
                         yield "".join(map(named_sse, happened))
-                    _, item = await anext(chunks, (0, None))
+                    entry = await anext(chunks, None)
             call.outcome = "ok"
         except Exception as error:
             call.outcome = type(error).__name__
