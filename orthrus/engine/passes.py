@@ -1,34 +1,25 @@
 """The runner of an engine, and single passes for whoever measures what passes cost."""
 
-import torch
-
 from orthrus.cache.kv_cache import KVCache
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.sizing import PassLimits
-from orthrus.loading import stages
-from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import SamplingParams
-from orthrus.runner.eager import EagerRunner
 from orthrus.runner.protocol import ModelRunner
+from orthrus.runner.registry import load_runner
 from orthrus.runner.sampler import PickRows
 
 
 def make_runner(
     forward: LayerParallelForward, cache: KVCache, config: EngineConfig, max_model_len: int, max_groups: int
 ) -> ModelRunner:
-    """The runner for the device of `forward`. max_model_len: the context limit in tokens; max_groups: of a sequence in a pass."""
-    if forward.device.type != "cuda" or forward.dtype == torch.float64:
-        keep_freed_memory()
-        return EagerRunner(forward, cache)
-    from orthrus.runner.cuda_graphs import (
-        CudaGraphRunner,  # Needs Triton, which machines without a GPU may lack.
-    )
+    """The runner for the device and dtype of `forward`, with room for the largest pass that `config` allows.
 
-    stages.info("capturing CUDA graphs")
+    max_model_len: the context limit in tokens. max_groups: most groups of a sequence in a pass.
+    """
     limits = PassLimits.of(config)
-    return CudaGraphRunner(
+    return load_runner(forward.device, forward.dtype).build(
         forward,
         cache,
         max_rows=limits.max_rows,

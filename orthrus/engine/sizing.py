@@ -12,6 +12,7 @@ from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.sizes import weight_bytes
+from orthrus.runner.registry import load_runner
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +110,13 @@ def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size:
     """Memory for the KV cache where no setting says how much."""
     if forward.device.type != "cuda":
         return _DEFAULT_CPU_CACHE_BYTES
-    from orthrus.runner.cuda_graphs import pass_bytes  # Needs Triton, which machines without a GPU may lack.
-
     limits = PassLimits.of(config)
     share = config.gpu_memory_utilization
     free, size = torch.cuda.mem_get_info(forward.device)
     # What passes need comes on top of what is in use now.
-    passes = pass_bytes(forward, page_size, limits.max_rows, limits.max_logits)
+    passes = load_runner(forward.device, forward.dtype).pass_bytes(
+        forward, page_size, max_rows=limits.max_rows, max_logits=limits.max_logits
+    )
     left = int(size * share) - (size - free) - passes
     if left <= 0:
         raise ConfigError(

@@ -16,6 +16,7 @@ from kernels.attention import AttentionWork
 from kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
 from kernels.attention.work_list import plan_work, work_size
 from orthrus.cache.kv_cache import KVCache
+from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, flatten
 from orthrus.runner.pass_buffer import PassBuffer, buffer_size
@@ -25,26 +26,6 @@ from orthrus.runner.sampler import PickRows, adjust, follow_masks
 
 _GRAPH_BYTES = 1 << 30
 """Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
-
-
-def pass_bytes(forward: LayerParallelForward, page_size: int, max_rows: int, max_logits: int) -> int:
-    """GPU memory that a `CudaGraphRunner` needs besides weights and KV cache, in bytes. Runs its largest pass to find out."""
-    device, rows = forward.device, graph_sizes(max_rows)[-1]
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
-    zeros = torch.zeros(3, rows, dtype=torch.int32, device=device)
-    num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
-    work = AttentionWork(zeros[0], RECORDS)
-    attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
-    plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0])
-    forward.hidden_states(plan, cache, zeros[0])
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del cache, plan, attention, work, zeros
-    torch.cuda.empty_cache()
-    head = graph_sizes(max_logits)[-1] * (4 * forward.config.vocab_size + 2 * forward.config.hidden_size)
-    return peak + head + _GRAPH_BYTES
 
 
 @dataclass(frozen=True)
@@ -106,6 +87,34 @@ class CudaGraphRunner:
         self.graphs = PassGraphs(
             forward, cache, row_sizes=self._row_sizes, logit_sizes=logit_sizes, buffer_size=size
         )
+
+    @staticmethod
+    def build(
+        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+    ) -> "CudaGraphRunner":
+        """See `RunnerFactory`."""
+        stages.info("capturing CUDA graphs")
+        return CudaGraphRunner(forward, cache, max_rows=max_rows, max_logits=max_logits, max_pages=max_pages)
+
+    @staticmethod
+    def pass_bytes(forward: LayerParallelForward, page_size: int, *, max_rows: int, max_logits: int) -> int:
+        """See `RunnerFactory`. Runs the largest pass, without its graph."""
+        device, rows = forward.device, graph_sizes(max_rows)[-1]
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
+        zeros = torch.zeros(3, rows, dtype=torch.int32, device=device)
+        num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
+        work = AttentionWork(zeros[0], RECORDS)
+        attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
+        plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0])
+        forward.hidden_states(plan, cache, zeros[0])
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del cache, plan, attention, work, zeros
+        torch.cuda.empty_cache()
+        head = graph_sizes(max_logits)[-1] * (4 * forward.config.vocab_size + 2 * forward.config.hidden_size)
+        return peak + head + _GRAPH_BYTES
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         most = self.max_logits

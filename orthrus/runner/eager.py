@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup
 from orthrus.runner.protocol import LaunchedPass
@@ -37,6 +38,21 @@ class EagerRunner:
         self._cache = cache
         # Of the last two passes, as in a runner that does not wait.
         self._picks = [[0], [0]]
+
+    @staticmethod
+    def build(
+        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+    ) -> "EagerRunner":
+        """See `RunnerFactory`. It runs passes of any size."""
+        keep_freed_memory()
+        return EagerRunner(forward, cache)
+
+    @staticmethod
+    def pass_bytes(forward: LayerParallelForward, page_size: int, *, max_rows: int, max_logits: int) -> int:
+        """See `RunnerFactory`. On a GPU, where it runs float64 only, it is given as much as graphs would need."""
+        from orthrus.runner.cuda_graphs import CudaGraphRunner  # Needs Triton.
+
+        return CudaGraphRunner.pass_bytes(forward, page_size, max_rows=max_rows, max_logits=max_logits)
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         logits = self.logits(groups)

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from orthrus.cache.kv_cache import KVCache
+from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.runner.sampler import PickRows
 
@@ -48,4 +50,30 @@ class ModelRunner(Protocol):
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         """Run a pass to its end, without picks. Returns the logits of the rows that need them, in memory of their own."""
+        ...
+
+
+class RunnerFactory(Protocol):
+    """What the registry names: the runner's class, with these as static methods."""
+
+    def build(
+        self,
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        max_rows: int,
+        max_logits: int,
+        max_pages: int,
+    ) -> ModelRunner:
+        """The runner of one model over one cache.
+
+        max_rows, max_logits: most rows of a pass, and most that need logits. max_pages: most pages of all block tables of a
+        pass together.
+        """
+        ...
+
+    def pass_bytes(
+        self, forward: LayerParallelForward, page_size: int, *, max_rows: int, max_logits: int
+    ) -> int:
+        """GPU memory that the runner needs besides weights and KV cache, in bytes. May run passes to find out."""
         ...

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from orthrus.plan import RowGroup
@@ -102,6 +102,5 @@ class ScheduleFactory(Protocol):
 
 def load_schedule(entry: "ScheduleEntry") -> ScheduleFactory:
     """Import the class that an entry of the registry names."""
-    module, _, name = entry.factory.partition(":")
-    factory: ScheduleFactory = getattr(import_module(module), name)
+    factory: ScheduleFactory = resolve_name(entry.factory)
     return factory
