@@ -68,8 +68,9 @@ class OrthrusReplica:
         yield link.name
 
     async def stats(self) -> dict[str, Any]:
-        """The engine's counters (`EngineStats`)."""
-        return asdict(self._engine.stats)
+        """The engine's counters (`EngineStats`), and the wait in seconds: the time since when means nothing elsewhere."""
+        stats = self._engine.stats
+        return asdict(stats) | {"oldest_wait": stats.oldest_wait}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve every `metrics_interval_s`: the signals since the last call, for the autoscaling policy."""

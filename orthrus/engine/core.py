@@ -339,21 +339,21 @@ class EngineCore:
         """Take the snapshot that other threads read."""
         scheduler = self._scheduler
         self.stats = EngineStats(
-            self._passes,
-            self._cycles,
-            self._committed,
-            scheduler.num_preempted,
-            self._prompt_tokens,
-            self._prefix_hits,
-            scheduler.num_admitted,
-            scheduler.queue_wait_seconds,
-            self._row_use_seconds,
-            len(scheduler.running),
-            len(scheduler.waiting),
-            scheduler.rows_to_prefill,
-            scheduler.oldest_wait,
-            self._pool.used,
-            self._pool.capacity,
+            passes=self._passes,
+            cycles=self._cycles,
+            committed=self._committed,
+            preemptions=scheduler.num_preempted,
+            prompt_tokens=self._prompt_tokens,
+            prefix_hit_tokens=self._prefix_hits,
+            admitted=scheduler.num_admitted,
+            queue_wait_seconds=scheduler.queue_wait_seconds,
+            row_use_seconds=self._row_use_seconds,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            rows_to_prefill=scheduler.rows_to_prefill,
+            oldest_queued_at=scheduler.oldest_queued_at,
+            kv_pages_used=self._pool.used,
+            kv_pages_total=self._pool.capacity,
         )
 
     def _tell_observer(self, done: _InFlight, records: list[TurnRecord]) -> None:

@@ -99,10 +99,10 @@ class Scheduler:
         self._release(sequence)
 
     @property
-    def oldest_wait(self) -> float:
-        """How long the sequence that has waited longest has been waiting, in seconds; 0.0 when none waits."""
+    def oldest_queued_at(self) -> float | None:
+        """When the sequence that has waited longest began to wait, in monotonic seconds; None when none waits."""
         first = next(iter(self._queued), None)
-        return 0.0 if first is None else time.monotonic() - first.queued_at
+        return None if first is None else first.queued_at
 
     @property
     def rows_to_prefill(self) -> int:

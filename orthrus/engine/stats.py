@@ -1,5 +1,6 @@
 """What an engine has done so far, and what it has to do: a snapshot that any thread may read."""
 
+import time
 from dataclasses import dataclass
 
 
@@ -31,12 +32,20 @@ class EngineStats:
     """Sequences in the queue."""
     rows_to_prefill: int
     """Prompt rows that are still to be computed for all of them."""
-    oldest_wait: float
-    """How long the sequence that has been in the queue longest has waited, in seconds."""
+    oldest_queued_at: float | None
+    """When the sequence that has been in the queue longest came there, in monotonic seconds; None when none waits."""
     kv_pages_used: int
     """Pages that sequences hold."""
     kv_pages_total: int
     """Pages of the cache."""
+
+    @property
+    def oldest_wait(self) -> float:
+        """How long the sequence that has been in the queue longest has waited by now, in seconds; 0.0 when none waits.
+
+        It goes on growing while a pass runs, however long that takes.
+        """
+        return 0.0 if self.oldest_queued_at is None else time.monotonic() - self.oldest_queued_at
 
     @property
     def tokens_per_cycle(self) -> float:

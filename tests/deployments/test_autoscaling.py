@@ -1,6 +1,7 @@
 """The autoscaling policy as a function of the signals: Serve's own context and Serve's own delays, no cluster."""
 
 import logging
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -166,13 +167,13 @@ def test_signals_are_rates_of_the_engines_counters() -> None:
         running=4,
         waiting=1,
         rows_to_prefill=12,
-        oldest_wait=0.75,
+        oldest_queued_at=time.monotonic() - 0.75,
         kv_pages_used=20,
         kv_pages_total=50,
     )
     expected = {
         "row_use": 0.5,
-        "queue_wait": 0.75,
+        "queue_wait": pytest.approx(0.75, abs=0.2),
         "kv_use": 0.4,
         "admitted_rate": 2.5,
         "tokens_per_cycle": 3.5,

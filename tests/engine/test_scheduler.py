@@ -164,12 +164,12 @@ def test_a_known_prefix_is_not_computed_again() -> None:
 def test_what_waits_is_counted_until_it_is_admitted_or_cancelled() -> None:
     ours = plain(max_num_seqs=1)
     sequences = [arrived(ours, name, [0] * 4) for name in "abc"]
-    assert ours.rows_to_prefill == 12 and ours.oldest_wait > 0.0
+    assert ours.rows_to_prefill == 12 and ours.oldest_queued_at == sequences[0].queued_at
     run_pass(ours)
     assert ours.rows_to_prefill == 8
     ours.remove(sequences[2])
     assert ours.rows_to_prefill == 4
     ours.remove(sequences[0])
     run_pass(ours)
-    assert (ours.rows_to_prefill, ours.oldest_wait, ours.num_admitted) == (0, 0.0, 2)
+    assert (ours.rows_to_prefill, ours.oldest_queued_at, ours.num_admitted) == (0, None, 2)
     assert ours.queue_wait_seconds == sum(s.queue_seconds for s in sequences) > 0.0
