@@ -4,8 +4,9 @@ Names are loaded on first use: importing the package costs nothing, so configs, 
 freely.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orthrus.lazy import lazy_names
 
 if TYPE_CHECKING:
     from orthrus.engine import Engine
@@ -17,21 +18,16 @@ __version__ = "0.1.0"
 
 __all__ = ["Engine", "EngineConfig", "Request", "SamplingParams", "__version__", "accelerate"]
 
-_MODULES = {
-    "accelerate": "orthrus.generate.accelerate",
-    "Engine": "orthrus.engine.engine",
-    "EngineConfig": "orthrus.engine.config",
-    "Request": "orthrus.requests.request",
-    "SamplingParams": "orthrus.requests.request",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "accelerate": "orthrus.generate.accelerate",
+        "Engine": "orthrus.engine.engine",
+        "EngineConfig": "orthrus.engine.config",
+        "Request": "orthrus.requests.request",
+        "SamplingParams": "orthrus.requests.request",
+    },
+)
 
 
 def __dir__() -> list[str]:

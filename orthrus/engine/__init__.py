@@ -3,8 +3,9 @@
 Names are loaded on first use: whoever only reads settings (`orthrus.engine.config`) does not pay for torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orthrus.lazy import lazy_names
 
 if TYPE_CHECKING:
     from orthrus.engine.config import EngineConfig
@@ -12,12 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineConfig"]
 
-_MODULES = {"Engine": "orthrus.engine.engine", "EngineConfig": "orthrus.engine.config"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(
+    __name__, {"Engine": "orthrus.engine.engine", "EngineConfig": "orthrus.engine.config"}
+)
