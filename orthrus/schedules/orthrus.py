@@ -13,6 +13,7 @@ then starts from x_n+1, and the prediction of the block's last row is of use.
 """
 
 import itertools
+import logging
 from collections.abc import Sequence
 
 from kernels import NO_TOKEN
@@ -23,6 +24,8 @@ from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
 from orthrus.schedules.decode_cost import DecodeCost
 from orthrus.schedules.planner import Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
+
+logger = logging.getLogger(__name__)
 
 
 class OrthrusSchedule:
@@ -50,6 +53,7 @@ class OrthrusSchedule:
         if config.adaptive_draft and context.max_model_len > 2:  # Else no block fits.
             stages.info("measuring what passes cost")
             cost = DecodeCost.measured(context.timer, model.mask_token_id)
+            logger.info("decode cost: %s", cost)
         planner = DraftPlanner(
             config.draft_length or model.block_size, cost, context.max_pass_rows, config.draft_lead
         )
