@@ -2,7 +2,7 @@
 
 Clients may name a session, in the header (over gRPC, the metadata) `x-session-id` or as `prompt_cache_key`; every ingress then
 prefers the same replica for it. Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which
-prefixes they hold (`replica_report`, every `request_routing_stats_period_s`).
+prefixes they hold (`RoutingReport`, every `request_routing_stats_period_s`).
 
 What makes room wakes the queue at once: the end of a request of this router, a report, a new replica. The end of another
 router's request does not. So while requests wait, and only then, the router asks the replicas how many they have.

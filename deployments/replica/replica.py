@@ -84,7 +84,8 @@ class OrthrusReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
-        return await self._engine.ask(RoutingReport.of)
+        # Not asked of the engine's thread: a pass may take long, or hang, and the router has to know of the load then too.
+        return RoutingReport.of(self._engine.engine)
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)

@@ -108,5 +108,11 @@ class PagePool:
         return pages
 
     def recent(self, limit: int) -> list[PageHash]:
-        """Names of the pages that were named or matched last, newest first."""
-        return list(islice(reversed(self._by_hash), limit))
+        """Names of the pages that were named or matched last, newest first. Any thread may ask."""
+        while True:
+            try:
+                return list(islice(reversed(self._by_hash), limit))
+            except (
+                RuntimeError
+            ):  # Another thread has changed the names meanwhile, as it does a few times a pass.
+                continue

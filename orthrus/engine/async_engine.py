@@ -5,14 +5,12 @@ chunks of a pass cross to each event loop in one call, and reach each sink in on
 """
 
 import asyncio
-import concurrent.futures
 import logging
 import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from orthrus.engine.engine import Engine
 from orthrus.engine.stats import EngineStats
@@ -21,7 +19,6 @@ from orthrus.requests.request import Chunk, Request
 from orthrus.text.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
-_Answer = TypeVar("_Answer")
 
 Sink = Callable[[list[Chunk]], None]
 """Takes chunks of any requests, each request's in order. Called on the event loop of the requests' callers."""
@@ -46,22 +43,6 @@ class _Cancel:
     request_id: str
 
 
-@dataclass(frozen=True)
-class _Question:
-    """Something to ask the engine between two passes."""
-
-    ask: Callable[[Engine], Any]
-    answer: "concurrent.futures.Future[Any]"
-
-    def put_to(self, engine: Engine) -> None:
-        if not self.answer.set_running_or_notify_cancel():
-            return  # Whoever asked has gone.
-        try:
-            self.answer.set_result(self.ask(engine))
-        except Exception as error:
-            self.answer.set_exception(error)
-
-
 class AsyncEngine:
     """Runs `engine` until `close`. All methods may be called from any thread; `run` from any event loop."""
 
@@ -71,7 +52,7 @@ class AsyncEngine:
         self._error: Exception | None = None
         self._on_failure = on_failure
         self._stopped = False
-        self._inbox: queue.SimpleQueue[_Listener | _Cancel | _Question | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Listener | _Cancel | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._thread = threading.Thread(target=self._run, name="orthrus-engine", daemon=True)
         self._thread.start()
@@ -95,36 +76,19 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         listener = _Listener(request, masks, sink, loop, loop.create_future())
         self._inbox.put(listener)
-        self._check_running()
+        # Asked after the put: the thread empties its inbox once more after it has set the flag.
+        if self._stopped:
+            raise RuntimeError(f"the engine has stopped: {self._error or 'it was closed'}")
         try:
             await listener.ended
         except asyncio.CancelledError:
             self._inbox.put(_Cancel(request.request_id))
             raise
 
-    async def ask(self, question: Callable[[Engine], _Answer]) -> _Answer:
-        """`question(engine)`, on the engine's thread between two passes: it should be quick.
-
-        Raises RuntimeError if the engine has stopped.
-        """
-        asked = _Question(question, concurrent.futures.Future())
-        self._inbox.put(asked)
-        self._check_running()
-        answer: _Answer = await asyncio.wrap_future(asked.answer)
-        return answer
-
     def close(self) -> None:
         """Stop after the pass under way; unfinished requests end with an error chunk."""
         self._inbox.put(None)
         self._thread.join()
-
-    def _check_running(self) -> None:
-        """Raise RuntimeError if the engine has stopped.
-
-        To be called after a message was put: the thread empties its inbox once more after it has set the flag.
-        """
-        if self._stopped:
-            raise RuntimeError(f"the engine has stopped: {self._error or 'it was closed'}")
 
     def _run(self) -> None:
         try:
@@ -147,9 +111,6 @@ class AsyncEngine:
                 return True
             if message is None:
                 return False
-            if isinstance(message, _Question):
-                message.put_to(self.engine)
-                continue
             if isinstance(message, _Cancel):
                 self.engine.cancel(message.request_id)
                 self._listeners.pop(message.request_id, None)
@@ -188,8 +149,6 @@ class AsyncEngine:
             waiting = self._inbox.get()
             if isinstance(waiting, _Listener):
                 self._listeners[waiting.request.request_id] = waiting
-            elif isinstance(waiting, _Question) and waiting.answer.set_running_or_notify_cancel():
-                waiting.answer.set_exception(RuntimeError(message))
         for request_id, listener in self._listeners.items():
             self.engine.cancel(request_id)
             _post(listener.loop, {listener.sink: [_failure(request_id, message)]}, [listener])

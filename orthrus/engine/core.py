@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
 from orthrus.engine.config import EngineConfig
+from orthrus.engine.in_flight import InFlight
 from orthrus.engine.observer import Observer, PassRecord, TurnRecord
 from orthrus.engine.output import (
     NO_NUMBERS,
@@ -36,7 +37,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, Request
 from orthrus.requests.sequence import SequenceState
-from orthrus.runner.protocol import LaunchedPass, ModelRunner
+from orthrus.runner.protocol import ModelRunner
 from orthrus.runner.sampler import PickRows
 from orthrus.schedules.pass_cost import PassTimer
 from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext, load_schedule
@@ -44,23 +45,11 @@ from orthrus.schedules.registry import SCHEDULES, choose_schedule
 from orthrus.text.token_mask import TokenMask
 
 
-@dataclass(slots=True)
-class _InFlight:
-    """A pass whose picks have not been read."""
-
-    planned: list[Planned]
-    launched: LaunchedPass
-    ahead: bool
-    """Whether its sequences have gone on with placeholders, so that the next pass can be launched before it is over."""
-    begin: float
-    """When it was launched, in seconds; for the observer."""
-
-
 class EngineCore:
     """Serves one model: `submit` requests, and call `step` while `has_work`.
 
-    It belongs to one thread. Other threads may call `check` and `prepare`, and read `stats`, which is replaced as a whole.
-    `AsyncEngine` puts all else that they ask to the engine's thread.
+    It belongs to one thread. Other threads may call `check`, `prepare`, `live_requests` and `recent_prefixes`, and read `stats`,
+    which is replaced as a whole. None of these waits for a pass.
     """
 
     stats: EngineStats
@@ -113,7 +102,7 @@ class EngineCore:
         )
         self._admission = Admission(model_config, self.max_model_len, tokenizer, grammar_masks)
         self._by_request: dict[str, list[SequenceState]] = {}
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._passes = self._cycles = self._committed = self._prompt_tokens = self._prefix_hits = 0
         self._row_use_seconds = self._last_end = 0.0
         self._publish()
@@ -168,9 +157,8 @@ class EngineCore:
         begin = time.perf_counter()
         chunks: list[Chunk] = []
         if self._in_flight and self._scheduler.may_preempt():
-            chunks += self._collect(
-                keep=0
-            )  # A preempted sequence is computed again from the tokens that are known.
+            # A preempted sequence is computed again from the tokens that are known.
+            chunks += self._collect(keep=0)
         planned = self._scheduler.plan()
         if planned:
             self._launch(planned)
@@ -192,7 +180,7 @@ class EngineCore:
         begin = time.perf_counter() if self.observer is not None else 0.0
         launched = self.runner.launch(groups, rows)
         self._passes += 1
-        self._in_flight.append(_InFlight(planned, launched, ahead, begin))
+        self._in_flight.append(InFlight(planned, launched, ahead, begin))
         place = -1 - launched.first_pick  # Of a pick, as `RowGroup.tokens` refers to it.
         for part in planned:
             sequence = part.sequence
@@ -275,10 +263,10 @@ class EngineCore:
                     sequence.request_id, sequence.index, turn, tuple(picks), len(taken), commit.num_accepted
                 )
             )
-        if sequence.mask is not None and sequence.mask.error is not None:
-            return self._fail(sequence, sequence.mask.error, sequence.mask.param)
         if not tokens and sequence.finish_reason is None:
             return None
+        if sequence.mask is not None and sequence.mask.error is not None:
+            return self._fail(sequence, sequence.mask.error, sequence.mask.param)
         if first:
             self._prompt_tokens += sequence.num_prompt
             self._prefix_hits += sequence.num_cached
@@ -328,11 +316,14 @@ class EngineCore:
         return request_id in self._by_request
 
     def live_requests(self) -> list[str]:
-        """Ids of the requests that have an unfinished choice."""
+        """Ids of the requests that have an unfinished choice. Any thread may ask: the copy is one call into C."""
         return list(self._by_request)
 
     def recent_prefixes(self, limit: int) -> list[PageHash]:
-        """Names of the cached pages used last, newest first: what `page_hashes` gives for the prompts that they begin."""
+        """Names of the cached pages used last, newest first: what `page_hashes` gives for the prompts that they begin.
+
+        Any thread may ask.
+        """
         return self._pool.recent(limit)
 
     def _publish(self) -> None:
@@ -356,7 +347,7 @@ class EngineCore:
             kv_pages_total=self._pool.capacity,
         )
 
-    def _tell_observer(self, done: _InFlight, records: list[TurnRecord]) -> None:
+    def _tell_observer(self, done: InFlight, records: list[TurnRecord]) -> None:
         end = time.perf_counter()
         seconds = end - max(done.begin, self._last_end)
         self._last_end = end

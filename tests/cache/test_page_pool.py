@@ -1,6 +1,8 @@
 """Who owns which page: sharing by name, forks, and what is evicted first."""
 
 import random
+import sys
+import threading
 
 from orthrus.cache.page_pool import PagePool
 
@@ -120,3 +122,28 @@ def test_no_page_is_lost_or_handed_out_twice() -> None:
         pool.release(table)
     assert pool.used == 0
     assert sorted(pool.allocate(23) or []) == list(range(1, 24))
+
+
+def test_any_thread_may_ask_for_the_names_while_they_change() -> None:
+    pool = PagePool(101)
+    names = [name(str(number)) for number in range(100)]
+    for page, page_hash in zip(pool.allocate(100) or [], names, strict=True):
+        pool.name(page, page_hash)
+    stop = threading.Event()
+
+    def change() -> None:
+        rng = random.Random(1)
+        while not stop.is_set():
+            pool.release(pool.match([rng.choice(names)]))
+
+    changing = threading.Thread(target=change)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    changing.start()
+    try:
+        for _ in range(2000):
+            assert sorted(pool.recent(200)) == sorted(names)
+    finally:
+        stop.set()
+        changing.join()
+        sys.setswitchinterval(interval)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.replica.reports import NAME_BYTES, RoutingReport, request_name
 from orthrus.cache.kv_cache import KVCache
 from orthrus.engine import Engine
 from orthrus.engine.async_engine import AsyncEngine
@@ -141,24 +142,53 @@ def test_a_refused_request_costs_nothing(served: AsyncEngine) -> None:
     assert asyncio.run(main())[-1].finish_reason in ("length", "stop")
 
 
-def test_questions_are_answered_on_the_engines_thread_also_while_it_works(served: AsyncEngine) -> None:
-    def ask(engine: Engine) -> tuple[str, list[str]]:
-        return threading.current_thread().name, engine.live_requests()
+def test_load_is_reported_at_once_while_a_pass_hangs_and_after_the_end(tiny_orthrus: Path) -> None:
+    config = EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048, max_num_seqs=1, adaptive_draft=False)
+    engine = Engine.from_pretrained(config)
+    runner = HeldRunner(engine.forward, engine.cache, passes=2)
+    engine.use_runner(runner)
+    served = AsyncEngine(engine)
+    params = SamplingParams(temperature=0.0, max_tokens=8, n=2)
+    prompt = list(range(2 * engine.page_size))
 
     async def main() -> None:
-        assert await served.ask(ask) == ("orthrus-engine", [])
-        begun = asyncio.Event()
-        request = Request("long", [1], SamplingParams(temperature=0.0, ignore_eos=True))
-        running = asyncio.create_task(served.run(request, lambda _: begun.set()))
-        await begun.wait()
-        assert await served.ask(ask) == ("orthrus-engine", ["long"])
-        with pytest.raises(ZeroDivisionError):
-            await served.ask(lambda engine: 1 / 0)
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        running = asyncio.create_task(collect(served, Request("long", prompt, params)))
+        assert await asyncio.to_thread(runner.held.wait, 30)
+        before = served.stats.oldest_wait
+        report = RoutingReport.of(engine)
+        assert not runner.go_on.is_set()
+        assert report["sequences"] == 2, "one is in the pass, the other one waits for its place"
+        assert report["requests"] == request_name("long")
+        assert len(report["prefixes"]) == 2 * NAME_BYTES
+        await asyncio.sleep(0.05)
+        assert served.stats.oldest_wait >= before + 0.05, "it goes on waiting while the pass does"
+        runner.go_on.set()
+        await running
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    finally:
+        runner.go_on.set()
+        served.close()
+    report = RoutingReport.of(engine)
+    assert (report["sequences"], report["requests"]) == (0, b"")
+    assert len(report["prefixes"]) >= 2 * NAME_BYTES
+
+
+class HeldRunner(EagerRunner):
+    """Stands still in a pass until it is told to go on."""
+
+    def __init__(self, forward: LayerParallelForward, cache: KVCache, passes: int) -> None:
+        super().__init__(forward, cache)
+        self.held, self.go_on = threading.Event(), threading.Event()
+        self._left = passes
+
+    def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
+        self._left -= 1
+        if self._left < 0:
+            self.held.set()
+            assert self.go_on.wait(60)
+        return super().launch(groups, rows)
 
 
 def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
@@ -185,8 +215,6 @@ def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
     assert chunks[-1].finish_reason == "error" and "closed" in (chunks[-1].error or "")
     with pytest.raises(RuntimeError, match="stopped"):
         asyncio.run(collect(served, Request("late", [1])))
-    with pytest.raises(RuntimeError, match="stopped"):
-        asyncio.run(served.ask(lambda engine: engine.has_work))
 
 
 def test_an_engine_that_fails_says_what_of_and_ends_its_requests(tiny_orthrus: Path) -> None:
