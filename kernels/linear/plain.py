@@ -40,9 +40,11 @@ def _for_cpu(weight: Tensor, bias: Tensor | None, longest_sum: int) -> Weight:
 
 
 def stack_views(views: Views) -> DenseLayer:
-    """The views' weights as neighbours in memory."""
+    """The views' weights as neighbours in memory. Raises ValueError if only one of two views has biases."""
     joined = [join_projections(view) for view in views]
     biases = [bias for _, bias in joined if bias is not None]
+    if biases and len(biases) < len(joined):
+        raise ValueError("one view of a layer has biases and the other has none: give both or neither")
     if len(joined) == 1:
         weights: tuple[Tensor, ...] = (joined[0][0].contiguous(),)
     else:
@@ -52,6 +54,13 @@ def stack_views(views: Views) -> DenseLayer:
 
 def interleave(projections: Sequence[Parameters]) -> DenseLayer:
     """A gate and up [width, in_features] each as one layer [2 * width, in_features] whose outputs alternate in blocks of
-    `GATE_BLOCK`, so that one tile of the layer holds what belongs together. They have no biases."""
-    blocks = [projection.pop("weight").unflatten(0, (-1, 1, GATE_BLOCK)) for projection in projections]
-    return DenseLayer((torch.cat(blocks, 1).flatten(0, 2),), interleaved=True)
+    `GATE_BLOCK`, so that one tile of the layer holds what belongs together. Their biases alternate in the same way."""
+    weight, bias = join_projections(projections)
+    return DenseLayer(
+        (_alternate(weight),), None if bias is None else _alternate(bias)[None], interleaved=True
+    )
+
+
+def _alternate(joined: Tensor) -> Tensor:
+    """The first dimension, all of the gate and then all of up, in blocks of `GATE_BLOCK` of each in turn."""
+    return joined.unflatten(0, (2, -1, GATE_BLOCK)).transpose(0, 1).flatten(0, 2)

@@ -143,9 +143,16 @@ def apply_views(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, num_a
 
 
 def join_projections(projections: Sequence[Parameters]) -> tuple[Tensor, Tensor | None]:
-    """Take weight and bias out of `projections`, and put those of all of them side by side along the outputs."""
+    """Take weight and bias out of `projections`, and put those of all of them side by side along the outputs.
+
+    Raises ValueError if only some of them have a bias.
+    """
     weights = [parameters.pop("weight") for parameters in projections]
     biases = [parameters.pop("bias") for parameters in projections if "bias" in parameters]
+    if biases and len(biases) < len(weights):
+        raise ValueError(
+            f"{len(biases)} of {len(weights)} projections of a layer have a bias: give all of them one, or none"
+        )
     if len(weights) == 1:
         return weights[0], biases[0] if biases else None
     return torch.cat(weights), torch.cat(biases) if biases else None
@@ -178,10 +185,16 @@ def pack_weight(
     """Lay out the weights of a layer in a format.
 
     views: the tensors are taken out of these dictionaries, so that only a part of a layer is in memory twice.
-    format: a name that `weight_format` registered; ValueError for any other.
+    format: a name that `weight_format` registered; ValueError for any other, and for tensors that the format does not use.
     gated: whether the layer's two projections are a gate and up, for `linear_silu_mul`.
     longest_sum: see `LONGEST_SUM`; formats that add in an order of their own ignore it.
     """
     if format not in _FORMATS:
         raise ValueError(f"there is no weight format {format!r}; choose one of {', '.join(sorted(_FORMATS))}")
-    return _FORMATS[format].pack(views, gated=gated, longest_sum=longest_sum)
+    weight = _FORMATS[format].pack(views, gated=gated, longest_sum=longest_sum)
+    unused = sorted({key for view in views for parameters in view for key in parameters})
+    if unused:
+        raise ValueError(
+            f"the weight format {format!r} does not use {', '.join(unused)}: choose a format that does"
+        )
+    return weight

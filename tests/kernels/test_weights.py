@@ -7,12 +7,14 @@ from typing import Self
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from kernels import Parameters, Weight, pack_weight
 from kernels.linear import OneViewWeight, SplitViews, join_projections, weight_format
 from kernels.linear.half import HalfWeight
 from kernels.linear.onednn import OneDnnWeight
-from kernels.linear.reference import product
+from kernels.linear.plain import interleave
+from kernels.linear.reference import DenseWeight, product
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.families import load_config
@@ -109,3 +111,43 @@ def test_projections_lie_side_by_side_with_their_biases_in_every_view(format: st
     layer: Weight = pack_weight(views, format)
     assert not any(parameters for view in views for parameters in view)
     torch.testing.assert_close(layer.linear(x, torch.tensor([3])), torch.cat(parts))
+
+
+def test_gate_and_up_alternate_with_their_biases() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (
+        {
+            "weight": torch.randn(24, 16, generator=generator, dtype=torch.float64),
+            "bias": torch.randn(24, generator=generator, dtype=torch.float64),
+        }
+        for _ in range(2)
+    )
+    x = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    gates, ups = (x @ p["weight"].T + p["bias"] for p in (gate, up))
+    layer = interleave([gate, up])
+    assert not gate and not up
+    assert layer.bias is not None and layer.bias.shape == (1, 48)
+    got = DenseWeight(layer.weights, layer.bias, layer.interleaved).linear_silu_mul(x)
+    torch.testing.assert_close(got, silu(gates) * ups)
+
+
+def test_tensors_that_a_format_does_not_use_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'plain' does not use weight_scale"):
+        pack_weight([[{"weight": torch.eye(8), "weight_scale": torch.ones(8)}]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("format", ["plain", "negated"])
+def test_a_bias_on_only_some_projections_is_refused(format: str, dtype: torch.dtype) -> None:
+    with_bias = {"weight": torch.eye(8, dtype=dtype), "bias": torch.ones(8, dtype=dtype)}
+    with pytest.raises(ValueError, match=r"1 of 2 projections of a layer have a bias"):
+        pack_weight([[with_bias, {"weight": torch.eye(8, dtype=dtype)}]], format)
+
+
+def test_neighbouring_views_have_biases_both_or_neither() -> None:
+    views: list[list[Parameters]] = [
+        [{"weight": torch.eye(8).double(), "bias": torch.ones(8).double()}],
+        [{"weight": torch.eye(8).double()}],
+    ]
+    with pytest.raises(ValueError, match="one view of a layer has biases and the other has none"):
+        pack_weight(views)
