@@ -19,7 +19,6 @@ from orthrus.generate.hf_module import check_as_written
 from orthrus.models.checkpoint import check_finite, compute_dtype
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, FAMILIES, GENERATION_CONFIG_FILE, family_of, parse_config
-from orthrus.models.family import EMBEDDING, HEAD
 from orthrus.models.hub import resolve
 
 
@@ -109,8 +108,6 @@ def _from_module(
     config = _engine_config(name, schedule, device or module.device, dtype or module.dtype, settings)
     check_as_written(module)
     tensors = module.state_dict()
-    if module.config.tie_word_embeddings and module.lm_head.weight is module.model.embed_tokens.weight:
-        tensors.pop(HEAD, None)
     fields = module.config.to_dict()
     if fields.get("block_size") is not None and not any("_diff." in tensor for tensor in tensors):
         advice = (
@@ -122,6 +119,8 @@ def _from_module(
         warnings.warn(advice, stacklevel=3)
         fields = {k: v for k, v in fields.items() if k not in ("architectures", "block_size")}
     model_config = parse_config(fields, name=name)
+    if module.config.tie_word_embeddings and module.lm_head.weight is module.model.embed_tokens.weight:
+        tensors.pop(family_of(model_config).head, None)
     _check_tensors(tensors, model_config)
     target = choose_device(config.device)
     kind = compute_dtype(config.dtype, model_config, target)
@@ -134,10 +133,11 @@ def _from_module(
 
 def _check_tensors(tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Raise ConfigError unless the tensors are exactly those of the config. Leaving out an adapter would change the text."""
-    expected = family_of(config).tensor_shapes(config)
-    if HEAD in tensors:
+    family = family_of(config)
+    expected = family.tensor_shapes(config)
+    if family.head in tensors:
         # The head may have been untied by hand, whatever the config says.
-        expected[HEAD] = expected[EMBEDDING]
+        expected[family.head] = expected[family.embedding]
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not a tensor of such a model" for name in tensors if name not in expected]
     problems += [

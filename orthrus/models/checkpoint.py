@@ -20,7 +20,7 @@ from torch import Tensor
 from orthrus.errors import CheckpointError
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
-from orthrus.models.family import EMBEDDING, HEAD
+from orthrus.models.family import Family
 from orthrus.models.files import check_stored, raise_if
 from orthrus.models.sizes import dtype_name
 from orthrus.models.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
@@ -56,9 +56,10 @@ def load_weights(
     stored = stored_tensors(Path(path))
     check_stored(Path(path), stored, config)
     by_file: dict[Path, list[str]] = {}
-    names = list(family_of(config).tensor_shapes(config))
-    if config.tie_word_embeddings and _has_own_head(stored):
-        names.append(HEAD)
+    family = family_of(config)
+    names = list(family.tensor_shapes(config))
+    if config.tie_word_embeddings and _has_own_head(stored, family):
+        names.append(family.head)
     for name in names:
         by_file.setdefault(stored[name].file, []).append(name)
     weights: dict[str, Tensor] = {}
@@ -80,11 +81,11 @@ def load_weights(
     return weights
 
 
-def _has_own_head(stored: Mapping[str, StoredTensor]) -> bool:
+def _has_own_head(stored: Mapping[str, StoredTensor], family: Family) -> bool:
     """Whether the files hold a head that differs from the embedding. Compared on the host, to spare the device a second copy."""
-    if HEAD not in stored:
+    if family.head not in stored:
         return False
-    head, embedding = (_read_tensor(stored[name].file, name) for name in (HEAD, EMBEDDING))
+    head, embedding = (_read_tensor(stored[name].file, name) for name in (family.head, family.embedding))
     return not torch.equal(head.to(embedding.dtype), embedding)
 
 
@@ -99,13 +100,14 @@ def _read_tensor(file: Path, name: str) -> Tensor:
 
 def with_own_head(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
     """`config`, untied if the tensors hold a head that differs from the embedding. Hugging Face uses such a head too."""
-    head = tensors.get(HEAD)
-    if not config.tie_word_embeddings or head is None or torch.equal(head, tensors[EMBEDDING]):
+    family = family_of(config)
+    head = tensors.get(family.head)
+    if not config.tie_word_embeddings or head is None or torch.equal(head, tensors[family.embedding]):
         return config
     logger.warning(
         "%s: %s differs from the embedding, although tie_word_embeddings is true: it is used",
         config.name,
-        HEAD,
+        family.head,
     )
     return replace(config, tie_word_embeddings=False)
 
@@ -193,7 +195,7 @@ def _check_given(
             problems.append(
                 f"tensor {name}: expected shape {list(shape)}, found {list(found) if found else 'none'}"
             )
-    allowed = {*shapes, HEAD} if config.tie_word_embeddings else set(shapes)
+    allowed = {*shapes, family_of(config).head} if config.tie_word_embeddings else set(shapes)
     problems += [f"tensor {name}: expected none, found one" for name in tensors if name not in allowed]
     raise_if(problems, "these tensors are not those of the config")
     dtypes = {tensors[name].dtype for name in shapes}

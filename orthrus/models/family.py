@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 
     from orthrus.models.layer import DecoderLayer
 
-EMBEDDING, FIRST_NORM, HEAD = (
-    "model.embed_tokens.weight",
-    "model.layers.0.input_layernorm.weight",
-    "lm_head.weight",
-)
 _OPTIONAL = (
     "head_dim",
     "max_position_embeddings",
@@ -59,6 +54,20 @@ class Family(ABC):
     """The `model_type`s of config.json that mean this family. The first is the one that we write."""
     architecture: ClassVar[str]
     """The name of Hugging Face's class for a plain checkpoint."""
+    diffusion_architecture: ClassVar[str] = "OrthrusLM"
+    """The name of the class in config.json for a checkpoint that has a diffusion view."""
+    diffusion_model_type: ClassVar[str | None] = None
+    """That of `model_types` that means a checkpoint with a diffusion view, if one does."""
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+    """Name of the tensor of the token embeddings."""
+    layer_prefix: ClassVar[str] = "model.layers"
+    """The names of a layer's tensors begin with this and the layer's index."""
+    first_norm: ClassVar[str] = "input_layernorm.weight"
+    """Name, within its layer, of the norm before attention."""
+    last_norm: ClassVar[str] = "model.norm.weight"
+    """Name of the norm behind the last layer."""
+    head: ClassVar[str] = "lm_head.weight"
+    """Name of the LM head. Missing in a checkpoint whose head is tied to the embedding."""
     defaults: ClassVar[Mapping[str, Any]]
     """What that class assumes for optional settings that config.json leaves out. `head_dim` may be missing here: then it is
     hidden_size / num_attention_heads."""
@@ -87,8 +96,10 @@ class Family(ABC):
                 raise ConfigError(f"{key} must be an object with rope_type and rope_theta, got {shown(rope)}")
             check_rope_type(rope.get("rope_type", rope.get("type", "default")))
             check_rope_numbers(rope)
-        is_orthrus = data.get("model_type") == "orthrus" or "OrthrusLM" in _list_of(data, "architectures")
-        if is_orthrus and data.get("block_size") is None:
+        has_diffusion = self.diffusion_architecture in _list_of(data, "architectures") or (
+            self.diffusion_model_type is not None and data.get("model_type") == self.diffusion_model_type
+        )
+        if has_diffusion and data.get("block_size") is None:
             raise ConfigError(
                 "block_size is missing from an Orthrus checkpoint: add the block_size and mask_token_id that it was "
                 "trained with (the published models: 32 and 151669)"
@@ -132,7 +143,7 @@ class Family(ABC):
         """The contents of a config.json, which transformers reads as the plain model (the AR view)."""
         eos = list(config.eos_token_ids)
         data: dict[str, Any] = {
-            "architectures": ["OrthrusLM" if config.has_diffusion else self.architecture],
+            "architectures": [self.diffusion_architecture if config.has_diffusion else self.architecture],
             "attention_bias": config.attention_bias,
             "attention_dropout": 0.0,
             "bos_token_id": config.bos_token_id,
@@ -160,13 +171,13 @@ class Family(ABC):
     def tensor_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint, in the order in which the layers use them."""
         hidden = config.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {self.embedding: (config.vocab_size, hidden)}
         layer = self.layer_shapes(config)
         for index in range(config.num_hidden_layers):
-            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (hidden,)
+            shapes |= {f"{self.layer_prefix}.{index}.{name}": shape for name, shape in layer.items()}
+        shapes[self.last_norm] = (hidden,)
         if not config.tie_word_embeddings:
-            shapes[HEAD] = (config.vocab_size, hidden)
+            shapes[self.head] = (config.vocab_size, hidden)
         return shapes
 
     def layer_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -179,7 +190,7 @@ class Family(ABC):
             "v": (keys, hidden),
             "o": (hidden, queries),
         }
-        shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {self.first_norm: (hidden,)}
         for view in config.views:
             for name, shape in projections.items():
                 shapes[f"self_attn.{name}_proj{view}.weight"] = shape
@@ -203,7 +214,16 @@ class Family(ABC):
         """
         from orthrus.models.layer import DecoderLayer
 
-        return DecoderLayer.pack(config, tensors, index, weight_format, qk_norm=self.qk_norm)
+        prefix = f"{self.layer_prefix}.{index}"
+        last = index + 1 == config.num_hidden_layers
+        following = self.last_norm if last else self.norm_before(index + 1)
+        return DecoderLayer.pack(
+            config, tensors, prefix, weight_format, qk_norm=self.qk_norm, after_norm=following
+        )
+
+    def norm_before(self, index: int) -> str:
+        """Name of the norm before the attention of layer `index`."""
+        return f"{self.layer_prefix}.{index}.{self.first_norm}"
 
     def rotary(self, config: ModelConfig) -> tuple["Tensor", float]:
         """Rotary frequencies, float32 [head_dim / 2] on the CPU, and the factor on cos and sin.

@@ -9,7 +9,6 @@ from pathlib import Path
 from orthrus.errors import CheckpointError
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, family_of
-from orthrus.models.family import EMBEDDING, HEAD
 from orthrus.models.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
 
 _LISTED_PROBLEMS = 8
@@ -22,7 +21,8 @@ def check_files(path: str | Path, config: ModelConfig) -> None:
 
 def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     """Raise one CheckpointError that lists how the stored tensors differ from those that the config's family expects."""
-    shapes = family_of(config).tensor_shapes(config)
+    family = family_of(config)
+    shapes = family.tensor_shapes(config)
     has_diffusion = any("_diff." in name for name in stored)
     if has_diffusion and not config.has_diffusion:
         raise CheckpointError(
@@ -34,9 +34,9 @@ def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelCo
             f"{CONFIG_FILE} in {path} has block_size {config.block_size}, but there are no diffusion weights "
             "(*_diff): use the Orthrus checkpoint, or remove block_size and mask_token_id to serve the AR view"
         )
-    if HEAD in stored:
+    if family.head in stored:
         # Some tools write a tied head too.
-        shapes[HEAD] = shapes[EMBEDDING]
+        shapes[family.head] = shapes[family.embedding]
     problems = []
     for name, shape in shapes.items():
         if name not in stored:

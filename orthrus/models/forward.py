@@ -13,7 +13,6 @@ from kernels import embed, pack_weight, start_layer
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
-from orthrus.models.family import EMBEDDING, FIRST_NORM, HEAD
 from orthrus.plan import PassPlan
 
 _HEAD_SEGMENT = 192
@@ -33,15 +32,15 @@ class LayerParallelForward:
         """
         self.config = config
         family = family_of(config)
-        self._embedding = tensors.pop(EMBEDDING)
-        head = tensors.pop(HEAD, None)
+        self._embedding = tensors.pop(family.embedding)
+        head = tensors.pop(family.head, None)
         # The LM head: final hidden states to logits.
         self.head = pack_weight(
             [[{"weight": self._embedding if head is None else head}]],
             weight_format,
             longest_sum=_HEAD_SEGMENT,
         )
-        self._first_norm = tensors.pop(FIRST_NORM)
+        self._first_norm = tensors.pop(family.norm_before(0))
         self._layers = [
             family.layer(config, tensors, i, weight_format) for i in range(config.num_hidden_layers)
         ]

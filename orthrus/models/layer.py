@@ -34,17 +34,19 @@ class DecoderLayer:
         cls,
         config: ModelConfig,
         tensors: dict[str, Tensor],
-        index: int,
+        prefix: str,
         weight_format: str,
         *,
         qk_norm: bool,
+        after_norm: str,
     ) -> "DecoderLayer":
-        """Layer `index` of a checkpoint in the usual layout. Its tensors are taken out of `tensors`, so that packing never
-        holds two copies of the model.
+        """A layer of a checkpoint in the usual layout. Its tensors are taken out of `tensors`, so that packing never holds
+        two copies of the model.
 
+        prefix: what the names of the layer's tensors begin with, without the dot behind it.
         weight_format: a name that `kernels.pack_weight` knows. qk_norm: whether the layer norms queries and keys.
+        after_norm: the name of the norm behind the layer.
         """
-        prefix = f"model.layers.{index}"
 
         def take(name: str) -> Tensor:
             return tensors.pop(f"{prefix}.{name}")
@@ -71,8 +73,6 @@ class DecoderLayer:
                     for view in config.views
                 ]
             )
-        last = index + 1 == config.num_hidden_layers
-        following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
         return cls(
             qkv=attention("q", "k", "v"),
             qk_norm=norms,
@@ -82,7 +82,7 @@ class DecoderLayer:
                 [[projection("mlp.gate_proj"), projection("mlp.up_proj")]], weight_format, gated=True
             ),
             down=pack_weight([[projection("mlp.down_proj")]], weight_format),
-            after_norm=tensors.pop(following),
+            after_norm=tensors.pop(after_norm),
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
         )

@@ -13,6 +13,7 @@ class Qwen3(Family):
 
     model_types = ("qwen3", "orthrus")
     architecture = "Qwen3ForCausalLM"
+    diffusion_model_type = "orthrus"
     defaults: ClassVar[Mapping[str, Any]] = {
         "head_dim": 128,
         "max_position_embeddings": 32768,

@@ -141,7 +141,7 @@ def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
     """Write the base's own tensors, read again so that they are its bytes, the trained ones in its dtype, its tokenizer."""
     stored = load_config(base)
     tensors = load_weights(base, stored, "cpu", stored.dtype)
-    dtype = tensors["model.norm.weight"].dtype
+    dtype = tensors[family_of(stored).last_norm].dtype
     tensors |= {name: p.detach().to("cpu", dtype) for name, p in model.diffusion_parameters().items()}
     config = replace(stored, block_size=model.config.block_size, mask_token_id=model.config.mask_token_id)
     save_checkpoint(run.out, config, tensors, max_shard_bytes=run.max_shard_bytes)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -42,10 +43,22 @@ class Llama(Family):
         return HuggingFaceClasses(LlamaConfig, LlamaForCausalLM, LlamaRotaryEmbedding)
 
 
+class Renamed(Llama):
+    """Llama, but its tensors outside attention and MLP have other names."""
+
+    model_types = ("renamed",)
+    embedding = "tokens.weight"
+    layer_prefix = "blocks"
+    first_norm = "norm_1.weight"
+    last_norm = "norm.weight"
+    head = "output.weight"
+
+
 @pytest.fixture(autouse=True)
 def llama() -> Iterator[None]:
     known = dict(FAMILIES)
     register(Llama())
+    register(Renamed())
     yield
     FAMILIES.clear()
     FAMILIES.update(known)
@@ -117,6 +130,25 @@ def test_logits_and_greedy_text_are_hugging_faces(model: LlamaForCausalLM, check
         torch.testing.assert_close(ours.score(prompt), theirs, atol=1e-5, rtol=1e-5)
     for prompt, completions in zip(PROMPTS, ours.generate(PROMPTS, GREEDY), strict=True):
         assert list(completions[0].token_ids) == greedy(model, prompt)
+
+
+def test_a_family_may_rename_tensors(checkpoint: Path) -> None:
+    expected = engine(checkpoint).score(PROMPTS[0])
+    names = {
+        "model.embed_tokens": "tokens",
+        "model.layers": "blocks",
+        "input_layernorm": "norm_1",
+        "model.norm": "norm",
+        "lm_head": "output",
+    }
+    tensors = {}
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        for theirs, other in names.items():
+            name = name.replace(theirs, other)
+        tensors[name] = tensor
+    save_file(tensors, checkpoint / "model.safetensors")
+    edit_json(checkpoint / "config.json", model_type="renamed")
+    assert torch.equal(engine(checkpoint).score(PROMPTS[0]), expected)
 
 
 def test_drafts_of_its_diffusion_view_are_taken(model: LlamaForCausalLM, checkpoint: Path) -> None:
