@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from orthrus.cache.kv_format import KVLayer
-from orthrus.cache.kv_formats import KV_FORMATS
+from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT, load_kv_format
 from orthrus.models.config import ModelConfig
 
 
@@ -26,13 +26,13 @@ class KVCache:
         page_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        kv_format: str = "plain",
+        kv_format: str = DEFAULT_KV_FORMAT,
     ) -> "KVCache":
         """Memory for `num_pages` pages, page 0 included, which is for rows that belong to no sequence.
 
-        dtype: the model's. kv_format: a name in `KV_FORMATS`.
+        dtype: the model's. kv_format: a name in `orthrus.cache.kv_formats`.
         """
-        layers = KV_FORMATS[kv_format].allocate(config, num_pages, page_size, device, dtype)
+        layers = load_kv_format(kv_format).allocate(config, num_pages, page_size, device, dtype)
         return KVCache(layers, page_size, device)
 
     @property

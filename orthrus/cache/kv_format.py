@@ -1,6 +1,7 @@
 """What a format of the KV cache has to say and to do: `KVFormat`, and `KVLayer` for one layer's part of the cache.
 
-A new format is a file with one class of each, and an entry in `orthrus.cache.kv_formats`.
+A new format is two files and an entry in `orthrus.cache.kv_formats`. One file has its `KVFormat`. Sizing a cache imports that
+file, so it must import torch only where it allocates. The other has its `KVLayer`, which needs torch and kernels.
 """
 
 from typing import TYPE_CHECKING, Protocol

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import NO_TOKEN
 from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
@@ -82,11 +83,11 @@ class EngineCore:
 
         self.limits = PassLimits.of(config)
         self.page_size = choose_page_size(config, self.device)
-        num_pages = cache_pages(config, self.forward, self.page_size)
+        num_pages = cache_pages(config, self.forward, self.page_size, DEFAULT_KV_FORMAT)
         self.max_model_len = context_limit(config, model_config, num_pages * self.page_size)
         self.forward.use_context(self.max_model_len)
         self.cache = KVCache.allocate(
-            model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype
+            model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype, DEFAULT_KV_FORMAT
         )
         self._pool = PagePool(num_pages + 1, config.prefix_caching)
         schedule = load_schedule(SCHEDULES[self.schedule_name])

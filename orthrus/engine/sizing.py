@@ -60,13 +60,16 @@ def choose_page_size(config: EngineConfig, device: torch.device) -> int:
     return page_size
 
 
-def cache_pages(config: EngineConfig, forward: LayerParallelForward, page_size: int) -> int:
-    """Pages of the KV cache, without the padding page. Raises ConfigError if there is no memory for it."""
+def cache_pages(config: EngineConfig, forward: LayerParallelForward, page_size: int, kv_format: str) -> int:
+    """Pages of the KV cache, without the padding page. Raises ConfigError if there is no memory for it.
+
+    kv_format: how it stores keys and values, by a name in `orthrus.cache.kv_formats`.
+    """
     tokens, model = config.kv_cache_tokens, forward.config
     if tokens is None:
-        width = kv_bytes_per_token(model, forward.dtype.itemsize)
+        width = kv_bytes_per_token(model, forward.dtype.itemsize, kv_format)
         full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
-        tokens = min(full, max(_cache_bytes(config, forward, page_size) // width, page_size))
+        tokens = min(full, max(_cache_bytes(config, forward, page_size, kv_format) // width, page_size))
     return -(-tokens // page_size)
 
 
@@ -106,7 +109,7 @@ def check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -
             )
 
 
-def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size: int) -> int:
+def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size: int, kv_format: str) -> int:
     """Memory for the KV cache where no setting says how much."""
     if forward.device.type != "cuda":
         return _DEFAULT_CPU_CACHE_BYTES
@@ -115,7 +118,7 @@ def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size:
     free, size = torch.cuda.mem_get_info(forward.device)
     # What passes need comes on top of what is in use now.
     passes = load_runner(forward.device, forward.dtype).pass_bytes(
-        forward, page_size, max_rows=limits.max_rows, max_logits=limits.max_logits
+        forward, page_size, kv_format, max_rows=limits.max_rows, max_logits=limits.max_logits
     )
     left = int(size * share) - (size - free) - passes
     if left <= 0:

@@ -97,13 +97,15 @@ class CudaGraphRunner:
         return CudaGraphRunner(forward, cache, max_rows=max_rows, max_logits=max_logits, max_pages=max_pages)
 
     @staticmethod
-    def pass_bytes(forward: LayerParallelForward, page_size: int, *, max_rows: int, max_logits: int) -> int:
+    def pass_bytes(
+        forward: LayerParallelForward, page_size: int, kv_format: str, *, max_rows: int, max_logits: int
+    ) -> int:
         """See `RunnerFactory`. Runs the largest pass, without its graph."""
         device, rows = forward.device, graph_sizes(max_rows)[-1]
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype)
+        cache = KVCache.allocate(forward.config, 2, page_size, device, forward.dtype, kv_format)
         zeros = torch.zeros(3, rows, dtype=torch.int32, device=device)
         num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
         work = AttentionWork(zeros[0], RECORDS)

@@ -48,11 +48,15 @@ class EagerRunner:
         return EagerRunner(forward, cache)
 
     @staticmethod
-    def pass_bytes(forward: LayerParallelForward, page_size: int, *, max_rows: int, max_logits: int) -> int:
+    def pass_bytes(
+        forward: LayerParallelForward, page_size: int, kv_format: str, *, max_rows: int, max_logits: int
+    ) -> int:
         """See `RunnerFactory`. On a GPU, where it runs float64 only, it is given as much as graphs would need."""
         from orthrus.runner.cuda_graphs import CudaGraphRunner  # Needs Triton.
 
-        return CudaGraphRunner.pass_bytes(forward, page_size, max_rows=max_rows, max_logits=max_logits)
+        return CudaGraphRunner.pass_bytes(
+            forward, page_size, kv_format, max_rows=max_rows, max_logits=max_logits
+        )
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         logits = self.logits(groups)

@@ -73,7 +73,10 @@ class RunnerFactory(Protocol):
         ...
 
     def pass_bytes(
-        self, forward: LayerParallelForward, page_size: int, *, max_rows: int, max_logits: int
+        self, forward: LayerParallelForward, page_size: int, kv_format: str, *, max_rows: int, max_logits: int
     ) -> int:
-        """GPU memory that the runner needs besides weights and KV cache, in bytes. May run passes to find out."""
+        """GPU memory that the runner needs besides weights and KV cache, in bytes. May run passes to find out.
+
+        kv_format: how the cache stores keys and values, by a name in `orthrus.cache.kv_formats`.
+        """
         ...

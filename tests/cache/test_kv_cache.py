@@ -78,7 +78,7 @@ def passes(forward: LayerParallelForward, cache: KVCache) -> Tensor:
 def test_a_format_is_a_class_for_a_layer_and_one_entry(
     forward: LayerParallelForward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KV_FORMATS, "negated", NegatedFormat())
+    monkeypatch.setitem(KV_FORMATS, "negated", f"{__name__}:{NegatedFormat.__name__}")
     plain, negated = allocate(forward), allocate(forward, "negated")
     assert torch.equal(passes(forward, negated), passes(forward, plain))
     for layer, other in zip(negated.layers, plain.layers, strict=True):
