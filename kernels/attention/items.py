@@ -24,9 +24,8 @@ class Walk(NamedTuple):
 
     here: tl.tensor  # Position of the next step's first key; behind the cache it goes on counting.
     segment: tl.tensor  # The segment that this key is in.
-    segment_end: (
-        tl.tensor
-    )  # Where that segment ends; 0 for the last one in the cache, and for a block, which is one segment.
+    # Where that segment ends; 0 for the last one in the cache, and for a block, which is one segment.
+    segment_end: tl.tensor
 
 
 SPAN = tl.constexpr(work_list.SPAN)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 
-@dataclass(
-    slots=True
-)  # Not frozen: a pass makes one for every sequence, and freezing would take half of flattening it.
+# Not frozen: a pass makes one for every sequence, and freezing would take half of flattening it.
+@dataclass(slots=True)
 class AttentionGroup:
     """Consecutive rows of a pass that hold consecutive positions of one sequence in one view."""
 

@@ -51,9 +51,8 @@ class Item(NamedTuple):
     writes_from: int  # `AttentionGroup.writes_from`.
     block_row: int  # First row of the tile's diffusion block.
     block_rows: int  # Rows of that block; 0 unless this item adds it.
-    causal: (
-        int  # How many keys each row sees more than the row before: 1 for AR rows, 0 for a diffusion block.
-    )
+    # How many keys each row sees more than the row before: 1 for AR rows, 0 for a diffusion block.
+    causal: int
     record: int  # First record of the tile's first row; -1 if the tile is not divided.
     num_records: int  # Records of each row.
 
@@ -68,9 +67,8 @@ class DividedRow(NamedTuple):
     row: int
     record: int  # The row's first record.
     num_records: int
-    span_ends_at: (
-        int  # Place of the row's bits in the list, 32 to a number: whether a record is the last of its span.
-    )
+    # Place of the row's bits in the list, 32 to a number: whether a record is the last of its span.
+    span_ends_at: int
 
 
 def _as_dtype(record: type[tuple], size: int) -> np.dtype:
@@ -98,19 +96,6 @@ def header_of(numbers: np.ndarray) -> np.void:
     """The list's `HEADER`."""
     header: np.void = numbers[: HEADER.itemsize // 4].view(HEADER)[0]
     return header
-
-
-def items_of(numbers: np.ndarray) -> np.ndarray:
-    """The list's items: `ITEM` [num_items]."""
-    first = HEADER.itemsize // 4
-    return numbers[first : first + header_of(numbers)["num_items"] * (ITEM.itemsize // 4)].view(ITEM)
-
-
-def divided_rows_of(numbers: np.ndarray) -> np.ndarray:
-    """The list's divided rows: `DIVIDED_ROW` [num_divided]."""
-    header = header_of(numbers)
-    first = header["divided_at"]
-    return numbers[first : first + header["num_divided"] * (DIVIDED_ROW.itemsize // 4)].view(DIVIDED_ROW)
 
 
 def segment_start(index: int) -> int:
@@ -253,9 +238,8 @@ def _divide(tile: Item, share: int) -> list[_Part]:
     begin, end, ends = last.begin, last.end, last.span_ends
     if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
         return [*parts, _Part(begin, end, 0, [*ends[:-1], False]), _Part(end, end, tile.block_rows, [True])]
-    if segment_start(end) <= _spans_from(
-        begin
-    ):  # The last segment leaves a record of its own, and so does the block.
+    if segment_start(end) <= _spans_from(begin):
+        # The last segment leaves a record of its own, and so does the block.
         ends = [*ends[:-1], False, True]
     return [*parts, _Part(begin, end, tile.block_rows, ends)]
 

@@ -181,9 +181,8 @@ class _BatchCost:
 
     def best(self, lead: bool, verified: list[float]) -> _Candidate:
         """The best of the blocks with or without a lead. verified: expected tokens from verify turns of 1, 2, ... rows."""
-        rates = zip(
-            verified[1:], self.cycles[lead], strict=False
-        )  # `cycles` ends where blocks no longer fit a pass.
+        # `cycles` ends where blocks no longer fit a pass.
+        rates = zip(verified[1:], self.cycles[lead], strict=False)
         return max(
             ((lead + tokens) * self.step / cycle, rows, lead) for rows, (tokens, cycle) in enumerate(rates, 2)
         )

@@ -16,12 +16,10 @@ from kernels import (
 )
 from kernels.attention import AttentionWork
 from kernels.attention import gpu as attention_gpu
-from kernels.attention.work_list import (
-    items_of,
-    plan_work,
-)
+from kernels.attention.work_list import plan_work
 from kernels.rows import qk_norm_rope_triton
 from tests.kernels.interpreted import CPU, DTYPES, assert_near, int32, interpreted, randn
+from tests.kernels.work_lists import items_of
 
 pytestmark = interpreted
 

@@ -9,13 +9,12 @@ from kernels.attention import AttentionGroup, work_list
 from kernels.attention.work_list import (
     SPAN,
     Item,
-    divided_rows_of,
     header_of,
-    items_of,
     plan_work,
     segment_start,
     work_size,
 )
+from tests.kernels.work_lists import divided_rows_of, items_of
 
 
 def test_segments_tile_the_positions() -> None:

@@ -45,9 +45,8 @@ def test_many_long_keys_cost_a_position_little() -> None:
     row = torch.full((150_001 // 32 + 1,), -1, dtype=torch.int32)
     begin = time.thread_time()
     assert keys.forbid(row, place, lambda token: torch.full_like(row, -1))
-    assert (
-        time.thread_time() - begin < 1
-    )  # A look through the vocabulary for each key takes three times as long.
+    # A look through the vocabulary for each key takes three times as long.
+    assert time.thread_time() - begin < 1
 
 
 def test_keys_are_followed_only_where_one_may_come_twice(ar: Engine, masks: GrammarMasks) -> None:
