@@ -156,11 +156,11 @@ class _WaitingPass:
     done_at: float
     first_pick: int = 0
 
-    def picks(self) -> list[list[int]]:
+    def picks(self) -> list[int]:
         time.sleep(max(0.0, self.done_at - time.perf_counter()))
         vocab_size = self.logits.shape[1]
         return [
-            [(group.position + row) * 7919 % vocab_size for row in range(group.count)] for group in self.rows
+            (group.position + row) * 7919 % vocab_size for group in self.rows for row in range(group.count)
         ]
 
 

@@ -39,7 +39,7 @@ from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, Request
 from orthrus.requests.sequence import SequenceState
 from orthrus.runner.protocol import ModelRunner
-from orthrus.runner.sampler import PickRows
+from orthrus.runner.sampler import PickRows, follow_masks
 from orthrus.schedules.pass_cost import PassTimer
 from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext, load_schedule
 from orthrus.schedules.registry import SCHEDULES, choose_schedule
@@ -181,7 +181,7 @@ class EngineCore:
         begin = time.perf_counter() if self.observer is not None else 0.0
         launched = self.runner.launch(groups, rows)
         self._passes += 1
-        self._in_flight.append(InFlight(planned, launched, ahead, begin))
+        self._in_flight.append(InFlight(planned, rows, launched, ahead, begin))
         place = -1 - launched.first_pick  # Of a pick, as `RowGroup.tokens` refers to it.
         for part in planned:
             sequence = part.sequence
@@ -205,7 +205,7 @@ class EngineCore:
         while len(self._in_flight) > keep:
             done = self._in_flight.popleft()
             # Also for a pass without picks: the runner has no room for more than one that has not been waited for.
-            picks = iter(done.launched.picks())
+            picks = iter(follow_masks(done.launched.logits, done.rows, done.launched.picks()))
             records: list[TurnRecord] | None = [] if self.observer is not None else None
             row = 0
             for part in done.planned:

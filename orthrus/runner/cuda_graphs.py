@@ -22,7 +22,7 @@ from orthrus.plan import PassPlan, RowGroup, flatten
 from orthrus.runner.pass_buffer import PassBuffer, buffer_size
 from orthrus.runner.pass_graphs import RECORDS, PassGraphs, graph_sizes
 from orthrus.runner.protocol import LaunchedPass
-from orthrus.runner.sampler import PickRows, adjust, follow_masks
+from orthrus.runner.sampler import PickRows, adjust
 
 _GRAPH_BYTES = 1 << 30
 """Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
@@ -34,15 +34,13 @@ class _Launched:
 
     logits: Tensor
     first_pick: int
-    rows: Sequence[PickRows]
     host: Tensor
-    """int32, in page-locked memory: the picks, once `done` has happened."""
+    """int32 [rows that need logits], in page-locked memory: the picks, once `done` has happened."""
     done: torch.cuda.Event
 
-    def picks(self) -> list[list[int]]:
+    def picks(self) -> list[int]:
         self.done.synchronize()
-        count = sum(group.count for group in self.rows)
-        return follow_masks(self.logits, self.rows, self.host[:count].tolist())
+        return self.host.tolist()
 
 
 class CudaGraphRunner:
@@ -126,13 +124,13 @@ class CudaGraphRunner:
         count = self._start(groups, rows, first_pick, wants_logits)
         if wants_logits and not all(group.plain for group in rows):
             self._pick_adjusted(rows, first_pick)
-        host = self._host_picks[self._turn]
+        host = self._host_picks[self._turn][:count]
         self._downloads.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._downloads):
-            host[:count].copy_(self.graphs.picks[first_pick : first_pick + count], non_blocking=True)
+            host.copy_(self.graphs.picks[first_pick : first_pick + count], non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return _Launched(self.graphs.logits, first_pick, rows, host, done)
+        return _Launched(self.graphs.logits, first_pick, host, done)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._turn * self.max_logits, wants_logits=True)

@@ -20,9 +20,9 @@ class _Done:
 
     logits: Tensor
     first_pick: int
-    tokens: list[list[int]]
+    tokens: list[int]
 
-    def picks(self) -> list[list[int]]:
+    def picks(self) -> list[int]:
         return self.tokens
 
 
@@ -61,7 +61,7 @@ class EagerRunner:
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         logits = self.logits(groups)
         tokens = pick(logits, rows) if rows else []
-        self._picks = [self._picks[1], [token for group in tokens for token in group]]
+        self._picks = [self._picks[1], tokens]
         return _Done(logits, len(self._picks[0]), tokens)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:

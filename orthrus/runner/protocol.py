@@ -27,8 +27,11 @@ class LaunchedPass(Protocol):
         """Place of the pass's first pick among the runner's picks, which `RowGroup.tokens` of the next pass may refer to."""
         ...
 
-    def picks(self) -> list[list[int]]:
-        """Wait for the pass. For each of its `PickRows`, the token picked at each row, `NO_TOKEN` where there is none."""
+    def picks(self) -> list[int]:
+        """Wait for the pass. The token picked at each row of its `PickRows`, in order; `NO_TOKEN` where there is none.
+
+        The masks of drafts are yet to be applied: see `follow_masks`.
+        """
         ...
 
 

@@ -181,23 +181,25 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
     return adjusted
 
 
-def pick(logits: Tensor, groups: Seq[PickRows]) -> list[list[int]]:
-    """The token picked at every row of logits [rows, vocab], which are the rows of `groups` in order: one list for each group.
+def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
+    """The token picked at every row of logits [rows, vocab], which are the rows of `groups` in order.
 
-    `NO_TOKEN` where a logit that may be picked is NaN or infinite.
+    `NO_TOKEN` where a logit that may be picked is NaN or infinite. The masks of drafts are yet to be applied: see `follow_masks`.
     """
     adjusted, device = adjust(logits, groups), logits.device
     if all(group.params.greedy for group in groups):
-        return follow_masks(logits, groups, argmax(adjusted).tolist())
-    picks = torch.empty(logits.shape[0], dtype=torch.int32, device=device)
-    gumbel_argmax(
-        adjusted,
-        torch.from_numpy(row_temperatures(groups)).to(device),
-        torch.from_numpy(row_keys(groups)).to(device),
-        picks,
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
-    return follow_masks(logits, groups, picks.tolist())
+        picks = argmax(adjusted)
+    else:
+        picks = torch.empty(logits.shape[0], dtype=torch.int32, device=device)
+        gumbel_argmax(
+            adjusted,
+            torch.from_numpy(row_temperatures(groups)).to(device),
+            torch.from_numpy(row_keys(groups)).to(device),
+            picks,
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+    tokens: list[int] = picks.tolist()
+    return tokens
 
 
 def row_temperatures(groups: Seq[PickRows]) -> np.ndarray:
@@ -216,7 +218,10 @@ def row_keys(groups: Seq[PickRows]) -> np.ndarray:
 
 
 def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> list[list[int]]:
-    """`picks` [rows] as one list for each group. In drafts, tokens that the mask forbids are replaced."""
+    """`picks` [rows] as one list for each group. In drafts, tokens that the mask forbids are replaced.
+
+    logits [rows, vocab] of the same rows are read for such drafts only.
+    """
     return [
         _follow_mask(logits[span], group, picks[span])
         if group.mask is not None and group.drafting
@@ -247,7 +252,7 @@ def _follow_mask(logits: Tensor, rows: PickRows, picks: list[int]) -> list[int]:
     while (good := rows.mask.accepts(picks)) < len(picks):
         row = logits[good : good + 1].clone()
         _forbid(row, rows.mask.allowed(picks[:good], good))
-        [[picks[good]]] = pick(row, [replace(rows, position=rows.position + good, count=1, mask=None)])
+        [picks[good]] = pick(row, [replace(rows, position=rows.position + good, count=1, mask=None)])
         if picks[good] == NO_TOKEN:
             return picks[:good]
         if rows.mask.accepts(picks[: good + 1]) == good:

@@ -27,7 +27,7 @@ class _ReadPass:
     def first_pick(self) -> int:
         return self.launched.first_pick
 
-    def picks(self) -> list[list[int]]:
+    def picks(self) -> list[int]:
         self.read = True
         return self.launched.picks()
 
