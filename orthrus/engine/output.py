@@ -37,11 +37,11 @@ def pick_rows(part: Planned) -> list[PickRows]:
                 count=group.num_logits - scoring,
                 prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
                 generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
-                ahead=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
+                draft_tokens=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
                 mask=sequence.mask,
                 drafting=drafting,
-                ends=sequence.withheld_stop_ids,
-                may_end=sequence.num_prompt + params.min_tokens,
+                end_token_ids=sequence.withheld_stop_ids,
+                min_length=sequence.num_prompt + params.min_tokens,
             )
         )
     return rows

@@ -122,7 +122,7 @@ class CudaGraphRunner:
         first_pick = self._turn * most
         wants_logits = any(group.reads_logits for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
-        if wants_logits and not all(group.plain for group in rows):
+        if wants_logits and not all(group.unadjusted for group in rows):
             self._pick_adjusted(rows, first_pick)
         host = self._host_picks[self._turn][:count]
         self._downloads.wait_stream(torch.cuda.current_stream())
@@ -165,10 +165,10 @@ class CudaGraphRunner:
         fields = self.graphs.fields()
         temperatures, keys = fields.temperatures, fields.noise_keys
         start = 0
-        for plain, members in itertools.groupby(rows, key=lambda group: group.plain):
+        for unadjusted, members in itertools.groupby(rows, key=lambda group: group.unadjusted):
             groups = list(members)
             end = start + sum(group.count for group in groups)
-            if not plain:
+            if not unadjusted:
                 adjusted = adjust(self.graphs.logits[start:end], groups)
                 gumbel_argmax(
                     adjusted,

@@ -2,8 +2,8 @@
 
 g is Gumbel noise that depends on nothing but seed and position, so a draft and its verification meet the same noise. Logits are
 adjusted in this order: token mask and tokens that would end the text too early; repetition, presence and frequency penalties;
-logit bias; temperature; top-k, top-p, min-p. Rows with the same filters are filtered together, but never padded to each other's:
-a row's arithmetic must not depend on its neighbours.
+logit bias; temperature; top-k, top-p, min-p. Only rows with the same filters are filtered in one call: a row's arithmetic must
+not depend on its neighbours.
 """
 
 import itertools
@@ -37,45 +37,48 @@ class PickRows:
     """The prompt's tokens; needed for penalties only."""
     generated: Seq[int] = ()
     """The tokens committed after it; needed for penalties only."""
-    ahead: Seq[int] = ()
-    """Drafted tokens from `position` on that these rows verify: row i predicts what follows the first i of them. The rows of a
-    draft have none here, so their penalties leave out what is being drafted. That costs acceptance only."""
+    draft_tokens: Seq[int] = ()
+    """Drafted tokens from `position` on that these rows verify: row i predicts what follows the first i of them.
+
+    Rows that draft have none, so their penalties do not count what is being drafted. That costs acceptance only.
+    """
     mask: TokenMask | None = None
     """Which tokens are allowed at `position` and after it."""
     drafting: bool = False
     """Whether these rows draft: then each predicts what follows the picks of the rows before it."""
-    ends: Seq[int] = ()
-    """Tokens that are not allowed at positions before `may_end`."""
-    may_end: int = 0
-    """The first position at which `ends` are allowed."""
+    end_token_ids: Seq[int] = ()
+    """Tokens that are not allowed while the text is shorter than `min_length`."""
+    min_length: int = 0
+    """Tokens of prompt and completion before which the text must not end: the first position at which `end_token_ids` are
+    allowed."""
 
     @property
-    def endless_rows(self) -> int:
-        """How many rows, from the first on, may not pick one of `ends`."""
-        return min(self.count, max(0, self.may_end - self.position)) if self.ends else 0
+    def num_rows_without_end(self) -> int:
+        """How many rows must not pick one of `end_token_ids`. They come first."""
+        return min(self.count, max(0, self.min_length - self.position)) if self.end_token_ids else 0
 
     @property
-    def reweighted(self) -> bool:
+    def has_penalties_or_bias(self) -> bool:
         """Whether penalties or biases change the logits."""
         return self.params.has_penalties or bool(self.params.logit_bias)
 
     @property
     def filters(self) -> tuple[bool, float, int, float, float]:
-        """Whether improbable tokens are dropped, and the settings that say which: temperature, top_k, top_p, min_p."""
+        """Whether any of top_k, top_p and min_p filters tokens; then temperature, top_k, top_p and min_p, which say how."""
         p = self.params
         wanted = not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
         return wanted, p.temperature, p.top_k, p.top_p, p.min_p
 
     @property
-    def plain(self) -> bool:
-        """Whether the picks are made from the logits as they are. A draft's mask comes after its picks: see `follow_masks`."""
+    def unadjusted(self) -> bool:
+        """Whether `adjust` leaves the logits as they are. A draft's mask is applied after its picks: see `follow_masks`."""
         masked = self.mask is not None and not self.drafting
-        return not (masked or self.endless_rows or self.reweighted or self.filters[0])
+        return not (masked or self.num_rows_without_end or self.has_penalties_or_bias or self.filters[0])
 
     @property
     def reads_logits(self) -> bool:
         """Whether anything but the model's own pick reads the logits, so that they have to be written."""
-        return not self.plain or self.mask is not None or self.params.logprobs is not None
+        return not self.unadjusted or self.mask is not None or self.params.logprobs is not None
 
 
 def _penalise(logits: Tensor, rows: PickRows) -> None:
@@ -87,7 +90,7 @@ def _penalise(logits: Tensor, rows: PickRows) -> None:
             torch.tensor(rows.generated, dtype=torch.int64, device=device), minlength=vocab
         )
         counts = counts.repeat(rows.count, 1)
-        for i, token in enumerate(rows.ahead[: rows.count - 1]):
+        for i, token in enumerate(rows.draft_tokens[: rows.count - 1]):
             counts[i + 1 :, token] += 1
         seen = counts > 0
         seen[:, torch.tensor(rows.prompt, dtype=torch.int64, device=device)] = True
@@ -105,8 +108,9 @@ def _penalise(logits: Tensor, rows: PickRows) -> None:
 def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
     """logits [rows, vocab] with -inf for each token that the filters drop.
 
-    As in Hugging Face's processors, top-k keeps all tokens as likely as the k-th, and top-p as few as add up to its share. Of
-    equally likely tokens, top-p keeps those with the lowest ids; Hugging Face leaves that open.
+    As in Hugging Face's processors, top-k keeps every token that is at least as likely as the k-th, and top-p keeps the fewest
+    tokens whose probabilities add up to `top_p`. Where top-p can keep only some of equally likely tokens, it keeps those with
+    the lowest ids. Hugging Face does not define which.
     """
     top_k, top_p, min_p = params.top_k, params.top_p, params.min_p
     scores = logits / params.temperature
@@ -124,24 +128,26 @@ def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _cut_top_p(scores: Tensor, k: int, top_p: float) -> None:
-    """Top-p on scores [rows, vocab] in place, among the k best tokens and those that are as good as the worst of these."""
+    """Top-p on scores [rows, vocab] in place. It keeps tokens only among those that score no less than the k-th best."""
     ranked = scores.topk(min(k + 1, scores.shape[1]), dim=-1).values
     ranked, next_best = ranked[:, :k], ranked[:, k:]
     last = ranked[:, -1:]
-    # In whole numbers: their sums are the same in any order, and the order of a floating-point scan may depend on the rows.
+    # As integers, whose sums do not depend on the order. The order of a floating-point scan may depend on the number of rows.
     mass = ((ranked - ranked[:, :1]).exp().double() * _WHOLE).long()
     before = mass.cumsum(-1) - mass
     listed = before[:, -1:] + mass[:, -1:]
     further = torch.zeros_like(listed)
-    # On a GPU, counting them costs less than waiting to know whether there are any.
+    # How many tokens score as much as the k-th best but are not ranked. On a GPU, counting them costs less than waiting for
+    # the host to know whether there are any.
     if next_best.numel() and (scores.is_cuda or bool((next_best == last).any())):
         further = ((scores == last).count_nonzero(-1) - (ranked == last).count_nonzero(-1)).unsqueeze(-1)
     share = top_p * (listed + further * mass[:, -1:]).double()
-    # At least the best one, even for a top_p of 0.
+    # At least the best token, even if top_p is 0.
     kept = (before < share).sum(-1, keepdim=True).clamp_(min=1)
     threshold = ranked.gather(1, kept - 1)
     scores.masked_fill_(scores < threshold, float("-inf"))
-    # How many of those that equal the worst one kept are wanted. Where all that are ranked are kept, others may be too.
+    # Several tokens may score exactly `threshold`. `wanted` is how many of them are kept, `equal` how many there are. If all k
+    # ranked tokens are kept, tokens that are not ranked may be kept too: they score as much as the k-th.
     more = ((share - listed) / mass[:, -1:].clamp(min=1)).ceil_().long().clamp_(min=0)
     wanted = kept - (ranked > threshold).sum(-1, keepdim=True) + more.where(kept == k, 0)
     equal = (ranked == threshold).sum(-1, keepdim=True) + further.where(threshold == last, 0)
@@ -159,16 +165,16 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
 
     A token that may not be picked has -inf. Returns `logits` itself if nothing changes. Does not wait for the device.
     """
-    if all(group.plain for group in groups):
+    if all(group.unadjusted for group in groups):
         return logits
     adjusted = logits.clone()
     for group, span in zip(groups, _spans(groups), strict=True):
         if group.mask is not None and not group.drafting:
-            _forbid(adjusted[span], group.mask.allowed(group.ahead[: group.count - 1]))
-        if endless := group.endless_rows:
-            ends = torch.tensor(group.ends, device=logits.device)
-            adjusted[span.start : span.start + endless, ends] = float("-inf")
-        if group.reweighted:
+            _forbid(adjusted[span], group.mask.allowed(group.draft_tokens[: group.count - 1]))
+        if num_rows := group.num_rows_without_end:
+            end_token_ids = torch.tensor(group.end_token_ids, device=logits.device)
+            adjusted[span.start : span.start + num_rows, end_token_ids] = float("-inf")
+        if group.has_penalties_or_bias:
             _penalise(adjusted[span], group)
     # Neighbours with the same filters go through them together.
     start = 0
@@ -243,9 +249,10 @@ def _forbid(logits: Tensor, bits: Tensor) -> None:
 
 
 def _follow_mask(logits: Tensor, rows: PickRows, picks: list[int]) -> list[int]:
-    """A draft's picks, where each token that the mask forbids behind those before it is replaced by a pick from the allowed ones.
+    """A draft's picks, with each token that the mask forbids at its place replaced by a pick from the allowed ones.
 
-    The other picks were filtered without the mask, so verification may still pick another token. That costs acceptance only.
+    The picks that are not replaced were filtered without the mask, so verification may still pick another token. That costs
+    acceptance only.
     """
     assert rows.mask is not None
     picks = list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))

@@ -129,9 +129,9 @@ def test_text_and_cycles_equal_the_slow_reference(tmp_path: Path, shape: dict[st
     ids=str,
 )
 def test_whose_logits_are_read_by_more_than_the_pick(read: bool, settings: dict[str, Any]) -> None:
-    rows = PickRows(SamplingParams(**settings), seed=1, position=7, count=1, ends=(5,), may_end=7)
+    rows = PickRows(SamplingParams(**settings), seed=1, position=7, count=1, end_token_ids=(5,), min_length=7)
     assert rows.reads_logits is read
-    assert replace(rows, may_end=8).reads_logits, "an end that must not be picked yet"
+    assert replace(rows, min_length=8).reads_logits, "an end that must not be picked yet"
 
 
 @pytest.mark.parametrize("lead", [False, True])
