@@ -1,7 +1,7 @@
 """Run something that starts processes, and leave none of them behind: Ctrl-C and SIGTERM end it within seconds, at any time.
 
-The work has a process of its own, in a session of its own, so that a terminal's Ctrl-C reaches the supervisor alone, who is
-a few lines of Python and is never busy. What Ray would say of a cluster that is ended under it is said by nobody.
+The work runs in a child process with a session of its own, so that a terminal's Ctrl-C reaches only the supervisor, which is
+never busy. The supervisor kills the child first. So Ray, which runs in the child, prints no errors while its cluster ends.
 """
 
 import ctypes
@@ -15,9 +15,11 @@ from pathlib import Path
 
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 2.0
-"""For processes that end when they are asked to; then they are killed."""
+"""How long processes have to end after SIGTERM. Those that are left are killed."""
 _KILL_SECONDS = 2.0
+"""How long to go on killing processes that are left."""
 _POLL_SECONDS = 0.05
+"""Between two looks at which processes are left."""
 # From Linux' prctl.h.
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -25,10 +27,10 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 def run_supervised(work: Callable[[], int]) -> int:
     """Run `work` in a child process. Returns its exit status, or 0 if SIGINT, SIGTERM or SIGHUP ended it.
 
-    Call it while there is one thread. When it returns, no process that `work` has started is left, nor any of theirs.
+    Call it while this process has only one thread. When it returns, all descendants of this process have ended.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # What its parent has left behind becomes ours.
-    # Without a handler, the end of a child may be no signal to wait for.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # Orphaned descendants become children of this process.
+    # SIGCHLD is ignored by default, and sigwait may miss an ignored signal. So it gets a handler.
     signal.signal(signal.SIGCHLD, lambda *_: None)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOP, signal.SIGCHLD))
     child = os.fork()
@@ -38,7 +40,7 @@ def run_supervised(work: Callable[[], int]) -> int:
     while status is None:
         if signal.sigwait((*_STOP, signal.SIGCHLD)) != signal.SIGCHLD:
             print("\nStopping.", file=sys.stderr, flush=True)
-            # Killed, so that it says nothing of what ends under it.
+            # Killed first, so that it prints no errors about processes that end before it.
             os.kill(child, signal.SIGKILL)
             status = 0
             break
@@ -51,7 +53,7 @@ def run_supervised(work: Callable[[], int]) -> int:
 
 
 def _work(work: Callable[[], int], mask: set[int | signal.Signals]) -> None:
-    """Never returns."""
+    """Run `work` in the child, and exit with its status. Never returns. mask: the signal mask to restore."""
     os.setsid()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -62,14 +64,14 @@ def _work(work: Callable[[], int], mask: set[int | signal.Signals]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        with suppress(OSError):  # Whoever read them may have gone.
+        with suppress(OSError):  # The reader of a pipe may have gone.
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
 
 
 def _prctl(option: int, value: int) -> None:
-    """Where there is one."""
+    """Linux' prctl; does nothing on other systems."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
@@ -89,7 +91,7 @@ def _end_descendants() -> None:
 
 
 def _reap() -> dict[int, int]:
-    """Children that have ended, and their exit statuses; minus a signal's number for one that was killed."""
+    """The exit status of each child that has ended, by pid. For a child that a signal ended, it is minus the signal's number."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -106,7 +108,7 @@ def _descendants() -> set[int]:
     children: dict[int, list[int]] = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # The name, in brackets, may have anything in it.
+            # The name, in brackets, may contain spaces and brackets.
             state, parent, *_ = file.read_text().rpartition(")")[2].split()
         except OSError:
             continue  # It has ended.

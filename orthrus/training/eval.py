@@ -1,6 +1,6 @@
-"""What the drafts are worth, through the engine that serves them: tokens per cycle and agreement by depth, and the AR loss.
+"""Evaluation of a checkpoint: held-out loss of the AR view, and tokens per cycle and agreement by depth of its drafts.
 
-The figures are the engine's own: its count of cycles, and what its observer is told of every draft and verify turn.
+Drafts are measured in the engine that serves them: it counts cycles, and its observer receives every draft and verify turn.
 """
 
 from collections.abc import Sequence
@@ -24,30 +24,37 @@ from orthrus.training.settings import Settings
 
 
 class EvalSettings(Settings):
-    """Held-out loss on `rows` rows of `row_length` tokens; drafts on `texts` held-out prompts continued by `new_tokens`.
-
-    prompts: a JSONL file (see `read_prompts`), which is then also what the loss is measured on; None takes both from the
-    held-out part of the corpus, prompts of `prompt_length` tokens, continued past the end of a document. block_rows:
-    block lengths to try; longer ones than the checkpoint's are left out. leads: whether with a lead, without, or both.
-    shown: texts to keep in the report.
-    """
+    """What to evaluate a checkpoint on."""
 
     prompts: Path | None = None
+    """A JSONL file (see `read_prompts`) for both the prompts and the loss. None takes both from the held-out part of the corpus;
+    its prompts are continued past the end of a document."""
     template_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the chat template, for the file's prompts."""
     rows: int = 128
+    """Rows of tokens that the loss is measured on."""
     row_length: int = 2048
+    """Tokens of each of these rows."""
     texts: int = 64
+    """Number of prompts to continue, to measure drafts."""
     prompt_length: int = 64
+    """Tokens of a prompt from the corpus."""
     new_tokens: int = 256
+    """Tokens to continue each prompt by."""
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    """Drafts are measured at each of these."""
     block_rows: tuple[int, ...] = (4, 8, 16, 32)
+    """Block lengths to try. Those over the checkpoint's are left out."""
     leads: tuple[bool, ...] = (True, False)
+    """Whether to try blocks with a lead (True), without one (False), or both."""
     shown: int = 10
+    """Number of texts to keep in the report."""
     seed: int = 1
+    """Seed of the first text. Each further text has the next number."""
 
 
 def held_out_loss(engine: Engine, rows: Sequence[Sequence[int]]) -> float:
-    """Mean nats per token of the AR view on `rows` of token ids; the first token of a row is given."""
+    """The AR view's mean loss on `rows` of token ids, in nats per token. The first token of a row is not predicted."""
     total, count = 0.0, 0
     for row in tqdm(rows, desc="held-out loss", unit="row", disable=None, leave=False):
         targets = torch.tensor(row[1:], device=engine.device)
@@ -57,22 +64,22 @@ def held_out_loss(engine: Engine, rows: Sequence[Sequence[int]]) -> float:
 
 
 class _Verified:
-    """An engine's observer that keeps what came of each block of `block_rows` rows."""
+    """An engine's observer that records how many drafts of each block of `block_rows` rows were accepted."""
 
     def __init__(self, block_rows: int) -> None:
         self.accepted: list[int] = []
-        """For each block, how many of its drafts were right."""
+        """For each block, how many of its drafts were accepted."""
         self.first_agreed: list[bool] = []
-        """For each block with a lead, whether its own first pick was the lead's token."""
+        """For each block with a lead, whether the block's own draft of the first token equals the lead's token."""
         self._block_rows = block_rows
-        # Of the blocks that are to be verified, by sequence.
+        # The draft turn of each sequence whose block is not verified yet, by request.
         self._leads: dict[str, TurnRecord] = {}
 
     def __call__(self, record: PassRecord) -> None:
         for turn in record.turns:
             if turn.turn.kind == LEAD_DRAFT:
                 self._leads[turn.request_id] = turn
-            # Near a text's end, fewer rows are drafted.
+            # Shorter blocks, which come near a text's end, are left out.
             elif turn.turn.kind == VERIFY and turn.turn.num_verified == self._block_rows - 1:
                 self.accepted.append(turn.num_accepted)
                 if (draft := self._leads.get(turn.request_id)) is not None:
@@ -89,13 +96,15 @@ def measure_drafts(
     lead: bool,
     temperature: float,
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """Continue `prompts` with blocks of `block_rows` rows; the texts come back too. The engine keeps the schedule.
+    """Continue `prompts` with blocks of `block_rows` rows. Returns figures and texts. The engine keeps the schedule.
 
-    Depth d is the d-th token after the newest committed one. tokens_per_cycle: committed by one draft and one verify pass;
-    cycles: those with a whole block, which the figures by depth count; acceptance: share of them in which the first d tokens
-    were right, d = 1, 2, ...; agreement: share of the drafts at depth d that the AR view agreed with, among those whose
-    predecessors were right. A lead's own token, the first, always is; agreement at depth 1 is then that of the draft which it
-    makes superfluous. distinct_8grams: share of a text's 8-grams that are new to it.
+    Depth d is the d-th token after the newest committed one. The figures are:
+    - tokens_per_cycle: tokens that one draft and one verify pass commit, on average.
+    - cycles: number of cycles with a whole block. Figures by depth count only these.
+    - acceptance: for d = 1, 2, ..., the share of these cycles in which the first d tokens were right.
+    - agreement: for d = 1, 2, ..., the share of drafts at depth d that the AR view agreed with, among those after right tokens.
+      A lead's token, at depth 1, is always right. So with a lead, agreement at depth 1 is that of the block's own first draft.
+    - distinct_8grams: share of a text's 8-grams that occur in it for the first time, on average.
     """
     mask = engine.model_config.mask_token_id
     assert mask is not None, "only a checkpoint with a diffusion view can draft"

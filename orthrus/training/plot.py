@@ -10,9 +10,9 @@ Panel = dict[str, list[tuple[float, float]]]
 
 
 def plot(folder: Path) -> list[Path]:
-    """Draw what `folder` has of base.jsonl, heads.jsonl and eval.json; the files written, beside them.
+    """Draw each of base.jsonl, heads.jsonl and eval.json that `folder` has, into the same folder. Returns the files written.
 
-    Raises ConfigError where matplotlib or everything to draw is missing.
+    Raises ConfigError if matplotlib is not installed, or if the folder has none of these files.
     """
     try:
         import matplotlib
@@ -50,7 +50,7 @@ def _eval_panels(file: Path) -> dict[str, Panel]:
         name = f"T = {row['temperature']:g}" + (", lead" if row["lead"] else "")
         point = (row["block_rows"], row["tokens_per_cycle"])
         panels["tokens per cycle by block length"].setdefault(name, []).append(point)
-        # Of the longest block, which comes last.
+        # Later rows replace earlier ones, so the curve is that of the longest block, which comes last.
         panels["acceptance by depth"][name] = list(enumerate(row["acceptance"], 1))
     return panels
 

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 def read_documents(file: Path) -> list[str]:
-    """The documents of a corpus file, plain or compressed (.xz beside it)."""
+    """The documents of a corpus file. If `file` does not exist, its compressed copy with the suffix .xz is read."""
     if file.exists():
         text = file.read_text(encoding="utf-8")
     else:
@@ -34,7 +34,10 @@ def read_documents(file: Path) -> list[str]:
 def train_tokenizer(
     documents: list[str], vocab_size: int, *, sample_chars: int = 30_000_000, seed: int = 0
 ) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` tokens, special ones last as in Qwen3, from a sample of the documents."""
+    """Train a tokenizer of exactly `vocab_size` tokens on a sample of the documents. Special tokens come last, as in Qwen3.
+
+    sample_chars: about how many characters to train on. Raises ValueError if the sample is too small for the vocabulary.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -66,7 +69,7 @@ def train_tokenizer(
 
 
 def as_transformers(tokenizer: Tokenizer, context: int) -> Any:
-    """The same as a transformers tokenizer with the chat template, for `save_pretrained`."""
+    """`tokenizer` as a transformers tokenizer with the chat template, for `save_pretrained`. context: its limit in tokens."""
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(
@@ -82,7 +85,10 @@ def as_transformers(tokenizer: Tokenizer, context: int) -> Any:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str], batch: int = 4096) -> np.ndarray:
-    """One stream of token ids, uint16 (uint32 for a larger vocabulary); every document ends with <|endoftext|>."""
+    """All documents as one array of token ids, with <|endoftext|> after each: uint16, or uint32 for a vocabulary over 65536.
+
+    batch: documents to encode at a time.
+    """
     end = tokenizer.token_to_id(END_OF_TEXT)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     parts = []
