@@ -47,6 +47,8 @@ class KVCache:
         """
         if not copies:
             return
-        sources, targets = torch.tensor(copies, device=self.device).unbind(1)
+        # From pageable memory, the host would wait for the passes launched before.
+        pairs = torch.tensor(copies, pin_memory=self.device.type == "cuda")
+        sources, targets = pairs.to(self.device, non_blocking=True).unbind(1)
         for layer in self.layers:
             layer.copy_pages(sources, targets)

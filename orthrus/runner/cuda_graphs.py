@@ -85,6 +85,8 @@ class CudaGraphRunner:
         self.graphs = PassGraphs(
             forward, cache, row_sizes=self._row_sizes, logit_sizes=logit_sizes, buffer_size=size
         )
+        # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
+        self._head = self.graphs.fields()
 
     @staticmethod
     def build(
@@ -162,8 +164,7 @@ class CudaGraphRunner:
 
     def _pick_adjusted(self, rows: Sequence[PickRows], first_pick: int) -> None:
         """Pick once more for the groups whose logits have to be adjusted first. The graphs picked from unadjusted ones."""
-        fields = self.graphs.fields()
-        temperatures, keys = fields.temperatures, fields.noise_keys
+        temperatures, keys = self._head.temperatures, self._head.noise_keys
         start = 0
         for unadjusted, members in itertools.groupby(rows, key=lambda group: group.unadjusted):
             groups = list(members)
