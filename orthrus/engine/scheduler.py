@@ -76,7 +76,9 @@ class Scheduler:
         self._num_arrived = 0
         # The waiting sequences and their rows to prefill, in the order in which they began to wait.
         self._queued: OrderedDict[SequenceState, int] = OrderedDict()
-        self._rows_waiting = self._rows_running = 0  # Rows to prefill of waiting and running sequences.
+        self._rows_waiting = 0  # Rows to prefill of waiting sequences.
+        # Of running ones; None after one has left: then they are counted anew when somebody asks.
+        self._rows_running: int | None = 0
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self._prefill_chunk = prefill_chunk
@@ -95,7 +97,7 @@ class Scheduler:
             self._unqueue(sequence)
         elif sequence in self.running:
             self.running.remove(sequence)
-            self._rows_running = max(0, self._rows_running - sequence.rows_to_prefill)
+            self._rows_running = None
         self._release(sequence)
 
     @property
@@ -107,6 +109,8 @@ class Scheduler:
     @property
     def rows_to_prefill(self) -> int:
         """Prompt rows that are still to be computed, after the planned pass, for all unfinished sequences."""
+        if self._rows_running is None:
+            self._rows_running = sum([sequence.rows_to_prefill for sequence in self.running])
         return self._rows_waiting + self._rows_running
 
     def may_preempt(self) -> bool:
@@ -115,7 +119,8 @@ class Scheduler:
         for sequence in self.running:
             rows = self.schedule.max_rows if sequence.decoding else self._prefill_chunk
             end = min(sequence.num_computed + rows, sequence.max_length)
-            missing += max(0, -(-end // self._page_size) - len(sequence.block_table))
+            for block_table in (sequence.block_table, *sequence.branches):
+                missing += max(0, -(-end // self._page_size) - len(block_table))
         return missing > self.pool.available
 
     def plan(self) -> list[Planned]:
@@ -311,8 +316,9 @@ class Scheduler:
         self.num_preempted += 1
 
     def _release(self, sequence: SequenceState) -> None:
-        self.pool.release(sequence.block_table)
-        sequence.block_table, sequence.page_hashes = [], []
+        for block_table in (sequence.block_table, *sequence.branches):
+            self.pool.release(block_table)
+        sequence.block_table, sequence.branches, sequence.page_hashes = [], [], []
         sequence.num_computed, sequence.schedule_state = 0, None
 
 

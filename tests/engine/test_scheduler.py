@@ -173,3 +173,27 @@ def test_what_waits_is_counted_until_it_is_admitted_or_cancelled() -> None:
     run_pass(ours)
     assert (ours.rows_to_prefill, ours.oldest_queued_at, ours.num_admitted) == (0, None, 2)
     assert ours.queue_wait_seconds == sum(s.queue_seconds for s in sequences) > 0.0
+
+
+def test_branches_of_a_sequence_are_counted_and_given_back_with_it() -> None:
+    ours, pool, _, sequence = prefilled(6, pages=10)
+
+    def branch() -> None:
+        fork = pool.fork(sequence.block_table, 6, PAGE)
+        assert fork is not None
+        sequence.branches.append(fork.block_table)
+
+    branch()
+    assert pool.used == 3
+    # Up to 6 rows from position 6 on: each of the two block tables may lack a page.
+    taken = pool.allocate(pool.available - 2) or []
+    assert not ours.may_preempt()
+    more = pool.allocate(1) or []
+    assert ours.may_preempt()
+    pool.release(taken + more)
+    ours._preempt(sequence)
+    assert (pool.used, sequence.branches) == (0, [])
+    ours.plan()
+    branch()
+    ours.remove(sequence)
+    assert (pool.used, ours.rows_to_prefill) == (0, 0)
