@@ -91,7 +91,8 @@ class EngineCore:
         )
         self._pool = PagePool(num_pages + 1, config.prefix_caching)
         schedule = load_schedule(SCHEDULES[self.schedule_name])
-        self.runner = make_runner(self.forward, self.cache, config, self.max_model_len, schedule.max_groups)
+        self._max_groups = schedule.max_groups  # The runner has room for this many groups of a turn.
+        self.runner = make_runner(self.forward, self.cache, config, self.max_model_len, self._max_groups)
         self._scheduler = Scheduler(
             schedule.build(self.schedule_context()),
             self._pool,
@@ -282,7 +283,7 @@ class EngineCore:
             self._scheduler.name_pages(sequence)
         if sequence.finish_reason is not None:
             self._finish(sequence)
-        return tokens_chunk(sequence, taken, logits, first, error)
+        return tokens_chunk(sequence, taken, logits, first, error, commit.rows)
 
     def _fail(self, sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
         """End a sequence that cannot go on. param: the request's field that is the reason, if one is."""
@@ -378,8 +379,13 @@ class EngineCore:
         )
 
     def use_schedule(self, schedule: Schedule) -> None:
-        """Decode by another schedule from now on, while nothing runs."""
+        """Decode by another schedule from now on, while nothing runs. Raises ValueError if its turns have too many groups."""
         assert not self.has_work, "a sequence's state belongs to its schedule"
+        if (groups := schedule.max_groups) > self._max_groups:
+            raise ValueError(
+                f"its turns have up to {groups} groups, and the engine has room for {self._max_groups}, as many as "
+                f"{self.schedule_name!r} needs: choose the schedule by the engine's settings instead"
+            )
         self._collect(keep=0)
         self._scheduler.schedule = schedule
 

@@ -70,13 +70,20 @@ def append_tokens(sequence: SequenceState, tokens: Sequence[int]) -> str | None:
 
 
 def tokens_chunk(
-    sequence: SequenceState, tokens: list[int], logits: Tensor, first: bool, error: str | None
+    sequence: SequenceState,
+    tokens: list[int],
+    logits: Tensor,
+    first: bool,
+    error: str | None,
+    rows: Sequence[int] | None = None,
 ) -> Chunk:
-    """The chunk of a pass. logits [at least len(tokens), vocab_size]: of the tokens' rows, in order.
+    """The chunk of a pass. logits [at least len(tokens), vocab_size]: of the turn's rows that have them.
 
-    first: whether it is the sequence's first chunk.
+    first: whether it is the sequence's first chunk. rows: as in `Commit`.
     """
     top = sequence.params.logprobs
+    if top is not None and rows is not None:
+        logits = logits[list(rows)]
     return Chunk(
         request_id=sequence.request_id,
         index=sequence.index,

@@ -25,6 +25,7 @@ class ReplaySchedule:
 
     def __init__(self, schedule: Schedule, vocab_size: int, agreement: float, seed: int = 0) -> None:
         """agreement: chance that a draft is right if all before it are."""
+        self.max_groups = schedule.max_groups
         self.max_rows, self.max_logits = schedule.max_rows, schedule.max_logits
         self._schedule = schedule
         self._vocab_size, self._seed = vocab_size, seed

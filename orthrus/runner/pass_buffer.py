@@ -122,10 +122,22 @@ class PassBuffer:
         """Write a pass into the buffer. What was in it is lost.
 
         rows: the rows of the pass's groups; num_rows: as many or more. picking: how to pick from the rows that need logits, in
-        their order; empty if nothing is picked. work: attention's work list. Returns the fields.
+        their order; empty if nothing is picked. work: attention's work list. Returns the fields. Raises ValueError, naming the
+        limit, for a pass that does not fit.
         """
-        fields = self.fields(num_rows)
         used, num_logits = len(rows.tokens), len(rows.logit_rows)
+        if used > num_rows:
+            raise ValueError(f"a pass of {used} rows is over its limit, {num_rows} rows")
+        if num_logits > self.max_logits:
+            raise ValueError(
+                f"a pass with {num_logits} rows that need logits is over the limit, {self.max_logits}"
+            )
+        fields = self.fields(num_rows)
+        if len(work) > len(fields.work):
+            raise ValueError(
+                f"attention's work list has {len(work)} numbers, and a pass of {num_rows} rows has room for "
+                f"{len(fields.work)}: its block tables have more pages than the buffer was made for"
+            )
         # Rows that no group has belong to the view that comes last.
         fields.num_ar[0] = rows.num_ar if rows.num_ar < used else num_rows
         fields.first_pick[0] = first_pick

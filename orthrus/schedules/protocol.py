@@ -38,12 +38,14 @@ class Turn:
 
 
 class Commit(NamedTuple):
-    """What came of a turn. Token i was picked at the i-th of the turn's rows that have logits."""
+    """What came of a turn."""
 
     tokens: list[int]
     """Tokens to append to the sequence, in order."""
     num_accepted: int = 0
     """How many of the turn's drafts turned out to be right."""
+    rows: Sequence[int] | None = None
+    """For each token, which of the turn's rows with logits, counted over all groups, it was picked at. None: the first ones."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Schedule(Protocol):
     and again after a preemption.
     """
 
+    max_groups: int
+    """Most groups of a turn."""
     max_rows: int
     """Most positions that a turn writes to the cache."""
     max_logits: int

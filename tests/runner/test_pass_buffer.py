@@ -93,3 +93,18 @@ def test_rows_without_a_group_are_of_the_view_that_comes_last() -> None:
     assert num_ar(ar) == 16
     assert num_ar(ar, block) == 2
     assert num_ar(block) == 0
+
+
+def test_a_pass_that_does_not_fit_is_refused_by_the_limit_that_it_exceeds() -> None:
+    def fill(num_rows: int, num_logits: int, num_work: int) -> None:
+        group = RowGroup(View.AR, [1] * num_rows, 0, [1, 2, 3, 4, 5], 0, num_logits)
+        work = np.zeros(num_work, np.int32)
+        buffer().fill(flatten([group], PAGE), [], work, num_rows=MAX_ROWS, first_pick=0, wants_logits=False)
+
+    fill(MAX_ROWS, MAX_LOGITS, MAX_WORK)
+    with pytest.raises(ValueError, match="33 rows is over its limit, 32"):
+        fill(MAX_ROWS + 1, MAX_LOGITS, MAX_WORK)
+    with pytest.raises(ValueError, match="17 rows that need logits is over the limit, 16"):
+        fill(MAX_ROWS, MAX_LOGITS + 1, MAX_WORK)
+    with pytest.raises(ValueError, match=r"work list has 101 numbers.*room for 100"):
+        fill(MAX_ROWS, MAX_LOGITS, MAX_WORK + 1)

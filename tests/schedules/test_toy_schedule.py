@@ -9,6 +9,7 @@ from orthrus.cli import build_parser
 from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.observer import PassRecord
 from orthrus.measure.verify import VerifyOptions, verify
+from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import ar_rows
@@ -88,3 +89,33 @@ def test_verify_and_the_command_line_know_it(checkpoint: Path) -> None:
     checks = {check.name: check for check in report.checks}
     assert {"constant alone", "constant mixed", "constant ahead"} < checks.keys()
     assert build_parser().parse_args(["generate", "--schedule", "constant"]).schedule == "constant"
+
+
+class OtherRows(ConstantDraft):
+    """Verifies nothing: the same row is computed twice, and the token committed is that of the second one."""
+
+    max_groups = max_logits = 2
+    max_rows = 1
+
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        n, table = sequence.newest_position, sequence.block_table
+        wrong = RowGroup(View.DIFFUSION, [5], n, table, 0, 1)
+        return Turn(
+            "other", (wrong, *ar_rows([sequence.newest_token], n, table)), (True, False), can_advance=False
+        )
+
+    def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
+        return Commit(picks[1], rows=[1])
+
+
+def test_logprobs_are_those_of_the_rows_that_the_tokens_were_picked_at(
+    tiny_orthrus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCHEDULES, "other", ScheduleEntry(f"{__name__}:OtherRows", needs_diffusion=True))
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True, logprobs=2)
+    ar = engine(tiny_orthrus, "ar")
+    [[expected]] = ar.generate([[1, 2, 3]], params)
+    [[got]] = engine(tiny_orthrus, "other").generate([[1, 2, 3]], params)
+    assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
+    with pytest.raises(ValueError, match="up to 2 groups, and the engine has room for 1"):
+        ar.use_schedule(OtherRows())
