@@ -39,10 +39,12 @@ class TritonWeight(DenseLayer, Weight):
         self._run(x, out, num_ar, tiles)
         return out
 
-    def linear_silu_mul(self, x: Tensor, *, tiles: LinearTiles | None = None) -> Tensor:
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
+    ) -> Tensor:
         """See `Weight`; gate and up are rounded only after they have met."""
         out = empty((x.shape[0], self.weights[0].shape[0] // 2), x.dtype, x.device)
-        self._run(x, out, None, tiles)
+        self._run(x, out, num_ar, tiles)
         return out
 
     def linear_add_rms_norm(
@@ -66,7 +68,9 @@ class TritonWeight(DenseLayer, Weight):
         else:
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, segments)
-        return add_rms_norm(out, residual, norm_weight, eps, self.bias if parts > 1 else None, num_ar)
+        return add_rms_norm(
+            out, residual, norm_weight, eps, self.bias if parts > 1 else None, self._split(num_ar)
+        )
 
     def linear_gumbel_argmax(
         self,
@@ -77,23 +81,30 @@ class TritonWeight(DenseLayer, Weight):
         keys: Tensor,
         picks: Tensor,
         first_pick: Tensor,
+        num_ar: Tensor | None = None,
     ) -> None:
         """See `Weight`; with few rows, each tile of outputs is picked from before it is stored, if it is stored at all."""
         if not hopper.streams(x):
-            self.linear(x, out=logits)
+            self.linear(x, num_ar, logits)
             gumbel_argmax(logits, temperatures, keys, picks, first_pick)
             return
-        pick_best(*self.best_of_tiles(x, logits, wanted, temperatures, keys), picks, first_pick)
+        pick_best(*self.best_of_tiles(x, logits, wanted, temperatures, keys, num_ar), picks, first_pick)
 
     def best_of_tiles(
-        self, x: Tensor, logits: Tensor, wanted: Tensor, temperatures: Tensor, keys: Tensor
+        self,
+        x: Tensor,
+        logits: Tensor,
+        wanted: Tensor,
+        temperatures: Tensor,
+        keys: Tensor,
+        num_ar: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`best_of_blocks` of the layer's outputs, for rows that `hopper` takes: see `linear_gumbel_argmax`."""
         _check(x)
         shape = x.shape[0], hopper.num_tiles(logits.shape[1])
         values = torch.empty(shape, device=x.device, dtype=torch.float32)
         indices = torch.empty(shape, device=x.device, dtype=torch.int32)
-        hopper.launch(x, self, logits, None, 1, (temperatures, keys, wanted, values, indices))
+        hopper.launch(x, self, logits, self._split(num_ar), 1, (temperatures, keys, wanted, values, indices))
         return values, indices
 
     def _run(
@@ -102,9 +113,13 @@ class TritonWeight(DenseLayer, Weight):
         """Compute the layer into out: [rows, outs], or [segments, rows, outs] without the bias."""
         _check(x)
         if tiles is None and hopper.streams(x):
-            hopper.launch(x, self, out, num_ar, segments)
+            hopper.launch(x, self, out, self._split(num_ar), segments)
         else:
-            triton.launch(x, self, out, num_ar, segments, tiles)
+            triton.launch(x, self, out, self._split(num_ar), segments, tiles)
+
+    def _split(self, num_ar: Tensor | None) -> Tensor | None:
+        """What the kernels are given: None for a layer of one view, whose kernels never read it."""
+        return num_ar if len(self.weights) > 1 else None
 
 
 def _check(x: Tensor) -> None:

@@ -17,6 +17,10 @@ from kernels.linear.weight import OneViewWeight, Parameters, join_projections
 _CHECKED_ROWS = 4096
 """Rows of a weight that are converted at once, so that the conversion needs little memory besides the result."""
 
+_LONGEST_SUM, _LONGEST_HEAD_SUM = 512, 192
+"""How many products are added to one float32 sum before it is added to the others. A longer sum rounds more away: so the LM
+head, which no norm follows, has shorter ones."""
+
 _HALF_EXPONENT = 15
 """Numbers below 2 to this power are finite in float16."""
 
@@ -24,8 +28,8 @@ _HALF_EXPONENT = 15
 class HalfWeight(OneViewWeight):
     """A weight as float16 numbers times one power of two."""
 
-    def __init__(self, halves: Tensor, scale: float, bias: Tensor | None, longest_sum: int) -> None:
-        """halves: float16 [out_features, in_features]; the weight is halves * scale."""
+    def __init__(self, halves: Tensor, scale: float, bias: Tensor | None, *, head: bool = False) -> None:
+        """halves: float16 [out_features, in_features]; the weight is halves * scale. head: see `pack_weight`."""
         row_tile = _row_tile()
         assert row_tile is not None, "as_halves() has checked it"
         self.bias = bias
@@ -35,10 +39,10 @@ class HalfWeight(OneViewWeight):
         self._nbytes = halves.nbytes + (0 if bias is None else bias.nbytes)
         # First input, number of inputs, and FBGEMM's weight, of each segment of the inputs. FBGEMM adds a segment's products
         # one after the other.
-        self._segments = _pack_segments(halves, longest_sum)
+        self._segments = _pack_segments(halves, _LONGEST_HEAD_SUM if head else _LONGEST_SUM)
 
     @classmethod
-    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> "HalfWeight":
+    def pack_view(cls, projections: Sequence[Parameters]) -> "HalfWeight":
         """Raises ValueError if float16 does not hold the weight exactly, or FBGEMM is not there."""
         weight, bias = join_projections(projections)
         halves = as_halves(weight)
@@ -46,7 +50,7 @@ class HalfWeight(OneViewWeight):
             raise ValueError(
                 "float16 does not hold this weight exactly, or this build of PyTorch has no FBGEMM"
             )
-        return cls(*halves, bias, longest_sum)
+        return cls(*halves, bias)
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ class OneDnnWeight(OneViewWeight):
         self._nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     @classmethod
-    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> Self:
+    def pack_view(cls, projections: Sequence[Parameters]) -> Self:
         return cls(*join_projections(projections))
 
     @property

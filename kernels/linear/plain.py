@@ -18,7 +18,7 @@ class PlainFormat:
     """Chooses a layout by the device and the dtype of the tensors. None of them rounds a weight."""
 
     @staticmethod
-    def pack(views: Views, *, gated: bool, longest_sum: int) -> Weight:
+    def pack(views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`."""
         first = views[0][0]["weight"]
         if runs_triton(first):
@@ -28,15 +28,15 @@ class PlainFormat:
             return TritonWeight(layer.weights, layer.bias, layer.interleaved)
         on_cpu = first.device.type == "cpu"
         if on_cpu and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            return SplitViews.join([_for_cpu(*join_projections(view), longest_sum) for view in views])
+            return SplitViews.join([_for_cpu(*join_projections(view), head) for view in views])
         layer = stack_views(views)
         return DenseWeight(layer.weights, layer.bias)
 
 
-def _for_cpu(weight: Tensor, bias: Tensor | None, longest_sum: int) -> Weight:
+def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool) -> Weight:
     """A float32 weight as float16 if that loses nothing, since it takes half as long to read."""
     halves = as_halves(weight)
-    return OneDnnWeight(weight, bias) if halves is None else HalfWeight(*halves, bias, longest_sum)
+    return OneDnnWeight(weight, bias) if halves is None else HalfWeight(*halves, bias, head=head)
 
 
 def stack_views(views: Views) -> DenseLayer:

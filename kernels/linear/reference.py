@@ -31,8 +31,8 @@ class DenseWeight(DenseLayer, Weight):
         out = product(x, self.weights[view])
         return out if self.bias is None else out.add_(self.bias[view])
 
-    def linear_silu_mul(self, x: Tensor) -> Tensor:
-        gate_up = self.linear(x)
+    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
+        gate_up = self.linear(x, num_ar)
         if self.interleaved:
             gate_up = gate_up.unflatten(1, (-1, 2, GATE_BLOCK)).transpose(1, 2).flatten(1)
         return silu_mul(gate_up)

@@ -17,9 +17,6 @@ from kernels.rows.activation import silu_mul
 from kernels.rows.rms_norm import rms_norm
 from kernels.rows.sampling import gumbel_argmax
 
-LONGEST_SUM = 512
-"""On a CPU: how many products are added to one float32 sum before it is added to the others. A longer sum rounds more away."""
-
 Parameters = dict[str, Tensor]
 """The tensors of one projection by the last part of their names in a checkpoint: "weight" [out_features, in_features],
 "bias" [out_features] if it has one, and what else a checkpoint's format stores, such as scales."""
@@ -43,13 +40,13 @@ class Weight(ABC):
     def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """x [rows, in_features] times the weight, plus the bias: [rows, out_features] in x's dtype.
 
-        num_ar: int32 [1], required if the layer has two views. The first num_ar rows use the AR view's weight, the others the
-        diffusion view's. out: where the result goes, in the dtype of `out`.
+        num_ar: int32 [1], required by every operation if the layer has two views, and ignored if it has one. The first num_ar
+        rows use the AR view's weight, the others the diffusion view's. out: where the result goes, in the dtype of `out`.
         """
 
-    def linear_silu_mul(self, x: Tensor) -> Tensor:
+    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
         """silu(gate) * up of a layer that was packed as `gated`: x [rows, in_features] -> [rows, out_features / 2]."""
-        return silu_mul(self.linear(x))
+        return silu_mul(self.linear(x, num_ar))
 
     def linear_add_rms_norm(
         self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, num_ar: Tensor | None = None
@@ -67,13 +64,14 @@ class Weight(ABC):
         keys: Tensor,
         picks: Tensor,
         first_pick: Tensor,
+        num_ar: Tensor | None = None,
     ) -> None:
         """Pick a token for every row from the layer's outputs, as `gumbel_argmax` does from logits.
 
         logits: float32 or wider [rows, out_features]. It holds the outputs afterwards if `wanted` (int32 [1]) is not 0. Otherwise
         its contents are undefined, because writing them takes a GPU longer than picking from them.
         """
-        self.linear(x, out=logits)
+        self.linear(x, num_ar, logits)
         gumbel_argmax(logits, temperatures, keys, picks, first_pick)
 
 
@@ -88,7 +86,7 @@ class OneViewWeight(Weight):
 
     @classmethod
     @abstractmethod
-    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> Self:
+    def pack_view(cls, projections: Sequence[Parameters]) -> Self:
         """Lay out the weight of one view; the tensors are taken out of `projections`."""
 
     @abstractmethod
@@ -96,9 +94,9 @@ class OneViewWeight(Weight):
         """x [rows, in_features] times the weight: [rows, out_features], without the bias."""
 
     @classmethod
-    def pack(cls, views: Views, *, gated: bool, longest_sum: int) -> Weight:
+    def pack(cls, views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`."""
-        return SplitViews.join([cls.pack_view(view, longest_sum) for view in views])
+        return SplitViews.join([cls.pack_view(view) for view in views])
 
     def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         result = self.product(x)
@@ -125,6 +123,9 @@ class SplitViews(Weight):
     def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         result = apply_views([weight.linear for weight in self._views], x, num_ar)
         return result if out is None else out.copy_(result)
+
+    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
+        return apply_views([weight.linear_silu_mul for weight in self._views], x, num_ar)
 
 
 def apply_views(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, num_ar: Tensor | None) -> Tensor:
@@ -161,7 +162,7 @@ def join_projections(projections: Sequence[Parameters]) -> tuple[Tensor, Tensor 
 class WeightFormat(Protocol):
     """What is registered under a format's name: usually a subclass of `Weight`."""
 
-    def pack(self, views: Views, *, gated: bool, longest_sum: int) -> Weight:
+    def pack(self, views: Views, *, gated: bool, head: bool) -> Weight:
         """Lay out the weights of a layer; for the arguments see `pack_weight`."""
 
 
@@ -179,19 +180,17 @@ def weight_format(name: str) -> Callable[[_Format], _Format]:
     return register
 
 
-def pack_weight(
-    views: Views, format: str = "plain", *, gated: bool = False, longest_sum: int = LONGEST_SUM
-) -> Weight:
+def pack_weight(views: Views, format: str = "plain", *, gated: bool = False, head: bool = False) -> Weight:
     """Lay out the weights of a layer in a format.
 
     views: the tensors are taken out of these dictionaries, so that only a part of a layer is in memory twice.
     format: a name that `weight_format` registered; ValueError for any other, and for tensors that the format does not use.
     gated: whether the layer's two projections are a gate and up, for `linear_silu_mul`.
-    longest_sum: see `LONGEST_SUM`; formats that add in an order of their own ignore it.
+    head: whether the layer is the LM head, behind which no norm makes up for what is rounded away.
     """
     if format not in _FORMATS:
         raise ValueError(f"there is no weight format {format!r}; choose one of {', '.join(sorted(_FORMATS))}")
-    weight = _FORMATS[format].pack(views, gated=gated, longest_sum=longest_sum)
+    weight = _FORMATS[format].pack(views, gated=gated, head=head)
     unused = sorted({key for view in views for parameters in view for key in parameters})
     if unused:
         raise ValueError(

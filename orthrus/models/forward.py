@@ -15,9 +15,6 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.plan import PassPlan
 
-_HEAD_SEGMENT = 192
-"""Most inputs in one sum of the LM head on a CPU. Shorter sums round less, and no norm follows that makes up for it."""
-
 
 class LayerParallelForward:
     """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
@@ -38,7 +35,7 @@ class LayerParallelForward:
         self.head = pack_weight(
             [[{"weight": self._embedding if head is None else head}]],
             weight_format,
-            longest_sum=_HEAD_SEGMENT,
+            head=True,
         )
         self._first_norm = tensors.pop(family.norm_before(0))
         self._layers = [

@@ -106,5 +106,5 @@ class DecoderLayer:
         kv.write(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.slots)
         attended = kv.attend(qkv, plan.attention, self.head_dim**-0.5)
         hidden, normed = self.out.linear_add_rms_norm(attended, hidden, self.mlp_norm, self.eps, plan.num_ar)
-        gated = self.gate_up.linear_silu_mul(normed)
-        return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps)
+        gated = self.gate_up.linear_silu_mul(normed, plan.num_ar)
+        return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps, plan.num_ar)

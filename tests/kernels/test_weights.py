@@ -33,7 +33,7 @@ class NegatedWeight(OneViewWeight):
         self._negated = -weight
 
     @classmethod
-    def pack_view(cls, projections: Sequence[Parameters], longest_sum: int) -> Self:
+    def pack_view(cls, projections: Sequence[Parameters]) -> Self:
         return cls(*join_projections(projections))
 
     @property
@@ -91,7 +91,7 @@ def test_bytes_are_those_of_the_layout_and_each_view_has_its_own() -> None:
 
 def test_half_weights_refuse_what_float16_does_not_hold() -> None:
     with pytest.raises(ValueError, match="float16 does not hold this weight exactly"):
-        HalfWeight.pack_view([{"weight": torch.full((8, 8), 1 / 3)}], 512)
+        HalfWeight.pack_view([{"weight": torch.full((8, 8), 1 / 3)}])
 
 
 @pytest.mark.parametrize("format", ["plain", "negated"])
@@ -151,3 +151,22 @@ def test_neighbouring_views_have_biases_both_or_neither() -> None:
     ]
     with pytest.raises(ValueError, match="one view of a layer has biases and the other has none"):
         pack_weight(views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("format", ["plain", "negated"])
+def test_every_operation_gives_each_view_its_weight(format: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, *weights = (torch.randn(n, 16, generator=generator).to(dtype) for n in (5, 16, 16))
+    both, num_ar = pack_weight(views_of(*[w.clone() for w in weights]), format), torch.tensor([2])
+    ar, diffusion = (pack_weight(views_of(w.clone()), format) for w in weights)
+    gated = torch.cat([ar.linear_silu_mul(x[:2]), diffusion.linear_silu_mul(x[2:])])
+    assert torch.equal(both.linear_silu_mul(x, num_ar), gated)
+    logits, wanted = torch.empty(5, 16, dtype=dtype), torch.ones(1, dtype=torch.int32)
+    picks, none = torch.zeros(5, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    both.linear_gumbel_argmax(
+        x, logits, wanted, torch.zeros(5), torch.zeros(5, 2, dtype=torch.int32), picks, none, num_ar
+    )
+    expected = torch.cat([ar.linear(x[:2]), diffusion.linear(x[2:])])
+    assert torch.equal(logits, expected)
+    assert picks.tolist() == expected.argmax(1).tolist()
