@@ -38,7 +38,7 @@ test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/proofs/cluster_proof.py
 
 proto: $(INSTALLED)
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. deployments/proto/orthrus.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. orthrus/deployments/proto/orthrus.proto
 
 diagram: $(INSTALLED)
 	$(BIN)/python docs/draw_rooms.py

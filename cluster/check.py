@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cluster.config import ClusterConfig, NodeType, actor_demand
-from deployments.access.keys import read_keys
-from deployments.config.api import ApiConfig
-from deployments.config.app_args import AppArgs, DeploymentOptions
-from deployments.config.config_file import load_config
-from deployments.config.model_check import check_model, locate
 from orthrus.cache.kv_formats import kv_bytes_per_token
+from orthrus.cluster.config import ClusterConfig, NodeType, actor_demand
+from orthrus.deployments.access.keys import read_keys
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.config.app_args import AppArgs, DeploymentOptions
+from orthrus.deployments.config.config_file import load_config
+from orthrus.deployments.config.model_check import check_model, locate
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig

@@ -1,4 +1,4 @@
-"""`build`: from the `args` of a Serve config to the application. `import_path: deployments.app:build`."""
+"""`build`: from the `args` of a Serve config to the application. `import_path: orthrus.deployments.app:build`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -6,17 +6,20 @@ from typing import Any
 
 from ray.serve import Application, Deployment, deployment
 
-from deployments.access.rate_limits import RateLimiter
-from deployments.config.app_args import parse_args
-from deployments.config.model_check import check_model, locate
-from deployments.ingress.ingress import Ingress
-from deployments.replica.replica import OrthrusReplica
-from deployments.responses.store import ResponseStore
+from orthrus.deployments.access.rate_limits import RateLimiter
+from orthrus.deployments.config.app_args import parse_args
+from orthrus.deployments.config.model_check import check_model, locate
+from orthrus.deployments.ingress.ingress import Ingress
+from orthrus.deployments.replica.replica import OrthrusReplica
+from orthrus.deployments.responses.store import ResponseStore
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.models.hub import HubUnreachable
 
-ROUTER = {"request_router_class": "deployments.router.PrefixRouter", "request_routing_stats_period_s": 1.0}
+ROUTER = {
+    "request_router_class": "orthrus.deployments.router.PrefixRouter",
+    "request_routing_stats_period_s": 1.0,
+}
 """The replicas' request router where the config names none."""
 HEALTH_CHECK_SECONDS = 2.0
 """How soon a replica that is gone is noticed, and replaced."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
-from deployments.failures.log_filter import quiet_client_errors
-from deployments.proto.orthrus_pb2_grpc import add_OrthrusServicer_to_server
+from orthrus.deployments.failures.log_filter import quiet_client_errors
+from orthrus.deployments.proto.orthrus_pb2_grpc import add_OrthrusServicer_to_server
 
 StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 

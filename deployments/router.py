@@ -16,8 +16,8 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.util.metrics import Counter
 
-from deployments.replica.reports import Capacity
-from deployments.routing.balancer import PrefixBalancer
+from orthrus.deployments.replica.reports import Capacity
+from orthrus.deployments.routing.balancer import PrefixBalancer
 from orthrus.requests.request import Request
 
 _ASK_SECONDS = 0.25

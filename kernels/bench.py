@@ -1,4 +1,4 @@
-"""`python -m kernels.bench`: what the kernels reach on this GPU, at Qwen3-8B's shapes in bfloat16.
+"""`python -m orthrus.kernels.bench`: what the kernels reach on this GPU, at Qwen3-8B's shapes in bfloat16.
 
 Linear layers are compared with cuBLAS (torch.matmul), attention with the measured read bandwidth, and a stack of layers with
 the time that reading its weights takes. Each figure is the median over replays of a CUDA graph of several launches. The
@@ -19,14 +19,14 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.attention import AttentionGroup, AttentionPlan, AttentionWork, paged_attention
-from kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
-from kernels.attention.work_list import plan_work
-from kernels.linear.add_rms_norm import add_rms_norm
-from kernels.linear.gpu import TritonWeight
-from kernels.linear.tiles import num_segments
-from kernels.linear.types import LinearTiles
-from kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.attention import AttentionGroup, AttentionPlan, AttentionWork, paged_attention
+from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
+from orthrus.kernels.attention.work_list import plan_work
+from orthrus.kernels.linear.add_rms_norm import add_rms_norm
+from orthrus.kernels.linear.gpu import TritonWeight
+from orthrus.kernels.linear.tiles import num_segments
+from orthrus.kernels.linear.types import LinearTiles
+from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 12288, 32, 8, 128, 64
 SHAPES = {
@@ -338,7 +338,7 @@ def bench_layers(read: float, depth: int = 8) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print the tables; write every figure as JSON where asked to."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m orthrus.kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--sweep", action="store_true", help="measure other tiles of the linear layers too")
     arguments = parser.parse_args()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import AttentionGroup, AttentionPlan
+from orthrus.kernels.attention import AttentionGroup, AttentionPlan
 
 
 class View(Enum):

@@ -5,8 +5,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.chat.output import ChatSplitter
-from deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.chat.output import ChatSplitter
+from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.requests.request import Chunk, RequestStats, TokenLogprob
 
 STATS = RequestStats(prompt_tokens=50, cached_tokens=32, completion_tokens=40, cycles=10, passes=20, seed=7)

@@ -22,8 +22,8 @@ from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
-from deployments.app import make_application
-from deployments.launch.environment import free_port, set_environment
+from orthrus.deployments.app import make_application
+from orthrus.deployments.launch.environment import free_port, set_environment
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 
@@ -176,7 +176,7 @@ def local_cluster(name: str = "orthrus") -> Iterator[App]:
             http_options={"host": "127.0.0.1", "port": http},
             grpc_options={
                 "port": grpc,
-                "grpc_servicer_functions": ["deployments.grpc_service.add_to_server"],
+                "grpc_servicer_functions": ["orthrus.deployments.grpc_service.add_to_server"],
             },
         )
         yield App(name, f"http://127.0.0.1:{http}")

@@ -8,11 +8,11 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.bodies.faults import describe
-from deployments.generation.choices import Choice
-from deployments.generation.text_chunk import TextChunk
-from deployments.responses.body import ResponsesBody
-from deployments.responses.format import ResponsesFormat
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.responses.body import ResponsesBody
+from orthrus.deployments.responses.format import ResponsesFormat
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}

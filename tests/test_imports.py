@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 # Run in a fresh interpreter.
 STARTS = {
-    "the ingress": "import deployments.ingress.ingress",
-    "the router and the policy": "import deployments.router, deployments.autoscaling",
-    "the other deployments": "import deployments.access.rate_limits, deployments.responses.store",
+    "the ingress": "import orthrus.deployments.ingress.ingress",
+    "the router and the policy": "import orthrus.deployments.router, orthrus.deployments.autoscaling",
+    "the other deployments": "import orthrus.deployments.access.rate_limits, orthrus.deployments.responses.store",
     "a look at a model": (
         "from orthrus.models.families import load_config\n"
         "from orthrus.models.files import check_files\n"

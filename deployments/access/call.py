@@ -10,10 +10,10 @@ from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from ray.serve.context import _get_serve_request_context
 
-from deployments.access.keys import ApiKey
-from deployments.access.rate_limits import Quotas
-from deployments.access.request_metrics import RequestMetrics
-from deployments.bodies.body import Body
+from orthrus.deployments.access.keys import ApiKey
+from orthrus.deployments.access.rate_limits import Quotas
+from orthrus.deployments.access.request_metrics import RequestMetrics
+from orthrus.deployments.bodies.body import Body
 from orthrus.requests.request import Chunk, RequestStats
 
 logger = logging.getLogger("ray.serve")

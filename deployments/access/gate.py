@@ -6,12 +6,12 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.access.call import Call
-from deployments.access.keys import ApiKey, KeyRing
-from deployments.access.rate_limits import Limits, Quotas
-from deployments.access.request_metrics import RequestMetrics
-from deployments.config.api import ApiConfig
-from deployments.failures.errors import InvalidKey, RateLimited
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.access.keys import ApiKey, KeyRing
+from orthrus.deployments.access.rate_limits import Limits, Quotas
+from orthrus.deployments.access.request_metrics import RequestMetrics
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.failures.errors import InvalidKey, RateLimited
 from orthrus.errors import RequestError
 
 # Serve takes a client's request id from these, over HTTP and gRPC. It logs the id and sends it back.

@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deployments.config.api import ApiConfig
-from deployments.config.faults import describe_faults
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.config.faults import describe_faults
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import parse_yaml
 

@@ -37,11 +37,11 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
-from deployments.app import make_application
-from deployments.bench.client import first_token_seconds, total_seconds
-from deployments.config.config_file import load_config
-from deployments.config.model_check import locate
-from deployments.launch.environment import free_port, set_environment
+from orthrus.deployments.app import make_application
+from orthrus.deployments.bench.client import first_token_seconds, total_seconds
+from orthrus.deployments.config.config_file import load_config
+from orthrus.deployments.config.model_check import locate
+from orthrus.deployments.launch.environment import free_port, set_environment
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.sizing import choose_device
@@ -245,7 +245,7 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
     """Measure; `progress` is told one line per round. Raises ConfigError for a config that can't work."""
     _, apps = load_config(options.config)
     if not apps:
-        raise ConfigError(f"{options.config} has no application of deployments.app:build to measure")
+        raise ConfigError(f"{options.config} has no application of orthrus.deployments.app:build to measure")
     args = next(iter(apps.values()))
     engine = locate(args.engine)
     tokens = options.streams * (2 * options.new_tokens + 256)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.strict_model import StrictModel
 from orthrus.errors import RequestError
 from orthrus.text.grammar import choice_grammar, json_grammar, json_rule, lark_grammar, regex_grammar
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from deployments.bodies.answer_format import (
+from orthrus.deployments.bodies.answer_format import (
     CONSTRAINT_FIELDS,
     AnswerFormat,
     Constraint,
     StructuredOutputs,
     constraint_of,
 )
-from deployments.bodies.strict_model import StrictModel
-from deployments.bodies.unsupported_fields import drop_neutral
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.unsupported_fields import drop_neutral
 from orthrus.errors import RequestError
 from orthrus.requests.request import SEED_BITS, SamplingParams
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from deployments.bodies.body import Body
+from orthrus.deployments.bodies.body import Body
 from orthrus.errors import RequestError
 from orthrus.requests.request import SamplingParams
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from deployments.bodies.unsupported_fields import UNSUPPORTED
+from orthrus.deployments.bodies.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
 
 # pydantic names the branch of a union in an error's path ("str", "list[ContentPart]", "NamedToolChoice"); the caller knows

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from deployments.bodies.body import AnswerOptions, Body
-from deployments.bodies.strict_model import StrictModel
-from deployments.chat.messages import Message
-from deployments.chat.tools import AllowedToolChoice, NamedToolChoice, Tool
+from orthrus.deployments.bodies.body import AnswerOptions, Body
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.chat.messages import Message
+from orthrus.deployments.chat.tools import AllowedToolChoice, NamedToolChoice, Tool
 from orthrus.errors import RequestError
 from orthrus.requests.request import SamplingParams
 

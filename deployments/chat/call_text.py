@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from deployments.chat.json_object import ObjectText, elements, members
+from orthrus.deployments.chat.json_object import ObjectText, elements, members
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 # What is held back is looked at again with each piece, so it is bounded.

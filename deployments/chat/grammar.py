@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-from deployments.chat.body import ChatBody
-from deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL
-from deployments.chat.output import END_THINK, THINK
-from deployments.chat.tools import NamedToolChoice, Tool
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL
+from orthrus.deployments.chat.output import END_THINK, THINK
+from orthrus.deployments.chat.tools import NamedToolChoice, Tool
 from orthrus.text.grammar import json_rule
 
 # Keywords by which a schema says more of an object's properties than `properties` does.

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.strict_model import StrictModel
 
 
 class ContentPart(StrictModel):

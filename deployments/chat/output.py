@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 
-from deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL, CallSplitter, ToolCallDelta, TrimmedText, cut
+from orthrus.deployments.chat.call_text import (
+    END_TOOL_CALL,
+    TOOL_CALL,
+    CallSplitter,
+    ToolCallDelta,
+    TrimmedText,
+    cut,
+)
 
 THINK, END_THINK = "<think>", "</think>"
 

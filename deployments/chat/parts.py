@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from deployments.chat.call_text import ToolCallDelta
-from deployments.chat.output import ChatDelta
+from orthrus.deployments.chat.call_text import ToolCallDelta
+from orthrus.deployments.chat.output import ChatDelta
 
 Kind = Literal["reasoning", "text", "call"]
 Step = Literal["start", "more", "end"]

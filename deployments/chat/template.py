@@ -7,11 +7,11 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
-from deployments.chat.body import ChatBody
-from deployments.chat.call_text import TOOL_CALL
-from deployments.chat.grammar import answer_grammar
-from deployments.chat.output import END_THINK, THINK, ChatSplitter
-from deployments.chat.tool_prompt import spelled_out
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.call_text import TOOL_CALL
+from orthrus.deployments.chat.grammar import answer_grammar
+from orthrus.deployments.chat.output import END_THINK, THINK, ChatSplitter
+from orthrus.deployments.chat.tool_prompt import spelled_out
 from orthrus.errors import RequestError
 from orthrus.text.chat_limits import render_chat
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL
+from orthrus.deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL
 
 _BEFORE_TOOLS = """# Tools
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.strict_model import StrictModel
 
 LONGEST_NAME = 128
 """Of a tool's name: the longest that any of the APIs allows."""

@@ -8,8 +8,8 @@ from ray._common.utils import import_attr
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema
 
-from deployments.config.api import ApiConfig
-from deployments.config.faults import describe_faults
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.config.faults import describe_faults
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import Keys, YamlFile

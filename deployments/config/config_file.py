@@ -11,12 +11,12 @@ from ray.serve.schema import (
     gRPCOptionsSchema,
 )
 
-from deployments.config.app_args import AppArgs, parse_args
-from deployments.config.faults import describe_faults
+from orthrus.deployments.config.app_args import AppArgs, parse_args
+from orthrus.deployments.config.faults import describe_faults
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import Keys, YamlFile, read_yaml, spell_path
 
-OUR_APPLICATION = "deployments.app:build"
+OUR_APPLICATION = "orthrus.deployments.app:build"
 HTTP_PORT: Keys = ("http_options", "port")
 GRPC_PORT: Keys = ("grpc_options", "port")
 

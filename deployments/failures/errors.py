@@ -3,7 +3,7 @@
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from deployments.link.errors import LinkLost
+from orthrus.deployments.link.errors import LinkLost
 from orthrus.errors import RequestError
 
 

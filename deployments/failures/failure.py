@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from deployments.failures.errors import (
+from orthrus.deployments.failures.errors import (
     BodyTooLarge,
     BodyTooSlow,
     GenerationFailed,

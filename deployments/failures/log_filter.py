@@ -5,7 +5,7 @@ import logging
 from grpc import StatusCode
 from ray.serve.exceptions import gRPCStatusError
 
-from deployments.failures.errors import EXPECTED, GenerationFailed
+from orthrus.deployments.failures.errors import EXPECTED, GenerationFailed
 
 _EXPECTED_CODES = {
     StatusCode.INVALID_ARGUMENT,

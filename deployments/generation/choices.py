@@ -5,8 +5,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from deployments.chat.output import ChatDelta, joined
-from deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.chat.output import ChatDelta, joined
+from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.requests.request import RequestStats
 
 _MOST_PROMPTS_AT_ONCE = 128

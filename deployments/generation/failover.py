@@ -8,9 +8,9 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.failures.errors import REPLICA_LOST, GenerationFailed
-from deployments.link.inbox import Inbox
-from deployments.link.receiver import ChunkReceiver
+from orthrus.deployments.failures.errors import REPLICA_LOST, GenerationFailed
+from orthrus.deployments.link.inbox import Inbox
+from orthrus.deployments.link.receiver import ChunkReceiver
 from orthrus.requests.request import Chunk, Request
 
 logger = logging.getLogger("ray.serve")

@@ -7,12 +7,12 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.access.call import Call
-from deployments.chat.output import ChatSplitter
-from deployments.failures.errors import EXPECTED, GenerationFailed, unwrap
-from deployments.generation.failover import generate_on_replica
-from deployments.generation.text_chunk import TextChunk, text_chunk
-from deployments.link.receiver import ChunkReceiver
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.chat.output import ChatSplitter
+from orthrus.deployments.failures.errors import EXPECTED, GenerationFailed, unwrap
+from orthrus.deployments.generation.failover import generate_on_replica
+from orthrus.deployments.generation.text_chunk import TextChunk, text_chunk
+from orthrus.deployments.link.receiver import ChunkReceiver
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Request, SamplingParams, joined_chunks
 from orthrus.text.stream import TextStream

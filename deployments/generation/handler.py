@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.access.call import Call
-from deployments.access.gate import Gate
-from deployments.bodies.completion_body import CompletionBody
-from deployments.chat.body import ChatBody
-from deployments.chat.template import ChatPrompt, ChatTemplate
-from deployments.config.api import ApiConfig
-from deployments.generation.choices import Choice, collect, merge
-from deployments.generation.generate import check_scores, generate
-from deployments.generation.served_model import ServedModel
-from deployments.generation.text_chunk import TextChunk
-from deployments.link.receiver import ChunkReceiver
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.access.gate import Gate
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.template import ChatPrompt, ChatTemplate
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.generation.choices import Choice, collect, merge
+from orthrus.deployments.generation.generate import check_scores, generate
+from orthrus.deployments.generation.served_model import ServedModel
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.link.receiver import ChunkReceiver
 from orthrus.errors import RequestError
 from orthrus.requests.request import SamplingParams
 

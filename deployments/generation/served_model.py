@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.failures.errors import ModelNotFound
+from orthrus.deployments.failures.errors import ModelNotFound
 from orthrus.engine.config import EngineConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deployments.chat.output import ChatDelta, ChatSplitter
+from orthrus.deployments.chat.output import ChatDelta, ChatSplitter
 from orthrus.requests.request import Chunk, SamplingParams
 from orthrus.text.stream import TextStream
 

@@ -7,14 +7,14 @@ from typing import Any
 from pydantic import ValidationError
 from ray.serve.grpc_util import RayServegRPCContext
 
-from deployments.bodies.body import sampling_params
-from deployments.bodies.completion_body import CompletionBody
-from deployments.bodies.faults import describe
-from deployments.chat.body import ChatBody
-from deployments.chat.output import joined
-from deployments.failures.failure import describe_failure
-from deployments.generation.text_chunk import TextChunk
-from deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.bodies.body import sampling_params
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.output import joined
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import SamplingParams, TokenLogprob
 

@@ -12,11 +12,11 @@ from typing import Generic, TypeVar
 
 from ray.serve.grpc_util import RayServegRPCContext
 
-from deployments.access.call import Call
-from deployments.failures.errors import BodyTooLarge
-from deployments.generation.handler import Answer, Handler
-from deployments.generation.text_chunk import TextChunk
-from deployments.grpc.format import (
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.failures.errors import BodyTooLarge
+from orthrus.deployments.generation.handler import Answer, Handler
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.grpc.format import (
     chat_body,
     chat_chunk,
     completion_body,
@@ -24,7 +24,7 @@ from deployments.grpc.format import (
     request_params,
     with_status,
 )
-from deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto import orthrus_pb2 as pb
 
 Message = TypeVar("Message", pb.GenerateChunk, pb.ChatChunk)
 

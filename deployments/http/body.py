@@ -10,11 +10,11 @@ from fastapi import Request
 from jiter import from_json
 from pydantic import BaseModel, ValidationError
 
-from deployments.access.call import Call
-from deployments.bodies.faults import describe, unknown_fields
-from deployments.bodies.unsupported_fields import UNSUPPORTED
-from deployments.config.api import ApiConfig
-from deployments.failures.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.bodies.faults import describe, unknown_fields
+from orthrus.deployments.bodies.unsupported_fields import UNSUPPORTED
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.failures.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
 from orthrus.errors import RequestError
 
 Body = TypeVar("Body", bound=BaseModel)

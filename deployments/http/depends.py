@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from deployments.access.call import Call
-from deployments.generation.handler import Handler
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.generation.handler import Handler
 
 
 async def _handler(request: Request) -> Handler:

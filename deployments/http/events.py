@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 from fastapi.responses import StreamingResponse
 
-from deployments.access.call import Call
-from deployments.failures.failure import Failure, describe_failure
-from deployments.generation.handler import Answer
-from deployments.generation.text_chunk import TextChunk
-from deployments.http.sse import named_sse
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.failures.failure import Failure, describe_failure
+from orthrus.deployments.generation.handler import Answer
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.http.sse import named_sse
 
 
 def event_stream(events: AsyncIterator[str]) -> StreamingResponse:

@@ -7,7 +7,7 @@ from grpc import StatusCode
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.failures.failure import Failure
+from orthrus.deployments.failures.failure import Failure
 
 
 class NormalizePaths:

@@ -6,22 +6,22 @@ from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 
-from deployments.access.call import Call
-from deployments.failures.errors import EXPECTED
-from deployments.failures.failure import Failure, describe_failure
-from deployments.generation.handler import Handler
-from deployments.http.call_middleware import CallMiddleware
-from deployments.http.cors import with_cors
-from deployments.http.paths import NormalizePaths, no_route
-from deployments.ingress import docs
-from deployments.messages import router as messages
-from deployments.messages.format import error_body, error_status, is_messages_path
-from deployments.openai import router as openai
-from deployments.operations import router as operations
-from deployments.operations.status import ModelStatus
-from deployments.responses import router as responses
-from deployments.responses.api import ResponsesApi
-from deployments.tokenizer import router as tokenizer
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.failures.errors import EXPECTED
+from orthrus.deployments.failures.failure import Failure, describe_failure
+from orthrus.deployments.generation.handler import Handler
+from orthrus.deployments.http.call_middleware import CallMiddleware
+from orthrus.deployments.http.cors import with_cors
+from orthrus.deployments.http.paths import NormalizePaths, no_route
+from orthrus.deployments.ingress import docs
+from orthrus.deployments.messages import router as messages
+from orthrus.deployments.messages.format import error_body, error_status, is_messages_path
+from orthrus.deployments.openai import router as openai
+from orthrus.deployments.operations import router as operations
+from orthrus.deployments.operations.status import ModelStatus
+from orthrus.deployments.responses import router as responses
+from orthrus.deployments.responses.api import ResponsesApi
+from orthrus.deployments.tokenizer import router as tokenizer
 
 ROUTERS = (openai.router, responses.router, messages.router, tokenizer.router, operations.router, docs.router)
 

@@ -11,11 +11,11 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from deployments.bodies.completion_body import CompletionBody
-from deployments.chat.body import ChatBody
-from deployments.messages.body import CountTokensBody, MessagesBody
-from deployments.responses.body import ResponsesBody
-from deployments.tokenizer.body import DetokenizeBody, TokenizeBody
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.messages.body import CountTokensBody, MessagesBody
+from orthrus.deployments.responses.body import ResponsesBody
+from orthrus.deployments.tokenizer.body import DetokenizeBody, TokenizeBody
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,

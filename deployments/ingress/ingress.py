@@ -6,18 +6,18 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.access.gate import Gate
-from deployments.access.request_metrics import RequestMetrics
-from deployments.config.api import ApiConfig
-from deployments.failures.log_filter import quiet_client_errors
-from deployments.generation.handler import Handler
-from deployments.generation.served_model import ServedModel
-from deployments.grpc.service import OrthrusService
-from deployments.ingress.api import create_api
-from deployments.link.receiver import ChunkReceiver
-from deployments.operations.status import ModelStatus
-from deployments.responses.api import ResponsesApi
-from deployments.responses.store import Responses
+from orthrus.deployments.access.gate import Gate
+from orthrus.deployments.access.request_metrics import RequestMetrics
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.failures.log_filter import quiet_client_errors
+from orthrus.deployments.generation.handler import Handler
+from orthrus.deployments.generation.served_model import ServedModel
+from orthrus.deployments.grpc.service import OrthrusService
+from orthrus.deployments.ingress.api import create_api
+from orthrus.deployments.link.receiver import ChunkReceiver
+from orthrus.deployments.operations.status import ModelStatus
+from orthrus.deployments.responses.api import ResponsesApi
+from orthrus.deployments.responses.store import Responses
 from orthrus.engine.config import EngineConfig
 
 _NICENESS = 5

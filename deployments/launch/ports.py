@@ -5,7 +5,7 @@ import socket
 
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.config.config_file import GRPC_PORT, HTTP_PORT, serves_grpc
+from orthrus.deployments.config.config_file import GRPC_PORT, HTTP_PORT, serves_grpc
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import Keys, spell_path
 

@@ -12,12 +12,12 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState, ServeDeploySchema
 
-from deployments.config.app_args import AppArgs
-from deployments.config.config_file import load_config, serves_grpc
-from deployments.config.model_check import check_model, locate
-from deployments.launch.environment import set_environment
-from deployments.launch.ports import check_ports
-from deployments.replica.stages import read_stages
+from orthrus.deployments.config.app_args import AppArgs
+from orthrus.deployments.config.config_file import load_config, serves_grpc
+from orthrus.deployments.config.model_check import check_model, locate
+from orthrus.deployments.launch.environment import set_environment
+from orthrus.deployments.launch.ports import check_ports
+from orthrus.deployments.replica.stages import read_stages
 from orthrus.errors import ConfigError
 
 Tell = Callable[[str], object]

@@ -8,10 +8,10 @@ from typing import Any
 
 import ray
 
-from deployments.link.errors import LinkLost
-from deployments.link.framing import Address, Decoder, new_secret
-from deployments.link.inbox import Inbox
-from deployments.link.tls import tls_context
+from orthrus.deployments.link.errors import LinkLost
+from orthrus.deployments.link.framing import Address, Decoder, new_secret
+from orthrus.deployments.link.inbox import Inbox
+from orthrus.deployments.link.tls import tls_context
 from orthrus.requests.request import Chunk
 
 logger = logging.getLogger("ray.serve")

@@ -13,9 +13,9 @@ import asyncio
 import ssl
 from typing import Any
 
-from deployments.link.errors import LinkLost
-from deployments.link.framing import Address, encode, new_name
-from deployments.link.tls import tls_context
+from orthrus.deployments.link.errors import LinkLost
+from orthrus.deployments.link.framing import Address, encode, new_name
+from orthrus.deployments.link.tls import tls_context
 from orthrus.requests.request import Chunk
 
 

@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from deployments.bodies.faults import describe
-from deployments.bodies.strict_model import StrictModel
-from deployments.chat.body import ChatBody
-from deployments.chat.tools import ToolName
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.tools import ToolName
 from orthrus.errors import RequestError
 
 

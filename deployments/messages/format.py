@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from deployments.chat.parts import Part, PartStream, Step
-from deployments.failures.failure import Failure
-from deployments.generation.choices import Choice
-from deployments.generation.text_chunk import TextChunk
-from deployments.openai.format import cost
+from orthrus.deployments.chat.parts import Part, PartStream, Step
+from orthrus.deployments.failures.failure import Failure
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.openai.format import cost
 from orthrus.requests.request import RequestStats
 
 _OVERLOADED = 529

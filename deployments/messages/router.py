@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from deployments.access.call import Call
-from deployments.http.body import read_body
-from deployments.http.depends import HandlerDep, admitted
-from deployments.http.events import stream_answer
-from deployments.messages.body import CountTokensBody, MessagesBody
-from deployments.messages.format import MessageFormat
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.http.body import read_body
+from orthrus.deployments.http.depends import HandlerDep, admitted
+from orthrus.deployments.http.events import stream_answer
+from orthrus.deployments.messages.body import CountTokensBody, MessagesBody
+from orthrus.deployments.messages.format import MessageFormat
 
 router = APIRouter()
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deployments.bodies.body import AnswerOptions
-from deployments.chat.output import ChatDelta
-from deployments.generation.choices import Choice
-from deployments.generation.text_chunk import TextChunk
-from deployments.http.sse import encode_json, sse
-from deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
+from orthrus.deployments.bodies.body import AnswerOptions
+from orthrus.deployments.chat.output import ChatDelta
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.http.sse import encode_json, sse
+from orthrus.deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
 from orthrus.requests.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
 
 _PADDED_TO = 64

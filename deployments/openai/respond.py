@@ -7,13 +7,13 @@ from contextlib import aclosing
 from fastapi.responses import JSONResponse, Response
 from pydantic_core import to_json
 
-from deployments.access.call import Call
-from deployments.failures.failure import describe_failure
-from deployments.generation.handler import Answer
-from deployments.generation.text_chunk import TextChunk
-from deployments.http.events import event_stream
-from deployments.http.sse import sse
-from deployments.openai.format import ResponseFormat
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.handler import Answer
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.http.events import event_stream
+from orthrus.deployments.http.sse import sse
+from orthrus.deployments.openai.format import ResponseFormat
 from orthrus.requests.request import RequestStats
 
 

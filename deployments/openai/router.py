@@ -7,15 +7,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deployments.access.call import Call
-from deployments.bodies.completion_body import CompletionBody
-from deployments.chat.body import ChatBody
-from deployments.generation.handler import Answer, Handler
-from deployments.http.body import read_body
-from deployments.http.depends import HandlerDep, Identified, admitted
-from deployments.openai.format import ResponseFormat
-from deployments.openai.logprobs import Echo
-from deployments.openai.respond import respond
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.generation.handler import Answer, Handler
+from orthrus.deployments.http.body import read_body
+from orthrus.deployments.http.depends import HandlerDep, Identified, admitted
+from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.logprobs import Echo
+from orthrus.deployments.openai.respond import respond
 
 router = APIRouter()
 

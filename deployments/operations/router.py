@@ -6,9 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
-from deployments.operations.metrics import scrape, spell
-from deployments.operations.recent import Recent
-from deployments.operations.status import ModelStatus
+from orthrus.deployments.operations.metrics import scrape, spell
+from orthrus.deployments.operations.recent import Recent
+from orthrus.deployments.operations.status import ModelStatus
 
 router = APIRouter()
 

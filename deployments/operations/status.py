@@ -5,7 +5,7 @@ from functools import partial
 
 from ray import serve
 
-from deployments.operations.recent import Recent
+from orthrus.deployments.operations.recent import Recent
 
 
 class ModelStatus:

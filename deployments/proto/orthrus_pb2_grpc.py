@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from deployments.proto import orthrus_pb2 as deployments_dot_proto_dot_orthrus__pb2
+from orthrus.deployments.proto import orthrus_pb2 as orthrus_dot_deployments_dot_proto_dot_orthrus__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in deployments/proto/orthrus_pb2_grpc.py depends on'
+        + ' but the generated code in orthrus/deployments/proto/orthrus_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,23 +36,23 @@ class OrthrusStub:
         """
         self.Generate = channel.unary_unary(
                 '/orthrus.Orthrus/Generate',
-                request_serializer=deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=deployments_dot_proto_dot_orthrus__pb2.GenerateResponse.FromString,
+                request_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.GenerateStream = channel.unary_stream(
                 '/orthrus.Orthrus/GenerateStream',
-                request_serializer=deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.FromString,
+                request_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.FromString,
                 _registered_method=True)
         self.Chat = channel.unary_unary(
                 '/orthrus.Orthrus/Chat',
-                request_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
-                response_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatResponse.FromString,
+                request_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+                response_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatResponse.FromString,
                 _registered_method=True)
         self.ChatStream = channel.unary_stream(
                 '/orthrus.Orthrus/ChatStream',
-                request_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
-                response_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatChunk.FromString,
+                request_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+                response_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatChunk.FromString,
                 _registered_method=True)
 
 
@@ -91,23 +91,23 @@ def add_OrthrusServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.FromString,
-                    response_serializer=deployments_dot_proto_dot_orthrus__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.FromString,
+                    response_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateResponse.SerializeToString,
             ),
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
-                    request_deserializer=deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.FromString,
-                    response_serializer=deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.SerializeToString,
+                    request_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.FromString,
+                    response_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.SerializeToString,
             ),
             'Chat': grpc.unary_unary_rpc_method_handler(
                     servicer.Chat,
-                    request_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.FromString,
-                    response_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatResponse.SerializeToString,
+                    request_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatRequest.FromString,
+                    response_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatResponse.SerializeToString,
             ),
             'ChatStream': grpc.unary_stream_rpc_method_handler(
                     servicer.ChatStream,
-                    request_deserializer=deployments_dot_proto_dot_orthrus__pb2.ChatRequest.FromString,
-                    response_serializer=deployments_dot_proto_dot_orthrus__pb2.ChatChunk.SerializeToString,
+                    request_deserializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatRequest.FromString,
+                    response_serializer=orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,8 +135,8 @@ class Orthrus:
             request,
             target,
             '/orthrus.Orthrus/Generate',
-            deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
-            deployments_dot_proto_dot_orthrus__pb2.GenerateResponse.FromString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -162,8 +162,8 @@ class Orthrus:
             request,
             target,
             '/orthrus.Orthrus/GenerateStream',
-            deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
-            deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.FromString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateRequest.SerializeToString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.GenerateChunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -189,8 +189,8 @@ class Orthrus:
             request,
             target,
             '/orthrus.Orthrus/Chat',
-            deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
-            deployments_dot_proto_dot_orthrus__pb2.ChatResponse.FromString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -216,8 +216,8 @@ class Orthrus:
             request,
             target,
             '/orthrus.Orthrus/ChatStream',
-            deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
-            deployments_dot_proto_dot_orthrus__pb2.ChatChunk.FromString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatRequest.SerializeToString,
+            orthrus_dot_deployments_dot_proto_dot_orthrus__pb2.ChatChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,13 +12,13 @@ from typing import Any
 from ray import serve
 from transformers.utils.logging import disable_progress_bar
 
-from deployments.failures.log_filter import quiet_client_errors
-from deployments.link.errors import LinkLost
-from deployments.link.framing import Address
-from deployments.link.sender import ChunkLinks
-from deployments.replica.engine_metrics import MetricsExporter
-from deployments.replica.reports import Capacity, RoutingReport, engine_load
-from deployments.replica.stages import clear_stages, publish_stages
+from orthrus.deployments.failures.log_filter import quiet_client_errors
+from orthrus.deployments.link.errors import LinkLost
+from orthrus.deployments.link.framing import Address
+from orthrus.deployments.link.sender import ChunkLinks
+from orthrus.deployments.replica.engine_metrics import MetricsExporter
+from orthrus.deployments.replica.reports import Capacity, RoutingReport, engine_load
+from orthrus.deployments.replica.stages import clear_stages, publish_stages
 from orthrus.engine import Engine
 from orthrus.engine.async_engine import AsyncEngine
 from orthrus.engine.config import EngineConfig

@@ -6,15 +6,15 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.access.call import Call
-from deployments.failures.errors import ResponseNotFound
-from deployments.generation.handler import Handler
-from deployments.http.body import name_ignored
-from deployments.http.events import stream_answer
-from deployments.responses.body import ResponsesBody
-from deployments.responses.format import ResponsesFormat
-from deployments.responses.items import Item, listed
-from deployments.responses.store import Responses, StoredResponse
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.failures.errors import ResponseNotFound
+from orthrus.deployments.generation.handler import Handler
+from orthrus.deployments.http.body import name_ignored
+from orthrus.deployments.http.events import stream_answer
+from orthrus.deployments.responses.body import ResponsesBody
+from orthrus.deployments.responses.format import ResponsesFormat
+from orthrus.deployments.responses.items import Item, listed
+from orthrus.deployments.responses.store import Responses, StoredResponse
 from orthrus.errors import RequestError
 
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])

@@ -11,12 +11,12 @@ from pydantic import (
     model_validator,
 )
 
-from deployments.bodies.body import Body
-from deployments.bodies.faults import describe
-from deployments.bodies.strict_model import StrictModel
-from deployments.chat.body import ChatBody, ReasoningEffort
-from deployments.responses.items import Item, MessageItem, chat_messages
-from deployments.responses.tools import (
+from orthrus.deployments.bodies.body import Body
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.chat.body import ChatBody, ReasoningEffort
+from orthrus.deployments.responses.items import Item, MessageItem, chat_messages
+from orthrus.deployments.responses.tools import (
     HostedTool,
     OfferedTool,
     ResponsesTool,

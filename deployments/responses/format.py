@@ -5,15 +5,15 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from deployments.chat.parts import Part, PartStream, Step
-from deployments.failures.failure import Failure
-from deployments.generation.choices import Choice
-from deployments.generation.text_chunk import TextChunk
-from deployments.openai.format import cost
-from deployments.openai.logprobs import chat_logprobs
-from deployments.responses.body import ENCRYPTED_REASONING, ResponsesBody
-from deployments.responses.items import seal
-from deployments.responses.tools import FunctionTool, HostedTool, custom_input
+from orthrus.deployments.chat.parts import Part, PartStream, Step
+from orthrus.deployments.failures.failure import Failure
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.openai.format import cost
+from orthrus.deployments.openai.logprobs import chat_logprobs
+from orthrus.deployments.responses.body import ENCRYPTED_REASONING, ResponsesBody
+from orthrus.deployments.responses.items import seal
+from orthrus.deployments.responses.tools import FunctionTool, HostedTool, custom_input
 from orthrus.requests.request import RequestStats
 
 Event = dict[str, Any]

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from deployments.bodies.strict_model import StrictModel
-from deployments.chat.messages import read_arguments
-from deployments.responses.tools import custom_arguments, qualified
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.chat.messages import read_arguments
+from orthrus.deployments.responses.tools import custom_arguments, qualified
 
 _OWN = "orthrus:"
 """How `encrypted_content` begins that this server has made."""

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from deployments.access.call import Call
-from deployments.http.body import read_body
-from deployments.http.depends import admitted
-from deployments.responses.api import ResponsesApi
-from deployments.responses.body import ResponsesBody
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.http.body import read_body
+from orthrus.deployments.http.depends import admitted
+from orthrus.deployments.responses.api import ResponsesApi
+from orthrus.deployments.responses.body import ResponsesBody
 
 router = APIRouter()
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.config.api import ResponseStoreConfig
-from deployments.failures.errors import ModelUnavailable
+from orthrus.deployments.config.api import ResponseStoreConfig
+from orthrus.deployments.failures.errors import ModelUnavailable
 
 logger = logging.getLogger("ray.serve")
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 from jiter import from_json
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from deployments.bodies.strict_model import StrictModel
-from deployments.chat.tools import LONGEST_NAME, ToolName
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.chat.tools import LONGEST_NAME, ToolName
 from orthrus.errors import RequestError
 
 HostedKind = Literal[

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from deployments.replica.reports import NAME_BYTES, Capacity, Load, RoutingReport, request_name
-from deployments.routing.load import request_load
 from orthrus.cache.page_hash import PageHash, page_hashes
+from orthrus.deployments.replica.reports import NAME_BYTES, Capacity, Load, RoutingReport, request_name
+from orthrus.deployments.routing.load import request_load
 from orthrus.requests.request import Request
 
 Replica = Any

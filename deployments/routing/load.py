@@ -1,6 +1,6 @@
 """What a request will add to a replica's load."""
 
-from deployments.replica.reports import Capacity, Load
+from orthrus.deployments.replica.reports import Capacity, Load
 from orthrus.requests.request import Request
 
 _TYPICAL_OUTPUT_TOKENS = 256

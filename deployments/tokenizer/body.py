@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from deployments.bodies.faults import describe
-from deployments.bodies.strict_model import StrictModel
-from deployments.chat.body import ChatBody, ReasoningEffort
-from deployments.chat.messages import Message
-from deployments.chat.tools import Tool
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.chat.body import ChatBody, ReasoningEffort
+from orthrus.deployments.chat.messages import Message
+from orthrus.deployments.chat.tools import Tool
 from orthrus.errors import RequestError
 
 

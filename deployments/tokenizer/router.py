@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 
-from deployments.access.call import Call
-from deployments.http.body import read_body
-from deployments.http.depends import HandlerDep, Identified, admitted
-from deployments.openai.logprobs import spell
-from deployments.tokenizer.body import DetokenizeBody, TokenizeBody
-from deployments.tokenizer.info import tokenizer_info as describe_tokenizer
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.http.body import read_body
+from orthrus.deployments.http.depends import HandlerDep, Identified, admitted
+from orthrus.deployments.openai.logprobs import spell
+from orthrus.deployments.tokenizer.body import DetokenizeBody, TokenizeBody
+from orthrus.deployments.tokenizer.info import tokenizer_info as describe_tokenizer
 from orthrus.errors import RequestError
 
 router = APIRouter()

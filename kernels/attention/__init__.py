@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from kernels.attention import reference
-from kernels.attention.types import AttentionGroup, AttentionPlan, AttentionWork
-from kernels.device import runs_triton
+from orthrus.kernels.attention import reference
+from orthrus.kernels.attention.types import AttentionGroup, AttentionPlan, AttentionWork
+from orthrus.kernels.device import runs_triton
 
 __all__ = ["AttentionGroup", "AttentionPlan", "AttentionWork", "paged_attention"]
 
@@ -21,7 +21,7 @@ def paged_attention(
     Rows of no group get anything.
     """
     if runs_triton(qkv):
-        from kernels.attention import gpu
+        from orthrus.kernels.attention import gpu
 
         return gpu.paged_attention(qkv, k_cache, v_cache, plan, scale)
     return reference.paged_attention(qkv, k_cache, v_cache, plan, scale)

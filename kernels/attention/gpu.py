@@ -4,12 +4,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.attention import hopper
-from kernels.attention import triton as portable
-from kernels.attention.merge import merge_records
-from kernels.attention.types import AttentionPlan
-from kernels.device import has_warpgroup_mma, multiprocessors
-from kernels.workspace import empty
+from orthrus.kernels.attention import hopper
+from orthrus.kernels.attention import triton as portable
+from orthrus.kernels.attention.merge import merge_records
+from orthrus.kernels.attention.types import AttentionPlan
+from orthrus.kernels.device import has_warpgroup_mma, multiprocessors
+from orthrus.kernels.workspace import empty
 
 _LOG2_E = 1.4426950408889634
 

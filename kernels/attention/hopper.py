@@ -20,10 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from kernels.attention.hopper_consume import consume
-from kernels.attention.hopper_produce import produce
-from kernels.attention.types import AttentionPlan
-from kernels.device import chaining
+from orthrus.kernels.attention.hopper_consume import consume
+from orthrus.kernels.attention.hopper_produce import produce
+from orthrus.kernels.attention.types import AttentionPlan
+from orthrus.kernels.device import chaining
 
 _SHARED_BYTES = 227 * 1024
 """Shared memory of a multiprocessor."""

@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from kernels.attention.hopper_lanes import Cursor, Ring, give_back, item_index, lane_share, move
-from kernels.attention.items import (
+from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, give_back, item_index, lane_share, move
+from orthrus.kernels.attention.items import (
     ends_record,
     item_keys,
     load_item,
@@ -24,7 +24,7 @@ from kernels.attention.items import (
     start_walk,
     take_step,
 )
-from kernels.attention.softmax import Records, Softmax
+from orthrus.kernels.attention.softmax import Records, Softmax
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.attention.items import NUM_ITEMS, NUM_SHARED
+from orthrus.kernels.attention.items import NUM_ITEMS, NUM_SHARED
 
 
 class Share(NamedTuple):

@@ -10,8 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_wait
 
-from kernels.attention.hopper_lanes import Cursor, Ring, item_index, lane_share, move
-from kernels.attention.items import item_keys, load_item
+from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, item_index, lane_share, move
+from orthrus.kernels.attention.items import item_keys, load_item
 
 
 class Pages(NamedTuple):

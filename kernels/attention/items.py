@@ -5,8 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.attention import work_list
-from kernels.attention.work_list import DIVIDED_ROW, HEADER, ITEM, DividedRow, Item, offset
+from orthrus.kernels.attention import work_list
+from orthrus.kernels.attention.work_list import DIVIDED_ROW, HEADER, ITEM, DividedRow, Item, offset
 
 
 class Keys(NamedTuple):

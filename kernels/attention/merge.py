@@ -5,10 +5,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention.items import DIVIDED_AT, NUM_DIVIDED, load_divided_row
-from kernels.attention.softmax import Records, load, merge, nothing, result
-from kernels.attention.types import AttentionWork
-from kernels.device import chaining
+from orthrus.kernels.attention.items import DIVIDED_AT, NUM_DIVIDED, load_divided_row
+from orthrus.kernels.attention.softmax import Records, load, merge, nothing, result
+from orthrus.kernels.attention.types import AttentionWork
+from orthrus.kernels.device import chaining
 
 _HEADS = 4
 """Heads of a program, a warp for each."""

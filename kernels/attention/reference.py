@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention.types import AttentionGroup, AttentionPlan
+from orthrus.kernels.attention.types import AttentionGroup, AttentionPlan
 
 KV_SPLIT = 128
 """Keys per split: the unit of the reduction over keys."""

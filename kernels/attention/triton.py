@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention.items import (
+from orthrus.kernels.attention.items import (
     NUM_ITEMS,
     ends_record,
     item_keys,
@@ -22,9 +22,9 @@ from kernels.attention.items import (
     start_walk,
     take_step,
 )
-from kernels.attention.softmax import Records, load, merge, nothing, result, see, store
-from kernels.attention.types import AttentionPlan
-from kernels.device import chaining
+from orthrus.kernels.attention.softmax import Records, load, merge, nothing, result, see, store
+from orthrus.kernels.attention.types import AttentionPlan
+from orthrus.kernels.device import chaining
 
 
 @triton.jit

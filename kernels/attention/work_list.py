@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.attention.types import AttentionGroup
+from orthrus.kernels.attention.types import AttentionGroup
 
 SPAN = 2048
 """Keys whose segments are merged with one another before anything else."""

@@ -4,8 +4,8 @@
 is imported: so this package imports each.
 """
 
-from kernels.linear import plain  # noqa: F401
-from kernels.linear.weight import (
+from orthrus.kernels.linear import plain  # noqa: F401
+from orthrus.kernels.linear.weight import (
     OneViewWeight,
     Parameters,
     SplitViews,

@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.device import chaining
-from kernels.workspace import empty
+from orthrus.kernels.device import chaining
+from orthrus.kernels.workspace import empty
 
 
 @triton.jit

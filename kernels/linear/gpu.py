@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.linear import hopper, triton
-from kernels.linear.add_rms_norm import add_rms_norm
-from kernels.linear.tiles import choose_tiles, num_segments
-from kernels.linear.types import DenseLayer, LinearTiles
-from kernels.linear.weight import Weight
-from kernels.rows.sampling_triton import gumbel_argmax, pick_best
-from kernels.workspace import empty
+from orthrus.kernels.linear import hopper, triton
+from orthrus.kernels.linear.add_rms_norm import add_rms_norm
+from orthrus.kernels.linear.tiles import choose_tiles, num_segments
+from orthrus.kernels.linear.types import DenseLayer, LinearTiles
+from orthrus.kernels.linear.weight import Weight
+from orthrus.kernels.rows.sampling_triton import gumbel_argmax, pick_best
+from orthrus.kernels.workspace import empty
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.linear.reference import pad_rows
-from kernels.linear.weight import OneViewWeight, Parameters, join_projections
+from orthrus.kernels.linear.reference import pad_rows
+from orthrus.kernels.linear.weight import OneViewWeight, Parameters, join_projections
 
 _CHECKED_ROWS = 4096
 """Rows of a weight that are converted at once, so that the conversion needs little memory besides the result."""

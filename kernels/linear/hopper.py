@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.device import chaining, has_warpgroup_mma, multiprocessors
-from kernels.linear.tiles import segment_length
-from kernels.linear.types import DenseLayer
-from kernels.rows.sampling_triton import nan_to_inf, perturb
+from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.linear.tiles import segment_length
+from orthrus.kernels.linear.types import DenseLayer
+from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
 MOST_ROWS = 64
 _OUTS = 64

@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kernels.linear.reference import pad_rows
-from kernels.linear.weight import OneViewWeight, Parameters, join_projections
+from orthrus.kernels.linear.reference import pad_rows
+from orthrus.kernels.linear.weight import OneViewWeight, Parameters, join_projections
 
 _ROW_TILE = 4
 """Rows are padded to a multiple of this: fewer would reach matrix-vector code, which rounds differently."""

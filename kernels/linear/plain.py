@@ -5,12 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.device import runs_triton
-from kernels.linear.half import HalfWeight, as_halves
-from kernels.linear.onednn import OneDnnWeight
-from kernels.linear.reference import DenseWeight
-from kernels.linear.types import GATE_BLOCK, DenseLayer
-from kernels.linear.weight import Parameters, SplitViews, Views, Weight, join_projections, weight_format
+from orthrus.kernels.device import runs_triton
+from orthrus.kernels.linear.half import HalfWeight, as_halves
+from orthrus.kernels.linear.onednn import OneDnnWeight
+from orthrus.kernels.linear.reference import DenseWeight
+from orthrus.kernels.linear.types import GATE_BLOCK, DenseLayer
+from orthrus.kernels.linear.weight import (
+    Parameters,
+    SplitViews,
+    Views,
+    Weight,
+    join_projections,
+    weight_format,
+)
 
 
 @weight_format("plain")
@@ -22,7 +29,7 @@ class PlainFormat:
         """See `WeightFormat`."""
         first = views[0][0]["weight"]
         if runs_triton(first):
-            from kernels.linear.gpu import TritonWeight
+            from orthrus.kernels.linear.gpu import TritonWeight
 
             layer = interleave(views[0]) if gated else stack_views(views)
             return TritonWeight(layer.weights, layer.bias, layer.interleaved)

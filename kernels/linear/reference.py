@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear.types import GATE_BLOCK, DenseLayer
-from kernels.linear.weight import Weight, apply_views
-from kernels.rows.activation import silu_mul
+from orthrus.kernels.linear.types import GATE_BLOCK, DenseLayer
+from orthrus.kernels.linear.weight import Weight, apply_views
+from orthrus.kernels.rows.activation import silu_mul
 
 _ROW_TILE = 16
 """Rows of every product: a library may choose the order of its sums by the number of rows."""

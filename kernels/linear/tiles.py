@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from kernels.linear.types import LinearTiles
+from orthrus.kernels.linear.types import LinearTiles
 
 SEGMENT_UNIT = 128
 """Segment lengths are multiples of this, and the depth of every tile divides it."""

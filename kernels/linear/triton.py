@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.device import chaining
-from kernels.linear.tiles import choose_tiles, segment_length
-from kernels.linear.types import DenseLayer, LinearTiles
+from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.tiles import choose_tiles, segment_length
+from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 
 
 @triton.jit

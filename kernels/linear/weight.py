@@ -13,9 +13,9 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.rows.activation import silu_mul
-from kernels.rows.rms_norm import rms_norm
-from kernels.rows.sampling import gumbel_argmax
+from orthrus.kernels.rows.activation import silu_mul
+from orthrus.kernels.rows.rms_norm import rms_norm
+from orthrus.kernels.rows.sampling import gumbel_argmax
 
 Parameters = dict[str, Tensor]
 """The tensors of one projection by the last part of their names in a checkpoint: "weight" [out_features, in_features],

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.device import runs_triton
-from kernels.rows.rms_norm import rms_norm
-from kernels.rows.types import EmbeddedRows
+from orthrus.kernels.device import runs_triton
+from orthrus.kernels.rows.rms_norm import rms_norm
+from orthrus.kernels.rows.types import EmbeddedRows
 
 
 def embed(
@@ -26,7 +26,7 @@ def embed(
     cos, sin [positions, head_dim / 2]: cosine and sine of the rotary angles.
     """
     if runs_triton(table):
-        from kernels.rows import embedding_triton
+        from orthrus.kernels.rows import embedding_triton
 
         return embedding_triton.embed(tokens, positions, picks, table, norm_weight, eps, cos, sin)
     if bool((tokens < 0).any()):

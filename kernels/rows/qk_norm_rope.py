@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from kernels.device import runs_triton
-from kernels.rows.rms_norm import rms_norm
-from kernels.rows.rope import apply_rope
+from orthrus.kernels.device import runs_triton
+from orthrus.kernels.rows.rms_norm import rms_norm
+from orthrus.kernels.rows.rope import apply_rope
 
 
 def qk_norm_rope(
@@ -29,7 +29,7 @@ def qk_norm_rope(
     infinity would carry what one sequence broke into another.
     """
     if runs_triton(qkv):
-        from kernels.rows import qk_norm_rope_triton
+        from orthrus.kernels.rows import qk_norm_rope_triton
 
         qk_norm_rope_triton.qk_norm_rope(qkv, weight, cos, sin, eps, num_ar, slots, k_cache, v_cache)
         return

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.device import chaining
+from orthrus.kernels.device import chaining
 
 _HEADS = 32
 """Heads of a program, a warp for each. With few programs, most multiprocessors are free for the kernel behind this one."""

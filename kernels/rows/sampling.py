@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from kernels.device import runs_triton
-from kernels.rows.types import NO_TOKEN
+from orthrus.kernels.device import runs_triton
+from orthrus.kernels.rows.types import NO_TOKEN
 
 _MASK32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -43,7 +43,7 @@ def _mix32(x: Tensor) -> Tensor:
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise float32 [rows, vocab_size] from `noise_keys`, int32 [rows, 2]."""
     if keys.is_cuda:
-        from kernels.rows import sampling_triton
+        from orthrus.kernels.rows import sampling_triton
 
         return sampling_triton.gumbel_noise(keys, vocab_size)
     wide = keys.long() & _MASK32
@@ -74,7 +74,7 @@ def gumbel_argmax(
     picks: int32. The rows' picks go there, from place `first_pick` (int32 [1]) on.
     """
     if runs_triton(logits):
-        from kernels.rows import sampling_triton
+        from orthrus.kernels.rows import sampling_triton
 
         sampling_triton.gumbel_argmax(logits, temperatures, keys, picks, first_pick)
         return

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.device import chaining
-from kernels.rows import types
+from orthrus.kernels.device import chaining
+from orthrus.kernels.rows import types
 
 _COLUMNS = 1024
 _PICK_COLUMNS = 4096

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels.device import runs_triton
+from orthrus.kernels.device import runs_triton
 
 
 def upload(source: Tensor, target: Tensor) -> None:
@@ -12,7 +12,7 @@ def upload(source: Tensor, target: Tensor) -> None:
     time that the GPU's copy engine needs, because the kernels before and after wait for the engine.
     """
     if runs_triton(target):
-        from kernels.rows import upload_triton
+        from orthrus.kernels.rows import upload_triton
 
         upload_triton.upload(source, target)
         return

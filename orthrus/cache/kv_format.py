@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kernels import AttentionPlan
+    from orthrus.kernels.attention import AttentionPlan
     from orthrus.models.config import ModelConfig
 
 

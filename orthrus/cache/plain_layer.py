@@ -5,7 +5,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from kernels import AttentionPlan, paged_attention, qk_norm_rope
+from orthrus.kernels.attention import AttentionPlan, paged_attention
+from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report."""
-    from deployments.bench.serve_bench import ServeBenchOptions, serve_bench
+    from orthrus.deployments.bench.serve_bench import ServeBenchOptions, serve_bench
 
     options = ServeBenchOptions(
         config=arguments.config,

@@ -27,7 +27,7 @@ def add_parser(commands: Commands) -> None:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Print what goes where; 1 if the config can't work."""
-    from cluster.check import check_config
+    from orthrus.cluster.check import check_config
 
     try:
         for line in check_config(arguments.config, arguments.cluster):

@@ -24,7 +24,7 @@ def add_parser(commands: Commands) -> None:
 
 def run_new(arguments: argparse.Namespace) -> None:
     """Print the entry to stdout, so that it may be appended to a file, and the key to stderr."""
-    from deployments.access.keys import new_key
+    from orthrus.deployments.access.keys import new_key
 
     key, entry = new_key(
         arguments.name,

@@ -20,17 +20,17 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve in a process of its own, under a supervisor that leaves no process of Ray behind."""
-    from deployments.launch.supervisor import run_supervised
+    from orthrus.deployments.launch.supervisor import run_supervised
 
     return run_supervised(lambda: exit_status(lambda: _serve(arguments.config, arguments.address)))
 
 
 def _serve(config: Path, address: str | None) -> None:
-    from deployments.launch.progress import Progress
+    from orthrus.deployments.launch.progress import Progress
 
     with Progress() as progress:
         progress.now("Loading Ray")
-        from deployments.launch.serve import serve_config
+        from orthrus.deployments.launch.serve import serve_config
 
         serve_config(config, address=address, tell=progress.now)
     threading.Event().wait()  # Until the supervisor ends this process.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import NO_TOKEN
 from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.cache.page_hash import PageHash
@@ -32,6 +31,7 @@ from orthrus.engine.scheduler import Planned, Scheduler
 from orthrus.engine.sizing import SCORE_ROWS, PassLimits, cache_pages, choose_page_size, context_limit
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
+from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.models.checkpoint import with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import NO_TOKEN
 from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.engine.scheduler import Planned
+from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import Chunk, PromptLogprobs
 from orthrus.requests.sequence import SequenceState
 from orthrus.runner.sampler import PickRows

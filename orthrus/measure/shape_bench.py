@@ -119,7 +119,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     """Measure. Raises ConfigError for an unknown shape, and where there is no GPU."""
     if not torch.cuda.is_available():
         raise ConfigError("a shape is measured on a GPU, and there is none here: use `orthrus bench`")
-    from kernels.bench import bandwidths
+    from orthrus.kernels.bench import bandwidths
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shape_config(options.shape)

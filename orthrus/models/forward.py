@@ -9,8 +9,10 @@ Formulas of the views: Orthrus (arXiv 2605.12825, section 3). What is inside a l
 import torch
 from torch import Tensor
 
-from kernels import embed, pack_weight, start_layer
 from orthrus.cache.kv_cache import KVCache
+from orthrus.kernels.linear import pack_weight
+from orthrus.kernels.rows.embedding import embed
+from orthrus.kernels.workspace import start_layer
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.plan import PassPlan

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Parameters, Weight, pack_weight
 from orthrus.cache.kv_format import KVLayer
+from orthrus.kernels.linear import Parameters, Weight, pack_weight
 from orthrus.models.config import ModelConfig
 from orthrus.plan import PassPlan
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan, gumbel_argmax, upload
-from kernels.attention import AttentionWork
-from kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
-from kernels.attention.work_list import plan_work, work_size
 from orthrus.cache.kv_cache import KVCache
+from orthrus.kernels.attention import AttentionPlan, AttentionWork
+from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
+from orthrus.kernels.attention.work_list import plan_work, work_size
+from orthrus.kernels.rows.sampling import gumbel_argmax
+from orthrus.kernels.rows.upload import upload
 from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan, RowGroup, flatten

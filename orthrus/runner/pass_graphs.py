@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import AttentionPlan, workspace
-from kernels.attention import AttentionWork
-from kernels.attention.work_list import header_of
 from orthrus.cache.kv_cache import KVCache
+from orthrus.kernels import workspace
+from orthrus.kernels.attention import AttentionPlan, AttentionWork
+from orthrus.kernels.attention.work_list import header_of
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import PassPlan
 from orthrus.runner.pass_buffer import PassFields

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import NO_TOKEN, gumbel_argmax
-from kernels.rows.sampling import argmax, noise_keys
+from orthrus.kernels.rows.sampling import argmax, gumbel_argmax, noise_keys
+from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import SamplingParams
 from orthrus.text.token_mask import TokenMask
 

@@ -16,7 +16,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 
-from kernels import NO_TOKEN
+from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.loading import stages
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows

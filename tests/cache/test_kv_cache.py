@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan
 from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_format import KVLayer
 from orthrus.cache.kv_formats import KV_FORMATS, kv_bytes_per_token
 from orthrus.cache.page_pool import PagePool
 from orthrus.cache.plain import PlainFormat
 from orthrus.cache.plain_layer import PlainLayer
+from orthrus.kernels.attention import AttentionPlan
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config

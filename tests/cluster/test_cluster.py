@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config import ClusterConfig, actor_demand
+from orthrus.cluster.config import ClusterConfig, actor_demand
 from orthrus.errors import ConfigError
 from tests.conftest import ROOT
 

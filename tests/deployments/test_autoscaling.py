@@ -11,8 +11,8 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from deployments.autoscaling import EngineLoadPolicy
-from deployments.replica.reports import engine_load
+from orthrus.deployments.autoscaling import EngineLoadPolicy
+from orthrus.deployments.replica.reports import engine_load
 from orthrus.engine.stats import EngineStats
 
 DEPLOYMENT = DeploymentID(name="OrthrusReplica", app_name="orthrus")
@@ -111,7 +111,8 @@ def test_serve_applies_delays_bounds_and_scale_to_zero() -> None:
         downscale_delay_s=3600,
         downscale_to_zero_delay_s=0,
         policy=AutoscalingPolicy(
-            policy_function="deployments.autoscaling:EngineLoadPolicy", policy_kwargs={"target_row_use": 0.5}
+            policy_function="orthrus.deployments.autoscaling:EngineLoadPolicy",
+            policy_kwargs={"target_row_use": 0.5},
         ),
     )
     assert len(config.policy.get_serialized_policy_def() or b"") < 20_000

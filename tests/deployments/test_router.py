@@ -10,8 +10,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from deployments.replica.reports import Capacity
-from deployments.router import PrefixRouter
+from orthrus.deployments.replica.reports import Capacity
+from orthrus.deployments.router import PrefixRouter
 from orthrus.requests.request import Request, SamplingParams
 
 DEPLOYMENT = DeploymentID(name="OrthrusReplica", app_name="orthrus")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.replica.reports import NAME_BYTES, RoutingReport, request_name
 from orthrus.cache.kv_cache import KVCache
+from orthrus.deployments.replica.reports import NAME_BYTES, RoutingReport, request_name
 from orthrus.engine import Engine
 from orthrus.engine.async_engine import AsyncEngine
 from orthrus.engine.config import EngineConfig

@@ -11,23 +11,17 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from kernels import (
-    NO_TOKEN,
-    AttentionGroup,
-    AttentionPlan,
-    embed,
-    gumbel_argmax,
-    gumbel_noise,
-    paged_attention,
-    qk_norm_rope,
-    upload,
-)
-from kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
-from kernels.linear import hopper as linear_stream
-from kernels.linear.gpu import TritonWeight
-from kernels.linear.reference import DenseWeight
-from kernels.rows import sampling_triton
-from kernels.rows.sampling import noise_keys
+from orthrus.kernels.attention import AttentionGroup, AttentionPlan, paged_attention
+from orthrus.kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
+from orthrus.kernels.linear import hopper as linear_stream
+from orthrus.kernels.linear.gpu import TritonWeight
+from orthrus.kernels.linear.reference import DenseWeight
+from orthrus.kernels.rows import sampling_triton
+from orthrus.kernels.rows.embedding import embed
+from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise, noise_keys
+from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.kernels.rows.upload import upload
 
 DEVICE = torch.device("cuda")
 ROWS = (1, 2, 8, 17, 32, 33, 64, 100, 128, 200, 256, 300, 512)

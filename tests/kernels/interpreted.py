@@ -7,7 +7,7 @@ bfloat16 on the matrix units, are compared in tests/gpu.
 import pytest
 import torch
 
-from kernels.rows.sampling import noise_keys
+from orthrus.kernels.rows.sampling import noise_keys
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"

@@ -8,16 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels import (
-    AttentionGroup,
-    AttentionPlan,
-    paged_attention,
-    qk_norm_rope,
-)
-from kernels.attention import AttentionWork
-from kernels.attention import gpu as attention_gpu
-from kernels.attention.work_list import plan_work
-from kernels.rows import qk_norm_rope_triton
+from orthrus.kernels.attention import AttentionGroup, AttentionPlan, AttentionWork, paged_attention
+from orthrus.kernels.attention import gpu as attention_gpu
+from orthrus.kernels.attention.work_list import plan_work
+from orthrus.kernels.rows import qk_norm_rope_triton
+from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 from tests.kernels.interpreted import CPU, DTYPES, assert_near, int32, interpreted, randn
 from tests.kernels.work_lists import items_of
 

@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.linear.gpu import TritonWeight
-from kernels.linear.reference import DenseWeight
-from kernels.linear.tiles import num_segments
-from kernels.linear.types import LinearTiles
+from orthrus.kernels.linear.gpu import TritonWeight
+from orthrus.kernels.linear.reference import DenseWeight
+from orthrus.kernels.linear.tiles import num_segments
+from orthrus.kernels.linear.types import LinearTiles
 from tests.kernels.interpreted import DTYPES, assert_near, int32, interpreted, keys_of, randn
 
 pytestmark = interpreted

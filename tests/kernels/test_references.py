@@ -11,20 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import (
-    AttentionGroup,
-    AttentionPlan,
-    Parameters,
-    Weight,
-    gumbel_argmax,
-    gumbel_noise,
-    pack_weight,
-    paged_attention,
-)
-from kernels.rows.activation import silu_mul
-from kernels.rows.rms_norm import rms_norm
-from kernels.rows.rope import apply_rope
-from kernels.rows.sampling import noise_keys
+from orthrus.kernels.attention import AttentionGroup, AttentionPlan, paged_attention
+from orthrus.kernels.linear import Parameters, Weight, pack_weight
+from orthrus.kernels.rows.activation import silu_mul
+from orthrus.kernels.rows.rms_norm import rms_norm
+from orthrus.kernels.rows.rope import apply_rope
+from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise, noise_keys
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
@@ -73,7 +65,7 @@ def test_linear_rows_are_the_same_bits_in_any_company_without_avx512() -> None:
     """FBGEMM, which chooses once in a process, then has a kernel of its own for every number of rows up to six."""
     code = """
 import torch
-from kernels import pack_weight
+from orthrus.kernels.linear import pack_weight
 weight, x = torch.randn(640, 384).bfloat16().float(), torch.randn(130, 384)
 layer = pack_weight([[{"weight": weight.clone()}]])
 full = layer.linear(x)

@@ -7,15 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels import (
-    NO_TOKEN,
-    embed,
-    gumbel_argmax,
-    gumbel_noise,
-    qk_norm_rope,
-    upload,
-)
-from kernels.rows import embedding_triton, qk_norm_rope_triton, sampling_triton, upload_triton
+from orthrus.kernels.rows import embedding_triton, qk_norm_rope_triton, sampling_triton, upload_triton
+from orthrus.kernels.rows.embedding import embed
+from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise
+from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.kernels.rows.upload import upload
 from tests.kernels.interpreted import DTYPES, assert_near, int32, interpreted, keys_of, randn
 
 pytestmark = interpreted

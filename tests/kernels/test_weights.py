@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from kernels import Parameters, Weight, pack_weight
-from kernels.linear import OneViewWeight, SplitViews, join_projections, weight_format
-from kernels.linear.half import HalfWeight
-from kernels.linear.onednn import OneDnnWeight
-from kernels.linear.plain import interleave
-from kernels.linear.reference import DenseWeight, product
 from orthrus.cache.kv_cache import KVCache
+from orthrus.kernels.linear import (
+    OneViewWeight,
+    Parameters,
+    SplitViews,
+    Weight,
+    join_projections,
+    pack_weight,
+    weight_format,
+)
+from orthrus.kernels.linear.half import HalfWeight
+from orthrus.kernels.linear.onednn import OneDnnWeight
+from orthrus.kernels.linear.plain import interleave
+from orthrus.kernels.linear.reference import DenseWeight, product
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.families import load_config
 from orthrus.models.forward import LayerParallelForward

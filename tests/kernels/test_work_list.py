@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kernels.attention import AttentionGroup, work_list
-from kernels.attention.work_list import (
+from orthrus.kernels.attention import AttentionGroup, work_list
+from orthrus.kernels.attention.work_list import (
     SPAN,
     Item,
     header_of,

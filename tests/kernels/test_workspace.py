@@ -6,9 +6,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import start_layer
-from kernels.linear.gpu import TritonWeight
-from kernels.workspace import empty, results_in
+from orthrus.kernels.linear.gpu import TritonWeight
+from orthrus.kernels.workspace import empty, results_in, start_layer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kernels.attention.work_list import DIVIDED_ROW, HEADER, ITEM, header_of
+from orthrus.kernels.attention.work_list import DIVIDED_ROW, HEADER, ITEM, header_of
 
 
 def items_of(numbers: np.ndarray) -> np.ndarray:

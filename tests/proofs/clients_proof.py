@@ -20,8 +20,8 @@ import ray
 import yaml
 from ray import serve
 
-from deployments.launch.environment import free_port
-from deployments.launch.serve import serve_config
+from orthrus.deployments.launch.environment import free_port
+from orthrus.deployments.launch.serve import serve_config
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.conftest import ROOT
 from tests.qwen3_tokenizer import FILES, fetch

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config import ClusterConfig
+from orthrus.cluster.config import ClusterConfig
 from tests.network_hosts import NetworkHosts, missing_programs
 
 ROOT = Path(__file__).resolve().parents[2]

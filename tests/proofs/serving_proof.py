@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.bench.serve_bench import ServeBenchOptions, serve_bench
+from orthrus.deployments.bench.serve_bench import ServeBenchOptions, serve_bench
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.plan import RowGroup

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from deployments.chat.body import ChatBody
-from deployments.chat.template import ChatTemplate
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.template import ChatTemplate
 from orthrus.errors import ConfigError, RequestError
 from orthrus.text.chat_limits import TooMuch, check_templates, render_chat
 from orthrus.text.tokenizer import load_tokenizer

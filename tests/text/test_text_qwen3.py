@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deployments.chat.output import ChatDelta, ChatSplitter, joined
+from orthrus.deployments.chat.output import ChatDelta, ChatSplitter, joined
 from orthrus.text.stream import TextStream, token_bytes
 
 SAMPLES = [

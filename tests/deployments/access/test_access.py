@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.access.keys import KeyRing, new_key, parse_keys
-from deployments.access.rate_limits import Limits, RateLimiter, Standing, duration
-from deployments.config.api import ApiConfig
-from deployments.operations.recent import Recent
 from orthrus.cli import main
+from orthrus.deployments.access.keys import KeyRing, new_key, parse_keys
+from orthrus.deployments.access.rate_limits import Limits, RateLimiter, Standing, duration
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.operations.recent import Recent
 from orthrus.errors import ConfigError
 
 

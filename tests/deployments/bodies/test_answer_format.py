@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from deployments.bodies.completion_body import CompletionBody
-from deployments.chat.body import ChatBody
-from deployments.grpc.format import chat_body
-from deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.grpc.format import chat_body
+from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.text.grammar import json_grammar
 

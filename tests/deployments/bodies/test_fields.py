@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.bodies.completion_body import CompletionBody
-from deployments.bodies.faults import describe, field_path
-from deployments.bodies.unsupported_fields import UNSUPPORTED
-from deployments.chat.body import ChatBody
-from deployments.chat.output import ChatDelta
-from deployments.chat.template import ChatTemplate
-from deployments.failures.failure import describe_failure
-from deployments.generation.text_chunk import TextChunk
-from deployments.grpc.format import chat_body, completion_body, request_params
-from deployments.http.body import parse_body
-from deployments.openai.format import ResponseFormat
-from deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.bodies.faults import describe, field_path
+from orthrus.deployments.bodies.unsupported_fields import UNSUPPORTED
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.output import ChatDelta
+from orthrus.deployments.chat.template import ChatTemplate
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.grpc.format import chat_body, completion_body, request_params
+from orthrus.deployments.http.body import parse_body
+from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, RequestStats
 from orthrus.text.grammar_mask import GrammarMasks

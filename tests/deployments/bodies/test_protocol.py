@@ -19,12 +19,12 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from pydantic import TypeAdapter, ValidationError
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
-from deployments.bodies.completion_body import CompletionBody
-from deployments.bodies.faults import describe
-from deployments.chat.body import ChatBody
-from deployments.chat.call_text import ToolCallDelta
-from deployments.chat.output import ChatDelta
-from deployments.failures.errors import (
+from orthrus.deployments.bodies.completion_body import CompletionBody
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.call_text import ToolCallDelta
+from orthrus.deployments.chat.output import ChatDelta
+from orthrus.deployments.failures.errors import (
     BodyTooLarge,
     BodyTooSlow,
     GenerationFailed,
@@ -34,13 +34,13 @@ from deployments.failures.errors import (
     UnsupportedBody,
     unwrap,
 )
-from deployments.failures.failure import describe_failure
-from deployments.generation.choices import Choice
-from deployments.generation.text_chunk import TextChunk
-from deployments.grpc.format import chat_body, chat_chunk, generate_chunk, request_params
-from deployments.openai.format import ResponseFormat, cost
-from deployments.openai.logprobs import Echo
-from deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.grpc.format import chat_body, chat_chunk, generate_chunk, request_params
+from orthrus.deployments.openai.format import ResponseFormat, cost
+from orthrus.deployments.openai.logprobs import Echo
+from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, PromptLogprobs, RequestStats, SamplingParams, TokenLogprob
 from tests.conftest import ROOT

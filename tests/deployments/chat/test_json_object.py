@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deployments.chat.json_object import ObjectText, elements, members
+from orthrus.deployments.chat.json_object import ObjectText, elements, members
 
 KEYS = ["a", "b", "", '"', "\\", "}", "é", "\ud83c\udf27", "</tool_call>"]
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from deployments.chat.output import ChatSplitter
+from orthrus.deployments.chat.output import ChatSplitter
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\"{", "b": [1, {"c": "漢"}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "}\\"{", "b": [1, {"c": "漢"}]}'

@@ -2,8 +2,8 @@
 
 import pytest
 
-from deployments.chat.output import ChatSplitter
-from deployments.chat.parts import PartStream
+from orthrus.deployments.chat.output import ChatSplitter
+from orthrus.deployments.chat.parts import PartStream
 
 TEXT = 'Hm.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>After.<tool_call>{"name": "g"}'
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.bodies.faults import describe
-from deployments.chat.body import ChatBody
-from deployments.chat.grammar import answer_grammar
-from deployments.chat.output import ChatDelta, joined
-from deployments.chat.template import ChatTemplate
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.chat.body import ChatBody
+from orthrus.deployments.chat.grammar import answer_grammar
+from orthrus.deployments.chat.output import ChatDelta, joined
+from orthrus.deployments.chat.template import ChatTemplate
 from orthrus.errors import RequestError
 from orthrus.text.grammar_mask import GrammarMasks
 from orthrus.text.stream import TextStream

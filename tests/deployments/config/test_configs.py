@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.check import check_config
-from deployments.access.keys import new_key
-from deployments.app import build
-from deployments.config.app_args import parse_args
-from deployments.config.config_file import load_config
-from deployments.launch.serve import serve_config
 from orthrus.cli import main
+from orthrus.cluster.check import check_config
+from orthrus.deployments.access.keys import new_key
+from orthrus.deployments.app import build
+from orthrus.deployments.config.app_args import parse_args
+from orthrus.deployments.config.config_file import load_config
+from orthrus.deployments.launch.serve import serve_config
 from orthrus.errors import ConfigError
 from orthrus.models.shapes import QWEN3_SHAPES, published_shape
 from orthrus.models.sizes import weight_bytes
@@ -81,9 +81,9 @@ FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "router": (
         lambda a: a["replica"].update(
-            request_router_config={"request_router_class": "deployments.router.None_"}
+            request_router_config={"request_router_class": "orthrus.deployments.router.None_"}
         ),
-        "args.replica.request_router_config: 'deployments.router.None_' can't be imported",
+        "args.replica.request_router_config: 'orthrus.deployments.router.None_' can't be imported",
     ),
     "gpu without device": (
         lambda a: a["replica"]["ray_actor_options"].update(num_gpus=1),

@@ -11,12 +11,12 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from deployments.config.api import ApiConfig
-from deployments.http.cors import with_cors
-from deployments.http.paths import NormalizePaths, no_route
-from deployments.ingress.docs import BODIES, docs_page, openapi_document
-from deployments.ingress.docs import router as docs_router
-from deployments.operations.router import router as operations_router
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.http.cors import with_cors
+from orthrus.deployments.http.paths import NormalizePaths, no_route
+from orthrus.deployments.ingress.docs import BODIES, docs_page, openapi_document
+from orthrus.deployments.ingress.docs import router as docs_router
+from orthrus.deployments.operations.router import router as operations_router
 
 PAGE = "https://chat.example"
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from deployments.launch import environment
+from orthrus.deployments.launch import environment
 
 
 def test_a_block_of_ports_has_no_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,6 +15,8 @@ def test_a_block_of_ports_has_no_port_that_is_taken(monkeypatch: pytest.MonkeyPa
         taken.bind(("", first + 7))
         taken.listen()
         offers = iter([first, first + 50, first])
-        monkeypatch.setattr("deployments.launch.environment.random.randrange", lambda *_: next(offers))
+        monkeypatch.setattr(
+            "orthrus.deployments.launch.environment.random.randrange", lambda *_: next(offers)
+        )
         assert environment.free_block() == first + 50
     assert environment.free_block() == first

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.config.config_file import load_config
-from deployments.launch.environment import free_port
-from deployments.launch.ports import check_ports
-from deployments.launch.progress import Progress
+from orthrus.deployments.config.config_file import load_config
+from orthrus.deployments.launch.environment import free_port
+from orthrus.deployments.launch.ports import check_ports
+from orthrus.deployments.launch.progress import Progress
 from orthrus.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -86,7 +86,7 @@ def test_a_second_server_ends_before_ray_starts(tmp_path: Path) -> None:
             tmp_path / "serve.yaml", http_options={"port": port}, grpc_options={"port": free_port()}
         )
         program = (
-            "import sys, deployments.launch.serve as s\ntry: s.serve_config(s.Path(sys.argv[1]))\n"
+            "import sys, orthrus.deployments.launch.serve as s\ntry: s.serve_config(s.Path(sys.argv[1]))\n"
             "except ValueError as error: print(error, 'torch' in sys.modules, s.ray.is_initialized())"
         )
         done = subprocess.run(
@@ -111,7 +111,7 @@ def test_progress_speaks_when_something_changes_and_in_between() -> None:
 
 SUPERVISED = r"""
 import os, subprocess, sys, time
-from deployments.launch.supervisor import run_supervised
+from orthrus.deployments.launch.supervisor import run_supervised
 def work():
     # One in a session of its own whose parent has gone, and one that will not be asked.
     lone = "import os,time; os.setsid(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"
@@ -154,7 +154,7 @@ def test_no_process_is_left_behind(end: signal.Signals | None, status: int) -> N
 
 
 def test_a_work_that_is_killed_is_an_error() -> None:
-    program = "import os, sys\nfrom deployments.launch.supervisor import run_supervised\n"
+    program = "import os, sys\nfrom orthrus.deployments.launch.supervisor import run_supervised\n"
     program += "sys.exit(run_supervised(lambda: os.kill(os.getpid(), 9)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "orthrus: ended by SIGKILL\n")

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from deployments.link.errors import LinkLost
-from deployments.link.framing import Address
-from deployments.link.inbox import Inbox
-from deployments.link.receiver import ChunkReceiver
-from deployments.link.sender import ChunkLink, ChunkLinks
+from orthrus.deployments.link.errors import LinkLost
+from orthrus.deployments.link.framing import Address
+from orthrus.deployments.link.inbox import Inbox
+from orthrus.deployments.link.receiver import ChunkReceiver
+from orthrus.deployments.link.sender import ChunkLink, ChunkLinks
 from orthrus.requests.request import Chunk, RequestStats, TokenLogprob, joined_chunks
 
 STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycles=1, passes=2, seed=7)

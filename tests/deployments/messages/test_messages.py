@@ -9,13 +9,13 @@ from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.bodies.faults import describe
-from deployments.failures.errors import GenerationFailed, ModelUnavailable, QueueFull, RateLimited
-from deployments.failures.failure import describe_failure
-from deployments.generation.choices import Choice
-from deployments.generation.text_chunk import TextChunk
-from deployments.messages.body import CountTokensBody, MessagesBody
-from deployments.messages.format import MessageFormat, error_body, error_status
+from orthrus.deployments.bodies.faults import describe
+from orthrus.deployments.failures.errors import GenerationFailed, ModelUnavailable, QueueFull, RateLimited
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.messages.body import CountTokensBody, MessagesBody
+from orthrus.deployments.messages.format import MessageFormat, error_body, error_status
 from orthrus.errors import RequestError
 from tests.chunks import ANSWER, chunks, cut
 

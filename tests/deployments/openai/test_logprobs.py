@@ -11,12 +11,12 @@ from openai.types.completion import Completion
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from deployments.generation.choices import Choice
-from deployments.generation.generate import MAX_SCORES, check_scores
-from deployments.generation.text_chunk import TextChunk, text_chunk
-from deployments.openai.format import ResponseFormat
-from deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
-from deployments.tokenizer.info import tokenizer_info
+from orthrus.deployments.generation.choices import Choice
+from orthrus.deployments.generation.generate import MAX_SCORES, check_scores
+from orthrus.deployments.generation.text_chunk import TextChunk, text_chunk
+from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
+from orthrus.deployments.tokenizer.info import tokenizer_info
 from orthrus.errors import RequestError
 from orthrus.requests.request import (
     Chunk,

@@ -9,9 +9,9 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from tokenizers import AddedToken
 
-from deployments.chat.output import ChatSplitter, joined
-from deployments.generation.text_chunk import TextChunk
-from deployments.openai.format import ResponseFormat
+from orthrus.deployments.chat.output import ChatSplitter, joined
+from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.openai.format import ResponseFormat
 from orthrus.requests.request import Chunk
 from orthrus.text.stream import TextStream
 from orthrus.text.tokenizer import load_tokenizer

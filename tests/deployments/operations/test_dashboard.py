@@ -3,8 +3,8 @@
 import json
 import re
 
-from deployments.access.request_metrics import COUNTER, HISTOGRAMS
-from deployments.replica.engine_metrics import COUNTERS, GAUGES
+from orthrus.deployments.access.request_metrics import COUNTER, HISTOGRAMS
+from orthrus.deployments.replica.engine_metrics import COUNTERS, GAUGES
 from tests.conftest import ROOT
 
 

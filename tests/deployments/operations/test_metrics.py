@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 
-from deployments.operations.metrics import merge, spell
+from orthrus.deployments.operations.metrics import merge, spell
 
 NOISE = 'Component="core_worker",SessionName="s",Version="2",otel_scope_name="ray"'
 

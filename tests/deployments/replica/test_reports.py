@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from deployments.autoscaling import EngineLoadPolicy
-from deployments.replica.reports import NAME_BYTES, Capacity, Load, RoutingReport, request_name
-from deployments.routing.balancer import PrefixBalancer
+from orthrus.deployments.autoscaling import EngineLoadPolicy
+from orthrus.deployments.replica.reports import NAME_BYTES, Capacity, Load, RoutingReport, request_name
+from orthrus.deployments.routing.balancer import PrefixBalancer
 from orthrus.requests.request import Request, SamplingParams
 from tests.deployments.test_autoscaling import context
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from deployments.failures.errors import GenerationFailed, RateLimited
-from deployments.failures.failure import describe_failure
-from deployments.responses.format import ResponsesFormat
-from deployments.responses.items import seal
+from orthrus.deployments.failures.errors import GenerationFailed, RateLimited
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.responses.format import ResponsesFormat
+from orthrus.deployments.responses.items import seal
 from orthrus.errors import RequestError
 from tests.chunks import ANSWER, chunks, cut
 from tests.responses import EVENTS, SCHEMA, TOOL, body, streamed, whole, without_ids

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from deployments.access.call import Call
-from deployments.access.keys import ApiKey
-from deployments.config.api import ApiConfig, ResponseStoreConfig
-from deployments.failures.errors import ModelUnavailable, ResponseNotFound
-from deployments.failures.failure import describe_failure
-from deployments.generation.handler import Handler
-from deployments.generation.served_model import ServedModel
-from deployments.responses.api import ResponsesApi
-from deployments.responses.body import ResponsesBody
-from deployments.responses.store import Responses, ResponseStore, StoredResponse
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.access.keys import ApiKey
+from orthrus.deployments.config.api import ApiConfig, ResponseStoreConfig
+from orthrus.deployments.failures.errors import ModelUnavailable, ResponseNotFound
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.handler import Handler
+from orthrus.deployments.generation.served_model import ServedModel
+from orthrus.deployments.responses.api import ResponsesApi
+from orthrus.deployments.responses.body import ResponsesBody
+from orthrus.deployments.responses.store import Responses, ResponseStore, StoredResponse
 from orthrus.errors import RequestError
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from deployments.access.call import Call
-from deployments.config.api import ApiConfig
-from deployments.failures.failure import describe_failure
-from deployments.generation.handler import Handler
-from deployments.generation.served_model import ServedModel
-from deployments.responses.api import ResponsesApi
-from deployments.responses.tools import custom_input
+from orthrus.deployments.access.call import Call
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.failures.failure import describe_failure
+from orthrus.deployments.generation.handler import Handler
+from orthrus.deployments.generation.served_model import ServedModel
+from orthrus.deployments.responses.api import ResponsesApi
+from orthrus.deployments.responses.tools import custom_input
 from orthrus.errors import RequestError
 from tests.chunks import chunks, cut
 from tests.responses import SCHEMA, TOOL, body, streamed, whole, without_ids

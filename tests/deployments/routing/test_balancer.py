@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from deployments.replica.reports import NAME_BYTES, Capacity, Load, request_name
-from deployments.routing.balancer import PrefixBalancer
 from orthrus.cache.page_hash import page_hashes
 from orthrus.cache.page_pool import PagePool
+from orthrus.deployments.replica.reports import NAME_BYTES, Capacity, Load, request_name
+from orthrus.deployments.routing.balancer import PrefixBalancer
 from orthrus.requests.request import Request, SamplingParams
 
 CAPACITY = Capacity(max_num_seqs=16, prefill_chunk=256, page_size=16, pages=512)

@@ -10,9 +10,9 @@ import ray
 import yaml
 from ray import serve
 
-from deployments.launch.environment import free_port
-from deployments.launch.serve import serve_config
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.launch.environment import free_port
+from orthrus.deployments.launch.serve import serve_config
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from tests.collector import Collector, running_collector
 from tests.conftest import ROOT
 
@@ -49,7 +49,7 @@ def ports(
     config["http_options"] = {"host": "127.0.0.1", "port": web}
     config["grpc_options"]["port"] = rpc
     config["controller_options"]["runtime_env"]["env_vars"] |= {
-        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "deployments.tracing:otlp",
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "orthrus.deployments.tracing:otlp",
         "RAY_SERVE_TRACING_SAMPLING_RATIO": "0",
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         "OTEL_BSP_SCHEDULE_DELAY": "200",

@@ -20,10 +20,10 @@ import yaml
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ray import serve
 
-from deployments.access.keys import new_key
-from deployments.app import build
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.access.keys import new_key
+from orthrus.deployments.app import build
+from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from tests.collector import Collector
 from tests.conftest import ROOT
 from tests.local_cluster import wait_for

@@ -8,8 +8,8 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine import Engine
 from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, plain, wait_until_busy, wait_until_free

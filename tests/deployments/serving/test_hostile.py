@@ -18,8 +18,8 @@ import grpc
 import openai
 import pytest
 
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine import Engine
 from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http, plain, wait_until_free

@@ -7,12 +7,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from deployments.ingress.docs import BODIES
-from deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.ingress.docs import BODIES
+from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.requests.request import SamplingParams
 
 if TYPE_CHECKING:
-    from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+    from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
     from orthrus.engine import Engine
 
 MODEL = "orthrus-tiny"

@@ -7,8 +7,8 @@ from typing import Any
 import openai
 import pytest
 
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine import Engine
 from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http

@@ -13,10 +13,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.access.request_metrics import HISTOGRAMS
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
-from deployments.replica.stages import read_stages
+from orthrus.deployments.access.request_metrics import HISTOGRAMS
+from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.replica.stages import read_stages
 from orthrus.engine import Engine
 from orthrus.requests.request import SamplingParams
 from tests.serving import MODEL, PROMPT, http, plain, wait_until_busy, wait_until_free

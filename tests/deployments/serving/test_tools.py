@@ -11,10 +11,10 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from ray import serve
 
-from deployments.config.api import ApiConfig
-from deployments.ingress.ingress import Ingress
-from deployments.proto import orthrus_pb2 as pb
-from deployments.proto.orthrus_pb2_grpc import OrthrusStub
+from orthrus.deployments.config.api import ApiConfig
+from orthrus.deployments.ingress.ingress import Ingress
+from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 from orthrus.engine.config import EngineConfig
 from tests.conftest import ROOT
 from tests.serving import MODEL, http
