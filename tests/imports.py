@@ -52,9 +52,11 @@ def imports(path: Path) -> Iterator[Import]:
 
 
 def module_name(path: Path) -> str:
-    """The name by which a file is imported."""
+    """The name by which a file is imported: the folders beside orthrus/ are packages within `orthrus`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts if parts[0] == "orthrus" else ("orthrus", *parts))
 
 
 @cache

@@ -1,7 +1,5 @@
-"""The project: its layout, its versions and pins, and the trap of the name `kernels`."""
+"""The project: its layout, its versions and its pins."""
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -21,15 +19,6 @@ def test_layout() -> None:
         ".ci/run",
     ):
         assert (ROOT / file).is_file()
-
-
-def test_transformers_does_not_take_our_kernels_for_its_own() -> None:
-    # In a fresh interpreter: the answer is cached at the first call, and imports of `kernels` happen underway.
-    program = "from transformers.utils.import_utils import is_kernels_available as f; print(f())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["False"]
 
 
 def test_versions_agree() -> None:

@@ -68,7 +68,7 @@ def embed(
     cos: Tensor,
     sin: Tensor,
 ) -> EmbeddedRows:
-    """`kernels.embed` of contiguous tensors, up to float32."""
+    """`embed` (kernels/rows/embedding) of contiguous tensors, up to float32."""
     rows, width, dim = tokens.shape[0], table.shape[1], 2 * cos.shape[1]
     hidden, normed = (torch.empty(rows, width, device=table.device, dtype=table.dtype) for _ in range(2))
     cos_rows, sin_rows = (torch.empty(rows, 1, dim, device=table.device, dtype=cos.dtype) for _ in range(2))

@@ -82,7 +82,7 @@ def qk_norm_rope(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    """`kernels.qk_norm_rope` of contiguous tensors, up to float32."""
+    """`qk_norm_rope` (kernels/rows/qk_norm_rope) of contiguous tensors, up to float32."""
     rows, all_heads, dim = qkv.shape
     kv_heads = k_cache.shape[0]
     _qk_norm_rope_kernel[(triton.cdiv(rows * all_heads, _HEADS),)](

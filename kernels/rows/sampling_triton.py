@@ -96,7 +96,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:
-    """See `kernels.gumbel_argmax`. First the best of every block of tokens is found, then the best block."""
+    """See `gumbel_argmax` (kernels/rows/sampling). First the best of every block of tokens is found, then the best block."""
     pick_best(*best_of_blocks(logits, temperatures, keys), picks, first_pick)
 
 
@@ -120,7 +120,7 @@ def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor
 
     values: float32 [rows, blocks]. A row whose highest value is infinite gets `NO_TOKEN`.
     indices: int32 [rows, blocks].
-    picks, first_pick: see `kernels.gumbel_argmax`.
+    picks, first_pick: see `gumbel_argmax` (kernels/rows/sampling).
     """
     rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)

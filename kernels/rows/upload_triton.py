@@ -14,6 +14,6 @@ def _upload_kernel(source, target, count, BLOCK: tl.constexpr):
 
 
 def upload(source: Tensor, target: Tensor) -> None:
-    """See `kernels.upload`. A GPU can read page-locked memory of the host by its address."""
+    """See `upload` (kernels/rows/upload). A GPU can read page-locked memory of the host by its address."""
     count = source.numel()
     _upload_kernel[(triton.cdiv(count, _BLOCK),)](source, target, count, BLOCK=_BLOCK)

@@ -210,7 +210,7 @@ class Family(ABC):
     ) -> "DecoderLayer":
         """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
 
-        weight_format: a name that `kernels.pack_weight` knows.
+        weight_format: a name that `pack_weight` (kernels/linear) knows.
         """
         from orthrus.models.layer import DecoderLayer
 

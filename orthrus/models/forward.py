@@ -27,7 +27,7 @@ class LayerParallelForward:
     def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], weight_format: str = "plain") -> None:
         """tensors: a checkpoint's, by their Hugging Face names, on one device in one dtype. The dict is emptied.
 
-        weight_format: how the linear layers keep their weights, by a name that `kernels.pack_weight` knows.
+        weight_format: how the linear layers keep their weights, by a name that `pack_weight` (kernels/linear) knows.
         """
         self.config = config
         family = family_of(config)
@@ -70,7 +70,7 @@ class LayerParallelForward:
     def hidden_states(self, plan: PassPlan, cache: KVCache, picks: Tensor) -> Tensor:
         """Run the layers. Returns the final, normed hidden states [rows, hidden_size] of all rows.
 
-        picks: int32, what earlier passes picked. The plan may take tokens from there, see `kernels.embed`.
+        picks: int32, what earlier passes picked. The plan may take tokens from there, see `embed` (kernels/rows/embedding).
         """
         eps = self.config.rms_norm_eps
         start = embed(

@@ -44,7 +44,7 @@ class DecoderLayer:
         two copies of the model.
 
         prefix: what the names of the layer's tensors begin with, without the dot behind it.
-        weight_format: a name that `kernels.pack_weight` knows. qk_norm: whether the layer norms queries and keys.
+        weight_format: a name that `pack_weight` (kernels/linear) knows. qk_norm: whether the layer norms queries and keys.
         after_norm: the name of the norm behind the layer.
         """
 
