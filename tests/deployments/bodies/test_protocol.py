@@ -557,7 +557,7 @@ def test_generated_stubs_are_up_to_date(tmp_path: Path) -> None:
     """If this fails: `make proto`."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     include = str(files("grpc_tools") / "_proto")
-    source = "deployments/proto/orthrus.proto"
+    source = "orthrus/deployments/proto/orthrus.proto"
     assert protoc.main(["protoc", f"-I{ROOT}", f"-I{include}", *outputs, str(ROOT / source)]) == 0
     made = sorted((tmp_path / source).parent.iterdir())
     assert [file.name for file in made] == ["orthrus_pb2.py", "orthrus_pb2.pyi", "orthrus_pb2_grpc.py"]
