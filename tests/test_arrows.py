@@ -7,8 +7,8 @@ import pytest
 
 from tests.imports import PACKAGES, ROOT, imported_modules, imports, modules, python_files
 
-# From the bottom to the top. A file belongs to the longest entry that its path begins with, and imports from its own
-# room and from those above it in this list: knowledge points one way. The command line stands above all.
+# The lowest room first. A file belongs to the longest entry that its path begins with, and imports from its own room and
+# from earlier entries: knowledge points one way. The command line comes last and may import all.
 ROOMS = (
     "kernels/device.py",
     "kernels/workspace.py",

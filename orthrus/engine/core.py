@@ -215,6 +215,7 @@ class EngineCore:
                 first, row = row, row + part.num_logits
                 scored = first + part.num_scoring
                 scores = next(picks) if part.num_scoring else []
+                # As pick_rows made them: one list for the rows that score, then one for each group with further logits.
                 picked = [next(picks) for group in part.turn.groups if group.num_logits > part.num_scoring]
                 sequence = part.sequence
                 if sequence.finish_reason is not None:

@@ -1,7 +1,8 @@
 """Continuous batching: which sequences take part in the next pass, with which rows, on which pages.
 
-Decoding sequences come first, then prompts in chunks, then new sequences while there is room; among each of them by priority
-and then in order of arrival. A prompt that is to be scored lets others pass while all rows that may score are taken.
+Running sequences come first, by priority and then in order of arrival; new ones follow while there is room. Decoding
+sequences and prompts have row budgets of their own. A prompt that is to be scored lets others pass while all rows that may
+score are taken.
 
 When pages run out, the last sequence in that order is preempted: it gives up its pages and is computed again later. The tokens
 that it has committed stay, so its text does not change.

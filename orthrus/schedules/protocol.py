@@ -41,7 +41,11 @@ class Commit(NamedTuple):
     """What came of a turn."""
 
     tokens: list[int]
-    """Tokens to append to the sequence, in order."""
+    """Tokens to append to the sequence, in order: those that AR decoding picks.
+
+    With t of them, the turn must have had AR rows at positions n to n + t - 1, whose tokens are x_n and the first t - 1 of these:
+    the engine takes these positions of the cache as final.
+    """
     num_accepted: int = 0
     """How many of the turn's drafts turned out to be right."""
     rows: Sequence[int] | None = None
