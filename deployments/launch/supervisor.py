@@ -80,7 +80,8 @@ def _end_descendants() -> None:
     """End all processes below this one."""
     asked: set[int] = set()
     patient_until = time.monotonic() + _GRACE_SECONDS
-    while (left := _descendants()) and time.monotonic() < patient_until + _KILL_SECONDS:
+    # A look at /proc may miss a process whose parent ends meanwhile. It becomes a child of this process at once.
+    while ((left := _descendants()) or _has_children()) and time.monotonic() < patient_until + _KILL_SECONDS:
         if time.monotonic() < patient_until:
             _send(signal.SIGTERM, left - asked)
             asked |= left
@@ -101,6 +102,15 @@ def _reap() -> dict[int, int]:
         if pid == 0:
             return ended
         ended[pid] = os.waitstatus_to_exitcode(status)
+
+
+def _has_children() -> bool:
+    """Whether this process has any child, dead ones that were not waited for included."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _descendants() -> set[int]:
