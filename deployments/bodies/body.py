@@ -18,7 +18,7 @@ from orthrus.deployments.bodies.answer_format import (
     StructuredOutputs,
     constraint_of,
 )
-from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.strict_model import ModelBody, StrictModel
 from orthrus.deployments.bodies.unsupported_fields import drop_neutral
 from orthrus.errors import RequestError
 from orthrus.requests.request import SEED_BITS, SamplingParams
@@ -49,7 +49,7 @@ class AnswerOptions:
     request_id: str | None = None
 
 
-class Body(StrictModel):
+class Body(ModelBody):
     """What the endpoints that generate share."""
 
     model: str

@@ -17,3 +17,9 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None}
+
+
+class ModelBody(StrictModel):
+    """A body that names the model which it asks for. Most bodies have to."""
+
+    model: str | None = None

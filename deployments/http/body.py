@@ -8,24 +8,27 @@ from urllib.parse import quote
 
 from fastapi import Request
 from jiter import from_json
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from orthrus.deployments.access.call import Call
 from orthrus.deployments.bodies.faults import describe, unknown_fields
+from orthrus.deployments.bodies.strict_model import ModelBody
 from orthrus.deployments.bodies.unsupported_fields import UNSUPPORTED
-from orthrus.deployments.config.api import ApiConfig
 from orthrus.deployments.failures.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from orthrus.deployments.generation.handler import Handler
 from orthrus.errors import RequestError
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound=ModelBody)
 _IGNORED = "x-orthrus-ignored-fields"
 _MOST_IGNORED, _LONGEST_IGNORED = 20, 64
 _READ_TO_THE_END = 16
 """Times the limit. So far a body is read and dropped: a client that is still sending may lose the answer that it is too large."""
 
 
-async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Body:
-    """The checked body. Raises RequestError, UnsupportedBody, BodyTooLarge and BodyTooSlow.
+async def read_body(request: Request, body: type[Body], handler: Handler) -> Body:
+    """The checked body, which asks for the handler's model.
+
+    Raises RequestError, ModelNotFound, UnsupportedBody, BodyTooLarge and BodyTooSlow.
 
     Where unknown fields are ignored, a header of the answer names those that were.
     """
@@ -34,6 +37,7 @@ async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Bo
         raise UnsupportedBody("the body must be JSON: send Content-Type: application/json")
     if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
         raise UnsupportedBody(f"Content-Encoding {encoding} is not supported: send the body as it is")
+    config = handler.config
     raw, size = bytearray(), 0
     most = config.max_body_bytes
     try:
@@ -50,6 +54,7 @@ async def read_body(request: Request, body: type[Body], config: ApiConfig) -> Bo
         raise BodyTooLarge(f"the request body is over {most} bytes: send a shorter prompt")
     checked, ignored = parse_body(bytes(raw), body, ignore_unknown=config.unknown_fields == "ignore")
     name_ignored(request.state.call, ignored)
+    handler.model.check_name(checked.model)
     return checked
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from orthrus.deployments.bodies.faults import describe
-from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.strict_model import ModelBody, StrictModel
 from orthrus.deployments.chat.body import ChatBody
 from orthrus.deployments.chat.tools import ToolName
 from orthrus.errors import RequestError
@@ -208,7 +208,7 @@ class Metadata(StrictModel):
     user_id: str | None = None
 
 
-class CountTokensBody(StrictModel):
+class CountTokensBody(ModelBody):
     """POST /v1/messages/count_tokens: what makes up the prompt.
 
     Fields without effect are those that Anthropic's clients send as a matter of course, and that change nothing here.

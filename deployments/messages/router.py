@@ -19,8 +19,7 @@ router = APIRouter()
 async def messages(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("messages")]
 ) -> Response:
-    body = await read_body(request, MessagesBody, handler.config)
-    handler.model.check_name(body.model)
+    body = await read_body(request, MessagesBody, handler)
     chat = body.chat()
     params = chat.sampling()
     call.read(chat)
@@ -38,8 +37,7 @@ async def messages(
 async def count_tokens(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("messages.count_tokens")]
 ) -> dict[str, int]:
-    body = await read_body(request, CountTokensBody, handler.config)
-    handler.model.check_name(body.model)
+    body = await read_body(request, CountTokensBody, handler)
     prompt = await handler.chat_prompt(body.chat())
     call.outcome = "ok"
     return {"input_tokens": len(prompt.tokens)}

@@ -24,8 +24,7 @@ router = APIRouter()
 async def completions(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("completions")]
 ) -> Response:
-    body = await read_body(request, CompletionBody, handler.config)
-    handler.model.check_name(body.model)
+    body = await read_body(request, CompletionBody, handler)
     call.read(body)
     # In a thread: a grammar may take long to make.
     params = await asyncio.to_thread(body.sampling)
@@ -66,8 +65,7 @@ async def _echoes(handler: Handler, body: CompletionBody, answer: Answer) -> Seq
 async def chat_completions(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("chat.completions")]
 ) -> Response:
-    body = await read_body(request, ChatBody, handler.config)
-    handler.model.check_name(body.model)
+    body = await read_body(request, ChatBody, handler)
     call.read(body)
     params = body.sampling()
     answer = await handler.chat(call, body, params)

@@ -22,24 +22,18 @@ async def _responses(request: Request) -> ResponsesApi:
 ResponsesDep = Annotated[ResponsesApi, Depends(_responses)]
 
 
-async def _read(request: Request, api: ResponsesApi) -> ResponsesBody:
-    body = await read_body(request, ResponsesBody, api.handler.config)
-    api.handler.model.check_name(body.model)
-    return body
-
-
 @router.post("/v1/responses")
 async def responses(
     request: Request, api: ResponsesDep, call: Annotated[Call, admitted("responses")]
 ) -> Response:
-    return await api.create(call, await _read(request, api))
+    return await api.create(call, await read_body(request, ResponsesBody, api.handler))
 
 
 @router.post("/v1/responses/input_tokens")
 async def input_tokens(
     request: Request, api: ResponsesDep, call: Annotated[Call, admitted("responses.input_tokens")]
 ) -> dict[str, Any]:
-    return await api.count(call, await _read(request, api))
+    return await api.count(call, await read_body(request, ResponsesBody, api.handler))
 
 
 @router.get("/v1/responses/{id}")

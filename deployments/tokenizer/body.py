@@ -5,20 +5,19 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from orthrus.deployments.bodies.faults import describe
-from orthrus.deployments.bodies.strict_model import StrictModel
+from orthrus.deployments.bodies.strict_model import ModelBody
 from orthrus.deployments.chat.body import ChatBody, ReasoningEffort
 from orthrus.deployments.chat.messages import Message
 from orthrus.deployments.chat.tools import Tool
 from orthrus.errors import RequestError
 
 
-class TokenizeBody(StrictModel):
+class TokenizeBody(ModelBody):
     """POST /tokenize: the ids of a text (`prompt`), or of a chat (`messages` and what else shapes its prompt).
 
     model: may be left out, as there is only one; lm-eval does.
     """
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
@@ -43,8 +42,7 @@ class TokenizeBody(StrictModel):
             raise describe(error) from None
 
 
-class DetokenizeBody(StrictModel):
+class DetokenizeBody(ModelBody):
     """POST /detokenize: the text of token ids, special tokens included."""
 
-    model: str | None = None
     tokens: list[int]

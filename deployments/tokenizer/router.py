@@ -20,9 +20,8 @@ router = APIRouter()
 async def tokenize(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("tokenize")]
 ) -> dict[str, Any]:
-    body = await read_body(request, TokenizeBody, handler.config)
+    body = await read_body(request, TokenizeBody, handler)
     model = handler.model
-    model.check_name(body.model)
     if body.prompt is None:
         tokens = (await handler.chat_prompt(body.chat())).tokens
     else:
@@ -38,8 +37,7 @@ async def tokenize(
 async def detokenize(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("detokenize")]
 ) -> dict[str, str]:
-    body = await read_body(request, DetokenizeBody, handler.config)
-    handler.model.check_name(body.model)
+    body = await read_body(request, DetokenizeBody, handler)
     tokenizer = handler.model.tokenizer
     known = len(tokenizer)
     if any(not 0 <= token < known for token in body.tokens):
