@@ -51,8 +51,8 @@ async def stream_answer(
 
     async def events() -> AsyncIterator[str]:
         try:
-            yield "".join(map(named_sse, out.opening()))
             async with aclosing(chunks):
+                yield "".join(map(named_sse, out.opening()))
                 entry: tuple[int, TextChunk] | None = first
                 while entry is not None:
                     _, item = entry

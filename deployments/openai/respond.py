@@ -51,13 +51,13 @@ async def _events(
         return out.stream(told, index)
 
     try:
-        for index in range(answer.num_choices):
-            if (opening := out.opening(index)) is not None:
-                yield out.sse(opening)
-        if text := await event(*first):
-            yield text
-        async with aclosing(answer.chunks) as items:
-            async for index, item in items:
+        async with aclosing(answer.chunks):
+            for index in range(answer.num_choices):
+                if (opening := out.opening(index)) is not None:
+                    yield out.sse(opening)
+            if text := await event(*first):
+                yield text
+            async for index, item in answer.chunks:
                 if text := await event(index, item):
                     yield text
         if out.include_usage:
