@@ -69,12 +69,16 @@ class FunctionCallItem(_Item):
     caller: dict[str, Any] | None = None
 
 
-class FunctionCallOutputItem(_Item):
-    type: Literal["function_call_output"]
+class _CallOutput(_Item):
+    type: str
     call_id: str
     output: str | list[Part]
     name: str | None = None
     caller: dict[str, Any] | None = None
+
+
+class FunctionCallOutputItem(_CallOutput):
+    type: Literal["function_call_output"]
 
 
 class CustomToolCallItem(_Item):
@@ -91,12 +95,8 @@ class CustomToolCallItem(_Item):
         return custom_arguments(self.input)
 
 
-class CustomToolCallOutputItem(_Item):
+class CustomToolCallOutputItem(_CallOutput):
     type: Literal["custom_tool_call_output"]
-    call_id: str
-    output: str | list[Part]
-    name: str | None = None
-    caller: dict[str, Any] | None = None
 
 
 class SummaryPart(StrictModel):
