@@ -120,7 +120,7 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         group = groups[index]
         first_rows[index] = len(tokens)
         tokens.extend(group.tokens)
-        positions.extend(range(group.start, group.start + len(group.tokens)))
+        positions.extend(range(group.start, group.end))
         if group.view is View.AR:
             _append_slots(slots, written, group, page_size)
     attention = [
@@ -173,7 +173,7 @@ def _writes_from(group: RowGroup, written: dict[int, int], page_size: int) -> in
     Whose rows write them does not matter: groups may share pages. A pass writes no position without those between it and the
     group, so the search goes back page by page.
     """
-    end = group.start + len(group.tokens) if group.view is View.AR else group.start
+    end = group.end if group.view is View.AR else group.start
     first, index = None, (end - 1) // page_size
     while index >= 0 and (position := written.get(group.block_table[index])) is not None:
         first, index = position, index - 1

@@ -112,7 +112,6 @@ class PagePool:
         while True:
             try:
                 return list(islice(reversed(self._by_hash), limit))
-            except (
-                RuntimeError
-            ):  # Another thread has changed the names meanwhile, as it does a few times a pass.
+            except RuntimeError:
+                # The engine's thread has changed the names meanwhile, as it does a few times a pass.
                 continue

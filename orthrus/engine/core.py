@@ -56,7 +56,7 @@ class EngineCore:
     stats: EngineStats
     """As of the last step, submission or cancellation."""
     observer: Observer | None = None
-    """Is told of every pass."""
+    """Called with the record of every pass, if there is one."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class EngineCore:
     ) -> Chunk | None:
         """Turn a part's picks into tokens, append them one by one, and report them. None if nothing came of it.
 
-        ahead: whether the sequence has gone on since with placeholders. records: is told what came of the turn.
+        ahead: whether the sequence has gone on since with placeholders. records: where the record of the turn goes.
         """
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,9 +32,7 @@ class Engine(EngineCore):
         check_memory(model_config, device, compute_dtype(config.dtype, model_config, device))
         stages.info("loading the weights of %s", model_config.name)
         weights = load_weights(path, model_config, device, config.dtype)
-        has_tokenizer = any(
-            (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-        )
+        has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         if not has_tokenizer:
             return cls(config, model_config, weights)
         tokenizer = load_tokenizer(path)

@@ -23,7 +23,7 @@ def pick_rows(part: Planned) -> list[PickRows]:
     sequence, params, scoring = part.sequence, part.sequence.params, part.num_scoring
     penalised = params.has_penalties
     rows: list[PickRows] = []
-    for group, drafting in zip(part.turn.groups, part.turn.drafts, strict=True):
+    for group, drafting in zip(part.turn.groups, part.turn.drafting, strict=True):
         position = group.start + group.logits_from + 1
         if scoring:
             rows.append(PickRows(SCORED, seed=0, position=position, count=scoring))

@@ -53,7 +53,7 @@ class ReplaySchedule:
         """`picks` with those replaced that are drafts."""
         return [
             self._replay(sequence, group) if drafts else own
-            for own, group, drafts in zip(picks, turn.groups, turn.drafts, strict=True)
+            for own, group, drafts in zip(picks, turn.groups, turn.drafting, strict=True)
         ]
 
     def _replay(self, sequence: SequenceState, block: RowGroup) -> list[int]:

@@ -23,8 +23,8 @@ class Turn:
     """The sort of turn, such as "draft". Observers and cost models tell turns apart by it; the engine does not read it."""
     groups: tuple[RowGroup, ...]
     """The rows, in at least one group. The sequence may still lack pages for them: the scheduler allocates these."""
-    drafts: tuple[bool, ...]
-    """What the picks of each group mean.
+    drafting: tuple[bool, ...]
+    """For each group, whether its picks are drafts.
 
     False: the tokens that AR decoding picks, if the tokens of the group are right. Row i is picked for on top of the group's
     tokens 0 to i. True: drafts, which a later turn verifies. Row i is picked for on top of the picks of rows 0 to i - 1.

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from orthrus.cli import main
+from orthrus.cli import train as train_command
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
@@ -23,6 +24,7 @@ from orthrus.training.data import read_shards
 from orthrus.training.prompts import read_prompts
 from orthrus.training.run import Run
 from orthrus.training.settings import read_settings
+from orthrus.training.stages import _STAGES
 from orthrus.training.tokenizer import as_transformers, train_tokenizer
 from tests.checkpoints import make_checkpoint
 from tests.reference import Reference
@@ -198,6 +200,7 @@ def test_a_base_without_mask_token_asks_for_one(run: Path, tmp_path: Path) -> No
 CHILD = """
 import os, signal, sys
 from orthrus.cli import main
+from orthrus.cli import train as train_command
 from orthrus.training import data, progress
 
 kind, count = sys.argv[1], int(sys.argv[2])
@@ -323,3 +326,8 @@ def test_a_wrong_section_is_named_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         read_settings(Run, write_run(tmp_path, **sections))
+
+
+def test_the_command_line_has_every_stage() -> None:
+    """It has a list of its own, since `--help` must not import torch."""
+    assert list(train_command.STAGES) == list(_STAGES)
