@@ -61,7 +61,9 @@ class Admission:
         A new grammar takes up to a second to compile.
         """
         if params.grammar is not None and self._grammar_masks is None:
-            missing = "a tokenizer" if self._tokenizer is None else "an end-of-sequence token (eos_token_id)"
+            missing = "a tokenizer"
+            if self._tokenizer is not None:
+                missing = "an end-of-sequence token (eos_token_id) that the tokenizer knows"
             raise RequestError(
                 f"structured output and forced tool calls need {missing}, and this model has none", "grammar"
             )

@@ -37,8 +37,10 @@ class Engine(EngineCore):
             return cls(config, model_config, weights)
         tokenizer = load_tokenizer(path)
         grammar_masks = None
-        if model_config.eos_token_ids:  # Else no text under a grammar could end.
-            grammar_masks = GrammarMasks(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+        # Logits may have more columns than the tokenizer has tokens.
+        end_token_ids = [token for token in model_config.eos_token_ids if token < len(tokenizer)]
+        if end_token_ids:  # Else no text under a grammar could end.
+            grammar_masks = GrammarMasks(tokenizer, model_config.vocab_size, end_token_ids)
         return cls(config, model_config, weights, tokenizer, grammar_masks)
 
     def generate(

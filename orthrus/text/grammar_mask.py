@@ -40,7 +40,10 @@ class GrammarMasks:
     """Compiles grammars for one model. Thread-safe."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """tokenizer: a fast Hugging Face one. vocab_size: columns of the logits. eos_token_ids: tokens that may end a text."""
+        """tokenizer: a fast Hugging Face one. vocab_size: columns of the logits.
+
+        eos_token_ids: tokens that may end a text. The tokenizer must know them.
+        """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)

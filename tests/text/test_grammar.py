@@ -276,14 +276,18 @@ def test_grammars_that_cannot_be_written_name_their_field(make: Callable[[str], 
     assert caught.value.param == "structured_outputs"
 
 
-def test_a_model_without_an_end_token_serves_all_but_grammars(tmp_path: Path) -> None:
-    """Under a grammar only an end token may follow a complete text."""
+@pytest.mark.parametrize("end", [None, 8191])
+def test_a_model_without_an_end_token_serves_all_but_grammars(tmp_path: Path, end: int | None) -> None:
+    """Under a grammar only an end token that the tokenizer knows may follow a complete text."""
     for file in Path(MODEL).iterdir():
         if file.suffix == ".safetensors":
             (tmp_path / file.name).symlink_to(file)
         else:
             shutil.copy(file, tmp_path)
-    edit_json(tmp_path / "config.json", eos_token_id=None)
+    edit_json(tmp_path / "config.json", eos_token_id=end)
+    tokens = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    assert tokens.pop()["id"] == 8191
+    edit_json(tmp_path / "tokenizer.json", added_tokens=tokens)
     (tmp_path / "generation_config.json").unlink()
     engine = Engine.from_pretrained(
         EngineConfig(model=str(tmp_path), device="cpu", adaptive_draft=False, kv_cache_tokens=1024)
@@ -294,7 +298,7 @@ def test_a_model_without_an_end_token_serves_all_but_grammars(tmp_path: Path) ->
     assert (len(free.token_ids), free.finish_reason) == (24, "length")
     assert free.stats.tokens_per_cycle > 1.0
     with pytest.raises(
-        RequestError, match=r"need an end-of-sequence token \(eos_token_id\), and this model has none"
+        RequestError, match=r"need an end-of-sequence token .* the tokenizer knows, and this model has none"
     ):
         engine.generate([[1, 2, 3]], replace(params, grammar=json_grammar({})))
 
