@@ -1,8 +1,10 @@
 """What goes over a link: a greeting, then messages of chunks.
 
 A replica opens a connection to an ingress and greets it with the secret of the ingress and a random name for the link. Then each
-message is its length (uint32, little endian) and a pickle: a list with the field values of each chunk, as tuples. The receiver
-unpickles nothing from a connection that has not sent the secret, and only calls through Ray carry the secret.
+message is its length (uint32, little endian) and a pickle: the names of a chunk's fields, and a list with the values of each
+chunk, as tuples. During a rolling update the two ends may be of different versions. The names tell the receiver which fields the
+sender knows: what it does not send has its default, and what the receiver does not know is left out. The receiver unpickles
+nothing from a connection that has not sent the secret, and only calls through Ray carry the secret.
 """
 
 import pickle
@@ -19,7 +21,8 @@ _NAME_BYTES = 16
 _GREETING_BYTES = _SECRET_BYTES + _NAME_BYTES
 _LENGTH = struct.Struct("<I")
 # Tuples are smaller and faster to pickle than dataclasses.
-_values = attrgetter(*(field.name for field in fields(Chunk)))
+_FIELDS = tuple(field.name for field in fields(Chunk))
+_values = attrgetter(*_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def new_name() -> bytes:
 
 def encode(chunks: Iterable[Chunk]) -> bytes:
     """One message with all `chunks`."""
-    payload = pickle.dumps([_values(chunk) for chunk in chunks], protocol=pickle.HIGHEST_PROTOCOL)
+    payload = pickle.dumps((_FIELDS, [_values(chunk) for chunk in chunks]), protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(payload)) + payload
 
 
@@ -74,7 +77,8 @@ class Decoder:
             end = start + _LENGTH.size + length
             if len(received) < end:
                 break
-            for values in pickle.loads(memoryview(received)[start + _LENGTH.size : end]):
-                yield Chunk(*values)
+            names, chunks = pickle.loads(memoryview(received)[start + _LENGTH.size : end])
+            for values in chunks:
+                yield Chunk(**{k: v for k, v in zip(names, values, strict=True) if k in _FIELDS})
             start = end
         del received[:start]

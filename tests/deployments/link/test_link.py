@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orthrus.deployments.link.errors import LinkLost
-from orthrus.deployments.link.framing import Address
+from orthrus.deployments.link.framing import Address, Decoder
 from orthrus.deployments.link.inbox import Inbox
 from orthrus.deployments.link.receiver import ChunkReceiver
 from orthrus.deployments.link.sender import ChunkLink, ChunkLinks
@@ -93,7 +93,7 @@ def test_what_a_slow_ingress_does_not_take_is_joined() -> None:
         messages: list[list[tuple[Any, ...]]] = []
         while sum(map(len, messages)) < len(chunks):
             (length,) = struct.unpack("<I", await reader.readexactly(4))
-            messages.append(pickle.loads(await reader.readexactly(length)))
+            messages.append(pickle.loads(await reader.readexactly(length))[1])
         links.close()
         server.close()
         return messages
@@ -101,6 +101,15 @@ def test_what_a_slow_ingress_does_not_take_is_joined() -> None:
     messages = asyncio.run(main())
     assert max(map(len, messages)) > 1000, "what waited was sent as one"
     assert [Chunk(*values) for message in messages for values in message] == chunks
+
+
+def test_ends_of_different_versions_understand_each_other() -> None:
+    """During a rolling update: a field that one end does not know is left out or has its default."""
+    values = ("from the future", (1, 2), 0, "a", "stop")
+    payload = pickle.dumps((("new_field", "token_ids", "index", "request_id", "finish_reason"), [values]))
+    decoder = Decoder()
+    decoder.push(struct.pack("<I", len(payload)) + payload)
+    assert list(decoder.chunks()) == [Chunk("a", 0, (1, 2), finish_reason="stop")]
 
 
 def test_a_stranger_is_not_listened_to() -> None:
