@@ -22,15 +22,15 @@ _YAML_1_1_WORDS = re.compile(r"(?i)yes|no|on|off")
 
 @dataclass(frozen=True)
 class YamlFile:
-    """A document and where its values stand. data: None where the text has nothing in it.
-
-    marks: line and column, from 1, of the key or item at each path. plain: the spelling of values without quotes.
-    """
+    """A document, and where in its text the values are."""
 
     name: str
     data: Any = None
+    """None where the text has nothing in it."""
     marks: dict[Keys, tuple[int, int]] = field(default_factory=dict)
+    """Line and column, from 1, of the key or item at each path."""
     plain: dict[Keys, str] = field(default_factory=dict)
+    """How values without quotes are spelled."""
 
     def place(self, path: Keys) -> str:
         """ "FILE:LINE:COLUMN" of what stands at `path`, or of what it would stand in."""

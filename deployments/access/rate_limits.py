@@ -62,20 +62,24 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Quota:
-    """What is left of one limit. reset: seconds until it is whole again."""
+    """What is left of one limit."""
 
     limit: int
     remaining: int
     reset: float
+    """Seconds until all of the limit is there again."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a key stands with its limits. retry_after: seconds until the next request is admitted, 0 if this one was."""
+    """Where a key stands with its limits."""
 
     quotas: Mapping[str, Quota]
+    """By what is counted: "requests", "tokens"."""
     retry_after: float = 0.0
+    """Seconds until the next request is admitted, 0 if this one was."""
     exhausted: str = ""
+    """The limit that refused this request, if one did."""
 
     @property
     def headers(self) -> dict[str, str]:

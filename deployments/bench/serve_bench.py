@@ -59,26 +59,24 @@ _FIRST_TOKEN_SAMPLES = 20
 
 @dataclass(frozen=True)
 class ServeBenchOptions:
-    """What to measure. config: a Serve config, of which the first application is taken, with one replica.
-
-    streams: requests in flight; each stream sends `requests`, which get between half and one and a half times
-    `new_tokens`. pass_ms: None for the model itself.
-    """
+    """What to measure."""
 
     config: Path
+    """A Serve config. Its first application is deployed, with one replica."""
     streams: int = 128
+    """Requests in flight."""
     requests: int = 2
+    """Requests that each stream sends, one after the other."""
     new_tokens: int = 64
+    """A request generates between half and one and a half times as many tokens."""
     rounds: int = 5
     pass_ms: float | None = None
+    """Milliseconds that each pass waits in the model's place; None for the model itself."""
 
 
 @dataclass(frozen=True)
 class ServeBenchReport:
-    """Milliseconds and tokens per second are medians over rounds; so are the ratios, with the lowest and highest.
-
-    first_token: through Serve over bare Serve plus the engine's own. throughput: through Serve over the engine's own.
-    """
+    """Milliseconds and tokens per second are medians over rounds; so are the ratios, with the lowest and highest."""
 
     model: str
     hardware: str
@@ -90,9 +88,11 @@ class ServeBenchReport:
     engine_ms: float
     serve_ms: float
     first_token: Ratio
+    """Time to the first token: through Serve, over bare Serve plus the engine's own."""
     engine_tokens_per_second: float
     serve_tokens_per_second: float
     throughput: Ratio
+    """Tokens per second: through Serve, over the engine's own."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -326,14 +326,16 @@ def _prompts() -> Iterator[str]:
 
 @dataclass
 class _Contest:
-    """One measurement of each contestant at a time. direct, clients: the processes that drive the engine and Serve."""
+    """One measurement of each contestant at a time."""
 
     options: ServeBenchOptions
     port: int
     model: str
     texts: Iterator[str]
     direct: ProcessPoolExecutor
+    """The process that drives the engine."""
     clients: ProcessPoolExecutor
+    """The processes that drive Serve."""
 
     def first_tokens(self, samples: int) -> tuple[float, float, float]:
         """Median seconds to the first token: bare Serve's, the engine's own, and through Serve."""

@@ -35,14 +35,13 @@ class StreamOptions(StrictModel):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What the answer shows besides the text. Names are those of the request's fields.
-
-    continuous_usage: every event counts the tokens so far. obfuscation: events are padded to hide the length of their text.
-    """
+    """What the answer shows besides the text. Names are those of the request's fields."""
 
     include_usage: bool = False
     continuous_usage: bool = False
+    """Whether every event counts the tokens so far."""
     obfuscation: bool = False
+    """Whether events are padded, to hide the length of their text."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     include_reasoning: bool = True

@@ -17,13 +17,16 @@ Step = Literal["start", "more", "end"]
 
 @dataclass
 class Part:
-    """Part number `index` of an answer. text: what there is of it; of a call, its arguments' JSON. id, name: of a call."""
+    """Part number `index` of an answer."""
 
     index: int
     kind: Kind
     text: str = ""
+    """What there is of it so far. Of a call: of its arguments' JSON."""
     id: str = ""
+    """Of a call."""
     name: str = ""
+    """Of a call: the function's."""
 
 
 class PartStream:

@@ -10,41 +10,44 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 class ResponseStoreConfig(BaseModel):
-    """How many responses are kept at most, how many bytes they take in all, and for how many seconds each is kept."""
+    """Bounds of the store for the responses of /v1/responses. It is in memory."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_responses: int = Field(default=10_000, ge=1)
+    """Most responses that are kept."""
     max_bytes: int = Field(default=256 << 20, ge=1)
+    """Most bytes that they take together."""
     lifetime_s: float = Field(default=24 * 3600.0, gt=0, allow_inf_nan=False)
+    """Seconds for which each response is kept."""
 
 
 class ApiConfig(BaseModel):
-    """An application's rules for its callers, HTTP and gRPC alike. An unknown key or a value out of range is an error.
-
-    keys_file, keys_env: where the API keys are that may call (`deployments.access.keys`): a file on every node that runs an
-    ingress, or an environment variable of the ingress with the file's text. Neither: anyone who reaches the port may.
-    requests_per_minute, tokens_per_minute: limits of a key that has none of its own; prompt and generated tokens count.
-    max_body_bytes: size of a request; body_timeout_s: time that a client has for sending it. log_prompts: write
-    prompts into the log, which is without them by default. unknown_fields: what is done with a request whose body has a
-    field that is not known here: it is refused, or the field is ignored and named in a header of the answer. cors_origins:
-    web pages that browsers let call the API, by origin ("https://chat.example"; "*" for any): none by default.
-    response_store: keep the responses of /v1/responses, so that they can be asked for again and gone on from; within these
-    bounds ({} for the usual ones), in memory.
-    """
+    """An application's rules for its callers, HTTP and gRPC alike. An unknown key or a value out of range is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keys_file: Path | None = None
+    """The file of API keys that may call (`deployments.access.keys`), on every node that runs an ingress. With neither this nor
+    `keys_env`, anyone who reaches the port may call."""
     keys_env: str | None = Field(default=None, min_length=1)
+    """The environment variable of the ingress that holds the text of such a file."""
     requests_per_minute: int | None = Field(default=None, ge=1)
+    """Limit of a key that has none of its own."""
     tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Limit of a key that has none of its own. Prompt tokens and generated tokens count."""
     max_body_bytes: int = Field(default=4 << 20, ge=1)
+    """Largest request body."""
     body_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Seconds that a client has for sending its request."""
     log_prompts: bool = False
+    """Whether the log holds prompts."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """What to do with a request that has an unknown field. "ignore" names the field in a header of the answer."""
     cors_origins: list[str] = Field(default_factory=list)
+    """Origins of the web pages that browsers let call the API, such as "https://chat.example"; "*" for any."""
     response_store: ResponseStoreConfig | None = None
+    """Keep the responses of /v1/responses, so that clients can ask for them again and continue them. {} for the usual bounds."""
 
     @field_validator("cors_origins")
     @classmethod

@@ -58,24 +58,28 @@ def _told_seed(seed: int) -> int:
 
 @dataclass
 class ResponseFormat:
-    """One response. `chat` chooses the endpoint's dialect; `tokenizer` spells tokens for log-probabilities.
-
-    include_usage: every streamed event has the field `usage`, null but in the last. n: choices of each prompt. echo: for each
-    prompt what to put before its choices' own text. logprobs, prompt_logprobs: alternatives to tell of each token, None to
-    tell nothing. skip_special_tokens: they are no part of the text. options: what else is told. prompts: their token ids.
-    """
+    """One response, in JSON: whole, or event by event."""
 
     chat: bool
+    """Whether it is a chat completion's; else a completion's."""
     model: str
     tokenizer: Any
+    """Spells tokens for log-probabilities."""
     include_usage: bool = False
+    """Whether every streamed event has the field `usage`, which is null in all but the last."""
     n: int = 1
+    """Choices of each prompt."""
     echo: Sequence[Echo] = ()
+    """For each prompt, what to put before its choices' own text."""
     logprobs: int | None = None
+    """How many alternatives to report for each generated token; None to report no log-probabilities."""
     prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
     skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text."""
     options: AnswerOptions = field(default_factory=AnswerOptions)
     prompts: Sequence[Sequence[int]] = ()
+    """Token ids of the prompts."""
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     # By choice: of those that have begun.

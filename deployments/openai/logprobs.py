@@ -56,17 +56,19 @@ def prompt_logprobs(tokenizer: Any, scores: PromptLogprobs, top: int) -> list[di
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt's text, which those of its choices begin with. offsets: where in it each of its `tokens` begins."""
+    """A prompt, as its choices repeat it before their own text."""
 
     text: str
     tokens: Sequence[int] = ()
+    """Its token ids."""
     offsets: Sequence[int] = ()
+    """Where in the text each token begins, in characters."""
 
     @staticmethod
     def of(tokenizer: Any, prompt: str | Sequence[int], tokens: Sequence[int], placed: bool = True) -> "Echo":
         """prompt: as the client sent it, a text or its token ids. tokens: what the model gets of it.
 
-        placed: say where the tokens begin.
+        placed: whether to find out where the tokens begin.
         """
         if not placed:
             return Echo(prompt if isinstance(prompt, str) else tokenizer.decode(prompt))
@@ -89,19 +91,19 @@ class Echo:
 
 @dataclass
 class TextLogprobs:
-    """`logprobs` of one choice of a completion, from one event to the next. top: alternatives of each token.
+    """`logprobs` of one choice of a completion, from one event to the next.
 
-    by_id: tokens are spelled by their ids.
-
-    `text_offset` counts characters of the text that is returned: a token that begins within a character begins where that
-    does, one that is no part of the text where the text has come to. A token whose text is held back, since a stop string may
-    begin before it, is held back as well: where the stop string came true, it begins where the text ends.
+    `text_offset` counts characters of the text that is returned. A token that begins within a character has the offset of that
+    character. A token that is not part of the text has the offset that the text has reached. Text is held back while it may be
+    the beginning of a stop string, and so are its tokens. If the stop string then appears, their offset is the end of the text.
     """
 
     tokenizer: Any
     top: int
+    """Alternatives of each token."""
     skip_special_tokens: bool = True
     by_id: bool = False
+    """Whether tokens are spelled by their ids."""
     _stream: TextStream = field(init=False)
     # Characters of the tokens so far, and of the text that has been returned.
     _spelt: int = 0

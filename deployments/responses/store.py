@@ -31,14 +31,14 @@ class _Kept:
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """response: as the client got it. items: all that was in its prompt and its own output, in the API's JSON.
-
-    inputs: how many of the items are input.
-    """
+    """A response that can be asked for again and continued."""
 
     response: dict[str, Any]
+    """As the client got it."""
     items: list[dict[str, Any]]
+    """All items of its prompt and then of its output, in the API's JSON."""
     inputs: int
+    """How many of the items are of the prompt."""
 
 
 class ResponseStore:

@@ -47,13 +47,16 @@ _LOOK_AHEAD = 16
 
 @dataclass(eq=False)
 class _Waiting:
-    """The `arrival`th request. names: of its prompt's pages. passed: how many later ones have got a slot before it."""
+    """A request that waits for a slot."""
 
     arrival: int
+    """Its number in the order of arrival."""
     request: Request
     session: str
     names: Sequence[PageHash]
+    """Names of its prompt's pages."""
     passed: int = 0
+    """How many later requests have got a slot before it."""
 
     @property
     def turn(self) -> tuple[int, int]:

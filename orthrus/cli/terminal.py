@@ -22,13 +22,16 @@ _request_numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished completion. stats: None when Ctrl-C stopped it. seconds: in all, and up to the first token."""
+    """A finished completion."""
 
     text: str
     stats: RequestStats | None
+    """None if Ctrl-C stopped it."""
     greedy: bool
     seconds: float
+    """Of the whole completion."""
     first_token_seconds: float
+    """Up to the first token."""
 
 
 def tokenizer_of(engine: Engine) -> Any:

@@ -26,16 +26,17 @@ Sink = Callable[[list[Chunk]], None]
 
 @dataclass(frozen=True)
 class _Listener:
-    """Where a request's chunks go, and what tells its caller that there are no more. Both belong to `loop`.
-
-    masks: what `Engine.prepare` gave for the request.
-    """
+    """A request, and who waits for its chunks."""
 
     request: Request
     masks: list[TokenMask | None]
+    """What `Engine.prepare` gave for the request."""
     sink: Sink
+    """Where the chunks go."""
     loop: asyncio.AbstractEventLoop
+    """The event loop that `sink` and `ended` belong to."""
     ended: "asyncio.Future[None]"
+    """Done when there are no more chunks."""
 
 
 @dataclass(frozen=True)
