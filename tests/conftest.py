@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
+_SERVERS = ("deployments/serving", "deployments/launch", "cli")
+"""Folders of tests that start Ray."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes (pytest-xdist), a file's tests share one, and so do all tests that start Ray: it needs the cores."""
+    tests = Path(__file__).parent
+    for item in items:
+        file = item.path.relative_to(tests).as_posix()
+        item.add_marker(pytest.mark.xdist_group("servers" if file.startswith(_SERVERS) else file))
+
+
 @pytest.fixture(scope="session")
 def tiny_orthrus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An Orthrus checkpoint whose drafts are right now and then (float32, tied, block of 8)."""
