@@ -4,7 +4,7 @@
 is imported: so this package imports each.
 """
 
-from orthrus.kernels.linear import plain  # noqa: F401
+from orthrus.kernels.linear import fp8, plain  # noqa: F401
 from orthrus.kernels.linear.weight import (
     OneViewWeight,
     Parameters,

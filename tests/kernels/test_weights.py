@@ -144,7 +144,7 @@ def test_tensors_that_a_format_does_not_use_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("format", ["plain", "negated"])
+@pytest.mark.parametrize("format", ["plain", "negated", "fp8"])
 def test_a_bias_on_only_some_projections_is_refused(format: str, dtype: torch.dtype) -> None:
     with_bias = {"weight": torch.eye(8, dtype=dtype), "bias": torch.ones(8, dtype=dtype)}
     with pytest.raises(ValueError, match=r"1 of 2 projections of a layer have a bias"):
@@ -161,7 +161,7 @@ def test_neighbouring_views_have_biases_both_or_neither() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("format", ["plain", "negated"])
+@pytest.mark.parametrize("format", ["plain", "negated", "fp8"])
 def test_every_operation_gives_each_view_its_weight(format: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, *weights = (torch.randn(n, 16, generator=generator).to(dtype) for n in (5, 16, 16))
