@@ -262,7 +262,7 @@ class CountTokensBody(ModelBody):
 
 
 class MessagesBody(CountTokensBody):
-    """POST /v1/messages. `seed` is ours: with it the answer can be asked for again."""
+    """POST /v1/messages. `seed` and `schedule` are ours. With its seed an answer can be asked for again."""
 
     max_tokens: int = Field(ge=1)
     stream: bool = False
@@ -271,6 +271,7 @@ class MessagesBody(CountTokensBody):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    schedule: str | None = None
     metadata: Metadata | None = None
     # Without effect.
     service_tier: Literal["auto", "standard_only"] | None = None
@@ -288,4 +289,5 @@ class MessagesBody(CountTokensBody):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "schedule": self.schedule,
         }

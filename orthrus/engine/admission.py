@@ -8,6 +8,7 @@ from orthrus.errors import RequestError
 from orthrus.models.config import ModelConfig
 from orthrus.requests.request import Request, SamplingParams
 from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.registry import AR, AUTO, SCHEDULES
 from orthrus.text.stream import TextStream
 from orthrus.text.token_mask import TokenMask
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
@@ -22,8 +23,11 @@ class Admission:
         max_model_len: int,
         tokenizer: Any,
         grammar_masks: Callable[[str], TokenMask] | None,
+        schedule: str,
     ) -> None:
-        """tokenizer: a Hugging Face one, or None. grammar_masks: as for `EngineCore`."""
+        """tokenizer: a Hugging Face one, or None. grammar_masks: as for `EngineCore`. schedule: the engine's."""
+        self.schedules = tuple(dict.fromkeys([AUTO, schedule, AR]))
+        """The schedules that a request may choose."""
         self._model = model
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer
@@ -54,6 +58,17 @@ class Admission:
             raise RequestError(f"logit_bias token ids must be between 0 and {vocab - 1}", "logit_bias")
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model was loaded without one", "stop")
+        if params.schedule not in self.schedules:
+            raise RequestError(self._why_not(params.schedule), "schedule")
+
+    def _why_not(self, schedule: str) -> str:
+        """Why a request can't choose this schedule, and what it can choose."""
+        reason = ""
+        if schedule in SCHEDULES:
+            reason = ": this model's weights can't do it"
+            if SCHEDULES[schedule].fits(self._model.has_diffusion):
+                reason = f": the engine's setting schedule would have to be {schedule!r}"
+        return f"schedule must be one of {', '.join(self.schedules)}, got {schedule!r}{reason}"
 
     def masks(self, params: SamplingParams) -> list[TokenMask | None]:
         """The token mask of each choice, None where everything is allowed. Raises RequestError.

@@ -102,7 +102,9 @@ class EngineCore:
             decode_rows=self.limits.decode_rows,
             score_rows=SCORE_ROWS,
         )
-        self._admission = Admission(model_config, self.max_model_len, tokenizer, grammar_masks)
+        self._admission = Admission(
+            model_config, self.max_model_len, tokenizer, grammar_masks, self.schedule_name
+        )
         self._by_request: dict[str, list[SequenceState]] = {}
         self._in_flight: deque[InFlight] = deque()
         self._passes = self._cycles = self._committed = self._prompt_tokens = self._prefix_hits = 0
@@ -194,7 +196,7 @@ class EngineCore:
                     placeholders.append(list(range(place, place - group.num_logits, -1)))
                     place -= group.num_logits
                 if part.decoding:
-                    tokens = self._scheduler.schedule.advance(sequence, part.turn, placeholders)
+                    tokens = self._scheduler.schedule_of(sequence).advance(sequence, part.turn, placeholders)
                     sequence.placeholders += tokens
                     self._scheduler.mark_computed(sequence, len(tokens))
                 else:
@@ -248,7 +250,7 @@ class EngineCore:
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])
         if part.decoding:
-            commit = self._scheduler.schedule.commit(sequence, turn, picks)
+            commit = self._scheduler.schedule_of(sequence).commit(sequence, turn, picks)
         before = sequence.num_generated
         first = before == 0
         sequence.passes += not first

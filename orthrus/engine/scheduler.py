@@ -19,7 +19,9 @@ from orthrus.cache.page_hash import page_hashes
 from orthrus.cache.page_pool import PagePool
 from orthrus.plan import RowGroup, View
 from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.protocol import Schedule, Turn
+from orthrus.schedules.registry import AR
 
 PREFILL = "prefill"
 """The kind of turn that computes rows of a prompt, or of a preempted sequence's tokens."""
@@ -59,6 +61,8 @@ class Scheduler:
         score_rows: rows of a pass that may score prompts however many sequences decode.
         """
         self.schedule = schedule
+        """The engine's schedule. A request may choose plain AR steps instead."""
+        self._ar = ARSchedule()
         self.pool = pool
         self.waiting: list[SequenceState] = []
         self.running: list[SequenceState] = []
@@ -101,6 +105,10 @@ class Scheduler:
             self._rows_running = None
         self._release(sequence)
 
+    def schedule_of(self, sequence: SequenceState) -> Schedule:
+        """The schedule that decodes a sequence."""
+        return self._ar if sequence.params.schedule == AR else self.schedule
+
     @property
     def oldest_queued_at(self) -> float | None:
         """When the sequence that has waited longest began to wait, in monotonic seconds; None when none waits."""
@@ -118,7 +126,7 @@ class Scheduler:
         """Whether the next plan may run out of pages."""
         missing = 0
         for sequence in self.running:
-            rows = self.schedule.max_rows if sequence.decoding else self._prefill_chunk
+            rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk
             end = min(sequence.num_computed + rows, sequence.max_length)
             for block_table in (sequence.block_table, *sequence.branches):
                 missing += max(0, -(-end // self._page_size) - len(block_table))
@@ -139,7 +147,7 @@ class Scheduler:
             if self.num_preempted > preempted and sequence not in self.running:
                 continue  # A sequence before it has taken its pages.
             if decodes:
-                turn = self.schedule.plan(sequence, batch)
+                turn = self.schedule_of(sequence).plan(sequence, batch)
                 num_rows = sum([len(group.tokens) for group in turn.groups])
                 if num_rows > decode_budget:
                     continue  # Blocks drafted when there were fewer sequences fill the pass: it takes part in the next.

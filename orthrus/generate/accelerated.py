@@ -15,6 +15,7 @@ from orthrus.errors import RequestError
 from orthrus.generate.hf_arguments import GenerateCall, read_arguments, renamed
 from orthrus.generate.hf_fields import unsupported
 from orthrus.requests.request import Chunk, Request
+from orthrus.schedules.registry import AUTO
 
 # Methods of nn.Module that return the module. Called on an accelerated model, they would return the slow one.
 _MODULE_CHANGES = {
@@ -124,18 +125,20 @@ class AcceleratedModel:
         custom_generate: Any = None,
         *,
         seed: int | None = None,
+        schedule: str = AUTO,
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Hugging Face's `generate`: the same arguments, the same defaults, the same results.
 
-        Greedy decoding returns the same tokens. Sampling draws from the same distribution, with random numbers of
-        its own. seed: for do_sample, below 2**63. By default it is drawn from torch's global generator, so that
-        torch.manual_seed makes calls repeatable. With a seed, the first sequence is the one that a server returns
-        for that seed. Returns int64 [batch * num_return_sequences, width + generated] on the prompts' device, the
-        prompts as given and their tokens, padded on the right; with return_dict_in_generate=True an output
-        with these `sequences`. Raises RequestError (a ValueError) for an argument that is wrong or has no
-        counterpart; its `param` names it. Raises RuntimeError if the model's scores are NaN or infinite.
+        Greedy decoding returns the same tokens. Sampling draws from the same distribution, with random numbers of its own.
+        seed: for do_sample, below 2**63. By default it is drawn from torch's global generator, so that torch.manual_seed makes
+        calls repeatable. With a seed, the first sequence is the one that a server returns for that seed. schedule: how to
+        decode, "ar" for one token per pass; it never changes the tokens. Returns int64
+        [batch * num_return_sequences, width + generated] on the prompts' device, the prompts as given and their tokens, padded
+        on the right; with return_dict_in_generate=True an output with these `sequences`. Raises RequestError (a ValueError)
+        for an argument that is wrong or has no counterpart; its `param` names it. Raises RuntimeError if the model's scores
+        are NaN or infinite.
         """
         _refuse(
             logits_processor=logits_processor,
@@ -154,13 +157,12 @@ class AcceleratedModel:
             generation_config=generation_config,
             inputs=inputs,
             seed=seed,
+            schedule=schedule,
             tokenizer=tokenizer,
             kwargs=kwargs,
         )
-        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-            raise RequestError(f"streamer must be a BaseStreamer, got {type(streamer).__name__}", "streamer")
-        if streamer is not None and len(call.prompts) * call.copies > 1:
-            raise RequestError("streamer can follow one sequence only: pass one prompt", "streamer")
+        if streamer is not None:
+            _check_streamer(streamer, call)
         with self._turn:
             rows = self._run(call, streamer)
         if streamer is not None:
@@ -215,6 +217,14 @@ class AcceleratedModel:
             self.engine.submit(request)
         except RequestError as error:
             raise renamed(error) from None
+
+
+def _check_streamer(streamer: Any, call: GenerateCall) -> None:
+    """Raise RequestError if `streamer` is none, or can't follow the call."""
+    if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise RequestError(f"streamer must be a BaseStreamer, got {type(streamer).__name__}", "streamer")
+    if len(call.prompts) * call.copies > 1:
+        raise RequestError("streamer can follow one sequence only: pass one prompt", "streamer")
 
 
 def _refuse(**arguments: Any) -> None:

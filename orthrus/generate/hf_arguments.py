@@ -66,6 +66,7 @@ def read_arguments(
     generation_config: GenerationConfig | None,
     inputs: Tensor | None,
     seed: Any,
+    schedule: str,
     tokenizer: Any,
     kwargs: dict[str, Any],
 ) -> GenerateCall:
@@ -99,7 +100,7 @@ def read_arguments(
     return GenerateCall(
         input_ids=input_ids,
         prompts=prompts,
-        params=_params(config, copies, max_tokens, eos, seeds),
+        params=_params(config, copies, max_tokens, eos, seeds, schedule),
         copies=copies,
         pad_token_id=pad,
         stop_strings=stop_strings,
@@ -156,7 +157,7 @@ def _check_context(
 
 
 def _params(
-    config: GenerationConfig, copies: int, max_tokens: int, eos: list[int], seeds: list[int]
+    config: GenerationConfig, copies: int, max_tokens: int, eos: list[int], seeds: list[int], schedule: str
 ) -> list[SamplingParams]:
     """The sampling parameters of each prompt, which differ in their seeds only."""
     common: dict[str, Any] = {
@@ -165,6 +166,7 @@ def _params(
         # The call's end tokens count, not the checkpoint's.
         "ignore_eos": True,
         "stop_token_ids": tuple(eos),
+        "schedule": schedule,
     }
     common |= _sampling(config)
     try:

@@ -72,6 +72,8 @@ class SamplingParams:
     """Texts that are not generated: the last token of each is forbidden where its other tokens come before it."""
     allowed_token_ids: tuple[int, ...] | None = None
     """The only token ids that may be picked, ends included; None allows all."""
+    schedule: str = "auto"
+    """How to decode: "auto" for the engine's schedule, or the name of one (`Admission.schedules`). It never changes the text."""
 
     def __post_init__(self) -> None:
         for name, low, high in (

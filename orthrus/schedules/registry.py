@@ -11,6 +11,8 @@ from orthrus.errors import ConfigError
 
 AUTO = "auto"
 """The setting that chooses the first registered schedule that a model can run."""
+AR = "ar"
+"""The schedule that every engine has beside its own."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ SCHEDULES: dict[str, ScheduleEntry] = {
             Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
         ),
     ),
-    "ar": ScheduleEntry("orthrus.schedules.ar:ARSchedule"),
+    AR: ScheduleEntry("orthrus.schedules.ar:ARSchedule"),
 }
 """In the order in which "auto" tries them."""
 

@@ -227,6 +227,7 @@ def test_prompt_from_bos(model: AcceleratedModel, reference: Qwen3ForCausalLM) -
         ("eos_token_id", "</s>"),
         ("generation_config", {"max_new_tokens": 3}),
         ("repetition_penalty", 0.0),
+        ("schedule", "fastest"),
     ],
 )
 def test_errors_name_the_argument(model: AcceleratedModel, name: str, value: Any) -> None:
@@ -283,6 +284,9 @@ def test_tokens_per_cycle(tmp_path: Path) -> None:
     assert stats.passes == 1 + 2 * stats.cycles
     assert stats.tokens_per_cycle == 63 / stats.cycles
     assert stats.tokens_per_cycle > 1.2
+    drafted = model.generate(PROMPT, max_new_tokens=20, eos_token_id=None)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=20, eos_token_id=None, schedule="ar"), drafted)
+    assert model.stats is not None and model.stats.tokens_per_cycle == 1.0
 
 
 # --- the package

@@ -375,8 +375,8 @@ def test_grpc_has_the_same_fields() -> None:
         include_reasoning=False,
         continue_final_message=True,
     )
-    params = request_params(pb.SamplingParams(bad_words=["x"], allowed_token_ids=[4]))
-    assert (params.bad_words, params.allowed_token_ids) == (("x",), (4,))
+    params = request_params(pb.SamplingParams(bad_words=["x"], allowed_token_ids=[4], schedule="ar"))
+    assert (params.bad_words, params.allowed_token_ids, params.schedule) == (("x",), (4,), "ar")
     assert request_params(pb.SamplingParams()).allowed_token_ids is None
     with pytest.raises(RequestError):
         completion_body(pb.GenerateRequest(prompt="p", structured_outputs=pb.StructuredOutputs()))

@@ -7,6 +7,7 @@ import time
 import urllib.request
 from typing import Any
 
+import grpc
 import jsonschema
 import openai
 import pytest
@@ -33,6 +34,35 @@ def test_completion_is_plain_ar_text_in_fewer_passes(client: openai.OpenAI, ar: 
     parts = [event.choices[0].text for event in events]
     assert "".join(parts) == expected
     assert len(parts) < 64, "a pass's tokens travel as one chunk"
+
+
+def test_a_request_chooses_its_schedule(client: openai.OpenAI, stub: OrthrusStub, url: str) -> None:
+    """Over every door. The text stays the same."""
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 32, "temperature": 0}
+    texts = {}
+    for name in ("orthrus", "ar"):
+        answer = client.completions.create(**asked, prompt=PROMPT, extra_body={"schedule": name})
+        cost = (answer.choices[0].model_extra or {})["orthrus"]
+        assert (cost["tokens_per_cycle"] == 1.0) is (name == "ar")
+        texts[name] = answer.choices[0].text
+    assert texts["ar"] == texts["orthrus"]
+    sampling = pb.SamplingParams(max_tokens=32, temperature=0.0, schedule="ar")
+    reply = stub.Generate(pb.GenerateRequest(model=MODEL, prompt=PROMPT, sampling=sampling))
+    assert reply.choices[0].text == texts["ar"]
+    sampling.schedule = "medusa"
+    with pytest.raises(grpc.RpcError, match="schedule must be one of auto, orthrus, ar") as failed:
+        stub.Generate(pb.GenerateRequest(model=MODEL, prompt=PROMPT, sampling=sampling))
+    assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    talk = {**asked, "messages": [{"role": "user", "content": "hi"}]}
+    for path, body in (
+        ("/v1/completions", {**asked, "prompt": PROMPT}),
+        ("/v1/chat/completions", talk),
+        ("/v1/messages", talk),
+        ("/v1/responses", {"model": MODEL, "input": "hi", "max_output_tokens": 8}),
+    ):
+        assert http(f"{url}{path}", json.dumps({**body, "schedule": "ar"}).encode())[0] == 200
+        status, answer = http(f"{url}{path}", json.dumps({**body, "schedule": "medusa"}).encode())
+        assert status == 400 and "schedule must be one of auto, orthrus, ar" in json.dumps(answer)
 
 
 def test_sampled_answers_repeat_with_their_seed(client: openai.OpenAI, ar: Engine) -> None:
