@@ -15,6 +15,7 @@ then starts from x_n+1, and the prediction of the block's last row is of use.
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.loading import stages
@@ -22,16 +23,25 @@ from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
 from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
 from orthrus.schedules.decode_cost import DecodeCost
-from orthrus.schedules.planner import Draft, DraftPlanner
+from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """The block that the planner chose for a sequence. It holds until the turn has taken part in a pass."""
+
+    position: int
+    """Of the newest token that it was chosen for."""
+    block: BlockPlan
+
+
 class OrthrusSchedule:
     """`planner` chooses the length of each block and whether it has a lead. A block of one row is an AR step.
 
-    It keeps the `Draft` that waits to be verified as `SequenceState.schedule_state`.
+    As `SequenceState.schedule_state` it keeps the `Draft` that waits to be verified, or else the `_Choice` of the next block.
     """
 
     max_groups = 2
@@ -55,14 +65,16 @@ class OrthrusSchedule:
             cost = DecodeCost.measured(context.timer, model.mask_token_id)
             logger.info("decode cost: %s", cost)
         planner = DraftPlanner(
-            config.draft_length or model.block_size, cost, context.max_pass_rows, config.draft_lead
+            config.draft_length or model.block_size,
+            cost,
+            context.max_pass_rows,
+            config.draft_lead,
         )
         return cls(planner, model.mask_token_id)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         n, block_table = sequence.newest_position, sequence.block_table
-        draft: Draft | None = sequence.schedule_state
-        if draft is not None:
+        if isinstance(draft := sequence.schedule_state, Draft):
             tokens = [sequence.newest_token, *draft.tokens]
             if len(tokens) == 1:
                 return self._ar.plan(sequence, batch)
@@ -78,7 +90,7 @@ class OrthrusSchedule:
         room = sequence.max_length - n
         if room <= 2:
             return self._ar.plan(sequence, batch)
-        plan = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
+        plan = self._choose(sequence, batch)
         # A cycle commits at most as many tokens as the block has rows, and the lead's.
         num_rows = min(plan.rows, room - plan.lead)
         if num_rows < 2:
@@ -90,16 +102,24 @@ class OrthrusSchedule:
             return Turn(LEAD_DRAFT, groups, (False, True), ends_cycle=False)
         return Turn(DRAFT, groups, (True,), ends_cycle=False)
 
+    def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
+        """The next block. The planner counts its answers, so it is asked once for each block."""
+        choice, position = sequence.schedule_state, sequence.newest_position
+        if not isinstance(choice, _Choice) or choice.position != position:
+            block = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
+            choice = sequence.schedule_state = _Choice(position, block)
+        return choice.block
+
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
         if turn.kind in (DRAFT, LEAD_DRAFT):
             sequence.schedule_state = _draft(turn, [_tokens(group) for group in picks])
             return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
-        draft: Draft | None = sequence.schedule_state
+        draft = sequence.schedule_state
         if turn.kind == STEP:
-            if draft is not None and not draft.tokens:
+            if isinstance(draft, Draft) and not draft.tokens:
                 sequence.schedule_state = None
             return Commit(picks[0])
-        assert draft is not None, "what a block verifies has been drafted"
+        assert isinstance(draft, Draft), "what a block verifies has been drafted"
         sequence.schedule_state = None
         differing = (i for i, (d, p) in enumerate(zip(draft.tokens, picks[0], strict=False)) if d != p)
         accepted = next(differing, len(draft.tokens))

@@ -81,7 +81,10 @@ class Schedule(Protocol):
     """Most rows of a turn that need logits."""
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
-        """The sequence's next turn, in a pass in which up to `batch` sequences decode."""
+        """The sequence's next turn, in a pass in which up to `batch` sequences decode.
+
+        A turn may have to wait for a later pass. Then `plan` is called again, and must answer with the same rows.
+        """
         ...
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
