@@ -33,6 +33,9 @@ class EngineConfig(BaseModel):
     draft_lead: bool | None = None
     """Whether a draft pass computes the first token after the newest one exactly, beside the block that drafts those after it.
     None for where the cost model says that this pays."""
+    draft_weights: Literal["auto", "same", "fp8"] = "auto"
+    """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own, which halve what such a pass reads
+    and take memory. "auto" is "same" so far."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Context limit in tokens, None for the checkpoint's."""
     max_num_seqs: int = Field(default=64, ge=1)
@@ -64,13 +67,22 @@ class EngineConfig(BaseModel):
             return self
         own = SCHEDULES[self.schedule].settings
         for setting in sorted(set().union(*(entry.settings for entry in SCHEDULES.values())) - own):
-            if getattr(self, setting) is not None:
+            if getattr(self, setting) != type(self).model_fields[setting].default:
                 others = " or ".join(
                     f"'{name}'" for name, entry in SCHEDULES.items() if setting in entry.settings
                 )
                 raise ValueError(
                     f"{setting} has no meaning with schedule '{self.schedule}': remove it or use schedule {others}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _leads_share_weights(self) -> "EngineConfig":
+        if self.draft_lead and self.draft_weights not in ("auto", "same"):
+            raise ValueError(
+                f"draft_lead needs both views in one pass, and with draft_weights '{self.draft_weights}' a pass has one: "
+                "remove draft_lead, or set draft_weights to same"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from orthrus.engine.output import (
     score_prompt,
     tokens_chunk,
 )
-from orthrus.engine.passes import make_runner, run_pass
+from orthrus.engine.passes import make_forward, make_runner, run_pass
 from orthrus.engine.scheduler import Planned, Scheduler
 from orthrus.engine.sizing import SCORE_ROWS, PassLimits, cache_pages, choose_page_size, context_limit
 from orthrus.engine.stats import EngineStats
@@ -34,7 +34,6 @@ from orthrus.errors import RequestError
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.models.checkpoint import with_own_head
 from orthrus.models.config import ModelConfig
-from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, Request
 from orthrus.requests.sequence import SequenceState
@@ -77,7 +76,7 @@ class EngineCore:
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self.forward = LayerParallelForward(model_config, weights)
+        self.forward = make_forward(config, model_config, weights)
         self.device = self.forward.device
         self.use_device()
 
@@ -101,6 +100,7 @@ class EngineCore:
             prefill_chunk=config.prefill_chunk,
             decode_rows=self.limits.decode_rows,
             score_rows=SCORE_ROWS,
+            mixes_views=self.forward.draft is None,
         )
         self._admission = Admission(
             model_config, self.max_model_len, tokenizer, grammar_masks, self.schedule_name
@@ -377,9 +377,8 @@ class EngineCore:
             max_batch=self.config.max_num_seqs,
             max_rows=self.limits.decode_rows,
         )
-        return ScheduleContext(
-            self.config, self.model_config, self.max_model_len, self.limits.decode_rows, timer
-        )
+        mixes_views, rows = self.forward.draft is None, self.limits.decode_rows
+        return ScheduleContext(self.config, self.model_config, self.max_model_len, rows, mixes_views, timer)
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Decode by another schedule from now on, while nothing runs. Raises ValueError if its turns have too many groups."""

@@ -29,7 +29,7 @@ class Engine(EngineCore):
         path = resolve(config.model)
         model_config = load_config(path)
         device = choose_device(config.device)
-        check_memory(model_config, device, compute_dtype(config.dtype, model_config, device))
+        check_memory(config, model_config, device, compute_dtype(config.dtype, model_config, device))
         stages.info("loading the weights of %s", model_config.name)
         weights = load_weights(path, model_config, device, config.dtype)
         has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))

@@ -1,14 +1,34 @@
-"""The runner of an engine, and single passes for whoever measures what passes cost."""
+"""The model of an engine, its runner, and single passes for whoever measures what passes cost."""
+
+import logging
+
+from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
 from orthrus.engine.config import EngineConfig
+from orthrus.engine.draft_weights import draft_format
 from orthrus.engine.sizing import PassLimits
+from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.protocol import ModelRunner
 from orthrus.runner.registry import load_runner
 from orthrus.runner.sampler import PickRows
+
+logger = logging.getLogger(__name__)
+
+
+def make_forward(
+    config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor]
+) -> LayerParallelForward:
+    """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
+    copies = draft_format(config, model)
+    forward = LayerParallelForward(model, weights, draft_format=copies)
+    if forward.draft is not None:
+        gib = [stack.nbytes / (1 << 30) for stack in (forward.draft, forward.exact)]
+        logger.info("draft_weights %s: %.2f GiB of copies beside weights of %.2f GiB", copies, *gib)
+    return forward
 
 
 def make_runner(

@@ -4,6 +4,9 @@ Running sequences come first, by priority and then in order of arrival; new ones
 sequences and prompts have row budgets of their own. A prompt that is to be scored lets others pass while all rows that may
 score are taken.
 
+Where drafts have weights of their own, a pass has rows of one view only. Draft turns then take a pass by themselves, and the next
+one takes all other turns. What had to wait is planned again: `Schedule.plan` gives the same turn.
+
 When pages run out, the last sequence in that order is preempted: it gives up its pages and is computed again later. The tokens
 that it has committed stay, so its text does not change.
 """
@@ -11,7 +14,7 @@ that it has committed stay, so its text does not change.
 import bisect
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -55,10 +58,12 @@ class Scheduler:
         prefill_chunk: int,
         decode_rows: int,
         score_rows: int,
+        mixes_views: bool = True,
     ) -> None:
         """prefill_chunk, decode_rows: most rows of prompts and of decoding sequences in a pass.
 
-        score_rows: rows of a pass that may score prompts however many sequences decode.
+        score_rows: rows of a pass that may score prompts however many sequences decode. mixes_views: whether a pass may have
+        rows of both views.
         """
         self.schedule = schedule
         """The engine's schedule. A request may choose plain AR steps instead."""
@@ -89,6 +94,9 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._decode_rows = decode_rows
         self._score_rows = score_rows
+        self._mixes_views = mixes_views
+        # Whether the last plan was a pass of drafts alone, as `_plans_drafts` says it.
+        self._drafted: bool | None = False
 
     def add(self, sequence: SequenceState) -> None:
         """Queue a new sequence."""
@@ -136,29 +144,35 @@ class Scheduler:
         """The next pass, empty when there is nothing to do."""
         planned: list[Planned] = []
         row_budget, decode_budget = self._prefill_chunk, self._decode_rows
-        decoding = [sequence.decoding for sequence in self.running]
-        batch = sum(decoding)
+        batch = sum(sequence.decoding for sequence in self.running)
+        turns = {
+            sequence: self.schedule_of(sequence).plan(sequence, batch)
+            for sequence in self.running
+            if sequence.decoding and not sequence.complete  # Else the passes in flight end it.
+        }
+        self._drafted = drafts = self._plans_drafts(turns)
         score_budget = self._score_budget(batch)
         preempted = self.num_preempted
-        self._rows_running = num_decoding = 0
-        for sequence, decodes in zip(list(self.running), decoding, strict=True):
+        self._rows_running = 0
+        for sequence in list(self.running):
             if sequence.complete:
-                continue  # The passes in flight end it.
+                continue
             if self.num_preempted > preempted and sequence not in self.running:
                 continue  # A sequence before it has taken its pages.
-            if decodes:
-                turn = self.schedule_of(sequence).plan(sequence, batch)
+            if (turn := turns.get(sequence)) is not None:
+                if drafts is not None and drafts != _is_draft(turn):
+                    continue  # It takes part in the next pass.
                 num_rows = sum([len(group.tokens) for group in turn.groups])
                 if num_rows > decode_budget:
                     continue  # Blocks drafted when there were fewer sequences fill the pass: it takes part in the next.
                 if not self._reserve(sequence, turn.groups):
                     continue
                 decode_budget -= num_rows
-                num_decoding += 1
                 num_logits = sum([group.num_logits for group in turn.groups])
                 planned.append(Planned(sequence, turn, num_rows, num_logits, decoding=True))
                 continue
-            part = self._prefill(sequence, self._rows_that_fit(sequence, row_budget, score_budget))
+            most_rows = 0 if drafts else self._rows_that_fit(sequence, row_budget, score_budget)
+            part = self._prefill(sequence, most_rows)
             if part is not None and self._reserve(sequence, part.turn.groups):
                 row_budget -= part.num_rows
                 score_budget -= part.num_scoring
@@ -166,12 +180,26 @@ class Scheduler:
                 planned.append(part)
             if sequence in self.running:
                 self._rows_running += len(sequence.tokens) - sequence.num_computed
-        for part in self._newcomers(row_budget, score_budget):
+        for part in [] if drafts else self._newcomers(row_budget, score_budget):
             row_budget -= part.num_rows
             self._rows_running += len(part.sequence.tokens) - part.sequence.num_computed - part.num_rows
             planned.append(part)
-        self.row_use = max(num_decoding / self._max_num_seqs, 1 - row_budget / self._prefill_chunk)
+        # What waits for a pass of drafts counts as if it took part.
+        prompt_rows = (
+            min(self.rows_to_prefill, self._prefill_chunk) if drafts else self._prefill_chunk - row_budget
+        )
+        self.row_use = max(len(turns) / self._max_num_seqs, prompt_rows / self._prefill_chunk)
         return planned
+
+    def _plans_drafts(self, turns: Mapping[SequenceState, Turn]) -> bool | None:
+        """Whether the next pass is for draft turns alone (True) or for all others (False). None: they may share it.
+
+        A pass of drafts is followed by one for what had to wait, if anything had to: so nothing waits for long.
+        """
+        if self._mixes_views:
+            return None
+        drafts = [_is_draft(turn) for turn in turns.values()]
+        return any(drafts) and not (self._drafted and not all(drafts))
 
     def mark_computed(self, sequence: SequenceState, count: int) -> None:
         """Note that `count` more positions are final in the cache, or will be when the passes in flight are over."""
@@ -337,6 +365,11 @@ def _append_pages(missing: list[tuple[list[int], int]], pages: list[int]) -> Non
     for block_table, count in missing:
         block_table.extend(pages[start : start + count])
         start += count
+
+
+def _is_draft(turn: Turn) -> bool:
+    """Whether all rows of the turn are of the diffusion view."""
+    return all(group.view is View.DIFFUSION for group in turn.groups)
 
 
 _queue_key = attrgetter("queue_key")

@@ -8,6 +8,7 @@ import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
+from orthrus.engine.draft_weights import COPY_BYTES, draft_format
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
@@ -89,9 +90,14 @@ def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -
     return wanted or min(trained, cache_tokens)
 
 
-def check_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError before anything is loaded if the device has no room for the weights."""
+def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError before anything is loaded if the device has no room for the weights and the copies asked for."""
     wanted, name = weight_bytes(model, dtype.itemsize), str(dtype).removeprefix("torch.")
+    if (copies := draft_format(config, model)) is not None:
+        # On a CPU, copies are as wide as what they are copies of.
+        size_each = dtype.itemsize if device.type == "cpu" else COPY_BYTES[copies]
+        wanted = max(wanted, weight_bytes(model, dtype.itemsize, size_each))
+        name += f" with {copies} copies for drafts"
     if device.type == "cpu":
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if wanted > size:
@@ -115,6 +121,7 @@ def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size:
         return _DEFAULT_CPU_CACHE_BYTES
     limits = PassLimits.of(config)
     share = config.gpu_memory_utilization
+    torch.cuda.empty_cache()  # Packing leaves memory that is free again.
     free, size = torch.cuda.mem_get_info(forward.device)
     # What passes need comes on top of what is in use now.
     passes = load_runner(forward.device, forward.dtype).pass_bytes(

@@ -4,7 +4,7 @@ A new architecture is a subclass of `Family` in a file of its own and an entry i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -206,11 +206,17 @@ class Family(ABC):
         }
 
     def layer(
-        self, config: ModelConfig, tensors: dict[str, "Tensor"], index: int, weight_format: str
+        self,
+        config: ModelConfig,
+        tensors: dict[str, "Tensor"],
+        index: int,
+        weight_format: str,
+        views: Sequence[str],
     ) -> "DecoderLayer":
         """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
 
-        weight_format: a name that `pack_weight` (kernels/linear) knows.
+        weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
+        `ModelConfig.views` or one of them.
         """
         from orthrus.models.layer import DecoderLayer
 
@@ -218,7 +224,7 @@ class Family(ABC):
         last = index + 1 == config.num_hidden_layers
         following = self.last_norm if last else self.norm_before(index + 1)
         return DecoderLayer.pack(
-            config, tensors, prefix, weight_format, qk_norm=self.qk_norm, after_norm=following
+            config, tensors, prefix, weight_format, views, qk_norm=self.qk_norm, after_norm=following
         )
 
     def norm_before(self, index: int) -> str:

@@ -3,6 +3,8 @@
 At every layer both views run side by side. Each has its own attention projections. Everything else (norms, MLP, embedding,
 head) is shared and read once for all rows. AR keys and values are written to the cache before attention, and both views read
 them there.
+
+Drafts may have weights of their own: rounded copies of all that a draft pass multiplies. Then a pass has rows of one view only.
 Formulas of the views: Orthrus (arXiv 2605.12825, section 3). What is inside a layer: `orthrus.models.layer`.
 """
 
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
-from orthrus.kernels.linear import pack_weight
 from orthrus.kernels.rows.embedding import embed
 from orthrus.kernels.workspace import start_layer
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
+from orthrus.models.stack import LayerStack
 from orthrus.plan import PassPlan
 
 
@@ -24,25 +26,33 @@ class LayerParallelForward:
     It knows the rotary angles of position 0 only, until `use_context` gives it more.
     """
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], weight_format: str = "plain") -> None:
+    exact: LayerStack
+    """The weights as the checkpoint has them: of both views, or of the AR view alone if drafts have their own."""
+    draft: LayerStack | None
+    """The drafts' own weights, if they have any."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        weight_format: str = "plain",
+        draft_format: str | None = None,
+    ) -> None:
         """tensors: a checkpoint's, by their Hugging Face names, on one device in one dtype. The dict is emptied.
 
         weight_format: how the linear layers keep their weights, by a name that `pack_weight` (kernels/linear) knows.
+        draft_format: the same for the drafts' own weights; None: both views run side by side on `weight_format`.
         """
         self.config = config
         family = family_of(config)
-        self._embedding = tensors.pop(family.embedding)
-        head = tensors.pop(family.head, None)
-        # The LM head: final hidden states to logits.
-        self.head = pack_weight(
-            [[{"weight": self._embedding if head is None else head}]],
-            weight_format,
-            head=True,
-        )
+        self.draft = None
+        # Each layer takes the norm behind it, so this one is left.
         self._first_norm = tensors.pop(family.norm_before(0))
-        self._layers = [
-            family.layer(config, tensors, i, weight_format) for i in range(config.num_hidden_layers)
-        ]
+        if draft_format is None:
+            self.exact = LayerStack.pack(config, tensors, weight_format)
+        else:
+            self.exact, self.draft = LayerStack.pack_apart(config, tensors, weight_format, draft_format)
+        self._embedding = tensors.pop(family.embedding)
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype
         self._inv_freq, self._rope_scaling = family.rotary(config)
@@ -66,10 +76,23 @@ class LayerParallelForward:
             (angles.sin() * scaling).to(self.dtype),
         )
 
+    def stack_for(self, *, ar: bool, diffusion: bool) -> LayerStack:
+        """The weights of a pass. ar, diffusion: whether it has rows of these views. Raises ValueError if no weights run both."""
+        if self.draft is None or not diffusion:
+            return self.exact
+        if ar:
+            raise ValueError(
+                "drafts have weights of their own, so a pass can't have rows of both views: plan two passes"
+            )
+        return self.draft
+
     @torch.inference_mode()
-    def hidden_states(self, plan: PassPlan, cache: KVCache, picks: Tensor) -> Tensor:
+    def hidden_states(
+        self, plan: PassPlan, cache: KVCache, picks: Tensor, stack: LayerStack | None = None
+    ) -> Tensor:
         """Run the layers. Returns the final, normed hidden states [rows, hidden_size] of all rows.
 
+        stack: the weights, from `stack_for`; None for `exact`.
         picks: int32, what earlier passes picked. The plan may take tokens from there, see `embed` (kernels/rows/embedding).
         """
         eps = self.config.rms_norm_eps
@@ -77,16 +100,16 @@ class LayerParallelForward:
             plan.tokens, plan.positions, picks, self._embedding, self._first_norm, eps, self._cos, self._sin
         )
         hidden, normed = start.hidden, start.normed
-        for layer, kv in zip(self._layers, cache.layers, strict=True):
+        for layer, kv in zip((stack or self.exact).layers, cache.layers, strict=True):
             start_layer()
             hidden, normed = layer(hidden, normed, start.cos, start.sin, plan, kv)
         return normed
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, stack: LayerStack | None = None) -> Tensor:
         """Logits of final hidden states [rows, hidden_size]: float32 (float64 for a float64 model) [rows, vocab_size].
 
-        Those of a 16-bit model are rounded to 16 bits first.
+        Those of a 16-bit model are rounded to 16 bits first. stack: as in `hidden_states`.
         """
-        logits = self.head.linear(hidden)
+        logits = (stack or self.exact).head.linear(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,5 +1,6 @@
 """A decoder layer over paged keys and values: both views of all rows side by side, over one read of the weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ class DecoderLayer:
 
     # Queries, keys and values as one projection, for every view.
     qkv: Weight
-    # [views, heads + kv_heads, head_dim]: the norm weight of each query and key head. None in a family without these norms.
+    # [views of the model, heads + kv_heads, head_dim]: the norm weight of each query and key head. None in a family without
+    # these norms.
     qk_norm: Tensor | None
     # The attention's output projection, for every view.
     out: Weight
@@ -29,6 +31,11 @@ class DecoderLayer:
     head_dim: int
     eps: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of the layer's linear layers."""
+        return self.qkv.nbytes + self.out.nbytes + self.gate_up.nbytes + self.down.nbytes
+
     @classmethod
     def pack(
         cls,
@@ -36,6 +43,7 @@ class DecoderLayer:
         tensors: dict[str, Tensor],
         prefix: str,
         weight_format: str,
+        views: Sequence[str],
         *,
         qk_norm: bool,
         after_norm: str,
@@ -44,8 +52,9 @@ class DecoderLayer:
         two copies of the model.
 
         prefix: what the names of the layer's tensors begin with, without the dot behind it.
-        weight_format: a name that `pack_weight` (kernels/linear) knows. qk_norm: whether the layer norms queries and keys.
-        after_norm: the name of the norm behind the layer.
+        weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
+        `ModelConfig.views` or one of them: then all rows of a pass are of that view.
+        qk_norm: whether the layer norms queries and keys. after_norm: the name of the norm behind the layer.
         """
 
         def take(name: str) -> Tensor:
@@ -59,8 +68,8 @@ class DecoderLayer:
 
         def attention(*names: str) -> Weight:
             """The projections `names` as one layer, with every view's weights."""
-            views = [[projection(f"self_attn.{name}_proj{view}") for name in names] for view in config.views]
-            return pack_weight(views, weight_format)
+            projections = [[projection(f"self_attn.{name}_proj{view}") for name in names] for view in views]
+            return pack_weight(projections, weight_format)
 
         norms = None
         if qk_norm:

@@ -7,9 +7,25 @@ from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.families import family_of
 
 
-def weight_bytes(config: ModelConfig, item_bytes: int) -> int:
-    """Bytes that the weights take. item_bytes: of one number."""
-    return sum(math.prod(shape) for shape in family_of(config).tensor_shapes(config).values()) * item_bytes
+def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None = None) -> int:
+    """Bytes that the weights take. item_bytes: of one number.
+
+    copy_bytes: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of
+    the diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
+    """
+    family = family_of(config)
+    shapes = family.tensor_shapes(config)
+    numbers = sum(map(math.prod, shapes.values()))
+    if copy_bytes is None:
+        return numbers * item_bytes
+    suffix = config.views[1]
+    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    replaced = [name for name in matrices if f"{suffix}." in name]
+    of_ar_rows = {name.replace(f"{suffix}.", ".") for name in replaced} | {family.embedding, family.head}
+    copied = sum(count for name, count in matrices.items() if name not in of_ar_rows)
+    head = matrices[family.embedding]
+    numbers -= sum(matrices[name] for name in replaced)
+    return numbers * item_bytes + math.ceil((copied + head) * copy_bytes)
 
 
 def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:

@@ -84,8 +84,14 @@ class CudaGraphRunner:
         self._downloads = torch.cuda.Stream(device)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self.graphs = PassGraphs(
-            forward, cache, row_sizes=self._row_sizes, logit_sizes=logit_sizes, buffer_size=size
+            forward,
+            cache,
+            row_sizes=self._row_sizes,
+            logit_sizes=logit_sizes,
+            draft_sizes=[size for size in self._row_sizes if size in logit_sizes],
+            buffer_size=size,
         )
+        self._forward = forward
         # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
         self._head = self.graphs.fields()
 
@@ -146,6 +152,7 @@ class CudaGraphRunner:
     ) -> int:
         """Bring the pass to the device and run its graphs. Returns how many rows need logits."""
         flat = flatten(groups, self._page_size)
+        self._forward.stack_for(ar=flat.num_ar > 0, diffusion=flat.num_ar < len(flat.tokens))
         num_rows = next(size for size in self._row_sizes if size >= len(flat.tokens))
         work = plan_work(
             flat.groups,

@@ -9,7 +9,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
-from orthrus.plan import PassPlan, RowGroup
+from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
 
@@ -72,5 +72,7 @@ class EagerRunner:
             device=self._forward.device,
         )
         picks = torch.tensor(self._picks[0] + self._picks[1], dtype=torch.int32, device=plan.tokens.device)
-        hidden = self._forward.hidden_states(plan, self._cache, picks)
-        return self._forward.logits(hidden[plan.logit_rows])
+        views = {group.view for group in groups}
+        stack = self._forward.stack_for(ar=View.AR in views, diffusion=View.DIFFUSION in views)
+        hidden = self._forward.hidden_states(plan, self._cache, picks, stack)
+        return self._forward.logits(hidden[plan.logit_rows], stack)

@@ -6,6 +6,9 @@ its buffer on the device: tokens, positions, slots, block tables, and attention'
 Where every row needs logits, as when decoding, one graph runs the layers and the head. There are two such graphs for each
 number of rows: one without the kernel that merges divided rows of attention, for passes that have no such rows. All other
 passes run a graph of the layers, and then a graph of the head for as many rows as need logits.
+
+Where drafts have weights of their own, their passes have graphs of their own, of layers and head in one. The rows that need
+logits are gathered between the two: a block's last row needs none.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from orthrus.kernels import workspace
 from orthrus.kernels.attention import AttentionPlan, AttentionWork
 from orthrus.kernels.attention.work_list import header_of
 from orthrus.models.forward import LayerParallelForward
+from orthrus.models.stack import LayerStack
 from orthrus.plan import PassPlan
 from orthrus.runner.pass_buffer import PassFields
 
@@ -56,11 +60,16 @@ class PassGraphs:
         *,
         row_sizes: list[int],
         logit_sizes: list[int],
+        draft_sizes: list[int],
         buffer_size: int,
     ) -> None:
-        """row_sizes, logit_sizes: the numbers of rows, and of rows that need logits, to capture graphs for, in rising order."""
+        """row_sizes, logit_sizes: the numbers of rows, and of rows that need logits, to capture graphs for, in rising order.
+
+        draft_sizes: the numbers of rows of passes that run on the drafts' own weights; ignored if there are none.
+        """
         self._forward, self._cache = forward, cache
         self._row_sizes, self._logit_sizes = row_sizes, logit_sizes
+        self._draft_sizes = draft_sizes if forward.draft is not None else []
         self._max_logits = logit_sizes[-1]
         config, device = forward.config, forward.device
         self.buffer = torch.zeros(buffer_size, dtype=torch.int32, device=device)
@@ -74,6 +83,8 @@ class PassGraphs:
         self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # Layers and head, by the number of rows and by whether attention may have divided rows.
         self._whole_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        # The same on the drafts' own weights.
+        self._draft_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._capture_all()
 
     def fields(self, num_rows: int = 0) -> PassFields[Tensor]:
@@ -83,6 +94,9 @@ class PassGraphs:
     def replay(self, fields: PassFields[np.ndarray]) -> None:
         """Launch the pass that is in the buffer. fields: the host's view of the same numbers."""
         rows, count = int(fields.num_rows[0]), int(fields.num_logits[0])
+        if self._draft_graphs and not fields.num_ar[0]:
+            self._draft_graphs[rows, bool(header_of(fields.work)["num_divided"])].replay()
+            return
         head_rows = next(size for size in self._logit_sizes if size >= count)
         if count and head_rows == rows and np.array_equal(fields.logit_rows[:count], np.arange(count)):
             self._whole_graphs[rows, bool(header_of(fields.work)["num_divided"])].replay()
@@ -94,7 +108,9 @@ class PassGraphs:
     def _capture_all(self) -> None:
         rows, heads = self._row_sizes[::-1], self._logit_sizes[::-1]
         whole = [(size, divided) for size in heads if size in rows for divided in (True, False)]
-        bar = tqdm(total=len(rows) + len(heads) + len(whole), desc="CUDA graphs", unit="graph", disable=None)
+        drafts = [(size, divided) for size in self._draft_sizes[::-1] for divided in (True, False)]
+        total = len(rows) + len(heads) + len(whole) + len(drafts)
+        bar = tqdm(total=total, desc="CUDA graphs", unit="graph", disable=None)
         with bar, workspace.kept_in_l2(self._results, self._captures):
             for size in rows:
                 self._row_graphs[size] = self._capture(partial(self._run_rows, size), bar)
@@ -102,6 +118,8 @@ class PassGraphs:
                 self._head_graphs[size] = self._capture(partial(self._run_head, size), bar)
             for key in whole:
                 self._whole_graphs[key] = self._capture(partial(self._run_whole, *key), bar)
+            for key in drafts:
+                self._draft_graphs[key] = self._capture(partial(self._run_draft, *key), bar)
 
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
         """A graph of what `run` launches. Before that it runs once, which compiles its kernels: the buffer holds zeros, which
@@ -140,17 +158,25 @@ class PassGraphs:
 
     @torch.inference_mode()
     def _run_head(self, rows: int) -> None:
-        self._score(self.hidden[:rows])
+        self._score(self.hidden[:rows], self._forward.exact)
 
     @torch.inference_mode()
     def _run_whole(self, rows: int, divided: bool) -> None:
-        self._score(self._forward.hidden_states(self._plan(rows, divided), self._cache, self.picks))
+        hidden = self._forward.hidden_states(self._plan(rows, divided), self._cache, self.picks)
+        self._score(hidden, self._forward.exact)
 
-    def _score(self, hidden: Tensor) -> None:
+    @torch.inference_mode()
+    def _run_draft(self, rows: int, divided: bool) -> None:
+        plan, stack = self._plan(rows, divided), self._forward.draft
+        assert stack is not None
+        hidden = self._forward.hidden_states(plan, self._cache, self.picks, stack)
+        self._score(torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[:rows]), stack)
+
+    def _score(self, hidden: Tensor, stack: LayerStack) -> None:
         """Pick from final hidden states [rows, hidden_size], and write their logits if the pass wants them."""
         rows = hidden.shape[0]
         fields = self.fields()
-        self._forward.head.linear_gumbel_argmax(
+        stack.head.linear_gumbel_argmax(
             hidden,
             self.logits[:rows],
             fields.wants_logits,

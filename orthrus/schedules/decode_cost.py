@@ -17,14 +17,14 @@ class DecodeCost:
     """A draft pass without leads, by rows and sequences."""
     verify: PassCost
     """A verify pass, by rows and sequences."""
-    lead: PassCost
-    """A draft pass with leads, by the rows of the blocks alone and by sequences."""
+    lead: PassCost | None = None
+    """A draft pass with leads, by the rows of the blocks alone and by sequences. None: no pass may have leads."""
     sampled_row: float = 0.0
     """What a row adds to a pass if its pick is sampled rather than greedy."""
 
     @staticmethod
-    def measured(timer: PassTimer, mask_token_id: int) -> "DecodeCost":
-        """Time the passes on this machine."""
+    def measured(timer: PassTimer, mask_token_id: int, *, leads: bool) -> "DecodeCost":
+        """Time the passes on this machine. leads: whether passes may have leads."""
         verify = PassShape(VERIFY, lambda rows, start, block_table: ar_rows([0] * rows, start, block_table))
         draft, lead = (
             PassShape(
@@ -36,12 +36,12 @@ class DecodeCost:
             for kind, lead in ((DRAFT, False), (LEAD_DRAFT, True))
         )
         step = PassShape(STEP, verify.groups, one_row=True)
-        curves = timer.curves([step, draft, verify, lead])
+        curves = timer.curves([step, draft, verify, lead] if leads else [step, draft, verify])
         return DecodeCost(
             step=curves[STEP],
             draft=curves[DRAFT],
             verify=curves[VERIFY],
-            lead=curves[LEAD_DRAFT],
+            lead=curves.get(LEAD_DRAFT),
             sampled_row=timer.sampled_row(verify),
         )
 
@@ -52,7 +52,9 @@ class DecodeCost:
     def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
         """Seconds of a draft pass and a verify pass of `batch` sequences with `block_rows` rows each."""
         rows = block_rows * batch
-        seconds = (self.lead if lead else self.draft)(rows, batch) + self.verify(rows, batch)
+        draft = self.lead if lead else self.draft
+        assert draft is not None, "the planner considers leads only where passes may have them"
+        seconds = draft(rows, batch) + self.verify(rows, batch)
         # A draft pass picks one token less than a block has rows; with a lead, one more.
         num_picks = 2 * rows + (batch if lead else -batch)
         return seconds + (0.0 if greedy else num_picks * self.sampled_row)

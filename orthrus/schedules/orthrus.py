@@ -62,13 +62,13 @@ class OrthrusSchedule:
         cost = None
         if config.adaptive_draft and context.max_model_len > 2:  # Else no block fits.
             stages.info("measuring what passes cost")
-            cost = DecodeCost.measured(context.timer, model.mask_token_id)
+            cost = DecodeCost.measured(context.timer, model.mask_token_id, leads=context.mixes_views)
             logger.info("decode cost: %s", cost)
         planner = DraftPlanner(
             config.draft_length or model.block_size,
             cost,
             context.max_pass_rows,
-            config.draft_lead,
+            config.draft_lead if context.mixes_views else False,
         )
         return cls(planner, model.mask_token_id)
 

@@ -197,12 +197,13 @@ class DraftPlanner:
         """max_rows: of a block. cost: None fixes blocks at `max_rows`, or at what fits a pass.
 
         pass_rows: most rows of all sequences in a pass. lead: whether blocks have one; None lets the costs decide, and means no
-        lead where there are no costs.
+        lead where there are no costs of leads.
         """
         self.max_rows = max_rows
         self._pass_rows = pass_rows
         self._cost = cost
-        self._leads = (lead,) if lead is not None else (False, True) if cost is not None else (False,)
+        has_choice = lead is None and cost is not None and cost.lead is not None
+        self._leads = (False, True) if has_choice else (bool(lead),)
         self._acceptance = {
             (greedy, lead, decay): _Acceptance(max_rows - 1, decay)
             for greedy in (True, False)

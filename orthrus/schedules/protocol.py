@@ -62,6 +62,8 @@ class ScheduleContext:
     """Context limit in tokens."""
     max_pass_rows: int
     """Most rows of all decoding sequences together in one pass."""
+    mixes_views: bool
+    """Whether a pass may have rows of both views. Else each group of a turn must be of the same view."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 

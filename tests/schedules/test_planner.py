@@ -159,7 +159,7 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> Non
         seen.add((views, len(groups[-1].tokens), len(groups)))
 
     timer = PassTimer(run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512)
-    cost = DecodeCost.measured(timer, mask_token_id=9)
+    cost = DecodeCost.measured(timer, mask_token_id=9, leads=True)
     assert {((View.AR,), 1, 1), ((View.AR,), 1, 4), ((View.AR,), 16, 1), ((View.DIFFUSION,), 16, 1)} <= seen
     assert ((View.AR, View.DIFFUSION), 16, 2) in seen
     assert cost.step.sizes == (1, 2, 4)

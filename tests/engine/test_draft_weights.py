@@ -1,0 +1,188 @@
+"""Drafts with weights of their own: the text stays that of AR decoding, drafts stay good, and memory is counted."""
+
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orthrus.cache.page_pool import PagePool
+from orthrus.engine import Engine
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.scheduler import PREFILL, Scheduler
+from orthrus.models.families import family_of, load_config
+from orthrus.models.sizes import weight_bytes
+from orthrus.plan import RowGroup, View
+from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
+from orthrus.requests.sequence import SequenceState
+from orthrus.runner.eager import EagerRunner
+from orthrus.schedules.protocol import Turn
+from tests.checkpoints import make_checkpoint
+from tests.conftest import ROOT
+
+MIXED = [
+    SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+    SamplingParams(temperature=1.0, max_tokens=33, seed=1, ignore_eos=True),
+    SamplingParams(temperature=0.7, max_tokens=24, seed=2, top_p=0.9, top_k=20),
+    SamplingParams(temperature=0.0, max_tokens=1),
+    SamplingParams(temperature=1.0, max_tokens=30, seed=3, repetition_penalty=1.2, logprobs=2),
+    SamplingParams(temperature=0.0, max_tokens=17, logprobs=0, n=2),
+]
+
+
+def engine(path: Path, **settings: Any) -> Engine:
+    fixed = {"model": str(path), "schedule": "orthrus", "adaptive_draft": False, "max_num_seqs": 16}
+    return Engine.from_pretrained(EngineConfig.model_validate(fixed | {"draft_weights": "fp8"} | settings))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("drafts") / "model", noise=0.02)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    # The last one begins as the first one does.
+    found = [[rng.randrange(120) for _ in range(rng.randint(1, 90))] for _ in MIXED[1:]]
+    return [*found, [*found[0], 5]]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path, prompts: list[list[int]]) -> list[list[Completion]]:
+    """Each request by itself under AR decoding."""
+    ar = engine(checkpoint, schedule="ar", draft_weights="auto")
+    return [ar.generate([prompt], params)[0] for prompt, params in zip(prompts, MIXED, strict=True)]
+
+
+def watch_views(ours: Engine) -> list[int]:
+    """The numbers of passes so far with AR rows and with diffusion rows. A pass of both fails."""
+    counts, launch = [0, 0], ours.runner.launch
+
+    def checked(groups: list[RowGroup], rows: Any) -> Any:
+        [view] = {group.view for group in groups}
+        counts[view is View.DIFFUSION] += 1
+        return launch(groups, rows)
+
+    ours.runner.launch = checked  # type: ignore[method-assign, assignment]
+    return counts
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["waited for", "launched ahead"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"adaptive_draft": True}, {"kv_cache_tokens": 256, "page_size": 8, "prefill_chunk": 40}],
+    ids=str,
+)
+def test_requests_that_come_and_go_have_the_text_of_ar_decoding(
+    checkpoint: Path,
+    prompts: list[list[int]],
+    alone: list[list[Completion]],
+    settings: dict[str, Any],
+    ahead: bool,
+) -> None:
+    ours = engine(checkpoint, **settings)
+    if ahead:
+        ours.use_runner(EagerRunner(ours.forward, ours.cache, feeds_tokens=True))
+    counts = watch_views(ours)
+    chunks: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
+
+    def step() -> None:
+        for chunk in ours.step():
+            chunks[chunk.request_id, chunk.index].append(chunk)
+
+    order = [*range(len(prompts))] * 2
+    for number, index in enumerate(order):
+        ours.submit(Request(str(number), prompts[index], MIXED[index]))
+        ours.submit(Request(f"cancelled {number}", prompts[index][::-1], MIXED[0]))
+        for _ in range(3):
+            step()
+        # While its turn takes part, waits, or has not been planned.
+        ours.cancel(f"cancelled {number}")
+    while ours.has_work:
+        step()
+    for number, index in enumerate(order):
+        for expected in alone[index]:
+            got = joined_chunks(chunks[str(number), expected.index])
+            assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
+    assert ours.stats.kv_pages_used == 0 and ours.stats.prefix_hit_tokens > 0
+    if "kv_cache_tokens" in settings:
+        assert ours.stats.preemptions > 0
+    if not settings.get("adaptive_draft"):
+        assert min(counts) > 20
+        assert ours.stats.tokens_per_cycle > 1.3, "the drafts are never right"
+
+
+def test_fp8_drafts_are_as_good_as_drafts_by_the_same_weights() -> None:
+    path = ROOT / "models" / "orthrus-tiny"
+    texts = [[*text.encode()] for text in ("Once upon a time", "The sum of two and three is", "def main():")]
+    params = [SamplingParams(temperature=t, max_tokens=96, seed=1, ignore_eos=True) for t in (0.0, 0.7)]
+    per_cycle = []
+    for drafts in ("same", "fp8"):
+        ours = engine(path, draft_weights=drafts, device="cpu", kv_cache_tokens=4096)
+        for one in params:
+            ours.generate(texts, one)
+        per_cycle.append(ours.stats.tokens_per_cycle)
+    same, fp8 = per_cycle
+    assert same > 1.5
+    assert fp8 >= 0.97 * same
+
+
+class _DraftsAndSteps:
+    """Sequences whose priority is odd draft and verify; the others take AR steps."""
+
+    max_groups, max_rows, max_logits = 1, 4, 4
+
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        n, table = sequence.newest_position, sequence.block_table
+        if sequence.priority % 2 and sequence.schedule_state is None:
+            return Turn("draft", (RowGroup(View.DIFFUSION, [1] * 4, n, table, 0, 3),), (True,))
+        return Turn("exact", (RowGroup(View.AR, [1], n, table, 0, 1),), (False,))
+
+
+def test_drafts_take_a_pass_and_what_waited_takes_the_next() -> None:
+    ours = Scheduler(
+        _DraftsAndSteps(),  # type: ignore[arg-type]
+        PagePool(33),
+        page_size=4,
+        max_num_seqs=4,
+        prefill_chunk=8,
+        decode_rows=64,
+        score_rows=8,
+        mixes_views=False,
+    )
+    for name, priority in (("steps", 0), ("drafts", 1)):
+        ours.add(SequenceState(name, 0, SamplingParams(), 0, [0], 1, 99, frozenset(), priority=priority))
+    found: list[list[tuple[str, str]]] = []
+    for number in range(7):
+        if number == 1:
+            ours.add(SequenceState("late", 0, SamplingParams(), 0, [0], 1, 99, frozenset(), priority=2))
+        planned = ours.plan()
+        for part in planned:
+            part.sequence.schedule_state = True if part.turn.kind == "draft" else None
+            if part.turn.kind != "draft":
+                ours.mark_computed(part.sequence, 1)
+                part.sequence.append(1)
+        found.append([(part.sequence.request_id, part.turn.kind) for part in planned])
+    both = [("steps", PREFILL), ("drafts", PREFILL)]
+    drafts, exact = [("drafts", "draft")], [("steps", "exact"), ("drafts", "exact")]
+    late = [*exact, ("late", PREFILL)]
+    assert found == [both, drafts, late, drafts, [*exact, ("late", "exact")], drafts, found[4]]
+    assert ours.row_use == 3 / 4
+
+
+def test_the_memory_of_copies_is_counted(checkpoint: Path) -> None:
+    """All numbers of a float32 checkpoint on a CPU take four bytes, also those of copies."""
+    config = load_config(checkpoint)
+    forward, shapes = engine(checkpoint).forward, family_of(config).tensor_shapes(config)
+    assert forward.draft is not None and config.tie_word_embeddings
+    norms = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    assert forward.exact.nbytes + forward.draft.nbytes + norms == weight_bytes(config, 4, 4)
+
+
+def test_a_lead_needs_the_same_weights() -> None:
+    with pytest.raises(ValueError, match="set draft_weights to same"):
+        EngineConfig(model="m", draft_lead=True, draft_weights="fp8")
+    with pytest.raises(ValueError, match="draft_weights has no meaning with schedule 'ar'"):
+        EngineConfig(model="m", schedule="ar", draft_weights="fp8")
