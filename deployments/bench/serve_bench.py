@@ -254,6 +254,7 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
             "schedule": "ar",
             "draft_length": None,
             "draft_lead": None,
+            "draft_weights": "auto",
             "prefix_caching": False,
             "max_num_seqs": options.streams,
             "kv_cache_tokens": max(tokens, engine.kv_cache_tokens or 0, engine.max_model_len or 0),
