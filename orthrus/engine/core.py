@@ -26,7 +26,7 @@ from orthrus.engine.output import (
     score_prompt,
     tokens_chunk,
 )
-from orthrus.engine.passes import make_forward, make_runner, run_pass
+from orthrus.engine.passes import make_forward, make_runner, time_pass
 from orthrus.engine.scheduler import Planned, Scheduler
 from orthrus.engine.sizing import SCORE_ROWS, PassLimits, cache_pages, choose_page_size, context_limit
 from orthrus.engine.stats import EngineStats
@@ -370,7 +370,7 @@ class EngineCore:
     def schedule_context(self) -> ScheduleContext:
         """What a schedule for this engine is built from. Its timer may be used while nothing runs, and overwrites the cache."""
         timer = PassTimer(
-            partial(run_pass, self.runner),
+            partial(time_pass, self.runner),
             context=self.max_model_len,
             page_size=self.page_size,
             num_pages=self._pool.capacity + 1,

@@ -1,6 +1,7 @@
 """The model of an engine, its runner, and single passes for whoever measures what passes cost."""
 
 import logging
+import time
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from orthrus.runner.registry import load_runner
 from orthrus.runner.sampler import PickRows
 
 logger = logging.getLogger(__name__)
+
+_PASSES_AHEAD = 2
+"""How many passes are timed together where one is launched ahead of the other."""
 
 
 def make_forward(
@@ -48,9 +52,24 @@ def make_runner(
     )
 
 
-def run_pass(runner: ModelRunner, groups: list[RowGroup], temperature: float) -> None:
-    """Run one pass until its picks are there, with the same temperature for all of them."""
+def time_pass(runner: ModelRunner, groups: list[RowGroup], temperature: float, ahead: bool) -> float:
+    """Seconds of a pass whose picks all have the same temperature.
+
+    ahead: several such passes are run, and each is launched before the picks of the one before it are read, if the runner can.
+    So the time of the host counts only where the device waits for it, as in the engine.
+    """
     params = SamplingParams(temperature=temperature)
-    runner.launch(
-        groups, [PickRows(params, seed=0, position=1, count=g.num_logits) for g in groups if g.num_logits]
-    ).picks()
+    rows = [PickRows(params, seed=0, position=1, count=g.num_logits) for g in groups if g.num_logits]
+    begin = time.perf_counter()
+    if not (ahead and runner.feeds_tokens):
+        runner.launch(groups, rows).picks()
+        return time.perf_counter() - begin
+    last = runner.launch(groups, rows)
+    for number in range(_PASSES_AHEAD):
+        following = runner.launch(groups, rows)
+        last.picks()
+        if number == 0:
+            begin = time.perf_counter()
+        last = following
+    last.picks()
+    return (time.perf_counter() - begin) / _PASSES_AHEAD

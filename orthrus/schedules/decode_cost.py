@@ -32,10 +32,11 @@ class DecodeCost:
                 lambda rows, start, block_table, lead=lead: draft_rows(  # type: ignore[misc]
                     0, rows, start, block_table, mask_token_id, lead=lead
                 ),
+                ahead=True,
             )
             for kind, lead in ((DRAFT, False), (LEAD_DRAFT, True))
         )
-        step = PassShape(STEP, verify.groups, one_row=True)
+        step = PassShape(STEP, verify.groups, one_row=True, ahead=True)
         curves = timer.curves([step, draft, verify, lead] if leads else [step, draft, verify])
         return DecodeCost(
             step=curves[STEP],

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from orthrus.plan import RowGroup
 
-_ROWS = (2, 4, 8, 16, 32, 64, 128, 256)
+_ROWS = (2, 4, 8, 16, 32, 64, 128)
 """Rows of one sequence that are timed."""
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_SPREAD = (2, 4)
+"""Numbers of sequences of as many rows as possible that are timed: passes of more rows than one sequence has."""
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences of one row each that are timed."""
 _GROUPS = 8
 _GROUP_ROWS = 4
@@ -50,6 +52,8 @@ class PassShape:
     """The groups of one sequence: so many rows, from a start position on, with this block table."""
     one_row: bool = False
     """Whether a sequence has only one row. The cost is then a function of the number of sequences, else of rows."""
+    ahead: bool = False
+    """Whether the engine launches the next pass before it reads the picks of such a pass."""
 
 
 _Size = tuple[PassShape, int, int]
@@ -61,7 +65,7 @@ class PassTimer:
 
     def __init__(
         self,
-        run: Callable[[list[RowGroup], float], None],
+        run: Callable[[list[RowGroup], float, bool], float],
         *,
         context: int,
         page_size: int,
@@ -69,7 +73,8 @@ class PassTimer:
         max_batch: int,
         max_rows: int,
     ) -> None:
-        """run(groups, temperature): runs a pass until its picks are there. context: the context limit in tokens.
+        """run(groups, temperature, ahead): runs such passes one after the other, and gives the seconds of one. ahead: whether the
+        next one is launched before the picks of the last are there. context: the context limit in tokens.
 
         num_pages: of the cache, the padding page 0 included. Pages 1 to num_pages - 1 are overwritten. max_batch: most
         sequences of a pass. max_rows: most rows of a pass.
@@ -91,17 +96,24 @@ class PassTimer:
             *((shape, 1, batch) for shape in shapes if shape.one_row for batch in batches),
             *((shape, rows, 1) for rows in row_counts for shape in blocks),
             *((shape, min(_GROUP_ROWS, row_counts[-1]), _GROUPS) for shape in blocks),
+            *(
+                (shape, row_counts[-1], n)
+                for n in _SPREAD
+                if self._fits(row_counts[-1], n)
+                for shape in blocks
+            ),
         ]
         best = _best_times(self._time, sorted(sizes, key=lambda size: size[1] * size[2]))
         return {shape.kind: (_batch_curve if shape.one_row else _rows_curve)(best, shape) for shape in shapes}
 
+    def _fits(self, rows: int, sequences: int) -> bool:
+        """Whether a pass may have so many sequences of so many rows."""
+        return sequences <= self._max_batch and rows * sequences <= self._max_rows
+
     def sampled_row(self, shape: PassShape) -> float:
         """Seconds that a row of `shape` adds to a pass if its pick is sampled at temperature 1 rather than greedy."""
         groups = self._groups((shape, _GROUP_ROWS, 1))
-        greedy, sampled = (
-            min(_seconds(lambda t=t: self._run(groups, t)) for _ in range(8))  # type: ignore[misc]
-            for t in (0.0, 1.0)
-        )
+        greedy, sampled = (min(self._run(groups, t, shape.ahead) for _ in range(8)) for t in (0.0, 1.0))
         return max(0.0, sampled - greedy) / _GROUP_ROWS
 
     def _groups(self, size: _Size) -> list[RowGroup]:
@@ -113,8 +125,7 @@ class PassTimer:
         return groups
 
     def _time(self, size: _Size) -> float:
-        groups = self._groups(size)
-        return _seconds(lambda: self._run(groups, 0.0))
+        return self._run(self._groups(size), 0.0, size[0].ahead)
 
 
 def _best_times(time_pass: Callable[[_Size], float], sizes: Sequence[_Size]) -> dict[_Size, float]:
@@ -144,23 +155,21 @@ def _batch_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
 
 
 def _rows_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
-    """Cost by the rows of one sequence, and what further sequences add."""
-    alone = _curve({rows: seconds for (s, rows, n), seconds in best.items() if s is shape and n == 1})
-    crowded = [(rows, n, seconds) for (s, rows, n), seconds in best.items() if s is shape and n > 1]
-    if not crowded:
-        return alone
-    [(rows, sequences, seconds)] = crowded
-    per_group = (seconds - alone(rows * sequences)) / (sequences - 1)
-    return PassCost(alone.sizes, alone.seconds, max(0.0, per_group))
+    """Cost by rows, as if they were all of one sequence, and what further sequences add."""
+    found = {(rows, n): seconds for (s, rows, n), seconds in best.items() if s is shape}
+    alone = _curve({rows: seconds for (rows, n), seconds in found.items() if n == 1})
+    per_group = 0.0
+    for (rows, n), seconds in found.items():
+        if n == _GROUPS:
+            per_group = max(0.0, (seconds - alone(rows * n)) / (n - 1))
+    by_rows = {
+        rows * n: seconds - per_group * (n - 1) for (rows, n), seconds in found.items() if n != _GROUPS
+    }
+    together = _curve(by_rows)
+    return PassCost(together.sizes, together.seconds, per_group)
 
 
 def _curve(seconds: dict[int, float]) -> PassCost:
     sizes = tuple(sorted(seconds))
     # A pass of more rows never costs less: what says otherwise is noise.
     return PassCost(sizes, tuple(min(seconds[size] for size in sizes[i:]) for i in range(len(sizes))))
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin

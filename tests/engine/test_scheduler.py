@@ -1,5 +1,7 @@
 """Who takes part in a pass, with which rows, on which pages, and what happens when there are too few."""
 
+from typing import Any
+
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.scheduler import PREFILL, Scheduler
 from orthrus.plan import RowGroup, View
@@ -77,7 +79,12 @@ def test_a_sequence_whose_branches_do_not_fit_is_preempted() -> None:
 
 def plain(pages: int = 32, **settings: int) -> Scheduler:
     """A scheduler of AR decoding."""
-    limits = {"max_num_seqs": 4, "prefill_chunk": 8, "decode_rows": 64, "score_rows": 8} | settings
+    limits: dict[str, Any] = {
+        "max_num_seqs": 4,
+        "prefill_chunk": 8,
+        "decode_rows": 64,
+        "score_rows": 8,
+    } | settings
     return Scheduler(ARSchedule(), PagePool(pages + 1), page_size=PAGE, **limits)
 
 

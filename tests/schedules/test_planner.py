@@ -150,21 +150,25 @@ def test_greedy_and_sampled_text_are_counted_apart_and_sampling_has_its_cost() -
 def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> None:
     seen: set[tuple[tuple[View, ...], int, int]] = set()
 
-    def run(groups: list[RowGroup], temperature: float) -> None:
+    def run(groups: list[RowGroup], temperature: float, ahead: bool) -> float:
+        assert ahead == (len(groups[0].tokens) == 1 or groups[-1].view is View.DIFFUSION)
         for group in groups:
             assert group.start >= 0 and group.start + len(group.tokens) <= 40
             assert min(group.block_table) >= 1 and max(group.block_table) < 11
             assert len(group.block_table) * 8 >= group.start + len(group.tokens)
         views = tuple(dict.fromkeys(group.view for group in groups))
         seen.add((views, len(groups[-1].tokens), len(groups)))
+        return 1e-3 * sum(len(group.tokens) for group in groups)
 
     timer = PassTimer(run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512)
     cost = DecodeCost.measured(timer, mask_token_id=9, leads=True)
     assert {((View.AR,), 1, 1), ((View.AR,), 1, 4), ((View.AR,), 16, 1), ((View.DIFFUSION,), 16, 1)} <= seen
     assert ((View.AR, View.DIFFUSION), 16, 2) in seen
     assert cost.step.sizes == (1, 2, 4)
-    assert cost.draft.sizes == cost.verify.sizes == cost.lead.sizes == (2, 4, 8, 16, 32)
+    assert cost.lead is not None
+    assert cost.draft.sizes == cost.verify.sizes == cost.lead.sizes == (2, 4, 8, 16, 32, 64, 128)
     assert list(cost.draft.seconds) == sorted(cost.draft.seconds)
+    assert cost.verify(128) == pytest.approx(0.128) and cost.step(4) == pytest.approx(0.004)
 
 
 def cpu_cost() -> DecodeCost:
