@@ -31,6 +31,12 @@ def has_warpgroup_mma() -> bool:
 
 
 @cache
+def has_fp8_mma() -> bool:
+    """Whether the GPU has matrix instructions for FP8 numbers (e4m3)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Number of multiprocessors of a GPU; 4 for a CPU, where Triton's interpreter runs programs one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

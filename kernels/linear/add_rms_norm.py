@@ -6,6 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.fp8_triton import RoundedRows, empty_rounded, round_row
 from orthrus.kernels.workspace import empty
 
 
@@ -17,6 +18,8 @@ def _add_rms_norm_kernel(
     weight,
     hidden,
     normed,
+    numbers,
+    scales,
     num_ar,
     width,
     plane,
@@ -25,6 +28,7 @@ def _add_rms_norm_kernel(
     PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Add a layer's segments (PARTS 1: its finished result) and the residual, then norm the sum; one program per row."""
@@ -57,7 +61,12 @@ def _add_rms_norm_kernel(
     value = value.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     # Rounded before the weight, as Qwen3's own code does.
-    tl.store(normed + row * width + place, value.to(dtype) * scale, mask=inside)
+    value = value.to(dtype) * scale
+    tl.store(normed + row * width + place, value, mask=inside)
+    if ROUNDED:
+        number, row_scale = round_row(value.to(tl.float32))
+        tl.store(numbers + row * width + place, number, mask=inside)
+        tl.store(scales + row, row_scale)
 
 
 def add_rms_norm(
@@ -67,13 +76,16 @@ def add_rms_norm(
     eps: float,
     bias: Tensor | None = None,
     num_ar: Tensor | None = None,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """hidden = residual + x + bias, and its RMS norm: both [rows, width].
 
-    x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width].
+    x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width]. rounded: whether the norm is
+    to be `RoundedRows`.
     """
     rows, width = residual.shape
     hidden, normed = (empty((rows, width), residual.dtype, residual.device) for _ in range(2))
+    numbers, scales = empty_rounded(rows, width, residual.device) if rounded else (normed, normed)
     _add_rms_norm_kernel[(rows,)](
         x,
         x if bias is None else bias,
@@ -81,6 +93,8 @@ def add_rms_norm(
         norm_weight,
         hidden,
         normed,
+        numbers,
+        scales,
         x if num_ar is None else num_ar,
         width,
         rows * width,
@@ -89,10 +103,11 @@ def add_rms_norm(
         PARTS=x.shape[0] if x.dim() == 3 else 1,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
+        ROUNDED=rounded,
         # With so many warps a thread reads little enough to ask for all of it at once. With more to read, the compiler would
         # save registers and wait for one part after the other. The number depends on the width alone, because it decides the
         # order of the norm's sum.
         num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
         **chaining(),
     )
-    return hidden, normed
+    return hidden, RoundedRows.of(normed, numbers, scales) if rounded else normed

@@ -1,23 +1,22 @@
 """The format "fp8": weights and inputs as 8-bit floating-point numbers (e4m3) with float32 scales, half the bytes of bfloat16.
 
-It rounds, so only passes whose results may be rough run in it: drafts, which another pass verifies. It is the fine-grained
-format of DeepSeek-V3 (arXiv 2412.19437, section 3.3) and of the Qwen3 FP8 checkpoints. One scale belongs to each block of
-128 x 128 weights, and one to each 128 inputs of a row. Every 128 inputs have a sum of their own, which both scales multiply
-before it is added to the float32 total. A row's result has the same bits whatever other rows are in the pass.
+It rounds, so only passes whose results may be rough run in it: drafts, which another pass verifies. Each output of a weight has
+a scale, and so has each row of inputs. Serving engines know this format as FP8 with a scale per channel and per token. Scales of
+blocks of 128 x 128 weights would be finer, but then a sum must leave the matrix unit every 128 inputs to be multiplied by them.
+A row's result has the same bits whatever other rows are in the pass.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from orthrus.kernels.linear.plain import PlainFormat
-from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
+from orthrus.kernels.device import has_fp8_mma, runs_triton
+from orthrus.kernels.linear.plain import PlainFormat, alternate
+from orthrus.kernels.linear.types import DenseLayer
+from orthrus.kernels.linear.weight import Parameters, Views, Weight, join_projections, weight_format
 
-BLOCK = 128
-"""Inputs, and outputs of a weight, that share a scale."""
 LARGEST = 448.0
 """The largest number of e4m3."""
-_CHUNK = 32 * BLOCK
+_CHUNK = 4096
 """Outputs of a weight that are rounded at once: float32 copies of more would need much memory."""
 
 
@@ -28,6 +27,11 @@ class Fp8Format:
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`."""
+        if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
+            from orthrus.kernels.linear.gpu import TritonWeight
+
+            layer = quantise_layer(views, gated)
+            return TritonWeight(layer.weights, layer.bias, layer.interleaved, layer.scales)
         rounded = [[_rounded(projection) for projection in view] for view in views]
         return RoundedWeight(PlainFormat.pack(rounded, gated=gated, head=head))
 
@@ -53,54 +57,46 @@ class RoundedWeight(Weight):
         return self._weight.linear_silu_mul(round_rows(x), num_ar)
 
 
+def quantise_layer(views: Views, gated: bool) -> DenseLayer:
+    """A layer's weights as e4m3 numbers with scales, in the order in which the FP8 kernels take them.
+
+    Raises ValueError if only one of two views has biases.
+    """
+    joined = [join_projections(view) for view in views]
+    biases = [bias for _, bias in joined if bias is not None]
+    if biases and len(biases) < len(joined):
+        raise ValueError("one view of a layer has biases and the other has none: give both or neither")
+    weights = [alternate(weight) if gated else weight for weight, _ in joined]
+    # As bytes, which every operation on tensors takes.
+    parts = [[quantise_rows(part) for part in weight.split(_CHUNK)] for weight in weights]
+    numbers = torch.stack([torch.cat([n.view(torch.uint8) for n, _ in view]) for view in parts])
+    return DenseLayer(
+        numbers.view(torch.float8_e4m3fn).unbind(),
+        torch.stack([alternate(bias) if gated else bias for bias in biases]) if biases else None,
+        gated,
+        torch.stack([torch.cat([scales for _, scales in view]) for view in parts]),
+    )
+
+
 def _rounded(projection: Parameters) -> Parameters:
     """The tensors of a projection, taken out of it, with the weight rounded to what FP8 holds."""
     weight = projection.pop("weight")
-    parts = (dequantise_weight(*quantise_weight(part)) for part in weight.split(_CHUNK))
-    rounded = {"weight": torch.cat([part.to(weight.dtype) for part in parts])}
+    rounded = {"weight": torch.cat([round_rows(part) for part in weight.split(_CHUNK)])}
     return rounded | ({"bias": projection.pop("bias")} if "bias" in projection else {})
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [outs, ins] as e4m3 numbers [outs, ins] and float32 scales [blocks of outs, blocks of ins].
-
-    A weight is its number times the scale of its block. Blocks at the edges may be smaller than `BLOCK` x `BLOCK`.
-    """
-    blocks = _blocks(_blocks(weight.float(), 1), 0)
-    scales = _scales(blocks.abs().amax((1, 3)))
-    numbers = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)
-    return numbers[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn), scales
-
-
-def dequantise_weight(numbers: Tensor, scales: Tensor) -> Tensor:
-    """The float32 weight [outs, ins] that `quantise_weight` gave the numbers and scales of."""
-    outs, ins = numbers.shape
-    wide = scales.repeat_interleave(BLOCK, 0)[:outs].repeat_interleave(BLOCK, 1)[:, :ins]
-    return numbers.float() * wide
-
-
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, ins] as e4m3 numbers [rows, ins] and float32 scales [rows, blocks of ins]."""
-    blocks = _blocks(x.float(), 1)
-    scales = _scales(blocks.abs().amax(2))
-    numbers = (blocks / scales[:, :, None]).flatten(1)
-    return numbers[:, : x.shape[1]].to(torch.float8_e4m3fn), scales
+    """x [rows, ins] as e4m3 numbers [rows, ins] and float32 scales [rows]: x is about the numbers times the scales.
+
+    The largest number of a row, in magnitude, is `LARGEST`. A row of zeros has scale 1.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(1)
+    scales = torch.where(largest > 0, largest * (1 / LARGEST), 1.0)
+    return (wide / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
 def round_rows(x: Tensor) -> Tensor:
     """x [rows, ins] with each number rounded to what FP8 holds, in x's dtype."""
     numbers, scales = quantise_rows(x)
-    return (numbers.float() * scales.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]).to(x.dtype)
-
-
-def _scales(largest: Tensor) -> Tensor:
-    """The scales of blocks whose largest numbers are these, in magnitude. A block of zeros has scale 1."""
-    return torch.where(largest > 0, largest / LARGEST, 1.0)
-
-
-def _blocks(x: Tensor, dim: int) -> Tensor:
-    """x with dimension `dim` divided in two, [blocks, BLOCK], and zeros where the last block is not full."""
-    missing = -x.shape[dim] % BLOCK
-    if missing:
-        x = F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing))
-    return x.unflatten(dim, (-1, BLOCK))
+    return (numbers.float() * scales[:, None]).to(x.dtype)

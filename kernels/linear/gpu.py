@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orthrus.kernels.linear import hopper, triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
+from orthrus.kernels.linear.fp8_triton import quantise_rows
 from orthrus.kernels.linear.tiles import choose_tiles, num_segments
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 from orthrus.kernels.linear.weight import Weight
@@ -16,10 +17,10 @@ from orthrus.kernels.workspace import empty
 
 @dataclass(frozen=True)
 class TritonWeight(DenseLayer, Weight):
-    """Weights as plain tensors, for the Triton kernels: float16, bfloat16 and float32.
+    """Weights as plain tensors, for the Triton kernels: float16, bfloat16, float32, and FP8 with scales.
 
-    Every operation raises ValueError if a row of x is not a multiple of 16 bytes, which the GPU's copy engine needs. The
-    arguments `tiles` and `segments` are for tests and measurements.
+    The inputs of FP8 weights are rounded to FP8 first. Every operation raises ValueError if a row of these inputs is not a
+    multiple of 16 bytes, which the GPU's copy engine needs. The arguments `tiles` and `segments` are for tests and measurements.
     """
 
     @property
@@ -61,7 +62,7 @@ class TritonWeight(DenseLayer, Weight):
         rows, outs = residual.shape
         segments = segments or num_segments(outs, x.shape[1])
         if tiles is None and not hopper.streams(x):
-            tiles = choose_tiles(rows, outs, segments, x.dtype)
+            tiles = choose_tiles(rows, outs, segments, self.weights[0].dtype)
         parts = segments if tiles is None or tiles.split else 1
         if parts > 1:
             out = empty((parts, rows, outs), torch.float32, x.device)
@@ -69,7 +70,13 @@ class TritonWeight(DenseLayer, Weight):
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, segments)
         return add_rms_norm(
-            out, residual, norm_weight, eps, self.bias if parts > 1 else None, self._split(num_ar)
+            out,
+            residual,
+            norm_weight,
+            eps,
+            self.bias if parts > 1 else None,
+            self._split(num_ar),
+            rounded=self.scales is not None,
         )
 
     def linear_gumbel_argmax(
@@ -100,31 +107,35 @@ class TritonWeight(DenseLayer, Weight):
         num_ar: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`best_of_blocks` of the layer's outputs, for rows that `hopper` takes: see `linear_gumbel_argmax`."""
-        _check(x)
+        x, x_scales = self._inputs(x)
         shape = x.shape[0], hopper.num_tiles(logits.shape[1])
         values = torch.empty(shape, device=x.device, dtype=torch.float32)
         indices = torch.empty(shape, device=x.device, dtype=torch.int32)
-        hopper.launch(x, self, logits, self._split(num_ar), 1, (temperatures, keys, wanted, values, indices))
+        picking = temperatures, keys, wanted, values, indices
+        hopper.launch(x, self, logits, self._split(num_ar), 1, picking, x_scales)
         return values, indices
 
     def _run(
         self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1
     ) -> None:
         """Compute the layer into out: [rows, outs], or [segments, rows, outs] without the bias."""
-        _check(x)
-        if tiles is None and hopper.streams(x):
-            hopper.launch(x, self, out, self._split(num_ar), segments)
+        stream = tiles is None and hopper.streams(x)
+        x, x_scales = self._inputs(x)
+        if stream:
+            hopper.launch(x, self, out, self._split(num_ar), segments, x_scales=x_scales)
         else:
-            triton.launch(x, self, out, self._split(num_ar), segments, tiles)
+            triton.launch(x, self, out, self._split(num_ar), segments, tiles, x_scales)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inputs x [rows, in_features] as the kernels take them, and their scales if they are in FP8."""
+        x, scales = (x, None) if self.scales is None else quantise_rows(x)
+        if x.shape[1] * x.itemsize % 16:
+            raise ValueError(
+                f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
+                "its rows must be multiples of 16 bytes"
+            )
+        return x, scales
 
     def _split(self, num_ar: Tensor | None) -> Tensor | None:
         """What the kernels are given: None for a layer of one view, whose kernels never read it."""
         return num_ar if len(self.weights) > 1 else None
-
-
-def _check(x: Tensor) -> None:
-    if x.shape[1] * x.itemsize % 16:
-        raise ValueError(
-            f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
-            "its rows must be multiples of 16 bytes"
-        )

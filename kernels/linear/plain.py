@@ -63,11 +63,9 @@ def interleave(projections: Sequence[Parameters]) -> DenseLayer:
     """A gate and up [width, in_features] each as one layer [2 * width, in_features] whose outputs alternate in blocks of
     `GATE_BLOCK`, so that one tile of the layer holds what belongs together. Their biases alternate in the same way."""
     weight, bias = join_projections(projections)
-    return DenseLayer(
-        (_alternate(weight),), None if bias is None else _alternate(bias)[None], interleaved=True
-    )
+    return DenseLayer((alternate(weight),), None if bias is None else alternate(bias)[None], interleaved=True)
 
 
-def _alternate(joined: Tensor) -> Tensor:
+def alternate(joined: Tensor) -> Tensor:
     """The first dimension, all of the gate and then all of up, in blocks of `GATE_BLOCK` of each in turn."""
     return joined.unflatten(0, (2, -1, GATE_BLOCK)).transpose(0, 1).flatten(0, 2)

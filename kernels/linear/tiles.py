@@ -6,7 +6,7 @@ import torch
 
 from orthrus.kernels.linear.types import LinearTiles
 
-SEGMENT_UNIT = 128
+SEGMENT_UNIT = 256
 """Segment lengths are multiples of this, and the depth of every tile divides it."""
 _SHORTEST_SEGMENT = 1024
 _MOST_SEGMENTS = 4
@@ -33,6 +33,8 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
         # float32 is for checks only and does not use the matrix unit: the tile is small enough for registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
     few = segments > 1
+    if dtype == torch.float8_e4m3fn:
+        return _fp8_tiles(rows, few)
     if rows <= 64:
         return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
     if rows <= 128:
@@ -51,6 +53,15 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
     if out_features > 65536:
         return LinearTiles(256, 128, 64, warps=8, stages=4)
     return LinearTiles(128, 256, 64, warps=8, stages=3)
+
+
+def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
+    """Tiles for FP8. All steps are as deep as those of `hopper`, and each segment has programs of its own: both decide bits."""
+    if rows <= 64:
+        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 256, few, 4, 4)
+    if rows <= 128:
+        return LinearTiles(64, 128, 256, few, 4, 4)
+    return LinearTiles(128, 128, 256, few, 8, 3)
 
 
 def segment_length(in_features: int, segments: int) -> int:

@@ -22,13 +22,28 @@ from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 
 
 @triton.jit
-def _sum(w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+def _sum(
+    w,
+    x,
+    out_at,
+    row_at,
+    begin,
+    end,
+    OUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """Sum over inputs begin .. end: float32 [OUTS, ROWS]. Reading past the weight's inputs, outputs or rows gives zeros."""
     total = tl.zeros((OUTS, ROWS), tl.float32)
     for k in range(begin, end, DEPTH):
         weights = w.load([out_at, k])
         rows = x.load([row_at, k])
-        total = tl.dot(weights, rows.T, total, input_precision="ieee")
+        if SCALED:
+            # The matrix unit adds FP8 products with few bits: so each step's are added to the others outside it.
+            total += tl.dot(weights, rows.T)
+        else:
+            total = tl.dot(weights, rows.T, total, input_precision="ieee")
     return total
 
 
@@ -36,6 +51,8 @@ def _sum(w, x, out_at, row_at, begin, end, OUTS: tl.constexpr, ROWS: tl.constexp
 def _linear_kernel(
     w,
     x,
+    w_scales,
+    x_scales,
     bias,
     out,
     num_ar,
@@ -48,6 +65,7 @@ def _linear_kernel(
     DEPTH: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
     GATED: tl.constexpr,
+    SCALED: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -80,10 +98,19 @@ def _linear_kernel(
         gdc_wait()
     if not live:
         return
-    total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH)
+    total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH, SCALED)
+    if SCALED:
+        index = out_at + tl.arange(0, OUTS)
+        row = row_at + tl.arange(0, ROWS)
+        w_scale = tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
+        x_scale = tl.load(x_scales + row, mask=row < row_end, other=0.0)[None, :]
+        total = total * w_scale * x_scale
     if not (SPLIT or WHOLE):
+        tl.static_assert(
+            not SCALED, "segments of FP8 weights have programs of their own: their bits are those of `hopper`"
+        )
         for s in range(1, segments):
-            total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH)
+            total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH, SCALED)
     width = num_outs
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
@@ -104,11 +131,17 @@ def _linear_kernel(
 
 
 def launch(
-    x: Tensor, layer: DenseLayer, out: Tensor, num_ar: Tensor | None, segments: int, tiles: LinearTiles | None
+    x: Tensor,
+    layer: DenseLayer,
+    out: Tensor,
+    num_ar: Tensor | None,
+    segments: int,
+    tiles: LinearTiles | None,
+    x_scales: Tensor | None = None,
 ) -> None:
     """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where segments are split.
 
-    tiles: None for the usual ones.
+    tiles: None for the usual ones. x_scales: those of FP8 rows, as `quantise_rows` gives them.
     """
     rows, ins = x.shape
     weight, views = layer.weights[0], len(layer.weights)
@@ -117,10 +150,13 @@ def launch(
     split = cut.split and segments > 1
     row_tiles = triton.cdiv(rows, cut.rows) + (views > 1)
     bias = None if split else layer.bias
+    scales = layer.scales
     _linear_kernel[(triton.cdiv(outs, cut.outs) * row_tiles, segments if split else 1)](
         # The views' weights are neighbours in memory. A tile that reads into the next view's does not store it.
         TensorDescriptor(weight, [views * outs, ins], [ins, 1], [cut.outs, cut.depth]),
         TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [cut.rows, cut.depth]),
+        out if scales is None else scales,
+        out if x_scales is None else x_scales,
         out if bias is None else bias,
         out,
         out if num_ar is None else num_ar,
@@ -133,6 +169,7 @@ def launch(
         DEPTH=cut.depth,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
+        SCALED=scales is not None,
         SPLIT=split,
         WHOLE=segments == 1,
         HAS_BIAS=bias is not None,

@@ -11,7 +11,7 @@ outputs that one thread of the matrix unit holds."""
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A linear layer whose weights are kept as they are, in the dtype of its inputs."""
+    """A linear layer as plain tensors. Its weights have the dtype of its inputs, or FP8 with scales (see `fp8`)."""
 
     # One [out_features, in_features] for each view (AR, diffusion). On a GPU they are neighbours in memory, in this order.
     weights: tuple[Tensor, ...]
@@ -19,11 +19,14 @@ class DenseLayer:
     bias: Tensor | None = None
     # Whether the outputs are those of a gate and of up in turn, `GATE_BLOCK` of each, for `linear_silu_mul` on a GPU.
     interleaved: bool = False
+    # The scales of FP8 weights, one for each output: float32 [views, out_features]. None for other weights.
+    scales: Tensor | None = None
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the weights and the bias."""
-        return sum(weight.nbytes for weight in self.weights) + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of the weights, the bias and the scales."""
+        others = [tensor for tensor in (self.bias, self.scales) if tensor is not None]
+        return sum(tensor.nbytes for tensor in (*self.weights, *others))
 
 
 @dataclass(frozen=True)

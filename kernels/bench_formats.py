@@ -1,0 +1,83 @@
+"""`python -m orthrus.kernels.bench_formats`: the linear layers of Qwen3-8B in each weight format, as a pass runs them.
+
+All 36 layers and the LM head, one behind the other in a CUDA graph, with the norms and the picks that belong to them but without
+attention. For each number of rows: milliseconds, and the bytes of the weights over that time as a share of the read bandwidth.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.bench import HIDDEN, SHAPES, bandwidths, microseconds, randn
+from orthrus.kernels.linear import Weight, pack_weight
+from orthrus.kernels.linear.weight import Views
+from orthrus.kernels.workspace import BYTES, results_in, start_layer
+
+FORMATS = ("plain", "fp8")
+ROWS = (1, 8, 32, 64, 128, 256, 512)
+LAYERS = 36
+_DISTINCT = 4
+"""Layers with weights of their own: more than the L2 cache holds."""
+
+
+class Model:
+    """The linear layers of the model in one format, with random weights."""
+
+    def __init__(self, format: str) -> None:
+        def pack(name: str, parts: int = 1, head: bool = False) -> Weight:
+            outs, ins = SHAPES[name]
+            views: Views = [[{"weight": randn(outs // parts, ins) * 0.02} for _ in range(parts)]]
+            return pack_weight(views, format, gated=parts > 1, head=head)
+
+        names = ("qkv", 1), ("o", 1), ("gate_up", 2), ("down", 1)
+        self.layers = [[pack(name, parts) for name, parts in names] for _ in range(_DISTINCT)]
+        self.head = pack("lm_head", head=True)
+        self.norm = randn(HIDDEN)
+        layer_bytes = sum(weight.nbytes for weight in self.layers[0])
+        self.nbytes = LAYERS * layer_bytes + self.head.nbytes
+
+    def microseconds(self, rows: int) -> float:
+        """Time of a pass of so many rows."""
+        x = randn(rows, HIDDEN)
+        logits = torch.empty(rows, SHAPES["lm_head"][0], device="cuda")
+        none = torch.zeros(1, device="cuda", dtype=torch.int32)
+        temperatures = torch.zeros(rows, device="cuda")
+        keys = torch.zeros(rows, 2, device="cuda", dtype=torch.int32)
+        picks = torch.zeros(rows, device="cuda", dtype=torch.int32)
+
+        def run(_: int) -> Tensor:
+            hidden = normed = x
+            for i in range(LAYERS):
+                start_layer()
+                qkv, out, gate_up, down = self.layers[i % _DISTINCT]
+                attended = qkv.linear(normed)[:, :HIDDEN]
+                hidden, normed = out.linear_add_rms_norm(attended, hidden, self.norm, 1e-6)
+                gated = gate_up.linear_silu_mul(normed)
+                hidden, normed = down.linear_add_rms_norm(gated, hidden, self.norm, 1e-6)
+            self.head.linear_gumbel_argmax(normed, logits, none, temperatures, keys, picks, none)
+            return picks
+
+        with results_in(torch.empty(BYTES, dtype=torch.uint8, device="cuda")):
+            return microseconds(run, 1)
+
+
+def main() -> None:
+    """Print one line for each number of rows."""
+    parser = argparse.ArgumentParser(prog="python -m orthrus.kernels.bench_formats", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows to measure")
+    rows = parser.parse_args().rows
+    torch.manual_seed(0)
+    _, read = bandwidths()
+    print(f"{torch.cuda.get_device_name()}: read {read:.0f} GB/s")
+    models = {format: Model(format) for format in FORMATS}
+    for count in rows:
+        cells = []
+        for format, model in models.items():
+            us = model.microseconds(count)
+            cells.append(f"{format} {us / 1e3:7.3f} ms {model.nbytes / us / 1e3 / read:4.0%}")
+        print(f"{count:4} rows  " + "  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""FP8 on a GPU: rows as e4m3 numbers with a scale each. The numbers are those of `fp8`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from orthrus.kernels.device import chaining
+from orthrus.kernels.workspace import empty
+
+
+@triton.jit
+def round_row(x):
+    """A row x as e4m3 numbers, and the scale by which they must be multiplied."""
+    largest = tl.max(tl.abs(x), 0)
+    scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+    return tl.div_rn(x, scale).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _quantise_kernel(x, numbers, scales, width, stride, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < width
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    number, scale = round_row(tl.load(x + row * stride + place, mask=inside, other=0.0).to(tl.float32))
+    tl.store(numbers + row * width + place, number, mask=inside)
+    tl.store(scales + row, scale)
+
+
+class RoundedRows(Tensor):
+    """Rows [rows, width] that were rounded to FP8 by the kernel that made them. To other operations they are plain rows."""
+
+    numbers: Tensor
+    """e4m3 [rows, width]."""
+    scales: Tensor
+    """float32 [rows]."""
+
+    # Results of operations on such rows are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, rows: Tensor, numbers: Tensor, scales: Tensor) -> "RoundedRows":
+        result = rows.as_subclass(cls)
+        result.numbers, result.scales = numbers, scales
+        return result
+
+
+def empty_rounded(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the numbers and scales of rows."""
+    return empty((rows, width), torch.float8_e4m3fn, device), empty((rows,), torch.float32, device)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `fp8.quantise_rows`. Nothing is left to do for `RoundedRows`."""
+    if isinstance(x, RoundedRows):
+        return x.numbers, x.scales
+    rows, width = x.shape
+    numbers, scales = empty_rounded(rows, width, x.device)
+    size = triton.next_power_of_2(width)
+    _quantise_kernel[(rows,)](
+        x,
+        numbers,
+        scales,
+        width,
+        x.stride(0),
+        WIDTH=size,
+        num_warps=min(32, max(1, size // 512)),
+        **chaining(),
+    )
+    return numbers, scales

@@ -1,0 +1,153 @@
+"""What a stream kernel goes through: its share of the weight's tiles, and the ring of shared memory that they pass through."""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
+
+
+class Grid(NamedTuple):
+    """How the work of a launch is divided into units: a tile of outputs and rows, and one segment of the inputs."""
+
+    split: gl.tensor  # Number of AR rows.
+    ar_tiles: gl.tensor  # Row tiles of these.
+    row_tiles: gl.tensor  # All row tiles; none has rows of both views.
+    segments: gl.tensor
+    steps: gl.tensor  # Steps of a segment.
+    num_rows: gl.tensor
+    num_outs: gl.tensor  # Outputs of one view.
+    units: gl.tensor
+    programs: gl.tensor
+
+
+class Unit(NamedTuple):
+    """Where a unit of work lies."""
+
+    weight_at: gl.tensor  # First row of the weight, which has the views one behind the other.
+    out_at: gl.tensor  # First output.
+    row_at: gl.tensor  # First input row.
+    row_end: gl.tensor  # The row behind the view's last.
+    segment: gl.tensor
+
+
+class Cursor(NamedTuple):
+    """A step of a program: a tile of the weight and one of the input rows, which meet."""
+
+    unit: gl.tensor
+    step: gl.tensor  # Of its segment.
+    weight_at: gl.tensor
+    row_at: gl.tensor
+    k: gl.tensor  # First input.
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, filled in turn."""
+
+    weights: gl.shared_memory_descriptor  # [places, outs, depth]
+    rows: gl.shared_memory_descriptor  # [places, rows, depth]
+    full: gl.shared_memory_descriptor  # For each place a barrier: both tiles have arrived.
+
+
+@gluon.jit
+def make_grid(
+    num_ar,
+    num_rows,
+    num_outs,
+    steps,
+    segments,
+    OUTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    TWO_VIEWS: gl.constexpr,
+):
+    split = num_rows
+    if TWO_VIEWS:
+        split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+    ar_tiles = gl.cdiv(split, ROWS)
+    row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
+    units = row_tiles * gl.cdiv(num_outs, OUTS) * segments
+    return Grid(split, ar_tiles, row_tiles, segments, steps, num_rows, num_outs, units, gl.num_programs(0))
+
+
+@gluon.jit
+def unit_of(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
+    """Where a unit lies. Segments change fastest, then row tiles, so that neighbours share a tile of the weight."""
+    segment = number % grid.segments
+    tile = number // grid.segments
+    row_tile = tile % grid.row_tiles
+    out_at = tile // grid.row_tiles * OUTS
+    diffusion = row_tile >= grid.ar_tiles
+    row_at = gl.where(diffusion, grid.split + (row_tile - grid.ar_tiles) * ROWS, row_tile * ROWS)
+    row_end = gl.where(diffusion, grid.num_rows, grid.split)
+    weight_at = out_at + gl.where(diffusion, grid.num_outs, 0)
+    return Unit(weight_at, out_at, row_at, row_end, segment)
+
+
+@gluon.jit
+def first_step(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """The first step of a unit."""
+    unit = unit_of(number, grid, OUTS, ROWS)
+    return Cursor(number, gl.to_tensor(0), unit.weight_at, unit.row_at, unit.segment * grid.steps * DEPTH)
+
+
+@gluon.jit
+def advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """The step after this one: further along the inputs, or the first of the program's next unit."""
+    step = cursor.step + 1
+    cursor = Cursor(cursor.unit, step, cursor.weight_at, cursor.row_at, cursor.k + DEPTH)
+    if step == grid.steps:
+        cursor = first_step(cursor.unit + grid.programs, grid, OUTS, ROWS, DEPTH)
+    return cursor
+
+
+@gluon.jit
+def fetch_weights(w, ring, place, cursor, wanted):
+    """Ask for a step's tile of the weight, and let the place's barrier wait for it and for the rows."""
+    LOADED: gl.constexpr = (
+        (ring.weights.shape[1] + ring.rows.shape[1]) * ring.rows.shape[2] * w.dtype.primitive_bitwidth // 8
+    )
+    full = ring.full.index(place)
+    mbarrier.expect(full, LOADED, pred=wanted)
+    tma.async_copy_global_to_shared(
+        w, [cursor.weight_at, cursor.k], full, ring.weights.index(place), pred=wanted
+    )
+
+
+@gluon.jit
+def fetch_rows(x, ring, place, cursor, wanted):
+    """Ask for a step's tile of the input rows."""
+    tma.async_copy_global_to_shared(
+        x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted
+    )
+
+
+@gluon.jit
+def fill_ring(
+    w,
+    x,
+    ring,
+    grid,
+    total,
+    OUTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CHAINED: gl.constexpr,
+):
+    """Ask for the tiles of the program's first steps, and for the weights before the input rows are there.
+
+    Returns the step behind these.
+    """
+    RING: gl.constexpr = ring.full.shape[0]
+    first = first_step(gl.program_id(0), grid, OUTS, ROWS, DEPTH)
+    ahead = first
+    for place in gl.static_range(RING):
+        fetch_weights(w, ring, place, ahead, place < total)
+        ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+    if CHAINED:
+        gdc_wait()
+    ahead = first
+    for place in gl.static_range(RING):
+        fetch_rows(x, ring, place, ahead, place < total)
+        ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+    return ahead
