@@ -14,8 +14,8 @@ from orthrus.kernels.workspace import empty
 def round_row(x):
     """A row x as e4m3 numbers, and the scale by which they must be multiplied."""
     largest = tl.max(tl.abs(x), 0)
-    scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
-    return tl.div_rn(x, scale).to(tl.float8e4nv), scale
+    full = tl.where(largest > 0, largest, 448.0)
+    return (x * tl.div_rn(448.0, full)).to(tl.float8e4nv), full * (1.0 / 448.0)
 
 
 @triton.jit
