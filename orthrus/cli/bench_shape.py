@@ -13,7 +13,7 @@ def add_parser(commands: Commands) -> None:
         "shape", help="a published model's shape with random weights on this GPU, beside Hugging Face"
     )
     parser.add_argument("shape", help="a size of Qwen3, such as 8B")
-    add_batch_option(parser, [1, 64])
+    add_batch_option(parser, [1, 4, 16, 64, 256])
     parser.add_argument(
         "--context",
         type=positive,
@@ -24,8 +24,32 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--tokens-per-cycle",
         type=float,
-        default=10.6,
-        help="what replayed drafts bring (default: %(default)s, published for Orthrus-Qwen3-8B on GSM8K)",
+        nargs="+",
+        default=[10.6, 3.84],
+        help="what replayed drafts bring; each number has lines of its own (default: 10.6 and 3.84, which are published for "
+        "Orthrus on GSM8K and MT-Bench)",
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        help="how often drafts are right by depth, from `orthrus train eval --profile`, scaled to --tokens-per-cycle "
+        "(default: the same chance at every depth)",
+    )
+    parser.add_argument(
+        "--mixed-batch",
+        type=int,
+        default=16,
+        help="size of a batch of which half has the first tokens per cycle, half 2.0; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=positive,
+        nargs="*",
+        default=[2048, 8192],
+        help="lengths of fresh prompts whose first token is timed (default: 2048 8192)",
+    )
+    parser.add_argument(
+        "--draft-weights", choices=("auto", "same", "fp8"), default="auto", help="as the engine's setting"
     )
     parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
@@ -35,7 +59,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report, and write and draw it where asked to."""
-    from orthrus.measure.shape_bench import ShapeBenchOptions, plot, shape_bench
+    from orthrus.measure.shape_bench import ShapeBenchOptions, shape_bench
+    from orthrus.measure.shape_report import plot
 
     options = ShapeBenchOptions(
         shape=arguments.shape,
@@ -43,7 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
         context=arguments.context,
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
-        tokens_per_cycle=arguments.tokens_per_cycle,
+        tokens_per_cycle=tuple(arguments.tokens_per_cycle),
+        profile=arguments.profile,
+        mixed_batch=arguments.mixed_batch,
+        draft_weights=arguments.draft_weights,
+        prompts=tuple(arguments.prompts),
         hugging_face=not arguments.no_hugging_face,
     )
     report = shape_bench(options, progress=progress)

@@ -28,6 +28,12 @@ def add_parser(commands: Commands) -> None:
         command.add_argument("config", type=Path, help="the run's YAML file, such as configs/train/tiny.yaml")
         command.add_argument("--work", type=Path, help="instead of the file's `work`")
         command.add_argument("--out", type=Path, help="instead of the file's `out`")
+        if stage == "eval":
+            command.add_argument(
+                "--profile",
+                type=Path,
+                help="write how often drafts are right here, for `orthrus bench shape`",
+            )
         command.set_defaults(run=run, stage=stage)
 
 
@@ -37,4 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     from orthrus.training.settings import read_settings
     from orthrus.training.stages import run_stage
 
-    run_stage(arguments.stage, read_settings(Run, arguments.config, work=arguments.work, out=arguments.out))
+    settings = read_settings(Run, arguments.config, work=arguments.work, out=arguments.out)
+    if getattr(arguments, "profile", None) is not None:
+        evaluated = settings.eval.model_copy(update={"profile": arguments.profile})
+        settings = settings.model_copy(update={"eval": evaluated})
+    run_stage(arguments.stage, settings)

@@ -1,7 +1,8 @@
 """`Engine`: the loop of `EngineCore`, loaded from a checkpoint, and calls that wait for their result."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -80,6 +81,12 @@ class Engine(EngineCore):
 
         Raises RequestError if there are too many tokens, and while requests are running.
         """
+        with self.scored(tokens) as (logits, _):
+            return logits
+
+    @contextmanager
+    def scored(self, tokens: Sequence[int]) -> Iterator[tuple[Tensor, list[int]]]:
+        """What `score` gives, and the pages that hold the keys and values of `tokens` as long as the context lasts."""
         self.check(Request(f"score-{next(_request_numbers)}", tokens))
         pages = None if self.has_work else self._pool.allocate(-(-len(tokens) // self.page_size))
         if pages is None:
@@ -91,9 +98,9 @@ class Engine(EngineCore):
             for start in range(0, len(tokens), chunk):
                 span = list(tokens[start : start + chunk])
                 logits.append(self.runner.logits([RowGroup(View.AR, span, start, pages, 0, len(span))]))
+            yield torch.cat(logits), pages
         finally:
             self._pool.release(pages)
-        return torch.cat(logits)
 
 
 _request_numbers = itertools.count()

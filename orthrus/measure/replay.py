@@ -3,18 +3,20 @@
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from orthrus.engine import Engine
-from orthrus.engine.sizing import DECODE_ROWS
+from orthrus.measure.acceptance import AcceptanceProfile
 from orthrus.plan import RowGroup
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.orthrus import OrthrusSchedule
-from orthrus.schedules.planner import DraftPlanner
 from orthrus.schedules.protocol import Commit, Schedule, Turn
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
+_Block = tuple[RowGroup, list[int], list[int]]
+"""A block, the right tokens after its rows, as far as they are known, and the rank of each: 0 is the likeliest."""
 
 
 class ReplaySchedule:
@@ -23,20 +25,25 @@ class ReplaySchedule:
     `learn` tells it the text that AR decoding makes of each prompt.
     """
 
-    def __init__(self, schedule: Schedule, vocab_size: int, agreement: float, seed: int = 0) -> None:
-        """agreement: chance that a draft is right if all before it are."""
+    def __init__(
+        self, schedule: Schedule, vocab_size: int, profiles: Sequence[AcceptanceProfile], seed: int = 0
+    ) -> None:
+        """profiles: how often drafts are right. Texts have them in turn, in the order in which they are learned."""
         self.max_groups = schedule.max_groups
         self.max_rows, self.max_logits = schedule.max_rows, schedule.max_logits
         self._schedule = schedule
         self._vocab_size, self._seed = vocab_size, seed
-        self._log_agreement = math.log(min(max(agreement, 1e-9), 1 - 1e-9))
-        self._texts: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        # The last replayed drafts of each sequence: a turn that advances is also committed, with the same drafts.
-        self._replayed: WeakKeyDictionary[SequenceState, tuple[RowGroup, list[int]]] = WeakKeyDictionary()
+        self._profiles = profiles
+        self._texts: dict[tuple[tuple[int, ...], int], tuple[AcceptanceProfile, list[int]]] = {}
+        # The last block of each sequence: a turn that advances is also committed, with the same drafts.
+        self._blocks: WeakKeyDictionary[SequenceState, _Block] = WeakKeyDictionary()
 
     def learn(self, prompt: Sequence[int], params: SamplingParams, tokens: Sequence[int]) -> None:
         """Note that AR decoding continues `prompt` with `tokens`."""
-        self._texts[_key(prompt, params)] = [*prompt, *tokens]
+        key = _key(prompt, params)
+        known = self._texts.get(key)
+        profile = known[0] if known else self._profiles[len(self._texts) % len(self._profiles)]
+        self._texts[key] = profile, [*prompt, *tokens]
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         return self._schedule.plan(sequence, batch)
@@ -52,47 +59,64 @@ class ReplaySchedule:
     ) -> list[list[int]]:
         """`picks` with those replaced that are drafts."""
         return [
-            self._replay(sequence, group) if drafts else own
+            self._replay(sequence, group, len(own)) if drafts else own
             for own, group, drafts in zip(picks, turn.groups, turn.drafting, strict=True)
         ]
 
-    def _replay(self, sequence: SequenceState, block: RowGroup) -> list[int]:
-        last = self._replayed.get(sequence)
+    def _replay(self, sequence: SequenceState, block: RowGroup, count: int) -> list[int]:
+        """`count` picks of a block: the likeliest token of every row, then the second likeliest of every row, and so on."""
+        last = self._blocks.get(sequence)
         if last is None or last[0] is not block:
-            last = self._replayed[sequence] = block, self._draw(sequence, block)
-        return last[1]
+            last = self._blocks[sequence] = block, *self._draw(sequence, block)
+        _, right, ranks = last
+        picks: list[int] = []
+        for rank in range(count // max(1, block.num_logits)):
+            # What is not the right token is a wrong one, another at each rank.
+            picks += [
+                (token + (own != rank) * (1 + rank)) % self._vocab_size
+                for token, own in zip(right, ranks, strict=True)
+            ]
+            picks += [0] * (block.num_logits - len(right))
+        return picks
 
-    def _draw(self, sequence: SequenceState, block: RowGroup) -> list[int]:
-        text = self._texts[_key(sequence.tokens[: sequence.num_prompt], sequence.params)]
+    def _draw(self, sequence: SequenceState, block: RowGroup) -> tuple[list[int], list[int]]:
+        """The right tokens of a block and their ranks."""
+        prompt = sequence.tokens[: sequence.num_prompt]
+        profile, text = self._texts[_key(prompt, sequence.params)]
         right = text[block.start + 1 : block.start + 1 + block.num_logits]
         # Draws that spread evenly over a sequence's cycles: a few bring what many would on average.
+        rng = random.Random(hash((self._seed, *text[-4:], sequence.cycles)))
         first = random.Random(hash((self._seed, *text[-4:]))).random()
-        draw = (first + sequence.cycles * _GOLDEN) % 1.0
-        wrong = int(math.log1p(-draw) / self._log_agreement)
-        tokens = [(t + (depth == wrong)) % self._vocab_size for depth, t in enumerate(right)]
-        return tokens + [0] * (block.num_logits - len(tokens))
+        draw = 1.0 - (first + sequence.cycles * _GOLDEN) % 1.0
+        num_right = sum(reached >= draw for reached in profile.reached(len(right)))
+        ranks = [0] * num_right
+        for depth in range(num_right, len(right)):
+            likeliest, *others = profile.at(depth)
+            # The first wrong draft of the chain is known to be wrong. Those after it matter to trees only.
+            weights = [0.0 if depth == num_right else likeliest, *others]
+            weights.append(max(0.0, 1.0 - likeliest - sum(others)) + 1e-9)
+            ranks += rng.choices([*range(len(weights) - 1), -1], weights)
+        return right, ranks
 
 
-def replaying(engine: Engine, agreement: float, seed: int = 0) -> ReplaySchedule:
-    """Give an Orthrus engine a schedule that replays drafts, with blocks of full length. `learn` then tells it the texts."""
-    model = engine.model_config
-    assert model.block_size is not None and model.mask_token_id is not None
-    orthrus = OrthrusSchedule(DraftPlanner(model.block_size, None, DECODE_ROWS), model.mask_token_id)
-    schedule = ReplaySchedule(orthrus, model.vocab_size, agreement, seed)
+def replaying(
+    engine: Engine,
+    *profiles: AcceptanceProfile,
+    adaptive: bool = False,
+    block_rows: int | None = None,
+    seed: int = 0,
+) -> ReplaySchedule:
+    """Give an Orthrus engine a schedule that replays drafts. `learn` then tells it the texts.
+
+    adaptive: plan blocks as a server does, which first measures what passes cost. Else all have `block_rows` rows, or the
+    model's block size.
+    """
+    context = engine.schedule_context()
+    settings = {"adaptive_draft": adaptive, "draft_length": block_rows}
+    own = OrthrusSchedule.build(replace(context, config=context.config.model_copy(update=settings)))
+    schedule = ReplaySchedule(own, engine.model_config.vocab_size, profiles, seed)
     engine.use_schedule(schedule)
     return schedule
-
-
-def agreement_for(tokens_per_cycle: float, block_rows: int) -> float:
-    """The chance of each draft with which a block brings so many tokens: 1 + a + a^2 + ... + a^(rows - 1)."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if sum(middle**depth for depth in range(block_rows)) < tokens_per_cycle:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def _key(prompt: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], int]:

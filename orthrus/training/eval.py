@@ -47,6 +47,8 @@ class EvalSettings(Settings):
     """Block lengths to try. Those over the checkpoint's are left out."""
     leads: tuple[bool, ...] = (True, False)
     """Whether to try blocks with a lead (True), without one (False), or both."""
+    profile: Path | None = None
+    """Where to write how often drafts are right, by depth and rank, for `orthrus bench shape --profile`. None: nowhere."""
     shown: int = 10
     """Number of texts to keep in the report."""
     seed: int = 1

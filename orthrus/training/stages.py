@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +16,18 @@ from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
+from orthrus.requests.request import SamplingParams
 from orthrus.text.tokenizer import load_tokenizer
 from orthrus.training import corpus as corpora
 from orthrus.training.base import train_base
 from orthrus.training.batches import TokenStream
 from orthrus.training.data import generate, read_shards, texts_origin
 from orthrus.training.distributed import connected, local_device, rank_and_world
-from orthrus.training.eval import held_out_loss, measure_drafts, table
+from orthrus.training.eval import EvalSettings, held_out_loss, measure_drafts, table
 from orthrus.training.heads import train_heads
 from orthrus.training.model import TwoViewModel, initialise, load_frozen
 from orthrus.training.plot import plot
+from orthrus.training.profile import measure_profile
 from orthrus.training.prompts import digest
 from orthrus.training.run import Run, fingerprint, needed
 from orthrus.training.settings import read_settings
@@ -183,8 +185,23 @@ def _eval(run: Run) -> None:
             flush=True,
         )
     report["drafts"] = drafts
+    if settings.profile is not None:
+        _write_profile(engine, prompts, settings, settings.profile)
     (run.work / "eval.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
+
+
+def _write_profile(
+    engine: Engine, prompts: Sequence[Sequence[int]], settings: EvalSettings, file: Path
+) -> None:
+    """Measure an acceptance profile on greedy texts, and write it."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=settings.new_tokens, ignore_eos=settings.prompts is None
+    )
+    texts = [completion.token_ids for [completion] in engine.generate(prompts, params)]
+    source = f"{engine.model_config.name}, {len(prompts)} greedy texts"
+    measure_profile(engine, prompts, texts, source).write(file)
+    print(f"acceptance profile: {file}")
 
 
 def _plot(run: Run) -> None:

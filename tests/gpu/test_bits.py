@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.engine import Engine
+from orthrus.measure.acceptance import chain_profile
 from orthrus.measure.drift import Result, find_drifts
 from orthrus.measure.random_model import shape_config, shape_engine
-from orthrus.measure.replay import agreement_for, replaying
+from orthrus.measure.replay import replaying
 from orthrus.measure.verify import run
 from orthrus.requests.request import Request, SamplingParams
 
@@ -84,7 +85,7 @@ def test_no_bit_differs(ahead: bool, least: int) -> None:
     torch.cuda.empty_cache()
 
     orthrus = engine("orthrus", prefill_chunk=512, kv_cache_tokens=4 * LONGEST)
-    schedule = replaying(orthrus, agreement_for(4.0, 32))
+    schedule = replaying(orthrus, chain_profile(4.0, 32))
     for request in asked:
         schedule.learn(request.prompt, request.params, expected[request.request_id].token_ids)
     got = run(orthrus, random.Random(2).sample(asked, len(asked)), limits(2))

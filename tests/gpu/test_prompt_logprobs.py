@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.engine import Engine
+from orthrus.measure.acceptance import chain_profile
 from orthrus.measure.drift import Result
-from orthrus.measure.replay import agreement_for, replaying
+from orthrus.measure.replay import replaying
 from orthrus.measure.verify import run
 from orthrus.requests.request import PromptLogprobs, Request, SamplingParams
 from tests.gpu.test_bits import LONGEST, engine, limits
@@ -81,7 +82,7 @@ def test_no_bit_differs_from_decoding(
     other = engine(schedule, prefill_chunk=prefill_chunk, kv_cache_tokens=contexts * LONGEST)
     beside = [replace(request, request_id=f"beside {request.request_id}") for request in decoding(None)]
     if schedule == "orthrus":
-        drafts = replaying(other, agreement_for(4.0, 32))
+        drafts = replaying(other, chain_profile(4.0, 32))
         for request in beside:
             name = request.request_id.removeprefix("beside ")
             drafts.learn(request.prompt, request.params, decoded[name].token_ids)

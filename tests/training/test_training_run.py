@@ -18,6 +18,7 @@ from orthrus.cli import train as train_command
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.measure.acceptance import AcceptanceProfile
 from orthrus.models.families import family_of, load_config
 from orthrus.requests.request import SamplingParams
 from orthrus.training.data import read_shards
@@ -80,8 +81,8 @@ def write_run(folder: Path, name: str = "run", **sections: Any) -> Path:
     return file
 
 
-def train(stage: str, config: Path) -> None:
-    assert main(["train", stage, str(config)]) == 0
+def train(stage: str, config: Path, *options: str) -> None:
+    assert main(["train", stage, str(config), *options]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_ends_in_heads_that_draft_through_the_engine(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train("eval", run)
+    profile = work_of(run) / "profile.json"
+    train("eval", run, "--profile", str(profile))
     report = json.loads((work_of(run) / "eval.json").read_text())
     rows = {(row["temperature"], row["block_rows"], row["lead"]): row for row in report["drafts"]}
     assert set(rows) == {(t, 4, lead) for t in (0.0, 0.7, 1.0) for lead in (True, False)}
@@ -126,6 +128,10 @@ def test_a_run_ends_in_heads_that_draft_through_the_engine(
     assert behind_lead[0] == 1.0 > behind_lead[1] >= behind_lead[3] > 0
     assert 0 < report["held_out_loss"] < 5.5
     assert f"{rows[0.0, 4, True]['tokens_per_cycle']:.2f}" in capsys.readouterr().out
+    # The profile's blocks begin and end where those of the engine do.
+    acceptance = AcceptanceProfile.read(profile)
+    assert acceptance.tokens_per_cycle(4) == pytest.approx(rows[0.0, 4, False]["tokens_per_cycle"], abs=0.4)
+    assert all(0 < sum(depth) <= 1.001 for depth in acceptance.chances)
     train("plot", run)
     for name in ("base", "heads", "eval"):
         assert "<svg" in (work_of(run) / f"{name}.svg").read_text()

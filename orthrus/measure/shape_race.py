@@ -1,0 +1,106 @@
+"""The contestants of `orthrus bench shape` decode the same prompts in turn, round after round."""
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+
+from orthrus.engine import Engine
+from orthrus.measure.acceptance import AcceptanceProfile
+from orthrus.measure.contest import Contestant, Output, Progress, engine_contestant, ratio
+from orthrus.measure.hugging_face import COMPILED
+from orthrus.measure.replay import ReplaySchedule, replaying
+from orthrus.measure.shape_report import Speed
+from orthrus.requests.request import SamplingParams
+from orthrus.schedules.ar import ARSchedule
+from orthrus.schedules.protocol import Schedule
+
+
+def our_contestants(
+    engine: Engine, profiles: Sequence[tuple[str, Sequence[AcceptanceProfile]]], fixed_rows: Sequence[int]
+) -> list[Contestant]:
+    """`ar`, and for each acceptance the planner as shipped and blocks of each length in `fixed_rows`.
+
+    profiles: names of acceptances, each with the profiles that its texts have in turn.
+    """
+    replayed: dict[str, ReplaySchedule] = {}
+    for name, acceptance in profiles:
+        replayed[f"orthrus at {name}"] = replaying(engine, *acceptance, adaptive=True)
+        for rows in fixed_rows:
+            replayed[f"{rows} rows at {name}"] = replaying(engine, *acceptance, block_rows=rows)
+    ar = _recorded(_scheduled("ar", engine, ARSchedule()), list(replayed.values()))
+    return [ar, *(_scheduled(name, engine, schedule) for name, schedule in replayed.items())]
+
+
+def race(
+    contestants: Sequence[Contestant],
+    ours: Sequence[str],
+    prompts: list[list[int]],
+    new_tokens: int,
+    rounds: int,
+    progress: Progress,
+) -> tuple[list[Speed], bool]:
+    """The speed of each contestant, and whether all of `ours` gave the tokens of `ar`, the first contestant.
+
+    Decoding alone is timed: what prompts take is measured and taken off.
+    """
+    seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
+    outputs: dict[str, Output] = {}
+    for contestant in contestants:
+        contestant.run(prompts, new_tokens)  # Compiles, teaches the AR texts, and lets the planner learn.
+    gc.collect()
+    gc.freeze()  # As a replica does, here what Hugging Face's compiler has left too.
+    for number in range(rounds):
+        for contestant in contestants:
+            prefill = _timed(contestant, prompts, 1)[0]
+            whole, outputs[contestant.name] = _timed(contestant, prompts, new_tokens)
+            seconds[contestant.name].append(whole - prefill)
+        progress(f"batch {len(prompts)}: round {number + 1} of {rounds}")
+    decoded = len(prompts) * (new_tokens - 1)
+    speeds = [
+        Speed(
+            contestant=name,
+            batch=len(prompts),
+            tokens_per_second=decoded / statistics.median(own),
+            over_ar=ratio(own, seconds["ar"]),
+            over_compiled=ratio(own, seconds[COMPILED]) if COMPILED in seconds else None,
+            tokens_per_cycle=decoded / max(1, outputs[name].cycles),
+        )
+        for name, own in seconds.items()
+    ]
+    for speed in speeds:  # A long run that is broken off has told this much.
+        progress(
+            f"batch {speed.batch}: {speed.contestant} {speed.tokens_per_second:.1f} tok/s, {speed.over_ar} ar"
+        )
+    return speeds, all(outputs[name].token_ids == outputs["ar"].token_ids for name in ours)
+
+
+def _scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
+    """The engine with one of its schedules: weights and cache are there once."""
+    contestant = engine_contestant(engine)
+
+    def run(prompts: list[list[int]], new_tokens: int) -> Output:
+        engine.use_schedule(schedule)
+        return contestant.run(prompts, new_tokens)
+
+    return Contestant(name, run)
+
+
+def _recorded(contestant: Contestant, schedules: Sequence[ReplaySchedule]) -> Contestant:
+    """The AR contestant, whose texts the replayed drafts are made of."""
+
+    def run(prompts: list[list[int]], new_tokens: int) -> Output:
+        output = contestant.run(prompts, new_tokens)
+        for prompt, tokens in zip(prompts, output.token_ids, strict=True):
+            for schedule in schedules:
+                schedule.learn(prompt, SamplingParams(temperature=0.0), tokens)
+        return output
+
+    return Contestant(contestant.name, run)
+
+
+def _timed(contestant: Contestant, prompts: list[list[int]], new_tokens: int) -> tuple[float, Output]:
+    """Seconds and output. Every contestant gives token ids as numbers, so the GPU has done its work by then."""
+    begin = time.perf_counter()
+    output = contestant.run(prompts, new_tokens)
+    return time.perf_counter() - begin, output
