@@ -27,6 +27,7 @@ from orthrus.kernels.linear.gpu import TritonWeight
 from orthrus.kernels.linear.tiles import num_segments
 from orthrus.kernels.linear.types import LinearTiles
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.rows.types import KVWrites
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 12288, 32, 8, 128, 64
 SHAPES = {
@@ -298,7 +299,7 @@ class LayerStack:
         self.hidden, self.norm = randn(rows, HIDDEN), randn(HIDDEN)
         self.cos, self.sin = randn(rows, 1, HEAD_DIM), randn(rows, 1, HEAD_DIM)
         self.num_ar = torch.tensor([0 if diffusion else rows], dtype=torch.int32, device="cuda")
-        self.slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+        self.writes = KVWrites.single(torch.arange(rows, dtype=torch.int32, device="cuda"))
         self.slot_cache = [cache.flatten(1, 2) for cache in self.attention.cache]
         self.bytes = depth * sum(outs * ins * 2 for name, (outs, ins) in SHAPES.items() if name != "lm_head")
 
@@ -307,7 +308,7 @@ class LayerStack:
         rows = hidden.shape[0]
         for qkv_layer, out, gate_up, down, norms in self.layers:
             qkv = qkv_layer.linear(normed, self.num_ar).view(rows, -1, HEAD_DIM)
-            qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.slots, *self.slot_cache)
+            qk_norm_rope(qkv, norms, self.cos, self.sin, 1e-6, self.num_ar, self.writes, *self.slot_cache)
             attended = paged_attention(qkv, *self.attention.cache, self.plan, HEAD_DIM**-0.5)
             hidden, normed = out.linear_add_rms_norm(attended, hidden, self.norm, 1e-6, self.num_ar)
             gated = gate_up.linear_silu_mul(normed)

@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.attention import AttentionGroup, AttentionPlan
+from orthrus.kernels.rows.types import KVWrites
+
+MAX_RANKS = 4
+"""Most tokens that a row can pick."""
+MORE_SLOTS = 4
+"""Most further slots that the rows of a turn write to, for each of its rows: see `RowGroup.parent`."""
 
 
 class View(Enum):
@@ -43,6 +49,10 @@ class RowGroup:
     """The first row that needs logits, counted within the group."""
     logits_to: int
     """The row after the last one that needs logits."""
+    parent: "RowGroup | None" = None
+    """The group of the same pass that these rows continue: as they see it, it ends before `start`. None: no row of the pass comes
+    before them in their sequence. The page of position `start` may not be the parent's. The parent's rows in it are written to
+    both pages, and so are the rows of the parent's own parents."""
 
     @property
     def end(self) -> int:
@@ -64,6 +74,10 @@ class FlatRows:
     """int32 [rows]."""
     slots: np.ndarray
     """int32 [rows], where an AR row's key and value go, page * page_size + offset in the page; 0 for diffusion rows."""
+    more_ends: np.ndarray
+    """int32 [rows], the end of each row's part of `more_slots`, as in `KVWrites`."""
+    more_slots: np.ndarray
+    """int32, further slots that AR rows write to."""
     num_ar: int
     """How many rows are AR rows; these come first."""
     groups: tuple[AttentionGroup, ...]
@@ -80,8 +94,8 @@ class PassPlan:
     """int32 or int64 [rows]."""
     positions: Tensor
     """int32 or int64 [rows]."""
-    slots: Tensor
-    """int32 or int64 [rows]."""
+    writes: KVWrites
+    """Where AR rows write their keys and values."""
     num_ar: Tensor
     """int32 [1]."""
     attention: AttentionPlan
@@ -102,7 +116,7 @@ class PassPlan:
         return PassPlan(
             tokens=tensor(rows.tokens),
             positions=tensor(rows.positions),
-            slots=tensor(rows.slots),
+            writes=KVWrites(tensor(rows.slots), tensor(rows.more_ends), tensor(rows.more_slots)),
             num_ar=torch.tensor([rows.num_ar], dtype=torch.int32, device=device),
             attention=AttentionPlan(rows.groups, page_size, heads_per_kv, device),
             logit_rows=tensor(rows.logit_rows),
@@ -115,6 +129,7 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
     positions: list[int] = []
     slots: list[int] = []
     written: dict[int, int] = {}
+    more: dict[int, list[int]] = {}
     order, first_rows = _pass_order(groups), [0] * len(groups)
     for index in order:
         group = groups[index]
@@ -123,6 +138,8 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         positions.extend(range(group.start, group.end))
         if group.view is View.AR:
             _append_slots(slots, written, group, page_size)
+    if any(group.parent is not None for group in groups):
+        more = _slots_in_branches(groups, first_rows, written, page_size)
     attention = [
         AttentionGroup(
             first_rows[index],
@@ -143,6 +160,10 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         tokens=np.array(tokens, np.int32),
         positions=np.array(positions, np.int32),
         slots=np.array(slots, np.int32),
+        more_ends=np.cumsum([len(more.get(row, ())) for row in range(len(tokens))], dtype=np.int32)
+        if more
+        else np.zeros(len(tokens), np.int32),
+        more_slots=np.array([slot for row in sorted(more) for slot in more[row]], np.int32),
         num_ar=num_ar,
         groups=tuple(attention),
         logit_rows=np.array(logit_rows, np.int32),
@@ -165,6 +186,33 @@ def _append_slots(slots: list[int], written: dict[int, int], group: RowGroup, pa
         slots.extend(range(slot, slot + count))
         start += count
         num_rows -= count
+
+
+def _slots_in_branches(
+    groups: Sequence[RowGroup], first_rows: Sequence[int], written: dict[int, int], page_size: int
+) -> dict[int, list[int]]:
+    """The further slots of each row whose position lies in a page where a group goes on that continues it.
+
+    written: as in `_append_slots`.
+    """
+    more: dict[int, list[int]] = defaultdict(list)
+    rows = {id(group): row for group, row in zip(groups, first_rows, strict=True)}
+    for group in groups:
+        if group.parent is None:
+            continue
+        index, offset = divmod(group.start, page_size)
+        page, page_start = group.block_table[index], group.start - offset
+        end = group.start
+        parent: RowGroup | None = group.parent
+        while parent is not None and end > page_start:
+            begin = max(parent.start, page_start)
+            for position in range(begin, end):
+                more[rows[id(parent)] + position - parent.start].append(
+                    page * page_size + position - page_start
+                )
+            written[page] = begin
+            end, parent = begin, parent.parent
+    return more
 
 
 def _writes_from(group: RowGroup, written: dict[int, int], page_size: int) -> int | None:

@@ -65,7 +65,8 @@ def test_the_plan_has_the_same_numbers_on_the_device() -> None:
     groups = [diffusion([1, -3], 4, [2]), ar([5, 6, 7], 1, [2])]
     rows = flatten(groups, PAGE)
     plan = PassPlan.build(groups, page_size=PAGE, heads_per_kv=2, device=torch.device("cpu"))
-    for name in ("tokens", "positions", "slots", "logit_rows"):
+    assert plan.writes.slots.tolist() == rows.slots.tolist()
+    for name in ("tokens", "positions", "logit_rows"):
         assert getattr(plan, name).tolist() == getattr(rows, name).tolist(), name
     assert plan.num_ar.tolist() == [3]
     assert plan.attention.groups == rows.groups
@@ -103,3 +104,25 @@ def test_rows_that_other_groups_write_to_shared_pages_count() -> None:
     # A branch with pages of its own from the trunk's first row on sees nothing of it.
     assert writes_from(ar([1, 2, 3], 13, [1, 2]), ar([1, 9], 13, [1, 8])) == [13, 13]
     assert writes_from(ar([1, 2, 3], 13, [1, 2]), ar([9], 15, [1, 8])) == [13, 15]
+
+
+def test_rows_that_a_branch_continues_are_written_to_its_page_too() -> None:
+    # Positions 6 to 10 in pages 3 and 4; a branch from 8 on, at the start of a page; one from 10 on, and one behind that.
+    main = ar([1, 2, 3, 4, 5], 6, [3, 4])
+    at_start = RowGroup(View.AR, [6, 7], 8, [3, 5], 0, 2, main)
+    inside = RowGroup(View.AR, [8, 9], 10, [3, 6], 0, 2, main)
+    behind = RowGroup(View.AR, [10], 11, [3, 7], 0, 1, inside)
+    rows = flatten([main, at_start, inside, behind], PAGE)
+    written: dict[int, list[int]] = {}
+    begin = 0
+    for row, (slot, end) in enumerate(zip(rows.slots.tolist(), rows.more_ends.tolist(), strict=True)):
+        written[row] = sorted([slot, *rows.more_slots[begin:end].tolist()])
+        begin = end
+    by_token = {int(rows.tokens[row]): slots for row, slots in written.items()}
+    assert by_token[1] == [3 * PAGE + 6]
+    assert by_token[3] == [4 * PAGE, 6 * PAGE, 7 * PAGE]
+    assert by_token[4] == [4 * PAGE + 1, 6 * PAGE + 1, 7 * PAGE + 1]
+    assert by_token[5] == [4 * PAGE + 2]
+    assert by_token[8] == [6 * PAGE + 2, 7 * PAGE + 2]
+    starts = {(g.start, tuple(g.pages)): g.writes_from for g in rows.groups}
+    assert starts == {(6, (3, 4)): 6, (8, (3, 5)): 6, (10, (3, 6)): 6, (11, (3, 7)): 6}

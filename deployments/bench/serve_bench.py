@@ -252,8 +252,7 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
     engine = engine.model_copy(
         update={
             "schedule": "ar",
-            "draft_length": None,
-            "draft_lead": None,
+            **dict.fromkeys(("draft_length", "draft_lead", "draft_tree")),
             "draft_weights": "auto",
             "prefix_caching": False,
             "max_num_seqs": options.streams,

@@ -6,6 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
+from orthrus.kernels.rows.types import KVWrites
 
 _HEADS = 32
 """Heads of a program, a warp for each. With few programs, most multiprocessors are free for the kernel behind this one."""
@@ -19,6 +20,8 @@ def _qk_norm_rope_kernel(
     sin,
     num_ar,
     slots,
+    more_ends,
+    more_slots,
     k_cache,
     v_cache,
     count,
@@ -36,6 +39,13 @@ def _qk_norm_rope_kernel(
     row, head = unit // (normed + kv_heads), unit % (normed + kv_heads)
     writes = (unit < count) & (row < tl.load(num_ar))
     slot = tl.load(slots + row, mask=writes, other=0)
+    # Each unit's part of `more_slots`, and that of all rows of this program.
+    more_begin = tl.load(more_ends + row - 1, mask=writes & (row > 0), other=0)
+    more_end = tl.load(more_ends + row, mask=writes, other=0)
+    first_row = tl.program_id(0) * HEADS // (normed + kv_heads)
+    last_row = tl.minimum((tl.program_id(0) * HEADS + HEADS - 1) // (normed + kv_heads), tl.load(num_ar) - 1)
+    first_more = tl.load(more_ends + first_row - 1, mask=first_row > 0, other=0)
+    end_more = tl.load(more_ends + last_row, mask=last_row >= first_row, other=0)
     dims = tl.arange(0, WIDTH)[None, :]
     inside = (unit < count)[:, None] & (dims < DIM)
     # The other half of the head, for the rotation. It is read again, not moved between threads.
@@ -65,10 +75,16 @@ def _qk_norm_rope_kernel(
     result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
     tl.store(source + dims, result, mask=inside)
     is_key, is_value = writes & (head >= heads) & (head < normed), writes & (head >= normed)
-    key_place = ((head - heads).to(tl.int64) * places + slot) * DIM
-    value_place = ((head - normed).to(tl.int64) * places + slot) * DIM
-    tl.store(k_cache + key_place[:, None] + dims, result, mask=is_key[:, None] & inside)
-    tl.store(v_cache + value_place[:, None] + dims, result, mask=is_value[:, None] & inside)
+    first_key, first_value = (head - heads).to(tl.int64) * places, (head - normed).to(tl.int64) * places
+    tl.store(k_cache + ((first_key + slot) * DIM)[:, None] + dims, result, mask=is_key[:, None] & inside)
+    tl.store(v_cache + ((first_value + slot) * DIM)[:, None] + dims, result, mask=is_value[:, None] & inside)
+    for place in range(first_more, end_more):
+        more_slot = tl.load(more_slots + place)
+        again = (more_begin <= place) & (place < more_end)
+        own_key = (is_key & again)[:, None] & inside
+        tl.store(k_cache + ((first_key + more_slot) * DIM)[:, None] + dims, result, mask=own_key)
+        own_value = (is_value & again)[:, None] & inside
+        tl.store(v_cache + ((first_value + more_slot) * DIM)[:, None] + dims, result, mask=own_value)
 
 
 def qk_norm_rope(
@@ -78,7 +94,7 @@ def qk_norm_rope(
     sin: Tensor,
     eps: float,
     num_ar: Tensor,
-    slots: Tensor,
+    writes: KVWrites,
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
@@ -91,7 +107,9 @@ def qk_norm_rope(
         cos,
         sin,
         num_ar,
-        slots,
+        writes.slots,
+        writes.more_ends,
+        writes.more_slots,
         k_cache,
         v_cache,
         rows * all_heads,

@@ -100,17 +100,19 @@ def gumbel_argmax(
     pick_best(*best_of_blocks(logits, temperatures, keys), picks, first_pick)
 
 
-def best_of_blocks(logits: Tensor, temperatures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def best_of_blocks(
+    logits: Tensor, temperatures: Tensor, keys: Tensor, columns: int = _PICK_COLUMNS
+) -> tuple[Tensor, Tensor]:
     """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks].
 
-    The score is infinite if one of the block's scores is NaN.
+    columns: tokens of a block, a power of two. The score is infinite if one of the block's scores is NaN.
     """
     rows, vocab = logits.shape
-    blocks = triton.cdiv(vocab, _PICK_COLUMNS)
+    blocks = triton.cdiv(vocab, columns)
     values = torch.empty(rows, blocks, device=logits.device, dtype=torch.float32)
     indices = torch.empty(rows, blocks, device=logits.device, dtype=torch.int32)
     _block_argmax_kernel[(rows, blocks)](
-        logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS=_PICK_COLUMNS, num_warps=8, **chaining()
+        logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS=columns, num_warps=min(8, columns // 32), **chaining()
     )  # fmt: skip
     return values, indices
 

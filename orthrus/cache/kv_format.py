@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orthrus.kernels.attention import AttentionPlan
+    from orthrus.kernels.rows.types import KVWrites
     from orthrus.models.config import ModelConfig
 
 
@@ -31,15 +32,15 @@ class KVLayer(Protocol):
         sin: "Tensor",
         eps: float,
         num_ar: "Tensor",
-        slots: "Tensor",
+        writes: "KVWrites",
     ) -> None:
-        """Norm and rotate the queries and keys of all rows in place, and write the AR rows' keys and values to their slots.
+        """Norm and rotate the queries and keys of all rows in place, and write the AR rows' keys and values.
 
         qkv [rows, heads + 2 * kv_heads, head_dim]: queries, keys and values from the projection.
         qk_norm [views, heads + kv_heads, head_dim]: each head's norm weight; None to rotate only.
         cos, sin [rows, 1, head_dim]: the rows' rotary angles. eps: of the norm.
         num_ar int32 [1]: the number of AR rows, which come first.
-        slots, whole numbers [rows]: page * page_size + offset in the page.
+        writes: where they go; a slot is page * page_size + offset in the page.
         """
         ...
 

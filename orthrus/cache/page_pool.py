@@ -36,11 +36,18 @@ class PagePool:
         # Named pages that nobody owns, least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict()
         self.capacity = num_pages - 1
+        self.promised = 0
+        """Pages that the running sequences may need for the next pass. The scheduler keeps count."""
 
     @property
     def available(self) -> int:
         """Pages that `allocate` can hand out, idle named ones included."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def spare(self) -> int:
+        """Pages that may be taken for drafts: those that the next pass does not need for what it computes anyway."""
+        return max(0, self.available - self.promised)
 
     @property
     def used(self) -> int:

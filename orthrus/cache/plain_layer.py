@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orthrus.kernels.attention import AttentionPlan, paged_attention
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.rows.types import KVWrites
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class PlainLayer:
         sin: Tensor,
         eps: float,
         num_ar: Tensor,
-        slots: Tensor,
+        writes: KVWrites,
     ) -> None:
-        qk_norm_rope(qkv, qk_norm, cos, sin, eps, num_ar, slots, *self.slots)
+        qk_norm_rope(qkv, qk_norm, cos, sin, eps, num_ar, writes, *self.slots)
 
     def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
         return paged_attention(qkv, self.keys, self.values, attention, scale)

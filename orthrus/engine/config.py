@@ -36,6 +36,8 @@ class EngineConfig(BaseModel):
     draft_weights: Literal["auto", "same", "fp8"] = "auto"
     """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own, which halve what such a pass reads
     and take memory. "auto" is "same" so far."""
+    draft_tree: int | None = Field(default=None, ge=2, le=128)
+    """Most rows with which a pass verifies a tree of drafts, several continuations of one sequence. None for one continuation."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Context limit in tokens, None for the checkpoint's."""
     max_num_seqs: int = Field(default=64, ge=1)

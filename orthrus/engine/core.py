@@ -16,7 +16,7 @@ from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.in_flight import InFlight
+from orthrus.engine.in_flight import InFlight, placeholders_of
 from orthrus.engine.observer import Observer, PassRecord, TurnRecord
 from orthrus.engine.output import (
     NO_NUMBERS,
@@ -160,7 +160,7 @@ class EngineCore:
         """
         begin = time.perf_counter()
         chunks: list[Chunk] = []
-        if self._in_flight and self._scheduler.may_preempt():
+        if self._scheduler.may_preempt() and self._in_flight:
             # A preempted sequence is computed again from the tokens that are known.
             chunks += self._collect(keep=0)
         planned = self._scheduler.plan()
@@ -185,16 +185,11 @@ class EngineCore:
         launched = self.runner.launch(groups, rows)
         self._passes += 1
         self._in_flight.append(InFlight(planned, rows, launched, ahead, begin))
-        place = -1 - launched.first_pick  # Of a pick, as `RowGroup.tokens` refers to it.
-        for part in planned:
+        for part, placeholders in zip(planned, placeholders_of(planned, launched.first_pick), strict=True):
             sequence = part.sequence
             if not part.decoding:
                 self._scheduler.mark_computed(sequence, part.num_rows)
             if ahead:
-                placeholders: list[list[int]] = []
-                for group in part.turn.groups:
-                    placeholders.append(list(range(place, place - group.num_logits, -1)))
-                    place -= group.num_logits
                 if part.decoding:
                     tokens = self._scheduler.schedule_of(sequence).advance(sequence, part.turn, placeholders)
                     sequence.placeholders += tokens
@@ -377,8 +372,8 @@ class EngineCore:
             max_batch=self.config.max_num_seqs,
             max_rows=self.limits.decode_rows,
         )
-        mixes_views, rows = self.forward.draft is None, self.limits.decode_rows
-        return ScheduleContext(self.config, self.model_config, self.max_model_len, rows, mixes_views, timer)
+        limits = self.config, self.model_config, self.max_model_len, self.limits.decode_rows
+        return ScheduleContext(*limits, self.forward.draft is None, self._pool, self.cache, timer)
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Decode by another schedule from now on, while nothing runs. Raises ValueError if its turns have too many groups."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.engine.scheduler import Planned
 from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, PromptLogprobs
 from orthrus.requests.sequence import SequenceState
 from orthrus.runner.sampler import PickRows
@@ -22,6 +23,7 @@ def pick_rows(part: Planned) -> list[PickRows]:
     """How to pick from the part's rows with logits: first from those that score the prompt, then from the others, by group."""
     sequence, params, scoring = part.sequence, part.sequence.params, part.num_scoring
     penalised = params.has_penalties
+    generated = sequence.tokens[sequence.num_prompt :] if penalised else []
     rows: list[PickRows] = []
     for group, drafting in zip(part.turn.groups, part.turn.drafting, strict=True):
         position = group.start + group.logits_from + 1
@@ -36,15 +38,30 @@ def pick_rows(part: Planned) -> list[PickRows]:
                 position=position + scoring,
                 count=group.num_logits - scoring,
                 prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
-                generated=sequence.tokens[sequence.num_prompt :] if penalised else (),
+                generated=generated + _path(group) if penalised else (),
                 draft_tokens=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
                 mask=sequence.mask,
                 drafting=drafting,
+                ranks=part.turn.ranks if drafting else 1,
                 end_token_ids=sequence.withheld_stop_ids,
                 min_length=sequence.num_prompt + params.min_tokens,
             )
         )
     return rows
+
+
+def _path(group: RowGroup) -> list[int]:
+    """The drafts that a group's first row follows, itself included; none for a group that begins with a committed token."""
+    path: list[int] = []
+    start, parent = group.start + 1, group.parent
+    if parent is not None:
+        path = [group.tokens[0]]
+    while parent is not None:
+        # The first token of all, that of a group without a parent, has been committed.
+        first = int(parent.parent is None)
+        path[:0] = parent.tokens[first : start - 1 - parent.start]
+        start, parent = parent.start + 1, parent.parent
+    return path
 
 
 def score_prompt(part: Planned, logits: Tensor) -> None:

@@ -136,8 +136,8 @@ class Scheduler:
         for sequence in self.running:
             rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk
             end = min(sequence.num_computed + rows, sequence.max_length)
-            for block_table in (sequence.block_table, *sequence.branches):
-                missing += max(0, -(-end // self._page_size) - len(block_table))
+            missing += max(0, -(-end // self._page_size) - len(sequence.block_table))
+        self.pool.promised = missing
         return missing > self.pool.available
 
     def plan(self) -> list[Planned]:

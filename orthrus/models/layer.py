@@ -112,7 +112,7 @@ class DecoderLayer:
         Returns the residual stream behind the layer, and the same after `after_norm`.
         """
         qkv = self.qkv.linear(normed, plan.num_ar).unflatten(1, (-1, self.head_dim))
-        kv.write(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.slots)
+        kv.write(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.writes)
         attended = kv.attend(qkv, plan.attention, self.head_dim**-0.5)
         hidden, normed = self.out.linear_add_rms_norm(attended, hidden, self.mlp_norm, self.eps, plan.num_ar)
         gated = self.gate_up.linear_silu_mul(normed, plan.num_ar)

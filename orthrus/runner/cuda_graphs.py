@@ -16,15 +16,19 @@ from orthrus.kernels.attention import AttentionPlan, AttentionWork
 from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
 from orthrus.kernels.attention.work_list import plan_work, work_size
 from orthrus.kernels.rows.sampling import gumbel_argmax
+from orthrus.kernels.rows.sampling_triton import best_of_blocks
+from orthrus.kernels.rows.types import NO_TOKEN, KVWrites
 from orthrus.kernels.rows.upload import upload
 from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
-from orthrus.plan import PassPlan, RowGroup, flatten
+from orthrus.plan import MAX_RANKS, PassPlan, RowGroup, flatten
 from orthrus.runner.pass_buffer import PassBuffer, buffer_size
 from orthrus.runner.pass_graphs import RECORDS, PassGraphs, graph_sizes
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust
 
+_RANK_COLUMNS = 128
+"""Tokens of a run of which only the best one is considered for the further ranks of a draft."""
 _GRAPH_BYTES = 1 << 30
 """Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
 
@@ -71,12 +75,13 @@ class CudaGraphRunner:
         self._programs = max(1, attention_programs(device) // config.num_key_value_heads)
         self._row_sizes, logit_sizes = graph_sizes(max_rows), graph_sizes(max_logits)
         most_rows, self.max_logits = self._row_sizes[-1], logit_sizes[-1]
+        self._max_picks = MAX_RANKS * self.max_logits
         max_work = work_size(rows=most_rows, programs=self._programs, capacity=RECORDS, pages=max_pages)
         size = buffer_size(max_rows=most_rows, max_logits=self.max_logits, max_work=max_work)
         # For two passes: the one that runs, and the one that is written meanwhile.
         self._host_buffers = [PassBuffer(size, self.max_logits, pinned=True) for _ in range(2)]
         self._host_picks = [
-            torch.zeros(self.max_logits, dtype=torch.int32, pin_memory=True) for _ in range(2)
+            torch.zeros(self._max_picks, dtype=torch.int32, pin_memory=True) for _ in range(2)
         ]
         # Which of the two the last pass used.
         self._turn = 0
@@ -117,7 +122,7 @@ class CudaGraphRunner:
         num_ar = torch.tensor([rows], dtype=torch.int32, device=device)
         work = AttentionWork(zeros[0], RECORDS)
         attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
-        plan = PassPlan(zeros[0], zeros[1], zeros[2], num_ar, attention, zeros[0])
+        plan = PassPlan(zeros[0], zeros[1], KVWrites.single(zeros[2]), num_ar, attention, zeros[0])
         forward.hidden_states(plan, cache, zeros[0])
         peak = torch.cuda.max_memory_allocated(device) - before
         del cache, plan, attention, work, zeros
@@ -126,23 +131,23 @@ class CudaGraphRunner:
         return peak + head + _GRAPH_BYTES
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
-        most = self.max_logits
         self._turn ^= 1
-        first_pick = self._turn * most
-        wants_logits = any(group.reads_logits for group in rows)
+        first_pick = self._turn * self._max_picks
+        wants_logits = any(group.reads_logits or group.ranks > 1 for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
+        num_picks = count + self._pick_further_ranks(rows, first_pick + count)
         if wants_logits and not all(group.unadjusted for group in rows):
             self._pick_adjusted(rows, first_pick)
-        host = self._host_picks[self._turn][:count]
+        host = self._host_picks[self._turn][:num_picks]
         self._downloads.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._downloads):
-            host.copy_(self.graphs.picks[first_pick : first_pick + count], non_blocking=True)
+            host.copy_(self.graphs.picks[first_pick : first_pick + num_picks], non_blocking=True)
             done = torch.cuda.Event()
             done.record()
         return _Launched(self.graphs.logits, first_pick, host, done)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
-        count = self._start(groups, (), self._turn * self.max_logits, wants_logits=True)
+        count = self._start(groups, (), self._turn * self._max_picks, wants_logits=True)
         logits = self.graphs.logits[:count].clone()
         torch.cuda.current_stream().synchronize()  # The next pass is written to the same host buffer.
         return logits
@@ -169,6 +174,29 @@ class CudaGraphRunner:
         upload(buffer.numbers[:used], self.graphs.buffer[:used])
         self.graphs.replay(fields)
         return len(flat.logit_rows)
+
+    def _pick_further_ranks(self, rows: Sequence[PickRows], first_place: int) -> int:
+        """Pick the further ranks of the groups that ask for them, from place `first_place` of the picks on. Returns their number.
+
+        They are the best tokens of the best runs of `_RANK_COLUMNS` tokens: a full search takes much longer.
+        """
+        place, start = first_place, 0
+        for group in rows:
+            end = start + group.count
+            if group.ranks > 1:
+                values, indices = best_of_blocks(
+                    adjust(self.graphs.logits[start:end], [group]),
+                    self._head.temperatures[start:end],
+                    self._head.noise_keys[start:end],
+                    _RANK_COLUMNS,
+                )
+                best = values.topk(group.ranks)
+                tokens = indices.gather(1, best.indices).masked_fill_(~best.values.isfinite(), NO_TOKEN)
+                num_further = (group.ranks - 1) * group.count
+                self.graphs.picks[place : place + num_further] = tokens[:, 1:].t().flatten()
+                place += num_further
+            start = end
+        return place - first_place
 
     def _pick_adjusted(self, rows: Sequence[PickRows], first_pick: int) -> None:
         """Pick once more for the groups whose logits have to be adjusted first. The graphs picked from unadjusted ones."""

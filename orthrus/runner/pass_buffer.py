@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthrus.plan import FlatRows
+from orthrus.plan import MORE_SLOTS, FlatRows
 from orthrus.runner.sampler import PickRows, row_keys, row_temperatures
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 _HEADER = 8
 """Numbers before the fields of the head: six fields, padded so that the next one is aligned."""
+_ROW = 4 + MORE_SLOTS
+"""Numbers of a row."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class PassFields(Generic[Array]):
     """[num_rows]"""
     slots: Array
     """[num_rows] Where an AR row's key and value go in the cache."""
+    more_ends: Array
+    """[num_rows] The end of each row's part of `more_slots`."""
+    more_slots: Array
+    """[MORE_SLOTS * num_rows] Further slots that AR rows write to, as in `KVWrites`."""
     work: Array
     """[the rest] Attention's work list, see `kernels.attention`."""
 
@@ -60,7 +66,7 @@ class PassFields(Generic[Array]):
     def of(buffer: Array, num_rows: int, max_logits: int) -> "PassFields[Array]":
         """The fields of a pass of `num_rows` rows in `buffer`, int32 [size]. The only place that knows where they are."""
         head, rows = _HEADER, _HEADER + 4 * max_logits
-        by_row = buffer[rows : rows + 3 * num_rows].reshape(3, num_rows)
+        by_row = buffer[rows : rows + 4 * num_rows].reshape(4, num_rows)
         temperatures = buffer[head + max_logits : head + 2 * max_logits]
         floats = torch.float32 if isinstance(temperatures, Tensor) else np.float32
         return PassFields(
@@ -76,13 +82,15 @@ class PassFields(Generic[Array]):
             tokens=by_row[0],
             positions=by_row[1],
             slots=by_row[2],
-            work=buffer[rows + 3 * num_rows :],
+            more_ends=by_row[3],
+            more_slots=buffer[rows + 4 * num_rows : rows + _ROW * num_rows],
+            work=buffer[rows + _ROW * num_rows :],
         )
 
 
 def buffer_size(*, max_rows: int, max_logits: int, max_work: int) -> int:
     """Numbers of a buffer that holds any pass of up to so many rows, rows that need logits, and numbers of the work list."""
-    return _HEADER + 4 * max_logits + 3 * max_rows + max_work
+    return _HEADER + 4 * max_logits + _ROW * max_rows + max_work
 
 
 @dataclass
@@ -133,6 +141,11 @@ class PassBuffer:
                 f"a pass with {num_logits} rows that need logits is over the limit, {self.max_logits}"
             )
         fields = self.fields(num_rows)
+        if len(rows.more_slots) > len(fields.more_slots):
+            raise ValueError(
+                f"a pass of {num_rows} rows whose rows write to {len(rows.more_slots)} further slots is over the limit, "
+                f"{len(fields.more_slots)} of them"
+            )
         if len(work) > len(fields.work):
             raise ValueError(
                 f"attention's work list has {len(work)} numbers, and a pass of {num_rows} rows has room for "
@@ -152,6 +165,9 @@ class PassBuffer:
         _write(fields.tokens, rows.tokens)
         _write(fields.positions, rows.positions)
         _write(fields.slots, rows.slots)
+        fields.more_ends[:used] = rows.more_ends
+        fields.more_ends[used:] = len(rows.more_slots)
+        fields.more_slots[: len(rows.more_slots)] = rows.more_slots
         fields.work[: len(work)] = work
         return fields
 

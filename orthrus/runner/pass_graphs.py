@@ -23,9 +23,10 @@ from orthrus.cache.kv_cache import KVCache
 from orthrus.kernels import workspace
 from orthrus.kernels.attention import AttentionPlan, AttentionWork
 from orthrus.kernels.attention.work_list import header_of
+from orthrus.kernels.rows.types import KVWrites
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.stack import LayerStack
-from orthrus.plan import PassPlan
+from orthrus.plan import MAX_RANKS, PassPlan
 from orthrus.runner.pass_buffer import PassFields
 
 RECORDS = 4096
@@ -46,7 +47,8 @@ class PassGraphs:
     buffer: Tensor
     """int32 [size]: the pass to run, as `PassFields`."""
     picks: Tensor
-    """int32 [2 * max_logits]: the token picked at each row that needs logits, from `PassFields.first_pick` on."""
+    """int32 [2 * MAX_RANKS * max_logits]: the token picked at each row that needs logits, from `PassFields.first_pick` on, and
+    behind these what else the last two passes have picked."""
     logits: Tensor
     """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits."""
     hidden: Tensor
@@ -73,7 +75,7 @@ class PassGraphs:
         self._max_logits = logit_sizes[-1]
         config, device = forward.config, forward.device
         self.buffer = torch.zeros(buffer_size, dtype=torch.int32, device=device)
-        self.picks = torch.zeros(2 * self._max_logits, dtype=torch.int32, device=device)
+        self.picks = torch.zeros(2 * MAX_RANKS * self._max_logits, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(self._max_logits, config.hidden_size, device=device, dtype=forward.dtype)
         self.logits = torch.zeros(self._max_logits, config.vocab_size, device=device, dtype=torch.float32)
         self._results = torch.empty(workspace.BYTES, device=device, dtype=torch.uint8)
@@ -142,7 +144,7 @@ class PassGraphs:
         return PassPlan(
             tokens=fields.tokens,
             positions=fields.positions,
-            slots=fields.slots,
+            writes=KVWrites(fields.slots, fields.more_ends, fields.more_slots),
             num_ar=fields.num_ar,
             attention=AttentionPlan(
                 (), self._cache.page_size, self._forward.heads_per_kv, self.buffer.device, work

@@ -30,6 +30,7 @@ class LaunchedPass(Protocol):
     def picks(self) -> list[int]:
         """Wait for the pass. The token picked at each row of its `PickRows`, in order; `NO_TOKEN` where there is none.
 
+        Behind all of these come the further ranks of groups that ask for them, by group, then by rank, then by row.
         The masks of drafts are yet to be applied: see `follow_masks`.
         """
         ...

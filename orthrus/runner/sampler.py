@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthrus.kernels.rows.sampling import argmax, gumbel_argmax, noise_keys
+from orthrus.kernels.rows.sampling import argmax, gumbel_argmax, gumbel_noise, noise_keys
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import SamplingParams
 from orthrus.text.token_mask import TokenMask
@@ -46,6 +46,9 @@ class PickRows:
     """Which tokens are allowed at `position` and after it."""
     drafting: bool = False
     """Whether these rows draft: then each predicts what follows the picks of the rows before it."""
+    ranks: int = 1
+    """How many tokens are picked at each row, the best first. More than one for drafts only, where those behind the best one may
+    be found by a cheaper search that misses some."""
     end_token_ids: Seq[int] = ()
     """Tokens that are not allowed while the text is shorter than `min_length`."""
     min_length: int = 0
@@ -188,7 +191,8 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
 
 
 def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
-    """The token picked at every row of logits [rows, vocab], which are the rows of `groups` in order.
+    """The token picked at every row of logits [rows, vocab], which are the rows of `groups` in order, and then the further
+    ranks of the groups that ask for them, as `further_ranks` orders them.
 
     `NO_TOKEN` where a logit that may be picked is NaN or infinite. The masks of drafts are yet to be applied: see `follow_masks`.
     """
@@ -205,7 +209,24 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
             torch.zeros(1, dtype=torch.int32, device=device),
         )
     tokens: list[int] = picks.tolist()
+    for group, span in zip(groups, _spans(groups), strict=True):
+        if group.ranks > 1:
+            tokens += further_ranks(adjusted[span], group).tolist()
     return tokens
+
+
+def further_ranks(logits: Tensor, rows: PickRows) -> Tensor:
+    """The tokens of ranks 2 to `rows.ranks` for logits [rows, vocab]: int64 [(ranks - 1) * rows], by rank and then by row.
+
+    `NO_TOKEN` where there is none.
+    """
+    scores = logits
+    if not rows.params.greedy:
+        keys = torch.from_numpy(row_keys([rows])).to(logits.device)
+        scores = logits / rows.params.temperature + gumbel_noise(keys, logits.shape[1])
+    best = scores.topk(rows.ranks)
+    tokens = best.indices.masked_fill_(~best.values.isfinite(), NO_TOKEN)
+    return tokens[:, 1:].t().flatten()
 
 
 def row_temperatures(groups: Seq[PickRows]) -> np.ndarray:
@@ -224,16 +245,21 @@ def row_keys(groups: Seq[PickRows]) -> np.ndarray:
 
 
 def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> list[list[int]]:
-    """`picks` [rows] as one list for each group. In drafts, tokens that the mask forbids are replaced.
+    """`picks`, in the order of `pick`, as one list for each group: a token for each row, then those of the further ranks.
 
-    logits [rows, vocab] of the same rows are read for such drafts only.
+    In drafts, tokens that the mask forbids are replaced, and further ranks are left out. logits [rows, vocab] of the same rows
+    are read for such drafts only.
     """
-    return [
-        _follow_mask(logits[span], group, picks[span])
-        if group.mask is not None and group.drafting
-        else picks[span]
-        for group, span in zip(groups, _spans(groups), strict=True)
-    ]
+    spans = _spans(groups)
+    lists, further = [], spans[-1].stop if spans else 0
+    for group, span in zip(groups, spans, strict=True):
+        behind = further + (group.ranks - 1) * group.count
+        if group.mask is not None and group.drafting:
+            lists.append(_follow_mask(logits[span], group, picks[span]))
+        else:
+            lists.append(picks[span] + picks[further:behind])
+        further = behind
+    return lists
 
 
 def _spans(groups: Seq[PickRows]) -> list[slice]:

@@ -10,21 +10,27 @@ Let x_n be the newest token, at position n.
 A draft turn may have a *lead*: the AR row of x_n, beside the block. Its pick is exactly x_n+1 and is committed at once, so each
 cycle commits at least two tokens. The price is to read the AR view's attention weights in the draft pass too. The verify turn
 then starts from x_n+1, and the prediction of the block's last row is of use.
+
+A verify turn may have a *tree* of drafts: several continuations, of the best few tokens of each position. Its rows are one group
+for each run of drafts that leaves another one, and each has pages of its own from there on.
 """
 
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.loading import stages
+from orthrus.plan import MAX_RANKS, RowGroup
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
 from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
 from orthrus.schedules.decode_cost import DecodeCost
+from orthrus.schedules.draft_tree import MAX_RUNS, BranchPages
 from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
+from orthrus.schedules.tree_drafts import TreeDrafts
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +50,13 @@ class OrthrusSchedule:
     As `SequenceState.schedule_state` it keeps the `Draft` that waits to be verified, or else the `_Choice` of the next block.
     """
 
-    max_groups = 2
+    max_groups = MAX_RUNS
 
-    def __init__(self, planner: DraftPlanner, mask_token_id: int) -> None:
+    def __init__(self, planner: DraftPlanner, mask_token_id: int, trees: TreeDrafts | None = None) -> None:
         self.max_rows = planner.max_rows
-        self.max_logits = planner.max_rows + 1  # A block's and its lead's.
+        # A block's and its lead's, or a tree's.
+        self.max_logits = max(planner.max_rows + 1, trees.max_rows if trees is not None else 0)
+        self._trees = trees
         self._planner = planner
         self._mask = mask_token_id
         self._ar = ARSchedule()
@@ -70,7 +78,15 @@ class OrthrusSchedule:
             context.max_pass_rows,
             config.draft_lead if context.mixes_views else False,
         )
-        return cls(planner, model.mask_token_id)
+        trees = None
+        if config.draft_tree is not None:
+            trees = TreeDrafts(
+                BranchPages(context.pool, context.cache),
+                max_rows=config.draft_tree,
+                depths=planner.max_rows,
+                pass_rows=context.max_pass_rows,
+            )
+        return cls(planner, model.mask_token_id, trees)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         n, block_table = sequence.newest_position, sequence.block_table
@@ -78,12 +94,19 @@ class OrthrusSchedule:
             tokens = [sequence.newest_token, *draft.tokens]
             if len(tokens) == 1:
                 return self._ar.plan(sequence, batch)
+            groups: tuple[RowGroup, ...] = ar_rows(tokens, n, block_table)
+            if draft.tree is None and self._trees is not None:
+                draft = sequence.schedule_state = replace(
+                    draft, tree=self._trees.open(sequence, draft, batch)
+                )
+            if draft.tree is not None:
+                groups = draft.tree.groups(draft.candidates, sequence.newest_token, n)
             # Where the next block begins is known only when this one is verified.
             return Turn(
                 VERIFY,
-                ar_rows(tokens, n, block_table),
-                (False,),
-                num_verified=len(draft.tokens),
+                groups,
+                (False,) * len(groups),
+                num_verified=sum(len(group.tokens) for group in groups) - 1,
                 can_advance=False,
             )
         # With one token to go, two rows would draft it and verify it: the AR step is one pass.
@@ -98,9 +121,10 @@ class OrthrusSchedule:
         # A grammar says what may follow x_n, but not yet what may follow the token after it.
         lead = plan.lead and sequence.mask is None
         groups = draft_rows(sequence.newest_token, num_rows, n, block_table, self._mask, lead=lead)
+        ranks = 1 if self._trees is None or sequence.mask is not None else MAX_RANKS
         if lead:
-            return Turn(LEAD_DRAFT, groups, (False, True), ends_cycle=False)
-        return Turn(DRAFT, groups, (True,), ends_cycle=False)
+            return Turn(LEAD_DRAFT, groups, (False, True), ranks, ends_cycle=False)
+        return Turn(DRAFT, groups, (True,), ranks, ends_cycle=False)
 
     def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
         """The next block. The planner counts its answers, so it is asked once for each block."""
@@ -112,18 +136,25 @@ class OrthrusSchedule:
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
         if turn.kind in (DRAFT, LEAD_DRAFT):
-            sequence.schedule_state = _draft(turn, [_tokens(group) for group in picks])
+            planned, draft = sequence.schedule_state, _draft(turn, picks)
+            # The verify turn may have been planned already.
+            tree = planned.tree if isinstance(planned, Draft) else None
+            sequence.schedule_state = replace(draft, tokens=_tokens(draft.tokens), tree=tree)
             return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
-        draft = sequence.schedule_state
+        drafted = sequence.schedule_state
         if turn.kind == STEP:
-            if isinstance(draft, Draft) and not draft.tokens:
+            if isinstance(drafted, Draft) and not drafted.tokens:
                 sequence.schedule_state = None
             return Commit(picks[0])
-        assert isinstance(draft, Draft), "what a block verifies has been drafted"
+        assert isinstance(drafted, Draft), "what a block verifies has been drafted"
         sequence.schedule_state = None
-        differing = (i for i, (d, p) in enumerate(zip(draft.tokens, picks[0], strict=False)) if d != p)
-        accepted = next(differing, len(draft.tokens))
-        self._planner.observe(sequence.params.greedy, draft, accepted)
+        if drafted.tree is not None:
+            assert self._trees is not None
+            verified = self._trees.commit(sequence, drafted, picks, self._planner)
+            return Commit(verified.tokens, len(verified.tokens) - 1, verified.rows)
+        differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
+        accepted = next(differing, len(drafted.tokens))
+        self._planner.observe(sequence.params.greedy, drafted, accepted)
         return Commit(picks[0][: accepted + 1], accepted)
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
@@ -139,7 +170,8 @@ def _tokens(picks: list[int]) -> list[int]:
 
 def _draft(turn: Turn, picks: Sequence[list[int]]) -> Draft:
     """What a draft turn drafted. Behind a lead, the block's first pick is of no use: the lead has picked the same position."""
-    if turn.kind == DRAFT:
-        return Draft(picks[0])
-    lead, block = picks
-    return Draft(block[1:], lead=True, first_agreed=block[:1] == lead)
+    count, lead = turn.groups[-1].num_logits, turn.kind == LEAD_DRAFT
+    first, *further = [
+        picks[-1][rank * count + lead : (rank + 1) * count] for rank in range(len(picks[-1]) // count or 1)
+    ]
+    return Draft(first, lead, lead and picks[-1][:1] == picks[0], further)

@@ -20,10 +20,11 @@ does not costs only the probe's last block. A new text is probed sooner, because
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orthrus.schedules.decode_cost import DecodeCost
+from orthrus.schedules.draft_tree import DraftTree
 
 _PRIOR_ACCEPTANCE = 0.85
 """Assumed acceptance at each depth before any draft has been verified."""
@@ -58,6 +59,15 @@ class Draft:
     """Whether the block had a lead, whose token has been committed before these."""
     first_agreed: bool = False
     """Whether the block's own first pick, which a lead makes superfluous, was the lead's token."""
+    further: Sequence[Sequence[int]] = ()
+    """For rank 1, 2, ...: what else was picked for each of these positions, the likelier rank first."""
+    tree: DraftTree | None = None
+    """The tree of these tokens that a pass verifies. None before that, and if it verifies `tokens` alone."""
+
+    @property
+    def candidates(self) -> list[list[int]]:
+        """For each position, the tokens of all ranks."""
+        return [list(ranks) for ranks in zip(self.tokens, *self.further, strict=False)]
 
 
 _Candidate = tuple[float, int, bool]

@@ -9,6 +9,8 @@ from orthrus.plan import RowGroup
 from orthrus.requests.sequence import SequenceState
 
 if TYPE_CHECKING:
+    from orthrus.cache.kv_cache import KVCache
+    from orthrus.cache.page_pool import PagePool
     from orthrus.engine.config import EngineConfig
     from orthrus.models.config import ModelConfig
     from orthrus.schedules.pass_cost import PassTimer
@@ -29,6 +31,8 @@ class Turn:
     False: the tokens that AR decoding picks, if the tokens of the group are right. Row i is picked for on top of the group's
     tokens 0 to i. True: drafts, which a later turn verifies. Row i is picked for on top of the picks of rows 0 to i - 1.
     """
+    ranks: int = 1
+    """How many tokens the rows of drafting groups pick, the best first: see `Schedule.commit`."""
     ends_cycle: bool = True
     """Whether a cycle ends when this turn is committed. Tokens per cycle counts these turns."""
     num_verified: int = 0
@@ -64,6 +68,10 @@ class ScheduleContext:
     """Most rows of all decoding sequences together in one pass."""
     mixes_views: bool
     """Whether a pass may have rows of both views. Else each group of a turn must be of the same view."""
+    pool: "PagePool"
+    """Pages of the cache. A schedule may take some that are to spare, for as long as they are in `SequenceState.branches`."""
+    cache: "KVCache"
+    """The cache, to copy pages before a pass."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 
@@ -90,7 +98,10 @@ class Schedule(Protocol):
         ...
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
-        """What comes of a turn. picks: one token for each row with logits, by group; the row at position p picks for p + 1."""
+        """What comes of a turn. picks: one token for each row with logits, by group; the row at position p picks for p + 1.
+
+        Behind these, a drafting group has the second best tokens of all its rows, and so on, if the turn asks for several ranks.
+        """
         ...
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:

@@ -48,10 +48,11 @@ SCHEDULES: dict[str, ScheduleEntry] = {
     "orthrus": ScheduleEntry(
         "orthrus.schedules.orthrus:OrthrusSchedule",
         needs_diffusion=True,
-        settings=frozenset({"draft_length", "draft_lead", "draft_weights"}),
+        settings=frozenset({"draft_length", "draft_lead", "draft_tree", "draft_weights"}),
         variants=(
             Variant("lead", {"draft_lead": True}),
             Variant("ahead", {"draft_lead": True}, logprobs=False),
+            Variant("tree", {"draft_tree": 32, "draft_lead": True}),
             Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
             Variant("fp8 drafts", {"draft_weights": "fp8"}),
             Variant("fp8 drafts ahead", {"draft_weights": "fp8", "adaptive_draft": True}, logprobs=False),

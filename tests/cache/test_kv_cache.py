@@ -13,6 +13,7 @@ from orthrus.cache.page_pool import PagePool
 from orthrus.cache.plain import PlainFormat
 from orthrus.cache.plain_layer import PlainLayer
 from orthrus.kernels.attention import AttentionPlan
+from orthrus.kernels.rows.types import KVWrites
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
@@ -35,10 +36,10 @@ class NegatedLayer(PlainLayer):
         sin: Tensor,
         eps: float,
         num_ar: Tensor,
-        slots: Tensor,
+        writes: KVWrites,
     ) -> None:
-        super().write(qkv, qk_norm, cos, sin, eps, num_ar, slots)
-        self.slots[1][:, slots[: int(num_ar)]] *= -1
+        super().write(qkv, qk_norm, cos, sin, eps, num_ar, writes)
+        self.slots[1][:, writes.slots[: int(num_ar)]] *= -1
 
     def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
         return PlainLayer(self.keys, -self.values).attend(qkv, attention, scale)

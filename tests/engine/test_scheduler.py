@@ -182,19 +182,21 @@ def test_what_waits_is_counted_until_it_is_admitted_or_cancelled() -> None:
     assert ours.queue_wait_seconds == sum(s.queue_seconds for s in sequences) > 0.0
 
 
-def test_branches_of_a_sequence_are_counted_and_given_back_with_it() -> None:
+def test_branches_of_a_sequence_are_given_back_with_it_and_leave_it_the_pages_that_it_needs() -> None:
     ours, pool, _, sequence = prefilled(6, pages=10)
 
     def branch() -> None:
-        fork = pool.fork(sequence.block_table, 6, PAGE)
-        assert fork is not None
-        sequence.branches.append(fork.block_table)
+        sequence.branches.append(pool.allocate(1) or [])
 
     branch()
     assert pool.used == 3
-    # Up to 6 rows from position 6 on: each of the two block tables may lack a page.
+    # Up to 6 rows from position 6 on: the block table may lack a page, which is not to spare.
     taken = pool.allocate(pool.available - 2) or []
     assert not ours.may_preempt()
+    assert pool.spare == 1
+    taken += pool.allocate(1) or []
+    assert not ours.may_preempt()
+    assert pool.spare == 0
     more = pool.allocate(1) or []
     assert ours.may_preempt()
     pool.release(taken + more)

@@ -20,7 +20,7 @@ from orthrus.kernels.rows import sampling_triton
 from orthrus.kernels.rows.embedding import embed
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise, noise_keys
-from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.kernels.rows.types import NO_TOKEN, KVWrites
 from orthrus.kernels.rows.upload import upload
 
 DEVICE = torch.device("cuda")
@@ -205,18 +205,23 @@ def test_row_kernels_match_their_references() -> None:
     for name, value in vars(rows).items():
         assert error(value, getattr(exact, name)) < 5e-3, name
     qkv, heads = randn(33, 48, HEAD_DIM, seed=2), randn(2, 40, HEAD_DIM, seed=3)
-    slots = torch.randperm(64, device=DEVICE)[:33].int()
+    slots = torch.randperm(64, device=DEVICE).int()
+    # Row 3 writes to three slots, row 19 to two; rows behind the AR rows have no more.
+    ends = int32(*[0] * 3, *[2] * 16, *[3] * 14)
+    writes = KVWrites(slots[:33], ends, slots[40:])
     keys, values = (torch.zeros(8, 64, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     exact_keys, exact_values, wide = keys.double(), values.double(), qkv.double()
     got, alone = qkv.clone(), qkv[7:8].clone()
-    qk_norm_rope(got, heads, rows.cos, rows.sin, 1e-6, int32(20), slots, keys, values)
+    qk_norm_rope(got, heads, rows.cos, rows.sin, 1e-6, int32(20), writes, keys, values)
     qk_norm_rope(
-        wide, heads.double(), rows.cos.double(), rows.sin.double(), 1e-6, int32(20), slots, exact_keys, exact_values
+        wide, heads.double(), rows.cos.double(), rows.sin.double(), 1e-6, int32(20), writes, exact_keys, exact_values
     )  # fmt: skip
     assert error(got, wide) < 6e-3
     assert error(keys, exact_keys) < 6e-3
     assert torch.equal(values.double(), exact_values)
-    qk_norm_rope(alone, heads, rows.cos[7:8], rows.sin[7:8], 1e-6, int32(1), slots[7:8], keys, values)
+    qk_norm_rope(
+        alone, heads, rows.cos[7:8], rows.sin[7:8], 1e-6, int32(1), KVWrites.single(slots[7:8]), keys, values
+    )
     assert torch.equal(alone[0], got[7])
 
 
@@ -308,7 +313,7 @@ def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(start: int) -> N
         angles, norms = (cos.to(qkv.dtype), sin.to(qkv.dtype)), weight.to(qkv.dtype)
         k_cache, v_cache = cache
         k_slots, v_slots = k_cache.flatten(1, 2), v_cache.flatten(1, 2)
-        qk_norm_rope(qkv, norms, *angles, 1e-6, num_ar, slots, k_slots, v_slots)
+        qk_norm_rope(qkv, norms, *angles, 1e-6, num_ar, KVWrites.single(slots), k_slots, v_slots)
         return paged_attention(qkv, k_cache, v_cache, plan, HEAD_DIM**-0.5)
 
     # The exact result, from the numbers that the norm kernel writes in bfloat16.

@@ -11,7 +11,7 @@ from orthrus.kernels.rows import embedding_triton, qk_norm_rope_triton, sampling
 from orthrus.kernels.rows.embedding import embed
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise
-from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.kernels.rows.types import NO_TOKEN, KVWrites
 from orthrus.kernels.rows.upload import upload
 from tests.kernels.interpreted import DTYPES, assert_near, int32, interpreted, keys_of, randn
 
@@ -49,15 +49,16 @@ def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(
     qkv = randn(rows, heads + 2 * kv_heads, dim, dtype=dtype)
     weight = randn(2, heads + kv_heads, dim, seed=1, dtype=dtype) if norms else None
     cos, sin = randn(rows, 1, dim, seed=2, dtype=dtype), randn(rows, 1, dim, seed=3, dtype=dtype)
-    slots = int32(7, 0, 33)
+    # The second row writes to three slots.
+    writes = KVWrites(int32(7, 0, 33), int32(0, 2, 2), int32(8, 39))
     caches = [torch.zeros(kv_heads, 40, dim, dtype=dtype) for _ in range(2)]
     exact = [cache.double() for cache in caches]
     qkv[0, -1, 3] = float("inf")
     got, wide = qkv.clone(), qkv.nan_to_num(posinf=0.0).double()
     split = int32(num_ar)
-    qk_norm_rope_triton.qk_norm_rope(got, weight, cos, sin, 1e-6, split, slots, caches[0], caches[1])
+    qk_norm_rope_triton.qk_norm_rope(got, weight, cos, sin, 1e-6, split, writes, caches[0], caches[1])
     widened = None if weight is None else weight.double()
-    qk_norm_rope(wide, widened, cos.double(), sin.double(), 1e-6, split, slots, exact[0], exact[1])
+    qk_norm_rope(wide, widened, cos.double(), sin.double(), 1e-6, split, writes, exact[0], exact[1])
     assert_near(got, wide)
     for cache, other in zip(caches, exact, strict=True):
         if num_ar:

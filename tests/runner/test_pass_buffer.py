@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus.plan import RowGroup, View, flatten
+from orthrus.plan import MORE_SLOTS, RowGroup, View, flatten
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.sampler import PickRows, row_keys, row_temperatures
@@ -43,7 +43,7 @@ def test_every_field_is_the_same_in_both_views_and_none_overlap(num_rows: int) -
         assert theirs_now.data_ptr() == ours_now.ctypes.data, name
     header = 8
     assert sum(getattr(ours, name).size for name in NAMES) == host.size - header + 6
-    assert ours.work.size == MAX_WORK + 3 * (MAX_ROWS - num_rows)
+    assert ours.work.size == MAX_WORK + (4 + MORE_SLOTS) * (MAX_ROWS - num_rows)
 
 
 def test_a_device_finds_in_the_buffer_what_the_host_has_put_there() -> None:

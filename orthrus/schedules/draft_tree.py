@@ -1,0 +1,200 @@
+"""A tree of drafts as groups of rows: runs of nodes, each with pages of its own from where it leaves the run before it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.page_pool import PagePool
+from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.plan import MORE_SLOTS, RowGroup, View
+from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.tree_chances import Node
+
+MAX_RUNS = 17
+"""Most runs of a tree."""
+
+
+@dataclass
+class Run:
+    """Nodes that follow one another."""
+
+    parent: int
+    """The run that it leaves; -1 for the first one, which begins with the newest token."""
+    first_depth: int
+    """Depth of its first node; -1 for the newest token."""
+    ranks: list[int]
+    """Of its nodes; 0 for the newest token. The first run has rank 0 throughout."""
+
+    @property
+    def end_depth(self) -> int:
+        """The depth behind its last node."""
+        return self.first_depth + len(self.ranks)
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A tree that a verify turn computes. Its runs are the turn's groups."""
+
+    runs: list[Run]
+    tables: list[list[int]]
+    """The block table of each run."""
+
+    @property
+    def num_drafts(self) -> int:
+        return sum(len(run.ranks) for run in self.runs) - 1
+
+    @property
+    def chain_length(self) -> int:
+        """How many drafts of rank 0 follow the newest token."""
+        return self.runs[0].end_depth
+
+    def groups(
+        self, candidates: Sequence[Sequence[int]], newest_token: int, start: int
+    ) -> tuple[RowGroup, ...]:
+        """The turn's rows. candidates: the tokens of each depth, by rank. start: position of the newest token."""
+        groups: list[RowGroup] = []
+        for run, table in zip(self.runs, self.tables, strict=True):
+            tokens = [
+                candidates[depth][rank] if depth >= 0 else newest_token
+                for depth, rank in enumerate(run.ranks, run.first_depth)
+            ]
+            parent = groups[run.parent] if run.parent >= 0 else None
+            first = start + 1 + run.first_depth
+            groups.append(RowGroup(View.AR, tokens, first, table, 0, len(tokens), parent))
+        return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the AR view's picks say of a tree."""
+
+    tokens: list[int]
+    """The tokens to commit: the right drafts and the pick behind them."""
+    rows: list[int]
+    """The row of each pick, counted over all groups."""
+    run: int
+    """The run of the last right draft."""
+    ranks: list[int | None]
+    """Which rank was right at each depth as far as the right drafts reach, and at the depth behind them. None: no candidate."""
+
+
+def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
+    """A tree's nodes as runs. start: position of the newest token.
+
+    Nodes that would need too many runs, or too many copies of other rows' keys, are left out, and so is what follows them.
+    """
+    runs = [Run(-1, -1, [0])]
+    places: list[tuple[int, int] | None] = []  # Of each node: its run and its depth.
+    more_slots = 0
+    for node in nodes:
+        place = (0, -1) if node.parent < 0 else places[node.parent]
+        if place is None:
+            places.append(None)
+            continue
+        index, run = place[0], runs[place[0]]
+        if run.end_depth == node.depth and (index > 0 or node.rank == 0):
+            run.ranks.append(node.rank)
+            places.append((index, node.depth))
+            continue
+        position = start + 1 + node.depth
+        copies = min(position % page_size, position - start)
+        num_rows = sum(len(run.ranks) for run in runs) + 1
+        if len(runs) == MAX_RUNS or more_slots + copies > MORE_SLOTS * num_rows:
+            places.append(None)
+            continue
+        more_slots += copies
+        runs.append(Run(index, node.depth, [node.rank]))
+        places.append((len(runs) - 1, node.depth))
+    return runs
+
+
+def follow(
+    runs: Sequence[Run], candidates: Sequence[Sequence[int]], picks: Sequence[Sequence[int]]
+) -> Verified:
+    """Walk along a tree as far as the AR view agrees. picks: of each run's rows. candidates: as in `DraftTree.groups`.
+
+    Candidates may be missing at the end: nothing is right there.
+    """
+    firsts = [0]
+    for run in runs:
+        firsts.append(firsts[-1] + len(run.ranks))
+    at, depth = 0, -1
+    tokens: list[int] = []
+    rows: list[int] = []
+    ranks: list[int | None] = []
+    while True:
+        place = depth - runs[at].first_depth
+        token = picks[at][place]
+        tokens.append(token)
+        rows.append(firsts[at] + place)
+        depth += 1
+        if depth >= len(candidates) or token == NO_TOKEN:
+            break
+        rank = candidates[depth].index(token) if token in candidates[depth] else None
+        ranks.append(rank)
+        if rank is None:
+            break
+        if depth < runs[at].end_depth and runs[at].ranks[depth - runs[at].first_depth] == rank:
+            continue
+        branch = _branch(runs, at, depth, rank)
+        if branch is None:
+            break
+        at = branch
+    return Verified(tokens, rows, at, ranks)
+
+
+def _branch(runs: Sequence[Run], parent: int, depth: int, rank: int) -> int | None:
+    """The run that leaves run `parent` at a depth with a node of a rank."""
+    for index, run in enumerate(runs):
+        if (run.parent, run.first_depth, run.ranks[0]) == (parent, depth, rank):
+            return index
+    return None
+
+
+class BranchPages:
+    """Gives a tree's runs pages, and takes back those that no right draft has used."""
+
+    def __init__(self, pool: PagePool, cache: KVCache) -> None:
+        self._pool = pool
+        self._cache = cache
+        self.page_size = cache.page_size
+
+    def open(self, sequence: SequenceState, runs: Sequence[Run]) -> DraftTree | None:
+        """Block tables for the runs. None if too few pages are to spare; then nothing is taken.
+
+        A run has pages of its own from the one on in which it leaves its parent. What that page holds already is copied.
+        """
+        size, n = self.page_size, sequence.newest_position
+        here, filled = divmod(n, size)
+        main = sequence.block_table
+        starts = [(n + 1 + run.first_depth) // size for run in runs]
+        starts[0] = len(main)
+        counts = [
+            max(0, -(-(n + 1 + run.end_depth) // size) - s) for run, s in zip(runs, starts, strict=True)
+        ]
+        if sum(counts) > self._pool.spare or (pages := self._pool.allocate(sum(counts))) is None:
+            return None
+        taken = iter(pages)
+        tables: list[list[int]] = []
+        copies: list[tuple[int, int]] = []
+        for run, start, count in zip(runs, starts, counts, strict=True):
+            own = [next(taken) for _ in range(count)]
+            if run.parent < 0:
+                main += own
+                tables.append(main)
+                continue
+            sequence.branches.append(own)
+            tables.append(tables[run.parent][:start] + own)
+            if start == here and filled:
+                copies.append((main[here], own[0]))
+        self._cache.copy_pages(copies)
+        return DraftTree(list(runs), tables)
+
+    def close(self, sequence: SequenceState, table: list[int]) -> None:
+        """Make the block table of one run the sequence's own, and give up the pages of all others."""
+        here = sequence.newest_position // self.page_size
+        owned = [*sequence.block_table[here:], *(page for pages in sequence.branches for page in pages)]
+        kept = table[here:]
+        self._pool.release([page for page in owned if page not in kept])
+        sequence.block_table[here:] = kept
+        sequence.branches = []

@@ -1,0 +1,90 @@
+"""How likely a draft of each depth and rank is right, counted as the engine runs, and the tree of drafts that follows from it.
+
+A draft pass gives the best few tokens of each position without knowing which ones are right. So the token of a rank at a depth
+may stand behind any token of the depth before it. A tree's *node* is such a token behind a certain path. A node's chance is the
+product of the chances along its path. A tree has the likeliest nodes (as in DDTree), of which a node's parent always is one.
+
+A node whose path has only best tokens is right more often than one behind another token, because a draft suits the best tokens
+before it. So both are counted apart.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+_DECAY = 0.998
+"""What an earlier count is multiplied by at each observation at the same depth."""
+_PRIOR_WEIGHT = 4.0
+"""How many observations the assumed chances count as."""
+_PRIOR = ((0.75, 0.1, 0.04, 0.02), (0.6, 0.1, 0.04, 0.02))
+"""Assumed chances of the ranks before anything has been verified: behind best tokens, and behind others."""
+_KEPT_FOR = 16
+"""Observations for which trees are used again."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A draft in a tree."""
+
+    parent: int
+    """The node before it, by its place in the tree; -1 for the newest token."""
+    depth: int
+    """How many drafts come before it."""
+    rank: int
+    """Which of its depth's tokens it is; 0 for the best."""
+    on_chain: bool
+    """Whether it and all nodes before it are of rank 0."""
+    chance: float
+    """That it and all nodes before it are right."""
+
+
+class TreeChances:
+    """Counts how often each rank is right at each depth, and grows trees."""
+
+    def __init__(self, depths: int, ranks: int) -> None:
+        """depths: most drafts in a row. ranks: tokens that a draft pass gives for each."""
+        self._ranks = ranks
+        self._tried = [[_PRIOR_WEIGHT] * depths for _ in _PRIOR]
+        self._right = [
+            [[_PRIOR_WEIGHT * chance for chance in prior[:ranks]] for _ in range(depths)] for prior in _PRIOR
+        ]
+        self._trees: dict[tuple[int, int], list[Node]] = {}
+        self._observed = 0
+
+    def observe(self, depth: int, on_chain: bool, rank: int | None) -> None:
+        """Note which rank was right at a depth, behind drafts that were right. on_chain: whether these were of rank 0."""
+        off = not on_chain
+        self._tried[off][depth] = self._tried[off][depth] * _DECAY + 1
+        right = self._right[off][depth]
+        for index in range(self._ranks):
+            right[index] = right[index] * _DECAY + (index == rank)
+        self._observed += 1
+        if self._observed >= _KEPT_FOR:
+            self._observed = 0
+            self._trees.clear()
+
+    def tree(self, nodes: int, depths: int) -> list[Node]:
+        """The `nodes` likeliest nodes of up to `depths` drafts in a row, the likeliest first."""
+        if (nodes, depths) not in self._trees:
+            self._trees[nodes, depths] = self._grow(nodes, depths)
+        return self._trees[nodes, depths]
+
+    def _grow(self, nodes: int, depths: int) -> list[Node]:
+        tree: list[Node] = []
+        # By chance; then shallow nodes and low ranks first.
+        candidates: list[tuple[float, int, int, int]] = []
+
+        def add(parent: int, depth: int, on_chain: bool, chance: float) -> None:
+            """Make the next drafts behind a node candidates."""
+            if depth < depths:
+                off = not on_chain
+                for rank, right in enumerate(self._right[off][depth]):
+                    item = -chance * right / self._tried[off][depth], depth, rank, parent
+                    heapq.heappush(candidates, item)
+
+        add(-1, 0, True, 1.0)
+        while candidates and len(tree) < nodes:
+            negative, depth, rank, parent = heapq.heappop(candidates)
+            on_chain = rank == 0 and (parent < 0 or tree[parent].on_chain)
+            tree.append(Node(parent, depth, rank, on_chain, -negative))
+            add(len(tree) - 1, depth + 1, on_chain, -negative)
+        return tree
