@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 
 from orthrus.kernels.linear import Parameters, pack_weight
 from orthrus.kernels.linear.fp8 import quantise_rows, round_rows
-from tests.kernels.interpreted import randn
+from tests.kernels.interpreted import interpreted, randn
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -54,3 +54,41 @@ def test_gate_and_up_meet_after_rounding() -> None:
     gates, ups = (x @ p["weight"].T + p["bias"] for p in (gate, up))
     layer = pack_weight([[dict(gate), dict(up)]], "fp8", gated=True)
     assert relative_error(layer.linear_silu_mul(x), silu(gates) * ups) < 0.06
+
+
+@interpreted
+def test_the_kernels_round_rows_as_the_reference_does() -> None:
+    """Their scales, and what the norm rounds. The interpreter loses carries when it rounds numbers: tests/gpu compares these."""
+    from orthrus.kernels.linear import fp8_triton
+    from orthrus.kernels.linear.add_rms_norm import add_rms_norm
+
+    x = randn(5, 300)
+    x[2] = 0
+    assert torch.equal(fp8_triton.quantise_rows(x[:, 4:])[1], quantise_rows(x[:, 4:])[1])
+    _, normed = add_rms_norm(x, randn(5, 300, seed=1), randn(300, seed=2), 1e-6, rounded=True)
+    assert isinstance(normed, fp8_triton.RoundedRows)
+    assert fp8_triton.quantise_rows(normed)[0] is normed.numbers
+    assert type(normed[1:3]) is Tensor, "a part of the rows is not rounded yet"
+    alone = fp8_triton.quantise_rows(normed[:])
+    for made, later in zip((normed.numbers, normed.scales), alone, strict=True):
+        assert torch.equal(made.float(), later.float())
+
+
+@interpreted
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_kernel_for_any_rows_multiplies_numbers_and_scales(gated: bool) -> None:
+    from orthrus.kernels.linear import fp8_triton
+    from orthrus.kernels.linear.fp8 import quantise_layer
+    from orthrus.kernels.linear.gpu import TritonWeight
+    from orthrus.kernels.linear.reference import DenseWeight
+
+    layer = quantise_layer([[projection(72, 304, 1), projection(72, 304, 2)]], gated)
+    kernel = TritonWeight(layer.weights, layer.bias, layer.interleaved, layer.scales)
+    x = randn(20, 304, seed=7) / 8
+    numbers, scales = fp8_triton.quantise_rows(x)
+    assert layer.scales is not None and layer.bias is not None
+    weight = layer.weights[0].double() * layer.scales[0].double()[:, None]
+    exact = DenseWeight((weight,), layer.bias.double(), gated)
+    rows = numbers.double() * scales.double()[:, None]
+    got = kernel.linear_silu_mul(x) if gated else kernel.linear(x)
+    assert relative_error(got, exact.linear_silu_mul(rows) if gated else exact.linear(rows)) < 1e-5
