@@ -12,6 +12,7 @@ from orthrus.deployments.config.app_args import AppArgs, DeploymentOptions
 from orthrus.deployments.config.config_file import load_config
 from orthrus.deployments.config.model_check import check_model, locate
 from orthrus.engine.config import EngineConfig
+from orthrus.engine.draft_weights import auto_draft_format, copies_bytes, draft_format
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.hub import HubUnreachable
@@ -30,6 +31,8 @@ GPU_GIB = {
     "L40S": 44,
 }
 """Memory that a process finds free, by Ray's accelerator type."""
+FP8_GPUS = {"B200", "H100", "H200", "L4", "L40S"}
+"""Those with FP8 matrix units."""
 RESERVED_GIB = 2
 """For the CUDA context, kernels and activations."""
 
@@ -147,6 +150,13 @@ def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | N
     weights, position = weight_bytes(model, DTYPE_SIZES[dtype]), kv_bytes_per_token(model, DTYPE_SIZES[dtype])
     context = engine.max_model_len or model.max_position_embeddings
     views = "two views" if model.has_diffusion else "AR view"
+    copies = draft_format(engine, model)
+    if copies is None and gpu is not None and gpu[1] in FP8_GPUS and DTYPE_SIZES[dtype] == 2:
+        memory = (gpu[0] * engine.gpu_memory_utilization - RESERVED_GIB) * GIB - weights
+        copies = auto_draft_format(engine, model, DTYPE_SIZES[dtype], memory)
+    if copies is not None:
+        views = f"AR view, {copies} copies for drafts"
+        weights += copies_bytes(model, DTYPE_SIZES[dtype], copies)
     said = f"weights {_gib(weights)} ({views}, {dtype})"
     if gpu is None:
         cache = engine.kv_cache_tokens

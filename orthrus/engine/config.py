@@ -35,7 +35,7 @@ class EngineConfig(BaseModel):
     None for where the cost model says that this pays."""
     draft_weights: Literal["auto", "same", "fp8"] = "auto"
     """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own, which halve what such a pass reads
-    and take memory. "auto" is "same" so far."""
+    and take memory. "auto" is "fp8" on a GPU with FP8 matrix units if the KV cache keeps three quarters of its size."""
     draft_tree: int | None = Field(default=None, ge=2, le=128)
     """Most rows with which a pass verifies a tree of drafts, several continuations of one sequence. None for one continuation."""
     max_model_len: int | None = Field(default=None, ge=2)

@@ -4,15 +4,43 @@ Only verify passes have to be exact, so drafts may be rough. Copies halve what a
 cache. With copies, no pass has rows of both views: it would read both sets of weights.
 """
 
+from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.models.config import ModelConfig
+from orthrus.models.sizes import weight_bytes
 from orthrus.schedules.registry import SCHEDULES, choose_schedule
 
-COPY_BYTES = {"fp8": 1 + 4 / 128**2}
-"""The formats of copies, with the bytes of one number on a GPU: in "fp8" one, and a float32 scale for each 128 x 128 of them."""
+COPY_BYTES = {"fp8": 1.001}
+"""The formats of copies, with the bytes of one number on a GPU: "fp8" also has a float32 scale for each output of a layer."""
+_LEAST_CACHE = 0.75
+"""The share of the KV cache that must be left for "auto" to take copies."""
 
 
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:
-    """The weight format of the drafts' copies; None if there are no copies."""
+    """The weight format of the drafts' copies as far as `config` alone says. None: there are none, or "auto" has to decide."""
     drafts = SCHEDULES[choose_schedule(config.schedule, model.has_diffusion)].needs_diffusion
     return config.draft_weights if drafts and config.draft_weights in COPY_BYTES else None
+
+
+def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int, memory: float) -> str | None:
+    """What `draft_weights: auto` chooses on a GPU that multiplies FP8 numbers. None: no copies.
+
+    item_bytes: of a number of the model. memory: bytes that the copies and the KV cache may take together, beside weights and
+    passes. Copies are made if the KV cache keeps three quarters of its size and room for a full context, or else if it holds the
+    `kv_cache_tokens` that are asked for.
+    """
+    schedule = choose_schedule(config.schedule, model.has_diffusion)
+    if config.draft_weights != "auto" or not SCHEDULES[schedule].needs_diffusion or config.draft_lead:
+        return None
+    width = kv_bytes_per_token(model, item_bytes)
+    if config.kv_cache_tokens is not None:
+        cache: float = config.kv_cache_tokens * width
+    else:
+        context = (config.max_model_len or model.max_position_embeddings) * width
+        cache = max(context, _LEAST_CACHE * min(context * config.max_num_seqs, memory))
+    return "fp8" if memory - copies_bytes(model, item_bytes, "fp8") >= cache else None
+
+
+def copies_bytes(model: ModelConfig, item_bytes: int, format: str) -> int:
+    """How many bytes more the weights take if drafts have copies in `format`, on a GPU."""
+    return weight_bytes(model, item_bytes, COPY_BYTES[format]) - weight_bytes(model, item_bytes)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import draft_format
-from orthrus.engine.sizing import PassLimits
+from orthrus.engine.sizing import PassLimits, choose_draft_format
 from orthrus.models.config import ModelConfig
+from orthrus.models.families import family_of
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import SamplingParams
@@ -27,7 +27,8 @@ def make_forward(
     config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor]
 ) -> LayerParallelForward:
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
-    copies = draft_format(config, model)
+    embedding = weights[family_of(model).embedding]
+    copies = choose_draft_format(config, model, embedding.device, embedding.dtype)
     forward = LayerParallelForward(model, weights, draft_format=copies)
     if forward.draft is not None:
         gib = [stack.nbytes / (1 << 30) for stack in (forward.draft, forward.exact)]

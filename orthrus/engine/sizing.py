@@ -8,8 +8,9 @@ import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import COPY_BYTES, draft_format
+from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, draft_format
 from orthrus.errors import ConfigError
+from orthrus.kernels.device import has_fp8_mma
 from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.sizes import weight_bytes
@@ -22,6 +23,8 @@ DECODE_ROWS = 512
 SCORE_ROWS = 64
 """Rows that can score prompts while decoding sequences fill a pass: memory for so many more logits is laid out."""
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
+_PASS_BYTES = 2 << 30
+"""About what passes need, as far as that matters before they can be measured."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,20 @@ def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -
     if wanted is None and trained > cache_tokens:
         logger.warning("context limit lowered from %d to the KV cache's %d tokens", trained, cache_tokens)
     return wanted or min(trained, cache_tokens)
+
+
+def choose_draft_format(
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """The weight format of the drafts' own weights; None if they share those of the AR rows.
+
+    Ask once the weights are loaded, and before they are packed.
+    """
+    if device.type != "cuda" or dtype.itemsize > 2 or not has_fp8_mma():
+        return draft_format(config, model)
+    free, size = torch.cuda.mem_get_info(device)
+    memory = size * config.gpu_memory_utilization - (size - free) - _PASS_BYTES
+    return draft_format(config, model) or auto_draft_format(config, model, dtype.itemsize, memory)
 
 
 def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,13 +1,15 @@
 """Zero drift on a GPU, bit for bit: 200,000 tokens of Orthrus at Qwen3-8B's widths, four layers of random weights.
 
 The reference decodes plainly, in mixtures of 1 to 64 requests. Against it: the same with other chunks and another order, and
-Orthrus with replayed drafts in other mixtures, with a cache too small for them and prefixes that are found in it.
+Orthrus with replayed drafts in other mixtures, by draft weights of their own and by the same ones, with a cache too small for
+them and prefixes that are found in it.
 """
 
 import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def limits(seed: int) -> Iterator[int]:
         yield from [rng.choice((1, 2, 5, 16, 40, 64))] * 20
 
 
-def engine(schedule: str, **settings: int) -> Engine:
+def engine(schedule: str, **settings: Any) -> Engine:
     model = MODEL if schedule == "orthrus" else replace(MODEL, block_size=None, mask_token_id=None)
     fixed = {"max_num_seqs": 64, "max_model_len": LONGEST, "kv_cache_tokens": 64 * LONGEST}
     return shape_engine(model, schedule, DEVICE, torch.bfloat16, **(fixed | settings))
@@ -84,11 +86,15 @@ def test_no_bit_differs(ahead: bool, least: int) -> None:
     del other
     torch.cuda.empty_cache()
 
-    orthrus = engine("orthrus", prefill_chunk=512, kv_cache_tokens=4 * LONGEST)
-    schedule = replaying(orthrus, chain_profile(4.0, 32))
-    for request in asked:
-        schedule.learn(request.prompt, request.params, expected[request.request_id].token_ids)
-    got = run(orthrus, random.Random(2).sample(asked, len(asked)), limits(2))
-    assert not find_drifts("orthrus", got, expected)
-    assert orthrus.stats.preemptions > 0 and orthrus.stats.prefix_hit_tokens > 0
-    assert orthrus.stats.tokens_per_cycle > 2.5
+    for drafts in ("fp8", "same"):
+        orthrus = engine("orthrus", prefill_chunk=512, kv_cache_tokens=4 * LONGEST, draft_weights=drafts)
+        assert (orthrus.forward.draft is not None) == (drafts == "fp8")
+        schedule = replaying(orthrus, chain_profile(4.0, 32))
+        for request in asked:
+            schedule.learn(request.prompt, request.params, expected[request.request_id].token_ids)
+        got = run(orthrus, random.Random(2).sample(asked, len(asked)), limits(2))
+        assert not find_drifts(f"orthrus, {drafts} drafts", got, expected)
+        assert orthrus.stats.preemptions > 0 and orthrus.stats.prefix_hit_tokens > 0
+        assert orthrus.stats.tokens_per_cycle > 2.5
+        del orthrus, schedule
+        torch.cuda.empty_cache()
