@@ -22,6 +22,7 @@ from orthrus.deployments.bodies.strict_model import ModelBody, StrictModel
 from orthrus.deployments.bodies.unsupported_fields import drop_neutral
 from orthrus.errors import RequestError
 from orthrus.requests.request import SEED_BITS, SamplingParams
+from orthrus.schedules.registry import AR
 
 _TOKEN_ID = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = r"^[!-~]{1,128}$"
@@ -44,6 +45,7 @@ class AnswerOptions:
     """Whether events are padded, to hide the length of their text."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    return_drafts: bool = False
     include_reasoning: bool = True
     request_id: str | None = None
 
@@ -86,6 +88,7 @@ class Body(ModelBody):
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
+    return_drafts: bool | None = False
     priority: int | None = 0
     cache_salt: str | None = None
     request_id: str | None = Field(default=None, pattern=_REQUEST_ID)
@@ -112,6 +115,14 @@ class Body(ModelBody):
     def _options_go_together(self) -> "Body":
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream to be true", "stream_options")
+        if self.return_drafts and not self.stream:
+            raise RequestError(
+                "return_drafts needs stream to be true: each event tells of its own cycles", "return_drafts"
+            )
+        if self.return_drafts and self.schedule == AR:
+            raise RequestError(
+                "return_drafts has nothing to tell under schedule ar: remove one of the two", "return_drafts"
+            )
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens not in range(-1, 1 << 31):
             raise RequestError(
                 "truncate_prompt_tokens must be positive, or -1 for what the context holds",
@@ -135,6 +146,7 @@ class Body(ModelBody):
             obfuscation=bool(stream.include_obfuscation),
             return_token_ids=bool(self.return_token_ids),
             return_tokens_as_token_ids=bool(self.return_tokens_as_token_ids),
+            return_drafts=bool(self.return_drafts),
             request_id=self.request_id,
         )
 
@@ -186,6 +198,7 @@ class Body(ModelBody):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             n=self.n,
+            return_drafts=self.return_drafts,
         )
 
 

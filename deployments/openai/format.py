@@ -12,8 +12,8 @@ from orthrus.deployments.chat.output import ChatDelta
 from orthrus.deployments.generation.choices import Choice
 from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.deployments.http.sse import encode_json, sse
-from orthrus.deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
-from orthrus.requests.request import DRAWN_SEED_BITS, SEED_BITS, PromptLogprobs, RequestStats
+from orthrus.deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs, spell
+from orthrus.requests.request import DRAWN_SEED_BITS, SEED_BITS, CycleReport, PromptLogprobs, RequestStats
 
 _PADDED_TO = 64
 """Characters: the lengths of padded events are multiples of it, plus what every one has."""
@@ -155,6 +155,8 @@ class ResponseFormat:
             item = replace(item, delta=self._shown(item.delta))
         if self.options.return_token_ids and item.chunk.token_ids:
             return item
+        if item.chunk.cycles:
+            return item
         return None if item.says_nothing else item
 
     def _shown(self, delta: ChatDelta) -> ChatDelta:
@@ -177,6 +179,8 @@ class ResponseFormat:
         entry["finish_reason"] = item.finish_reason
         if chunk.stats is not None:
             entry["orthrus"] = cost(chunk.stats)
+        if self.options.return_drafts:
+            entry["cycles"] = [self._cycle(cycle) for cycle in chunk.cycles]
         if self.options.return_token_ids:
             entry["token_ids"] = list(chunk.token_ids)
             if not self.chat and index not in self._told_prompts:
@@ -187,7 +191,12 @@ class ResponseFormat:
     def stream(self, item: TextChunk, index: int) -> str:
         """`event` as a server-sent event. Most carry text alone, and of those the rest is rendered once."""
         options = self.options
-        if options.return_token_ids or options.continuous_usage or options.obfuscation:
+        if (
+            options.return_token_ids
+            or options.return_drafts
+            or options.continuous_usage
+            or options.obfuscation
+        ):
             return self.sse(self.event(item, index))
         delta, chunk = item.delta, item.chunk
         text, key = item.text, "text"
@@ -246,6 +255,11 @@ class ResponseFormat:
         return begun.event(
             text, scored, last, self.echo[index // self.n], self._prompt_scores(index, items[0])
         )
+
+    def _cycle(self, cycle: CycleReport) -> dict[str, Any]:
+        """A cycle of a choice: how many tokens it committed, its drafts as text, and how many of these were accepted."""
+        drafts = [spell(self.tokenizer, token) for token in cycle.drafts]
+        return {"tokens": cycle.num_tokens, "drafts": drafts, "accepted": cycle.num_accepted}
 
     def _prompt_logprobs(self, index: int, first: TextChunk) -> list[dict[str, Any] | None] | None:
         scores, top = self._prompt_scores(index, first), self.prompt_logprobs

@@ -121,7 +121,13 @@ class ResponsesBody(Body):
 
     @model_validator(mode="after")
     def _asks_for_nothing_of_other_endpoints(self) -> "ResponsesBody":
-        for name in ("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "request_id"):
+        for name in (
+            "prompt_logprobs",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+            "return_drafts",
+            "request_id",
+        ):
             if getattr(self, name):
                 raise RequestError(f"{name} is not for responses: send it to /v1/chat/completions", name)
         return self

@@ -281,7 +281,7 @@ class EngineCore:
             self._scheduler.name_pages(sequence)
         if sequence.finish_reason is not None:
             self._finish(sequence)
-        return tokens_chunk(sequence, taken, logits, first, error, commit.rows)
+        return tokens_chunk(sequence, turn, commit, taken, logits, first, error)
 
     def _fail(self, sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
         """End a sequence that cannot go on. param: the request's field that is the reason, if one is."""

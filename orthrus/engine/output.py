@@ -9,9 +9,10 @@ from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
 from orthrus.engine.scheduler import Planned
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.plan import RowGroup
-from orthrus.requests.request import Chunk, PromptLogprobs
+from orthrus.requests.request import Chunk, CycleReport, PromptLogprobs
 from orthrus.requests.sequence import SequenceState
 from orthrus.runner.sampler import PickRows
+from orthrus.schedules.protocol import Commit, Turn
 
 NO_NUMBERS = (
     "the model's scores for the next token are NaN or infinite: its weights are damaged, or its dtype is too small for them "
@@ -88,19 +89,20 @@ def append_tokens(sequence: SequenceState, tokens: Sequence[int]) -> str | None:
 
 def tokens_chunk(
     sequence: SequenceState,
+    turn: Turn,
+    commit: Commit,
     tokens: list[int],
     logits: Tensor,
     first: bool,
     error: str | None,
-    rows: Sequence[int] | None = None,
 ) -> Chunk:
-    """The chunk of a pass. logits [at least len(tokens), vocab_size]: of the turn's rows that have them.
+    """The chunk of a turn. logits [at least len(tokens), vocab_size]: of the turn's rows that have them.
 
-    first: whether it is the sequence's first chunk. rows: as in `Commit`.
+    tokens: those of `commit` that the sequence took. first: whether it is the sequence's first chunk.
     """
     top = sequence.params.logprobs
-    if top is not None and rows is not None:
-        logits = logits[list(rows)]
+    if top is not None and commit.rows is not None:
+        logits = logits[list(commit.rows)]
     return Chunk(
         request_id=sequence.request_id,
         index=sequence.index,
@@ -111,7 +113,20 @@ def tokens_chunk(
         stats=None if sequence.finish_reason is None else sequence.stats(),
         prompt_logprobs=_take_prompt_scores(sequence, logits.shape[-1]) if first else None,
         error=error,
+        cycles=()
+        if first or not sequence.params.return_drafts
+        else _cycles(sequence, turn, commit, len(tokens)),
     )
+
+
+def _cycles(sequence: SequenceState, turn: Turn, commit: Commit, num_tokens: int) -> tuple[CycleReport, ...]:
+    """The report of the cycle that `turn` ends, none if it goes on. num_tokens: what the sequence took of `commit`."""
+    sequence.cycle_tokens += num_tokens
+    if not turn.ends_cycle:
+        return ()
+    report = CycleReport(sequence.cycle_tokens, tuple(commit.drafts), commit.num_accepted)
+    sequence.cycle_tokens = 0
+    return (report,)
 
 
 def final_chunk(sequence: SequenceState, error: str, param: str | None = None) -> Chunk:

@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,8 @@ class SamplingParams:
     """The only token ids that may be picked, ends included; None allows all."""
     schedule: str = "auto"
     """How to decode: "auto" for the engine's schedule, or the name of one (`Admission.schedules`). It never changes the text."""
+    return_drafts: bool = False
+    """Whether chunks tell what each cycle drafted (`Chunk.cycles`)."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -252,6 +254,17 @@ class RequestStats:
         return (self.completion_tokens - 1) / self.cycles if self.cycles else 1.0
 
 
+class CycleReport(NamedTuple):
+    """What one cycle drafted for a choice, and what came of it."""
+
+    num_tokens: int
+    """Tokens that the cycle committed, a lead's included."""
+    drafts: tuple[int, ...]
+    """The drafted token ids that were verified, in order; none in an AR step."""
+    num_accepted: int
+    """How many of the drafts agreed with the AR view's picks, from the front. A text that ends among them has fewer tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The tokens that one pass committed for one choice of a request. The last chunk of a choice may hold none."""
@@ -275,6 +288,8 @@ class Chunk:
     prompt_logprobs: PromptLogprobs | None = None
     """In the first chunk of choice 0, if the request asks for them: of the prompt's tokens from the second on, since nothing
     predicts the first."""
+    cycles: tuple[CycleReport, ...] = ()
+    """The cycles that ended with these tokens, if the request asks for them. The first token of a choice belongs to none."""
 
 
 def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
@@ -286,6 +301,7 @@ def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         logprobs=tuple(item for part in scored for item in part) if scored else None,
         prompt_logprobs=chunks[0].prompt_logprobs,
+        cycles=tuple(cycle for chunk in chunks for cycle in chunk.cycles),
     )
 
 

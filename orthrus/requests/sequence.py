@@ -67,6 +67,8 @@ class SequenceState:
     """Of the prompt tokens scored so far."""
     cycles: int = 0
     """As in `RequestStats`."""
+    cycle_tokens: int = 0
+    """Tokens that the cycle under way has committed, counted where `SamplingParams.return_drafts` asks for it."""
     passes: int = 0
     """As in `RequestStats`."""
     finish_reason: FinishReason | None = None

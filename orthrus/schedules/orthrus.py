@@ -151,11 +151,14 @@ class OrthrusSchedule:
         if drafted.tree is not None:
             assert self._trees is not None
             verified = self._trees.commit(sequence, drafted, picks, self._planner)
-            return Commit(verified.tokens, len(verified.tokens) - 1, verified.rows)
+            right = verified.tokens[:-1]
+            # Of a tree, the path that was accepted, and what the chain had after it if that is the chain's.
+            rest = drafted.tokens[len(right) :] if drafted.tokens[: len(right)] == right else []
+            return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
         accepted = next(differing, len(drafted.tokens))
         self._planner.observe(sequence.params.greedy, drafted, accepted)
-        return Commit(picks[0][: accepted + 1], accepted)
+        return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
         if turn.kind in (DRAFT, LEAD_DRAFT):

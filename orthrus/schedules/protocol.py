@@ -54,6 +54,8 @@ class Commit(NamedTuple):
     """How many of the turn's drafts turned out to be right."""
     rows: Sequence[int] | None = None
     """For each token, which of the turn's rows with logits, counted over all groups, it was picked at. None: the first ones."""
+    drafts: Sequence[int] = ()
+    """The drafts that the turn verified, in order."""
 
 
 @dataclass(frozen=True)

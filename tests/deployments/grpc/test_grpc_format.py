@@ -30,7 +30,7 @@ def test_generated_stubs_are_up_to_date(tmp_path: Path) -> None:
 def test_grpc_has_the_same_parameters() -> None:
     names = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
     # The grammar follows from the request's response_format and tools.
-    assert names == set(SamplingParams.__dataclass_fields__) - {"grammar"}
+    assert names == set(SamplingParams.__dataclass_fields__) - {"grammar", "return_drafts"}
     message = pb.SamplingParams(
         temperature=0.0, n=2, stop=["a"], stop_token_ids=[4], logit_bias={5: 1.5}, max_tokens=3, seed=9
     )
