@@ -91,10 +91,16 @@ def first_token_seconds(host: str, port: int, path: str, body: dict[str, Any]) -
     return asyncio.run(run())
 
 
-def total_seconds(host: str, port: int, path: str, streams: Sequence[Sequence[dict[str, Any]]]) -> float:
-    """Seconds that the requests take when each of `streams` sends its own one after the other."""
+def total_seconds(
+    host: str, port: int, path: str, streams: Sequence[Sequence[dict[str, Any]]], viewers: int = 0
+) -> float:
+    """Seconds that the requests take when each of `streams` sends its own one after the other.
+
+    viewers: how many pages show the cluster meanwhile.
+    """
 
     async def run() -> float:
+        watched = [await _watch(host, port) for _ in range(viewers)]
         connections = await asyncio.gather(*(Connection.open(host, port) for _ in streams))
 
         async def one(connection: Connection, bodies: Sequence[dict[str, Any]]) -> None:
@@ -107,6 +113,27 @@ def total_seconds(host: str, port: int, path: str, streams: Sequence[Sequence[di
         finally:
             for connection in connections:
                 connection.close()
+            for viewer in watched:
+                viewer.cancel()
         return time.perf_counter() - begin
 
     return asyncio.run(run())
+
+
+async def _watch(host: str, port: int) -> asyncio.Task[None]:
+    """Read the cluster's events, as an open page does, until the task is cancelled. The first has come. Raises StreamFailed."""
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(f"GET /page/cluster HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    if b" 200 " not in head.split(b"\r\n")[0]:
+        raise StreamFailed(f"no page to look at the cluster with: {head!r}")
+    await reader.readuntil(_EVENT)
+
+    async def read() -> None:
+        try:
+            while await reader.read(1 << 16):
+                pass
+        finally:
+            writer.close()
+
+    return asyncio.create_task(read())

@@ -72,6 +72,8 @@ class ServeBenchOptions:
     rounds: int = 5
     pass_ms: float | None = None
     """Milliseconds that each pass waits in the model's place; None for the model itself."""
+    viewers: int = 0
+    """Pages that show the cluster, in a third contestant: what they cost. 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class ServeBenchReport:
     serve_tokens_per_second: float
     throughput: Ratio
     """Tokens per second: through Serve, over the engine's own."""
+    viewers: int
+    watched: Ratio | None
+    """Tokens per second through Serve: with the viewers' pages open, over without. None without viewers."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -101,16 +106,17 @@ class ServeBenchReport:
         passes = (
             "" if self.pass_ms is None else f", every pass a wait of {self.pass_ms:g} ms in the model's place"
         )
-        return "\n".join(
-            [
-                f"{self.model}, {self.hardware}{passes}: medians of {self.rounds} rounds",
-                "",
-                f"time to first token, 1 stream:   {self.serve_ms:8.1f} ms through Serve, {self.bare_ms:.1f} ms bare Serve "
-                f"+ {self.engine_ms:.1f} ms engine: {self.first_token}",
-                f"throughput, {self.streams} streams:       {self.serve_tokens_per_second:8.0f} tok/s through Serve, "
-                f"{self.engine_tokens_per_second:.0f} tok/s engine: {self.throughput}",
-            ]
-        )
+        lines = [
+            f"{self.model}, {self.hardware}{passes}: medians of {self.rounds} rounds",
+            "",
+            f"time to first token, 1 stream:   {self.serve_ms:8.1f} ms through Serve, {self.bare_ms:.1f} ms bare Serve "
+            f"+ {self.engine_ms:.1f} ms engine: {self.first_token}",
+            f"throughput, {self.streams} streams:       {self.serve_tokens_per_second:8.0f} tok/s through Serve, "
+            f"{self.engine_tokens_per_second:.0f} tok/s engine: {self.throughput}",
+        ]
+        if self.watched is not None:
+            lines.append(f"the same with {self.viewers} pages open, over without: {self.watched}")
+        return "\n".join(lines)
 
 
 # --- the contestants
@@ -296,9 +302,11 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
         engine_ms=1000 * statistics.median(own for _, own, _ in firsts),
         serve_ms=1000 * statistics.median(through for _, _, through in firsts),
         first_token=Ratio.of([through / (bare + own) for bare, own, through in firsts]),
-        engine_tokens_per_second=statistics.median(own for own, _ in speeds),
-        serve_tokens_per_second=statistics.median(through for _, through in speeds),
-        throughput=Ratio.of([through / own for own, through in speeds]),
+        engine_tokens_per_second=statistics.median(own for own, _, _ in speeds),
+        serve_tokens_per_second=statistics.median(through for _, through, _ in speeds),
+        throughput=Ratio.of([through / own for own, through, _ in speeds]),
+        viewers=options.viewers,
+        watched=Ratio.of([watched / through for _, through, watched in speeds]) if options.viewers else None,
     )
 
 
@@ -349,8 +357,8 @@ class _Contest:
         bare, own, through = (statistics.median(column) for column in zip(*seconds, strict=True))
         return bare, own, through
 
-    def throughputs(self, serve_first: bool) -> tuple[float, float]:
-        """Tokens per second: the engine's own, and through Serve."""
+    def throughputs(self, serve_first: bool) -> tuple[float, float, float]:
+        """Tokens per second: the engine's own, through Serve, and through Serve with viewers (without them, 0)."""
         options = self.options
         least, lengths = options.new_tokens // 2, options.new_tokens + 1
         asked = [
@@ -358,21 +366,24 @@ class _Contest:
             for number, prompt in enumerate(itertools.islice(self.texts, options.streams * options.requests))
         ]
         streams = [asked[first :: options.streams] for first in range(options.streams)]
+        bodies = [[self._body(*request) for request in requests] for requests in streams]
 
         def own() -> float:
             return self.direct.submit(_engine_total, streams).result()
 
         def through() -> float:
-            bodies = [[self._body(*request) for request in requests] for requests in streams]
             return self._client(total_seconds, "/v1/completions", bodies)
 
-        tokens = sum(new_tokens for _, new_tokens in asked)
-        turns = (through, own) if serve_first else (own, through)
-        taken = {turn: turn() for turn in turns}
-        return tokens / taken[own], tokens / taken[through]
+        def watched() -> float:
+            return self._client(total_seconds, "/v1/completions", bodies, options.viewers)
 
-    def _client(self, measure: Callable[..., float], path: str, bodies: Any) -> float:
-        return self.clients.submit(measure, "127.0.0.1", self.port, path, bodies).result()
+        tokens = sum(new_tokens for _, new_tokens in asked)
+        turns = [own, through, *([watched] if options.viewers else [])]
+        taken = {turn: turn() for turn in (reversed(turns) if serve_first else turns)}
+        return tokens / taken[own], tokens / taken[through], tokens / taken.get(watched, float("inf"))
+
+    def _client(self, measure: Callable[..., float], path: str, *asked: Any) -> float:
+        return self.clients.submit(measure, "127.0.0.1", self.port, path, *asked).result()
 
     def _body(self, prompt: str, new_tokens: int) -> dict[str, Any]:
         return {

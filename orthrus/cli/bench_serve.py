@@ -30,6 +30,12 @@ def add_parser(commands: Commands) -> None:
         type=float,
         help="in place of the model, wait this long for every pass, as a CPU waits for its GPU",
     )
+    parser.add_argument(
+        "--viewers",
+        type=int,
+        default=0,
+        help="measure too what so many open pages cost that show the cluster (default: 0, none)",
+    )
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -45,5 +51,6 @@ def run(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
         pass_ms=arguments.pass_ms,
+        viewers=arguments.viewers,
     )
     print_report(serve_bench(options, progress=progress), as_json=arguments.json)
