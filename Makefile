@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-structured test-serving test-cluster test-install proto diagram lint format clean
+.PHONY: help serve test test-clients test-structured test-serving test-cluster test-page test-install proto diagram lint format clean
 
 help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-structured  2,000 structured answers under 45 JSON Schemas, by both schedules: minutes'
 	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
+	@echo 'make test-page  the web page in Chromium, driven by Playwright; makes the screenshots in docs/: minutes; says what is missing'
 	@echo 'make test-install  beside other packages named kernels, cluster and deployments: minutes; needs a package index'
 	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test says when they are stale'
 	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test says when it is stale'
@@ -37,6 +38,9 @@ test-serving: $(INSTALLED)
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/proofs/cluster_proof.py
+
+test-page: $(INSTALLED)
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=600 tests/proofs/page_proof.py
 
 test-install: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=600 tests/proofs/install_proof.py

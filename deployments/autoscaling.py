@@ -9,8 +9,11 @@ import logging
 import math
 from typing import Any, NamedTuple
 
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Counter, Gauge
+
+from orthrus.deployments.operations.decisions import note_decision
 
 logger = logging.getLogger("ray.serve")
 
@@ -121,6 +124,9 @@ class EngineLoadPolicy:
                 ctx.target_num_replicas,
                 cause.reason,
             )
+            self._note(
+                ctx, kind="scaled", before=self._target, replicas=ctx.target_num_replicas, reason=cause.reason
+            )
             self._scalings.inc(1, {**tags, "direction": direction, "rule": cause.rule})
         if wanted != self._last_wanted:
             logger.info(
@@ -131,4 +137,14 @@ class EngineLoadPolicy:
                 wanted,
                 decision.reason,
             )
+            self._note(
+                ctx, kind="wanted", before=ctx.current_num_replicas, replicas=wanted, reason=decision.reason
+            )
         self._last, self._last_wanted, self._target = decision, wanted, ctx.target_num_replicas
+
+    def _note(self, ctx: AutoscalingContext, **decision: Any) -> None:
+        """Keep a decision for who shows it (deployments/page/). The policy goes on without."""
+        try:
+            note_decision(ctx.app_name or "", ctx.deployment_name, decision)
+        except (RayError, RuntimeError) as error:
+            logger.warning("the autoscaling decision could not be kept for the page: %s", error)

@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.util.metrics import Counter
 
+from orthrus.deployments.operations.known_replicas import KnownReplica, show_router
 from orthrus.deployments.replica.reports import Capacity
 from orthrus.deployments.routing.balancer import PrefixBalancer
 from orthrus.requests.request import Request
@@ -33,11 +34,20 @@ class PrefixRouter(RequestRouter):
         # By request id: what those that wait are told their replica by.
         self._grants: dict[str, asyncio.Future[ReplicaID]] = {}
         self._asking: asyncio.Task[None] | None = None
+        show_router(self.app_name, self._deployment_id.name, self)
         self._routed = Counter(
             "orthrus_routed_requests",
             "Requests by what spoke for their replica: a cached prefix, their session, or load alone",
             ("application", "deployment", "by"),
         ).set_default_tags({"application": self.app_name, "deployment": self._deployment_id.name})
+
+    def known_replicas(self) -> list[KnownReplica]:
+        return [
+            KnownReplica(
+                replica.replica_id.unique_id, replica.replica_metadata or {}, replica.routing_stats or {}
+            )
+            for replica in self._replicas_list
+        ]
 
     @property
     def max_num_routing_tasks(self) -> int:

@@ -86,7 +86,7 @@ class App:
         args = tiny_args()
         args["engine"] |= {"adaptive_draft": False, "draft_length": 4}
         for part, change in changes.items():
-            args[part] = {k: v for k, v in {**args[part], **change}.items() if v is not None}
+            args[part] = {k: v for k, v in {**args.get(part, {}), **change}.items() if v is not None}
         target = serve.RunTarget(make_application(args, load), name=self.name, route_prefix=self.route)
         # Without Serve's own waiting, which has no end.
         serve.run_many(

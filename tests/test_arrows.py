@@ -45,6 +45,7 @@ ROOMS = (
     "deployments/tokenizer",
     "deployments/operations",
     "deployments/messages",
+    "deployments/page",
     "deployments/responses",
     "deployments/grpc",
     "deployments/ingress",

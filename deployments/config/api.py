@@ -48,6 +48,8 @@ class ApiConfig(BaseModel):
     """Origins of the web pages that browsers let call the API, such as "https://chat.example"; "*" for any."""
     response_store: ResponseStoreConfig | None = None
     """Keep the responses of /v1/responses, so that clients can ask for them again and continue them. {} for the usual bounds."""
+    page: bool = True
+    """Whether to serve the web page at `/`."""
 
     @field_validator("cors_origins")
     @classmethod

@@ -51,6 +51,11 @@ class ServedModel:
             "max_model_len": self.max_model_len,
         }
 
+    @property
+    def is_assistant(self) -> bool:
+        """Whether it has been trained to answer, as far as its chat template tells: that of an assistant offers tools."""
+        return "tools" in str(getattr(self.tokenizer, "chat_template", None) or "")
+
     def check_name(self, name: str | None) -> None:
         """Raise ModelNotFound unless `name` is this model's. None is allowed: some bodies may leave the name out."""
         if name is not None and name != self.name:

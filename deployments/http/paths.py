@@ -26,6 +26,8 @@ class NormalizePaths:
         if path != root:
             scope["path"] = path
             scope["raw_path"] = path.encode()
+        else:
+            scope["path"] = f"{root}/"
         if scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return

@@ -19,6 +19,8 @@ from orthrus.deployments.messages.format import error_body, error_status, is_mes
 from orthrus.deployments.openai import router as openai
 from orthrus.deployments.operations import router as operations
 from orthrus.deployments.operations.status import ModelStatus
+from orthrus.deployments.page import router as page
+from orthrus.deployments.page.feed import ClusterFeed
 from orthrus.deployments.responses import router as responses
 from orthrus.deployments.responses.api import ResponsesApi
 from orthrus.deployments.tokenizer import router as tokenizer
@@ -26,13 +28,21 @@ from orthrus.deployments.tokenizer import router as tokenizer
 ROUTERS = (openai.router, responses.router, messages.router, tokenizer.router, operations.router, docs.router)
 
 
-def create_api(handler: Handler, responses: ResponsesApi, status: ModelStatus) -> FastAPI:
-    """The API in front of a model. Endpoints find the arguments in the application's state (`deployments.http.depends`)."""
+def create_api(
+    handler: Handler, responses: ResponsesApi, status: ModelStatus, feed: ClusterFeed | None
+) -> FastAPI:
+    """The API in front of a model. Endpoints find the arguments in the application's state (`deployments.http.depends`).
+
+    feed: for the page, None to serve none.
+    """
     # Traces are Serve's and ours (deployments/access/call.py).
     api = FastAPI(title="Orthrus", openapi_url=None, redirect_slashes=False, telemetry={"tracing": False})
     api.state.handler, api.state.responses, api.state.status = handler, responses, status
     for router in ROUTERS:
         api.include_router(router)
+    if feed is not None:
+        api.state.feed = feed
+        api.include_router(page.router)
     # A request meets the last one first.
     api.add_middleware(CallMiddleware)
     api.add_middleware(with_cors, handler.config.cors_origins)

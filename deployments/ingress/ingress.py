@@ -15,7 +15,10 @@ from orthrus.deployments.generation.served_model import ServedModel
 from orthrus.deployments.grpc.service import OrthrusService
 from orthrus.deployments.ingress.api import create_api
 from orthrus.deployments.link.receiver import ChunkReceiver
+from orthrus.deployments.operations.router import recent_scrape
 from orthrus.deployments.operations.status import ModelStatus
+from orthrus.deployments.page.cluster import Cluster
+from orthrus.deployments.page.feed import ClusterFeed
 from orthrus.deployments.responses.api import ResponsesApi
 from orthrus.deployments.responses.store import Responses
 from orthrus.engine.config import EngineConfig
@@ -51,10 +54,14 @@ class Ingress(OrthrusService):
         store = Responses(responses) if responses is not None else None
         self._responses = ResponsesApi(self._handler, store)
         self._status = ModelStatus(replica.deployment_name)
+        self._feed: ClusterFeed | None = None
+        if api.page:
+            cluster = Cluster(replica, self._status, recent_scrape)
+            self._feed = ClusterFeed(cluster.replicas, cluster.state, cluster.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once, for the application that answers HTTP."""
-        return create_api(self._handler, self._responses, self._status)
+        return create_api(self._handler, self._responses, self._status, self._feed)
 
     def __del__(self) -> None:
         receiver = getattr(self, "_receiver", None)

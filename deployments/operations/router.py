@@ -18,7 +18,8 @@ async def _status(request: Request) -> ModelStatus:
     return status
 
 
-_scrape = Recent(scrape)
+recent_scrape = Recent(scrape)
+"""What `scrape` gives, to all who ask within a second."""
 
 
 @router.get("/health")
@@ -45,7 +46,7 @@ async def ready(status: Annotated[ModelStatus, Depends(_status)]) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Metrics of the cluster, in Prometheus' format."""
-    text, media_type = spell(await _scrape(), request.headers.get("accept", ""))
+    text, media_type = spell(await recent_scrape(), request.headers.get("accept", ""))
     return Response(text, headers={"Content-Type": media_type})
 
 

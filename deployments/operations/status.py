@@ -4,6 +4,7 @@ import asyncio
 from functools import partial
 
 from ray import serve
+from ray.serve.schema import DeploymentStatusOverview
 
 from orthrus.deployments.operations.recent import Recent
 
@@ -13,13 +14,21 @@ class ModelStatus:
 
     def __init__(self, deployment: str) -> None:
         """deployment: the name of the replicas' deployment, in the application that asks."""
-        self._deployment = deployment
+        self.deployment = deployment
         self._status = Recent(partial(asyncio.to_thread, serve.status))
+
+    @property
+    def application(self) -> str:
+        """The name of the application that asks."""
+        return str(serve.get_replica_context().app_name)
+
+    async def deployment_status(self) -> DeploymentStatusOverview:
+        """What Serve says of the replicas' deployment."""
+        return (await self._status()).applications[self.application].deployments[self.deployment]
 
     async def fault(self) -> str | None:
         """Why no replica can answer. None if one runs, or if all were scaled away: the next request then starts one."""
-        app = serve.get_replica_context().app_name
-        replica = (await self._status()).applications[app].deployments[self._deployment]
+        replica = await self.deployment_status()
         starting = replica.replica_states and not replica.replica_states.get("RUNNING")
         if starting or replica.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return str(replica.message)

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import asdict
 from typing import Any
 
 from ray import serve
@@ -17,7 +16,7 @@ from orthrus.deployments.link.errors import LinkLost
 from orthrus.deployments.link.framing import Address
 from orthrus.deployments.link.sender import ChunkLinks
 from orthrus.deployments.replica.engine_metrics import MetricsExporter
-from orthrus.deployments.replica.reports import Capacity, RoutingReport, engine_load
+from orthrus.deployments.replica.reports import Capacity, RoutingReport, counters, engine_load
 from orthrus.deployments.replica.stages import clear_stages, publish_stages
 from orthrus.engine import Engine
 from orthrus.engine.async_engine import AsyncEngine
@@ -68,9 +67,8 @@ class OrthrusReplica:
         yield link.name
 
     async def stats(self) -> dict[str, Any]:
-        """The engine's counters (`EngineStats`), and the wait in seconds: the time since when means nothing elsewhere."""
-        stats = self._engine.stats
-        return asdict(stats) | {"oldest_wait": stats.oldest_wait}
+        """The engine's counters (`EngineStats`)."""
+        return counters(self._engine.stats)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve every `metrics_interval_s`: the signals since the last call, for the autoscaling policy."""

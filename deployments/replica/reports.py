@@ -6,6 +6,7 @@ known is ignored, and one that is missing has a default.
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class RoutingReport(NamedTuple):
 
     @staticmethod
     def of(engine: "Engine") -> dict[str, Any]:
-        """An engine's report, as a dict of numbers and bytes."""
+        """An engine's report, as a dict of numbers and bytes. `stats` is for people who look on: no router reads it."""
         stats = engine.stats
         load = Load(
             stats.running + stats.waiting,
@@ -92,6 +93,7 @@ class RoutingReport(NamedTuple):
             **load._asdict(),
             "requests": b"".join(request_name(request_id) for request_id in engine.live_requests()),
             "prefixes": b"".join(name[:NAME_BYTES] for name in recent),
+            "stats": counters(stats),
         }
 
     @staticmethod
@@ -102,6 +104,13 @@ class RoutingReport(NamedTuple):
             frozenset(_names(report.get("requests", b""))),
             frozenset(_names(report.get("prefixes", b""))),
         )
+
+
+def counters(stats: "EngineStats") -> dict[str, Any]:
+    """An engine's statistics as numbers: with the oldest wait in seconds, since its time of day means nothing elsewhere."""
+    named = asdict(stats)
+    del named["oldest_queued_at"]
+    return named | {"oldest_wait": stats.oldest_wait}
 
 
 def request_name(request_id: str) -> bytes:

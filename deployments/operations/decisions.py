@@ -1,0 +1,33 @@
+"""What the autoscaling policy decided lately, for whoever shows it: kept in the cluster's key-value store.
+
+The policy runs in Serve's controller, and ingresses may be on any node. A decision is written when it differs from the one
+before, and read only when somebody looks.
+"""
+
+import json
+import time
+from typing import Any
+
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initialized, _internal_kv_put
+
+_PREFIX = "orthrus/decisions"
+_KEPT = 20
+
+
+def note_decision(application: str, deployment: str, decision: dict[str, Any]) -> None:
+    """Add a decision, a dict of JSON values, with the time. Where no Ray runs, nobody is told."""
+    if not _internal_kv_initialized():
+        return
+    kept = [*read_decisions(application, deployment), {"at": time.time(), **decision}]
+    _internal_kv_put(_key(application, deployment), json.dumps(kept[-_KEPT:]).encode())
+
+
+def read_decisions(application: str, deployment: str) -> list[dict[str, Any]]:
+    """The last decisions for a deployment, oldest first. Each has `at`, in Unix seconds."""
+    stored = _internal_kv_get(_key(application, deployment))
+    decisions: list[dict[str, Any]] = json.loads(stored) if stored is not None else []
+    return decisions
+
+
+def _key(application: str, deployment: str) -> str:
+    return f"{_PREFIX}/{application}/{deployment}"

@@ -1,0 +1,75 @@
+"""What the page shows of the cluster, as one stream of events that all its viewers share.
+
+While nobody looks, nothing is asked and nothing is computed. While somebody does, each second has one event: the replicas'
+reports, which the router in this process has anyway, every few seconds the state of the deployment and the autoscaling
+decisions, and more rarely the metrics of all ingresses.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from orthrus.deployments.http.sse import sse
+
+PERIOD_S = 1.0
+STATE_EVERY, METRICS_EVERY = 2, 10
+"""In events."""
+MAX_STREAM_S = 600.0
+"""A stream ends after it, and the page opens another: so a page that is left open does not hold up an update for long."""
+
+Part = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class ClusterFeed:
+    """One producer of events for any number of viewers. It runs while there are viewers."""
+
+    def __init__(self, replicas: Part, state: Part, metrics: Part, period_s: float = PERIOD_S) -> None:
+        """replicas, state, metrics: give the fields of an event. One that fails is left out of it."""
+        self._parts = ((replicas, 1), (state, STATE_EVERY), (metrics, METRICS_EVERY))
+        self._period = period_s
+        self._viewers = 0
+        self._producer: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+        self._number = 0
+        self._event = ""
+        # The last value of each field: who comes later is told all of it at once.
+        self._known: dict[str, Any] = {}
+
+    async def events(self, seconds: float = MAX_STREAM_S) -> AsyncIterator[str]:
+        """Server-sent events for one viewer, for so long. A viewer that is slow misses some."""
+        self._viewers += 1
+        if self._producer is None:
+            self._known, self._event = {}, ""
+            self._producer = asyncio.create_task(self._produce())
+        end, seen = time.monotonic() + seconds, self._number
+        try:
+            if self._event:
+                yield sse(self._known)
+            while time.monotonic() < end:
+                async with self._changed:
+                    while self._number == seen:
+                        await self._changed.wait()
+                    seen, event = self._number, self._event
+                yield event
+        finally:
+            self._viewers -= 1
+            if not self._viewers and self._producer is not None:
+                self._producer.cancel()
+                self._producer = None
+
+    async def _produce(self) -> None:
+        tick = 0
+        while True:
+            started = time.monotonic()
+            due = [part for part, every in self._parts if tick % every == 0]
+            told: dict[str, Any] = {"at": time.time()}
+            for fields in await asyncio.gather(*(part() for part in due), return_exceptions=True):
+                if isinstance(fields, dict):
+                    told |= fields
+            self._known |= told
+            async with self._changed:
+                self._event, self._number = sse(told), self._number + 1
+                self._changed.notify_all()
+            tick += 1
+            await asyncio.sleep(max(0.0, self._period - (time.monotonic() - started)))

@@ -1,0 +1,180 @@
+// The playground: one request, its answer coloured by cycle, its numbers, its drafts, and the same as a program.
+import { AnswerView } from "./answer_view.js";
+import { compare } from "./diff.js";
+import { byId, onceAFrame } from "./dom.js";
+import { DraftView } from "./draft_view.js";
+import { examplesFor, offerExamples } from "./examples.js";
+import { duration, number, plural } from "./format.js";
+import { inspect } from "./inspector.js";
+import { key } from "./key.js";
+import { replay } from "./replay.js";
+import { run } from "./request.js";
+import { snippet } from "./snippets.js";
+
+const REPLAY_SPEED = 0.1;
+const ALTERNATIVES = 5;
+const PATHS = { completion: "v1/completions", chat: "v1/chat/completions" };
+
+export function startPlayground(model, tell) {
+  let answer = null;
+  let running = null; // The AbortController of what runs.
+  let language = "curl";
+  const view = new AnswerView(byId("answer"), (place) => {
+    inspect(byId("inspector"), answer, place);
+    drafts.mark(answer.pieces[place].cycle);
+  });
+  const drafts = new DraftView(byId("strips"));
+  const form = byId("play-form");
+  const mode = () => form.elements.mode.value;
+  const numeric = (id) => Number(byId(id).value);
+
+  function body() {
+    const request = { model: model.model };
+    if (mode() === "chat") request.messages = [{ role: "user", content: byId("prompt").value }];
+    else request.prompt = byId("prompt").value;
+    request.max_tokens = numeric("max_tokens");
+    request.temperature = numeric("temperature");
+    for (const [name, neutral] of [["top_p", 1], ["top_k", 0], ["min_p", 0]]) {
+      if (numeric(name) !== neutral) request[name] = numeric(name);
+    }
+    // As text: a seed may be larger than a JavaScript number holds exactly. Such a one is sent as near as it can be.
+    if (byId("seed").value.trim()) request.seed = Number(byId("seed").value);
+    if (byId("stop_text").value) request.stop = byId("stop_text").value;
+    request.stream = true;
+    return request;
+  }
+
+  function scored(request) {
+    const scores = mode() === "chat" ? { logprobs: true, top_logprobs: ALTERNATIVES } : { logprobs: ALTERNATIVES };
+    return { ...request, ...scores, return_drafts: true };
+  }
+
+  function showNumbers() {
+    byId("n-tpc").textContent = number(answer?.tokensPerCycle, 2);
+    byId("n-speed").textContent = number(answer?.speed);
+    byId("n-first").textContent = duration(answer?.first ?? null);
+    byId("n-tokens").textContent = answer ? number(answer.tokens) : "–";
+    byId("n-passes").textContent = answer ? number(answer.passes) : "–";
+  }
+
+  const draw = onceAFrame(() => {
+    if (!answer) return;
+    view.show(answer);
+    drafts.show(answer);
+    showNumbers();
+  });
+
+  function showSnippet() {
+    const root = new URL(".", document.baseURI).href.replace(/\/$/, "");
+    byId("snippet").textContent = snippet(language, root, PATHS[mode()], body(), Boolean(key()));
+  }
+
+  function enable() {
+    byId("run").disabled = Boolean(running);
+    byId("stop").disabled = !running;
+    for (const id of ["again", "replay"]) byId(id).disabled = Boolean(running) || !answer?.pieces.length;
+  }
+
+  const shownPrompt = () => (mode() === "chat" ? "" : byId("prompt").value);
+
+  async function send(request) {
+    running = new AbortController();
+    answer = null;
+    view.clear(shownPrompt());
+    drafts.clear();
+    byId("inspector").replaceChildren("Point at a token, or press an arrow key in the answer, to see what else could have stood there.");
+    byId("play-status").textContent = "Waiting for the first token…";
+    tell(null);
+    enable();
+    showNumbers();
+    try {
+      await run(PATHS[mode()], scored(request), running.signal, (grown) => {
+        if (!answer) byId("play-status").textContent = "Writing…";
+        answer = grown;
+        draw();
+      });
+      view.show(answer);
+      drafts.show(answer);
+      showNumbers();
+      byId("play-status").textContent = summary(answer);
+    } catch (error) {
+      tell(error);
+      byId("play-status").textContent = "The request failed.";
+    } finally {
+      running = null;
+      enable();
+    }
+  }
+
+  async function sameAgain() {
+    const before = answer;
+    const request = { ...body(), seed: before.cost?.seed ?? body().seed };
+    await send(request);
+    if (!answer?.cost || before.stopped) return;
+    const { equal, count } = compare(before.text, answer.text);
+    byId("play-status").textContent = equal
+      ? `The same again: equal, 0 of ${plural(answer.points.length || [...answer.text].length, "character")} differ (seed ${request.seed}).`
+      : `Not the same: ${plural(count, "character")} differ. Was the prompt or a setting changed?`;
+  }
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!running) send(body());
+  });
+  byId("stop").addEventListener("click", () => running?.abort());
+  byId("again").addEventListener("click", sameAgain);
+  byId("replay").addEventListener("click", async () => {
+    running = new AbortController();
+    enable();
+    byId("play-status").textContent = "A tenth of the true speed. Each colour is one cycle.";
+    await replay([{ answer, view, prompt: shownPrompt() }], REPLAY_SPEED, running.signal);
+    running = null;
+    enable();
+    byId("play-status").textContent = summary(answer);
+  });
+  form.addEventListener("input", showSnippet);
+  for (const button of document.querySelectorAll("[data-snippet]")) {
+    button.addEventListener("click", () => {
+      language = button.dataset.snippet;
+      for (const other of document.querySelectorAll("[data-snippet]")) other.setAttribute("aria-pressed", String(other === button));
+      showSnippet();
+    });
+  }
+  byId("copy").addEventListener("click", () => copyText(byId("snippet"), byId("copy")));
+  for (const radio of form.elements.mode) {
+    radio.addEventListener("change", () => {
+      const examples = examplesFor(model.is_assistant, mode());
+      offerExamples("examples", "prompt", examples);
+      byId("prompt").value = examples[0][1];
+      byId("prompt-label").textContent = mode() === "chat" ? "Message" : "Prompt: the model goes on from here";
+      showSnippet();
+    });
+  }
+  form.elements.mode.value = model.is_assistant ? "chat" : "completion";
+  form.elements.mode[0].dispatchEvent(new Event("change", { bubbles: true }));
+  byId("inspector").textContent = "Here you will see each token's probability and what else could have stood there.";
+  enable();
+}
+
+function summary(answer) {
+  if (!answer.pieces.length) return answer.stopped ? "Stopped before the first token." : "The answer is empty: the model ended it at once.";
+  const tokens = plural(answer.tokens, "token");
+  if (answer.stopped) return `Stopped after ${tokens}.`;
+  if (!answer.cycles.length) return `${tokens}.`;
+  const per = number(answer.tokensPerCycle, 2);
+  const drafted = answer.cycles.some((cycle) => cycle.drafts.length);
+  if (!drafted) return `${tokens}, one per pass: drafting did not pay here, so the server decoded plainly.`;
+  return `${tokens} in ${plural(answer.cycles.length, "cycle")}: ${per} tokens per cycle, ${plural(answer.passes, "forward pass").replace("passs", "passes")} where plain decoding makes ${number(answer.tokens - 1)}.`;
+}
+
+async function copyText(source, button) {
+  try {
+    await navigator.clipboard.writeText(source.textContent);
+    button.textContent = "Copied";
+  } catch {
+    // Without HTTPS a browser has no clipboard for pages: select it, for the reader's own keys.
+    getSelection().selectAllChildren(source);
+    button.textContent = "Selected: copy with your keys";
+  }
+  setTimeout(() => (button.textContent = "Copy"), 2500);
+}
