@@ -285,12 +285,10 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
         contest.throughputs(serve_first=False)
         rounds = []
         for number in range(options.rounds):
-            rounds.append(
-                (contest.first_tokens(_FIRST_TOKEN_SAMPLES), contest.throughputs(serve_first=number % 2 == 0))
-            )
+            first_tokens = contest.first_tokens(_FIRST_TOKEN_SAMPLES)
+            rounds.append((first_tokens, contest.throughputs(serve_first=number % 2 == 0)))
             progress(f"round {number + 1} of {options.rounds}")
-    firsts = [first for first, _ in rounds]
-    speeds = [speed for _, speed in rounds]
+    firsts, speeds = zip(*rounds, strict=True)
     return ServeBenchReport(
         model=engine.served_model_name or engine.model,
         hardware=hardware(choose_device(engine.device)),
