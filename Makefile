@@ -25,7 +25,7 @@ serve: $(INSTALLED)
 	$(BIN)/orthrus serve configs/tiny-cpu.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2
 
 test-clients: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=1800 tests/proofs/clients_proof.py

@@ -24,17 +24,21 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-_SERVERS = ("deployments/serving", "deployments/launch", "cli")
+_SERVERS = ("tests/deployments/serving/", "tests/deployments/launch/", "tests/cli/")
 """Folders of tests that start Ray."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (pytest-xdist), a file's tests share one, and so do all tests that start Ray: it needs the cores."""
-    tests = Path(__file__).parent
-    for item in items:
-        file = item.path.relative_to(tests).as_posix()
-        item.add_marker(pytest.mark.xdist_group("servers" if file.startswith(_SERVERS) else file))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes, a file's tests share one, and so do all tests that start Ray, which needs the cores."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "servers" if file.startswith(_SERVERS) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
