@@ -1,4 +1,4 @@
-"""The page: a playground, a race against AR decoding, and the cluster. It calls the public API, and is served beside it."""
+"""The page: a playground, a race against AR decoding, and the cluster. It calls the public API and two routes of this file."""
 
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version

@@ -30,7 +30,11 @@ def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int,
     `kv_cache_tokens` that are asked for.
     """
     schedule = choose_schedule(config.schedule, model.has_diffusion)
-    if config.draft_weights != "auto" or not SCHEDULES[schedule].needs_diffusion or config.draft_lead:
+    if (
+        config.draft_weights != "auto"
+        or "draft_weights" not in SCHEDULES[schedule].settings
+        or config.draft_lead
+    ):
         return None
     width = kv_bytes_per_token(model, item_bytes)
     if config.kv_cache_tokens is not None:

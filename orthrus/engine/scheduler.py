@@ -5,7 +5,7 @@ sequences and prompts have row budgets of their own. A prompt that is to be scor
 score are taken.
 
 Where drafts have weights of their own, a pass has rows of one view only. Draft turns then take a pass by themselves, and the next
-one takes all other turns. What had to wait is planned again: `Schedule.plan` gives the same turn.
+one takes all other turns. What had to wait is planned again.
 
 When pages run out, the last sequence in that order is preempted: it gives up its pages and is computed again later. The tokens
 that it has committed stay, so its text does not change.
@@ -131,7 +131,7 @@ class Scheduler:
         return self._rows_waiting + self._rows_running
 
     def may_preempt(self) -> bool:
-        """Whether the next plan may run out of pages."""
+        """Whether the next plan may run out of pages. Tells the pool how many it may need."""
         missing = 0
         for sequence in self.running:
             rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk

@@ -1,8 +1,8 @@
 """`LayerParallelForward`: the AR view and the diffusion view of all rows of a pass, layer by layer, over one shared cache.
 
-At every layer both views run side by side. Each has its own attention projections. Everything else (norms, MLP, embedding,
-head) is shared and read once for all rows. AR keys and values are written to the cache before attention, and both views read
-them there.
+Where the views share weights, both run side by side at every layer. Each has its own attention projections. Everything else
+(norms, MLP, embedding, head) is read once for all rows. AR keys and values are written to the cache before attention, and both
+views read them there.
 
 Drafts may have weights of their own: rounded copies of all that a draft pass multiplies. Then a pass has rows of one view only.
 Formulas of the views: Orthrus (arXiv 2605.12825, section 3). What is inside a layer: `orthrus.models.layer`.

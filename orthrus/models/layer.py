@@ -1,4 +1,4 @@
-"""A decoder layer over paged keys and values: both views of all rows side by side, over one read of the weights."""
+"""A decoder layer over paged keys and values, for rows of one view, or of both over one read of the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,8 +52,9 @@ class DecoderLayer:
         two copies of the model.
 
         prefix: what the names of the layer's tensors begin with, without the dot behind it.
-        weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
-        `ModelConfig.views` or one of them: then all rows of a pass are of that view.
+        weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose linear projections it has, those
+        of `ModelConfig.views` or one of them: then all rows of a pass are of that view. It has the norms
+        of queries and keys of all the model's views in any case.
         qk_norm: whether the layer norms queries and keys. after_norm: the name of the norm behind the layer.
         """
 

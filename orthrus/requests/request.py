@@ -260,7 +260,8 @@ class CycleReport(NamedTuple):
     num_tokens: int
     """Tokens that the cycle committed, a lead's included."""
     drafts: tuple[int, ...]
-    """The drafted token ids that were verified, in order; none in an AR step."""
+    """The drafted token ids as one line; none in an AR step. Of a block, all that were verified. Of a tree, the right ones, and
+    then the chain's further drafts if the right ones are on the chain."""
     num_accepted: int
     """How many of the drafts agreed with the AR view's picks, from the front. A text that ends among them has fewer tokens."""
 

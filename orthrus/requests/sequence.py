@@ -47,7 +47,7 @@ class SequenceState:
     block_table: list[int] = field(default_factory=list)
     """The pages that it owns or shares, in order of positions."""
     branches: list[list[int]] = field(default_factory=list)
-    """Further pages that it owns, by other continuation that a pass computes. They are given up with its block table."""
+    """Further pages that it owns: one list for each branch of a tree of drafts. They are given up with its block table."""
     page_hashes: list[PageHash] = field(default_factory=list)
     """Names of those of its first pages that are full of committed tokens."""
     num_computed: int = 0

@@ -5,8 +5,8 @@ A cycle with blocks of K rows runs two passes of batch * K rows. Per sequence it
     1 + sum over d = 1 ... K - 1 of P(the first d drafts are accepted)
 
 tokens, and one more with a lead. An AR step runs one pass of batch rows and commits one token per sequence. The planner takes
-whichever has the best rate. Because AR steps compete too, Orthrus is not slower than AR where rows are expensive. The choice
-never changes the text.
+whichever has the best rate. AR steps compete too: where rows are expensive, they win. The choice never changes the text.
+Further rows that a tree of drafts has are not counted.
 
 How often drafts are accepted is counted twice, with a short and with a long memory. The short one (about twenty cycles) says
 what the current text is like and how long a block should be. The long one (about five hundred cycles) says what drafts are

@@ -32,7 +32,8 @@ class Turn:
     tokens 0 to i. True: drafts, which a later turn verifies. Row i is picked for on top of the picks of rows 0 to i - 1.
     """
     ranks: int = 1
-    """How many tokens the rows of drafting groups pick, the best first: see `Schedule.commit`."""
+    """How many tokens the rows of drafting groups pick, the best first: see `Schedule.commit`. Behind the best token, a
+    runner may search only a part of the vocabulary."""
     ends_cycle: bool = True
     """Whether a cycle ends when this turn is committed. Tokens per cycle counts these turns."""
     num_verified: int = 0
@@ -55,7 +56,8 @@ class Commit(NamedTuple):
     rows: Sequence[int] | None = None
     """For each token, which of the turn's rows with logits, counted over all groups, it was picked at. None: the first ones."""
     drafts: Sequence[int] = ()
-    """The drafts that the turn verified, in order."""
+    """The drafts as one line. Of a block, all that were verified. Of a tree, the right ones, and then the chain's further drafts
+    if the right ones are on the chain."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Schedule(Protocol):
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         """The sequence's next turn, in a pass in which up to `batch` sequences decode.
 
-        A turn may have to wait for a later pass. Then `plan` is called again, and must answer with the same rows.
+        A turn may have to wait for a later pass. Then `plan` is called again, perhaps with another `batch`, and the new turn
+        takes the place of the old one. It must be of the same view.
         """
         ...
 

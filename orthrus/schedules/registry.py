@@ -35,7 +35,7 @@ class ScheduleEntry:
     needs_diffusion: bool = False
     """Whether it runs only checkpoints that have diffusion weights."""
     settings: frozenset[str] = frozenset()
-    """Fields of `EngineConfig` that have a meaning with this schedule, and none with schedules that do not list them."""
+    """Fields of `EngineConfig` that are refused with schedules that do not list them. Whoever drafts lists `draft_weights`."""
     variants: tuple[Variant, ...] = (Variant("ahead", logprobs=False),)
     """What to verify beyond the default settings."""
 

@@ -119,16 +119,24 @@ def test_requests_that_come_and_go_have_the_text_of_ar_decoding(
 
 def test_fp8_drafts_are_as_good_as_drafts_by_the_same_weights() -> None:
     path = ROOT / "models" / "orthrus-tiny"
-    texts = [[*text.encode()] for text in ("Once upon a time", "The sum of two and three is", "def main():")]
+    beginnings = (
+        "def main():\n",
+        "import os\n\ndef load_config(path):\n",
+        "class Stack:\n    def __init__(self):\n",
+        "import argparse\n\n",
+        "@dataclass\nclass Point:\n",
+        "with open(path) as f:\n",
+    )
     params = [SamplingParams(temperature=t, max_tokens=96, seed=1, ignore_eos=True) for t in (0.0, 0.7)]
     per_cycle = []
     for drafts in ("same", "fp8"):
         ours = engine(path, draft_weights=drafts, device="cpu", kv_cache_tokens=4096)
+        texts = [ours.tokenizer.encode(text) for text in beginnings]
         for one in params:
             ours.generate(texts, one)
         per_cycle.append(ours.stats.tokens_per_cycle)
     same, fp8 = per_cycle
-    assert same > 1.5
+    assert same > 2.5
     assert fp8 >= 0.97 * same
 
 

@@ -13,6 +13,7 @@ from orthrus.kernels.attention import gpu as attention_gpu
 from orthrus.kernels.attention.work_list import plan_work
 from orthrus.kernels.rows import qk_norm_rope_triton
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.rows.types import KVWrites
 from tests.kernels.interpreted import CPU, DTYPES, assert_near, int32, interpreted, randn
 from tests.kernels.work_lists import items_of
 
@@ -128,7 +129,16 @@ def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(programs: int) -
         qkv = inputs.clone()
         caches = [randn(KV_HEADS, 8, PAGE, dim, seed=s) for s in (1, 2)]
         written = [cache.clone() if stale else cache for cache in caches]
-        norm(qkv, weight, angles, 0 * angles, 1e-6, int32(rows), slots, *(c.flatten(1, 2) for c in written))
+        norm(
+            qkv,
+            weight,
+            angles,
+            0 * angles,
+            1e-6,
+            int32(rows),
+            KVWrites.single(slots),
+            *(c.flatten(1, 2) for c in written),
+        )
         return attend(qkv, *caches, plan, 0.25)
 
     work = with_work(plan, 4, programs)
