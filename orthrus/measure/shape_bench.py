@@ -17,7 +17,7 @@ import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine import Engine
-from orthrus.engine.draft_weights import COPY_BYTES, draft_format
+from orthrus.engine.draft_weights import COPY_BYTES
 from orthrus.errors import ConfigError
 from orthrus.measure.acceptance import AcceptanceProfile, chain_profile
 from orthrus.measure.contest import Contestant, Progress, hardware
@@ -167,7 +167,7 @@ def _context(options: ShapeBenchOptions) -> int:
 
 def _copy_bytes(engine: Engine) -> float | None:
     """Bytes of a number in the drafts' own weights, None where drafts have none."""
-    copies = draft_format(engine.config, engine.model_config)
+    copies = engine.forward.draft_format  # Not the setting's, which may be "auto".
     return None if copies is None else COPY_BYTES[copies]
 
 

@@ -30,6 +30,8 @@ class LayerParallelForward:
     """The weights as the checkpoint has them: of both views, or of the AR view alone if drafts have their own."""
     draft: LayerStack | None
     """The drafts' own weights, if they have any."""
+    draft_format: str | None
+    """The weight format of `draft`."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class LayerParallelForward:
         """
         self.config = config
         family = family_of(config)
-        self.draft = None
+        self.draft, self.draft_format = None, draft_format
         # Each layer takes the norm behind it, so this one is left.
         self._first_norm = tensors.pop(family.norm_before(0))
         if draft_format is None:

@@ -14,7 +14,13 @@ from orthrus.measure.contest import Ratio
 from orthrus.measure.prompt_time import prompt_operations, prompt_times
 from orthrus.measure.random_model import shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule, replaying
-from orthrus.measure.shape_bench import ShapeBenchOptions, acceptances, all_races, shape_bench
+from orthrus.measure.shape_bench import (
+    ShapeBenchOptions,
+    acceptances,
+    all_races,
+    pass_times,
+    shape_bench,
+)
 from orthrus.measure.shape_report import PassTime, PromptTime, ShapeReport, Speed, plot
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
@@ -150,6 +156,15 @@ def test_the_races_replay_each_acceptance_by_the_planner_and_by_fixed_blocks() -
             assert speed.tokens_per_cycle == pytest.approx(5.0, abs=1.2)
         elif speed.contestant == "8 rows at 2.5":
             assert speed.tokens_per_cycle == pytest.approx(2.5, abs=0.5)
+
+
+def test_a_draft_pass_is_held_against_the_bytes_of_its_own_weights() -> None:
+    """Also where the engine chose them itself, and the setting says "auto"."""
+    engine = shape_engine(SMALL, "orthrus", CPU, torch.float32, **SETTINGS, draft_weights="fp8")
+    engine.config = engine.config.model_copy(update={"draft_weights": "auto"})
+    _, verify, draft = pass_times(engine, ShapeBenchOptions(batches=(1,), context=64), read=1.0)
+    read = [each.share_of_read * each.milliseconds for each in (verify, draft)]
+    assert 0.5 < read[1] / read[0] < 0.9, "half the bytes of the weights, and all of the cache's"
 
 
 def test_prompts_are_timed_beside_their_arithmetic() -> None:
