@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
-from orthrus.kernels.linear.plain import PlainFormat, alternate
+from orthrus.kernels.linear.plain import PlainFormat, alternate, join_views
 from orthrus.kernels.linear.types import DenseLayer
-from orthrus.kernels.linear.weight import Parameters, Views, Weight, join_projections, weight_format
+from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
 
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -62,17 +62,16 @@ def quantise_layer(views: Views, gated: bool) -> DenseLayer:
 
     Raises ValueError if only one of two views has biases.
     """
-    joined = [join_projections(view) for view in views]
-    biases = [bias for _, bias in joined if bias is not None]
-    if biases and len(biases) < len(joined):
-        raise ValueError("one view of a layer has biases and the other has none: give both or neither")
-    weights = [alternate(weight) if gated else weight for weight, _ in joined]
+    weights, bias = join_views(views)
+    if gated:
+        weights = [alternate(weight) for weight in weights]
+        bias = None if bias is None else torch.stack([alternate(own) for own in bias])
     # As bytes, which every operation on tensors takes.
     parts = [[quantise_rows(part) for part in weight.split(_CHUNK)] for weight in weights]
     numbers = torch.stack([torch.cat([n.view(torch.uint8) for n, _ in view]) for view in parts])
     return DenseLayer(
         numbers.view(torch.float8_e4m3fn).unbind(),
-        torch.stack([alternate(bias) if gated else bias for bias in biases]) if biases else None,
+        bias,
         gated,
         torch.stack([torch.cat([scales for _, scales in view]) for view in parts]),
     )

@@ -48,15 +48,22 @@ def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool) -> Weight:
 
 def stack_views(views: Views) -> DenseLayer:
     """The views' weights as neighbours in memory. Raises ValueError if only one of two views has biases."""
+    weights, bias = join_views(views)
+    if len(weights) == 1:
+        return DenseLayer((weights[0].contiguous(),), bias)
+    return DenseLayer(torch.stack(weights).unbind(), bias)
+
+
+def join_views(views: Views) -> tuple[list[Tensor], Tensor | None]:
+    """Each view's weight, and their biases as one tensor [views, out_features] if they have any.
+
+    Raises ValueError if only one of two views has biases.
+    """
     joined = [join_projections(view) for view in views]
     biases = [bias for _, bias in joined if bias is not None]
     if biases and len(biases) < len(joined):
         raise ValueError("one view of a layer has biases and the other has none: give both or neither")
-    if len(joined) == 1:
-        weights: tuple[Tensor, ...] = (joined[0][0].contiguous(),)
-    else:
-        weights = torch.stack([weight for weight, _ in joined]).unbind()
-    return DenseLayer(weights, torch.stack(biases) if biases else None)
+    return [weight for weight, _ in joined], torch.stack(biases) if biases else None
 
 
 def interleave(projections: Sequence[Parameters]) -> DenseLayer:

@@ -18,7 +18,16 @@ import torch
 from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.sizing import choose_device
 from orthrus.errors import ConfigError
-from orthrus.measure.contest import Contestant, Output, Progress, Ratio, engine_contestant, hardware, ratio
+from orthrus.measure.contest import (
+    Contestant,
+    Output,
+    Progress,
+    Ratio,
+    engine_contestant,
+    hardware,
+    ratio,
+    verdict,
+)
 from orthrus.measure.hugging_face import hugging_face
 from orthrus.measure.prompts import encode_prompts
 from orthrus.models.config import ModelConfig
@@ -92,9 +101,7 @@ class BenchReport:
                 f"{m.batch:>5}  {m.contestant:<14}{m.tokens_per_second:>9.1f}{m.over_hugging_face!s:>20}{m.over_ar!s:>20}"
                 f"{m.tokens_per_cycle:>11.2f}{m.tokens_per_pass:>10.2f}{m.agreement:>8.1%}"
             )
-        return "\n".join(
-            [*lines, "", "ar and orthrus gave the same tokens" if self.exact else "AR AND ORTHRUS DIFFER"]
-        )
+        return "\n".join([*lines, "", verdict(self.exact)])
 
 
 def bench(options: BenchOptions, progress: Progress = lambda line: None) -> BenchReport:

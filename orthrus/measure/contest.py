@@ -54,6 +54,11 @@ def ratio(seconds: list[float], others: list[float]) -> Ratio:
     return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
 
 
+def verdict(exact: bool) -> str:
+    """The last line of a report. exact: whether all schedules gave the same tokens."""
+    return "ar and orthrus gave the same tokens" if exact else "AR AND ORTHRUS DIFFER"
+
+
 def engine_contestant(engine: Engine) -> Contestant:
     """Our engine, all prompts submitted at once."""
 

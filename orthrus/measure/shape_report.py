@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orthrus.errors import ConfigError
-from orthrus.measure.contest import Ratio
+from orthrus.measure.contest import Ratio, verdict
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ class ShapeReport:
                 f"{s.batch:>5}  {s.contestant:<22}{s.tokens_per_second:>9.1f}{s.over_ar!s:>20}"
                 f"{(str(s.over_compiled) if s.over_compiled else ''):>20}{s.tokens_per_cycle:>11.2f}"
             )
-        return "\n".join(
-            [*lines, "", "ar and orthrus gave the same tokens" if self.exact else "AR AND ORTHRUS DIFFER"]
-        )
+        return "\n".join([*lines, "", verdict(self.exact)])
 
 
 def plot(report: ShapeReport, file: Path) -> None:
