@@ -31,15 +31,15 @@ class ResponsesApi:
 
     async def create(self, call: Call, body: ResponsesBody) -> Response:
         """The response, whole or as events. Raises RequestError, ModelUnavailable, and what `generate` raises."""
-        call.sent_as = body.sent_as
         name_ignored(call, body.left_out)
         before = await self._before(call, body)
+        call.sent_as = body.field_names(before)
         chat = body.chat(before)
         params = chat.sampling()
         call.read(chat)
         answer = await self.handler.chat(call, chat, params)
         store = self._store if body.store is not False else None
-        out = ResponsesFormat(body, self.handler.model.tokenizer, stored=store is not None)
+        out = ResponsesFormat(body, self.handler.model.tokenizer, stored=store is not None, before=before)
 
         async def keep() -> None:
             if store is not None:
@@ -57,9 +57,10 @@ class ResponsesApi:
 
     async def count(self, call: Call, body: ResponsesBody) -> dict[str, Any]:
         """How many tokens the prompt would have. Raises what `create` raises."""
-        call.sent_as = body.sent_as
         name_ignored(call, body.left_out)
-        prompt = await self.handler.chat_prompt(body.chat(await self._before(call, body)))
+        before = await self._before(call, body)
+        call.sent_as = body.field_names(before)
+        prompt = await self.handler.chat_prompt(body.chat(before))
         call.outcome = "ok"
         return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
 

@@ -15,7 +15,7 @@ from orthrus.deployments.bodies.body import Body
 from orthrus.deployments.bodies.faults import describe
 from orthrus.deployments.bodies.strict_model import StrictModel
 from orthrus.deployments.chat.body import ChatBody, ReasoningEffort
-from orthrus.deployments.responses.items import Item, MessageItem, chat_messages
+from orthrus.deployments.responses.items import AdditionalToolsItem, Item, MessageItem, chat_messages
 from orthrus.deployments.responses.tools import (
     HostedTool,
     OfferedTool,
@@ -134,26 +134,42 @@ class ResponsesBody(Body):
 
     @model_validator(mode="after")
     def _choice_leaves_a_tool_to_call(self) -> "ResponsesBody":
-        if self.tools and not self.offered and self.tool_choice not in (None, "none", "auto"):
+        if self.tools and not self.offered() and self.tool_choice not in (None, "none", "auto"):
             raise RequestError(
                 "tool_choice needs a function or custom tool: hosted tools do not run here", "tool_choice"
             )
         return self
 
+    def offered(self, before: Sequence[Item] = ()) -> list[OfferedTool]:
+        """The tools that the model is told of. before: the items of earlier turns.
+
+        A list of tools takes the place of tools of the same names in earlier lists.
+        """
+        offered: list[OfferedTool] = []
+        for path, tools in [*_tools_in(before, "previous_response_id"), *self._tools]:
+            later = offered_tools(tools, path)
+            names = {tool.function["name"] for tool in later}
+            offered = [tool for tool in offered if tool.function["name"] not in names] + later
+        return offered
+
     @property
-    def offered(self) -> list[OfferedTool]:
-        """The tools that the model is told of."""
-        return offered_tools(self.tools or ())
+    def _tools(self) -> list[tuple[str, Sequence[ResponsesTool]]]:
+        """The lists of tools in this body, each with where it is."""
+        return [("tools", self.tools or ()), *_tools_in(self.items, "input")]
 
     @property
     def left_out(self) -> list[str]:
         """Where in the body the tools are that the model is not told of."""
-        return [f"tools[{i}]" for i, tool in enumerate(self.tools or ()) if isinstance(tool, HostedTool)]
+        return [
+            f"{path}[{i}]"
+            for path, tools in self._tools
+            for i, tool in enumerate(tools)
+            if isinstance(tool, HostedTool)
+        ]
 
-    @property
-    def sent_as(self) -> dict[str, str]:
-        """Names here of what errors name as chats do."""
-        offered = enumerate(self.offered)
+    def field_names(self, before: Sequence[Item] = ()) -> dict[str, str]:
+        """Names here of what errors name as chats do. before: the items of earlier turns."""
+        offered = enumerate(self.offered(before))
         parameters = {f"tools[{i}].function.parameters": f"{tool.path}.parameters" for i, tool in offered}
         return {**_SENT_AS, **parameters}
 
@@ -190,7 +206,9 @@ class ResponsesBody(Body):
                     **{name: getattr(self, name) for name in shared - {"stream", "stream_options"}},
                     "messages": messages,
                     "max_completion_tokens": self.max_output_tokens,
-                    "tools": [{"type": "function", "function": tool.function} for tool in self.offered]
+                    "tools": [
+                        {"type": "function", "function": tool.function} for tool in self.offered(before)
+                    ]
                     or None,
                     "tool_choice": chat_choice(self.tool_choice),
                     "parallel_tool_calls": self.parallel_tool_calls,
@@ -204,3 +222,12 @@ class ResponsesBody(Body):
             )
         except ValidationError as error:
             raise describe(error) from None
+
+
+def _tools_in(items: Sequence[Item], path: str) -> list[tuple[str, Sequence[ResponsesTool]]]:
+    """The lists of tools that the items bring, each with where it is. path: where the items are."""
+    return [
+        (f"{path}[{i}].tools", item.tools)
+        for i, item in enumerate(items)
+        if isinstance(item, AdditionalToolsItem)
+    ]

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orthrus.deployments.chat.parts import Part, PartStream, Step
@@ -12,7 +12,7 @@ from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.deployments.openai.format import cost
 from orthrus.deployments.openai.logprobs import chat_logprobs
 from orthrus.deployments.responses.body import ENCRYPTED_REASONING, ResponsesBody
-from orthrus.deployments.responses.items import seal
+from orthrus.deployments.responses.items import Item, seal
 from orthrus.deployments.responses.tools import FunctionTool, HostedTool, custom_input
 from orthrus.requests.request import RequestStats
 
@@ -24,10 +24,13 @@ _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 class ResponsesFormat:
     """One response. What it streams adds up to `whole`.
 
-    tokenizer: spells tokens for log-probabilities. stored: whether the response can be asked for again.
+    tokenizer: spells tokens for log-probabilities. stored: whether the response can be asked for again. before: the items of
+    earlier turns.
     """
 
-    def __init__(self, body: ResponsesBody, tokenizer: Any, *, stored: bool) -> None:
+    def __init__(
+        self, body: ResponsesBody, tokenizer: Any, *, stored: bool, before: Sequence[Item] = ()
+    ) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.response: dict[str, Any] = {}
         """The finished response, once it is."""
@@ -39,7 +42,7 @@ class ResponsesFormat:
             "created_at": int(time.time()),
             **_asked(body, stored),
         }
-        self._tools = {tool.function["name"]: tool for tool in body.offered}
+        self._tools = {tool.function["name"]: tool for tool in body.offered(before)}
         self._parts = PartStream()
         self._ids: list[str] = []
         self._output: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from orthrus.deployments.bodies.strict_model import StrictModel
 from orthrus.deployments.chat.messages import read_arguments
-from orthrus.deployments.responses.tools import custom_arguments, qualified
+from orthrus.deployments.responses.tools import ResponsesTool, custom_arguments, qualified
 
 _OWN = "orthrus:"
 """How `encrypted_content` begins that this server has made."""
@@ -21,6 +21,7 @@ _PREFIXES = {
     "custom_tool_call": "ctc",
     "custom_tool_call_output": "ctco",
     "reasoning": "rs",
+    "additional_tools": "at",
 }
 """How the ids of items begin."""
 
@@ -125,6 +126,14 @@ class ReasoningItem(_Item):
         return unseal(self.encrypted_content) or "\n".join(part.text for part in self.summary)
 
 
+class AdditionalToolsItem(_Item):
+    """Tools that are offered from here on, besides those of the body's `tools`: Codex sends all of its tools this way."""
+
+    type: Literal["additional_tools"]
+    role: Literal["developer", "system", "user"] | None = None
+    tools: list[ResponsesTool]
+
+
 def _type(item: Any) -> Any:
     return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
 
@@ -135,7 +144,8 @@ Item = Annotated[
     | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
     | Annotated[CustomToolCallItem, Tag("custom_tool_call")]
     | Annotated[CustomToolCallOutputItem, Tag("custom_tool_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[AdditionalToolsItem, Tag("additional_tools")],
     Discriminator(_type),
 ]
 

@@ -195,18 +195,21 @@ class OfferedTool:
     custom: bool
 
 
-def offered_tools(tools: Sequence[ResponsesTool]) -> list[OfferedTool]:
-    """The tools that the model is told of, those in namespaces among them. What a namespace is for stands at its first tool."""
+def offered_tools(tools: Sequence[ResponsesTool], path: str) -> list[OfferedTool]:
+    """The tools that the model is told of, those in namespaces among them. What a namespace is for stands at its first tool.
+
+    path: where in the body the list of tools is.
+    """
     offered = []
     for i, tool in enumerate(tools):
         match tool:
             case NamespaceTool():
                 about = f"{tool.name}: {tool.description}" if tool.description else None
                 for j, inner in enumerate(tool.tools):
-                    offered.append(_offered(inner, f"tools[{i}].tools[{j}]", tool.name, about))
+                    offered.append(_offered(inner, f"{path}[{i}].tools[{j}]", tool.name, about))
                     about = None
             case FunctionTool() | CustomTool():
-                offered.append(_offered(tool, f"tools[{i}]"))
+                offered.append(_offered(tool, f"{path}[{i}]"))
     return offered
 
 

@@ -13,6 +13,7 @@ from orthrus.deployments.failures.failure import describe_failure
 from orthrus.deployments.generation.handler import Handler
 from orthrus.deployments.generation.served_model import ServedModel
 from orthrus.deployments.responses.api import ResponsesApi
+from orthrus.deployments.responses.items import listed
 from orthrus.deployments.responses.tools import custom_input
 from orthrus.errors import RequestError
 from tests.chunks import chunks, cut
@@ -72,6 +73,40 @@ def test_all_that_codex_offers_is_taken() -> None:
     assert asked.left_out == ["tools[3]", "tools[4]"]
     assert whole(chunks(["a"]), asked)["tools"] == [TOOL, AGENTS, APPLY_PATCH]
     assert body(tools=[WEB_SEARCH]).chat().offered_tools == []
+
+
+def additional(*tools: Any) -> dict[str, Any]:
+    """Tools as newer versions of Codex send them: all in an item of the input, none in `tools`."""
+    return {"type": "additional_tools", "role": "developer", "id": "at_1", "tools": list(tools)}
+
+
+def test_tools_in_the_input_are_offered_like_those_of_the_body() -> None:
+    message = {"type": "message", "role": "user", "content": "hi"}
+    asked = body(input=[additional(*CODEX), message], tool_choice="auto")
+    assert asked.chat().offered_tools == body(tools=CODEX).chat().offered_tools
+    assert [m.role for m in asked.chat().messages] == ["user"]
+    assert asked.left_out == ["input[0].tools[3]", "input[0].tools[4]"]
+    assert asked.field_names()["tools[1].function.parameters"] == "input[0].tools[1].tools[0].parameters"
+    _, response = streamed(chunks([ANSWER]), asked)
+    kinds = [item["type"] for item in response["output"]]
+    assert kinds == ["message", "function_call", "custom_tool_call", "function_call", "function_call"]
+    assert response["output"][1]["namespace"] == "multi_agent_v1" and response["tools"] == []
+    assert body(input=[additional(), message]).chat().offered_tools == []
+
+
+def test_tools_in_the_input_replace_earlier_ones_of_the_same_name() -> None:
+    newer = {**TOOL, "description": "newer"}
+    asked = body(tools=[TOOL, WAIT], input=[additional(newer), {"role": "user", "content": "hi"}])
+    assert [(t.name, t.description) for t in (tool.function for tool in asked.chat().offered_tools)] == [
+        ("wait_agent", "Waits."),
+        ("weather", "newer"),
+    ]
+    before = body(input=[additional(CLOSE, TOOL)]).items
+    names = [tool.function.name for tool in asked.chat(before).offered_tools]
+    assert names == ["close_agent", "wait_agent", "weather"]
+    later = body(input="go on")
+    assert [tool.name for tool in later.offered(before)] == ["close_agent", "weather"]
+    assert listed(before[0]) == {**additional(CLOSE, TOOL), "status": "completed"}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -171,6 +206,8 @@ def test_choices_of_other_tools_than_functions() -> None:
         ({"tools": [{**AGENTS, "name": "n" * 120}]}, "has over 128 characters: shorten the name of the namespace"),
         ({"tools": [AGENTS, {**TOOL, "name": "multi_agent_v1.wait_agent"}]}, "each tool must have a name of its own"),
         ({"tools": [{**APPLY_PATCH, "format": {"type": "grammar"}}]}, "a format has a syntax and a definition if"),
+        ({"input": [additional({**TOOL, "name": "a b"})]}, "input[0].additional_tools.tools[0].name: "),
+        ({"input": [additional(TOOL, TOOL), {"role": "user", "content": "hi"}]}, "each tool must have a name of its own"),
         ({"tools": CODEX, "tool_choice": {"type": "web_search"}}, "tool_choice: type 'web_search' is not supported"),
         (
             {"tools": CODEX, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}},
@@ -194,6 +231,6 @@ def test_the_answer_says_what_was_left_out_and_errors_where_tools_are(tokenizer:
         asyncio.run(ResponsesApi(handler, None).create(call, asked))
     assert call.headers["x-orthrus-ignored-fields"] == "tools[0]"
     told = describe_failure(
-        RequestError("tools[1].function.parameters: no", "tools[1].function.parameters"), asked.sent_as
+        RequestError("tools[1].function.parameters: no", "tools[1].function.parameters"), asked.field_names()
     )
     assert (told.param, told.message) == ("tools[1].tools[1].parameters", "tools[1].tools[1].parameters: no")
