@@ -56,8 +56,7 @@ class Ingress(OrthrusService):
         self._status = ModelStatus(replica.deployment_name)
         self._feed: ClusterFeed | None = None
         if api.page:
-            cluster = Cluster(replica, self._status, recent_scrape)
-            self._feed = ClusterFeed(cluster.replicas, cluster.state, cluster.metrics)
+            self._feed = ClusterFeed(Cluster(replica, self._status, recent_scrape).parts)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once, for the application that answers HTTP."""

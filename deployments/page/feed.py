@@ -1,32 +1,30 @@
 """What the page shows of the cluster, as one stream of events that all its viewers share.
 
-While nobody looks, nothing is asked and nothing is computed. While somebody does, each second has one event: the replicas'
-reports, which the router in this process has anyway, every few seconds the state of the deployment and the autoscaling
-decisions, and more rarely the metrics of all ingresses.
+While nobody looks, nothing is asked and nothing is computed. While somebody does, each second has one event. What costs more to
+ask for comes in fewer events (`Cluster.parts`).
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from orthrus.deployments.http.sse import sse
 
 PERIOD_S = 1.0
-STATE_EVERY, METRICS_EVERY = 2, 10
-"""In events."""
 MAX_STREAM_S = 600.0
 """A stream ends after it, and the page opens another: so a page that is left open does not hold up an update for long."""
 
 Part = Callable[[], Awaitable[dict[str, Any]]]
+"""Gives fields of an event. If it fails, the event lacks them."""
 
 
 class ClusterFeed:
     """One producer of events for any number of viewers. It runs while there are viewers."""
 
-    def __init__(self, replicas: Part, state: Part, metrics: Part, period_s: float = PERIOD_S) -> None:
-        """replicas, state, metrics: give the fields of an event. One that fails is left out of it."""
-        self._parts = ((replicas, 1), (state, STATE_EVERY), (metrics, METRICS_EVERY))
+    def __init__(self, parts: Sequence[tuple[Part, int]], period_s: float = PERIOD_S) -> None:
+        """parts: each with how many events apart it is asked."""
+        self._parts = parts
         self._period = period_s
         self._viewers = 0
         self._producer: asyncio.Task[None] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from orthrus.deployments.page.cluster import request_metrics
-from orthrus.deployments.page.feed import METRICS_EVERY, STATE_EVERY, ClusterFeed
+from orthrus.deployments.page.feed import ClusterFeed
 
 
 class Asked:
@@ -38,15 +38,15 @@ def test_viewers_share_one_producer_and_nobody_has_none() -> None:
     parts = replicas, state, requests = Asked("replicas"), Asked("state"), Asked("requests")
 
     async def watch() -> None:
-        feed = ClusterFeed(replicas, state, requests, period_s=0.001)
+        feed = ClusterFeed([(replicas, 1), (state, 2), (requests, 10)], period_s=0.001)
         await asyncio.sleep(0.02)
         assert [part.count for part in parts] == [0, 0, 0]
-        many = await asyncio.gather(*(take(feed, METRICS_EVERY + 1) for _ in range(5)))
-        assert all(len(told) == METRICS_EVERY + 1 for told in many)
+        many = await asyncio.gather(*(take(feed, 11) for _ in range(5)))
+        assert all(len(told) == 11 for told in many)
         asked = [part.count for part in parts]
         # A viewer may have missed an event and waited for another one; five producers would have asked five times as often.
-        assert METRICS_EVERY + 1 <= asked[0] < 2 * METRICS_EVERY
-        assert asked[1] == -(-asked[0] // STATE_EVERY) and asked[2] == -(-asked[0] // METRICS_EVERY)
+        assert 11 <= asked[0] < 20
+        assert asked[1] == -(-asked[0] // 2) and asked[2] == -(-asked[0] // 10)
         await asyncio.sleep(0.02)
         assert [part.count for part in parts] == asked, "the last viewer has gone"
 
@@ -55,7 +55,9 @@ def test_viewers_share_one_producer_and_nobody_has_none() -> None:
 
 def test_who_comes_later_is_told_everything_at_once() -> None:
     async def watch() -> None:
-        feed = ClusterFeed(Asked("replicas"), Asked("state"), Asked("requests", fails=True), period_s=0.001)
+        feed = ClusterFeed(
+            [(Asked("replicas"), 1), (Asked("state"), 2), (Asked("requests", fails=True), 10)], period_s=0.001
+        )
         first = feed.events()
         for _ in range(2):
             await anext(first)
@@ -68,7 +70,7 @@ def test_who_comes_later_is_told_everything_at_once() -> None:
 
 def test_a_stream_ends() -> None:
     async def watch() -> int:
-        feed = ClusterFeed(Asked("a"), Asked("b"), Asked("c"), period_s=0.001)
+        feed = ClusterFeed([(Asked("a"), 1)], period_s=0.001)
         return len([event async for event in feed.events(seconds=0.05)])
 
     assert asyncio.run(watch()) > 0

@@ -28,7 +28,7 @@ def api(root_path: str = "", page: bool = True, **settings: Path) -> TestClient:
     config = ApiConfig.model_validate({"page": page, **settings})
     model = ServedModel.load(EngineConfig(model=str(MODEL), device="cpu"))
     handler = Handler(model, None, None, Gate(config, None), config)  # type: ignore[arg-type]
-    feed = ClusterFeed(Asked("replicas"), Asked("state"), Asked("requests")) if page else None
+    feed = ClusterFeed([(Asked("replicas"), 1)]) if page else None
     app = create_api(handler, None, None, feed)  # type: ignore[arg-type]
     return TestClient(app, root_path=root_path, follow_redirects=False)
 
