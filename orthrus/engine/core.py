@@ -213,7 +213,9 @@ class EngineCore:
                 scored = first + part.num_scoring
                 scores = next(picks) if part.num_scoring else []
                 # As pick_rows made them: one list for the rows that score, then one for each group with further logits.
-                picked = [next(picks) for group in part.turn.groups if group.num_logits > part.num_scoring]
+                picked = [
+                    next(picks) if group.num_logits > part.num_scoring else [] for group in part.turn.groups
+                ]
                 sequence = part.sequence
                 if sequence.finish_reason is not None:
                     continue  # It ended, or was cancelled, while this pass was in flight.
@@ -222,7 +224,7 @@ class EngineCore:
                     continue
                 if part.num_scoring:
                     score_prompt(part, done.launched.logits[first:scored])
-                if picked:
+                if part.num_logits > part.num_scoring:
                     chunk = self._commit(part, picked, done.launched.logits[scored:row], done.ahead, records)
                     if chunk is not None:
                         chunks.append(chunk)

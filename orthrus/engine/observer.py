@@ -16,7 +16,7 @@ class TurnRecord:
     turn: Turn
     """The rows and their meaning. `turn.kind` is "prefill" for rows of a prompt."""
     picks: tuple[list[int], ...]
-    """The picks of each group that has rows with logits."""
+    """The picks, as in `Schedule.commit`."""
     num_committed: int
     """Tokens that were appended to the sequence. The schedule may have given more, if these ended the sequence."""
     num_accepted: int

@@ -103,17 +103,18 @@ class Schedule(Protocol):
         ...
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
-        """What comes of a turn. picks: one token for each row with logits, by group; the row at position p picks for p + 1.
+        """What comes of a turn. picks: a list for each group, with one token for each of its rows that need logits.
 
-        Behind these, a drafting group has the second best tokens of all its rows, and so on, if the turn asks for several ranks.
+        The row at position p picks for p + 1. If `turn.ranks` > 1, a drafting group's list goes on with the second best token of
+        every row, then the third.
         """
         ...
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
         """Get ready to plan the next turn before the picks of `turn`, which can advance, are known.
 
-        placeholders: stand for the picks, by group, and may be used as tokens of rows. Returns those that `commit`, which is
-        called later, will turn into committed tokens.
+        placeholders: what stands for the picks, in lists as in `commit`; a row may have one as its token. Returns those in whose
+        place `commit`, which is called later, will give tokens.
         """
         ...
 

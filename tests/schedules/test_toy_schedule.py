@@ -92,20 +92,20 @@ def test_verify_and_the_command_line_know_it(checkpoint: Path) -> None:
 
 
 class OtherRows(ConstantDraft):
-    """Verifies nothing: the same row is computed twice, and the token committed is that of the second one."""
+    """Verifies nothing: the same row is computed three times, once without logits, and the last one's pick is committed."""
 
-    max_groups = max_logits = 2
+    max_groups, max_logits = 3, 2
     max_rows = 1
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         n, table = sequence.newest_position, sequence.block_table
-        wrong = RowGroup(View.DIFFUSION, [5], n, table, 0, 1)
-        return Turn(
-            "other", (wrong, *ar_rows([sequence.newest_token], n, table)), (True, False), can_advance=False
-        )
+        silent, wrong = (RowGroup(View.DIFFUSION, [5], n, table, 0, num_logits) for num_logits in (0, 1))
+        right = ar_rows([sequence.newest_token], n, table)
+        return Turn("other", (silent, wrong, *right), (True, True, False), can_advance=False)
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
-        return Commit(picks[1], rows=[1])
+        assert [len(picked) for picked in picks] == [0, 1, 1], "a list for each group"
+        return Commit(picks[2], rows=[1])
 
 
 def test_logprobs_are_those_of_the_rows_that_the_tokens_were_picked_at(
@@ -115,7 +115,9 @@ def test_logprobs_are_those_of_the_rows_that_the_tokens_were_picked_at(
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True, logprobs=2)
     ar = engine(tiny_orthrus, "ar")
     [[expected]] = ar.generate([[1, 2, 3]], params)
-    [[got]] = engine(tiny_orthrus, "other").generate([[1, 2, 3]], params)
+    other = engine(tiny_orthrus, "other")
+    [[got]] = other.generate([[1, 2, 3]], params)
+    assert other.stats.tokens_per_cycle == 1.0
     assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
-    with pytest.raises(ValueError, match="up to 2 groups, and the engine has room for 1"):
+    with pytest.raises(ValueError, match="up to 3 groups, and the engine has room for 1"):
         ar.use_schedule(OtherRows())
