@@ -1,4 +1,6 @@
-"""Serve's request router: requests wait in the queue of a `PrefixBalancer` until a replica has room for them.
+"""Ray Serve's request router, which chooses replicas. It is no FastAPI router: those are in the folders of the APIs.
+
+Requests wait in the queue of a `PrefixBalancer` until a replica has room for them.
 
 Clients may name a session, in the header (over gRPC, the metadata) `x-session-id` or as `prompt_cache_key`; every ingress then
 prefers the same replica for it. Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which
@@ -31,7 +33,7 @@ class PrefixRouter(RequestRouter):
 
     def initialize_state(self, load_bound: float = 1.25, affinity_floor: float = 0.1) -> None:
         self._balancer = PrefixBalancer(load_bound, affinity_floor)
-        # By request id: what those that wait are told their replica by.
+        # By request id: the future that gives each waiting request its replica.
         self._grants: dict[str, asyncio.Future[ReplicaID]] = {}
         self._asking: asyncio.Task[None] | None = None
         show_router(self.app_name, self._deployment_id.name, self)

@@ -21,7 +21,7 @@ from orthrus.kernels.rows.types import KVWrites
 MAX_RANKS = 4
 """Most tokens that a row can pick."""
 MORE_SLOTS = 4
-"""Most further slots that the rows of a turn write to, for each of its rows: see `RowGroup.parent`."""
+"""Most further slots per row of a turn, on average over its rows: see `RowGroup.parent`."""
 
 
 class View(Enum):
@@ -43,16 +43,17 @@ class RowGroup:
     start: int
     """Position of the first row."""
     block_table: list[int]
-    """The pages that hold the sequence's positions, in order. Groups of one sequence may have different ones, whose pages differ
-    where their tokens do. The scheduler appends the pages that AR rows need before the pass runs."""
+    """The block table, in vLLM's sense: the pages that hold the sequence's positions, in order. Groups of one sequence may have
+    different tables. Then the pages differ where the tokens differ. The scheduler appends the pages that AR rows need before the
+    pass runs."""
     logits_from: int
     """The first row that needs logits, counted within the group."""
     logits_to: int
     """The row after the last one that needs logits."""
     parent: "RowGroup | None" = None
-    """The group of the same pass that these rows continue: as they see it, it ends before `start`. None: no row of the pass comes
-    before them in their sequence. The page of position `start` may not be the parent's. The parent's rows in it are written to
-    both pages, and so are the rows of the parent's own parents."""
+    """The group of the same pass that these rows branch off from. They see only its rows before `start`. None: they branch off
+    from no group. If the branch begins inside a page, it has its own copy of that page, and the rows of its ancestors whose
+    positions are in the page are written to both copies."""
 
     @property
     def end(self) -> int:
@@ -191,7 +192,7 @@ def _append_slots(slots: list[int], written: dict[int, int], group: RowGroup, pa
 def _slots_in_branches(
     groups: Sequence[RowGroup], first_rows: Sequence[int], written: dict[int, int], page_size: int
 ) -> dict[int, list[int]]:
-    """The further slots of each row whose position lies in a page where a group goes on that continues it.
+    """For each row: its position's slots in the pages of groups that branch off from its group in the middle of a page.
 
     written: as in `_append_slots`.
     """
@@ -216,10 +217,10 @@ def _slots_in_branches(
 
 
 def _writes_from(group: RowGroup, written: dict[int, int], page_size: int) -> int | None:
-    """The first of the positions that `group` sees in the cache whose key this pass writes. None: the pass writes none of them.
+    """The lowest position that `group` sees in the cache and that this pass writes. None: the pass writes none that it sees.
 
-    Whose rows write them does not matter: groups may share pages. A pass writes no position without those between it and the
-    group, so the search goes back page by page.
+    Another group may write it, because groups can share pages. If a pass writes a position, it also writes all positions between
+    it and the group. So the search goes back page by page from the group, and stops at the first page that is not written.
     """
     end = group.end if group.view is View.AR else group.start
     first, index = None, (end - 1) // page_size

@@ -103,7 +103,7 @@ def test_every_folder_is_a_room() -> None:
     rooms = {"/".join(folder.split("/")[:2]) for folder in folders}
     missing = rooms - set(ROOMS)
     assert not missing, (
-        f"give {sorted(missing)} a place in ROOMS, and say in docs/architecture.md what they are for"
+        f"give {sorted(missing)} a place in ROOMS, and say in docs/rooms.yaml what they are for"
     )
     assert all((ROOT / entry).exists() for entry in ROOMS), [e for e in ROOMS if not (ROOT / e).exists()]
 

@@ -1,0 +1,1 @@
+"""Access: API keys, rate limits, and the gate that admits each call."""

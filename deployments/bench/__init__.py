@@ -1,0 +1,1 @@
+"""`orthrus bench serve`: what Ray Serve adds to the engine's own time."""

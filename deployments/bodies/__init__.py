@@ -1,0 +1,1 @@
+"""The bodies of requests that every API shares: fields, their checks, and constraints on the answer."""

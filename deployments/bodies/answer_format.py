@@ -79,7 +79,7 @@ class Constraint:
 def constraint_of(response_format: AnswerFormat | None, fields: Mapping[str, Any]) -> Constraint | None:
     """The one constraint of a request, None if it has none. Raises RequestError.
 
-    fields: values of `structured_outputs` and the fields that do one thing of it, by name; None is not given.
+    fields: the values of `structured_outputs` and of the single-purpose fields (guided_json, ...), by name. None: not given.
     """
     given = [
         _constraint(name, *_part(name, value))

@@ -1,4 +1,4 @@
-"""Fields of other servers' APIs that are not served here, and what does it here: what clients send is not refused unexplained."""
+"""Fields of other servers' APIs that we refuse, and what to send instead."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,0 +1,1 @@
+"""Failures: what went wrong, as a status and a message for the client."""

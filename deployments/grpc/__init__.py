@@ -1,0 +1,1 @@
+"""gRPC: the service `Orthrus`, an adapter over the handler of `generation`."""

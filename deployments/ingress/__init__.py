@@ -1,0 +1,1 @@
+"""The ingress: the deployment that clients reach, with its FastAPI application."""

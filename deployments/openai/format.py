@@ -57,7 +57,7 @@ def _told_seed(seed: int) -> int:
 
 
 @dataclass
-class ResponseFormat:
+class CompletionFormat:
     """One response, in JSON: whole, or event by event."""
 
     chat: bool

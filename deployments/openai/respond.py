@@ -13,11 +13,11 @@ from orthrus.deployments.generation.handler import Answer
 from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.deployments.http.events import event_stream
 from orthrus.deployments.http.sse import sse
-from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.format import CompletionFormat
 from orthrus.requests.request import RequestStats
 
 
-async def respond(call: Call, answer: Answer, out: ResponseFormat, *, stream: bool) -> Response:
+async def respond(call: Call, answer: Answer, out: CompletionFormat, *, stream: bool) -> Response:
     """The response to a call. Raises what `generate` raises, as long as no status has been sent."""
     if stream:
         # Awaited here, while a refusal can still be an HTTP status.
@@ -34,7 +34,7 @@ async def respond(call: Call, answer: Answer, out: ResponseFormat, *, stream: bo
 
 
 async def _events(
-    call: Call, answer: Answer, out: ResponseFormat, first: tuple[int, TextChunk]
+    call: Call, answer: Answer, out: CompletionFormat, first: tuple[int, TextChunk]
 ) -> AsyncIterator[str]:
     """Server-sent events. An error after the first chunk is an event too, since the status has been sent."""
     stats: dict[int, RequestStats] = {}

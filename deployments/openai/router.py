@@ -13,7 +13,7 @@ from orthrus.deployments.chat.body import ChatBody
 from orthrus.deployments.generation.handler import Answer, Handler
 from orthrus.deployments.http.body import read_body
 from orthrus.deployments.http.depends import HandlerDep, Identified, admitted
-from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.format import CompletionFormat
 from orthrus.deployments.openai.logprobs import Echo
 from orthrus.deployments.openai.respond import respond
 
@@ -29,7 +29,7 @@ async def completions(
     # In a thread: a grammar may take long to make.
     params = await asyncio.to_thread(body.sampling)
     answer = await handler.complete(call, body, params)
-    out = ResponseFormat(
+    out = CompletionFormat(
         False,
         body.model,
         handler.model.tokenizer,
@@ -69,7 +69,7 @@ async def chat_completions(
     call.read(body)
     params = body.sampling()
     answer = await handler.chat(call, body, params)
-    out = ResponseFormat(
+    out = CompletionFormat(
         True,
         body.model,
         handler.model.tokenizer,

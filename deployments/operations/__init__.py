@@ -1,0 +1,1 @@
+"""Operations: health, status, metrics, and autoscaling decisions."""

@@ -1,0 +1,1 @@
+"""The gRPC definitions, and the code that protoc makes of them."""

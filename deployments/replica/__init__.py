@@ -1,0 +1,1 @@
+"""The replica: a deployment that owns one engine, and what it reports of itself."""

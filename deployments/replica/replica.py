@@ -54,7 +54,10 @@ class OrthrusReplica:
         )
 
     async def generate(self, request: Request, address: Address) -> AsyncGenerator[bytes]:
-        """Run a request; its chunks go over the link to `address`, whose name comes when all of them are on their way."""
+        """Run a request. Its chunks go over the link to `address`.
+
+        Yields the link's name once, after the last chunk has been handed to it.
+        """
         link = await self._links.to(address)
         run = asyncio.ensure_future(self._engine.run(request, link.send))
         try:

@@ -77,7 +77,7 @@ class RoutingReport(NamedTuple):
     requests: frozenset[bytes]
     """`request_name` of each request that `load` counts."""
     prefixes: frozenset[bytes]
-    """The first `NAME_BYTES` of the hash of each page that the cache holds, if there are many of those used last."""
+    """The first `NAME_BYTES` of the hash of each cached page. Of many pages, only the most recently used are named."""
 
     @staticmethod
     def of(engine: "Engine") -> dict[str, Any]:

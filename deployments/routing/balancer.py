@@ -10,11 +10,11 @@ request of ours that the report does not name is added; one that it names and th
 a report doesn't matter. Of other routers' requests a router knows by reports alone and may be wrong about room: the replica then
 refuses (`max_ongoing_requests`), and the request is back at its place in the queue.
 
-**Among replicas with room** the first is the one that holds the longest prefix of the prompt, then the session's own, as far as
-the load allows, then the less used of two at random. **Among the waiting** it is by priority, then first come, first served, but
-for two cases: a freed slot goes to the request of that priority of which most is cached there, and a prompt whose pages fit
-nowhere lets others pass. A request that `_MOST_PASSED` others have passed has the next slot, whatever is cached or used there. No
-slot is left free for the sake of a prefix.
+**Among replicas with room** the first is the one whose cache holds the longest prefix of the prompt, then the session's own, as
+far as the load allows, then the less used of two at random. **Among the waiting** it is by priority, then first come, first
+served, but for two cases. A freed slot goes to the request of that priority whose prompt has the longest cached prefix on that
+replica. And a prompt whose pages fit nowhere lets others pass. A request that `_MOST_PASSED` others have passed has the next
+slot, whatever is cached or used there. No slot is left free for the sake of a prefix.
 """
 
 import bisect
@@ -59,7 +59,7 @@ class _Waiting:
     """How many later requests have got a slot before it."""
 
     @property
-    def turn(self) -> tuple[int, int]:
+    def queue_key(self) -> tuple[int, int]:
         """What the queue is in order of."""
         return self.request.priority, self.arrival
 
@@ -73,8 +73,8 @@ class _Placement:
     waited: _Waiting
 
 
-class _View:
-    """What is known of one replica."""
+class _ReplicaState:
+    """What the router knows of one replica."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
@@ -185,7 +185,7 @@ class PrefixBalancer:
             raise ValueError(f"affinity_floor must be between 0 and 1, got {affinity_floor}")
         self._load_bound, self._affinity_floor = load_bound, affinity_floor
         self._clock, self._rng = clock, rng or random.Random()
-        self._views: dict[Replica, _View] = {}
+        self._replicas: dict[Replica, _ReplicaState] = {}
         self._queue: list[_Waiting] = []
         self._arrivals = 0
         # By request id.
@@ -195,7 +195,7 @@ class PrefixBalancer:
 
     @property
     def has_replicas(self) -> bool:
-        return bool(self._views)
+        return bool(self._replicas)
 
     @property
     def waiting(self) -> int:
@@ -204,34 +204,34 @@ class PrefixBalancer:
 
     def use(self, replica: Replica) -> float:
         """Part of a replica's capacity that is taken, as far as this router knows."""
-        return self._views[replica].use
+        return self._replicas[replica].use
 
     def requests(self, replica: Replica) -> int:
         """How many of this router's requests a replica has."""
-        return self._views[replica].requests
+        return self._replicas[replica].requests
 
     # --- what happens to replicas
 
     def update(self, replicas: Mapping[Replica, tuple[Capacity, Mapping[str, Any]]]) -> None:
         """Take over the set of replicas with what they published and last reported."""
-        self._views = {
-            replica: self._views.get(replica) or _View(capacity)
+        self._replicas = {
+            replica: self._replicas.get(replica) or _ReplicaState(capacity)
             for replica, (capacity, _) in replicas.items()
         }
         for replica, (_, report) in replicas.items():
-            self._views[replica].report(report, self._clock())
-        for request_id in [name for name, p in self._placed.items() if p.replica not in self._views]:
+            self._replicas[replica].report(report, self._clock())
+        for request_id in [name for name, p in self._placed.items() if p.replica not in self._replicas]:
             self._take_back(request_id)
 
     def hear(self, replica: Replica, ongoing: int) -> None:
         """A replica says how many requests it has, of all routers."""
-        if replica in self._views:
-            self._views[replica].hear(ongoing)
+        if replica in self._replicas:
+            self._replicas[replica].hear(ongoing)
 
     def refuse(self, replica: Replica) -> None:
         """A replica takes nothing, whatever it seems: no room until it is heard of again."""
-        if replica in self._views:
-            self._views[replica].refused = True
+        if replica in self._replicas:
+            self._replicas[replica].refused = True
 
     # --- what happens to requests
 
@@ -245,7 +245,7 @@ class PrefixBalancer:
             self._take_back(request.request_id)
             self.refuse(before.replica)
         waiting = self._make_waiting(request, session) if before is None else before.waited
-        bisect.insort(self._queue, waiting, key=_turn)
+        bisect.insort(self._queue, waiting, key=_queue_key)
 
     def dispatch(self) -> list[tuple[str, Replica]]:
         """Give replicas to the waiting as far as there is room: request ids, each with its replica, charged for it."""
@@ -266,7 +266,7 @@ class PrefixBalancer:
         """
         self._unconfirmed.pop(request.request_id, None)
         placement = self._placed.get(request.request_id)
-        if placement is None and replica in self._views:  # It took long.
+        if placement is None and replica in self._replicas:  # It took long.
             placement = self._place(self._make_waiting(request, session), replica)
         return "load" if placement is None else placement.reason
 
@@ -281,11 +281,11 @@ class PrefixBalancer:
         """The request is not on its replica, if it has one."""
         self._unconfirmed.pop(request_id, None)
         placement = self._placed.pop(request_id, None)
-        if placement is not None and placement.replica in self._views:
-            self._views[placement.replica].remove(request_name(request_id), self._clock())
+        if placement is not None and placement.replica in self._replicas:
+            self._replicas[placement.replica].remove(request_name(request_id), self._clock())
 
     def _make_waiting(self, request: Request, session: str) -> _Waiting:
-        page_size = next(iter(self._views.values())).capacity.page_size
+        page_size = next(iter(self._replicas.values())).capacity.page_size
         # The newest token is computed in any case, so its page is never taken from the cache.
         hashes = page_hashes(request.prompt[:-1], page_size, salt=request.cache_salt)
         names = [page_hash[:NAME_BYTES] for page_hash in hashes]
@@ -294,7 +294,7 @@ class PrefixBalancer:
 
     def _next(self) -> tuple[_Waiting, Replica] | None:
         """Who gets a replica next, and which."""
-        rooms = [replica for replica, view in self._views.items() if view.has_slot]
+        rooms = [replica for replica, state in self._replicas.items() if state.has_slot]
         if not rooms:
             return None
         window = self._queue[:_LOOK_AHEAD]
@@ -310,44 +310,47 @@ class PrefixBalancer:
         return None
 
     def _fits(self, waiting: _Waiting, replica: Replica) -> bool:
-        return waiting.passed >= _MOST_PASSED or self._views[replica].has_pages(waiting)
+        return waiting.passed >= _MOST_PASSED or self._replicas[replica].has_pages(waiting)
 
     def _most_cached(self, window: Sequence[_Waiting], first: int, replica: Replica) -> int:
-        """The place in `window`, from `first` on, of the request of which the replica holds most; the first of equals."""
+        """The place in `window`, from `first` on, of the request whose prompt has the longest prefix on the replica.
+
+        Of equals, it is the first.
+        """
         if first == len(window) - 1:
             return first
-        view = self._views[replica]
+        state = self._replicas[replica]
         priority = window[first].request.priority
         later = (i for i in range(first + 1, len(window)) if window[i].request.priority == priority)
-        places = [first, *(i for i in later if view.has_pages(window[i]))]
-        return max(places, key=lambda place: view.matching_pages(window[place].names))
+        places = [first, *(i for i in later if state.has_pages(window[i]))]
+        return max(places, key=lambda place: state.matching_pages(window[place].names))
 
     def _best(self, waiting: _Waiting, replicas: Sequence[Replica]) -> Replica:
         """The best of `replicas` for a request."""
         # Before this request: a replica with nothing to do takes the largest.
-        use = {replica: view.use for replica, view in self._views.items()}
+        use = {replica: state.use for replica, state in self._replicas.items()}
         bound = max(self._affinity_floor, self._load_bound * sum(use.values()) / len(use))
         preferred = self._home(waiting.session)
         pair = self._rng.sample(list(replicas), min(2, len(replicas)))
 
         def rank(replica: Replica) -> tuple[int, bool, bool, float]:
             near = use[replica] <= bound
-            pages = self._views[replica].matching_pages(waiting.names) if near else 0
+            pages = self._replicas[replica].matching_pages(waiting.names) if near else 0
             return -pages, not (near and replica == preferred), replica not in pair, use[replica]
 
         return min(replicas, key=rank)
 
     def _home(self, session: str) -> Replica | None:
-        return max(self._views, key=lambda replica: _weight(session, replica)) if session else None
+        return max(self._replicas, key=lambda replica: _weight(session, replica)) if session else None
 
     def _place(self, waiting: _Waiting, replica: Replica) -> _Placement:
-        view, request = self._views[replica], waiting.request
-        cached = view.matching_pages(waiting.names)
+        state, request = self._replicas[replica], waiting.request
+        cached = state.matching_pages(waiting.names)
         home = replica == self._home(waiting.session)
         placement = _Placement(replica, "prefix" if cached else "session" if home else "load", waiting)
         self._placed[request.request_id] = placement
-        view.add(request_name(request.request_id), request_load(request, view.capacity, cached))
-        view.will_hold(waiting.names, self._clock())
+        state.add(request_name(request.request_id), request_load(request, state.capacity, cached))
+        state.will_hold(waiting.names, self._clock())
         return placement
 
     def _expire(self) -> None:
@@ -359,7 +362,7 @@ class PrefixBalancer:
             self._take_back(request_id)
 
 
-_turn = attrgetter("turn")
+_queue_key = attrgetter("queue_key")
 
 
 def _weight(session: str, replica: Replica) -> bytes:

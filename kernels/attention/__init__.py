@@ -14,11 +14,11 @@ def paged_attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v for every row of the pass: [rows, heads * dim] in q's dtype; sums are float32 or wider.
 
-    qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, keys, values. Only a diffusion block's rows see these keys
-    and values, each of them those of its whole block; all other keys are in the cache.
-    k_cache, v_cache [kv_heads, pages, page_size, dim]. They are finite, since a key that a row does not see may still take part,
-    as 0 x its value.
-    Rows of no group get anything.
+    qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, keys, values. A diffusion row sees the keys and values of
+    its own block here. Every other key that a row sees is in the cache.
+    k_cache, v_cache [kv_heads, pages, page_size, dim]. They must be finite: a key that a row does not see may still take part,
+    and its value is then multiplied by 0.
+    The results of rows of no group are undefined.
     """
     if runs_triton(qkv):
         from orthrus.kernels.attention import gpu

@@ -17,7 +17,7 @@ _LOG2_E = 1.4426950408889634
 def paged_attention(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """`paged_attention` (kernels/attention/reference) for float16, bfloat16 and float32 of contiguous tensors.
+    """`paged_attention` (kernels/attention/__init__.py) for contiguous tensors in float16, bfloat16 or float32.
 
     The plan needs its `work`. Raises ValueError if a page of the cache is not a whole number of the kernels' key tiles.
     """

@@ -156,7 +156,7 @@ def _mask(
 def paged_attention(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """See `paged_attention` (kernels/attention/reference)."""
+    """See `paged_attention` (kernels/attention/__init__.py)."""
     layout = _layout_of(plan, qkv.shape[0], k_cache)
     results = [_attend(qkv.flatten(0, 1), k_cache, v_cache, batch, scale) for batch in layout.batches]
     attended = torch.cat(results) if len(results) > 1 else results[0]

@@ -22,9 +22,9 @@ class AttentionGroup:
     pages: Sequence[int]
     # Whether the rows are a diffusion block, which sees the keys before `start` and all of itself, or else causal AR rows.
     diffusion: bool
-    # First position whose key in the cache this very pass writes, and the group sees. None stands for `start`: an AR group
-    # reads what its own rows write, and a diffusion block reads nothing that the pass writes. A block behind AR rows of the
-    # same pass must name the first of those rows' positions, or it may read the cache before it is written.
+    # The lowest position whose key the group sees and this pass itself writes. None means `start`: an AR group sees the keys of
+    # its own rows, and a diffusion block sees no key of the pass. Where a block follows AR rows of the same pass, it must give
+    # the lowest of those rows' positions, or it may read the cache before they have been written.
     writes_from: int | None = None
 
     @property

@@ -6,9 +6,9 @@ GPU, and longer ones further on. A *span* is 2,048 keys. The segments of a span 
 row's diffusion block is merged behind the last segment of its last span.
 
 An *item* is a tile and a run of segments, and every KV head takes it. A tile that is one item is finished by it. If a tile is
-*divided* into several items, these leave partial results, *records*, which are merged afterwards: one for each span that an
-item has from its beginning, and one for each segment of a span that it has not. How a tile is divided changes no bit of the
-result.
+*divided* into several items, these leave partial results, *records*, which are merged afterwards. An item leaves one record for
+each span that it has from the span's beginning. Of a span that it enters midway, it leaves one record for each segment. How a
+tile is divided changes no bit of the result.
 
 The list is one array of int32: a `HEADER`, then the `ITEM`s, then the `DIVIDED_ROW`s, then a bit for each record of these rows
 that says whether the record is the last of its span, then the block tables.

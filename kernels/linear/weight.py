@@ -78,7 +78,7 @@ class Weight(ABC):
 class OneViewWeight(Weight):
     """A format that runs one view at a time. A layer of two views is then two of these, see `SplitViews`.
 
-    The host must know the number of AR rows for that, so such a format can't run in a captured CUDA graph.
+    For a layer of two views, the host must know the number of AR rows. So such a layer can't run in a captured CUDA graph.
     """
 
     bias: Tensor | None

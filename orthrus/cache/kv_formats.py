@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from orthrus.models.config import ModelConfig
 
 DEFAULT_KV_FORMAT = "plain"
-KV_FORMATS: dict[str, str] = {"plain": "orthrus.cache.plain:PlainFormat"}
+KV_FORMATS: dict[str, str] = {"plain": "orthrus.cache.plain:PlainKVFormat"}
 """Each format's class, as "module:class"."""
 
 

@@ -7,20 +7,9 @@ keys and values of a position are the same bits however they were computed.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from orthrus.cache.page_hash import PageHash
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A block table for another continuation of a sequence."""
-
-    block_table: list[int]
-    """Pages that the original shares, then at most one of the caller's own."""
-    copies: list[tuple[int, int]]
-    """Source and target of the pages whose contents `KVCache.copy_pages` has to copy before the block table is used."""
 
 
 class PagePool:
@@ -68,22 +57,6 @@ class PagePool:
             self._owners[page] = 1
             pages.append(page)
         return pages
-
-    def fork(self, block_table: Sequence[int], num_tokens: int, page_size: int) -> Fork | None:
-        """A block table that continues the first `num_tokens` positions of `block_table` in another way.
-
-        Pages full of these positions are shared. Of a page that they fill in part, the caller gets a copy of its own, so that
-        two continuations never write to the same page. Further pages are added as a sequence's are, by `allocate`. None if
-        there is no page for the copy; then nothing is owned.
-        """
-        num_full, partly_filled = divmod(num_tokens, page_size)
-        own = self.allocate(1 if partly_filled else 0)
-        if own is None:
-            return None
-        shared = list(block_table[:num_full])
-        for page in shared:
-            self._owners[page] += 1
-        return Fork(shared + own, [(block_table[num_full], page) for page in own])
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up ownership. Pages are idled last first: of a prefix, its end is evicted before its beginning."""

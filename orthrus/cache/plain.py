@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from orthrus.models.config import ModelConfig
 
 
-class PlainFormat:
+class PlainKVFormat:
     """See `KVFormat`."""
 
     def bytes_per_token(self, config: "ModelConfig", item_bytes: int) -> int:

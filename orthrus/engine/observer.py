@@ -33,7 +33,7 @@ class PassRecord:
     """Rows of the pass, those of other sequences included."""
     seconds: float
     """From its launch, or from the end of the pass before it if that was later, until its picks were there."""
-    launched_ahead: bool
+    next_launched_ahead: bool
     """Whether the next pass could be launched before the picks of this one were there."""
 
 

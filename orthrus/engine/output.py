@@ -52,7 +52,7 @@ def pick_rows(part: Planned) -> list[PickRows]:
 
 
 def _path(group: RowGroup) -> list[int]:
-    """The drafts that a group's first row follows, itself included; none for a group that begins with a committed token."""
+    """The drafts on the path to the group's first row, that row's token included. Empty if that token is committed."""
     path: list[int] = []
     start, parent = group.start + 1, group.parent
     if parent is not None:

@@ -64,7 +64,7 @@ class AcceleratedModel:
         self.module = module
         # Of the last finished `generate`. None before the first.
         self.stats: GenerateStats | None = None
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._numbers = itertools.count()
 
     @property
@@ -163,7 +163,7 @@ class AcceleratedModel:
         )
         if streamer is not None:
             _check_streamer(streamer, call)
-        with self._turn:
+        with self._lock:
             rows = self._run(call, streamer)
         if streamer is not None:
             streamer.end()

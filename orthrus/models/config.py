@@ -116,7 +116,7 @@ class ModelConfig:
         return self.block_size is not None
 
     @property
-    def views(self) -> tuple[str, ...]:
+    def view_suffixes(self) -> tuple[str, ...]:
         """What the names of each view's attention weights end in, the AR view's first."""
         return ("", "_diff") if self.has_diffusion else ("",)
 

@@ -191,7 +191,7 @@ class Family(ABC):
             "o": (hidden, queries),
         }
         shapes: dict[str, tuple[int, ...]] = {self.first_norm: (hidden,)}
-        for view in config.views:
+        for view in config.view_suffixes:
             for name, shape in projections.items():
                 shapes[f"self_attn.{name}_proj{view}.weight"] = shape
                 if config.attention_bias:
@@ -216,7 +216,7 @@ class Family(ABC):
         """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
 
         weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
-        `ModelConfig.views` or one of them.
+        `ModelConfig.view_suffixes` or one of them.
         """
         from orthrus.models.layer import DecoderLayer
 

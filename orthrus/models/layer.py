@@ -53,7 +53,7 @@ class DecoderLayer:
 
         prefix: what the names of the layer's tensors begin with, without the dot behind it.
         weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose linear projections it has, those
-        of `ModelConfig.views` or one of them: then all rows of a pass are of that view. It has the norms
+        of `ModelConfig.view_suffixes` or one of them: then all rows of a pass are of that view. It has the norms
         of queries and keys of all the model's views in any case.
         qk_norm: whether the layer norms queries and keys. after_norm: the name of the norm behind the layer.
         """
@@ -80,7 +80,7 @@ class DecoderLayer:
                     torch.cat(
                         [take(f"self_attn.{n}_norm{view}.weight").expand(count, -1) for n, count in heads]
                     )
-                    for view in config.views
+                    for view in config.view_suffixes
                 ]
             )
         return cls(

@@ -18,7 +18,7 @@ def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None 
     numbers = sum(map(math.prod, shapes.values()))
     if copy_bytes is None:
         return numbers * item_bytes
-    suffix = config.views[1]
+    suffix = config.view_suffixes[1]
     matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     replaced = [name for name in matrices if f"{suffix}." in name]
     of_ar_rows = {name.replace(f"{suffix}.", ".") for name in replaced} | {family.embedding, family.head}

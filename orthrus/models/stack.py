@@ -32,7 +32,7 @@ class LayerStack:
         family = family_of(config)
         [head] = _pack_heads(config, tensors, weight_format)
         layers = [
-            family.layer(config, tensors, index, weight_format, config.views)
+            family.layer(config, tensors, index, weight_format, config.view_suffixes)
             for index in range(config.num_hidden_layers)
         ]
         return LayerStack(tuple(layers), head)
@@ -47,7 +47,7 @@ class LayerStack:
         """
         family = family_of(config)
         heads = _pack_heads(config, tensors, weight_format, draft_format)
-        ar, diffusion = config.views
+        ar, diffusion = config.view_suffixes
         exact: list[DecoderLayer] = []
         drafts: list[DecoderLayer] = []
         for index in range(config.num_hidden_layers):

@@ -20,7 +20,7 @@ MAX_SALT_CHARACTERS = 1024
 MAX_BAD_CHARACTERS = 1 << 14
 SEED_BITS = 63
 DRAWN_SEED_BITS = 53
-"""Of seeds that we choose: a JSON number of JavaScript's holds them exactly, so that they come back as they were told."""
+"""Seeds that the server draws stay below 2^53, so that JavaScript clients read them exactly."""
 _CHOICE_STEP = 0x9E3779B97F4A7C15
 
 
@@ -61,15 +61,15 @@ class SamplingParams:
     n: int = 1
     """Choices to generate."""
     min_tokens: int = 0
-    """Within the first so many tokens, no end of sequence and no stop token is picked, and no stop string ends the text."""
+    """Until the text has this many tokens, no end-of-sequence or stop token is picked, and no stop string ends it."""
     skip_special_tokens: bool = True
-    """Whether special tokens are left out of the text, and of where stop strings are looked for."""
+    """Whether special tokens are left out of the text. Stop strings are then not looked for in them either."""
     include_stop_str_in_output: bool = False
     """Whether the text ends with the stop string that ended it."""
     grammar: str | None = None
     """A grammar (`orthrus.text.grammar`) that the answer must follow."""
     bad_words: tuple[str, ...] = ()
-    """Texts that are not generated: the last token of each is forbidden where its other tokens come before it."""
+    """Texts that are never generated: where all tokens of one but the last have been generated, the last is forbidden."""
     allowed_token_ids: tuple[int, ...] | None = None
     """The only token ids that may be picked, ends included; None allows all."""
     schedule: str = "auto"

@@ -28,7 +28,7 @@ from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust
 
 _RANK_COLUMNS = 128
-"""Tokens of a run of which only the best one is considered for the further ranks of a draft."""
+"""Width of a stretch of the vocabulary. Only the best token of each stretch can be picked as a further rank of a draft."""
 _GRAPH_BYTES = 1 << 30
 """Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
 
@@ -84,7 +84,7 @@ class CudaGraphRunner:
             torch.zeros(self._max_picks, dtype=torch.int32, pin_memory=True) for _ in range(2)
         ]
         # Which of the two the last pass used.
-        self._turn = 0
+        self._side = 0
         # Picks go to the host on a stream of their own, so that the next pass does not wait for them.
         self._downloads = torch.cuda.Stream(device)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
@@ -131,14 +131,14 @@ class CudaGraphRunner:
         return peak + head + _GRAPH_BYTES
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
-        self._turn ^= 1
-        first_pick = self._turn * self._max_picks
+        self._side ^= 1
+        first_pick = self._side * self._max_picks
         wants_logits = any(group.reads_logits or group.ranks > 1 for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
         num_picks = count + self._pick_further_ranks(rows, first_pick + count)
         if wants_logits and not all(group.unadjusted for group in rows):
             self._pick_adjusted(rows, first_pick)
-        host = self._host_picks[self._turn][:num_picks]
+        host = self._host_picks[self._side][:num_picks]
         self._downloads.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._downloads):
             host.copy_(self.graphs.picks[first_pick : first_pick + num_picks], non_blocking=True)
@@ -147,7 +147,7 @@ class CudaGraphRunner:
         return _Launched(self.graphs.logits, first_pick, host, done)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
-        count = self._start(groups, (), self._turn * self._max_picks, wants_logits=True)
+        count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
         logits = self.graphs.logits[:count].clone()
         torch.cuda.current_stream().synchronize()  # The next pass is written to the same host buffer.
         return logits
@@ -166,7 +166,7 @@ class CudaGraphRunner:
             programs=self._programs,
             capacity=RECORDS,
         )
-        buffer = self._host_buffers[self._turn]
+        buffer = self._host_buffers[self._side]
         fields = buffer.fill(
             flat, rows, work, num_rows=num_rows, first_pick=first_pick, wants_logits=wants_logits
         )
@@ -178,7 +178,7 @@ class CudaGraphRunner:
     def _pick_further_ranks(self, rows: Sequence[PickRows], first_place: int) -> int:
         """Pick the further ranks of the groups that ask for them, from place `first_place` of the picks on. Returns their number.
 
-        They are the best tokens of the best runs of `_RANK_COLUMNS` tokens: a full search takes much longer.
+        They are the best tokens of the best stretches of `_RANK_COLUMNS` tokens: a full search takes much longer.
         """
         place, start = first_place, 0
         for group in rows:

@@ -1,7 +1,7 @@
 """`PassBuffer`: all numbers of one pass in one piece of memory, and what each of them means.
 
 The host writes a pass into a buffer in page-locked memory. One copy brings it to a buffer of the same layout on the device, from
-which the captured graphs read it. A buffer says all that a device beside its weights has to know to run the pass.
+which the captured graphs read it. Besides the weights and the cache, a buffer holds all that a device needs to run the pass.
 """
 
 from collections.abc import Sequence

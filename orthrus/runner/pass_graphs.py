@@ -47,13 +47,13 @@ class PassGraphs:
     buffer: Tensor
     """int32 [size]: the pass to run, as `PassFields`."""
     picks: Tensor
-    """int32 [2 * MAX_RANKS * max_logits]: the token picked at each row that needs logits, from `PassFields.first_pick` on, and
-    behind these what else the last two passes have picked."""
+    """int32 [2 * MAX_RANKS * max_logits]: the picks of the last two passes. Those of the current pass begin at
+    `PassFields.first_pick`: the token of each row that needs logits, and then the picks of further ranks."""
     logits: Tensor
     """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits."""
     hidden: Tensor
-    """[max_logits, hidden_size]: final hidden states of the rows that need logits, as the last pass left them that ran layers
-    and head in graphs of their own."""
+    """[max_logits, hidden_size]: final hidden states of the rows that need logits. Passes of the drafts' own weights write it,
+    and passes that run layers and head as two graphs."""
 
     def __init__(
         self,
@@ -160,21 +160,21 @@ class PassGraphs:
 
     @torch.inference_mode()
     def _run_head(self, rows: int) -> None:
-        self._score(self.hidden[:rows], self._forward.exact)
+        self._pick(self.hidden[:rows], self._forward.exact)
 
     @torch.inference_mode()
     def _run_whole(self, rows: int, divided: bool) -> None:
         hidden = self._forward.hidden_states(self._plan(rows, divided), self._cache, self.picks)
-        self._score(hidden, self._forward.exact)
+        self._pick(hidden, self._forward.exact)
 
     @torch.inference_mode()
     def _run_draft(self, rows: int, divided: bool) -> None:
         plan, stack = self._plan(rows, divided), self._forward.draft
         assert stack is not None
         hidden = self._forward.hidden_states(plan, self._cache, self.picks, stack)
-        self._score(torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[:rows]), stack)
+        self._pick(torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[:rows]), stack)
 
-    def _score(self, hidden: Tensor, stack: LayerStack) -> None:
+    def _pick(self, hidden: Tensor, stack: LayerStack) -> None:
         """Pick from final hidden states [rows, hidden_size], and write their logits if the pass wants them."""
         rows = hidden.shape[0]
         fields = self.fields()

@@ -216,9 +216,9 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
 
 
 def further_ranks(logits: Tensor, rows: PickRows) -> Tensor:
-    """The tokens of ranks 2 to `rows.ranks` for logits [rows, vocab]: int64 [(ranks - 1) * rows], by rank and then by row.
+    """The tokens of ranks 1 to `rows.ranks` - 1 for logits [rows, vocab], where the best token has rank 0.
 
-    `NO_TOKEN` where there is none.
+    int64 [(ranks - 1) * rows], by rank and then by row; `NO_TOKEN` where there is none.
     """
     scores = logits
     if not rows.params.greedy:

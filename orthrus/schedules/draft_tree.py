@@ -1,4 +1,8 @@
-"""A tree of drafts as groups of rows: runs of nodes, each with pages of its own from where it leaves the run before it."""
+"""A tree of drafts as groups of rows: how nodes become runs, which pages the runs have, and how a verified tree is read.
+
+A *run* is a path of nodes without a branch. Each run but the first branches off from another one. From the page in which it does
+so, it has pages of its own. Which nodes a tree has: `tree_chances`. Who calls all this: `tree_drafts`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +20,18 @@ MAX_RUNS = 17
 
 @dataclass
 class Run:
-    """Nodes that follow one another."""
+    """Nodes that follow one another: one group of the verify turn."""
 
     parent: int
-    """The run that it leaves; -1 for the first one, which begins with the newest token."""
+    """The run that it branches off from; -1 for the first one, which begins with the newest token."""
     first_depth: int
     """Depth of its first node; -1 for the newest token."""
     ranks: list[int]
-    """Of its nodes; 0 for the newest token. The first run has rank 0 throughout."""
+    """The rank of each of its nodes; 0 for the newest token. The first run, the *chain*, has rank 0 throughout."""
 
     @property
     def end_depth(self) -> int:
-        """The depth behind its last node."""
+        """The depth after that of its last node."""
         return self.first_depth + len(self.ranks)
 
 
@@ -38,10 +42,6 @@ class DraftTree:
     runs: list[Run]
     tables: list[list[int]]
     """The block table of each run."""
-
-    @property
-    def num_drafts(self) -> int:
-        return sum(len(run.ranks) for run in self.runs) - 1
 
     @property
     def chain_length(self) -> int:
@@ -75,7 +75,8 @@ class Verified:
     run: int
     """The run of the last right draft."""
     ranks: list[int | None]
-    """Which rank was right at each depth as far as the right drafts reach, and at the depth behind them. None: no candidate."""
+    """The rank of the right token at each depth, up to and including the first depth at which the walk stopped. None: no
+    candidate was right."""
 
 
 def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
@@ -111,9 +112,9 @@ def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
 def follow(
     runs: Sequence[Run], candidates: Sequence[Sequence[int]], picks: Sequence[Sequence[int]]
 ) -> Verified:
-    """Walk along a tree as far as the AR view agrees. picks: of each run's rows. candidates: as in `DraftTree.groups`.
+    """Walk along a tree as far as the AR view agrees.
 
-    Candidates may be missing at the end: nothing is right there.
+    picks: of each run's rows. candidates: as in `DraftTree.groups`. They may end before the tree does: deeper nodes are wrong.
     """
     firsts = [0]
     for run in runs:
@@ -144,7 +145,7 @@ def follow(
 
 
 def _branch(runs: Sequence[Run], parent: int, depth: int, rank: int) -> int | None:
-    """The run that leaves run `parent` at a depth with a node of a rank."""
+    """The run that branches off from run `parent` at `depth` with a node of rank `rank`."""
     for index, run in enumerate(runs):
         if (run.parent, run.first_depth, run.ranks[0]) == (parent, depth, rank):
             return index
@@ -162,7 +163,8 @@ class BranchPages:
     def open(self, sequence: SequenceState, runs: Sequence[Run]) -> DraftTree | None:
         """Block tables for the runs. None if too few pages are to spare; then nothing is taken.
 
-        A run has pages of its own from the one on in which it leaves its parent. What that page holds already is copied.
+        A run has pages of its own, the first of which holds the position where it branches off from its parent. What the cache
+        already holds at earlier positions of that page is copied into it.
         """
         size, n = self.page_size, sequence.newest_position
         here, filled = divmod(n, size)

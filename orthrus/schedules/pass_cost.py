@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from orthrus.plan import RowGroup
 
 _ROWS = (2, 4, 8, 16, 32, 64, 128)
-"""Rows of one sequence that are timed."""
+"""Passes of one sequence with so many rows are timed."""
 _SPREAD = (2, 4)
-"""Numbers of sequences of as many rows as possible that are timed: passes of more rows than one sequence has."""
+"""Passes larger than one sequence are timed with so many sequences, each with the largest number of rows."""
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Sequences of one row each that are timed."""
-_GROUPS = 8
-_GROUP_ROWS = 4
-"""To learn what a further sequence adds to a pass, so many sequences of so many rows are timed."""
+"""Passes of so many sequences of one row each are timed."""
+_SEQUENCES = 8
+_SEQUENCE_ROWS = 4
+"""The number of sequences, and the rows of each, that are timed to learn what one more sequence costs."""
 _CONTEXT = 256
 """Position, in tokens, up to which the rows of timed passes reach."""
 _SECONDS = 2.0
@@ -95,7 +95,7 @@ class PassTimer:
         sizes: list[_Size] = [
             *((shape, 1, batch) for shape in shapes if shape.one_row for batch in batches),
             *((shape, rows, 1) for rows in row_counts for shape in blocks),
-            *((shape, min(_GROUP_ROWS, row_counts[-1]), _GROUPS) for shape in blocks),
+            *((shape, min(_SEQUENCE_ROWS, row_counts[-1]), _SEQUENCES) for shape in blocks),
             *(
                 (shape, row_counts[-1], n)
                 for n in _SPREAD
@@ -112,9 +112,9 @@ class PassTimer:
 
     def sampled_row(self, shape: PassShape) -> float:
         """Seconds that a row of `shape` adds to a pass if its pick is sampled at temperature 1 rather than greedy."""
-        groups = self._groups((shape, _GROUP_ROWS, 1))
+        groups = self._groups((shape, _SEQUENCE_ROWS, 1))
         greedy, sampled = (min(self._run(groups, t, shape.ahead) for _ in range(8)) for t in (0.0, 1.0))
-        return max(0.0, sampled - greedy) / _GROUP_ROWS
+        return max(0.0, sampled - greedy) / _SEQUENCE_ROWS
 
     def _groups(self, size: _Size) -> list[RowGroup]:
         shape, rows, sequences = size
@@ -160,10 +160,10 @@ def _rows_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
     alone = _curve({rows: seconds for (rows, n), seconds in found.items() if n == 1})
     per_group = 0.0
     for (rows, n), seconds in found.items():
-        if n == _GROUPS:
+        if n == _SEQUENCES:
             per_group = max(0.0, (seconds - alone(rows * n)) / (n - 1))
     by_rows = {
-        rows * n: seconds - per_group * (n - 1) for (rows, n), seconds in found.items() if n != _GROUPS
+        rows * n: seconds - per_group * (n - 1) for (rows, n), seconds in found.items() if n != _SEQUENCES
     }
     together = _curve(by_rows)
     return PassCost(together.sizes, together.seconds, per_group)

@@ -46,7 +46,7 @@ _KNOWN_BLOCKS, _SELDOM = 100, 4096
 """After so many verified blocks it is known whether drafts lose in general. From then on, AR steps between two probes. A probe
 costs more than its two passes: it leaves the sequences of a batch with different lengths."""
 _MOST_GAINED = 8.0
-"""Most AR steps of gain, per sequence, that probes may lose again before they stop."""
+"""Cap on saved-up gain: at most this many AR steps per sequence may be lost before probing stops."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Draft:
     first_agreed: bool = False
     """Whether the block's own first pick, which a lead makes superfluous, was the lead's token."""
     further: Sequence[Sequence[int]] = ()
-    """For rank 1, 2, ...: what else was picked for each of these positions, the likelier rank first."""
+    """For each rank from 1 on: the tokens that were picked for these positions. `tokens` have rank 0, the likeliest."""
     tree: DraftTree | None = None
     """The tree of these tokens that a pass verifies. None before that, and if it verifies `tokens` alone."""
 

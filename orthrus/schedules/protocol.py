@@ -28,12 +28,12 @@ class Turn:
     drafting: tuple[bool, ...]
     """For each group, whether its picks are drafts.
 
-    False: the tokens that AR decoding picks, if the tokens of the group are right. Row i is picked for on top of the group's
-    tokens 0 to i. True: drafts, which a later turn verifies. Row i is picked for on top of the picks of rows 0 to i - 1.
+    False: the picks are the tokens of AR decoding, if the group's tokens are right. The pick of row i follows the group's tokens
+    0 to i. True: the picks are drafts, which a later turn verifies. The pick of row i follows the picks of rows 0 to i - 1.
     """
     ranks: int = 1
-    """How many tokens the rows of drafting groups pick, the best first: see `Schedule.commit`. Behind the best token, a
-    runner may search only a part of the vocabulary."""
+    """How many tokens each row of a drafting group picks: rank 0 is the best token, rank 1 the next, and so on. For ranks from 1
+    on, a runner may search only a part of the vocabulary. See `Schedule.commit` for their order."""
     ends_cycle: bool = True
     """Whether a cycle ends when this turn is committed. Tokens per cycle counts these turns."""
     num_verified: int = 0
@@ -48,16 +48,16 @@ class Commit(NamedTuple):
     tokens: list[int]
     """Tokens to append to the sequence, in order: those that AR decoding picks.
 
-    With t of them, the turn must have had AR rows at positions n to n + t - 1, whose tokens are x_n and the first t - 1 of these:
-    the engine takes these positions of the cache as final.
+    If there are t tokens, the turn must have had AR rows at positions n to n + t - 1 that held x_n and the first t - 1 of these
+    tokens. The engine then treats the cache entries of these positions as final.
     """
     num_accepted: int = 0
     """How many of the turn's drafts turned out to be right."""
     rows: Sequence[int] | None = None
-    """For each token, which of the turn's rows with logits, counted over all groups, it was picked at. None: the first ones."""
+    """For each token, the row that picked it: its index among the rows with logits of all groups. None: the first rows."""
     drafts: Sequence[int] = ()
-    """The drafts as one line. Of a block, all that were verified. Of a tree, the right ones, and then the chain's further drafts
-    if the right ones are on the chain."""
+    """What `return_drafts` reports, as one sequence. Of a block, all drafts that were verified. Of a tree, the right drafts, and
+    then the rest of the chain (rank 0 throughout) if the right ones are its beginning."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ScheduleContext:
     mixes_views: bool
     """Whether a pass may have rows of both views. Else each group of a turn must be of the same view."""
     pool: "PagePool"
-    """Pages of the cache. A schedule may take some that are to spare, for as long as they are in `SequenceState.branches`."""
+    """Pages of the cache. A schedule may take pages that are to spare, and must keep them in `SequenceState.branches`."""
     cache: "KVCache"
     """The cache, to copy pages before a pass."""
     timer: "PassTimer"
@@ -98,7 +98,7 @@ class Schedule(Protocol):
         """The sequence's next turn, in a pass in which up to `batch` sequences decode.
 
         A turn may have to wait for a later pass. Then `plan` is called again, perhaps with another `batch`, and the new turn
-        takes the place of the old one. It must be of the same view.
+        replaces the old one. The new turn must use the same view as the old one.
         """
         ...
 

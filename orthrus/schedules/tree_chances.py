@@ -1,11 +1,11 @@
 """How likely a draft of each depth and rank is right, counted as the engine runs, and the tree of drafts that follows from it.
 
 A draft pass gives the best few tokens of each position without knowing which ones are right. So the token of a rank at a depth
-may stand behind any token of the depth before it. A tree's *node* is such a token behind a certain path. A node's chance is the
-product of the chances along its path. A tree has the likeliest nodes (as in DDTree), of which a node's parent always is one.
+may follow any token of the depth before it. A *node* of a tree is such a token after a certain path. A node's chance is the
+product of the chances along its path. A tree has the likeliest nodes (as in DDTree); a node's parent is always among them.
 
-A node whose path has only best tokens is right more often than one behind another token, because a draft suits the best tokens
-before it. So both are counted apart.
+The *chain* is the path of the best tokens, those of rank 0. A node that follows the chain is right more often than one that
+follows another token, because a draft pass predicts what comes after the best tokens. So the two are counted apart.
 """
 
 import heapq
@@ -16,7 +16,7 @@ _DECAY = 0.998
 _PRIOR_WEIGHT = 4.0
 """How many observations the assumed chances count as."""
 _PRIOR = ((0.75, 0.1, 0.04, 0.02), (0.6, 0.1, 0.04, 0.02))
-"""Assumed chances of the ranks before anything has been verified: behind best tokens, and behind others."""
+"""Assumed chances of the ranks before anything has been verified: of nodes that follow the chain, and of others."""
 _KEPT_FOR = 16
 """Observations for which trees are used again."""
 
@@ -30,11 +30,11 @@ class Node:
     depth: int
     """How many drafts come before it."""
     rank: int
-    """Which of its depth's tokens it is; 0 for the best."""
+    """Its token's place among those of its depth, counted from 0, the best."""
     on_chain: bool
     """Whether it and all nodes before it are of rank 0."""
     chance: float
-    """That it and all nodes before it are right."""
+    """How likely it and all nodes before it are right."""
 
 
 class TreeChances:
@@ -51,7 +51,10 @@ class TreeChances:
         self._observed = 0
 
     def observe(self, depth: int, on_chain: bool, rank: int | None) -> None:
-        """Note which rank was right at a depth, behind drafts that were right. on_chain: whether these were of rank 0."""
+        """Note which rank was right at a depth, after drafts that were right. on_chain: whether all of these had rank 0.
+
+        rank: None if no candidate was right.
+        """
         off = not on_chain
         self._tried[off][depth] = self._tried[off][depth] * _DECAY + 1
         right = self._right[off][depth]
@@ -74,7 +77,7 @@ class TreeChances:
         candidates: list[tuple[float, int, int, int]] = []
 
         def add(parent: int, depth: int, on_chain: bool, chance: float) -> None:
-            """Make the next drafts behind a node candidates."""
+            """Make the drafts that may follow a node candidates."""
             if depth < depths:
                 off = not on_chain
                 for rank, right in enumerate(self._right[off][depth]):

@@ -1,4 +1,8 @@
-"""Which trees of drafts the Orthrus schedule verifies, and what it learns from them."""
+"""Trees of drafts, for the Orthrus schedule: which tree a verify turn gets, and what is learnt from its result.
+
+This is where to begin reading. `tree_chances` counts which candidates have been right and chooses a tree's nodes. `draft_tree`
+lays the nodes out as groups of rows, gives them pages, and finds the right path.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +15,10 @@ from orthrus.schedules.tree_chances import TreeChances
 
 
 class TreeDrafts:
-    """Makes a tree of each draft that may have one, and reads the result."""
+    """Makes a tree of each draft that may have one, and learns from its result."""
 
     def __init__(self, pages: BranchPages, *, max_rows: int, depths: int, pass_rows: int) -> None:
-        """max_rows: of a tree, the newest token's included. depths: most drafts in a row.
+        """max_rows: of a tree, the newest token's included. depths: most drafts on one path.
 
         pass_rows: most rows of all sequences in a pass.
         """
@@ -36,9 +40,9 @@ class TreeDrafts:
     def commit(
         self, sequence: SequenceState, draft: Draft, picks: Sequence[list[int]], planner: DraftPlanner
     ) -> Verified:
-        """What the picks of a draft's tree say. The sequence gets the pages of the right drafts.
+        """What the picks say of a draft's tree. The pages of the right drafts become the sequence's own.
 
-        planner: is told how far the drafts of rank 0 were right.
+        planner: it is told how many drafts of the chain were right.
         """
         tree, greedy = draft.tree, sequence.params.greedy
         assert tree is not None

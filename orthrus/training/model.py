@@ -49,7 +49,7 @@ class Attention(nn.Module):
         )
         bias = config.attention_bias
         qk_norm = family_of(config).qk_norm
-        for suffix in config.views:
+        for suffix in config.view_suffixes:
             for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
                 self.add_module(
                     f"{name}_proj{suffix}", nn.Linear(config.hidden_size, heads * self.dim, bias=bias)

@@ -59,45 +59,12 @@ def test_without_prefix_caching_nothing_is_found() -> None:
     assert pool.match([name("a")]) == []
 
 
-def test_a_fork_shares_full_pages_and_copies_the_one_that_is_filled_in_part() -> None:
-    pool = PagePool(10)
-    table = pool.allocate(4) or []
-    fork = pool.fork(table, 11, page_size=4)
-    assert fork is not None
-    assert fork.block_table[:2] == table[:2]
-    assert len(fork.block_table) == 3
-    assert fork.block_table[2] not in table
-    assert fork.copies == [(table[2], fork.block_table[2])]
-    assert pool.used == 5
-    pool.release(table)
-    assert pool.used == 3  # The fork's pages stay.
-    pool.release(fork.block_table)
-    assert pool.used == 0
-
-
-def test_a_fork_at_the_end_of_a_page_copies_nothing() -> None:
-    pool = PagePool(5)
-    table = pool.allocate(3) or []
-    fork = pool.fork(table, 8, page_size=4)
-    assert fork is not None
-    assert (fork.block_table, fork.copies) == (table[:2], [])
-    assert pool.used == 3
-
-
-def test_a_fork_without_a_page_for_its_copy_owns_nothing() -> None:
-    pool = PagePool(4)
-    table = pool.allocate(3) or []
-    assert pool.fork(table, 6, page_size=4) is None
-    pool.release(table)
-    assert pool.used == 0
-
-
 def test_no_page_is_lost_or_handed_out_twice() -> None:
-    """Random allocations, names, matches, forks and releases against a plain count of who has which page."""
+    """Random allocations, names, matches and releases against a plain count of who has which page."""
     rng, pool = random.Random(0), PagePool(24)
     tables: list[list[int]] = []
     for step in range(4000):
-        kind = rng.randrange(5)
+        kind = rng.randrange(4)
         if kind == 0:
             owned = {page for table in tables for page in table}
             pages = pool.allocate(rng.randrange(1, 6))
@@ -109,11 +76,6 @@ def test_no_page_is_lost_or_handed_out_twice() -> None:
             pool.name(rng.choice(rng.choice(tables)), name(str(rng.randrange(40))))
         elif kind == 2:
             tables.append(pool.match([name(str(rng.randrange(40))) for _ in range(3)]))
-        elif kind == 3 and tables:
-            table = rng.choice(tables)
-            fork = pool.fork(table, rng.randrange(len(table) * 4 + 1), page_size=4)
-            if fork is not None:
-                tables.append(fork.block_table)
         elif tables:
             pool.release(tables.pop(rng.randrange(len(tables))))
         tables = [table for table in tables if table]

@@ -198,7 +198,7 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
             collected[chunk.request_id].append(chunk)
         if rng.random() < 0.05:
             ahead.cancel(str(rng.randrange(len(texts))))
-    assert sum(one.launched_ahead for one in passes) > 3, "every pass was waited for"
+    assert sum(one.next_launched_ahead for one in passes) > 3, "every pass was waited for"
     assert ahead.stats.kv_pages_used == 0
     finished = [int(i) for i, chunks in collected.items() if chunks and chunks[-1].finish_reason]
     assert len(finished) > 15 and scored <= set(finished)

@@ -16,7 +16,7 @@ from orthrus.deployments.failures.failure import describe_failure
 from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.deployments.grpc.format import chat_body, completion_body, request_params
 from orthrus.deployments.http.body import parse_body
-from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.format import CompletionFormat
 from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, RequestStats
@@ -290,7 +290,7 @@ def pieces(is_chat: bool) -> list[TextChunk]:
     ]
 
 
-def streamed(out: ResponseFormat, items: list[TextChunk]) -> list[dict[str, Any]]:
+def streamed(out: CompletionFormat, items: list[TextChunk]) -> list[dict[str, Any]]:
     """The events of a stream, from the opening to the usage."""
     events = [out.sse(opening)] if (opening := out.opening(0)) is not None else []
     events += [out.stream(told, 0) for item in items if (told := out.take(item)) is not None]
@@ -299,10 +299,10 @@ def streamed(out: ResponseFormat, items: list[TextChunk]) -> list[dict[str, Any]
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def response(body: CompletionBody | ChatBody, tokenizer: Any) -> ResponseFormat:
+def response(body: CompletionBody | ChatBody, tokenizer: Any) -> CompletionFormat:
     is_chat = isinstance(body, ChatBody)
     usage = body.options.include_usage
-    return ResponseFormat(is_chat, "m", tokenizer, usage, options=body.options, prompts=[[5, 6, 7]])
+    return CompletionFormat(is_chat, "m", tokenizer, usage, options=body.options, prompts=[[5, 6, 7]])
 
 
 def test_token_ids_are_told(tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from orthrus.deployments.chat.output import ChatDelta
 from orthrus.deployments.generation.choices import Choice
 from orthrus.deployments.generation.text_chunk import TextChunk
 from orthrus.deployments.grpc.format import chat_chunk
-from orthrus.deployments.openai.format import ResponseFormat, cost
+from orthrus.deployments.openai.format import CompletionFormat, cost
 from orthrus.deployments.openai.logprobs import Echo
 from tests.deployments.examples import STATS, chunk, completion
 
@@ -32,11 +32,12 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
     ]
     asked: dict[str, Any] = {"n": 2, "logprobs": 2 if logprobs else None}
     text = Completion.model_validate_json(
-        json.dumps(ResponseFormat(False, "m", tokenizer, **asked).whole(choices), allow_nan=False),
+        json.dumps(CompletionFormat(False, "m", tokenizer, **asked).whole(choices), allow_nan=False),
         strict=True,
     )
     talk = ChatCompletion.model_validate_json(
-        json.dumps(ResponseFormat(True, "m", tokenizer, **asked).whole(choices), allow_nan=False), strict=True
+        json.dumps(CompletionFormat(True, "m", tokenizer, **asked).whole(choices), allow_nan=False),
+        strict=True,
     )
     assert [choice.text for choice in text.choices] == ["é!"] * 2
     assert [choice.message.content for choice in talk.choices] == ["é!"] * 2
@@ -72,8 +73,8 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
         TextChunk(0, "a", chunk(0, ids[:1], False, True), ChatDelta("a")),
         TextChunk(0, "b", chunk(0, ids[1:], True, True), ChatDelta("b"), "length"),
     ]
-    text = ResponseFormat(False, "m", tokenizer, logprobs=2)
-    talk = ResponseFormat(True, "m", tokenizer, True, logprobs=2)
+    text = CompletionFormat(False, "m", tokenizer, logprobs=2)
+    talk = CompletionFormat(True, "m", tokenizer, True, logprobs=2)
     # `construct` is what the client uses: the type wants a finish reason, and OpenAI streams null until there is one.
     events = [Completion.construct(**text.event(piece, 0)) for piece in pieces]
     Completion.model_validate(events[-1].model_dump())
@@ -107,7 +108,7 @@ def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) 
     ]
     for delta in deltas:
         out, whole = (
-            ResponseFormat(delta is not None, 'm"é', tokenizer, include_usage, logprobs=2) for _ in range(2)
+            CompletionFormat(delta is not None, 'm"é', tokenizer, include_usage, logprobs=2) for _ in range(2)
         )
         whole.id, whole.created = out.id, out.created
         text = 'x"\n' if delta is None else ""
@@ -119,13 +120,13 @@ def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) 
 
 
 def test_echo_puts_the_prompt_first(tokenizer: Any) -> None:
-    out = ResponseFormat(False, "m", tokenizer, n=2, echo=[Echo("pq"), Echo("r")])
+    out = CompletionFormat(False, "m", tokenizer, n=2, echo=[Echo("pq"), Echo("r")])
     items = [TextChunk(0, "ab", chunk(0, (1, 2), True, False), finish_reason="length")]
     whole = Completion.model_validate(out.whole([Choice(items)] * 4))
     assert [choice.text for choice in whole.choices] == ["pqab", "pqab", "rab", "rab"]
     opening = out.opening(2)
     assert opening is not None and opening["choices"][0]["text"] == "r"
-    assert ResponseFormat(False, "m", tokenizer).opening(0) is None
+    assert CompletionFormat(False, "m", tokenizer).opening(0) is None
 
 
 def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:
@@ -139,7 +140,7 @@ def test_tool_calls_and_reasoning_are_openais_types(tokenizer: Any) -> None:
         TextChunk(0, "", chunk(0, (1,), reason is not None, False), delta, reason)
         for delta, reason in zip(deltas, reasons, strict=True)
     ]
-    out = ResponseFormat(True, "m", tokenizer)
+    out = CompletionFormat(True, "m", tokenizer)
     whole = ChatCompletion.model_validate_json(json.dumps(out.whole([Choice(items)])), strict=True)
     [answer] = whole.choices
     assert answer.finish_reason == "tool_calls"

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from orthrus.deployments.generation.choices import Choice
 from orthrus.deployments.generation.generate import MAX_SCORES, check_scores
 from orthrus.deployments.generation.text_chunk import TextChunk, text_chunk
-from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.format import CompletionFormat
 from orthrus.deployments.openai.logprobs import Echo, TextLogprobs, chat_logprobs, prompt_logprobs
 from orthrus.deployments.tokenizer.info import tokenizer_info
 from orthrus.errors import RequestError
@@ -72,7 +72,7 @@ def answer(
     return items
 
 
-def streamed(out: ResponseFormat, items: list[TextChunk]) -> tuple[str, dict[str, list[Any]]]:
+def streamed(out: CompletionFormat, items: list[TextChunk]) -> tuple[str, dict[str, list[Any]]]:
     """What the events of an answer add up to; in none of them may a token begin behind the text so far."""
     text, whole = "", dict[str, list[Any]]()
     for item in items:
@@ -139,8 +139,8 @@ def test_offsets_are_places_in_the_text_that_is_returned(tokenizer: Any, case: s
     given = [Echo(echo)] if echo else []
     items = answer(tokenizer, parts, params, reason)
 
-    def out() -> ResponseFormat:
-        return ResponseFormat(
+    def out() -> CompletionFormat:
+        return CompletionFormat(
             False, "m", tokenizer, echo=given, logprobs=2, skip_special_tokens=params.skip_special_tokens
         )
 
@@ -221,7 +221,7 @@ def test_an_echoed_prompt_has_its_logprobs_before_the_answers(tokenizer: Any, ge
     items = answer(tokenizer, parts, SamplingParams(), "length")
     items[0] = replace(items[0], chunk=replace(items[0].chunk, prompt_logprobs=scores(tokens[1:])))
     others = [replace(item, index=1, chunk=replace(item.chunk, prompt_logprobs=None)) for item in items]
-    whole = ResponseFormat(False, "m", tokenizer, **asked).whole([Choice(items), Choice(others)])
+    whole = CompletionFormat(False, "m", tokenizer, **asked).whole([Choice(items), Choice(others)])
     text = "p\u65e5" + ("ab" if generated else "")
     for choice in whole["choices"]:
         assert choice["text"] == text and "prompt_logprobs" not in choice
@@ -236,7 +236,7 @@ def test_an_echoed_prompt_has_its_logprobs_before_the_answers(tokenizer: Any, ge
         assert told["text_offset"] == [0, 1, 1, 1, *([2, 3] if generated else [])]
         assert told["token_logprobs"][:2] == [None, -2.5]
         assert told["top_logprobs"][:2] == [None, {"b": -0.5, "bytes:\\xe6": -2.5}]
-    out = ResponseFormat(False, "m", tokenizer, **asked)
+    out = CompletionFormat(False, "m", tokenizer, **asked)
     assert out.opening(0) is None
     assert streamed(out, items) == (text, whole["choices"][0]["logprobs"])
 
@@ -257,7 +257,7 @@ def test_prompt_logprobs_are_vllms(tokenizer: Any) -> None:
     ]
     items = answer(tokenizer, [b"a"], SamplingParams(), "length")
     items[0] = replace(items[0], chunk=replace(items[0].chunk, prompt_logprobs=scores([97, 99])))
-    text = ResponseFormat(False, "m", tokenizer, prompt_logprobs=2).whole([Choice(items)])
+    text = CompletionFormat(False, "m", tokenizer, prompt_logprobs=2).whole([Choice(items)])
     assert text["choices"][0]["prompt_logprobs"] == told and text["choices"][0]["logprobs"] is None
 
 

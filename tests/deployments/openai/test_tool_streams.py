@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 
 from orthrus.deployments.chat.output import ChatSplitter, joined
 from orthrus.deployments.generation.text_chunk import TextChunk
-from orthrus.deployments.openai.format import ResponseFormat
+from orthrus.deployments.openai.format import CompletionFormat
 from orthrus.requests.request import Chunk
 from orthrus.text.stream import TextStream
 from orthrus.text.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 def events(tokenizer: Any, pieces: list[str]) -> Iterator[dict[str, Any]]:
     """The events of an answer whose chunks have these texts."""
-    out = ResponseFormat(True, "m", tokenizer)
+    out = CompletionFormat(True, "m", tokenizer)
     splitter = ChatSplitter(thinks=True, calls=True)
     yield out.opening(0) or {}
     for number, piece in enumerate(pieces):
