@@ -29,15 +29,16 @@ class EngineConfig(BaseModel):
     """Rows of a diffusion block, the newest token's included; None for the checkpoint's block_size. The engine drafts fewer where
     its cost model says that this pays."""
     adaptive_draft: bool = True
-    """Whether the cost model may shorten or skip drafts."""
+    """Whether the cost model may shorten or skip drafts. It changes nothing where nothing is drafted."""
     draft_lead: bool | None = None
     """Whether a draft pass computes the first token after the newest one exactly, beside the block that drafts those after it.
     None for where the cost model says that this pays."""
     draft_weights: Literal["auto", "same", "fp8"] = "auto"
-    """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own, which halve what such a pass reads
-    and take memory. "auto" is "fp8" on a GPU with FP8 matrix units if the KV cache keeps three quarters of its size."""
+    """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own. Copies halve what such a pass
+    reads, but take memory. "auto" is "fp8" if the GPU has FP8 matrix units, the model has 16 bits, `draft_lead` is not true, and
+    the KV cache keeps three quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set."""
     draft_tree: int | None = Field(default=None, ge=2, le=128)
-    """Most rows with which a pass verifies a tree of drafts, several continuations of one sequence. None for one continuation."""
+    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies. None: no trees."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Context limit in tokens, None for the checkpoint's."""
     max_num_seqs: int = Field(default=64, ge=1)

@@ -16,10 +16,15 @@ _LEAST_CACHE = 0.75
 """The share of the KV cache that must be left for "auto" to take copies."""
 
 
+def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether the schedule drafts with weights of the model: its entry lists the setting `draft_weights`."""
+    return "draft_weights" in SCHEDULES[choose_schedule(config.schedule, model.has_diffusion)].settings
+
+
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:
     """The weight format of the drafts' copies as far as `config` alone says. None: there are none, or "auto" has to decide."""
-    drafts = SCHEDULES[choose_schedule(config.schedule, model.has_diffusion)].needs_diffusion
-    return config.draft_weights if drafts and config.draft_weights in COPY_BYTES else None
+    wanted = config.draft_weights
+    return wanted if wanted in COPY_BYTES and _may_have_copies(config, model) else None
 
 
 def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int, memory: float) -> str | None:
@@ -29,12 +34,7 @@ def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int,
     passes. Copies are made if the KV cache keeps three quarters of its size and room for a full context, or else if it holds the
     `kv_cache_tokens` that are asked for.
     """
-    schedule = choose_schedule(config.schedule, model.has_diffusion)
-    if (
-        config.draft_weights != "auto"
-        or "draft_weights" not in SCHEDULES[schedule].settings
-        or config.draft_lead
-    ):
+    if config.draft_weights != "auto" or config.draft_lead or not _may_have_copies(config, model):
         return None
     width = kv_bytes_per_token(model, item_bytes)
     if config.kv_cache_tokens is not None:

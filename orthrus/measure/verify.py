@@ -1,11 +1,15 @@
 """`orthrus verify`: zero drift, measured on a checkpoint.
 
-The reference is the AR schedule with one request at a time. Against it, bit for bit in tokens and logprobs: the same
-requests under the Orthrus schedule, alone, and under both in random mixtures where requests join and leave a running
-batch of 1 to 16, with a short prefill chunk, a KV cache tight enough to evict, drafts of full or adaptive length, with and
-without a lead; some without logprobs, where a GPU launches passes ahead of what the host knows.
-Against Hugging Face's own Qwen3 forward, loaded from the same files: the KL divergence of every next-token
-distribution over the generated text.
+The reference is the AR schedule with one request at a time. The same requests are then run in other ways, and tokens and logprobs
+must be equal bit for bit:
+
+- under every other schedule, one request at a time;
+- under every schedule, and with the settings of each `Variant` in `orthrus.schedules.registry`, in random mixtures: requests join
+  and leave a running batch of 1 to 16, with a short prefill chunk and a KV cache so tight that it evicts. Variants without
+  logprobs let a GPU launch passes before the host knows the picks of the last one.
+
+At last Hugging Face's own forward pass, loaded from the same files, reads the generated text. The KL divergence of every
+next-token distribution is measured.
 """
 
 import gc

@@ -61,16 +61,16 @@ class Family(ABC):
     embedding: ClassVar[str] = "model.embed_tokens.weight"
     """Name of the tensor of the token embeddings."""
     layer_prefix: ClassVar[str] = "model.layers"
-    """The names of a layer's tensors begin with this and the layer's index."""
+    """What the names of a layer's tensors begin with, before the layer's index."""
     first_norm: ClassVar[str] = "input_layernorm.weight"
     """Name, within its layer, of the norm before attention."""
     last_norm: ClassVar[str] = "model.norm.weight"
-    """Name of the norm behind the last layer."""
+    """Name of the norm after the last layer."""
     head: ClassVar[str] = "lm_head.weight"
     """Name of the LM head. Missing in a checkpoint whose head is tied to the embedding."""
     defaults: ClassVar[Mapping[str, Any]]
-    """What that class assumes for optional settings that config.json leaves out. `head_dim` may be missing here: then it is
-    hidden_size / num_attention_heads."""
+    """What Hugging Face's class assumes for optional settings that config.json leaves out. `head_dim` may be missing here: then
+    it is hidden_size / num_attention_heads."""
     qk_norm: ClassVar[bool]
     """Whether each head's queries and keys are RMS-normed before they are rotated."""
 

@@ -1,8 +1,8 @@
-"""`LayerParallelForward`: the AR view and the diffusion view of all rows of a pass, layer by layer, over one shared cache.
+"""`LayerParallelForward`: the forward pass of all rows of a pass, of both views, over one shared cache.
 
-Where the views share weights, both run side by side at every layer. Each has its own attention projections. Everything else
-(norms, MLP, embedding, head) is read once for all rows. AR keys and values are written to the cache before attention, and both
-views read them there.
+"Layer-parallel" means that at every layer both views run side by side. The layers run one after the other: it is neither pipeline
+nor tensor parallelism. Each view has its own attention projections. Everything else (norms, MLP, embedding, head) is read once
+for all rows. AR keys and values are written to the cache before attention, and both views read them there.
 
 Drafts may have weights of their own: rounded copies of all that a draft pass multiplies. Then a pass has rows of one view only.
 Formulas of the views: Orthrus (arXiv 2605.12825, section 3). What is inside a layer: `orthrus.models.layer`.
@@ -23,6 +23,7 @@ from orthrus.plan import PassPlan
 class LayerParallelForward:
     """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
+    At every layer, the rows of both views run side by side: hence its name. Layers run one after the other.
     It knows the rotary angles of position 0 only, until `use_context` gives it more.
     """
 

@@ -17,13 +17,13 @@ AR = "ar"
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings under which `orthrus verify` runs a schedule beside the default ones."""
+    """Settings under which the drift check (`orthrus verify`) runs a schedule, beside the default ones."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `EngineConfig`."""
     logprobs: bool = True
-    """Whether requests ask for logprobs. Without them, a pass is launched before the picks of the one before it are read."""
+    """Whether requests ask for logprobs. Without them, a pass can be launched before the picks of the one before it are read."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class ScheduleEntry:
     needs_diffusion: bool = False
     """Whether it runs only checkpoints that have diffusion weights."""
     settings: frozenset[str] = frozenset()
-    """Fields of `EngineConfig` that are refused with schedules that do not list them. Whoever drafts lists `draft_weights`."""
+    """Fields of `EngineConfig` that are refused with schedules that do not list them.
+
+    A schedule whose drafts come from the diffusion view lists `draft_weights`: only then are copies of the weights made.
+    """
     variants: tuple[Variant, ...] = (Variant("ahead", logprobs=False),)
     """What to verify beyond the default settings."""
 
