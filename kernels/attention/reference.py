@@ -1,8 +1,8 @@
 """Attention in plain PyTorch.
 
 A row sees the keys in the cache below its limit: p + 1 for an AR row at position p, and n for the rows of a diffusion block
-anchored at n. A row of a block also sees every row of its own block. Keys are added up in splits of fixed length that are
-aligned to position 0, and then the splits in order. So a row's result does not depend on the longest context of the batch.
+anchored at n. A row of a block also sees every row of its own block. Keys are added up in segments of fixed length that are
+aligned to position 0, and then the segments in order. So a row's result does not depend on the longest context of the batch.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from torch import Tensor
 from orthrus.kernels.attention.types import AttentionGroup, AttentionPlan
 
 KV_SPLIT = 128
-"""Keys per split: the unit of the reduction over keys."""
+"""Keys of a segment: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
 """Queries are padded to a multiple of this: a library multiplies few rows by other code, which rounds differently."""
@@ -33,7 +33,7 @@ class _Batch:
     # int64 [products * rows]: places of a diffusion block's own keys and values; None for AR rows.
     own_keys: Tensor | None
     own_values: Tensor | None
-    # int64 [products * pages]: the groups' pages in the cache, padded to whole splits.
+    # int64 [products * pages]: the groups' pages in the cache, padded to whole segments.
     pages: Tensor
     # The same pages as a slice of the cache, if there is one group and its pages follow one another.
     in_place: slice | None
@@ -177,7 +177,7 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
     keys, values = (batch.cached(cache).to(wide).split(KV_SPLIT, 1) for cache in (k_cache, v_cache))
     if batch.own_keys is not None and batch.own_values is not None:
         keys, values = (take(batch.own_keys), *keys), (take(batch.own_values), *values)
-    # One product for each split, all of the cache's of one size: a library may add up other numbers of keys in another order.
+    # One product for each segment, all of the cache's of one size: a library may add up other numbers of keys in another order.
     scores = [torch.bmm(queries, split.transpose(1, 2)) for split in keys]
     weights = (torch.cat(scores, 2) if len(scores) > 1 else scores[0]).add_(batch.mask).softmax(-1)
     shares = weights.split([split.shape[1] for split in keys], 2)
