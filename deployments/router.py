@@ -61,7 +61,7 @@ class PrefixRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         if pending_request is None:
             return [candidate_replicas]
-        # Without it Serve asks again at once where a choice comes to nothing, and does nothing else.
+        # Without this, Serve would ask again and again without a pause when no replica is chosen.
         pending_request.routing_context.should_backoff = True
         request = _request(pending_request)
         if request is None or not self._balancer.has_replicas:
@@ -69,12 +69,12 @@ class PrefixRouter(RequestRouter):
         replica_id = await self._wait_for_room(request, pending_request.metadata.session_id)
         if replica_id not in self._replicas:
             return []
-        # What Serve would have asked the replica for. It counts this request itself when it sends it.
+        # Otherwise Serve would ask the replica for its queue length. It counts this request itself when it sends it.
         self.on_new_queue_len_info(replica_id, self._balancer.requests(replica_id) - 1)
         return [[self._replicas[replica_id]]]
 
     async def _wait_for_room(self, request: Request, session: str) -> ReplicaID:
-        """The replica that has room for a request, which is charged; at once where there is one."""
+        """Wait until a replica has room for a request, and charge the request to it."""
         self._balancer.add(request, session)
         grant = self._grants[request.request_id] = self._event_loop.create_future()
         try:
@@ -92,7 +92,7 @@ class PrefixRouter(RequestRouter):
         for request_id, replica_id in self._balancer.dispatch():
             grant = self._grants.get(request_id)
             if grant is None or grant.done():
-                self._balancer.done(request_id)  # It has been cancelled in this very moment.
+                self._balancer.done(request_id)  # It was cancelled at this very moment.
             else:
                 grant.set_result(replica_id)
 
@@ -112,7 +112,7 @@ class PrefixRouter(RequestRouter):
             return
         self._dispatch()
 
-    # Serve tells what happens.
+    # --- called by Serve
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -132,7 +132,7 @@ class PrefixRouter(RequestRouter):
             return
         reason = self._balancer.confirm(request, replica_id, pending_request.metadata.session_id)
         self._routed.inc(1, {"by": reason})
-        # Serve's own word for it, on_request_completed, has an id that the calls for all prompts of an HTTP request share.
+        # Serve's own callback, on_request_completed, gives an id that the calls for all prompts of an HTTP request share.
         ended = partial(self._event_loop.call_soon_threadsafe, self._end, request.request_id)
         result.add_done_callback(lambda _: ended())
 
@@ -143,7 +143,7 @@ class PrefixRouter(RequestRouter):
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: Any = None
     ) -> PendingRequest | None:
-        """The very request that a replica was chosen for; Serve's id is one of all prompts of an HTTP request."""
+        """The very request that a replica was chosen for. Serve's id is shared by all prompts of an HTTP request."""
         for pending in self._pending_requests_to_fulfill:
             if pending.metadata is request_metadata and not pending.future.done():
                 return pending

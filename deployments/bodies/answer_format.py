@@ -44,7 +44,7 @@ class AnswerFormat(StrictModel):
 
 
 class StructuredOutputs(StrictModel):
-    """`structured_outputs`, of which one is given. A schema may be JSON text."""
+    """`structured_outputs`: exactly one of its fields is given. A schema may be JSON text."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -57,7 +57,7 @@ class StructuredOutputs(StrictModel):
 
 @dataclass(frozen=True)
 class Constraint:
-    """What an answer must follow, by the request's field `param`: JSON under `schema`, or the Lark grammar `grammar`."""
+    """What an answer must follow: JSON under `schema`, or the Lark grammar `grammar`. The request's field `param` asks for it."""
 
     param: str
     schema: dict[str, Any] | bool | None = None
@@ -72,7 +72,7 @@ class Constraint:
 
     @property
     def lark(self) -> str:
-        """The grammar of a text that is nothing else. Raises RequestError."""
+        """The grammar of an answer that consists of this alone. Raises RequestError."""
         return self.grammar if self.grammar is not None else json_grammar(self.schema, self.param)
 
 
@@ -108,7 +108,7 @@ CONSTRAINT_FIELDS = {
 
 
 def _part(name: str, value: Any) -> tuple[str, Any]:
-    """What kind of constraint a field asks for, and by what."""
+    """The kind of constraint that a field asks for, and its value."""
     if not isinstance(value, StructuredOutputs):
         return CONSTRAINT_FIELDS[name], value
     parts = {

@@ -92,7 +92,7 @@ UNSUPPORTED: dict[str, str] = {
     "transforms": "to shorten a prompt that is too long, send truncate_prompt_tokens",
     "typical_p": "send top_p or min_p",
 }
-# Values besides false and empty ones that ask for nothing but what happens here anyway.
+# Values that ask only for what the server does anyway, besides false and empty ones.
 _DEFAULTS: dict[str, Any] = {
     "best_of": 1,
     "detokenize": True,
@@ -102,7 +102,7 @@ _DEFAULTS: dict[str, Any] = {
     "typical_p": 1.0,
     "verbosity": "medium",
 }
-# What is only asked for by such a value.
+# Fields whose value false asks for something.
 _NOT_FALSE = frozenset({"detokenize", "separate_reasoning", "stream_reasoning"})
 
 

@@ -1,7 +1,7 @@
-"""What a replica tells of itself: its size and its load to request routers, and signals to the autoscaling policy.
+"""What a replica reports of itself: its size and load to request routers, and signals to the autoscaling policy.
 
-During a rolling update the reader may be of another version than the replica. So a report is read leniently: a key that is not
-known is ignored, and one that is missing has a default.
+During a rolling update the reader may have another version than the replica. So reports are read leniently: unknown keys are
+ignored, and missing ones have defaults.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from orthrus.engine.stats import EngineStats
 
 NAME_BYTES = 8
-"""Of the hash of a page or a request id. It is enough for routing: a collision costs one wrong preference."""
+"""Bytes that are kept of the hash of a page or a request id. A collision costs one wrong preference, no more."""
 MAX_REPORTED_PAGES = 2048
 
 
@@ -57,7 +57,7 @@ class Load(NamedTuple):
     """KV pages that sequences hold."""
 
     def plus(self, other: "Load", sign: int = 1) -> "Load":
-        """The sum; the difference with `sign` -1."""
+        """The sum, or with `sign` -1 the difference."""
         return Load(
             self.sequences + sign * other.sequences,
             self.prompts + sign * other.prompts,
@@ -81,7 +81,7 @@ class RoutingReport(NamedTuple):
 
     @staticmethod
     def of(engine: "Engine") -> dict[str, Any]:
-        """An engine's report, as a dict of numbers and bytes. `stats` is for people who look on: no router reads it."""
+        """An engine's report, as a dict of numbers and bytes. `stats` is for the web page: no router reads it."""
         stats = engine.stats
         load = Load(
             stats.running + stats.waiting,
@@ -107,14 +107,14 @@ class RoutingReport(NamedTuple):
 
 
 def counters(stats: "EngineStats") -> dict[str, Any]:
-    """An engine's statistics as numbers: with the oldest wait in seconds, since its time of day means nothing elsewhere."""
+    """An engine's statistics as numbers. The oldest wait is in seconds, since this process's clock means nothing elsewhere."""
     named = asdict(stats)
     del named["oldest_queued_at"]
     return named | {"oldest_wait": stats.oldest_wait}
 
 
 def request_name(request_id: str) -> bytes:
-    """What stands for a request in a report."""
+    """The name of a request in reports."""
     return hashlib.blake2b(request_id.encode(), digest_size=NAME_BYTES).digest()
 
 

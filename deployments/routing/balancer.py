@@ -1,20 +1,21 @@
-"""Which replica gets a request, and when. No Serve in it: deployments/router.py ties it to that.
+"""Which replica gets a request, and when. It knows nothing of Ray Serve: deployments/router.py connects the two.
 
-**Late binding.** A request is bound to a replica that has room, and waits here while none has. Room is a free slot (one of
-the engine's `max_num_seqs` sequences) and pages for the prompt: what is sent then starts at once. So no slot is idle while
-requests wait, whichever replica it is on. A request of several choices needs one free slot; its other choices wait for the next
-ones in that engine.
+**Late binding.** A request waits here until a replica has room, and is then bound to it. Room is a free slot (one of the engine's
+`max_num_seqs` sequences) and pages for the prompt: a request that is sent starts at once. So no slot of any replica is idle while
+requests wait. A request of several choices needs one free slot. Its other choices wait in that engine for the next ones.
 
 **What is known of a replica.** Its last report, which names the requests that it counts, and what this router has sent it. A
-request of ours that the report does not name is added; one that it names and that has ended since is taken off. So the age of
-a report doesn't matter. Of other routers' requests a router knows by reports alone and may be wrong about room: the replica then
-refuses (`max_ongoing_requests`), and the request is back at its place in the queue.
+request of ours that the report does not name is added; one that it names and that has ended since is taken off. So the age of a
+report doesn't matter. A router learns of other routers' requests by reports alone, so it may be wrong about room. The replica
+then refuses (`max_ongoing_requests`), and the request is back at its place in the queue.
 
-**Among replicas with room** the first is the one whose cache holds the longest prefix of the prompt, then the session's own, as
-far as the load allows, then the less used of two at random. **Among the waiting** it is by priority, then first come, first
-served, but for two cases. A freed slot goes to the request of that priority whose prompt has the longest cached prefix on that
-replica. And a prompt whose pages fit nowhere lets others pass. A request that `_MOST_PASSED` others have passed has the next
-slot, whatever is cached or used there. No slot is left free for the sake of a prefix.
+**Which replica.** Of the replicas with room, a request gets the one whose cache holds the longest prefix of its prompt, and else
+its session's own, both as far as the load allows. Else it gets the less used of two that are drawn at random.
+
+**Which request.** Requests are served by priority, and then first come, first served, except in two cases. A freed slot goes to
+the request of the priority that is due whose prompt has the longest cached prefix on that replica. And a prompt whose pages fit
+nowhere lets others pass. A request that `_MOST_PASSED` others have passed gets the next slot, whatever is cached or used there.
+No slot is left free for the sake of a prefix.
 """
 
 import bisect
@@ -35,7 +36,7 @@ Replica = Any
 """Whatever names a replica, hashable: Serve's ReplicaID."""
 _MAX_SENT_PAGES = 8192
 _SENT_SECONDS = 30.0
-"""How long a prompt counts as cached where it was sent before the replica's reports must show it."""
+"""How long a prompt counts as cached on the replica that it was sent to. After that, the replica's reports must show it."""
 _UNCONFIRMED_SECONDS = 2.0
 """How long a choice counts as load until Serve says that the request was taken; it may have been cancelled."""
 _REPORT_SECONDS = 10.0
@@ -60,13 +61,13 @@ class _Waiting:
 
     @property
     def queue_key(self) -> tuple[int, int]:
-        """What the queue is in order of."""
+        """What the queue is sorted by."""
         return self.request.priority, self.arrival
 
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a request is, and what spoke for it: see `PrefixBalancer.confirm`."""
+    """Which replica a request has, and why: see `PrefixBalancer.confirm`."""
 
     replica: Replica
     reason: str
@@ -85,7 +86,7 @@ class _ReplicaState:
         # Names of this router's requests: those that are there, and those that have ended and since when.
         self._mine: dict[bytes, Load] = {}
         self._ended: dict[bytes, tuple[Load, float]] = {}
-        # What is mine and not counted, less what is counted and has ended.
+        # The load of this router's requests that the report does not count, less that of those it counts and that have ended.
         self._sent = Load()
         # Requests of other routers that the replica has now, less those that the report counts.
         self._others = 0
@@ -110,7 +111,7 @@ class _ReplicaState:
         return len(self._mine)
 
     def has_pages(self, waiting: _Waiting) -> bool:
-        """Whether the prompt fits beside the rest. Where there is nothing else, more room will not come."""
+        """Whether the prompt fits beside the rest. An empty replica takes any prompt: it will never have more room."""
         load, cached = self.load, self.matching_pages(waiting.names)
         needed = len(waiting.request.prompt) / self.capacity.page_size - cached
         return load.sequences < 1 or load.pages + needed <= self.capacity.pages
@@ -229,7 +230,7 @@ class PrefixBalancer:
             self._replicas[replica].hear(ongoing)
 
     def refuse(self, replica: Replica) -> None:
-        """A replica takes nothing, whatever it seems: no room until it is heard of again."""
+        """A replica has refused a request: it counts as full until it is heard of again."""
         if replica in self._replicas:
             self._replicas[replica].refused = True
 
@@ -262,7 +263,7 @@ class PrefixBalancer:
     def confirm(self, request: Request, replica: Replica, session: str = "") -> str:
         """The request has been taken by `replica`.
 
-        What speaks for that replica: a "prefix" that it holds, that it is the "session"'s, or "load" alone.
+        Returns what spoke for that replica: a "prefix" in its cache, the "session", or "load" alone.
         """
         self._unconfirmed.pop(request.request_id, None)
         placement = self._placed.get(request.request_id)
@@ -278,7 +279,7 @@ class PrefixBalancer:
     # --- how
 
     def _take_back(self, request_id: str) -> None:
-        """The request is not on its replica, if it has one."""
+        """Take a request off its replica, if it has one."""
         self._unconfirmed.pop(request_id, None)
         placement = self._placed.pop(request_id, None)
         if placement is not None and placement.replica in self._replicas:
@@ -293,7 +294,7 @@ class PrefixBalancer:
         return _Waiting(self._arrivals, request, session, names)
 
     def _next(self) -> tuple[_Waiting, Replica] | None:
-        """Who gets a replica next, and which."""
+        """The request that gets a replica next, and that replica; None if no request can have one."""
         rooms = [replica for replica, state in self._replicas.items() if state.has_slot]
         if not rooms:
             return None
@@ -327,7 +328,7 @@ class PrefixBalancer:
 
     def _best(self, waiting: _Waiting, replicas: Sequence[Replica]) -> Replica:
         """The best of `replicas` for a request."""
-        # Before this request: a replica with nothing to do takes the largest.
+        # Without this request: so a replica with nothing to do takes even the largest one.
         use = {replica: state.use for replica, state in self._replicas.items()}
         bound = max(self._affinity_floor, self._load_bound * sum(use.values()) / len(use))
         preferred = self._home(waiting.session)

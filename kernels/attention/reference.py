@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orthrus.kernels.attention.types import AttentionGroup, AttentionPlan
 
-KV_SPLIT = 128
+SEGMENT = 128
 """Keys of a segment: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
@@ -107,9 +107,9 @@ def _batch(
     def places(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.ravel()).to(device)
 
-    pages_per_split = max(1, KV_SPLIT // page_size)
+    pages_per_segment = max(1, SEGMENT // page_size)
     used = max(-(-group.limits[-1] // page_size) for group in groups)
-    width = max(1, -(-used // pages_per_split)) * pages_per_split
+    width = max(1, -(-used // pages_per_segment)) * pages_per_segment
     tables = np.array([[*g.pages[:used], *([0] * (width - min(used, len(g.pages))))] for g in groups])
     own = count if diffusion else 0
     return _Batch(
@@ -174,14 +174,14 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
         return heads.index_select(0, places).view(products, -1, dim).to(wide)
 
     queries = take(batch.queries).mul_(scale)
-    keys, values = (batch.cached(cache).to(wide).split(KV_SPLIT, 1) for cache in (k_cache, v_cache))
+    keys, values = (batch.cached(cache).to(wide).split(SEGMENT, 1) for cache in (k_cache, v_cache))
     if batch.own_keys is not None and batch.own_values is not None:
         keys, values = (take(batch.own_keys), *keys), (take(batch.own_values), *values)
     # One product for each segment, all of the cache's of one size: a library may add up other numbers of keys in another order.
-    scores = [torch.bmm(queries, split.transpose(1, 2)) for split in keys]
+    scores = [torch.bmm(queries, segment.transpose(1, 2)) for segment in keys]
     weights = (torch.cat(scores, 2) if len(scores) > 1 else scores[0]).add_(batch.mask).softmax(-1)
-    shares = weights.split([split.shape[1] for split in keys], 2)
-    out, *more = (torch.bmm(share, split) for share, split in zip(shares, values, strict=True))
+    shares = weights.split([segment.shape[1] for segment in keys], 2)
+    out, *more = (torch.bmm(share, segment) for share, segment in zip(shares, values, strict=True))
     for part in more:
         out.add_(part)
     return out.flatten(0, 1)

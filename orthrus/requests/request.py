@@ -57,7 +57,7 @@ class SamplingParams:
     logprobs: int | None = None
     """Number of best alternatives to report per token (0: only the chosen token), None for no log-probabilities."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, which choice 0 brings. Such a prompt takes nothing from the prefix cache."""
+    """The same for the prompt's tokens. They come with choice 0. Such a prompt takes nothing from the prefix cache."""
     n: int = 1
     """Choices to generate."""
     min_tokens: int = 0
@@ -207,7 +207,7 @@ class PromptLogprobs:
     logprobs: np.ndarray
     """float32, or float64 for a float64 model, [tokens]."""
     ranks: np.ndarray
-    """int32 [tokens], 1 for a token that none is likelier than."""
+    """int32 [tokens], counted from 1 as in vLLM: 1 for a token that none is likelier than."""
     top_ids: np.ndarray
     """int32 [tokens, top]: the best alternatives, best first."""
     top_logprobs: np.ndarray
@@ -218,12 +218,12 @@ class PromptLogprobs:
 
     @staticmethod
     def joined(parts: Sequence["PromptLogprobs"]) -> "PromptLogprobs":
-        """Parts, at least one, that followed one another, as one."""
+        """Join consecutive parts, at least one."""
         each = (np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(PromptLogprobs))
         return PromptLogprobs(*each)
 
     def tokens(self) -> Iterator[TokenLogprob]:
-        """As generated tokens have them."""
+        """The same in the form in which generated tokens have theirs."""
         top = zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
         for token, logprob, (ids, values) in zip(
             self.token_ids.tolist(), self.logprobs.tolist(), top, strict=True
@@ -244,7 +244,7 @@ class RequestStats:
     passes: int
     """Forward passes after the first token that the sequence had rows in, drafts included."""
     seed: int
-    """Of this choice."""
+    """The seed of this choice."""
     queue_seconds: float = field(default=0.0, compare=False)  # Of the moment, unlike the rest.
     """How long it waited for room."""
 
@@ -260,10 +260,10 @@ class CycleReport(NamedTuple):
     num_tokens: int
     """Tokens that the cycle committed, a lead's included."""
     drafts: tuple[int, ...]
-    """The drafted token ids as one line; none in an AR step. Of a block, all that were verified. Of a tree, the right ones, and
-    then the chain's further drafts if the right ones are on the chain."""
+    """The drafted token ids as one sequence; empty in an AR step. Of a block, all drafts that were verified. Of a tree, the right
+    drafts, and then the rest of the chain if the right ones are its beginning."""
     num_accepted: int
-    """How many of the drafts agreed with the AR view's picks, from the front. A text that ends among them has fewer tokens."""
+    """How many of the drafts, from the front, agreed with the AR view's picks. If the text ends within them, it has fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,14 +287,14 @@ class Chunk:
     error_param: str | None = None
     """The field of the request that is at fault, if one is."""
     prompt_logprobs: PromptLogprobs | None = None
-    """In the first chunk of choice 0, if the request asks for them: of the prompt's tokens from the second on, since nothing
+    """In the first chunk of choice 0, if the request asks for them. They begin with the prompt's second token, since nothing
     predicts the first."""
     cycles: tuple[CycleReport, ...] = ()
     """The cycles that ended with these tokens, if the request asks for them. The first token of a choice belongs to none."""
 
 
 def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks of one choice that followed one another, as one."""
+    """Join consecutive chunks of one choice to one."""
     last = chunks[-1]
     scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
     return replace(
@@ -308,7 +308,7 @@ def joined_chunks(chunks: Sequence[Chunk]) -> Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All of one choice: what its chunks add up to."""
+    """One whole choice: all its chunks joined."""
 
     index: int
     token_ids: tuple[int, ...]
