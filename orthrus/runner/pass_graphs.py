@@ -30,7 +30,7 @@ from orthrus.plan import MAX_RANKS, PassPlan
 from orthrus.runner.pass_buffer import PassFields
 
 RECORDS = 4096
-"""Partial results of attention that there is room for: rows times records of each. What would need more is not divided."""
+"""Room for so many partial results of attention (rows x records of each). A tile that would need more is not divided."""
 
 
 def graph_sizes(most: int) -> list[int]:
