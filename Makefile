@@ -31,13 +31,13 @@ test-clients: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=1800 tests/proofs/clients_proof.py
 
 test-structured: $(INSTALLED)
-	$(BIN)/python -m pytest -q -s tests/proofs/structured_proof.py
+	$(BIN)/python -m pytest -q -s -o faulthandler_timeout=1800 tests/proofs/structured_proof.py
 
 test-serving: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true tests/proofs/serving_proof.py
 
 test-cluster: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/proofs/cluster_proof.py
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=1200 tests/proofs/cluster_proof.py
 
 test-page: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=600 tests/proofs/page_proof.py
