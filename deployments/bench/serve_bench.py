@@ -51,6 +51,7 @@ from orthrus.measure.prompts import PROMPTS
 from orthrus.plan import RowGroup, flatten
 from orthrus.requests.request import Request, SamplingParams
 from orthrus.runner.sampler import PickRows
+from orthrus.schedules.registry import schedule_settings
 
 _BARE_PATH = "/bare"
 _BARE_TOKENS = 8
@@ -258,8 +259,7 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
     engine = engine.model_copy(
         update={
             "schedule": "ar",
-            **dict.fromkeys(("draft_length", "draft_lead", "draft_tree")),
-            "draft_weights": "auto",
+            **{name: EngineConfig.model_fields[name].default for name in schedule_settings()},
             "prefix_caching": False,
             "max_num_seqs": options.streams,
             "kv_cache_tokens": max(tokens, engine.kv_cache_tokens or 0, engine.max_model_len or 0),

@@ -8,7 +8,7 @@ from orthrus.errors import RequestError
 from orthrus.models.config import ModelConfig
 from orthrus.requests.request import Request, SamplingParams
 from orthrus.requests.sequence import SequenceState
-from orthrus.schedules.registry import AR, AUTO, SCHEDULES
+from orthrus.schedules.registry import SCHEDULES
 from orthrus.text.stream import TextStream
 from orthrus.text.token_mask import TokenMask
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
@@ -23,11 +23,10 @@ class Admission:
         max_model_len: int,
         tokenizer: Any,
         grammar_masks: Callable[[str], TokenMask] | None,
-        schedule: str,
+        schedules: tuple[str, ...],
     ) -> None:
-        """tokenizer: a Hugging Face one, or None. grammar_masks: as for `EngineCore`. schedule: the engine's."""
-        self.schedules = tuple(dict.fromkeys([AUTO, schedule, AR]))
-        """The schedules that a request may choose."""
+        """tokenizer: a Hugging Face one, or None. grammar_masks: as for `EngineCore`. schedules: that a request may choose."""
+        self.schedules = schedules
         self._model = model
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer

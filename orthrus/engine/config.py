@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orthrus.errors import ConfigError
-from orthrus.schedules.registry import AUTO, SCHEDULES, schedule_choices
+from orthrus.schedules.registry import (
+    AR,
+    AUTO,
+    NGRAM,
+    SCHEDULES,
+    choose_schedule,
+    schedule_choices,
+    schedule_settings,
+)
 
 if TYPE_CHECKING:
     from orthrus.models.config import ModelConfig
@@ -24,10 +32,14 @@ class EngineConfig(BaseModel):
     """As torch names devices; "auto" is CUDA where there is one."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
     schedule: str = AUTO
-    """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ar"."""
+    """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ngram"."""
     draft_length: int | None = Field(default=None, ge=2)
-    """Rows of a diffusion block, the newest token's included; None for the checkpoint's block_size. The engine drafts fewer where
-    its cost model says that this pays."""
+    """Most rows that verify drafts, the newest token's included. None for the checkpoint's block_size, and 32 for n-gram drafts.
+    The engine drafts fewer where its cost model says that this pays."""
+    prompt_lookup_max: int = Field(default=4, ge=0)
+    """Most tokens of an n-gram that is looked up in prompt and text: what followed it there is drafted. 0 for no lookups."""
+    prompt_lookup_min: int = Field(default=2, ge=1)
+    """Fewest tokens of such an n-gram."""
     adaptive_draft: bool = True
     """Whether the cost model may shorten or skip drafts. It changes nothing where nothing is drafted."""
     draft_lead: bool | None = None
@@ -69,7 +81,7 @@ class EngineConfig(BaseModel):
         if self.schedule == AUTO:
             return self
         own = SCHEDULES[self.schedule].settings
-        for setting in sorted(set().union(*(entry.settings for entry in SCHEDULES.values())) - own):
+        for setting in sorted(schedule_settings() - own):
             if getattr(self, setting) != type(self).model_fields[setting].default:
                 others = " or ".join(
                     f"'{name}'" for name, entry in SCHEDULES.items() if setting in entry.settings
@@ -77,6 +89,19 @@ class EngineConfig(BaseModel):
                 raise ValueError(
                     f"{setting} has no meaning with schedule '{self.schedule}': remove it or use schedule {others}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _lookups_have_lengths(self) -> "EngineConfig":
+        if self.prompt_lookup_max == 0 and self.schedule == NGRAM:
+            raise ValueError(
+                "schedule 'ngram' looks up its drafts, and prompt_lookup_max is 0: set it to 4, or use schedule 'ar'"
+            )
+        if 0 < self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ValueError(
+                f"prompt_lookup_max {self.prompt_lookup_max} is below prompt_lookup_min {self.prompt_lookup_min}: raise one or "
+                "lower the other"
+            )
         return self
 
     @model_validator(mode="after")
@@ -107,6 +132,16 @@ class EngineConfig(BaseModel):
             )
         return self
 
+    def schedule_for(self, model: "ModelConfig") -> str:
+        """The name of the schedule that the settings choose for `model`."""
+        return choose_schedule(self.schedule, model.has_diffusion, bool(self.prompt_lookup_max))
+
+    def request_schedules(self, model: "ModelConfig") -> tuple[str, ...]:
+        """The schedules that a request may choose."""
+        own = self.schedule_for(model)
+        parts = [part for part in SCHEDULES[own].parts if part != NGRAM or self.prompt_lookup_max]
+        return tuple(dict.fromkeys([AUTO, own, *parts, AR]))
+
     def check_model(self, model: "ModelConfig") -> None:
         """Raise ConfigError for what `model` can't do, naming the setting."""
         limit, positions = self.max_model_len, model.max_position_embeddings
@@ -117,7 +152,7 @@ class EngineConfig(BaseModel):
             )
         if self.schedule != AUTO and not SCHEDULES[self.schedule].fits(model.has_diffusion):
             raise ConfigError(
-                f"schedule '{self.schedule}' needs diffusion weights, and {model.name} has none: use schedule 'ar' or an "
+                f"schedule '{self.schedule}' needs diffusion weights, and {model.name} has none: use schedule 'ngram' or an "
                 "Orthrus checkpoint"
             )
         if (

@@ -41,7 +41,7 @@ from orthrus.runner.protocol import ModelRunner
 from orthrus.runner.sampler import PickRows, follow_masks
 from orthrus.schedules.pass_cost import PassTimer
 from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext, load_schedule
-from orthrus.schedules.registry import SCHEDULES, choose_schedule
+from orthrus.schedules.registry import SCHEDULES
 from orthrus.text.token_mask import TokenMask
 
 
@@ -103,7 +103,7 @@ class EngineCore:
             mixes_views=self.forward.draft is None,
         )
         self._admission = Admission(
-            model_config, self.max_model_len, tokenizer, grammar_masks, self.schedule_name
+            model_config, self.max_model_len, tokenizer, grammar_masks, config.request_schedules(model_config)
         )
         self._by_request: dict[str, list[SequenceState]] = {}
         self._in_flight: deque[InFlight] = deque()
@@ -302,7 +302,7 @@ class EngineCore:
     @property
     def schedule_name(self) -> str:
         """The name of the schedule that the settings choose for this model."""
-        return choose_schedule(self.config.schedule, self.model_config.has_diffusion)
+        return self.config.schedule_for(self.model_config)
 
     @property
     def takes_grammars(self) -> bool:

@@ -8,7 +8,7 @@ from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.models.config import ModelConfig
 from orthrus.models.sizes import weight_bytes
-from orthrus.schedules.registry import SCHEDULES, choose_schedule
+from orthrus.schedules.registry import SCHEDULES
 
 COPY_BYTES = {"fp8": 1.001}
 """The formats of copies, with the bytes of one number on a GPU: "fp8" also has a float32 scale for each output of a layer."""
@@ -18,7 +18,7 @@ _LEAST_CACHE = 0.75
 
 def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
     """Whether the schedule drafts with weights of the model: its entry lists the setting `draft_weights`."""
-    return "draft_weights" in SCHEDULES[choose_schedule(config.schedule, model.has_diffusion)].settings
+    return "draft_weights" in SCHEDULES[config.schedule_for(model)].settings
 
 
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:

@@ -56,7 +56,7 @@ def ratio(seconds: list[float], others: list[float]) -> Ratio:
 
 def verdict(exact: bool) -> str:
     """The last line of a report. exact: whether all schedules gave the same tokens."""
-    return "ar and orthrus gave the same tokens" if exact else "AR AND ORTHRUS DIFFER"
+    return "all schedules gave the same tokens" if exact else "SCHEDULES GAVE DIFFERENT TOKENS"
 
 
 def engine_contestant(engine: Engine) -> Contestant:

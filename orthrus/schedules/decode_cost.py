@@ -1,10 +1,28 @@
 """What decoding costs with Orthrus' turns and with AR steps: sums of measured passes."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from orthrus.schedules.ar import STEP, ar_rows
 from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
 from orthrus.schedules.pass_cost import PassCost, PassShape, PassTimer
+
+
+class CycleCost(Protocol):
+    """What a planner asks of costs."""
+
+    @property
+    def lead(self) -> PassCost | None:
+        """A draft pass with leads; None if no pass may have leads."""
+        ...
+
+    def ar(self, batch: int, greedy: bool) -> float:
+        """Seconds of an AR step of `batch` sequences: one token each."""
+        ...
+
+    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
+        """Seconds of a cycle of `batch` sequences with `block_rows` rows each."""
+        ...
 
 
 @dataclass(frozen=True)

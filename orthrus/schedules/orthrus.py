@@ -134,6 +134,10 @@ class OrthrusSchedule:
             choice = sequence.schedule_state = _Choice(position, block)
         return choice.block
 
+    def speed(self, greedy: bool, batch: int) -> float:
+        """Tokens per second that blocks promise over AR steps, while `batch` sequences decode; 1 where they don't pay."""
+        return self._planner.speed(greedy, batch)
+
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
         if turn.kind in (DRAFT, LEAD_DRAFT):
             planned, draft = sequence.schedule_state, _draft(turn, picks)

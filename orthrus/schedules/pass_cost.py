@@ -18,8 +18,8 @@ _SEQUENCE_ROWS = 4
 """The number of sequences, and the rows of each, that are timed to learn what one more sequence costs."""
 _CONTEXT = 256
 """Position, in tokens, up to which the rows of timed passes reach."""
-_SECONDS = 2.0
-"""Time for all measurements, as far as one round of the smaller passes allows."""
+_SECONDS = 0.5
+"""Time for the measurements of each kind of pass, as far as one round of the smaller passes allows."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PassTimer:
         self._distinct = max(1, (num_pages - 1) // self._pages_each)
 
     def curves(self, shapes: Sequence[PassShape]) -> dict[str, PassCost]:
-        """The cost of each kind of pass. Takes two seconds, more for a slow model."""
+        """The cost of each kind of pass. Takes half a second each, more for a slow model."""
         row_counts = [r for r in _ROWS if r < min(self._end, self._max_rows + 1)]
         batches = [b for b in _BATCHES if b <= self._max_batch]
         blocks = [shape for shape in shapes if not shape.one_row]
@@ -103,7 +103,8 @@ class PassTimer:
                 for shape in blocks
             ),
         ]
-        best = _best_times(self._time, sorted(sizes, key=lambda size: size[1] * size[2]))
+        sizes.sort(key=lambda size: size[1] * size[2])
+        best = _best_times(self._time, sizes, _SECONDS * len(shapes))
         return {shape.kind: (_batch_curve if shape.one_row else _rows_curve)(best, shape) for shape in shapes}
 
     def _fits(self, rows: int, sequences: int) -> bool:
@@ -128,21 +129,23 @@ class PassTimer:
         return self._run(self._groups(size), 0.0, size[0].ahead)
 
 
-def _best_times(time_pass: Callable[[_Size], float], sizes: Sequence[_Size]) -> dict[_Size, float]:
+def _best_times(
+    time_pass: Callable[[_Size], float], sizes: Sequence[_Size], budget: float
+) -> dict[_Size, float]:
     """The best time of each size; the largest ones are left out where measuring all of them once takes too long.
 
     The best, because what else the machine does only ever adds time. Passes take turns, so that a disturbance does not meet one
     of them alone. Next is always the pass that has been timed for the shortest time in all: short passes, whose times are the
-    least certain, are so timed most often.
+    least certain, are so timed most often. budget: seconds for all of this.
     """
     times: dict[_Size, list[float]] = {}
     began = time.perf_counter()
     time_pass(sizes[0])
     for size in sizes:
-        if len(times) >= len(sizes) // 2 and time.perf_counter() - began > _SECONDS / 2:
+        if len(times) >= len(sizes) // 2 and time.perf_counter() - began > budget / 2:
             break
         times[size] = [time_pass(size)]
-    while time.perf_counter() - began < _SECONDS:
+    while time.perf_counter() - began < budget:
         size = min(times, key=lambda s: sum(times[s]))
         times[size].append(time_pass(size))
     return {size: min(seconds) for size, seconds in times.items()}

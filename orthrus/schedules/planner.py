@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orthrus.schedules.decode_cost import DecodeCost
+from orthrus.schedules.decode_cost import CycleCost
 from orthrus.schedules.draft_tree import DraftTree
 
 _PRIOR_ACCEPTANCE = 0.85
@@ -160,6 +160,8 @@ class _Ranking:
     """The best block with a lead and the best without, the better one first. Empty if no block could ever pay."""
     pays: bool
     """Whether the first of these beats an AR step."""
+    speed: float = 1.0
+    """Speed of that block over AR steps."""
     probe: BlockPlan = _AR_STEP
     """The block to probe with where it does not."""
     probe_after: tuple[int, int] = (0, 0)
@@ -202,7 +204,7 @@ class DraftPlanner:
     """Plans each block, from what passes cost and from how often drafts have been accepted."""
 
     def __init__(
-        self, max_rows: int, cost: DecodeCost | None, pass_rows: int, lead: bool | None = None
+        self, max_rows: int, cost: CycleCost | None, pass_rows: int, lead: bool | None = None
     ) -> None:
         """max_rows: of a block. cost: None fixes blocks at `max_rows`, or at what fits a pass.
 
@@ -254,11 +256,20 @@ class DraftPlanner:
         if costs is not None and block.rows - 2 < len(costs.cycles.get(block.lead, ())):
             self._probes[greedy, batch].gain(accepted + 1 + block.lead - costs.steps(block), batch)
 
-    def plan(self, greedy: bool, batch: int, begins: bool = False) -> BlockPlan:
-        """The next block of a sequence while `batch` sequences decode. begins: whether it is the sequence's first block."""
+    def speed(self, greedy: bool, batch: int) -> float:
+        """Tokens per second that the next block promises, over those of AR steps; 1 where drafts don't pay at present."""
+        ranking = self._ranking(greedy, batch)
+        return ranking.speed if ranking.pays else 1.0
+
+    def _ranking(self, greedy: bool, batch: int) -> _Ranking:
         ranking = self._rankings.get((greedy, batch))
         if ranking is None:
             ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
+        return ranking
+
+    def plan(self, greedy: bool, batch: int, begins: bool = False) -> BlockPlan:
+        """The next block of a sequence while `batch` sequences decode. begins: whether it is the sequence's first block."""
+        ranking = self._ranking(greedy, batch)
         if not ranking.blocks:
             return _AR_STEP
         if not ranking.pays:
@@ -278,7 +289,7 @@ class DraftPlanner:
         most = {lead: min(self.max_rows, self._pass_rows // batch - lead) for lead in self._leads}
         return {lead: rows for lead, rows in most.items() if rows > 1}
 
-    def _batch_cost(self, cost: DecodeCost, greedy: bool, batch: int) -> _BatchCost | None:
+    def _batch_cost(self, cost: CycleCost, greedy: bool, batch: int) -> _BatchCost | None:
         """What passes cost at this batch size; None if no block fits a pass, or none would pay with very good drafts."""
         cycles = {
             lead: [cost.cycle(rows, batch, greedy, lead) for rows in range(2, most + 1)]
@@ -314,6 +325,7 @@ class DraftPlanner:
         return _Ranking(
             [BlockPlan(rows, lead) for _, rows, lead in recent],
             pays=min(recent[0][0], lasting_speed) >= _MARGIN,
+            speed=recent[0][0],
             probe=probe,
             probe_after=(probe_after, _SELDOM if known and lasting_speed < _MARGIN else probe_after),
         )

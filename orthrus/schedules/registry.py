@@ -13,6 +13,8 @@ AUTO = "auto"
 """The setting that chooses the first registered schedule that a model can run."""
 AR = "ar"
 """The schedule that every engine has beside its own."""
+NGRAM = "ngram"
+"""The schedule of drafts that are looked up."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ScheduleEntry:
 
     A schedule whose drafts come from the diffusion view lists `draft_weights`: only then are copies of the weights made.
     """
+    parts: tuple[str, ...] = ()
+    """Schedules that it is made of: a request may choose one of these for itself."""
     variants: tuple[Variant, ...] = (Variant("ahead", logprobs=False),)
     """What to verify beyond the default settings."""
 
@@ -47,11 +51,14 @@ class ScheduleEntry:
         return has_diffusion or not self.needs_diffusion
 
 
+_LOOKUP = frozenset({"prompt_lookup_max", "prompt_lookup_min"})
+
 SCHEDULES: dict[str, ScheduleEntry] = {
     "orthrus": ScheduleEntry(
-        "orthrus.schedules.orthrus:OrthrusSchedule",
+        "orthrus.schedules.ngram:OrthrusNgramSchedule",
         needs_diffusion=True,
-        settings=frozenset({"draft_length", "draft_lead", "draft_tree", "draft_weights"}),
+        settings=frozenset({"draft_length", "draft_lead", "draft_tree", "draft_weights", *_LOOKUP}),
+        parts=(NGRAM,),
         variants=(
             Variant("lead", {"draft_lead": True}),
             Variant("ahead", {"draft_lead": True}, logprobs=False),
@@ -59,6 +66,14 @@ SCHEDULES: dict[str, ScheduleEntry] = {
             Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
             Variant("fp8 drafts", {"draft_weights": "fp8"}),
             Variant("fp8 drafts ahead", {"draft_weights": "fp8", "adaptive_draft": True}, logprobs=False),
+        ),
+    ),
+    NGRAM: ScheduleEntry(
+        "orthrus.schedules.ngram:NgramSchedule",
+        settings=frozenset({"draft_length", *_LOOKUP}),
+        variants=(
+            Variant("ahead", logprobs=False),
+            Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
         ),
     ),
     AR: ScheduleEntry("orthrus.schedules.ar:ARSchedule"),
@@ -71,10 +86,22 @@ def schedule_choices() -> list[str]:
     return [AUTO, *sorted(SCHEDULES)]
 
 
-def choose_schedule(setting: str, has_diffusion: bool) -> str:
-    """The name of the schedule that `setting` means for a model with or without diffusion weights. Raises ConfigError."""
+def schedule_settings() -> set[str]:
+    """The fields of `EngineConfig` that have a meaning with some schedules only."""
+    return set().union(*(entry.settings for entry in SCHEDULES.values()))
+
+
+def choose_schedule(setting: str, has_diffusion: bool, lookups: bool = True) -> str:
+    """The name of the schedule that `setting` means for a model with or without diffusion weights. Raises ConfigError.
+
+    lookups: whether drafts may be looked up.
+    """
     if setting == AUTO:
-        return next(name for name, entry in SCHEDULES.items() if entry.fits(has_diffusion))
+        return next(
+            name
+            for name, entry in SCHEDULES.items()
+            if entry.fits(has_diffusion) and (lookups or name != NGRAM)
+        )
     if setting not in SCHEDULES:
         raise ConfigError(f"schedule {setting!r} is not known: use one of {', '.join(schedule_choices())}")
     return setting

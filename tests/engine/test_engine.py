@@ -76,6 +76,9 @@ MIXED = [
         {"draft_length": 3},
         {"draft_lead": True, "kv_cache_tokens": 512, "page_size": 8},
         {"draft_lead": True, "draft_length": 2},
+        {"schedule": "ngram"},
+        {"schedule": "ngram", "adaptive_draft": True, "prefix_caching": False, "max_num_seqs": 2},
+        {"schedule": "ngram", "prompt_lookup_min": 1, "kv_cache_tokens": 512, "page_size": 8},
     ],
     ids=str,
 )
@@ -164,6 +167,9 @@ def test_passes_stay_within_the_memory_laid_out_for_them(checkpoint: Path, ar: E
         {},
         {"draft_lead": True},
         {"draft_lead": True, "kv_cache_tokens": 512, "page_size": 8, "prefill_chunk": 24},
+        {"schedule": "ngram", "prompt_lookup_min": 1},
+        {"schedule": "ngram", "kv_cache_tokens": 512, "page_size": 8, "prefill_chunk": 24},
+        {"adaptive_draft": True},
     ],
     ids=str,
 )
@@ -381,7 +387,8 @@ def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
 
 def test_settings_that_cannot_work_say_what_to_change(checkpoint: Path, tmp_path: Path) -> None:
     plain = make_checkpoint(tmp_path / "plain", diffusion=False)
-    assert engine(plain, "auto").schedule_name == "ar"
+    assert engine(plain, "auto").schedule_name == "ngram"
+    assert engine(plain, "auto", prompt_lookup_max=0).schedule_name == "ar"
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (plain, {}, "Orthrus checkpoint"),
         (checkpoint, {"draft_length": 9}, "block_size 8"),

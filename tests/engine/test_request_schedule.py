@@ -48,14 +48,14 @@ def refusal(engine: Engine, schedule: str) -> str:
 
 
 def test_a_schedule_that_cannot_run_is_refused(engine: Engine, checkpoint: Path, tiny_qwen3: Path) -> None:
-    assert refusal(engine, "medusa") == "schedule must be one of auto, orthrus, ar, got 'medusa'"
+    assert refusal(engine, "medusa") == "schedule must be one of auto, orthrus, ngram, ar, got 'medusa'"
     set_to_ar = Engine.from_pretrained(EngineConfig(model=str(checkpoint), schedule="ar"))
     assert refusal(set_to_ar, "orthrus") == (
         "schedule must be one of auto, ar, got 'orthrus': the engine's setting schedule would have to be 'orthrus'"
     )
     plain = Engine.from_pretrained(EngineConfig(model=str(tiny_qwen3)))
     assert refusal(plain, "orthrus") == (
-        "schedule must be one of auto, ar, got 'orthrus': this model's weights can't do it"
+        "schedule must be one of auto, ngram, ar, got 'orthrus': this model's weights can't do it"
     )
     [[answer]] = plain.generate([[1, 2]], replace(GREEDY, schedule="ar"))
     assert len(answer.token_ids) == 40

@@ -36,7 +36,7 @@ def engine_for(path: Path, schedule: str = "auto") -> Engine:
 
 
 def test_no_drift(checkpoint: Path) -> None:
-    report = verify(options_for(checkpoint))
+    report = verify(options_for(checkpoint, tokens=5600))
     assert report.ok, report.to_text()
     assert report.reference_tokens >= 400
     assert report.compared_tokens == 10 * report.reference_tokens

@@ -1,0 +1,44 @@
+"""What it costs to verify n-gram drafts: they come from a lookup, so a cycle is one pass."""
+
+from dataclasses import dataclass
+
+from orthrus.schedules.ar import STEP, ar_rows
+from orthrus.schedules.blocks import VERIFY
+from orthrus.schedules.pass_cost import PassCost, PassShape, PassTimer
+
+
+@dataclass(frozen=True)
+class NgramCost:
+    """Seconds of an AR step, and of a cycle that verifies n-gram drafts."""
+
+    step: PassCost
+    """An AR pass, by the number of sequences."""
+    verify: PassCost
+    """A verify pass whose picks are waited for, by rows and sequences."""
+    sampled_row: float = 0.0
+    """What a row adds to a pass if its pick is sampled rather than greedy."""
+    lead: None = None
+    """There are no draft passes, and so no leads."""
+
+    @staticmethod
+    def measured(timer: PassTimer) -> "NgramCost":
+        """Time the passes on this machine."""
+        verify = PassShape(VERIFY, lambda rows, start, block_table: ar_rows([0] * rows, start, block_table))
+        step = PassShape(STEP, verify.groups, one_row=True, ahead=True)
+        curves = timer.curves([step, verify])
+        return NgramCost(curves[STEP], curves[VERIFY], timer.sampled_row(verify))
+
+    def ar(self, batch: int, greedy: bool) -> float:
+        """Seconds of an AR step of `batch` sequences: one token each."""
+        return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
+
+    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
+        """Seconds of a cycle of `block_rows` rows, as they count for one of `batch` sequences.
+
+        How many others of the pass find drafts is not known. So a sequence answers for all that the pass takes longer, as if it
+        were the only one, and the others had AR steps. With more than one that drafts, the pass pays all the more.
+        """
+        rows = batch - 1 + block_rows
+        step = self.ar(batch, greedy)
+        seconds = self.verify(rows, batch) + (0.0 if greedy else rows * self.sampled_row)
+        return step + batch * max(0.0, seconds - step)
