@@ -18,6 +18,7 @@ from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.hub import HubUnreachable
 from orthrus.models.shapes import published_shape
 from orthrus.models.sizes import dtype_name, weight_bytes
+from orthrus.schedules.registry import NGRAM, SCHEDULES
 
 GIB = 1 << 30
 GPU_GIB = {
@@ -82,6 +83,7 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
     if model is not None:
         for memory in sorted({_gpu_memory(node) for node in nodes}) if on_gpu else [None]:
             yield f"  memory    {_memory(engine, model, memory)}"
+        yield f"  drafts    {_drafts(engine, model)}"
     least, most = _replicas(args.ingress)
     yield (
         f"  ingress   {least if least == most else f'{least} to {most}'}, each {_resources(_demand(args.ingress))}"
@@ -180,6 +182,18 @@ def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | N
         f"{said}, KV cache {_gib(tokens * position)} for {tokens} tokens ({tokens / context:.1f} full contexts), "
         f"of {size} GiB on one {kind}"
     )
+
+
+def _drafts(engine: EngineConfig, model: ModelConfig) -> str:
+    """Where drafts come from."""
+    schedule = engine.schedule_for(model)
+    sources: list[str] = []
+    if SCHEDULES[schedule].needs_diffusion:
+        sources.append(f"diffusion blocks of up to {engine.draft_length or model.block_size} rows")
+    if NGRAM in engine.request_schedules(model):
+        lengths = f"{engine.prompt_lookup_min} to {engine.prompt_lookup_max}"
+        sources.append(f"n-grams of {lengths} tokens, looked up in prompt and text")
+    return f"{' and '.join(sources) or 'none'} (schedule {schedule})"
 
 
 def _gib(count: float) -> str:

@@ -24,6 +24,8 @@ class ServedModel:
     """Token ids are below it."""
     max_model_len: int
     """The context limit: tokens of prompt and answer together."""
+    schedules: tuple[str, ...] = ()
+    """How a request may ask to be decoded."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When it was loaded here, in Unix seconds."""
 
@@ -38,17 +40,19 @@ class ServedModel:
             tokenizer=load_tokenizer(path),
             vocab_size=model.vocab_size,
             max_model_len=config.max_model_len or min(trained, config.kv_cache_tokens or trained),
+            schedules=config.request_schedules(model),
         )
 
     @property
     def card(self) -> dict[str, Any]:
-        """OpenAI's description of a model."""
+        """OpenAI's description of a model, and what of it is ours."""
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "orthrus",
             "max_model_len": self.max_model_len,
+            "schedules": list(self.schedules),
         }
 
     @property

@@ -34,7 +34,8 @@ def accelerate(
 
     model_or_id: a Hugging Face model of a family in `orthrus.models.families`, plain or with Orthrus' `*_diff` weights, or a
     checkpoint directory or hub id. Of a model, the weights are taken as they are now: accelerate it again after changing
-    them. schedule: "orthrus" drafts with the diffusion weights, "ar" decodes token by token, "auto" drafts where it can.
+    them. schedule: "orthrus" drafts with the diffusion weights, "ngram" looks drafts up, "ar" decodes token by token, "auto"
+    drafts as the weights allow.
     device, dtype: by default the model's own; of an id, a GPU where there is one, and the checkpoint's dtype there.
     engine_settings: other fields of `EngineConfig`. On a GPU, the KV cache takes most of the free memory unless
     kv_cache_tokens says for how many tokens it has room. Raises ConfigError for a model or setting that can't work.

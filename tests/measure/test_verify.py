@@ -39,7 +39,7 @@ def test_no_drift(checkpoint: Path) -> None:
     report = verify(options_for(checkpoint, tokens=5600))
     assert report.ok, report.to_text()
     assert report.reference_tokens >= 400
-    assert report.compared_tokens == 10 * report.reference_tokens
+    assert report.compared_tokens == 14 * report.reference_tokens
     checks = {check.name: check for check in report.checks}
     assert set(checks) == {"ar alone", *(way.name for way in ways(has_diffusion=True))}
     for check in checks.values():
@@ -49,6 +49,7 @@ def test_no_drift(checkpoint: Path) -> None:
     assert checks["orthrus alone"].tokens_per_cycle > 1.2
     assert checks["orthrus lead"].tokens_per_cycle > 1.8
     assert checks["orthrus tree"].tokens_per_cycle > checks["orthrus lead"].tokens_per_cycle
+    assert all(checks[f"ngram {way}"].tokens_per_cycle > 1.02 for way in ("alone", "mixed", "ahead"))
     assert checks["orthrus mixed"].preemptions > 0
     assert checks["orthrus mixed"].prefix_hit_tokens > 0
     assert report.hugging_face is not None
@@ -57,12 +58,13 @@ def test_no_drift(checkpoint: Path) -> None:
     assert "zero drift" in report.to_text()
 
 
-def test_plain_checkpoint_has_no_orthrus_checks(tmp_path: Path) -> None:
+def test_a_plain_checkpoint_has_no_orthrus_checks(tmp_path: Path) -> None:
     report = verify(
         replace(options_for(make_checkpoint(tmp_path, diffusion=False), tokens=200), compare_hf=False)
     )
     assert report.ok
-    assert [check.name for check in report.checks] == ["ar alone", "ar mixed", "ar ahead"]
+    names = [f"{name} {way}" for name in ("ar", "ngram") for way in ("alone", "mixed", "ahead")]
+    assert [check.name for check in report.checks] == [*names, "ngram adaptive"]
     assert report.hugging_face is None
 
 

@@ -345,6 +345,27 @@ def test_what_the_cluster_has_no_room_for_is_named(tmp_path: Path, change: Chang
         list(check_config(written(tmp_path / "serve.yaml", config), CLUSTER))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "n-grams of 2 to 4 tokens, looked up in prompt and text (schedule ngram)"),
+        ({"prompt_lookup_max": 0}, "none (schedule ar)"),
+        (
+            {"model": str(ROOT / "models" / "orthrus-tiny")},
+            "diffusion blocks of up to 16 rows and n-grams of 2 to",
+        ),
+        ({"model": str(ROOT / "models" / "orthrus-tiny"), "schedule": "ar"}, "none (schedule ar)"),
+    ],
+)
+def test_the_check_says_where_drafts_come_from(
+    tmp_path: Path, tiny_qwen3: Path, settings: dict[str, Any], said: str
+) -> None:
+    config = copy.deepcopy(TINY)
+    config["applications"][0]["args"]["engine"] = {"model": str(tiny_qwen3), "device": "cpu"} | settings
+    lines = list(check_config(written(tmp_path / "serve.yaml", config), CLUSTER))
+    assert [line for line in lines if line.startswith(f"  drafts    {said}")], lines
+
+
 def test_published_shapes_have_the_published_sizes() -> None:
     import torch
 

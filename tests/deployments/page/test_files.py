@@ -38,6 +38,11 @@ def web() -> TestClient:
     return api()
 
 
+def test_the_model_says_how_requests_may_be_decoded(web: TestClient) -> None:
+    [card] = web.get("/v1/models").json()["data"]
+    assert card["schedules"] == ["auto", "orthrus", "ngram", "ar"]
+
+
 def test_files_are_served_under_the_policy(web: TestClient) -> None:
     for name, file in FILES.items():
         answer = web.get("/" if name == "index.html" else f"/page/{name}")
