@@ -156,8 +156,9 @@ class OrthrusSchedule:
             assert self._trees is not None
             verified = self._trees.commit(sequence, drafted, picks, self._planner)
             right = verified.tokens[:-1]
-            # Of a tree, the path that was accepted, and what the chain had after it if that is the chain's.
-            rest = drafted.tokens[len(right) :] if drafted.tokens[: len(right)] == right else []
+            # Of a tree, the path that was accepted, and what the tree had of the chain after it if that is the chain's.
+            chain = drafted.tokens[: drafted.tree.chain_length]
+            rest = chain[len(right) :] if chain[: len(right)] == right else []
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
         accepted = next(differing, len(drafted.tokens))

@@ -57,7 +57,7 @@ class Commit(NamedTuple):
     """For each token, the row that picked it: its index among the rows with logits of all groups. None: the first rows."""
     drafts: Sequence[int] = ()
     """What `return_drafts` reports, as one sequence. Of a block, all drafts that were verified. Of a tree, the right drafts, and
-    then the rest of the chain (rank 0 throughout) if the right ones are its beginning."""
+    then the rest of the chain (rank 0 throughout) that it had, if the right ones are the chain's beginning."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("engine") / "model", noise=0.02)
 
 
-@pytest.mark.parametrize("settings", [{"draft_lead": True}, {"draft_lead": False}, {"adaptive_draft": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"draft_lead": True},
+        {"draft_lead": False},
+        {"adaptive_draft": True},
+        {"draft_tree": 20, "draft_lead": True},
+        {"draft_tree": 6, "draft_lead": False},
+        {"schedule": "ngram", "prompt_lookup_min": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=0.8, seed=5, max_tokens=31)])
 def test_chunks_tell_what_each_cycle_drafted(
     checkpoint: Path, params: SamplingParams, settings: dict[str, Any]
@@ -45,6 +56,9 @@ def test_chunks_tell_what_each_cycle_drafted(
         rejected = cycle.drafts[cycle.num_accepted : cycle.num_accepted + 1]
         assert not rejected or tokens[-1] != rejected[0]
         place += cycle.num_tokens
+    if "schedule" in settings:
+        assert any(cycle.drafts for cycle in whole.cycles)
+        assert stats.tokens_per_cycle > 1.0
     if "draft_lead" in settings:
         assert all(cycle.drafts for cycle in whole.cycles[:-2])
         assert stats.tokens_per_cycle > (1.5 if settings["draft_lead"] else 1.0)
