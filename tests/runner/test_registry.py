@@ -65,6 +65,7 @@ def test_an_engine_uses_a_registered_runner(tmp_path: Path, monkeypatch: pytest.
         max_num_seqs=3,
         prefill_chunk=7,
         device="cpu",
+        schedule="ar",
     )
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=20, ignore_eos=True)
     [[expected]] = Engine.from_pretrained(config).generate([[1, 2, 3]], params)
