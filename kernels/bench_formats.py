@@ -2,22 +2,38 @@
 
 All 36 layers and the LM head, one behind the other in a CUDA graph, with the norms and the picks that belong to them but without
 attention. For each number of rows: milliseconds, and the bytes of the weights over that time as a share of the read bandwidth.
+Then, for the numbers of rows that `hopper` takes, the microseconds of each part of a layer, in a graph of that part alone.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from orthrus.kernels.bench import HIDDEN, SHAPES, bandwidths, microseconds, randn
+from orthrus.kernels.attention import paged_attention
+from orthrus.kernels.bench import (
+    HEAD_DIM,
+    HIDDEN,
+    INNER,
+    SHAPES,
+    AttentionCase,
+    bandwidths,
+    microseconds,
+    randn,
+)
 from orthrus.kernels.linear import Weight, pack_weight
+from orthrus.kernels.linear.fp8_triton import RoundedRows, quantise_rows
+from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.weight import Views
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
 FORMATS = ("plain", "fp8")
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 LAYERS = 36
-_DISTINCT = 4
+CONTEXT = 1024
+"""Positions that the draft block of `attention_time` sees, its own included."""
+_DISTINCT = 8
 """Layers with weights of their own: more than the L2 cache holds."""
 
 
@@ -31,6 +47,7 @@ class Model:
             return pack_weight(views, format, gated=parts > 1, head=head)
 
         names = ("qkv", 1), ("o", 1), ("gate_up", 2), ("down", 1)
+        self.format = format
         self.layers = [[pack(name, parts) for name, parts in names] for _ in range(_DISTINCT)]
         self.head = pack("lm_head", head=True)
         self.norm = randn(HIDDEN)
@@ -61,9 +78,44 @@ class Model:
         with results_in(torch.empty(BYTES, dtype=torch.uint8, device="cuda")):
             return microseconds(run, 1)
 
+    def part_times(self, rows: int) -> dict[str, float]:
+        """Microseconds of each part of a layer, of so many rows. FP8 layers are given rows that are rounded already."""
+        x, inner, residual = randn(rows, HIDDEN), randn(rows, INNER), randn(rows, HIDDEN)
+        times = {}
+        if self.format == "fp8":
+            times["round rows"] = part_time(lambda i: quantise_rows(x))
+            times["round inner rows"] = part_time(lambda i: quantise_rows(inner))
+            x, inner = (RoundedRows.of(wide, *quantise_rows(wide)) for wide in (x, inner))
+        layers = self.layers
+        parts: dict[str, Callable[[int], object]] = {
+            "qkv": lambda i: layers[i][0].linear(x),
+            "o, norm": lambda i: layers[i][1].linear_add_rms_norm(x, residual, self.norm, 1e-6),
+            "gate, up": lambda i: layers[i][2].linear_silu_mul(x),
+            "down, norm": lambda i: layers[i][3].linear_add_rms_norm(inner, residual, self.norm, 1e-6),
+        }
+        return times | {name: part_time(part) for name, part in parts.items()}
+
+
+def part_time(part: Callable[[int], object]) -> float:
+    """Microseconds of part(i) over the layers i, one behind the other."""
+
+    def run(_: int) -> None:
+        for i in range(_DISTINCT):
+            start_layer()
+            part(i)
+
+    with results_in(torch.empty(BYTES, dtype=torch.uint8, device="cuda")):
+        return microseconds(run, 1) / _DISTINCT
+
+
+def attention_time(rows: int) -> float:
+    """Microseconds of the attention of one block of `rows` rows at the end of `CONTEXT` positions, merging included."""
+    case = AttentionCase(1, rows, CONTEXT - rows, diffusion=True)
+    return part_time(lambda i: paged_attention(case.qkv, *case.cache, case.plans[0], HEAD_DIM**-0.5))
+
 
 def main() -> None:
-    """Print one line for each number of rows."""
+    """Print one line for each number of rows, then one for each format's parts."""
     parser = argparse.ArgumentParser(prog="python -m orthrus.kernels.bench_formats", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows to measure")
     rows = parser.parse_args().rows
@@ -77,6 +129,11 @@ def main() -> None:
             us = model.microseconds(count)
             cells.append(f"{format} {us / 1e3:7.3f} ms {model.nbytes / us / 1e3 / read:4.0%}")
         print(f"{count:4} rows  " + "  ".join(cells), flush=True)
+    for count in [count for count in rows if count <= MOST_ROWS]:
+        print(f"{count:4} rows  attention of a draft block {attention_time(count):.1f} us")
+        for format, model in models.items():
+            parts = "  ".join(f"{name} {us:.1f}" for name, us in model.part_times(count).items())
+            print(f"{count:4} rows  {format}: {parts} us", flush=True)
 
 
 if __name__ == "__main__":
