@@ -17,6 +17,7 @@ from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.hub import HubUnreachable
 from orthrus.models.shapes import published_shape
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import dtype_name, weight_bytes
 from orthrus.schedules.registry import NGRAM, SCHEDULES
 
@@ -146,8 +147,11 @@ def _gpu_memory(node: NodeType) -> tuple[float, str]:
     )
 
 
-def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | None) -> str:
+def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | None) -> str:
     """What the weights and the KV cache take. Raises ConfigError when a GPU can't hold both with one full context."""
+    ranks = engine.tensor_parallel_size
+    # The last rank's part is the largest. It has all of the embedding, and the head is counted as if it had all of that too.
+    model = Shard(engine.with_settings(whole), ranks - 1, ranks).config
     dtype = dtype_name(engine.dtype, model, "cpu" if gpu is None else "cuda")
     weights, position = weight_bytes(model, DTYPE_SIZES[dtype]), kv_bytes_per_token(model, DTYPE_SIZES[dtype])
     context = engine.max_model_len or model.max_position_embeddings
@@ -159,7 +163,8 @@ def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | N
     if copies is not None:
         views = f"AR view, {copies} copies for drafts"
         weights += copies_bytes(model, DTYPE_SIZES[dtype], copies)
-    said = f"weights {_gib(weights)} ({views}, {dtype})"
+    each = "" if ranks == 1 else f" on each of {ranks}"
+    said = f"weights {_gib(weights)}{each} ({views}, {dtype})"
     if gpu is None:
         cache = engine.kv_cache_tokens
         return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")
@@ -180,7 +185,7 @@ def _memory(engine: EngineConfig, model: ModelConfig, gpu: tuple[float, str] | N
         )
     return (
         f"{said}, KV cache {_gib(tokens * position)} for {tokens} tokens ({tokens / context:.1f} full contexts), "
-        f"of {size} GiB on one {kind}"
+        f"of {size} GiB on {'one' if ranks == 1 else 'each'} {kind}"
     )
 
 

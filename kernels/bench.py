@@ -24,7 +24,7 @@ from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile
 from orthrus.kernels.attention.work_list import plan_work
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.gpu import TritonWeight
-from orthrus.kernels.linear.tiles import num_segments
+from orthrus.kernels.linear.tiles import num_parts
 from orthrus.kernels.linear.types import LinearTiles
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 from orthrus.kernels.rows.types import KVWrites
@@ -147,7 +147,7 @@ class LinearCase:
         self.x = randn(rows, self.ins)
         self.residual, self.norm = randn(rows, HIDDEN), randn(HIDDEN)
         self.launches = max(2, min(8, 2 * len(self.layers))) if rows < 2048 else 2
-        self.segments = num_segments(self.outs, self.ins) if name in ("o", "down") else 1
+        self.segments = num_parts(self.outs, self.ins) if name in ("o", "down") else 1
 
     def variants(self, sweep: bool) -> list[tuple[int, LinearTiles | None]]:
         """Pairs of segments and tiles. The first is what a pass uses; its tiles are None."""

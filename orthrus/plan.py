@@ -109,7 +109,13 @@ class PassPlan:
         groups: Sequence[RowGroup], *, page_size: int, heads_per_kv: int, device: torch.device
     ) -> "PassPlan":
         """A plan for the plain PyTorch kernels from `groups` (at least one, none empty)."""
-        rows = flatten(groups, page_size)
+        return PassPlan.of(
+            flatten(groups, page_size), page_size=page_size, heads_per_kv=heads_per_kv, device=device
+        )
+
+    @staticmethod
+    def of(rows: FlatRows, *, page_size: int, heads_per_kv: int, device: torch.device) -> "PassPlan":
+        """A plan for the plain PyTorch kernels from rows that are flat already."""
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values.astype(np.int64)).to(device)

@@ -11,8 +11,10 @@ from tests.imports import PACKAGES, ROOT, imported_modules, imports, modules, py
 # from earlier entries: knowledge points one way. The command line comes last and may import all.
 ROOMS = (
     "kernels/device.py",
+    "kernels/leaves.py",
     "kernels/workspace.py",
     "kernels/rows",
+    "kernels/ranks",
     "kernels/linear",
     "kernels/attention",
     "kernels",

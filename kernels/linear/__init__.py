@@ -5,6 +5,7 @@ is imported: so this package imports each.
 """
 
 from orthrus.kernels.linear import fp8, plain  # noqa: F401
+from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.weight import (
     OneViewWeight,
     Parameters,
@@ -18,6 +19,7 @@ from orthrus.kernels.linear.weight import (
 __all__ = [
     "OneViewWeight",
     "Parameters",
+    "Split",
     "SplitViews",
     "Weight",
     "join_projections",

@@ -1,4 +1,4 @@
-"""The kernel behind a layer whose result goes into the residual stream: sum of segments, residual, RMS norm."""
+"""The kernel behind a layer whose result goes into the residual stream: sum of parts and of ranks, residual, RMS norm."""
 
 import triton
 import triton.language as tl
@@ -7,10 +7,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
 from orthrus.kernels.linear.fp8_triton import RoundedRows, empty_rounded, round_row
+from orthrus.kernels.ranks.peer_memory import PeerMemory
+from orthrus.kernels.ranks.peer_triton import exchange_row
 from orthrus.kernels.workspace import empty
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "box_rows"])
 def _add_rms_norm_kernel(
     x,
     bias,
@@ -21,17 +23,27 @@ def _add_rms_norm_kernel(
     numbers,
     scales,
     num_ar,
+    boxes,
+    flags,
+    counts,
+    status,
+    rank,
+    box_rows,
     width,
     plane,
     eps,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
     ROUNDED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Add a layer's segments (PARTS 1: its finished result) and the residual, then norm the sum; one program per row."""
+    """Add the parts of a layer's sum (PARTS 1: its finished result) and the residual, then norm the sum; one program per row.
+
+    Where there are several ranks, theirs are added behind their own parts.
+    """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     inside = place < width
@@ -49,8 +61,16 @@ def _add_rms_norm_kernel(
     dtype = hidden.dtype.element_ty
     before = tl.load(residual + row * width + place, mask=inside, other=0.0)
     total = tl.load(x + row * width + place, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(x + part * plane + row * width + place, mask=inside, other=0.0)
+    # Parts are nodes of the tree of leaves: see `tree`.
+    if PARTS > 1:
+        total += tl.load(x + plane + row * width + place, mask=inside, other=0.0)
+    if PARTS > 2:
+        second = tl.load(x + 2 * plane + row * width + place, mask=inside, other=0.0)
+        total += second + tl.load(x + 3 * plane + row * width + place, mask=inside, other=0.0)
+    if RANKS > 1:
+        total = exchange_row(
+            total, boxes, flags, counts, status, row, place, inside, box_rows, width, rank, RANKS
+        )
     if HAS_BIAS:
         shift = place
         if TWO_VIEWS:
@@ -77,12 +97,19 @@ def add_rms_norm(
     bias: Tensor | None = None,
     num_ar: Tensor | None = None,
     rounded: bool = False,
+    peers: PeerMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden = residual + x + bias, and its RMS norm: both [rows, width].
 
-    x [rows, width], or float32 [segments, rows, width] to be added in order; bias [views, width]. rounded: whether the norm is
-    to be `RoundedRows`.
+    x [rows, width], or float32 [parts, rows, width]: one, two or four nodes of a tree of sums. bias [views, width]. rounded:
+    whether the norm is to be `RoundedRows`. peers: of the ranks that have the rest of the sum, x being float32; None if it is
+    whole.
     """
+    parts = x.shape[0] if x.dim() == 3 else 1
+    assert parts in (1, 2, 4), "other numbers of parts are not added in the order of the tree"
+    exchange = (
+        (x,) * 4 if peers is None else (peers.sums.boxes, peers.sums.flags, peers.sums.counts, peers.status)
+    )
     rows, width = residual.shape
     hidden, normed = (empty((rows, width), residual.dtype, residual.device) for _ in range(2))
     numbers, scales = empty_rounded(rows, width, residual.device) if rounded else (normed, normed)
@@ -96,11 +123,15 @@ def add_rms_norm(
         numbers,
         scales,
         x if num_ar is None else num_ar,
+        *exchange,
+        0 if peers is None else peers.rank,
+        rows if peers is None else peers.sums.rows,
         width,
         rows * width,
         eps,
         WIDTH=triton.next_power_of_2(width),
-        PARTS=x.shape[0] if x.dim() == 3 else 1,
+        PARTS=parts,
+        RANKS=1 if peers is None else peers.size,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
         ROUNDED=rounded,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
 from orthrus.kernels.linear.plain import PlainFormat, alternate, join_views
+from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.types import DenseLayer
 from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
 
@@ -28,12 +29,24 @@ class Fp8Format:
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`."""
         if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
-            from orthrus.kernels.linear.gpu import TritonWeight
-
-            layer = quantise_layer(views, gated)
-            return TritonWeight(layer.weights, layer.bias, layer.interleaved, layer.scales)
+            return _pack_for_gpu(views, gated, None)
         rounded = [[_rounded(projection) for projection in view] for view in views]
         return RoundedWeight(PlainFormat.pack(rounded, gated=gated, head=head))
+
+    @staticmethod
+    def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
+        """See `SplitFormat`. A rank scales the inputs that it has by the largest of them."""
+        if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
+            return _pack_for_gpu(views, gated, split)
+        rounded = [[_rounded(projection) for projection in view] for view in views]
+        return RoundedWeight(PlainFormat.pack_split(rounded, split, gated=gated, head=head))
+
+
+def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
+    from orthrus.kernels.linear.gpu import TritonWeight
+
+    layer = quantise_layer(views, gated)
+    return TritonWeight(layer.weights, layer.bias, layer.interleaved, layer.scales, split)
 
 
 class RoundedWeight(Weight):

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import hopper, triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.fp8_triton import quantise_rows
-from orthrus.kernels.linear.tiles import choose_tiles, num_segments
+from orthrus.kernels.linear.split import Split
+from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, num_parts
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 from orthrus.kernels.linear.weight import Weight
-from orthrus.kernels.rows.sampling_triton import gumbel_argmax, pick_best
+from orthrus.kernels.ranks.peer_memory import PeerMemory
+from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
+from orthrus.kernels.rows.sampling_triton import best_of_blocks, pick_best
 from orthrus.kernels.workspace import empty
 
 
@@ -22,6 +26,9 @@ class TritonWeight(DenseLayer, Weight):
     The inputs of FP8 weights are rounded to FP8 first. Every operation raises ValueError if a row of these inputs is not a
     multiple of 16 bytes, which the GPU's copy engine needs. The arguments `tiles` and `segments` are for tests and measurements.
     """
+
+    # Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's.
+    split: Split | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,25 +66,59 @@ class TritonWeight(DenseLayer, Weight):
         tiles: LinearTiles | None = None,
         segments: int | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """See `Weight`. segments: leaves of the tree, where the model has none."""
         rows, outs = residual.shape
-        segments = segments or num_segments(outs, x.shape[1])
+        inputs = self._leaves(outs, x.shape[1], segments)
         if tiles is None and not hopper.streams(x):
-            tiles = choose_tiles(rows, outs, segments, self.weights[0].dtype)
-        parts = segments if tiles is None or tiles.split else 1
-        if parts > 1:
+            tiles = choose_tiles(rows, outs, inputs.total, self.weights[0].dtype)
+        parts = 1
+        if tiles is None:
+            parts = min(inputs.count, num_parts(outs, x.shape[1]))
+        elif tiles.split:
+            parts = min(inputs.count, MOST_PARTS)
+        peers = self._peers
+        if parts > 1 or peers is not None:
             out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
-        self._run(x, out, num_ar, tiles, segments)
+        self._run(x, out, num_ar, tiles, parts, inputs)
         return add_rms_norm(
             out,
             residual,
             norm_weight,
             eps,
-            self.bias if parts > 1 else None,
+            self.bias if out.dim() == 3 else None,
             self._split(num_ar),
             rounded=self.scales is not None,
+            peers=peers,
         )
+
+    def _leaves(self, outs: int, ins: int, segments: int | None) -> Leaves:
+        """The leaves of the inputs: the model's, and more where one row would leave the GPU idle. Drafts in FP8 have their own.
+
+        Raises ValueError for leaves that the kernels can't take.
+        """
+        unit, split = leaf_unit(self.weights[0].dtype), self.split
+        if split is None or split.inputs is None or self.scales is not None:
+            return Leaves.whole(ins, unit, segments or num_parts(outs, ins))
+        inputs = split.inputs
+        if inputs.total > 1 and inputs.unit != unit:
+            raise ValueError(
+                f"a sum of {inputs.width} inputs can't have {inputs.total} leaves on a GPU, where they must be multiples of "
+                f"{unit} inputs: set sum_leaves and tensor_parallel_size to 1"
+            )
+        finer = max(1, num_parts(outs, inputs.width) // inputs.total)
+        return Leaves(inputs.width, unit, inputs.total * finer, inputs.first * finer, inputs.count * finer)
+
+    @property
+    def _first_token(self) -> int:
+        """The token of an LM head's first output."""
+        return 0 if self.split is None else self.split.first_output
+
+    @property
+    def _peers(self) -> PeerMemory | None:
+        """Of the other ranks, if there are any."""
+        return None if self.split is None else self.split.ranks.peers
 
     def linear_gumbel_argmax(
         self,
@@ -91,11 +132,16 @@ class TritonWeight(DenseLayer, Weight):
         num_ar: Tensor | None = None,
     ) -> None:
         """See `Weight`; with few rows, each tile of outputs is picked from before it is stored, if it is stored at all."""
-        if not hopper.streams(x):
+        if hopper.streams(x):
+            best = self.best_of_tiles(x, logits, wanted, temperatures, keys, num_ar)
+        else:
             self.linear(x, num_ar, logits)
-            gumbel_argmax(logits, temperatures, keys, picks, first_pick)
-            return
-        pick_best(*self.best_of_tiles(x, logits, wanted, temperatures, keys, num_ar), picks, first_pick)
+            best = best_of_blocks(logits, temperatures, keys, first_token=self._first_token)
+        if self._peers is None:
+            pick_best(*best, picks, first_pick)
+        else:
+            send_logits(self._peers, logits, wanted, self._first_token)
+            pick_best_of_ranks(self._peers, *best, picks, first_pick)
 
     def best_of_tiles(
         self,
@@ -112,19 +158,28 @@ class TritonWeight(DenseLayer, Weight):
         values = torch.empty(shape, device=x.device, dtype=torch.float32)
         indices = torch.empty(shape, device=x.device, dtype=torch.int32)
         picking = temperatures, keys, wanted, values, indices
-        hopper.launch(x, self, logits, self._split(num_ar), 1, picking, x_scales)
+        hopper.launch(
+            x, self, logits, self._split(num_ar), 1, picking, x_scales, first_token=self._first_token
+        )
         return values, indices
 
     def _run(
-        self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        tiles: LinearTiles | None,
+        parts: int = 1,
+        inputs: Leaves | None = None,
     ) -> None:
-        """Compute the layer into out: [rows, outs], or [segments, rows, outs] without the bias."""
+        """Compute the layer into out: [rows, outs], or nodes of its tree [parts, rows, outs] without the bias."""
         stream = tiles is None and hopper.streams(x)
         x, x_scales = self._inputs(x)
         if stream:
-            hopper.launch(x, self, out, self._split(num_ar), segments, x_scales=x_scales)
-        else:
-            triton.launch(x, self, out, self._split(num_ar), segments, tiles, x_scales)
+            hopper.launch(x, self, out, self._split(num_ar), parts, x_scales=x_scales, inputs=inputs)
+            return
+        tiles = tiles or choose_tiles(x.shape[0], self.weights[0].shape[0], 1, x.dtype)
+        triton.launch(x, self, out, self._split(num_ar), parts, tiles, x_scales, inputs)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The inputs x [rows, in_features] as the kernels take them, and their scales if they are in FP8."""

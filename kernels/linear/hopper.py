@@ -20,16 +20,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.stream import (
     Ring,
     advance,
     fetch_rows,
     fetch_weights,
     fill_ring,
+    leaf_begin,
     make_grid,
+    num_steps,
     unit_of,
 )
-from orthrus.kernels.linear.tiles import segment_length
 from orthrus.kernels.linear.types import DenseLayer
 from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
@@ -43,8 +45,12 @@ _RING_BYTES = 200_000
 
 
 @gluon.jit
-def _best(logits, token, row, live, temperatures, keys, vocab):
-    """For each row, the highest score among a tile's tokens and that token, as in `gumbel_argmax`. logits [tokens, rows]."""
+def _best(logits, index, first_token, row, live, temperatures, keys, vocab):
+    """For each row, the highest score among a tile's tokens and that token, as in `gumbel_argmax`. logits [tokens, rows].
+
+    index, vocab: of the tokens that the layer has, which are those from first_token on.
+    """
+    token = first_token + index
     score = logits
     temperature = gl.load(temperatures + row, mask=live, other=0.0)
     if gl.max(temperature, 0) > 0.0:
@@ -52,12 +58,21 @@ def _best(logits, token, row, live, temperatures, keys, vocab):
         divisor = gl.where(temperature > 0.0, temperature, 1.0)[None, :]
         noisy = perturb(logits, divisor, keys, gl.where(live, row, 0)[None, :], token[:, None])
         score = gl.where(warm, noisy, logits)
-    score = nan_to_inf(gl.where((token < vocab)[:, None], score, float("-inf")))
+    score = nan_to_inf(gl.where((index < vocab)[:, None], score, float("-inf")))
     best = gl.max(score, 0)
-    return best, gl.min(gl.where(score == best[None, :], token[:, None], vocab - 1), 0)
+    return best, gl.min(gl.where(score == best[None, :], token[:, None], first_token + vocab - 1), 0)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "segments", "steps"])
+@gluon.jit
+def _count_steps(program, grid):
+    """Steps of all units of a program."""
+    total = 0
+    for number in range(program, grid.units, grid.programs):
+        total += num_steps(number % grid.parts, grid)
+    return total
+
+
+@gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
 def _stream_kernel(
     w,
     x,
@@ -73,16 +88,21 @@ def _stream_kernel(
     indices,
     num_rows,
     num_outs,
-    steps,
-    segments,
+    parts,
+    units,
+    leaves,
+    first_leaf,
+    first_token,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     RING: gl.constexpr,
+    TREE: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SCALED: gl.constexpr,
     SPLIT: gl.constexpr,
+    WHOLE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PICKS: gl.constexpr,
     CHAINED: gl.constexpr,
@@ -96,9 +116,23 @@ def _stream_kernel(
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    grid = make_grid(num_ar, num_rows, num_outs, steps, segments, OUTS, ROWS, TWO_VIEWS)
+    grid = make_grid(
+        num_ar,
+        num_rows,
+        num_outs,
+        parts,
+        gl.to_tensor(TREE),
+        units,
+        leaves,
+        first_leaf,
+        OUTS,
+        ROWS,
+        TWO_VIEWS,
+    )
     program = gl.program_id(0)
-    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * steps
+    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * units
+    if WHOLE == 0:
+        total = _count_steps(program, grid)
     ahead = fill_ring(w, x, ring, grid, total, OUTS, ROWS, DEPTH, CHAINED)
 
     # The matrix unit takes 32 bytes of the inputs at a time.
@@ -107,29 +141,49 @@ def _stream_kernel(
     )
     place, phase, done, free = 0, 0, 0, 0
     for number in range(program, grid.units, grid.programs):
+        first = number % grid.parts * TREE
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
-        for _ in range(steps):
-            mbarrier.wait(full.index(place), phase)
-            weights, rows = w_ring.index(place), x_ring.index(place).permute((1, 0))
-            if SCALED:
-                # The matrix unit adds FP8 products with few bits: so each step's are added to the others outside it.
-                part = warpgroup_mma(weights, rows, acc, use_acc=False, is_async=True)
-                acc += warpgroup_mma_wait(0, deps=(part,))
-            else:
-                acc = warpgroup_mma(weights, rows, acc, is_async=True)
-                # The product of the step before this one is complete: its place in the ring is free.
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-            if (done > 0) & (done + RING - 1 < total):
-                fetch_weights(w, ring, free, ahead, True)
-                fetch_rows(x, ring, free, ahead, True)
-                ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
-            done += 1
-            free = place
-            place += 1
-            if place == RING:
-                place = 0
-                phase ^= 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        # Nodes of the tree that wait for their neighbour: of one leaf, of two, of four.
+        one, two, four = acc, acc, acc
+        for leaf in range(TREE):
+            acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
+            for _ in range(leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)):
+                mbarrier.wait(full.index(place), phase)
+                weights, rows = w_ring.index(place), x_ring.index(place).permute((1, 0))
+                if SCALED:
+                    # The matrix unit adds FP8 products with few bits: so each step's are added to the others outside it.
+                    product = warpgroup_mma(weights, rows, acc, use_acc=False, is_async=True)
+                    acc += warpgroup_mma_wait(0, deps=(product,))
+                else:
+                    acc = warpgroup_mma(weights, rows, acc, is_async=True)
+                    # The product of the step before this one is complete: its place in the ring is free.
+                    acc = warpgroup_mma_wait(1, deps=(acc,))
+                if (done > 0) & (done + RING - 1 < total):
+                    fetch_weights(w, ring, free, ahead, True)
+                    fetch_rows(x, ring, free, ahead, True)
+                    ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+                done += 1
+                free = place
+                place += 1
+                if place == RING:
+                    place = 0
+                    phase ^= 1
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            if TREE > 1:
+                if leaf % 2 == 0:
+                    one = acc
+                else:
+                    acc = one + acc
+                    if TREE > 2:
+                        if leaf % 4 == 1:
+                            two = acc
+                        else:
+                            acc = two + acc
+                            if TREE > 4:
+                                if leaf % 8 == 3:
+                                    four = acc
+                                else:
+                                    acc = four + acc
         unit = unit_of(number, grid, OUTS, ROWS)
         row_index = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
         live = row_index < unit.row_end
@@ -154,14 +208,14 @@ def _stream_kernel(
         stored = True
         if PICKS:
             stored = gl.load(out_wanted) != 0
-            best, token = _best(result, index, row_index, live, temperatures, keys, width)
+            best, token = _best(result, index, first_token, row_index, live, temperatures, keys, width)
             tile = row_index * gl.cdiv(width, OUTS) + out_at // OUTS
             gl.store(values + tile, best, mask=live)
             gl.store(indices + tile, token, mask=live)
         if stored:
             goal = row_index[None, :].to(gl.int64) * width + index[:, None]
             if SPLIT:
-                goal += unit.segment * num_rows.to(gl.int64) * num_outs
+                goal += unit.part * num_rows.to(gl.int64) * num_outs
             gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)
 
 
@@ -187,23 +241,28 @@ def launch(
     layer: DenseLayer,
     out: Tensor,
     num_ar: Tensor | None,
-    segments: int,
+    parts: int,
     picking: tuple[Tensor, ...] = (),
     x_scales: Tensor | None = None,
+    inputs: Leaves | None = None,
+    first_token: int = 0,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several.
+    """Compute `layer` into out: [rows, outs], or nodes of the tree [parts, rows, outs] without the bias where there are several.
 
     picking: empty, or what is needed to pick from the outputs. First come the temperatures, the noise keys, and whether `out` is
     wanted at all, as `Weight.linear_gumbel_argmax` takes them; then where the best score of each tile and its token go, which
     are float32 and int32 [rows, num_tiles].
-    x_scales: those of FP8 rows, as `quantise_rows` gives them.
+    x_scales: those of FP8 rows, as `quantise_rows` gives them. inputs: the leaves of the inputs, in steps of this kernel; None
+    for one. first_token: the token of the first output, where picks are made.
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)
     row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    bias = layer.bias if segments == 1 else None
-    scales = layer.scales
     depth = _STEP_BYTES // x.itemsize
+    inputs = inputs or Leaves.whole(ins, depth, 1)
+    assert inputs.unit == depth and inputs.count % parts == 0, (inputs, parts)
+    bias = layer.bias if out.dim() == 2 else None
+    scales = layer.scales
     weight_block, row_block = (_OUTS, depth), (row_tile, depth)
     weight, last = layer.weights[0], [ins, 1]
     _stream_kernel[(multiprocessors(x.device),)](
@@ -219,16 +278,21 @@ def launch(
         *(picking or 5 * (out,)),
         rows,
         outs,
-        segment_length(ins, segments) // depth,
-        segments,
+        parts,
+        inputs.units,
+        inputs.total,
+        inputs.first,
+        first_token,
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=depth,
         RING=_RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
+        TREE=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SCALED=scales is not None,
-        SPLIT=segments > 1,
+        SPLIT=parts > 1,
+        WHOLE=parts == 1 and inputs.count == inputs.total,
         HAS_BIAS=bias is not None,
         PICKS=bool(picking),
         num_warps=4,

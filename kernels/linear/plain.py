@@ -1,6 +1,7 @@
 """The format "plain": the weights of the checkpoint, every bit of them, as the device multiplies them fastest."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from orthrus.kernels.device import runs_triton
 from orthrus.kernels.linear.half import HalfWeight, as_halves
 from orthrus.kernels.linear.onednn import OneDnnWeight
 from orthrus.kernels.linear.reference import DenseWeight
+from orthrus.kernels.linear.split import Split
+from orthrus.kernels.linear.tree import TreeWeight
 from orthrus.kernels.linear.types import GATE_BLOCK, DenseLayer
 from orthrus.kernels.linear.weight import (
     Parameters,
@@ -18,6 +21,7 @@ from orthrus.kernels.linear.weight import (
     join_projections,
     weight_format,
 )
+from orthrus.kernels.ranks import ONE_RANK, Ranks
 
 
 @weight_format("plain")
@@ -27,23 +31,43 @@ class PlainFormat:
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`."""
-        first = views[0][0]["weight"]
-        if runs_triton(first):
-            from orthrus.kernels.linear.gpu import TritonWeight
+        return _pack(views, gated, head, ONE_RANK)
 
-            layer = interleave(views[0]) if gated else stack_views(views)
-            return TritonWeight(layer.weights, layer.bias, layer.interleaved)
-        on_cpu = first.device.type == "cpu"
-        if on_cpu and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            return SplitViews.join([_for_cpu(*join_projections(view), head) for view in views])
-        layer = stack_views(views)
-        return DenseWeight(layer.weights, layer.bias)
+    @staticmethod
+    def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
+        """See `SplitFormat`."""
+        if runs_triton(views[0][0]["weight"]):
+            return _pack_for_gpu(views, gated, split)
+        if split.has_tree:
+            return TreeWeight.pack(views, split, partial(_pack, gated=gated, head=head, ranks=ONE_RANK))
+        return _pack(views, gated, head, split.ranks)
 
 
-def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool) -> Weight:
+def _pack(views: Views, gated: bool, head: bool, ranks: Ranks) -> Weight:
+    """ranks: those that choose a layout together, since they have parts of one layer."""
+    first = views[0][0]["weight"]
+    if runs_triton(first):
+        return _pack_for_gpu(views, gated, None)
+    on_cpu = first.device.type == "cpu"
+    if on_cpu and first.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return SplitViews.join([_for_cpu(*join_projections(view), head, ranks) for view in views])
+    layer = stack_views(views)
+    return DenseWeight(layer.weights, layer.bias)
+
+
+def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
+    from orthrus.kernels.linear.gpu import TritonWeight
+
+    layer = interleave(views[0]) if gated else stack_views(views)
+    return TritonWeight(layer.weights, layer.bias, layer.interleaved, split=split)
+
+
+def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool, ranks: Ranks) -> Weight:
     """A float32 weight as float16 if that loses nothing, since it takes half as long to read."""
     halves = as_halves(weight)
-    return OneDnnWeight(weight, bias) if halves is None else HalfWeight(*halves, bias, head=head)
+    if not ranks.all_agree(halves is not None) or halves is None:
+        return OneDnnWeight(weight, bias)
+    return HalfWeight(*halves, bias, head=head)
 
 
 def stack_views(views: Views) -> DenseLayer:

@@ -9,13 +9,16 @@ from triton.language.extra.cuda import gdc_wait
 
 
 class Grid(NamedTuple):
-    """How the work of a launch is divided into units: a tile of outputs and rows, and one segment of the inputs."""
+    """How the work of a launch is divided into units: a tile of outputs and rows, and one part of the inputs."""
 
     split: gl.tensor  # Number of AR rows.
     ar_tiles: gl.tensor  # Row tiles of these.
     row_tiles: gl.tensor  # All row tiles; none has rows of both views.
-    segments: gl.tensor
-    steps: gl.tensor  # Steps of a segment.
+    parts: gl.tensor  # Programs among which the inputs of an output are divided.
+    leaves: gl.tensor  # Leaves of a part.
+    all_steps: gl.tensor  # These three are `units`, `total` and `first` of `Leaves`, whose units are steps.
+    all_leaves: gl.tensor
+    first_leaf: gl.tensor
     num_rows: gl.tensor
     num_outs: gl.tensor  # Outputs of one view.
     units: gl.tensor
@@ -29,14 +32,14 @@ class Unit(NamedTuple):
     out_at: gl.tensor  # First output.
     row_at: gl.tensor  # First input row.
     row_end: gl.tensor  # The row behind the view's last.
-    segment: gl.tensor
+    part: gl.tensor
 
 
 class Cursor(NamedTuple):
     """A step of a program: a tile of the weight and one of the input rows, which meet."""
 
     unit: gl.tensor
-    step: gl.tensor  # Of its segment.
+    left: gl.tensor  # Steps of the unit, this one included.
     weight_at: gl.tensor
     row_at: gl.tensor
     k: gl.tensor  # First input.
@@ -55,8 +58,11 @@ def make_grid(
     num_ar,
     num_rows,
     num_outs,
-    steps,
-    segments,
+    parts,
+    leaves,
+    all_steps,
+    all_leaves,
+    first_leaf,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
@@ -66,37 +72,65 @@ def make_grid(
         split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
     ar_tiles = gl.cdiv(split, ROWS)
     row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
-    units = row_tiles * gl.cdiv(num_outs, OUTS) * segments
-    return Grid(split, ar_tiles, row_tiles, segments, steps, num_rows, num_outs, units, gl.num_programs(0))
+    units = row_tiles * gl.cdiv(num_outs, OUTS) * parts
+    programs = gl.num_programs(0)
+    return Grid(
+        split,
+        ar_tiles,
+        row_tiles,
+        parts,
+        leaves,
+        all_steps,
+        all_leaves,
+        first_leaf,
+        num_rows,
+        num_outs,
+        units,
+        programs,
+    )
+
+
+@gluon.jit
+def leaf_begin(leaf, grid):
+    """The first step of a leaf, counted from the first leaf that is here."""
+    first = grid.first_leaf * grid.all_steps // grid.all_leaves
+    return (grid.first_leaf + leaf) * grid.all_steps // grid.all_leaves - first
+
+
+@gluon.jit
+def num_steps(part, grid):
+    """Steps of a part."""
+    return leaf_begin((part + 1) * grid.leaves, grid) - leaf_begin(part * grid.leaves, grid)
 
 
 @gluon.jit
 def unit_of(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
-    """Where a unit lies. Segments change fastest, then row tiles, so that neighbours share a tile of the weight."""
-    segment = number % grid.segments
-    tile = number // grid.segments
+    """Where a unit lies. Parts change fastest, then row tiles, so that neighbours share a tile of the weight."""
+    part = number % grid.parts
+    tile = number // grid.parts
     row_tile = tile % grid.row_tiles
     out_at = tile // grid.row_tiles * OUTS
     diffusion = row_tile >= grid.ar_tiles
     row_at = gl.where(diffusion, grid.split + (row_tile - grid.ar_tiles) * ROWS, row_tile * ROWS)
     row_end = gl.where(diffusion, grid.num_rows, grid.split)
     weight_at = out_at + gl.where(diffusion, grid.num_outs, 0)
-    return Unit(weight_at, out_at, row_at, row_end, segment)
+    return Unit(weight_at, out_at, row_at, row_end, part)
 
 
 @gluon.jit
 def first_step(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
     """The first step of a unit."""
     unit = unit_of(number, grid, OUTS, ROWS)
-    return Cursor(number, gl.to_tensor(0), unit.weight_at, unit.row_at, unit.segment * grid.steps * DEPTH)
+    begin = leaf_begin(unit.part * grid.leaves, grid)
+    return Cursor(number, num_steps(unit.part, grid), unit.weight_at, unit.row_at, begin * DEPTH)
 
 
 @gluon.jit
 def advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
     """The step after this one: further along the inputs, or the first of the program's next unit."""
-    step = cursor.step + 1
-    cursor = Cursor(cursor.unit, step, cursor.weight_at, cursor.row_at, cursor.k + DEPTH)
-    if step == grid.steps:
+    left = cursor.left - 1
+    cursor = Cursor(cursor.unit, left, cursor.weight_at, cursor.row_at, cursor.k + DEPTH)
+    if left == 0:
         cursor = first_step(cursor.unit + grid.programs, grid, OUTS, ROWS, DEPTH)
     return cursor
 

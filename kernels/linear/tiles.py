@@ -1,4 +1,4 @@
-"""How the linear layers are cut up on a GPU: segments of the inputs, which decide the bits, and tiles, which do not."""
+"""How launches of the linear layers are cut up on a GPU. Only `leaf_unit`, with the leaves of a layer, decides bits."""
 
 from functools import cache
 
@@ -6,29 +6,32 @@ import torch
 
 from orthrus.kernels.linear.types import LinearTiles
 
-SEGMENT_UNIT = 256
-"""Segment lengths are multiples of this, and the depth of every tile divides it."""
-_SHORTEST_SEGMENT = 1024
-_MOST_SEGMENTS = 4
+MOST_PARTS = 4
+"""Parts of the inputs of a layer that programs of their own add up. The kernel behind adds no more parts than these."""
+_SHORTEST_PART = 1024
 _FULL_GRID = 128
 """Programs that keep the memory of a GPU with 132 multiprocessors busy."""
 
 
 @cache
-def num_segments(out_features: int, in_features: int) -> int:
-    """Segments of a layer whose result goes into the residual stream: enough to fill a GPU when there is one row."""
-    segments = 1
+def num_parts(out_features: int, in_features: int) -> int:
+    """Parts of the inputs of a layer whose result goes into the residual stream, each with programs of its own: enough to fill a
+    GPU when there is one row."""
+    parts = 1
     while (
-        segments < _MOST_SEGMENTS
-        and segments * -(-out_features // 64) < _FULL_GRID
-        and in_features // (2 * segments) >= _SHORTEST_SEGMENT
+        parts < MOST_PARTS
+        and parts * -(-out_features // 64) < _FULL_GRID
+        and in_features // (2 * parts) >= _SHORTEST_PART
     ):
-        segments *= 2
-    return segments
+        parts *= 2
+    return parts
 
 
 def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
-    """The usual tiles of a launch. out_features: outputs of one view; in a gated layer those of gate and up together."""
+    """The usual tiles of a launch. out_features: outputs of one view; in a gated layer those of gate and up together.
+
+    segments: leaves of the inputs.
+    """
     if dtype == torch.float32:
         # float32 is for checks only and does not use the matrix unit: the tile is small enough for registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
@@ -64,6 +67,6 @@ def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
     return LinearTiles(128, 128, 256, few, 8, 3)
 
 
-def segment_length(in_features: int, segments: int) -> int:
-    """Inputs of each segment but the last, which may have fewer."""
-    return -(-in_features // (segments * SEGMENT_UNIT)) * SEGMENT_UNIT
+def leaf_unit(dtype: torch.dtype) -> int:
+    """Leaves begin at multiples of so many inputs. The depth of every tile divides it; it is that of `hopper`'s steps."""
+    return 256 if dtype == torch.float8_e4m3fn else 128

@@ -1,15 +1,16 @@
 """The linear kernel for any GPU and any number of rows.
 
-Each output is one float32 sum over the inputs in order. If the result goes into the residual stream, there are few outputs, which
-would leave a GPU idle. There the inputs are cut into segments, whose number depends on the weight's shape alone: each has a
-sum of its own, and the sums are added in order. That order is the same for every tile shape here, and for one program that
-walks over all segments as for several that take one each. So a row has the same bits alone, in a decode batch and in a
-prefill chunk.
+Each output is one float32 sum over the inputs in order. If the result goes into the residual stream, the inputs are cut into
+leaves: each has a sum of its own, and these are added in a binary tree (see `tree`). There are few outputs, which would leave a
+GPU idle: so several programs may take a part of the leaves each, and another kernel adds the nodes of the tree that they leave.
+The order is the same for every tile shape here, and for every number of parts. So a row has the same bits alone, in a decode
+batch and in a prefill chunk.
 
 The operands are swapped. The matrix unit's M side has 64 places, which few rows would leave empty: so the weight is on that side,
 and the rows are on its N side, which goes down to 8. All row counts use one instruction.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthrus.kernels.device import chaining
-from orthrus.kernels.linear.tiles import choose_tiles, segment_length
+from orthrus.kernels.leaves import Leaves
+from orthrus.kernels.linear.tiles import leaf_unit
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 
 
@@ -47,7 +49,13 @@ def _sum(
     return total
 
 
-@triton.jit(do_not_specialize=["num_rows", "segments"])
+@triton.jit
+def _leaf_begin(leaf, units, leaves, first_leaf, UNIT: tl.constexpr):
+    """The first input of a leaf, counted from the first leaf that is here: see `Leaves`."""
+    return ((first_leaf + leaf) * units // leaves - first_leaf * units // leaves) * UNIT
+
+
+@triton.jit(do_not_specialize=["num_rows", "units", "leaves", "first_leaf"])
 def _linear_kernel(
     w,
     x,
@@ -55,19 +63,22 @@ def _linear_kernel(
     x_scales,
     bias,
     out,
+    scratch,
     num_ar,
     num_rows,
     num_outs,
-    segment,
-    segments,
+    units,
+    leaves,
+    first_leaf,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    UNIT: tl.constexpr,
+    TREE: tl.constexpr,
     SPLIT: tl.constexpr,
-    WHOLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -90,27 +101,46 @@ def _linear_kernel(
     row_end = split + view * (num_rows - split)
     live = tile < row_tiles * out_tiles
     weight_at = view * num_outs + out_at
-    begin = 0
+    first = 0
     if SPLIT:
-        begin = tl.program_id(1) * segment
+        first = tl.program_id(1) * TREE
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     if not live:
         return
-    total = _sum(w, x, weight_at, row_at, begin, begin + segment, OUTS, ROWS, DEPTH, SCALED)
+    # Nodes of the tree of leaves that wait for their neighbour: of one leaf, and of two. One of four waits in memory, since
+    # there are registers for three tiles.
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    one, two = total, total
+    held = tl.arange(0, OUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    held += (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * (OUTS * ROWS)
+    for leaf in range(first, first + TREE):
+        begin = _leaf_begin(leaf, units, leaves, first_leaf, UNIT)
+        end = _leaf_begin(leaf + 1, units, leaves, first_leaf, UNIT)
+        total = _sum(w, x, weight_at, row_at, begin, end, OUTS, ROWS, DEPTH, SCALED)
+        if TREE > 1:
+            if leaf % 2 == 0:
+                one = total
+            else:
+                total = one + total
+                if TREE > 2:
+                    if leaf % 4 == 1:
+                        two = total
+                    else:
+                        total = two + total
+                        if TREE > 4:
+                            if leaf % 8 == 3:
+                                tl.store(scratch + held, total)
+                                tl.debug_barrier()
+                            else:
+                                total = tl.load(scratch + held) + total
     if SCALED:
         index = out_at + tl.arange(0, OUTS)
         row = row_at + tl.arange(0, ROWS)
         w_scale = tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
         x_scale = tl.load(x_scales + row, mask=row < row_end, other=0.0)[None, :]
         total = total * w_scale * x_scale
-    if not (SPLIT or WHOLE):
-        tl.static_assert(
-            not SCALED, "segments of FP8 weights have programs of their own: their bits are those of `hopper`"
-        )
-        for s in range(1, segments):
-            total += _sum(w, x, weight_at, row_at, s * segment, (s + 1) * segment, OUTS, ROWS, DEPTH, SCALED)
     width = num_outs
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
@@ -135,45 +165,56 @@ def launch(
     layer: DenseLayer,
     out: Tensor,
     num_ar: Tensor | None,
-    segments: int,
-    tiles: LinearTiles | None,
+    parts: int,
+    tiles: LinearTiles,
     x_scales: Tensor | None = None,
+    inputs: Leaves | None = None,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where segments are split.
+    """Compute `layer` into out: [rows, outs], or nodes of the tree [parts, rows, outs] without the bias.
 
-    tiles: None for the usual ones. x_scales: those of FP8 rows, as `quantise_rows` gives them.
+    x_scales: those of FP8 rows, as `quantise_rows` gives them. inputs: the leaves of the inputs, None for one.
     """
     rows, ins = x.shape
     weight, views = layer.weights[0], len(layer.weights)
     outs = weight.shape[0]
-    cut = tiles or choose_tiles(rows, outs, segments, x.dtype)
-    split = cut.split and segments > 1
-    row_tiles = triton.cdiv(rows, cut.rows) + (views > 1)
+    inputs = inputs or Leaves.whole(ins, leaf_unit(x.dtype), 1)
+    split = out.dim() == 3
+    row_tiles = triton.cdiv(rows, tiles.rows) + (views > 1)
     bias = None if split else layer.bias
+    tree = inputs.count // parts
+    programs = triton.cdiv(outs, tiles.outs) * row_tiles
+    scratch = out
+    if tree > 4:
+        scratch = torch.empty(
+            parts * programs * tiles.outs * tiles.rows, device=x.device, dtype=torch.float32
+        )
     scales = layer.scales
-    _linear_kernel[(triton.cdiv(outs, cut.outs) * row_tiles, segments if split else 1)](
+    _linear_kernel[(programs, parts)](
         # The views' weights are neighbours in memory. A tile that reads into the next view's does not store it.
-        TensorDescriptor(weight, [views * outs, ins], [ins, 1], [cut.outs, cut.depth]),
-        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [cut.rows, cut.depth]),
+        TensorDescriptor(weight, [views * outs, ins], [ins, 1], [tiles.outs, tiles.depth]),
+        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [tiles.rows, tiles.depth]),
         out if scales is None else scales,
         out if x_scales is None else x_scales,
         out if bias is None else bias,
         out,
+        scratch,
         out if num_ar is None else num_ar,
         rows,
         outs,
-        segment_length(ins, segments),
-        segments,
-        OUTS=cut.outs,
-        ROWS=cut.rows,
-        DEPTH=cut.depth,
+        inputs.units,
+        inputs.total,
+        inputs.first,
+        OUTS=tiles.outs,
+        ROWS=tiles.rows,
+        DEPTH=tiles.depth,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SCALED=scales is not None,
+        UNIT=inputs.unit,
+        TREE=tree,
         SPLIT=split,
-        WHOLE=segments == 1,
         HAS_BIAS=bias is not None,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
         **chaining(),
     )

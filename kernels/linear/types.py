@@ -39,7 +39,7 @@ class LinearTiles:
     rows: int
     # Inputs that one step of the sum covers.
     depth: int
-    # Whether each segment of the inputs gets programs of its own.
+    # Whether the inputs are divided among programs.
     split: bool = False
     # Warps of a program.
     warps: int = 4

@@ -8,11 +8,12 @@ Every format keeps the rule of this package: a row's result has the same bits wh
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from orthrus.kernels.linear.split import Split
 from orthrus.kernels.rows.activation import silu_mul
 from orthrus.kernels.rows.rms_norm import rms_norm
 from orthrus.kernels.rows.sampling import gumbel_argmax
@@ -166,6 +167,14 @@ class WeightFormat(Protocol):
         """Lay out the weights of a layer; for the arguments see `pack_weight`."""
 
 
+@runtime_checkable
+class SplitFormat(Protocol):
+    """A `WeightFormat` whose layers can be divided among ranks."""
+
+    def pack_split(self, views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
+        """Lay out one rank's part of the weights of a layer; for the arguments see `pack_weight`."""
+
+
 _FORMATS: dict[str, WeightFormat] = {}
 _Format = TypeVar("_Format", bound=WeightFormat)
 
@@ -180,17 +189,34 @@ def weight_format(name: str) -> Callable[[_Format], _Format]:
     return register
 
 
-def pack_weight(views: Views, format: str = "plain", *, gated: bool = False, head: bool = False) -> Weight:
+def pack_weight(
+    views: Views,
+    format: str = "plain",
+    *,
+    gated: bool = False,
+    head: bool = False,
+    split: Split | None = None,
+) -> Weight:
     """Lay out the weights of a layer in a format.
 
     views: the tensors are taken out of these dictionaries, so that only a part of a layer is in memory twice.
     format: a name that `weight_format` registered; ValueError for any other, and for tensors that the format does not use.
     gated: whether the layer's two projections are a gate and up, for `linear_silu_mul`.
     head: whether the layer is the LM head, behind which no norm makes up for what is rounded away.
+    split: which part of the layer `views` hold. None, and a format that can't be divided: all of it, without a tree of sums.
+    Raises ValueError if there are several ranks and the format can't be divided.
     """
     if format not in _FORMATS:
         raise ValueError(f"there is no weight format {format!r}; choose one of {', '.join(sorted(_FORMATS))}")
-    weight = _FORMATS[format].pack(views, gated=gated, head=head)
+    packer = _FORMATS[format]
+    if split is not None and isinstance(packer, SplitFormat):
+        weight = packer.pack_split(views, split, gated=gated, head=head)
+    elif split is not None and split.ranks.size > 1:
+        raise ValueError(
+            f"weights in the format {format!r} can't be divided among several GPUs: set tensor_parallel_size to 1"
+        )
+    else:
+        weight = packer.pack(views, gated=gated, head=head)
     unused = sorted({key for view in views for parameters in view for key in parameters})
     if unused:
         raise ValueError(

@@ -53,22 +53,32 @@ def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
     tl.store(out + row * vocab + token, _noise(keys, row, token), mask=token < vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _block_argmax_kernel(
-    logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS: tl.constexpr, CHAINED: tl.constexpr
+    logits,
+    temperatures,
+    keys,
+    values,
+    indices,
+    vocab,
+    blocks,
+    first_token,
+    COLUMNS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    token = block * COLUMNS + tl.arange(0, COLUMNS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
     temperature = tl.load(temperatures + row)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    score = tl.load(logits + row * vocab + token, mask=token < vocab, other=float("-inf"))
+    score = tl.load(logits + row * vocab + column, mask=column < vocab, other=float("-inf"))
     if temperature > 0:
-        score = tl.where(token < vocab, perturb(score, temperature, keys, row, token), float("-inf"))
+        noisy = perturb(score, temperature, keys, row, first_token + column)
+        score = tl.where(column < vocab, noisy, float("-inf"))
     value, index = tl.max(nan_to_inf(score), 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(values + row * blocks + block, value)
-    tl.store(indices + row * blocks + block, block * COLUMNS + index)
+    tl.store(indices + row * blocks + block, first_token + block * COLUMNS + index)
 
 
 @triton.jit
@@ -101,18 +111,20 @@ def gumbel_argmax(
 
 
 def best_of_blocks(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, columns: int = _PICK_COLUMNS
+    logits: Tensor, temperatures: Tensor, keys: Tensor, columns: int = _PICK_COLUMNS, first_token: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks].
 
-    columns: tokens of a block, a power of two. The score is infinite if one of the block's scores is NaN.
+    columns: tokens of a block, a power of two. first_token: the token of the first logit. The score is infinite if one of the
+    block's scores is NaN.
     """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, columns)
     values = torch.empty(rows, blocks, device=logits.device, dtype=torch.float32)
     indices = torch.empty(rows, blocks, device=logits.device, dtype=torch.int32)
     _block_argmax_kernel[(rows, blocks)](
-        logits, temperatures, keys, values, indices, vocab, blocks, COLUMNS=columns, num_warps=min(8, columns // 32), **chaining()
+        logits, temperatures, keys, values, indices, vocab, blocks, first_token,
+        COLUMNS=columns, num_warps=min(8, columns // 32), **chaining()
     )  # fmt: skip
     return values, indices
 

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from orthrus.cli.options import Commands, add_batch_option, add_rounds_options, positive
+from orthrus.cli.options import (
+    Commands,
+    add_batch_option,
+    add_rounds_options,
+    add_tensor_parallel_option,
+    positive,
+)
 from orthrus.cli.output import print_report, progress
 
 
@@ -51,6 +57,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--draft-weights", choices=("auto", "same", "fp8"), default="auto", help="as the engine's setting"
     )
+    add_tensor_parallel_option(parser)
     parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
     parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
@@ -74,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         draft_weights=arguments.draft_weights,
         prompts=tuple(arguments.prompts),
         hugging_face=not arguments.no_hugging_face,
+        tensor_parallel=arguments.tensor_parallel,
     )
     report = shape_bench(options, progress=progress)
     print_report(report, as_json=False)

@@ -74,6 +74,18 @@ def add_batch_option(parser: argparse.ArgumentParser, default: list[int]) -> Non
     )
 
 
+def add_tensor_parallel_option(parser: argparse.ArgumentParser) -> None:
+    """Add the number of ranks that share the model."""
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        choices=(1, 2, 4, 8),
+        default=1,
+        metavar="N",
+        help="GPUs of this host that share the model, or processes on a CPU: 1, 2, 4 or 8 (default: %(default)s)",
+    )
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add the choice of JSON for a report on stdout."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -2,7 +2,13 @@
 
 import argparse
 
-from orthrus.cli.options import Commands, add_json_option, add_model_options, positive
+from orthrus.cli.options import (
+    Commands,
+    add_json_option,
+    add_model_options,
+    add_tensor_parallel_option,
+    positive,
+)
 from orthrus.cli.output import print_report, progress
 
 
@@ -27,6 +33,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--no-hf", action="store_true", help="skip the comparison with Hugging Face's forward"
     )
+    add_tensor_parallel_option(parser)
     add_json_option(parser)
     parser.set_defaults(run=run)
 
@@ -44,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
         compare_hf=not arguments.no_hf,
+        tensor_parallel=arguments.tensor_parallel,
     )
     report = verify(options, progress=progress)
     print_report(report, as_json=arguments.json)

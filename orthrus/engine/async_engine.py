@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from orthrus.engine.engine import Engine
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
+from orthrus.kernels.ranks import RankError
 from orthrus.requests.request import Chunk, Request
 from orthrus.text.token_mask import TokenMask
 
@@ -53,10 +54,11 @@ class AsyncEngine:
         self._error: Exception | None = None
         self._on_failure = on_failure
         self._stopped = False
-        self._inbox: queue.SimpleQueue[_Listener | _Cancel | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Listener | _Cancel | RankError | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
         self._thread = threading.Thread(target=self._run, name="orthrus-engine", daemon=True)
         self._thread.start()
+        engine.ranks.watch(self._inbox.put)  # The thread may be waiting for requests.
 
     @property
     def stats(self) -> EngineStats:
@@ -112,6 +114,8 @@ class AsyncEngine:
                 return True
             if message is None:
                 return False
+            if isinstance(message, RankError):
+                raise message
             if isinstance(message, _Cancel):
                 self.engine.cancel(message.request_id)
                 self._listeners.pop(message.request_id, None)

@@ -1,10 +1,12 @@
 """Settings of one engine: what `deployments/` YAML calls `engine:`, and what `Engine.from_pretrained` takes."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orthrus.errors import ConfigError
+from orthrus.models.shard import check_ranks
 from orthrus.schedules.registry import (
     AR,
     AUTO,
@@ -66,8 +68,11 @@ class EngineConfig(BaseModel):
     """The share of the GPU's memory that the engine may use."""
     prefix_caching: bool = True
     """Whether requests share pages of the cache with earlier ones that begin alike."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that share one model; only 1 works so far."""
+    tensor_parallel_size: Literal[1, 2, 4, 8] = 1
+    """GPUs of one host that share the model, or processes on a CPU. It changes the speed, and never the text."""
+    sum_leaves: Literal[1, 2, 4, 8] | None = None
+    """Parts into which some of the model's sums are cut, and so the most GPUs that can share it. Where this number is the same,
+    texts are too, to the last bit. More than 2 slow prompts down. None is 2, or 1 for models that can't be shared."""
 
     @field_validator("schedule")
     @classmethod
@@ -123,14 +128,9 @@ class EngineConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _one_gpu(self) -> "EngineConfig":
-        if self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size {self.tensor_parallel_size} is not supported yet, a model has to fit one GPU: "
-                "set it to 1 and take a smaller model or a larger GPU"
-            )
-        return self
+    def with_settings(self, model: "ModelConfig") -> "ModelConfig":
+        """The model with what these settings say of its arithmetic."""
+        return model if self.sum_leaves is None else replace(model, sum_leaves=self.sum_leaves)
 
     def schedule_for(self, model: "ModelConfig") -> str:
         """The name of the schedule that the settings choose for `model`."""
@@ -144,6 +144,7 @@ class EngineConfig(BaseModel):
 
     def check_model(self, model: "ModelConfig") -> None:
         """Raise ConfigError for what `model` can't do, naming the setting."""
+        check_ranks(self.with_settings(model), self.tensor_parallel_size)
         limit, positions = self.max_model_len, model.max_position_embeddings
         if limit is not None and limit > positions:
             raise ConfigError(

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus.cache.kv_cache import KVCache
-from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
@@ -26,11 +24,12 @@ from orthrus.engine.output import (
     score_prompt,
     tokens_chunk,
 )
-from orthrus.engine.passes import make_forward, make_runner, time_pass
+from orthrus.engine.passes import LoadedModel, time_pass
 from orthrus.engine.scheduler import Planned, Scheduler
-from orthrus.engine.sizing import SCORE_ROWS, PassLimits, cache_pages, choose_page_size, context_limit
+from orthrus.engine.sizing import SCORE_ROWS, PassLimits
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
+from orthrus.kernels.ranks import ONE_RANK, Ranks
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.models.checkpoint import with_own_head
 from orthrus.models.config import ModelConfig
@@ -64,34 +63,30 @@ class EngineCore:
         weights: dict[str, Tensor],
         tokenizer: Any = None,
         grammar_masks: Callable[[str], TokenMask] | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        """weights: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied.
+        """weights: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied. ranks: those that share the
+        model, of which this is rank 0; then the weights are this rank's (`load_weights`).
 
         tokenizer: a Hugging Face one, needed for stop strings only. grammar_masks: makes the token mask of a sequence from
         `SamplingParams.grammar`, or raises RequestError. Raises ConfigError for settings that do not fit the model or the
         device.
         """
-        model_config = with_own_head(model_config, weights)
+        model_config = config.with_settings(with_own_head(model_config, weights))
         config.check_model(model_config)
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self.forward = make_forward(config, model_config, weights)
-        self.device = self.forward.device
-        self.use_device()
-
-        self.limits = PassLimits.of(config)
-        self.page_size = choose_page_size(config, self.device)
-        num_pages = cache_pages(config, self.forward, self.page_size, DEFAULT_KV_FORMAT)
-        self.max_model_len = context_limit(config, model_config, num_pages * self.page_size)
-        self.forward.use_context(self.max_model_len)
-        self.cache = KVCache.allocate(
-            model_config, num_pages + 1, self.page_size, self.device, self.forward.dtype, DEFAULT_KV_FORMAT
-        )
-        self._pool = PagePool(num_pages + 1, config.prefix_caching)
         schedule = load_schedule(SCHEDULES[self.schedule_name])
         self._max_groups = schedule.max_groups  # The runner has room for this many groups of a turn.
-        self.runner = make_runner(self.forward, self.cache, config, self.max_model_len, self._max_groups)
+        loaded = LoadedModel.build(config, model_config, weights, ranks, self._max_groups)
+        self.ranks, self.forward, self.cache = ranks, loaded.forward, loaded.cache
+        self.runner: ModelRunner = loaded.runner
+        self.max_model_len = loaded.max_model_len
+        self.device, self.page_size = self.forward.device, self.cache.page_size
+        self.use_device()
+        self.limits = PassLimits.of(config)
+        self._pool = PagePool(loaded.num_pages + 1, config.prefix_caching)
         self._scheduler = Scheduler(
             schedule.build(self.schedule_context()),
             self._pool,

@@ -3,18 +3,23 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.core import EngineCore
+from orthrus.engine.rank_processes import start_ranks
+from orthrus.engine.rank_worker import check_devices, rank_device
 from orthrus.engine.sizing import check_memory, choose_device
 from orthrus.errors import RequestError
+from orthrus.kernels.ranks import ONE_RANK
 from orthrus.loading import stages
 from orthrus.models.checkpoint import compute_dtype, load_weights
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
+from orthrus.models.shard import Shard
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
 from orthrus.text.grammar_mask import GrammarMasks
@@ -28,21 +33,27 @@ class Engine(EngineCore):
     def from_pretrained(cls, config: EngineConfig) -> "Engine":
         """Load the checkpoint (directory or hub id) and tokenizer that `config.model` names. Raises ConfigError."""
         path = resolve(config.model)
-        model_config = load_config(path)
-        device = choose_device(config.device)
-        check_memory(config, model_config, device, compute_dtype(config.dtype, model_config, device))
+        model_config = config.with_settings(load_config(path))
+        size = config.tensor_parallel_size
+        shard = Shard(model_config, 0, size)
+        config.check_model(model_config)
+        check_devices(config)
+        device = rank_device(config.device, 0) if size > 1 else choose_device(config.device)
+        check_memory(config, shard.config, device, compute_dtype(config.dtype, model_config, device))
+        load = partial(load_weights, path, model_config)
+        ranks = start_ranks(config, model_config, load) if size > 1 else ONE_RANK
         stages.info("loading the weights of %s", model_config.name)
-        weights = load_weights(path, model_config, device, config.dtype)
+        weights = load(device, config.dtype, shard=shard)
         has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         if not has_tokenizer:
-            return cls(config, model_config, weights)
+            return cls(config, model_config, weights, ranks=ranks)
         tokenizer = load_tokenizer(path)
         grammar_masks = None
         # Logits may have more columns than the tokenizer has tokens.
         end_token_ids = [token for token in model_config.eos_token_ids if token < len(tokenizer)]
         if end_token_ids:  # Else no text under a grammar could end.
             grammar_masks = GrammarMasks(tokenizer, model_config.vocab_size, end_token_ids)
-        return cls(config, model_config, weights, tokenizer, grammar_masks)
+        return cls(config, model_config, weights, tokenizer, grammar_masks, ranks)
 
     def generate(
         self,

@@ -2,18 +2,29 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.sizing import PassLimits, choose_draft_format
+from orthrus.engine.sizing import (
+    PassLimits,
+    cache_pages,
+    choose_draft_format,
+    choose_page_size,
+    context_limit,
+)
+from orthrus.kernels.ranks import ONE_RANK, Ranks
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.forward import LayerParallelForward
-from orthrus.plan import RowGroup
+from orthrus.models.shard import Shard
+from orthrus.plan import MAX_RANKS, RowGroup
 from orthrus.requests.request import SamplingParams
-from orthrus.runner.protocol import ModelRunner
+from orthrus.runner.protocol import ModelRunner, RankRunner
 from orthrus.runner.registry import load_runner
 from orthrus.runner.sampler import PickRows
 
@@ -23,13 +34,72 @@ _PASSES_AHEAD = 2
 """How many passes are timed together where one is launched ahead of the other."""
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """What runs the passes of an engine. Where several ranks share the model, each has one of these."""
+
+    forward: LayerParallelForward
+    cache: KVCache
+    runner: RankRunner
+    num_pages: int
+    """Pages of the cache, without the padding page."""
+    max_model_len: int
+    """The context limit in tokens."""
+
+    @staticmethod
+    def build(
+        config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks, max_groups: int
+    ) -> "LoadedModel":
+        """model: the whole one. weights: this rank's part of them; the dict is emptied. max_groups: see `make_runner`.
+
+        Raises ConfigError if there is no memory for a cache, or less than the settings ask for.
+        """
+        forward = make_forward(config, model, weights, ranks)
+        if forward.device.type == "cuda":
+            torch.cuda.set_device(forward.device)
+            if ranks.size > 1:
+                _share_memory(config, forward)
+        page_size = choose_page_size(config, forward.device)
+        num_pages = ranks.least(cache_pages(config, forward, page_size, DEFAULT_KV_FORMAT))
+        max_model_len = context_limit(config, model, num_pages * page_size)
+        forward.use_context(max_model_len)
+        cache = KVCache.allocate(
+            forward.config,
+            num_pages + 1,
+            page_size,
+            forward.device,
+            forward.dtype,
+            DEFAULT_KV_FORMAT,
+            ranks,
+        )
+        runner = make_runner(forward, cache, config, max_model_len, max_groups)
+        return LoadedModel(forward, cache, runner, num_pages, max_model_len)
+
+
+def _share_memory(config: EngineConfig, forward: LayerParallelForward) -> None:
+    """Let the GPUs of all ranks write to each other's memory, what the largest pass needs."""
+    from orthrus.kernels.ranks.peer_memory import PeerSizes
+    from orthrus.runner.pass_graphs import graph_sizes
+
+    limits, model = PassLimits.of(config), forward.config
+    logit_rows = graph_sizes(limits.max_logits)[-1]
+    rows = graph_sizes(limits.max_rows)[-1]
+    forward.ranks.share_memory(
+        forward.device,
+        PeerSizes(rows, model.hidden_size, logit_rows, model.vocab_size, MAX_RANKS * logit_rows),
+    )
+
+
 def make_forward(
-    config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor]
+    config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks = ONE_RANK
 ) -> LayerParallelForward:
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
     embedding = weights[family_of(model).embedding]
-    copies = choose_draft_format(config, model, embedding.device, embedding.dtype)
-    forward = LayerParallelForward(model, weights, draft_format=copies)
+    part = Shard(model, ranks.rank, ranks.size).config
+    copies = choose_draft_format(config, part, embedding.device, embedding.dtype)
+    if not ranks.all_agree(copies is not None):
+        copies = None  # Some GPU has no room for them.
+    forward = LayerParallelForward(model, weights, draft_format=copies, ranks=ranks)
     if forward.draft is not None:
         gib = [stack.nbytes / (1 << 30) for stack in (forward.draft, forward.exact)]
         logger.info("draft_weights %s: %.2f GiB of copies beside weights of %.2f GiB", copies, *gib)
@@ -38,7 +108,7 @@ def make_forward(
 
 def make_runner(
     forward: LayerParallelForward, cache: KVCache, config: EngineConfig, max_model_len: int, max_groups: int
-) -> ModelRunner:
+) -> RankRunner:
     """The runner for the device and dtype of `forward`, with room for the largest pass that `config` allows.
 
     max_model_len: the context limit in tokens. max_groups: most groups of a sequence in a pass.

@@ -62,6 +62,8 @@ class ShapeBenchOptions:
     """As in `EngineConfig`."""
     hugging_face: bool = True
     """Whether to measure it too, at the first batch size."""
+    tensor_parallel: int = 1
+    """GPUs that share the model. Bytes are compared with what all of them together can read."""
 
 
 def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: None) -> ShapeReport:
@@ -74,7 +76,8 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shape_config(options.shape)
     _, read = bandwidths()
-    rate = matmul_rate(device, dtype)
+    read *= options.tensor_parallel
+    rate = matmul_rate(device, dtype) * options.tensor_parallel
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -87,9 +90,10 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     for prompt in prompts:
         progress(f"prompt, {prompt.tokens:,} tokens: {prompt.milliseconds:.1f} ms, {prompt.over_floor:.2f} x")
     weights = weight_bytes(model, dtype.itemsize, _copy_bytes(engine))
-    over = (torch.cuda.max_memory_allocated() - before) / (weights + engine.cache.nbytes) - 1
+    held = weights / options.tensor_parallel + engine.cache.nbytes
+    over = (torch.cuda.max_memory_allocated() - before) / held - 1
     others: list[Contestant] = []
-    if options.hugging_face:
+    if options.hugging_face and options.tensor_parallel == 1:
         progress("Hugging Face")
         others = hugging_face_contestants(model, device, dtype)
     speeds, exact = all_races(engine, options, acceptance, others, progress)
@@ -185,6 +189,8 @@ def _settings(options: ShapeBenchOptions) -> dict[str, Any]:
         "prefill_chunk": 2048,
         "page_size": _PAGE,
         "draft_weights": options.draft_weights,
+        "tensor_parallel_size": options.tensor_parallel,
+        "sum_leaves": options.tensor_parallel if options.tensor_parallel > 2 else None,
     }
 
 

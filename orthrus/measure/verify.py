@@ -33,6 +33,7 @@ from orthrus.measure.verify_report import Report
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
+from orthrus.models.shard import check_ranks
 from orthrus.requests.request import Request, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner
 from orthrus.schedules.registry import SCHEDULES
@@ -61,9 +62,9 @@ class Way:
 REFERENCE = Way("ar alone", "ar")
 
 
-def ways(has_diffusion: bool) -> list[Way]:
+def ways(has_diffusion: bool, ranks: int = 1) -> list[Way]:
     """The ways of running requests that are compared with `REFERENCE`: for each schedule that fits the model, alone, mixed, and
-    mixed with the settings that the registry says."""
+    mixed with the settings that the registry says. ranks: how many share the model there; the reference has it alone."""
     found: list[Way] = []
     for name, entry in reversed(SCHEDULES.items()):
         if entry.fits(has_diffusion):
@@ -72,7 +73,14 @@ def ways(has_diffusion: bool) -> list[Way]:
                 Way(f"{name} {variant.name}", name, True, variant.settings, variant.logprobs)
                 for variant in entry.variants
             ]
-    return [way for way in found if way != REFERENCE]
+    if ranks == 1:
+        return [way for way in found if way != REFERENCE]
+    return [
+        replace(
+            way, settings={**way.settings, "tensor_parallel_size": ranks}, name=f"{way.name}, {ranks} ranks"
+        )
+        for way in found
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class VerifyOptions:
 
     max_tokens: most tokens of one request. max_batch: most requests in flight in a mixture. seed: of prompts, lengths,
     sampling and mixtures. device, dtype: as in EngineConfig. compare_hf: also compare with Hugging Face's forward.
+    tensor_parallel: how many ranks share the model, in all checks but the reference.
     """
 
     model: str
@@ -91,6 +100,7 @@ class VerifyOptions:
     device: str = "auto"
     dtype: str = "auto"
     compare_hf: bool = True
+    tensor_parallel: int = 1
 
 
 def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Report:
@@ -105,7 +115,8 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
             f"--max-tokens {options.max_tokens} leaves no room for a prompt in a context of "
             f"{model.max_position_embeddings}"
         )
-    others = ways(model.has_diffusion)
+    check_ranks(replace(model, sum_leaves=_sum_leaves(options)), options.tensor_parallel)
+    others = ways(model.has_diffusion, options.tensor_parallel)
     engine = _engine(path, options, REFERENCE, _longest(model, options))
     device, dtype = str(engine.device), str(engine.forward.dtype).removeprefix("torch.")
     share = -(-options.tokens // len(others))
@@ -246,6 +257,7 @@ def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) 
                 "schedule": way.schedule,
                 "adaptive_draft": False,
                 **way.settings,
+                "sum_leaves": _sum_leaves(options),
                 "kv_cache_tokens": kv_cache_tokens,
                 "max_model_len": min(kv_cache_tokens, load_config(path).max_position_embeddings),
                 "max_num_seqs": options.max_batch if way.mixed else 1,
@@ -257,6 +269,11 @@ def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) 
         # Nothing is gained by it there, but the engine works as it does on a GPU.
         engine.use_runner(EagerRunner(engine.forward, engine.cache, feeds_tokens=True))
     return engine
+
+
+def _sum_leaves(options: VerifyOptions) -> int | None:
+    """The same for the reference, which has all ranks' work."""
+    return options.tensor_parallel if options.tensor_parallel > 1 else None
 
 
 def _longest(model: ModelConfig, options: VerifyOptions) -> int:

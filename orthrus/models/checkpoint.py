@@ -22,6 +22,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
 from orthrus.models.family import Family
 from orthrus.models.files import check_stored, raise_if
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import dtype_name
 from orthrus.models.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
 
@@ -40,10 +41,15 @@ def compute_dtype(dtype: str | torch.dtype, config: ModelConfig, device: str | t
 
 
 def load_weights(
-    path: str | Path, config: ModelConfig, device: str | torch.device, dtype: str | torch.dtype = "auto"
+    path: str | Path,
+    config: ModelConfig,
+    device: str | torch.device,
+    dtype: str | torch.dtype = "auto",
+    shard: Shard | None = None,
 ) -> dict[str, Tensor]:
     """Every tensor that the config's family expects (`Family.tensor_shapes`), on `device` in `dtype` (see `compute_dtype`).
 
+    shard: the part of the model to load; None for all of it. Of a tensor that is divided, nothing else is read.
     Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the files
     hold one that differs from the embedding (see `with_own_head`).
     Raises CheckpointError for a tensor that is missing, has another shape, or holds NaN or infinite values. It names the
@@ -63,7 +69,13 @@ def load_weights(
     for name in names:
         by_file.setdefault(stored[name].file, []).append(name)
     weights: dict[str, Tensor] = {}
-    bar = progress.tqdm(total=sum(map(len, by_file.values())), desc=f"loading {config.name}", unit="tensor")
+    bar = progress.tqdm(
+        total=sum(map(len, by_file.values())),
+        desc=f"loading {config.name}",
+        unit="tensor",
+        # The ranks load at the same time, and one bar tells how far they are.
+        disable=True if shard is not None and shard.rank else None,
+    )
     for file, names in by_file.items():
         try:
             # Straight to the device: the host holds one tensor at a time.
@@ -71,7 +83,8 @@ def load_weights(
                 for name in names:
                     # On a CPU always copy: what was read is a view of the file, and the file may change.
                     on_cpu = torch.device(device).type == "cpu"
-                    read = tensors.get_tensor(name)
+                    part = None if shard is None else shard.part(family.division(name))
+                    read = _read_part(tensors, name, part)
                     weights[name] = read.to(target, copy=on_cpu)
                     check_finite(weights[name], f"{file}: tensor {name}", read)
                     bar.update()
@@ -79,6 +92,16 @@ def load_weights(
             raise CheckpointError(f"{file} can't be read: {error}") from error
     bar.close()
     return weights
+
+
+def _read_part(tensors: Any, name: str, part: tuple[int, int, int] | None) -> Tensor:
+    """A tensor of an open safetensors file, or a part of it: see `Shard.part`."""
+    if part is None:
+        whole: Tensor = tensors.get_tensor(name)
+        return whole
+    dim, begin, end = part
+    found: Tensor = tensors.get_slice(name)[(slice(None),) * dim + (slice(begin, end),)]
+    return found
 
 
 def _has_own_head(stored: Mapping[str, StoredTensor], family: Family) -> bool:

@@ -69,6 +69,9 @@ class ModelConfig:
     dtype: str = "float32"
     # Which `Family` the model belongs to: the first of the family's `model_types`.
     model_type: str = "qwen3"
+    # Leaves of the sums that go into the residual stream: a setting of the engine (`EngineConfig.sum_leaves`), not of the file.
+    # Another number gives other last bits. None: see `num_leaves`.
+    sum_leaves: int | None = None
     # For people.
     name: str = field(default="", compare=False)
 

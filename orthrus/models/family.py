@@ -12,12 +12,13 @@ from orthrus.errors import ConfigError
 from orthrus.files import one_line, shown
 from orthrus.models.config import SIZES, ModelConfig, check_sizes, check_token
 from orthrus.models.rope import check_rope, check_rope_numbers, check_rope_type, standard_rope, yarn_context
+from orthrus.models.shard import Axis, Division
 
 if TYPE_CHECKING:
     # Only for annotations. Reading a configuration must not import torch, which takes seconds.
     from torch import Tensor
 
-    from orthrus.models.layer import DecoderLayer
+    from orthrus.models.layer import DecoderLayer, LayerSplit
 
 _OPTIONAL = (
     "head_dim",
@@ -30,6 +31,10 @@ _OPTIONAL = (
     "rope_theta",
     "partial_rotary_factor",
 )
+
+
+_DIVIDED_OUTPUTS: dict[str, Axis] = {"q": "queries", "k": "keys", "v": "keys", "gate": "inner", "up": "inner"}
+_DIVIDED_INPUTS: dict[str, Axis] = {"o": "queries", "down": "inner"}
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,18 @@ class Family(ABC):
             "mlp.down_proj.weight": (hidden, inner),
         }
 
+    def division(self, name: str) -> Division | None:
+        """How a tensor is divided among ranks. None: every rank has all of it."""
+        if name == self.head:
+            return Division("vocabulary", 0)
+        _, _, own = name.partition("self_attn.")
+        kind = own.partition("_proj")[0] if own else name.partition("mlp.")[2].partition("_proj")[0]
+        matrix = name.endswith(".weight")
+        if kind in _DIVIDED_OUTPUTS:
+            return Division(_DIVIDED_OUTPUTS[kind], 0)
+        # Every rank adds the bias of a layer whose inputs are divided to the whole sum.
+        return Division(_DIVIDED_INPUTS[kind], 1) if kind in _DIVIDED_INPUTS and matrix else None
+
     def layer(
         self,
         config: ModelConfig,
@@ -212,11 +229,12 @@ class Family(ABC):
         index: int,
         weight_format: str,
         views: Sequence[str],
+        split: "LayerSplit",
     ) -> "DecoderLayer":
         """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
 
         weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
-        `ModelConfig.view_suffixes` or one of them.
+        `ModelConfig.view_suffixes` or one of them. split: which part of the layer `tensors` hold; `config` is that of this part.
         """
         from orthrus.models.layer import DecoderLayer
 
@@ -224,7 +242,14 @@ class Family(ABC):
         last = index + 1 == config.num_hidden_layers
         following = self.last_norm if last else self.norm_before(index + 1)
         return DecoderLayer.pack(
-            config, tensors, prefix, weight_format, views, qk_norm=self.qk_norm, after_norm=following
+            config,
+            tensors,
+            prefix,
+            weight_format,
+            views,
+            split,
+            qk_norm=self.qk_norm,
+            after_norm=following,
         )
 
     def norm_before(self, index: int) -> str:

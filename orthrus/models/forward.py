@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.kernels.ranks import ONE_RANK, Ranks
 from orthrus.kernels.rows.embedding import embed
 from orthrus.kernels.workspace import start_layer
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
+from orthrus.models.layer import LayerSplit
+from orthrus.models.shard import Shard
 from orthrus.models.stack import LayerStack
 from orthrus.plan import PassPlan
 
 
 class LayerParallelForward:
-    """The model: turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
+    """The model, or a rank's part of it.
+
+    It turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
     At every layer, the rows of both views run side by side: hence its name. Layers run one after the other.
     It knows the rotary angles of position 0 only, until `use_context` gives it more.
@@ -33,6 +38,10 @@ class LayerParallelForward:
     """The drafts' own weights, if they have any."""
     draft_format: str | None
     """The weight format of `draft`."""
+    ranks: Ranks
+    """Those that share the model."""
+    shard: Shard
+    """The part of the model that is here: all of it where there is one rank."""
 
     def __init__(
         self,
@@ -40,21 +49,27 @@ class LayerParallelForward:
         tensors: dict[str, Tensor],
         weight_format: str = "plain",
         draft_format: str | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        """tensors: a checkpoint's, by their Hugging Face names, on one device in one dtype. The dict is emptied.
+        """tensors: a checkpoint's, by their Hugging Face names, on one device in one dtype. The dict is emptied. Where several
+        ranks share the model, `config` is that of the whole, and the tensors are this rank's (`Shard.part`).
 
         weight_format: how the linear layers keep their weights, by a name that `pack_weight` (kernels/linear) knows.
         draft_format: the same for the drafts' own weights; None: both views run side by side on `weight_format`.
         """
-        self.config = config
+        self.ranks, self.shard = ranks, Shard(config, ranks.rank, ranks.size)
+        self.config = config = self.shard.config
         family = family_of(config)
         self.draft, self.draft_format = None, draft_format
         # Each layer takes the norm behind it, so this one is left.
         self._first_norm = tensors.pop(family.norm_before(0))
+        split, tokens = LayerSplit.of(self.shard, ranks), slice(*self.shard.span("vocabulary"))
         if draft_format is None:
-            self.exact = LayerStack.pack(config, tensors, weight_format)
+            self.exact = LayerStack.pack(config, tensors, weight_format, split, tokens)
         else:
-            self.exact, self.draft = LayerStack.pack_apart(config, tensors, weight_format, draft_format)
+            self.exact, self.draft = LayerStack.pack_apart(
+                config, tensors, weight_format, draft_format, split, tokens
+            )
         self._embedding = tensors.pop(family.embedding)
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype
@@ -115,4 +130,5 @@ class LayerParallelForward:
         Those of a 16-bit model are rounded to 16 bits first. stack: as in `hidden_states`.
         """
         logits = (stack or self.exact).head.linear(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.ranks.gather(logits, self.shard.vocabulary_widths)

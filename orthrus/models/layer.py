@@ -7,9 +7,29 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_format import KVLayer
-from orthrus.kernels.linear import Parameters, Weight, pack_weight
+from orthrus.kernels.linear import Parameters, Split, Weight, pack_weight
+from orthrus.kernels.ranks import Ranks
 from orthrus.models.config import ModelConfig
+from orthrus.models.shard import Shard
 from orthrus.plan import PassPlan
+
+
+@dataclass(frozen=True)
+class LayerSplit:
+    """How the linear layers are divided among ranks, the same in all decoder layers."""
+
+    outputs: Split
+    """Of the layers whose outputs are divided: queries, keys and values, gate and up, and the LM head."""
+    out: Split
+    """Of the attention's output projection, whose inputs are divided."""
+    down: Split
+    """Of the MLP's last layer, whose inputs are divided."""
+
+    @staticmethod
+    def of(shard: Shard, ranks: Ranks) -> "LayerSplit":
+        """Where the rank has this shard, and the others have the rest."""
+        out, down = (Split(ranks, shard.leaves(axis)) for axis in ("queries", "inner"))
+        return LayerSplit(Split(ranks), out, down)
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ class DecoderLayer:
         prefix: str,
         weight_format: str,
         views: Sequence[str],
+        split: "LayerSplit",
         *,
         qk_norm: bool,
         after_norm: str,
@@ -55,6 +76,7 @@ class DecoderLayer:
         weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose linear projections it has, those
         of `ModelConfig.view_suffixes` or one of them: then all rows of a pass are of that view. It has the norms
         of queries and keys of all the model's views in any case.
+        split: which part of the layer `tensors` hold; `config` is that of this part.
         qk_norm: whether the layer norms queries and keys. after_norm: the name of the norm behind the layer.
         """
 
@@ -70,28 +92,21 @@ class DecoderLayer:
         def attention(*names: str) -> Weight:
             """The projections `names` as one layer, with every view's weights."""
             projections = [[projection(f"self_attn.{name}_proj{view}") for name in names] for view in views]
-            return pack_weight(projections, weight_format)
+            part = split.out if names == ("o",) else split.outputs
+            return pack_weight(projections, weight_format, split=part)
 
-        norms = None
-        if qk_norm:
-            heads = (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
-            norms = torch.stack(
-                [
-                    torch.cat(
-                        [take(f"self_attn.{n}_norm{view}.weight").expand(count, -1) for n, count in heads]
-                    )
-                    for view in config.view_suffixes
-                ]
-            )
         return cls(
             qkv=attention("q", "k", "v"),
-            qk_norm=norms,
+            qk_norm=_take_qk_norms(config, tensors, prefix) if qk_norm else None,
             out=attention("o"),
             mlp_norm=take("post_attention_layernorm.weight"),
             gate_up=pack_weight(
-                [[projection("mlp.gate_proj"), projection("mlp.up_proj")]], weight_format, gated=True
+                [[projection("mlp.gate_proj"), projection("mlp.up_proj")]],
+                weight_format,
+                gated=True,
+                split=split.outputs,
             ),
-            down=pack_weight([[projection("mlp.down_proj")]], weight_format),
+            down=pack_weight([[projection("mlp.down_proj")]], weight_format, split=split.down),
             after_norm=tensors.pop(after_norm),
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
@@ -118,3 +133,18 @@ class DecoderLayer:
         hidden, normed = self.out.linear_add_rms_norm(attended, hidden, self.mlp_norm, self.eps, plan.num_ar)
         gated = self.gate_up.linear_silu_mul(normed, plan.num_ar)
         return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps, plan.num_ar)
+
+
+def _take_qk_norms(config: ModelConfig, tensors: dict[str, Tensor], prefix: str) -> Tensor:
+    """See `DecoderLayer.qk_norm`. In `tensors`, a view has one norm for its queries and one for its keys; they are taken out."""
+    heads = (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
+    views = [
+        torch.cat(
+            [
+                tensors.pop(f"{prefix}.self_attn.{name}_norm{view}.weight").expand(count, -1)
+                for name, count in heads
+            ]
+        )
+        for view in config.view_suffixes
+    ]
+    return torch.stack(views)

@@ -1,13 +1,13 @@
 """`LayerStack`: what a model multiplies for the rows of some views, from the first layer to the LM head, in one weight format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from orthrus.kernels.linear import Weight, pack_weight
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
-from orthrus.models.layer import DecoderLayer
+from orthrus.models.layer import DecoderLayer, LayerSplit
 
 
 @dataclass(frozen=True)
@@ -24,44 +24,55 @@ class LayerStack:
         return self.head.nbytes + sum(layer.nbytes for layer in self.layers)
 
     @staticmethod
-    def pack(config: ModelConfig, tensors: dict[str, Tensor], weight_format: str) -> "LayerStack":
+    def pack(
+        config: ModelConfig, tensors: dict[str, Tensor], weight_format: str, split: LayerSplit, tokens: slice
+    ) -> "LayerStack":
         """One stack for both views. What it needs is taken out of `tensors`, a checkpoint's by their Hugging Face names.
 
-        The embedding stays there. weight_format: a name that `pack_weight` (kernels/linear) knows.
+        The embedding stays there. weight_format: a name that `pack_weight` (kernels/linear) knows. split: which part of the
+        model the tensors hold; `config` is that of this part. tokens: those of this part's head.
         """
         family = family_of(config)
-        [head] = _pack_heads(config, tensors, weight_format)
+        [head] = _pack_heads(config, tensors, split, tokens, weight_format)
         layers = [
-            family.layer(config, tensors, index, weight_format, config.view_suffixes)
+            family.layer(config, tensors, index, weight_format, config.view_suffixes, split)
             for index in range(config.num_hidden_layers)
         ]
         return LayerStack(tuple(layers), head)
 
     @staticmethod
     def pack_apart(
-        config: ModelConfig, tensors: dict[str, Tensor], weight_format: str, draft_format: str
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        weight_format: str,
+        draft_format: str,
+        split: LayerSplit,
+        tokens: slice,
     ) -> "tuple[LayerStack, LayerStack]":
         """A stack of the AR view, and one of the diffusion view in `draft_format`, which has copies of what the views share.
 
         Else as `pack`. The copies are made layer by layer, so that what they replace is given back at once.
         """
         family = family_of(config)
-        heads = _pack_heads(config, tensors, weight_format, draft_format)
+        heads = _pack_heads(config, tensors, split, tokens, weight_format, draft_format)
         ar, diffusion = config.view_suffixes
         exact: list[DecoderLayer] = []
         drafts: list[DecoderLayer] = []
         for index in range(config.num_hidden_layers):
             # A dictionary of its own: packing takes tensors out of it.
-            drafts.append(family.layer(config, dict(tensors), index, draft_format, (diffusion,)))
-            exact.append(family.layer(config, tensors, index, weight_format, (ar,)))
+            drafts.append(family.layer(config, dict(tensors), index, draft_format, (diffusion,), split))
+            exact.append(family.layer(config, tensors, index, weight_format, (ar,), split))
             for name in [name for name in tensors if name.startswith(f"{family.layer_prefix}.{index}.")]:
                 del tensors[name]  # Of the diffusion view.
         return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), heads[1])
 
 
-def _pack_heads(config: ModelConfig, tensors: dict[str, Tensor], *formats: str) -> list[Weight]:
+def _pack_heads(
+    config: ModelConfig, tensors: dict[str, Tensor], split: LayerSplit, tokens: slice, *formats: str
+) -> list[Weight]:
     """The LM head in each of `formats`. It is tied to the embedding where the checkpoint has no other."""
     family = family_of(config)
-    weight = tensors[family.embedding]
-    weight = tensors.pop(family.head, weight)
-    return [pack_weight([[{"weight": weight}]], name, head=True) for name in formats]
+    tied = tensors[family.embedding][tokens]
+    weight = tensors.pop(family.head, tied)
+    part = replace(split.outputs, first_output=tokens.start)
+    return [pack_weight([[{"weight": weight}]], name, head=True, split=part) for name in formats]

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from orthrus.cache.kv_cache import KVCache
 from orthrus.kernels.attention import AttentionPlan, AttentionWork
 from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
 from orthrus.kernels.attention.work_list import plan_work, work_size
+from orthrus.kernels.ranks import RankError, Ranks
+from orthrus.kernels.ranks.peer_triton import receive_picks, send_picks
 from orthrus.kernels.rows.sampling import gumbel_argmax
 from orthrus.kernels.rows.sampling_triton import best_of_blocks
 from orthrus.kernels.rows.types import NO_TOKEN, KVWrites
@@ -22,7 +25,7 @@ from orthrus.kernels.rows.upload import upload
 from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import MAX_RANKS, PassPlan, RowGroup, flatten
-from orthrus.runner.pass_buffer import PassBuffer, buffer_size
+from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.pass_graphs import RECORDS, PassGraphs, graph_sizes
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust
@@ -42,10 +45,31 @@ class _Launched:
     host: Tensor
     """int32 [rows that need logits], in page-locked memory: the picks, once `done` has happened."""
     done: torch.cuda.Event
+    ranks: Ranks
+    host_status: Tensor
+    """`PeerMemory.status` in page-locked memory, once `done` has happened; zeros where there is one rank."""
 
     def picks(self) -> list[int]:
         self.done.synchronize()
+        if late := int(self.host_status[0]):
+            self.ranks.check()  # Which knows more, if the rank has ended.
+            raise RankError(f"rank {late - 1} of the model did not take part in a pass: see its log")
         return self.host.tolist()
+
+
+@dataclass(frozen=True)
+class RunBuffer:
+    """What rank 0 tells the other ranks of a pass: the numbers of its buffer that the pass uses."""
+
+    numbers: bytes
+
+
+@dataclass(frozen=True)
+class ReceivePicks:
+    """What rank 0 tells the other ranks when it has picked once more: it has sent them `count` picks from place `first` on."""
+
+    first: int
+    count: int
 
 
 class CudaGraphRunner:
@@ -88,6 +112,10 @@ class CudaGraphRunner:
         # Picks go to the host on a stream of their own, so that the next pass does not wait for them.
         self._downloads = torch.cuda.Stream(device)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
+        self._ranks, self._peers = forward.ranks, forward.ranks.peers
+        self._host_status = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        # Of ranks but 0: when the copy from each host buffer was over.
+        self._uploaded = [torch.cuda.Event() for _ in range(2)]
         self.graphs = PassGraphs(
             forward,
             cache,
@@ -99,6 +127,8 @@ class CudaGraphRunner:
         self._forward = forward
         # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
         self._head = self.graphs.fields()
+        if self._peers is not None:
+            self._peers.start()
 
     @staticmethod
     def build(
@@ -136,15 +166,33 @@ class CudaGraphRunner:
         wants_logits = any(group.reads_logits or group.ranks > 1 for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
         num_picks = count + self._pick_further_ranks(rows, first_pick + count)
-        if wants_logits and not all(group.unadjusted for group in rows):
+        adjusted = wants_logits and not all(group.unadjusted for group in rows)
+        if adjusted:
             self._pick_adjusted(rows, first_pick)
+        if self._peers is not None and (adjusted or num_picks > count):
+            send_picks(self._peers, self.graphs.picks, first_pick, num_picks)
+            self._ranks.tell(ReceivePicks(first_pick, num_picks))
         host = self._host_picks[self._side][:num_picks]
         self._downloads.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._downloads):
             host.copy_(self.graphs.picks[first_pick : first_pick + num_picks], non_blocking=True)
+            if self._peers is not None:
+                self._host_status.copy_(self._peers.status, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return _Launched(self.graphs.logits, first_pick, host, done)
+        return _Launched(self.graphs.logits, first_pick, host, done, self._ranks, self._host_status)
+
+    def follow(self, message: object) -> None:
+        assert self._peers is not None, "there are several ranks"
+        if isinstance(message, ReceivePicks):
+            receive_picks(self._peers, self.graphs.picks, message.first, message.count)
+            return
+        assert isinstance(message, RunBuffer)
+        self._side ^= 1
+        self._uploaded[self._side].synchronize()
+        fields = self._host_buffers[self._side].load(message.numbers)
+        self._run(fields)
+        self._uploaded[self._side].record()
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
@@ -170,10 +218,16 @@ class CudaGraphRunner:
         fields = buffer.fill(
             flat, rows, work, num_rows=num_rows, first_pick=first_pick, wants_logits=wants_logits
         )
-        used = int(fields.num_used[0])
-        upload(buffer.numbers[:used], self.graphs.buffer[:used])
-        self.graphs.replay(fields)
+        if self._peers is not None:
+            self._ranks.tell(RunBuffer(buffer.dump(fields)))
+        self._run(fields)
         return len(flat.logit_rows)
+
+    def _run(self, fields: PassFields[np.ndarray]) -> None:
+        """Run the pass that is in this turn's host buffer."""
+        used = int(fields.num_used[0])
+        upload(self._host_buffers[self._side].numbers[:used], self.graphs.buffer[:used])
+        self.graphs.replay(fields)
 
     def _pick_further_ranks(self, rows: Sequence[PickRows], first_place: int) -> int:
         """Pick the further ranks of the groups that ask for them, from place `first_place` of the picks on. Returns their number.

@@ -9,7 +9,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
-from orthrus.plan import PassPlan, RowGroup, View
+from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
 
@@ -24,6 +24,15 @@ class _Done:
 
     def picks(self) -> list[int]:
         return self.tokens
+
+
+@dataclass(frozen=True)
+class RunPass:
+    """What rank 0 tells the other ranks of a pass."""
+
+    rows: FlatRows
+    picks: list[int]
+    """Those of the last two passes."""
 
 
 class EagerRunner:
@@ -65,14 +74,24 @@ class EagerRunner:
         return _Done(logits, len(self._picks[0]), tokens)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
-        plan = PassPlan.build(
-            groups,
+        message = RunPass(flatten(groups, self._cache.page_size), self._picks[0] + self._picks[1])
+        self._forward.ranks.tell(message)
+        return self._run(message)
+
+    def follow(self, message: object) -> None:
+        assert isinstance(message, RunPass)
+        self._run(message)
+
+    def _run(self, message: RunPass) -> Tensor:
+        """Run a pass. Returns the logits of the rows that need them."""
+        rows = message.rows
+        plan = PassPlan.of(
+            rows,
             page_size=self._cache.page_size,
             heads_per_kv=self._forward.heads_per_kv,
             device=self._forward.device,
         )
-        picks = torch.tensor(self._picks[0] + self._picks[1], dtype=torch.int32, device=plan.tokens.device)
-        views = {group.view for group in groups}
-        stack = self._forward.stack_for(ar=View.AR in views, diffusion=View.DIFFUSION in views)
+        picks = torch.tensor(message.picks, dtype=torch.int32, device=plan.tokens.device)
+        stack = self._forward.stack_for(ar=rows.num_ar > 0, diffusion=rows.num_ar < len(rows.tokens))
         hidden = self._forward.hidden_states(plan, self._cache, picks, stack)
         return self._forward.logits(hidden[plan.logit_rows], stack)

@@ -117,6 +117,16 @@ class PassBuffer:
             self._fields[num_rows] = PassFields.of(self._array, num_rows, self.max_logits)
         return self._fields[num_rows]
 
+    def dump(self, fields: PassFields[np.ndarray]) -> bytes:
+        """The numbers that the pass in the buffer uses."""
+        return self._array[: int(fields.num_used[0])].tobytes()
+
+    def load(self, numbers: bytes) -> PassFields[np.ndarray]:
+        """Fill the buffer with what `dump` gave on another rank, whose buffer has the same size."""
+        found = np.frombuffer(numbers, np.int32)
+        self._array[: len(found)] = found
+        return self.fields(int(PassFields.of(self._array, 0, self.max_logits).num_rows[0]))
+
     def fill(
         self,
         rows: FlatRows,

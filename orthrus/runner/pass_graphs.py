@@ -50,7 +50,7 @@ class PassGraphs:
     """int32 [2 * MAX_RANKS * max_logits]: the picks of the last two passes. Those of the current pass begin at
     `PassFields.first_pick`: the token of each row that needs logits, and then the picks of further ranks."""
     logits: Tensor
-    """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits."""
+    """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits. On rank 0 only."""
     hidden: Tensor
     """[max_logits, hidden_size]: final hidden states of the rows that need logits. Passes of the drafts' own weights write it,
     and passes that run layers and head as two graphs."""
@@ -76,8 +76,12 @@ class PassGraphs:
         config, device = forward.config, forward.device
         self.buffer = torch.zeros(buffer_size, dtype=torch.int32, device=device)
         self.picks = torch.zeros(2 * MAX_RANKS * self._max_logits, dtype=torch.int32, device=device)
+        peers, widths = forward.ranks.peers, forward.shard.vocabulary_widths
         self.hidden = torch.zeros(self._max_logits, config.hidden_size, device=device, dtype=forward.dtype)
-        self.logits = torch.zeros(self._max_logits, config.vocab_size, device=device, dtype=torch.float32)
+        # Of the tokens that this rank's head has.
+        own_logits = self._max_logits, widths[forward.ranks.rank]
+        self._own_logits = torch.zeros(own_logits, device=device, dtype=torch.float32)
+        self.logits = self._own_logits if peers is None else peers.logits
         self._results = torch.empty(workspace.BYTES, device=device, dtype=torch.uint8)
         self._captures = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -180,7 +184,7 @@ class PassGraphs:
         fields = self.fields()
         stack.head.linear_gumbel_argmax(
             hidden,
-            self.logits[:rows],
+            self._own_logits[:rows],
             fields.wants_logits,
             fields.temperatures[:rows],
             fields.noise_keys[:rows],

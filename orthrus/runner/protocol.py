@@ -57,6 +57,17 @@ class ModelRunner(Protocol):
         ...
 
 
+class RankRunner(ModelRunner, Protocol):
+    """A runner for models that several ranks may share. Each rank has one."""
+
+    def follow(self, message: object) -> None:
+        """On all ranks but 0: do this rank's part of what rank 0's runner does.
+
+        message: what that runner told the ranks (`LayerParallelForward.ranks`).
+        """
+        ...
+
+
 class RunnerFactory(Protocol):
     """What the registry names: the runner's class, with these as static methods."""
 
@@ -68,7 +79,7 @@ class RunnerFactory(Protocol):
         max_rows: int,
         max_logits: int,
         max_pages: int,
-    ) -> ModelRunner:
+    ) -> RankRunner:
         """The runner of one model over one cache.
 
         max_rows, max_logits: most rows of a pass, and most that need logits. max_pages: most pages of all block tables of a

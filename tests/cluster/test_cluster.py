@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orthrus.cluster.check import check_config
 from orthrus.cluster.config import ClusterConfig, actor_demand
 from orthrus.errors import ConfigError
 from tests.conftest import ROOT
@@ -35,6 +36,22 @@ def test_what_the_gpu_config_asks_for_fits(cluster: ClusterConfig) -> None:
     assert cluster.placements(actor_demand(args["ingress"]["ray_actor_options"]))
     room = sum(node.max_workers * node.resources["GPU"] for node in cluster.placements(replica))
     assert args["replica"]["autoscaling_config"]["max_replicas"] <= room
+
+
+def test_a_replica_of_several_gpus_is_placed_on_one_node(cluster: ClusterConfig, tmp_path: Path) -> None:
+    """Two GPUs on each of two nodes are no place for four."""
+    path = ROOT / "configs" / "qwen3-72b-4xh100.yaml"
+    replica = actor_demand(
+        yaml.safe_load(path.read_text())["applications"][0]["args"]["replica"]["ray_actor_options"]
+    )
+    assert [node.name for node in cluster.placements(replica)] == ["h100"]
+    assert "2 on a node of type h100" in "\n".join(check_config(path, CLUSTER_FILE))
+    small = yaml.safe_load(CLUSTER_FILE.read_text())
+    small["available_node_types"]["h100"]["resources"]["GPU"] = 2
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(small))
+    with pytest.raises(ConfigError, match=r"no node type of .*small.yaml has 4 CPU, 4 GPU, H100"):
+        list(check_config(path, file))
 
 
 def test_demands() -> None:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from orthrus.kernels.linear.gpu import TritonWeight
 from orthrus.kernels.linear.reference import DenseWeight
-from orthrus.kernels.linear.tiles import num_segments
+from orthrus.kernels.linear.tiles import num_parts
 from orthrus.kernels.linear.types import LinearTiles
 from tests.kernels.interpreted import DTYPES, assert_near, int32, interpreted, keys_of, randn
 
@@ -88,9 +88,9 @@ def test_linear_add_rms_norm_has_one_tree(
         assert torch.equal(few, got[:9])
 
 
-def test_segments_depend_on_the_weight_and_fill_the_gpu() -> None:
+def test_parts_fill_the_gpu() -> None:
     shapes = [(4096, 4096), (4096, 12288), (1024, 2048), (5120, 25600), (8192, 29568)]
-    assert [num_segments(*shape) for shape in shapes] == [2, 2, 2, 2, 1]
+    assert [num_parts(*shape) for shape in shapes] == [2, 2, 2, 2, 1]
 
 
 def test_linear_refuses_rows_that_the_copy_engine_cannot_read() -> None:

@@ -1,0 +1,106 @@
+"""Ranks on one host that exchange tensors through shared memory: those of a CPU.
+
+Each rank has a box for its tensor, and a semaphore from each rank to each other one. To exchange, a rank fills its box, raises
+the semaphores to the others, and waits for theirs. There are two sets of boxes, used in turn. A rank begins an exchange only
+after it has finished the one before it, for which all others have begun that one. So nobody still reads what it overwrites.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Semaphore
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.ranks.ranks import RankError, Ranks
+
+if TYPE_CHECKING:
+    from orthrus.kernels.ranks.peer_memory import PeerSizes
+
+_BOX_BYTES = 8 << 20
+"""A larger tensor is exchanged in several parts."""
+_CHECK_SECONDS = 0.2
+"""How often a rank that waits for another asks whether it is still there."""
+
+
+@dataclass(frozen=True)
+class SharedBoxes:
+    """What the ranks of a model share. A process that is started may be given it."""
+
+    boxes: Tensor
+    """uint8 [2, ranks, bytes]."""
+    filled: Sequence[Sequence[Semaphore]]
+    """By the rank that has filled its box, and the rank that may read it."""
+    store_file: str
+    """Through it GPUs find each other's memory; no such file is there at first."""
+
+    @staticmethod
+    def make(context: BaseContext, size: int) -> "SharedBoxes":
+        """The boxes of `size` ranks."""
+        boxes = torch.zeros(2, size, _BOX_BYTES, dtype=torch.uint8).share_memory_()
+        filled = [[context.Semaphore(0) for _ in range(size)] for _ in range(size)]
+        return SharedBoxes(boxes, filled, os.path.join(tempfile.mkdtemp(prefix="orthrus-"), "ranks"))
+
+
+class Processes(Protocol):
+    """The other processes, as a rank sees them."""
+
+    def check(self) -> None:
+        """Raise `RankError` if one has ended or hangs."""
+        ...
+
+    def tell(self, message: object) -> None:
+        """See `Ranks.tell`."""
+        ...
+
+    def watch(self, on_failure: Callable[[RankError], None]) -> None:
+        """See `Ranks.watch`."""
+        ...
+
+
+class SharedMemoryRanks(Ranks):
+    """See `Ranks`."""
+
+    def __init__(self, rank: int, shared: SharedBoxes, processes: Processes) -> None:
+        self.rank, self.size = rank, len(shared.filled)
+        self._shared, self._processes = shared, processes
+        self._turn = 0
+
+    def tell(self, message: object) -> None:
+        self._processes.tell(message)
+
+    def check(self) -> None:
+        self._processes.check()
+
+    def watch(self, on_failure: Callable[[RankError], None]) -> None:
+        self._processes.watch(on_failure)
+
+    def share_memory(self, device: torch.device, sizes: "PeerSizes") -> None:
+        from orthrus.kernels.ranks.peer_memory import PeerMemory
+
+        self.peers = PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes)
+
+    def exchange(self, own: Tensor) -> list[Tensor]:
+        parts = own.view(-1).split(_BOX_BYTES // own.itemsize)
+        if len(parts) == 1:
+            return [found.view(own.shape) for found in self._exchange(parts[0]).unbind()]
+        # Copied out of the boxes, which the parts behind will use again.
+        found = torch.cat([self._exchange(part).clone() for part in parts], 1)
+        return [every.view(own.shape) for every in found.unbind()]
+
+    def _exchange(self, own: Tensor) -> Tensor:
+        """`exchange` of one dimension that fits a box: [ranks, numbers]."""
+        self._turn ^= 1
+        boxes = self._shared.boxes[self._turn, :, : own.nbytes].view(own.dtype)
+        boxes[self.rank].copy_(own)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for other in others:
+            self._shared.filled[self.rank][other].release()
+        for other in others:
+            while not self._shared.filled[other][self.rank].acquire(timeout=_CHECK_SECONDS):
+                self._processes.check()
+        return boxes

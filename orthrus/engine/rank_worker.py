@@ -1,0 +1,134 @@
+"""What the process of a rank does, on all ranks but rank 0: load its part of the model, and run what rank 0 tells it to."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from orthrus.cache.kv_cache import CopyPages
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.passes import LoadedModel
+from orthrus.engine.sizing import choose_device
+from orthrus.errors import ConfigError
+from orthrus.kernels.ranks import RankError
+from orthrus.kernels.ranks.shared_memory import SharedBoxes, SharedMemoryRanks
+from orthrus.models.checkpoint import with_own_head
+from orthrus.models.config import ModelConfig
+from orthrus.models.shard import Shard
+from orthrus.schedules.protocol import load_schedule
+from orthrus.schedules.registry import SCHEDULES, choose_schedule
+
+BEAT_SECONDS = 0.5
+"""How often a rank shows that it runs."""
+
+
+class LoadWeights(Protocol):
+    """Gives a rank's part of the weights. It must be possible to pickle it."""
+
+    def __call__(self, device: torch.device, dtype: str, *, shard: Shard) -> dict[str, Tensor]:
+        """As `load_weights` of a checkpoint."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """What the process of a rank is given."""
+
+    rank: int
+    config: EngineConfig
+    model: ModelConfig
+    """The whole model."""
+    load: LoadWeights
+    shared: SharedBoxes
+    beats: Tensor
+    """float64 [ranks], in shared memory: when each rank last showed itself, in seconds of the monotonic clock."""
+    threads: int
+    """For a model on a CPU: how many threads the rank may use."""
+
+
+def rank_device(device: str, rank: int) -> torch.device:
+    """The device of a rank: the GPUs that the process sees, in order, or the CPU."""
+    chosen = choose_device(device)
+    return torch.device("cuda", rank) if chosen.type == "cuda" else chosen
+
+
+def check_devices(config: EngineConfig) -> None:
+    """Raise ConfigError if this process does not see the GPUs that `config` asks for, or they can't reach each other's memory."""
+    size = config.tensor_parallel_size
+    if size == 1 or choose_device(config.device).type != "cuda":
+        return
+    if config.dtype == "float64":
+        raise ConfigError(
+            f"dtype float64 runs on one GPU only: set it to bfloat16, or tensor_parallel_size {size} to 1"
+        )
+    if torch.cuda.device_count() < size:
+        raise ConfigError(
+            f"tensor_parallel_size {size} needs {size} GPUs of one host, and this process sees {torch.cuda.device_count()}: "
+            "lower it, or give the replica more GPUs (ray_actor_options.num_gpus)"
+        )
+    apart = [rank for rank in range(1, size) if not torch.cuda.can_device_access_peer(0, rank)]
+    if apart:
+        raise ConfigError(
+            f"GPU 0 can't reach the memory of GPU {apart[0]}, which tensor_parallel_size {size} needs: use a host whose GPUs are "
+            "linked by NVLink, or set tensor_parallel_size to 1"
+        )
+
+
+class _Rank0:
+    """See `Processes`. If rank 0 has gone, the pipe from it is closed, and the process has nothing left to do."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+
+    def check(self) -> None:
+        if os.getppid() != self._parent:
+            raise RankError("rank 0 of the model has ended")
+
+    def tell(self, message: object) -> None:
+        pass
+
+    def watch(self, on_failure: Callable[[RankError], None]) -> None:
+        pass
+
+
+def run_rank(setup: RankSetup, pipe: Connection) -> None:
+    """Run until rank 0 closes the pipe. What goes wrong is told through it, and ends the process."""
+    threading.Thread(target=_beat, args=(setup.beats, setup.rank), daemon=True).start()
+    try:
+        loaded = _load(setup)
+        while True:
+            try:
+                message = pipe.recv()
+            except EOFError:
+                return
+            if isinstance(message, CopyPages):
+                loaded.cache.copy_pages(message.copies)
+            else:
+                loaded.runner.follow(message)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _load(setup: RankSetup) -> LoadedModel:
+    config, model = setup.config, setup.model
+    device = rank_device(config.device, setup.rank)
+    if device.type == "cpu":
+        torch.set_num_threads(setup.threads)
+    ranks = SharedMemoryRanks(setup.rank, setup.shared, _Rank0())
+    weights = setup.load(device, config.dtype, shard=Shard(model, setup.rank, ranks.size))
+    model = with_own_head(model, weights)
+    schedule = load_schedule(SCHEDULES[choose_schedule(config.schedule, model.has_diffusion)])
+    return LoadedModel.build(config, model, weights, ranks, schedule.max_groups)
+
+
+def _beat(beats: Tensor, rank: int) -> None:
+    while True:
+        beats[rank] = time.monotonic()
+        time.sleep(BEAT_SECONDS)

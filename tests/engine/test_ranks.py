@@ -1,0 +1,123 @@
+"""Tensor parallelism on a CPU: several processes share a model, and give the bits of one."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthrus.engine import Engine, EngineConfig
+from orthrus.engine.rank_processes import HANG_SECONDS
+from orthrus.errors import ConfigError
+from orthrus.kernels.ranks import RankError
+from orthrus.requests.request import Request, SamplingParams
+from tests.checkpoints import make_checkpoint
+
+PROMPTS = [[5, 9, 2, 40, 7], [101, 3], list(range(30, 130))]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=24, logprobs=2, ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=3, max_tokens=24, logprobs=0, ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=4, top_p=0.9, max_tokens=16, logprobs=1, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that can be divided among up to 8 ranks, with weights that some ranks can hold in 16 bits and others can't."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("ranks"),
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=1100,
+        heads=16,
+        kv_heads=8,
+        head_dim=64,
+        tie=False,
+        bias=True,
+        noise=0.02,
+        dtype=torch.bfloat16,
+    )
+
+
+def load(checkpoint: Path, size: int, **settings: object) -> Engine:
+    config = {
+        "model": str(checkpoint),
+        "device": "cpu",
+        "tensor_parallel_size": size,
+        "sum_leaves": 8,
+        "kv_cache_tokens": 512,
+        "max_num_seqs": 4,
+        "prefill_chunk": 32,
+        "adaptive_draft": False,
+    }
+    return Engine.from_pretrained(EngineConfig.model_validate(config | settings))
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    gc.collect()
+    torch.set_num_threads(before)
+
+
+def results(engine: Engine) -> tuple[list[object], float]:
+    """Tokens and logprobs of each request, and tokens per cycle."""
+    completions = [found for [found] in engine.generate(PROMPTS, PARAMS)]
+    stats = engine.stats
+    return [(c.token_ids, c.logprobs) for c in completions], stats.committed / stats.cycles
+
+
+def run_to_the_end(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_tree": 8}, {"draft_weights": "fp8"}], ids=str)
+def test_two_ranks_give_the_bits_of_one(checkpoint: Path, settings: dict[str, object]) -> None:
+    """Chains, trees whose pages are copied on all ranks, and drafts with weights of their own."""
+    alone, expected = results(load(checkpoint, 1, **settings))
+    shared, tokens_per_cycle = results(load(checkpoint, 2, **settings))
+    assert shared == alone
+    assert tokens_per_cycle > 1.5
+    if not settings.get("draft_weights"):
+        assert tokens_per_cycle == expected
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_more_ranks_give_the_bits_of_one(checkpoint: Path, size: int) -> None:
+    alone, expected = results(load(checkpoint, 1))
+    assert results(load(checkpoint, size)) == (alone, expected)
+    assert expected > 1.5
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"), [(signal.SIGKILL, "killed by signal 9"), (signal.SIGSTOP, "stopped")]
+)
+def test_a_rank_that_ends_or_stops_ends_the_engine(checkpoint: Path, sign: signal.Signals, said: str) -> None:
+    engine = load(checkpoint, 2, max_model_len=512)
+    engine.submit(
+        Request("long", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
+    )
+    engine.step()
+    [process] = multiprocessing.active_children()
+    assert process.pid is not None
+    os.kill(process.pid, sign)
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=rf"rank 1 .* {said}"):
+        run_to_the_end(engine)
+    assert time.monotonic() - begin < HANG_SECONDS + 1
+
+
+def test_what_a_model_cannot_be_divided_among_is_refused(checkpoint: Path, tiny_orthrus: Path) -> None:
+    with pytest.raises(ConfigError, match=r"can't be shared by 8 ranks, .*: set .* to 1$"):
+        load(tiny_orthrus, 4)
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel_size 4 needs sums of 4 leaves, .* set sum_leaves to 4"
+    ):
+        load(checkpoint, 4, sum_leaves=2)
