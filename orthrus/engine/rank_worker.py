@@ -22,7 +22,7 @@ from orthrus.models.checkpoint import with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
 from orthrus.schedules.protocol import load_schedule
-from orthrus.schedules.registry import SCHEDULES, choose_schedule
+from orthrus.schedules.registry import SCHEDULES
 
 BEAT_SECONDS = 0.5
 """How often a rank shows that it runs."""
@@ -124,7 +124,7 @@ def _load(setup: RankSetup) -> LoadedModel:
     ranks = SharedMemoryRanks(setup.rank, setup.shared, _Rank0())
     weights = setup.load(device, config.dtype, shard=Shard(model, setup.rank, ranks.size))
     model = with_own_head(model, weights)
-    schedule = load_schedule(SCHEDULES[choose_schedule(config.schedule, model.has_diffusion)])
+    schedule = load_schedule(SCHEDULES[config.schedule_for(model)])
     return LoadedModel.build(config, model, weights, ranks, schedule.max_groups)
 
 
