@@ -14,13 +14,18 @@ _NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
 
 @triton.jit
-def raise_flags(flags, place, number, rank, SIZE: tl.constexpr):
-    """Tell every other rank, at `place` of its flags, that what this program has written there is complete."""
+def raise_flags(flags, place, number, rank, late, SIZE: tl.constexpr):
+    """Tell every other rank, at `place` of its flags, that what this program has written there is complete.
+
+    late: the first number of `PeerMemory.status`. A rank that has waited in vain computes nonsense, so it raises no more flags:
+    the others then wait for it in vain, and all know.
+    """
     tl.debug_barrier()
-    for peer in tl.static_range(SIZE):
-        if peer != rank:
-            flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(flag + place, number, sem="release", scope="sys")
+    if late == 0:
+        for peer in tl.static_range(SIZE):
+            if peer != rank:
+                flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
+                tl.atomic_xchg(flag + place, number, sem="release", scope="sys")
 
 
 @triton.jit
@@ -55,6 +60,7 @@ def exchange_row(
 
     node: this rank's, float32 at `place`, where `inside`. rows, width: of the mailbox. Every program has a row of its own.
     """
+    late = tl.load(status, volatile=True)
     number = tl.load(counts + row) + 1
     turn = (number % 2).to(tl.int64) * SIZE
     goal = ((turn + rank) * rows + row) * width + place
@@ -62,7 +68,7 @@ def exchange_row(
         # Aligned, so that a thread writes and reads several numbers at once.
         box = tl.multiple_of(tl.load(boxes + peer).to(tl.pointer_type(tl.float32)), 16)
         tl.store(box + goal, node, mask=inside & (peer != rank))
-    raise_flags(flags, rank * rows + row, number, rank, SIZE)
+    raise_flags(flags, rank * rows + row, number, rank, late, SIZE)
     own_flags = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
     for peer in tl.static_range(SIZE):
         if peer != rank:
@@ -119,6 +125,7 @@ def _pick_kernel(
     value = tl.load(values + row * blocks + place, mask=place < blocks, other=float("-inf"))
     best, place = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
     token = tl.load(indices + row * blocks + place)
+    late = tl.load(status, volatile=True)
     number = tl.load(counts + row) + 1
     turn = (number % 2) * SIZE
     goal = ((turn + rank) * rows + row) * 2
@@ -126,7 +133,7 @@ def _pick_kernel(
         box = tl.load(boxes + peer).to(tl.pointer_type(tl.int32)) + goal
         tl.store(box, best.to(tl.int32, bitcast=True))
         tl.store(box + 1, token)
-    raise_flags(flags, rank * rows + row, number, rank, SIZE)
+    raise_flags(flags, rank * rows + row, number, rank, late, SIZE)
     own_flags = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
     for peer in tl.static_range(SIZE):
         if peer != rank:
@@ -163,8 +170,10 @@ def _send_logits_kernel(
         tl.store(goal + row * vocab + first_token + column, value, mask=column < width)
 
 
-@triton.jit
-def _send_picks_kernel(picks, boxes, flags, sent, first, count, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["first", "count"])
+def _send_picks_kernel(
+    picks, boxes, flags, sent, status, first, count, BLOCK: tl.constexpr, SIZE: tl.constexpr
+):
     for at in range(0, count, BLOCK):
         place = at + tl.arange(0, BLOCK)
         token = tl.load(picks + first + place, mask=place < count)
@@ -172,11 +181,11 @@ def _send_picks_kernel(picks, boxes, flags, sent, first, count, BLOCK: tl.conste
             box = tl.load(boxes + peer).to(tl.pointer_type(tl.int32))
             tl.store(box + place, token, mask=place < count)
     number = tl.load(sent) + 1
-    raise_flags(flags, 0, number, 0, SIZE)
+    raise_flags(flags, 0, number, 0, tl.load(status), SIZE)
     tl.store(sent, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "first", "count"])
 def _receive_picks_kernel(picks, boxes, flags, sent, status, rank, first, count, BLOCK: tl.constexpr):
     number = tl.load(sent) + 1
     wait_for(tl.load(flags + rank).to(tl.pointer_type(tl.int32)), number, status, 0)
@@ -222,8 +231,8 @@ def send_picks(peers: PeerMemory, picks: Tensor, first: int, count: int) -> None
     Between two calls there must be a pass, which all ranks take part in.
     """
     _send_picks_kernel[(1,)](
-        picks, peers.picks_box, peers.picks_flag, peers.picks_sent, first, count, BLOCK=1024, SIZE=peers.size
-    )
+        picks, peers.picks_box, peers.picks_flag, peers.picks_sent, peers.status, first, count, BLOCK=1024, SIZE=peers.size
+    )  # fmt: skip
 
 
 def receive_picks(peers: PeerMemory, picks: Tensor, first: int, count: int) -> None:

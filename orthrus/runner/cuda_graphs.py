@@ -51,10 +51,15 @@ class _Launched:
 
     def picks(self) -> list[int]:
         self.done.synchronize()
-        if late := int(self.host_status[0]):
-            self.ranks.check()  # Which knows more, if the rank has ended.
-            raise RankError(f"rank {late - 1} of the model did not take part in a pass: see its log")
+        _check(self.host_status, self.ranks)
         return self.host.tolist()
+
+
+def _check(host_status: Tensor, ranks: Ranks) -> None:
+    """Raise RankError if a rank did not take part in a pass. host_status: see `_Launched`."""
+    if late := int(host_status[0]):
+        ranks.check()  # Which knows more, if the rank has ended.
+        raise RankError(f"rank {late - 1} of the model did not take part in a pass: see its log")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,9 @@ class CudaGraphRunner:
         # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
         self._head = self.graphs.fields()
         if self._peers is not None:
+            self._exchange_picks(0, 1)  # Which compiles the kernels for that.
+            torch.cuda.synchronize(device)
+            self._ranks.least(0)  # Wait for the others.
             self._peers.start()
 
     @staticmethod
@@ -170,7 +178,7 @@ class CudaGraphRunner:
         if adjusted:
             self._pick_adjusted(rows, first_pick)
         if self._peers is not None and (adjusted or num_picks > count):
-            send_picks(self._peers, self.graphs.picks, first_pick, num_picks)
+            self._exchange_picks(first_pick, num_picks)
             self._ranks.tell(ReceivePicks(first_pick, num_picks))
         host = self._host_picks[self._side][:num_picks]
         self._downloads.wait_stream(torch.cuda.current_stream())
@@ -185,14 +193,22 @@ class CudaGraphRunner:
     def follow(self, message: object) -> None:
         assert self._peers is not None, "there are several ranks"
         if isinstance(message, ReceivePicks):
-            receive_picks(self._peers, self.graphs.picks, message.first, message.count)
+            self._exchange_picks(message.first, message.count)
             return
         assert isinstance(message, RunBuffer)
         self._side ^= 1
         self._uploaded[self._side].synchronize()
+        _check(self._host_status, self._ranks)
         fields = self._host_buffers[self._side].load(message.numbers)
         self._run(fields)
+        self._host_status.copy_(self._peers.status, non_blocking=True)
         self._uploaded[self._side].record()
+
+    def _exchange_picks(self, first: int, count: int) -> None:
+        """Give rank 0's picks to the other ranks, which have only picked without adjustments. Each rank calls this."""
+        assert self._peers is not None, "there are several ranks"
+        exchange = send_picks if self._peers.rank == 0 else receive_picks
+        exchange(self._peers, self.graphs.picks, first, count)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
