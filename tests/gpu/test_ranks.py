@@ -9,7 +9,7 @@ import torch
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from orthrus.engine import Engine, EngineConfig
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
@@ -49,7 +49,7 @@ def _exchange(rank: int, store_file: str) -> None:
 
 
 def test_the_exchange_adds_as_one_gpu_does(tmp_path: Path) -> None:
-    multiprocessing.spawn(_exchange, (str(tmp_path / "ranks"),), nprocs=2)
+    spawn(_exchange, (str(tmp_path / "ranks"),), nprocs=2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}], ids=str)
