@@ -17,6 +17,8 @@ from orthrus.deployments.operations.decisions import note_decision
 
 logger = logging.getLogger("ray.serve")
 
+_WORDS = {"row_use": "rows used", "kv_use": "KV cache used"}
+
 
 class Decision(NamedTuple):
     """Replicas wanted, before Serve's delays and bounds; which rule said so, and a sentence for the log."""
@@ -70,7 +72,12 @@ class EngineLoadPolicy:
         signals = ctx.aggregated_metrics or {}
         if running == 0:
             # Serve itself starts the first replica when a request comes.
-            return Decision(ctx.target_num_replicas, "starting", "no replica runs")
+            reason = (
+                "the first replica starts"
+                if ctx.target_num_replicas
+                else "a request will start the first replica"
+            )
+            return Decision(ctx.target_num_replicas, "starting", reason)
         if not signals.get("row_use"):
             return Decision(ctx.target_num_replicas, "starting", "no replica has reported yet")
         if ctx.total_num_requests == 0 and not any(signals["row_use"].values()):
@@ -81,8 +88,9 @@ class EngineLoadPolicy:
         for name, target in self._targets.items():
             # Replicas of another version may not report a signal. Then nothing follows from it.
             if values := list(signals.get(name, {}).values()):
-                reason = f"{name} {sum(values) / len(values):.2f} on average, target {target:.2f}"
-                calls.append(Decision(sum(values) / target, name, reason))
+                use, needed = sum(values) / len(values), sum(values) / target
+                reason = f"{_WORDS[name]} {use:.1%}, target {target:.0%}: needs {needed:.2f} replicas"
+                calls.append(Decision(needed, name, reason))
         # A queue in some replicas only needs no other one: new requests go elsewhere, and those in it stay.
         wait = min(signals.get("queue_wait", {}).values(), default=0.0)
         if wait > self._max_queue_wait:

@@ -2,7 +2,7 @@
 
 from ray.serve.metrics import Counter, Histogram
 
-_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -13,7 +13,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     ),
     "e2e_request_latency_seconds": (
         "From the arrival of a request to its end",
-        (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600),
+        (0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 60, 120, 300, 600),
     ),
     "request_queue_time_seconds": ("Time that a choice waited in an engine's queue", (0.001, *_SECONDS)),
     "request_prompt_tokens": ("Tokens of a request's prompts", _TOKENS),

@@ -1,5 +1,6 @@
 """What the HTTP API tells of itself: `/openapi.json`, and `/docs`, a page that needs no script and no other host."""
 
+import json
 from html import escape
 from importlib.metadata import version
 from typing import Any
@@ -72,7 +73,9 @@ _ERROR = _object(
 )
 _STREAMED = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
 _STYLE = (
-    "body{font:16px sans-serif;max-width:60em;margin:2em auto}code,pre{background:#eee;padding:.1em .3em}"
+    ":root{color-scheme:light dark}body{font:16px/1.6 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "h2{overflow-wrap:anywhere}code{padding:.1em .3em;border-radius:4px}"
+    "code{background:color-mix(in srgb,currentColor 12%,transparent)}"
 )
 
 router = APIRouter()
@@ -87,7 +90,8 @@ async def openapi_json(request: HTTPRequest) -> dict[str, Any]:
 @router.get("/docs")
 async def docs(request: HTTPRequest) -> HTMLResponse:
     """The routes as a page."""
-    return HTMLResponse(docs_page(openapi_document(request.app)))
+    has_page = any(getattr(route, "path", None) == "/" for route in request.app.routes)
+    return HTMLResponse(docs_page(openapi_document(request.app), has_page))
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
@@ -121,9 +125,12 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": schema}}}
 
 
-def docs_page(document: dict[str, Any]) -> str:
-    """A page of all routes, and of the fields of their bodies."""
-    parts = [f"<title>{escape(document['info']['title'])}</title><style>{_STYLE}</style>"]
+def docs_page(document: dict[str, Any], has_page: bool) -> str:
+    """A page of all routes, and of the fields of their bodies. has_page: whether there is a page to go back to."""
+    parts = ['<meta name="viewport" content="width=device-width, initial-scale=1">']
+    parts.append(f"<title>{escape(document['info']['title'])}</title><style>{_STYLE}</style>")
+    if has_page:
+        parts.append('<p><a href="./">Back to the page</a></p>')
     parts.append(f"<h1>{escape(document['info']['title'])} {escape(document['info']['version'])}</h1>")
     parts.append('<p>The same for programs: <a href="openapi.json">openapi.json</a></p>')
     for path, operations in document["paths"].items():
@@ -138,10 +145,27 @@ def docs_page(document: dict[str, Any]) -> str:
 def _fields(schema: dict[str, Any]) -> str:
     required = set(schema.get("required", ()))
     rows = [
-        f"<li><code>{escape(name)}</code>{' (required)' if name in required else ''}: {escape(_kind(field))}</li>"
+        f"<li><code>{escape(name)}</code>{' (required)' if name in required else ''}: {escape(_kind(field))}"
+        f"{escape(_limits(field))}</li>"
         for name, field in schema["properties"].items()
     ]
     return f"<ul>{''.join(rows)}</ul>"
+
+
+def _limits(field: dict[str, Any]) -> str:
+    """A field's range and default, where it has them."""
+    bounds = {name: value for kind in (field, *field.get("anyOf", ())) for name, value in kind.items()}
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "over",
+        "maximum": "at most",
+        "exclusiveMaximum": "under",
+        "default": "default",
+    }
+    told = [
+        f"{word} {json.dumps(bounds[name])}" for name, word in words.items() if bounds.get(name) is not None
+    ]
+    return "".join(f", {limit}" for limit in told)
 
 
 def _kind(field: dict[str, Any]) -> str:

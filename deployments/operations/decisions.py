@@ -12,14 +12,20 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initiali
 
 _PREFIX = "orthrus/decisions"
 _KEPT = 20
+"""Of each kind."""
 
 
 def note_decision(application: str, deployment: str, decision: dict[str, Any]) -> None:
-    """Add a decision, a dict of JSON values, with the time. Where no Ray runs, nobody is told."""
+    """Add a decision, a dict of JSON values with its `kind`, and the time. Where no Ray runs, nobody is told."""
     if not _internal_kv_initialized():
         return
-    kept = [*read_decisions(application, deployment), {"at": time.time(), **decision}]
-    _internal_kv_put(_key(application, deployment), json.dumps(kept[-_KEPT:]).encode())
+    known = [*read_decisions(application, deployment), {"at": time.time(), **decision}]
+    # A policy that wavers between two numbers must not push out what was really scaled.
+    kept: list[dict[str, Any]] = []
+    for one in reversed(known):
+        if sum(other["kind"] == one["kind"] for other in kept) < _KEPT:
+            kept.insert(0, one)
+    _internal_kv_put(_key(application, deployment), json.dumps(kept).encode())
 
 
 def read_decisions(application: str, deployment: str) -> list[dict[str, Any]]:

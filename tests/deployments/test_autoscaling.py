@@ -142,13 +142,13 @@ def test_decisions_are_logged_once_with_their_reason(caplog: pytest.LogCaptureFi
             logging.getLogger("ray.serve").removeHandler(caplog.handler)
     lines = list(dict.fromkeys(record.getMessage() for record in caplog.records))
     assert [line.split(": ", 1)[1] for line in lines] == [
-        "1 replicas run, target 1, wanted 1: row_use 0.40 on average, target 0.50",
-        "1 replicas run, target 1, wanted 2: row_use 0.90 on average, target 0.50",
-        "scaled up from 1 to 2: row_use 0.95 on average, target 0.50",
-        "scaled down from 2 to 0: row_use 0.90 on average, target 0.50",
-        "0 replicas run, target 0, wanted 0: no replica runs",
+        "1 replicas run, target 1, wanted 1: rows used 40.0%, target 50%: needs 0.80 replicas",
+        "1 replicas run, target 1, wanted 2: rows used 90.0%, target 50%: needs 1.80 replicas",
+        "scaled up from 1 to 2: rows used 95.0%, target 50%: needs 1.90 replicas",
+        "scaled down from 2 to 0: rows used 90.0%, target 50%: needs 1.80 replicas",
+        "0 replicas run, target 0, wanted 0: a request will start the first replica",
         "scaled up from 0 to 1: a request came while no replica ran",
-        "0 replicas run, target 1, wanted 1: no replica runs",
+        "0 replicas run, target 1, wanted 1: the first replica starts",
     ]
 
 

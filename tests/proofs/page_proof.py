@@ -3,10 +3,13 @@
 It needs Chromium and Playwright, says so where one is missing, and installs neither. axe-core comes from npm into .cache/.
 """
 
+import asyncio
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from orthrus.deployments.access.keys import new_key
 from orthrus.engine import Engine
 from orthrus.requests.request import SamplingParams
-from tests.local_cluster import ROOT, App, local_cluster, wait_for
+from tests.local_cluster import ROOT, App, Clients, local_cluster, tiny_args, wait_for
 from tests.proofs.browser import Tab, axe_source, chromium
 from tests.serving import plain
 
@@ -80,10 +83,13 @@ def test_an_answer_comes_in_blocks_and_again(tab: Tab, ar: Engine) -> None:
     tab.page.click("#again")
     tab.wait_for_text("#play-status", f"equal, 0 of {len(expected)} characters differ")
     assert tab.text("#answer") == PROMPT + expected
+    tab.page.fill("#prompt", "Another prompt, which the answer is not to.")
     tab.page.click("#replay")
     tab.page.click("#stop")
     tab.page.wait_for_selector("#replay:enabled")
     assert tab.text("#answer") == PROMPT + expected
+    tab.page.click("#again")
+    tab.wait_for_text("#play-status", f"equal, 0 of {len(expected)} characters differ")
 
 
 def test_a_seed_is_honoured_and_a_chat_is_streamed(tab: Tab, ar: Engine) -> None:
@@ -91,6 +97,9 @@ def test_a_seed_is_honoured_and_a_chat_is_streamed(tab: Tab, ar: Engine) -> None
     run(tab, temperature="1", seed="7", max_tokens="40")
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=40)
     assert tab.text("#answer") == PROMPT + plain(ar, PROMPT, params)
+    tab.page.fill("#seed", "")
+    run(tab, temperature="1", max_tokens="12")
+    assert re.search(r'"seed":\d+', tab.text("#snippet")), "the program gives the text that is shown"
     tab.page.check("input[name=mode][value=chat]")
     run(tab, "Write a function that adds two numbers.", temperature="0")
     assert "token" in tab.text("#play-status") and tab.text("#answer").strip()
@@ -142,7 +151,43 @@ def test_a_lost_replica_is_seen_to_leave_and_another_to_come(tab: Tab, app: App)
     mine.filter(has_text="has left").wait_for()
     tab.page.wait_for_selector("#replicas tbody tr.new")
     wait_for(lambda: len(app.running()) == 2, what="two replicas run again")
-    tab.wait_for_text("#cluster-state", "2 running")
+    tab.wait_for_text("#cluster-state", "2 replicas run")
+
+
+def test_scaling_is_seen_with_its_reason(browser: Any, app: App) -> None:
+    busy = App("busy", f"{app.url}/busy")
+    scaling = {
+        **tiny_args()["replica"]["autoscaling_config"],
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "metrics_interval_s": 0.5,
+        "look_back_period_s": 2,
+        "upscale_delay_s": 1,
+    }
+    busy.deploy(engine={"max_num_seqs": 4}, replica={**_SMALL, "autoscaling_config": scaling}, ingress=_SMALL)
+    seen = threading.Event()
+
+    async def load() -> list[str]:
+        clients = Clients(busy.completions, PROMPT, 64)
+        clients.start(12)
+        await asyncio.to_thread(seen.wait, 180)
+        await clients.stop()
+        return clients.errors
+
+    # In a thread of its own, because Playwright's loop runs in this one.
+    with Tab.opened(browser, busy.url) as tab, ThreadPoolExecutor() as pool:
+        tab.open("cluster")
+        loaded = pool.submit(asyncio.run, load())
+        try:
+            tab.wait_for_text("#decisions", "Scaled from 1 to 2")
+            tab.wait_for_text("#cluster-state", "2 replicas run")
+        finally:
+            seen.set()
+        [reason] = re.findall(r"Scaled from 1 to 2: (.*)", tab.page.inner_text("#decisions"))
+        assert re.match(
+            r"rows used [\d.]+%, target \d+%: needs [\d.]+ replicas|requests (have waited|wait) ", reason
+        )
+        assert loaded.result() == []
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, app: App, tmp_path: Path) -> None:
@@ -173,6 +218,7 @@ def test_a_server_that_is_away_is_said_to_be(tab: Tab) -> None:
     tab.page.context.set_offline(True)
     tab.page.click("#run")
     tab.wait_for_text("#trouble:visible", "The server does not answer")
+    tab.wait_for_text("#play-status", "The server does not answer")
     tab.page.context.set_offline(False)
     tab.expect_failed_loads()
     run(tab, max_tokens="8")

@@ -111,7 +111,15 @@ export class Answer {
 
   /** Tokens a second, from the first token to the last. */
   get speed() {
-    return this.tokens > 1 && this.last > this.first ? ((this.tokens - 1) * 1000) / (this.last - this.first) : null;
+    return this.until(Infinity).speed;
+  }
+
+  /** The tokens that had come after so many milliseconds, and their speed. */
+  until(time) {
+    const come = this.pieces.filter((piece) => piece.at <= time);
+    const tokens = come.reduce((sum, piece) => sum + piece.count, 0);
+    const spent = tokens > 1 ? come.at(-1).at - this.first : 0;
+    return { tokens, speed: spent > 0 ? ((tokens - 1) * 1000) / spent : null };
   }
 
   /** The pieces of a cycle, from 1. */

@@ -1,7 +1,7 @@
 // The cluster as it breathes: one stream of events while the view is open, and nothing else.
 import { call, events } from "./api.js";
 import { byId, el } from "./dom.js";
-import { duration, number, plural } from "./format.js";
+import { number, plural, roughly } from "./format.js";
 import { Plot } from "./plot.js";
 import { quantile, Rates, since } from "./rates.js";
 
@@ -9,12 +9,14 @@ const RETRY_MS = 3000;
 const REMEMBER_GONE_S = 20;
 const NEW_S = 20;
 const LATENCIES = [["first_token", "First token"], ["inter_token", "Between tokens"], ["whole", "Whole answer"]];
+const SHARES = [0.5, 0.95, 0.99];
 const WINDOW_METRICS = 6; // Of the metrics, which come every ten seconds: a minute.
 
 export class ClusterView {
   #stream = null;
   #rates = new Rates();
   #rows = new Map(); // By replica: {row, seen, since, gone}.
+  #starting = null; // {row, since} while replicas start.
   #metrics = [];
   #latest = {};
   #plots = {
@@ -29,8 +31,6 @@ export class ClusterView {
   constructor(tell) {
     this.tell = tell;
     byId("plots").replaceChildren(...Object.values(this.#plots).map((plot) => plot.figure));
-    this.#showDecisions([]);
-    this.#showLatencies();
   }
 
   open() {
@@ -76,10 +76,28 @@ export class ClusterView {
   #showState() {
     const { deployment, replicas } = this.#latest;
     if (!deployment) return;
-    const states = Object.entries(deployment.replicas).map(([state, count]) => `${count} ${state.toLowerCase()}`);
+    const { RUNNING: running = 0, ...others } = deployment.replicas;
+    const states = [`${plural(running, "replica")} run${running === 1 ? "s" : ""}`,
+      ...Object.entries(others).map(([state, count]) => `${count} ${state.toLowerCase()}`)];
+    const told = running || states.length > 1 ? states.join(", ") : "no replica runs; the next request starts one";
+    const status = deployment.status[0] + deployment.status.slice(1).toLowerCase();
+    this.#showStarting(others.STARTING ?? 0);
     const ours = replicas === null ? " The configured request router does not share the replicas' reports." : "";
     byId("cluster-state").textContent =
-      `${deployment.status.toLowerCase()}: ${states.length ? `replicas ${states.join(", ")}` : "no replicas; the next request starts one"}. ${deployment.message}${ours}`.trim();
+      `${status}: ${told}. ${deployment.message}${ours}`.trim();
+  }
+
+  /** A row that says how many replicas are starting, and since when. */
+  #showStarting(count) {
+    this.#starting?.row.remove();
+    if (!count) {
+      this.#starting = null;
+      return;
+    }
+    const since = this.#starting?.since ?? new Date().toLocaleTimeString();
+    const row = el("tr", {}, el("th", { scope: "row" }, count === 1 ? "1 more" : `${count} more`), el("td", { colSpan: 7 }, `starting, seen since ${since}`));
+    this.#starting = { row, since };
+    byId("replicas").tBodies[0].append(row);
   }
 
   #showReplicas(replicas, at) {
@@ -145,11 +163,13 @@ export class ClusterView {
       list.replaceChildren(el("li", {}, "No decision yet. A number of replicas that is fixed in the config never changes."));
       return;
     }
-    list.replaceChildren(...[...decisions].reverse().map((decision) => {
-      const at = new Date(decision.at * 1000);
-      const what = decision.kind === "scaled"
-        ? `Scaled from ${decision.before} to ${decision.replicas}`
-        : `Wants ${plural(decision.replicas, "replica")}, ${decision.before} run${decision.before === 1 ? "s" : ""}`;
+    list.replaceChildren(...runs(decisions).reverse().map((run) => {
+      const decision = run.at(-1);
+      const at = new Date(run[0].at * 1000);
+      const counts = [...new Set(run.map(({ replicas }) => replicas))].sort((a, b) => a - b);
+      let what = `Wants ${plural(decision.replicas, "replica")}, ${decision.before} run${decision.before === 1 ? "s" : ""}`;
+      if (decision.kind === "scaled") what = `Scaled from ${decision.before} to ${decision.replicas}`;
+      else if (run.length > 2) what = `Wavered between ${counts[0]} and ${counts.at(-1)} for ${number(decision.at - run[0].at)} s; now wants ${decision.replicas}`;
       return el("li", {}, el("time", { dateTime: at.toISOString() }, at.toLocaleTimeString()),
         el("span", { class: decision.kind }, what), `: ${decision.reason}`);
     }));
@@ -161,15 +181,19 @@ export class ClusterView {
     const body = el("tbody", {});
     for (const [field, title] of LATENCIES) {
       const buckets = now ? since(now[field], before?.[field]) : [];
-      const cells = [0.5, 0.95, 0.99].map((q) => quantile(buckets, q)).map((s) => el("td", {}, s == null ? "–" : duration(1000 * s)));
-      body.append(el("tr", {}, el("th", { scope: "row" }, title), ...cells));
+      const count = buckets.at(-1)?.[1] ?? 0;
+      // A percentile needs observations on both of its sides.
+      const cells = SHARES.map((share) => (count * (1 - share) < 1 ? null : quantile(buckets, share)));
+      body.append(el("tr", {}, el("th", { scope: "row" }, title), ...cells.map((s) => el("td", {}, s == null ? "–" : roughly(1000 * s)))));
     }
     const head = el("thead", {}, el("tr", {}, ...["", "half within", "95 % within", "99 % within"].map((text) => (text ? el("th", { scope: "col" }, text) : el("td", {})))));
-    const ended = Object.entries(now?.outcomes ?? {}).map(([outcome, count]) => `${number(count)} ${outcome}`);
+    const { ok = 0, cancelled = 0, ...failures } = now?.outcomes ?? {};
+    const failed = Object.values(failures).reduce((a, b) => a + b, 0);
+    const ended = `${number(ok)} answered, ${number(cancelled)} cancelled by their clients, ${number(failed)} refused or failed`;
     const span = before ? `the last ${10 * (this.#metrics.length - 1)} seconds` : "the time since the server's start";
     byId("latencies").replaceChildren(
       el("div", { class: "scroll", role: "region", tabIndex: 0, "aria-labelledby": "latency-title" }, el("table", {}, head, body)),
-      el("p", { class: "hint" }, `Of ${span}; updated every 10 seconds. Requests since the start: ${ended.join(", ") || "none"}.`));
+      el("p", { class: "hint" }, `Of ${span}; updated every 10 seconds. About, from histograms. Requests since the start: ${ended}.`));
   }
 }
 
@@ -182,9 +206,19 @@ function figures(capacity, stats, grown) {
     running: stats.running,
     waiting: stats.waiting,
     speed: change ? change.committed / grown.seconds : null,
-    perCycle: change?.cycles ? change.committed / change.cycles : stats.cycles ? stats.committed / stats.cycles : null,
+    perCycle: change?.cycles ? change.committed / change.cycles : null,
     hits: stats.prompt_tokens ? stats.prefix_hit_tokens / stats.prompt_tokens : null,
   };
+}
+
+/** Decisions in groups: each that scaled is one, and so are all between two of them, where the policy only wavered. */
+function runs(decisions) {
+  const groups = [];
+  for (const decision of decisions) {
+    if (decision.kind === "wanted" && groups.at(-1)?.[0].kind === "wanted") groups.at(-1).push(decision);
+    else groups.push([decision]);
+  }
+  return groups;
 }
 
 const share = (value, label) =>

@@ -7,7 +7,7 @@ import { startPlayground } from "./playground.js";
 import { startRace } from "./race.js";
 
 const VIEWS = ["playground", "race", "cluster"];
-const TITLES = { playground: "Orthrus: several tokens per forward pass", race: "Orthrus: race", cluster: "Orthrus: cluster" };
+const TITLES = { playground: "Orthrus: several tokens at a time", race: "Orthrus: race", cluster: "Orthrus: cluster" };
 
 /** Show what went wrong, or with null that nothing is wrong any more. */
 function tell(error) {
@@ -37,8 +37,8 @@ async function start() {
   try {
     const model = await (await call("page/model")).json();
     byId("model").textContent = model.model;
-    startPlayground(model, tell);
-    startRace(model, tell);
+    const playground = startPlayground(model, tell);
+    startRace(model, tell, playground.stop);
   } catch (error) {
     tell(error);
   }

@@ -17,6 +17,7 @@ const PATHS = { completion: "v1/completions", chat: "v1/chat/completions" };
 
 export function startPlayground(model, tell) {
   let answer = null;
+  let sent = null; // What the answer is to: {path, request, prompt}.
   let running = null; // The AbortController of what runs.
   let language = "curl";
   const view = new AnswerView(byId("answer"), (place) => {
@@ -44,8 +45,8 @@ export function startPlayground(model, tell) {
     return request;
   }
 
-  function scored(request) {
-    const scores = mode() === "chat" ? { logprobs: true, top_logprobs: ALTERNATIVES } : { logprobs: ALTERNATIVES };
+  function scored({ path, request }) {
+    const scores = path === PATHS.chat ? { logprobs: true, top_logprobs: ALTERNATIVES } : { logprobs: ALTERNATIVES };
     return { ...request, ...scores, return_drafts: true };
   }
 
@@ -55,6 +56,7 @@ export function startPlayground(model, tell) {
     byId("n-first").textContent = duration(answer?.first ?? null);
     byId("n-tokens").textContent = answer ? number(answer.tokens) : "–";
     byId("n-passes").textContent = answer ? number(answer.passes) : "–";
+    byId("n-plain").textContent = answer?.cost ? `plain decoding: ${number(answer.tokens - 1)}` : "";
   }
 
   const draw = onceAFrame(() => {
@@ -66,7 +68,10 @@ export function startPlayground(model, tell) {
 
   function showSnippet() {
     const root = new URL(".", document.baseURI).href.replace(/\/$/, "");
-    byId("snippet").textContent = snippet(language, root, PATHS[mode()], body(), Boolean(key()));
+    const request = body();
+    // The seed that was drawn for the answer on show: the program gives the same text.
+    if (request.temperature > 0 && sent?.path === PATHS[mode()]) request.seed ??= answer?.cost?.seed;
+    byId("snippet").textContent = snippet(language, root, PATHS[mode()], request, Boolean(key()));
   }
 
   function enable() {
@@ -75,20 +80,20 @@ export function startPlayground(model, tell) {
     for (const id of ["again", "replay"]) byId(id).disabled = Boolean(running) || !answer?.pieces.length;
   }
 
-  const shownPrompt = () => (mode() === "chat" ? "" : byId("prompt").value);
-
-  async function send(request) {
+  async function send(asked) {
     running = new AbortController();
     answer = null;
-    view.clear(shownPrompt());
+    sent = asked;
+    view.clear(sent.prompt);
     drafts.clear();
     byId("inspector").replaceChildren("Point at a token, or press an arrow key in the answer, to see what else could have stood there.");
     byId("play-status").textContent = "Waiting for the first token…";
     tell(null);
     enable();
     showNumbers();
+    document.querySelector(".result").scrollIntoView({ block: "nearest" });
     try {
-      await run(PATHS[mode()], scored(request), running.signal, (grown) => {
+      await run(sent.path, scored(sent), running.signal, (grown) => {
         if (!answer) byId("play-status").textContent = "Writing…";
         answer = grown;
         draw();
@@ -99,27 +104,29 @@ export function startPlayground(model, tell) {
       byId("play-status").textContent = summary(answer);
     } catch (error) {
       tell(error);
-      byId("play-status").textContent = "The request failed.";
+      byId("play-status").textContent = `The request failed: ${error.message}`;
     } finally {
       running = null;
       enable();
+      showSnippet();
     }
   }
 
   async function sameAgain() {
     const before = answer;
-    const request = { ...body(), seed: before.cost?.seed ?? body().seed };
-    await send(request);
+    const request = { ...sent.request, seed: before.cost?.seed ?? sent.request.seed };
+    await send({ ...sent, request });
     if (!answer?.cost || before.stopped) return;
     const { equal, count } = compare(before.text, answer.text);
     byId("play-status").textContent = equal
       ? `The same again: equal, 0 of ${plural(answer.points.length || [...answer.text].length, "character")} differ (seed ${request.seed}).`
-      : `Not the same: ${plural(count, "character")} differ. Was the prompt or a setting changed?`;
+      : `Not the same: ${plural(count, "character")} differ.`;
   }
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!running) send(body());
+    if (running) return;
+    send({ path: PATHS[mode()], request: body(), prompt: mode() === "chat" ? "" : byId("prompt").value });
   });
   byId("stop").addEventListener("click", () => running?.abort());
   byId("again").addEventListener("click", sameAgain);
@@ -127,11 +134,13 @@ export function startPlayground(model, tell) {
     running = new AbortController();
     enable();
     byId("play-status").textContent = "A tenth of the true speed. Each colour is one cycle.";
-    await replay([{ answer, view, prompt: shownPrompt() }], REPLAY_SPEED, running.signal);
+    await replay([{ answer, view, prompt: sent.prompt }], REPLAY_SPEED, running.signal);
     running = null;
     enable();
     byId("play-status").textContent = summary(answer);
   });
+  const typed = {}; // By mode: switching between them loses no prompt.
+  byId("prompt").addEventListener("input", () => (typed[mode()] = byId("prompt").value));
   form.addEventListener("input", showSnippet);
   for (const button of document.querySelectorAll("[data-snippet]")) {
     button.addEventListener("click", () => {
@@ -145,7 +154,7 @@ export function startPlayground(model, tell) {
     radio.addEventListener("change", () => {
       const examples = examplesFor(model.is_assistant, mode());
       offerExamples("examples", "prompt", examples);
-      byId("prompt").value = examples[0][1];
+      byId("prompt").value = typed[mode()] ?? examples[0][1];
       byId("prompt-label").textContent = mode() === "chat" ? "Message" : "Prompt: the model goes on from here";
       showSnippet();
     });
@@ -154,6 +163,7 @@ export function startPlayground(model, tell) {
   form.elements.mode[0].dispatchEvent(new Event("change", { bubbles: true }));
   byId("inspector").textContent = "Here you will see each token's probability and what else could have stood there.";
   enable();
+  return { stop: () => running?.abort() };
 }
 
 function summary(answer) {
@@ -164,7 +174,8 @@ function summary(answer) {
   const per = number(answer.tokensPerCycle, 2);
   const drafted = answer.cycles.some((cycle) => cycle.drafts.length);
   if (!drafted) return `${tokens}, one per pass: drafting did not pay here, so the server decoded plainly.`;
-  return `${tokens} in ${plural(answer.cycles.length, "cycle")}: ${per} tokens per cycle, ${plural(answer.passes, "forward pass").replace("passs", "passes")} where plain decoding makes ${number(answer.tokens - 1)}.`;
+  const later = `${number(answer.tokens - 1)} in ${plural(answer.cycles.length, "cycle")}, ${per} each`;
+  return `${tokens}: 1 from reading the prompt, then ${later}. That took ${plural(answer.passes, "forward pass").replace("passs", "passes")}, where plain decoding takes ${number(answer.tokens - 1)}.`;
 }
 
 async function copyText(source, button) {

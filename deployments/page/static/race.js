@@ -9,7 +9,8 @@ import { run } from "./request.js";
 
 const LANES = ["ar", "orthrus"];
 
-export function startRace(model, tell) {
+/** stopOthers: called before a race, so that nothing of this page takes part of the machine. */
+export function startRace(model, tell, stopOthers) {
   const views = Object.fromEntries(LANES.map((lane) => [lane, new AnswerView(byId(`text-${lane}`))]));
   let answers = {};
   let prompt = "";
@@ -41,9 +42,10 @@ export function startRace(model, tell) {
         byId(`numbers-${lane}`).textContent = "–";
         continue;
       }
-      const per = lane === "ar" ? "1 token per cycle" : `${number(answer.tokensPerCycle, 2)} tokens per cycle`;
+      const per = lane === "ar" ? "1 token per pass" : `${number(answer.tokensPerCycle, 2)} tokens per cycle`;
+      const { tokens, speed } = answer.until(spent(lane));
       byId(`numbers-${lane}`).textContent =
-        `${duration(spent(lane))}, ${plural(answer.tokens, "token")}, ${number(answer.speed)} per second, ${per}`;
+        `${duration(spent(lane))}, ${plural(tokens, "token")}, ${number(speed)} per second, ${per}`;
     }
   }
 
@@ -66,6 +68,7 @@ export function startRace(model, tell) {
   }
 
   async function race() {
+    stopOthers();
     running = new AbortController();
     answers = {};
     prompt = byId("race-prompt").value;
@@ -75,16 +78,17 @@ export function startRace(model, tell) {
     for (const name of LANES) views[name].clear(chat ? "" : prompt);
     showNumbers();
     enable();
+    document.querySelector(".lanes").scrollIntoView({ block: "nearest" });
     const together = byId("race-form").elements.start.value === "together";
     try {
       if (together) {
         byId("race-status").textContent = "Both run at the same time, on the same server.";
         await Promise.all(LANES.map((name) => lane(name, seed)));
       } else {
-        byId("race-status").textContent = "First plain decoding, with the machine to itself…";
+        byId("race-status").textContent = "First plain decoding…";
         await lane("ar", seed);
         if (!running.signal.aborted) {
-          byId("race-status").textContent = "Now Orthrus, with the machine to itself…";
+          byId("race-status").textContent = "Now Orthrus…";
           await lane("orthrus", seed);
         }
       }
@@ -94,7 +98,7 @@ export function startRace(model, tell) {
     } catch (error) {
       running.abort();
       tell(error);
-      byId("race-status").textContent = "The race broke off.";
+      byId("race-status").textContent = `The race broke off: ${error.message}`;
     } finally {
       running = null;
       enable();
@@ -119,7 +123,7 @@ export function startRace(model, tell) {
     verdict.replaceChildren(
       el("strong", {}, equal ? "Equal" : "Not equal"),
       equal ? `: 0 of ${plural(length, "character")} differ. ` : `: ${plural(count, "character")} differ, from character ${at + 1} on. `,
-      `Plain decoding took ${duration(ar.ended)}, Orthrus ${duration(orthrus.ended)}: ${faster}, with ${number(orthrus.tokensPerCycle, 2)} tokens per cycle.`,
+      `Plain decoding took ${duration(ar.ended)} and ${number(ar.passes)} passes, Orthrus ${duration(orthrus.ended)} and ${number(orthrus.passes)}: ${faster}, with ${number(orthrus.tokensPerCycle, 2)} tokens per cycle.`,
     );
   }
 

@@ -48,6 +48,7 @@ function grpc(root, path, body, needsKey) {
   const metadata = needsKey ? `, metadata=[("authorization", "Bearer " + os.environ["ORTHRUS_KEY"])]` : "";
   return `${needsKey ? "import os\n\n" : ""}import grpc
 
+# The package of this server, orthrus-serve. Other languages use its orthrus.proto.
 from orthrus.deployments.proto import orthrus_pb2 as pb
 from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 

@@ -141,8 +141,14 @@ def test_the_description_has_every_body(app: FastAPI) -> None:
 
 
 def test_the_page_needs_no_script_and_no_other_host(app: FastAPI, web: TestClient) -> None:
-    page = docs_page(openapi_document(app))
+    page = docs_page(openapi_document(app), has_page=False)
     assert web.get("/docs").text == page
+    assert "Back to the page" not in page
+    assert "Back to the page" in docs_page(openapi_document(app), has_page=True)
+    assert (
+        "<code>n</code>: integer, default 1<" in page
+        and "<code>stream</code>: boolean, default false<" in page
+    )
     assert "<script" not in page and "http://" not in page and "https://" not in page
     for path in BODIES:
         assert path in page
