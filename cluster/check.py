@@ -163,8 +163,9 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
     if copies is not None:
         views = f"AR view, {copies} copies for drafts"
         weights += copies_bytes(model, DTYPE_SIZES[dtype], copies)
+    stored = dtype if model.quantization is None else f"{model.quantization.method} and {dtype}"
     each = "" if ranks == 1 else f" on each of {ranks}"
-    said = f"weights {_gib(weights)}{each} ({views}, {dtype})"
+    said = f"weights {_gib(weights)}{each} ({views}, {stored})"
     if gpu is None:
         cache = engine.kv_cache_tokens
         return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")

@@ -22,13 +22,16 @@ from orthrus.kernels.bench import (
     microseconds,
     randn,
 )
-from orthrus.kernels.linear import Weight, pack_weight
+from orthrus.kernels.linear import Parameters, Weight, pack_weight
+from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.fp8_triton import RoundedRows, quantise_rows
+from orthrus.kernels.linear.gptq import quantise_gptq
 from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.weight import Views
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
-FORMATS = ("plain", "fp8")
+FORMATS = ("plain", "fp8", "fp8 blocks", "int8", "int4")
+"""Those of weights and of the drafts' copies, then those of published checkpoints, whose LM head is stored in full."""
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 LAYERS = 36
 CONTEXT = 1024
@@ -43,8 +46,8 @@ class Model:
     def __init__(self, format: str) -> None:
         def pack(name: str, parts: int = 1, head: bool = False) -> Weight:
             outs, ins = SHAPES[name]
-            views: Views = [[{"weight": randn(outs // parts, ins) * 0.02} for _ in range(parts)]]
-            return pack_weight(views, format, gated=parts > 1, head=head)
+            views: Views = [[_parameters(format, outs // parts, ins, head) for _ in range(parts)]]
+            return pack_weight(views, "fp8" if format == "fp8" else "plain", gated=parts > 1, head=head)
 
         names = ("qkv", 1), ("o", 1), ("gate_up", 2), ("down", 1)
         self.format = format
@@ -114,22 +117,34 @@ def attention_time(rows: int) -> float:
     return part_time(lambda i: paged_attention(case.qkv, *case.cache, case.plans[0], HEAD_DIM**-0.5))
 
 
+def _parameters(format: str, outs: int, ins: int, head: bool) -> Parameters:
+    """The tensors of a projection with random weights."""
+    weight = randn(outs, ins) * 0.02
+    if head or format in ("plain", "fp8"):
+        return {"weight": weight}
+    if format == "fp8 blocks":
+        numbers, scales = quantise_blocks(weight)
+        return {"weight": numbers, "weight_scale_inv": scales.bfloat16()}
+    return quantise_gptq(weight, 8 if format == "int8" else 4, 128)
+
+
 def main() -> None:
     """Print one line for each number of rows, then one for each format's parts."""
     parser = argparse.ArgumentParser(prog="python -m orthrus.kernels.bench_formats", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows to measure")
-    rows = parser.parse_args().rows
+    parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS, help="formats to measure")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     _, read = bandwidths()
     print(f"{torch.cuda.get_device_name()}: read {read:.0f} GB/s")
-    models = {format: Model(format) for format in FORMATS}
-    for count in rows:
+    models = {format: Model(format) for format in arguments.formats}
+    for count in arguments.rows:
         cells = []
         for format, model in models.items():
             us = model.microseconds(count)
             cells.append(f"{format} {us / 1e3:7.3f} ms {model.nbytes / us / 1e3 / read:4.0%}")
         print(f"{count:4} rows  " + "  ".join(cells), flush=True)
-    for count in [count for count in rows if count <= MOST_ROWS]:
+    for count in [count for count in arguments.rows if count <= MOST_ROWS]:
         print(f"{count:4} rows  attention of a draft block {attention_time(count):.1f} us")
         for format, model in models.items():
             parts = "  ".join(f"{name} {us:.1f}" for name, us in model.part_times(count).items())

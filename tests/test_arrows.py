@@ -21,6 +21,7 @@ ROOMS = (
     "orthrus",  # What every room may use: errors, files, settings in YAML, the plan of a pass.
     "orthrus/text",
     "orthrus/models/rope.py",
+    "orthrus/models/quantization.py",
     "orthrus/models/config.py",
     "orthrus/cache",
     "orthrus/requests",

@@ -1,11 +1,12 @@
 """Linear layers, and the formats that their weights are kept in.
 
 `Weight` is what a format must offer, and `pack_weight` makes one by the name of its format. A format is registered when its file
-is imported: so this package imports each.
+is imported: so this package imports each. Formats of quantised checkpoints are found by their tensors: see `stored`.
 """
 
-from orthrus.kernels.linear import fp8, plain  # noqa: F401
+from orthrus.kernels.linear import awq, fp8, fp8_block, gptq, plain  # noqa: F401
 from orthrus.kernels.linear.split import Split
+from orthrus.kernels.linear.stored import dense
 from orthrus.kernels.linear.weight import (
     OneViewWeight,
     Parameters,
@@ -22,6 +23,7 @@ __all__ = [
     "Split",
     "SplitViews",
     "Weight",
+    "dense",
     "join_projections",
     "pack_weight",
     "weight_format",

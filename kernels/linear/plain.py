@@ -11,6 +11,7 @@ from orthrus.kernels.linear.half import HalfWeight, as_halves
 from orthrus.kernels.linear.onednn import OneDnnWeight
 from orthrus.kernels.linear.reference import DenseWeight
 from orthrus.kernels.linear.split import Split
+from orthrus.kernels.linear.stored import StoredFormat, stored_format_of
 from orthrus.kernels.linear.tree import TreeWeight
 from orthrus.kernels.linear.types import GATE_BLOCK, DenseLayer
 from orthrus.kernels.linear.weight import (
@@ -30,12 +31,29 @@ class PlainFormat:
 
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
-        """See `WeightFormat`."""
+        """See `WeightFormat`. Weights that a checkpoint stores in few bits stay so, each view in its own format."""
+        stored = [_stored_format(view) for view in views]
+        if any(stored):
+            return SplitViews.join(
+                [
+                    (own or PlainFormat).pack([view], gated=gated, head=head)
+                    for own, view in zip(stored, views, strict=True)
+                ]
+            )
         return _pack(views, gated, head, ONE_RANK)
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
-        """See `SplitFormat`."""
+        """See `SplitFormat`. Weights that a checkpoint stores in few bits are not divided.
+
+        Raises ValueError if they should be.
+        """
+        if any(_stored_format(view) for view in views):
+            if split.ranks.size > 1:
+                raise ValueError(
+                    "quantised weights can't be divided among GPUs: set tensor_parallel_size to 1"
+                )
+            return PlainFormat.pack(views, gated=gated, head=head)
         if runs_triton(views[0][0]["weight"]):
             return _pack_for_gpu(views, gated, split)
         if split.has_tree:
@@ -60,6 +78,20 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
 
     layer = interleave(views[0]) if gated else stack_views(views)
     return TritonWeight(layer.weights, layer.bias, layer.interleaved, split=split)
+
+
+def _stored_format(view: Sequence[Parameters]) -> StoredFormat | None:
+    """The format in which a checkpoint stores all projections of a view; None if it stores them in full.
+
+    Raises ValueError if they differ: they are one layer.
+    """
+    formats = {stored_format_of(parameters) for parameters in view}
+    if len(formats) > 1:
+        raise ValueError(
+            "the projections of a layer are stored in different formats: quantise all of q, k and v or none of them, and both "
+            "of gate and up or none"
+        )
+    return formats.pop()
 
 
 def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool, ranks: Ranks) -> Weight:

@@ -30,6 +30,40 @@ class DenseLayer:
 
 
 @dataclass(frozen=True)
+class GroupedLayer:
+    """A linear layer of one view whose weights have a scale for each output of a group of inputs (see `grouped_triton`)."""
+
+    # e4m3 or 8-bit integers [outs, ins]; or 4-bit ones int32 [outs, ins / 8], see `grouped.pack_words`.
+    numbers: Tensor
+    # float [groups, outs].
+    scales: Tensor
+    # The zero points of integers: uint8 or int16 [groups, outs].
+    zeros: Tensor | None
+    # [outs], or None.
+    bias: Tensor | None
+    # Inputs that share a scale: a multiple of `depth`.
+    group_size: int
+    # Inputs of a step of the sum.
+    depth: int
+    # Of a number: 4 or 8, and 0 for FP8.
+    bits: int
+    # As in `DenseLayer`.
+    interleaved: bool = False
+    # With the groups of GPTQ's `desc_act`: which input comes at each place, int64 [ins]. None: they are in order.
+    order: Tensor | None = None
+
+    @property
+    def outs(self) -> int:
+        return self.numbers.shape[0]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.numbers, self.scales, self.zeros, self.bias, self.order)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
 class LinearTiles:
     """How a launch is cut into tiles. Nothing here changes a bit of the result."""
 

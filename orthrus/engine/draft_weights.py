@@ -27,14 +27,27 @@ def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:
     return wanted if wanted in COPY_BYTES and _may_have_copies(config, model) else None
 
 
+def shared_format(config: EngineConfig, model: ModelConfig) -> str | None:
+    """The weight format of the diffusion view of a quantised model on a GPU, unless it is to have copies; None for other models.
+
+    It is that of the AR rows, so drafts share what is not of one view. A kernel takes one format, and the projections of the
+    diffusion view are not quantised: so they are layers of their own, and no pass has rows of both views.
+    """
+    if model.quantization is None or not model.has_diffusion or draft_format(config, model) is not None:
+        return None
+    return "plain"
+
+
 def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int, memory: float) -> str | None:
-    """What `draft_weights: auto` chooses on a GPU that multiplies FP8 numbers. None: no copies.
+    """What `draft_weights: auto` chooses on a GPU that multiplies FP8 numbers. None: no copies, as for a quantised model.
 
     item_bytes: of a number of the model. memory: bytes that the copies and the KV cache may take together, beside weights and
     passes. Copies are made if the KV cache keeps three quarters of its size and room for a full context, or else if it holds the
     `kv_cache_tokens` that are asked for.
     """
     if config.draft_weights != "auto" or config.draft_lead or not _may_have_copies(config, model):
+        return None
+    if model.quantization is not None:
         return None
     width = kv_bytes_per_token(model, item_bytes)
     if config.kv_cache_tokens is not None:

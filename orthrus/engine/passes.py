@@ -10,6 +10,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.engine.config import EngineConfig
+from orthrus.engine.draft_weights import COPY_BYTES
 from orthrus.engine.sizing import (
     PassLimits,
     cache_pages,
@@ -100,7 +101,7 @@ def make_forward(
     if not ranks.all_agree(copies is not None):
         copies = None  # Some GPU has no room for them.
     forward = LayerParallelForward(model, weights, draft_format=copies, ranks=ranks)
-    if forward.draft is not None:
+    if forward.draft is not None and copies in COPY_BYTES:
         gib = [stack.nbytes / (1 << 30) for stack in (forward.draft, forward.exact)]
         logger.info("draft_weights %s: %.2f GiB of copies beside weights of %.2f GiB", copies, *gib)
     return forward

@@ -8,7 +8,7 @@ import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, draft_format
+from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, draft_format, shared_format
 from orthrus.errors import ConfigError
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.models.config import ModelConfig
@@ -100,6 +100,12 @@ def choose_draft_format(
 
     Ask once the weights are loaded, and before they are packed.
     """
+    if device.type == "cuda" and (shared := shared_format(config, model)) is not None:
+        if config.draft_lead:
+            logger.warning(
+                "draft_lead has no effect: on a GPU, no pass of a quantised model has rows of both views"
+            )
+        return shared
     if device.type != "cuda" or dtype.itemsize > 2 or not has_fp8_mma():
         return draft_format(config, model)
     free, size = torch.cuda.mem_get_info(device)

@@ -4,13 +4,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthrus.engine import Engine
 from orthrus.measure.drift import Result
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.dense import dequantised
 from orthrus.models.families import family_of
+from orthrus.models.family import HuggingFaceClasses
 from orthrus.requests.request import Request
 
 KL_LIMIT = 1e-10
@@ -58,7 +62,7 @@ def compare_hugging_face(
     logging.disable_progress_bar()
     started = time.perf_counter()
     classes = family_of(engine.model_config).hugging_face()
-    theirs = classes.model.from_pretrained(path, dtype=engine.forward.dtype).to(engine.device).eval()
+    theirs = _load(classes, engine, path).to(engine.device).eval()
     max_kl = total_kl = max_gap = max_regret = 0.0
     positions = disagreements = 0
     for request in requests:
@@ -89,6 +93,18 @@ def compare_hugging_face(
         max_regret=max_regret,
         seconds=time.perf_counter() - started,
     )
+
+
+def _load(classes: HuggingFaceClasses, engine: Engine, path: Path) -> Any:
+    """The model in transformers' own class; with quantised weights in full, since it multiplies those only on some machines."""
+    dtype, model = engine.forward.dtype, engine.model_config
+    if model.quantization is None:
+        return classes.model.from_pretrained(path, dtype=dtype)
+    config = classes.config.from_pretrained(path)
+    del config.quantization_config
+    theirs = classes.model(config).to(dtype)
+    theirs.load_state_dict(dequantised(load_weights(path, model, "cpu", dtype), dtype), strict=False)
+    return theirs
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:

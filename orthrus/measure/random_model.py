@@ -37,17 +37,43 @@ def random_weights(
     family = family_of(model)
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, device=device, dtype=dtype)
         seed = random.Random(name).getrandbits(40)
         generator = torch.Generator(device).manual_seed(seed)
+        if name in quantised:
+            return quantised_part(name, shape, generator)
+        if len(shape) == 1:
+            return torch.ones(shape, device=device, dtype=dtype)
         whole = torch.empty(shape, device=device, dtype=dtype).normal_(
             0.0, shape[1] ** -0.5, generator=generator
         )
         part = None if shard is None else shard.part(family.division(name))
         return whole if part is None else whole.narrow(part[0], part[1], part[2] - part[1]).clone()
 
-    return {name: tensor(name, shape) for name, shape in family.tensor_shapes(model).items()}
+    def quantised_part(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Scales are such that weights have about the size of those that are not quantised."""
+        assert model.quantization is not None
+        bits, inputs = model.quantization.bits, max(model.hidden_size, model.intermediate_size)
+        part = name.rpartition(".")[2]
+        if part == "weight":
+            spread = torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 100.0, generator=generator)
+            return spread.to(torch.float8_e4m3fn)
+        if part == "g_idx":
+            places = torch.arange(shape[0], device=device)
+            return (places // (places.numel() if group == -1 else group)).to(torch.int32)
+        if part == "qzeros":  # In the middle; GPTQ stores one less.
+            middle = (1 << (bits - 1)) - (model.quantization.method == "gptq")
+            word = sum(middle << place for place in range(0, 32, bits))
+            return torch.full(shape, word - (word >> 31 << 32), device=device, dtype=torch.int32)
+        if part == "qweight":
+            limit = 1 << 31
+            return torch.randint(-limit, limit, shape, device=device, dtype=torch.int32, generator=generator)
+        numbers = 100.0 if part == "weight_scale_inv" else 2.0**bits / 12**0.5
+        return torch.full(shape, inputs**-0.5 / numbers, device=device, dtype=torch.float16)
+
+    parts = family.stored_parts(model)
+    quantised = {name for name, part in parts.items() if not part.in_full}
+    group = 0 if model.quantization is None else model.quantization.group_size
+    return {name: tensor(name, part.shape) for name, part in parts.items()}
 
 
 def shape_engine(

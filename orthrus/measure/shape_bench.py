@@ -172,7 +172,7 @@ def _context(options: ShapeBenchOptions) -> int:
 def _copy_bytes(engine: Engine) -> float | None:
     """Bytes of a number in the drafts' own weights, None where drafts have none."""
     copies = engine.forward.draft_format  # Not the setting's, which may be "auto".
-    return None if copies is None else COPY_BYTES[copies]
+    return None if copies is None else COPY_BYTES.get(copies)
 
 
 def _settings(options: ShapeBenchOptions) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
 from orthrus.models.family import Family
 from orthrus.models.files import check_stored, raise_if
+from orthrus.models.quantization import StoredPart
 from orthrus.models.shard import Shard
 from orthrus.models.sizes import dtype_name
 from orthrus.models.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, stored_tensors
@@ -50,6 +51,7 @@ def load_weights(
     """Every tensor that the config's family expects (`Family.tensor_shapes`), on `device` in `dtype` (see `compute_dtype`).
 
     shard: the part of the model to load; None for all of it. Of a tensor that is divided, nothing else is read.
+    What quantised weights are stored as keeps its own dtype, but for scales where `dtype` is wider than 16 bits.
     Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the files
     hold one that differs from the embedding (see `with_own_head`).
     Raises CheckpointError for a tensor that is missing, has another shape, or holds NaN or infinite values. It names the
@@ -63,7 +65,8 @@ def load_weights(
     check_stored(Path(path), stored, config)
     by_file: dict[Path, list[str]] = {}
     family = family_of(config)
-    names = list(family.tensor_shapes(config))
+    parts = family.stored_parts(config)
+    names = list(parts)
     if config.tie_word_embeddings and _has_own_head(stored, family):
         names.append(family.head)
     for name in names:
@@ -85,8 +88,13 @@ def load_weights(
                     on_cpu = torch.device(device).type == "cpu"
                     part = None if shard is None else shard.part(family.division(name))
                     read = _read_part(tensors, name, part)
-                    weights[name] = read.to(target, copy=on_cpu)
+                    in_full = name not in parts or parts[name].in_full
+                    kind = target if in_full else _kept_dtype(read.dtype, target)
+                    weights[name] = read.to(kind, copy=on_cpu)
                     check_finite(weights[name], f"{file}: tensor {name}", read)
+                    if name.endswith(".g_idx"):
+                        groups = parts[f"{name.removesuffix('g_idx')}scales"].shape[0]
+                        _check_groups(weights[name], f"{file}: tensor {name}", groups)
                     bar.update()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
@@ -102,6 +110,21 @@ def _read_part(tensors: Any, name: str, part: tuple[int, int, int] | None) -> Te
     dim, begin, end = part
     found: Tensor = tensors.get_slice(name)[(slice(None),) * dim + (slice(begin, end),)]
     return found
+
+
+def _kept_dtype(stored: torch.dtype, target: torch.dtype) -> torch.dtype:
+    """The dtype for a part of a quantised weight in a model of `target`. Scales can't be rounded without changing the weight."""
+    is_scale = stored.is_floating_point and stored.itemsize > 1
+    return torch.promote_types(stored, target) if is_scale and target.itemsize > 2 else stored
+
+
+def _check_groups(group_of: Tensor, where: str, groups: int) -> None:
+    """Raise CheckpointError unless each input of a weight is in one of its groups."""
+    least, most = (int(end) for end in torch.aminmax(group_of))
+    if least < 0 or most >= groups:
+        raise CheckpointError(
+            f"{where}: expected groups from 0 to {groups - 1}, found {least} to {most}: download or save it again"
+        )
 
 
 def _has_own_head(stored: Mapping[str, StoredTensor], family: Family) -> bool:
@@ -147,6 +170,10 @@ def check_finite(tensor: Tensor, where: str, original: Tensor) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    if tensor.itemsize == 1:  # e4m3 has no infinity, and its NaN is all ones but for the sign.
+        return not bool(((tensor.view(torch.uint8) & 127) == 127).any())
     # One pass without extra memory. aminmax returns NaN if there is one.
     return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
@@ -161,16 +188,18 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint. `load_weights` reads it back bit for bit, and transformers reads its AR view.
 
-    tensors: those that the config's family expects (`Family.tensor_shapes`), all in one dtype, on any device. A tied lm_head
-    is left out. One that differs from the embedding makes the checkpoint untied. max_shard_bytes: most bytes of weights in
-    one file, unless a single tensor has more. tokenizer: anything with `save_pretrained`. Weights in `path` are replaced.
+    tensors: those that the config's family expects (`Family.tensor_shapes`) on any device, those that are stored in full all in
+    one dtype. A tied lm_head is left out. One that differs from the embedding makes the checkpoint untied. max_shard_bytes:
+    most bytes of weights in one file, unless a single tensor has more. tokenizer: anything with `save_pretrained`. Weights in
+    `path` are replaced.
     Raises CheckpointError if tensors and config disagree, ConfigError for a dtype that can't be loaded again.
     """
     path = Path(path)
     config = with_own_head(config, tensors)
     family = family_of(config)
-    shapes = family.tensor_shapes(config)
-    dtype = _check_given(config, tensors, shapes)
+    parts = family.stored_parts(config)
+    shapes = {name: part.shape for name, part in parts.items()}
+    dtype = _check_given(config, tensors, parts)
     saved = replace(config, dtype=str(dtype).removeprefix("torch."))
     path.mkdir(parents=True, exist_ok=True)
 
@@ -208,20 +237,20 @@ def save_checkpoint(
 
 
 def _check_given(
-    config: ModelConfig, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    config: ModelConfig, tensors: Mapping[str, Tensor], parts: Mapping[str, StoredPart]
 ) -> torch.dtype:
-    """The dtype that all `tensors` share. Raises one CheckpointError that lists how they differ from `shapes`."""
+    """The dtype of all `tensors` stored in full. Raises one CheckpointError that lists how the tensors differ from `parts`."""
     problems = []
-    for name, shape in shapes.items():
+    for name, shape in ((name, part.shape) for name, part in parts.items()):
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
             problems.append(
                 f"tensor {name}: expected shape {list(shape)}, found {list(found) if found else 'none'}"
             )
-    allowed = {*shapes, family_of(config).head} if config.tie_word_embeddings else set(shapes)
+    allowed = {*parts, family_of(config).head} if config.tie_word_embeddings else set(parts)
     problems += [f"tensor {name}: expected none, found one" for name in tensors if name not in allowed]
     raise_if(problems, "these tensors are not those of the config")
-    dtypes = {tensors[name].dtype for name in shapes}
+    dtypes = {tensors[name].dtype for name, part in parts.items() if part.in_full}
     if len(dtypes) > 1:
         raise CheckpointError(
             f"expected tensors of one dtype, found {sorted(map(str, dtypes))}: cast them first"

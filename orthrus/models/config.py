@@ -6,6 +6,7 @@ from typing import Any
 
 from orthrus.errors import ConfigError
 from orthrus.files import is_int, is_number, shown
+from orthrus.models.quantization import Quantization
 from orthrus.models.rope import MOST_POSITIONS, check_rope
 
 DTYPE_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -72,6 +73,8 @@ class ModelConfig:
     # Leaves of the sums that go into the residual stream: a setting of the engine (`EngineConfig.sum_leaves`), not of the file.
     # Another number gives other last bits. None: see `num_leaves`.
     sum_leaves: int | None = None
+    # How the linear layers' weights are stored, if they are quantised.
+    quantization: Quantization | None = None
     # For people.
     name: str = field(default="", compare=False)
 

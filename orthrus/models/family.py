@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from orthrus.errors import ConfigError
 from orthrus.files import one_line, shown
 from orthrus.models.config import SIZES, ModelConfig, check_sizes, check_token
+from orthrus.models.quantization import StoredPart, read_quantization
 from orthrus.models.rope import check_rope, check_rope_numbers, check_rope_type, standard_rope, yarn_context
 from orthrus.models.shard import Axis, Division
 
@@ -85,8 +86,6 @@ class Family(ABC):
 
     def check_supported(self, data: Mapping[str, Any]) -> None:
         """Refuse a config.json whose model would load but compute something else. Raises ConfigError naming the setting."""
-        if data.get("quantization_config") is not None:
-            raise ConfigError("quantization_config is not supported: use the unquantised checkpoint")
         layer_types = _list_of(data, "layer_types")
         other = sorted({shown(t).strip("'") for t in layer_types if t != "full_attention"})
         if other:
@@ -129,7 +128,7 @@ class Family(ABC):
         dtype = next((data[key] for key in ("dtype", "torch_dtype") if data.get(key) is not None), "float32")
         block_size = data.get("block_size")
         plain = (*SIZES, "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias")
-        return ModelConfig(
+        config = ModelConfig(
             **{key: fields[key] for key in plain},
             max_position_embeddings=max(fields["max_position_embeddings"], yarn_context(rope)),
             rope_parameters=rope,
@@ -141,8 +140,12 @@ class Family(ABC):
             mask_token_id=data.get("mask_token_id") if block_size is not None else None,
             dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
             model_type=self.model_types[0],
+            quantization=read_quantization(data),
             name=name,
         )
+        if config.quantization is not None:
+            self.stored_parts(config)  # Every weight must be one that can be stored so.
+        return config
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """The contents of a config.json, which transformers reads as the plain model (the AR view)."""
@@ -171,10 +174,30 @@ class Family(ABC):
         }
         if config.has_diffusion:
             data |= {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+        if config.quantization is not None:
+            data["quantization_config"] = dict(config.quantization.settings)
         return data
 
     def tensor_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a checkpoint, in the order in which the layers use them."""
+        return {name: part.shape for name, part in self.stored_parts(config).items()}
+
+    def stored_parts(self, config: ModelConfig) -> dict[str, StoredPart]:
+        """Name, shape and possible dtypes of every tensor of a checkpoint. Quantised weights are stored as several.
+
+        Raises ConfigError if a weight can't be stored so.
+        """
+        how = config.quantization
+        parts: dict[str, StoredPart] = {}
+        for name, shape in self.dense_shapes(config).items():
+            if how is not None and how.covers(name):
+                parts |= how.parts(name, shape)
+            else:
+                parts[name] = StoredPart(shape)
+        return parts
+
+    def dense_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the model as `tensor_shapes` gives them, if no weight is quantised."""
         hidden = config.hidden_size
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (config.vocab_size, hidden)}
         layer = self.layer_shapes(config)
@@ -230,11 +253,13 @@ class Family(ABC):
         weight_format: str,
         views: Sequence[str],
         split: "LayerSplit",
+        shared: "DecoderLayer | None" = None,
     ) -> "DecoderLayer":
         """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
 
         weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
         `ModelConfig.view_suffixes` or one of them. split: which part of the layer `tensors` hold; `config` is that of this part.
+        shared: the same layer for the other view, to share what is not of one view.
         """
         from orthrus.models.layer import DecoderLayer
 
@@ -248,6 +273,7 @@ class Family(ABC):
             weight_format,
             views,
             split,
+            shared,
             qk_norm=self.qk_norm,
             after_norm=following,
         )

@@ -3,15 +3,20 @@
 Free of torch, whose import takes seconds: `orthrus config check` and a server that can't start say so before.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from orthrus.errors import CheckpointError
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, family_of
-from orthrus.models.stored_tensors import DTYPE_BYTES, StoredTensor, stored_tensors
+from orthrus.models.stored_tensors import StoredTensor, stored_tensors
 
 _LISTED_PROBLEMS = 8
+_TOKENIZER_FILES = (
+    *("tokenizer*", "chat_template*", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 
 
 def check_files(path: str | Path, config: ModelConfig) -> None:
@@ -22,7 +27,7 @@ def check_files(path: str | Path, config: ModelConfig) -> None:
 def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:
     """Raise one CheckpointError that lists how the stored tensors differ from those that the config's family expects."""
     family = family_of(config)
-    shapes = family.tensor_shapes(config)
+    parts = family.stored_parts(config)
     has_diffusion = any("_diff." in name for name in stored)
     if has_diffusion and not config.has_diffusion:
         raise CheckpointError(
@@ -36,9 +41,10 @@ def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelCo
         )
     if family.head in stored:
         # Some tools write a tied head too.
-        shapes[family.head] = shapes[family.embedding]
+        parts[family.head] = parts[family.embedding]
     problems = []
-    for name, shape in shapes.items():
+    for name, part in parts.items():
+        shape = part.shape
         if name not in stored:
             problems.append(f"tensor {name}: expected shape {list(shape)}, found none")
         elif stored[name].shape != shape:
@@ -46,17 +52,24 @@ def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelCo
             problems.append(
                 f"{found.file.name}: tensor {name}: expected shape {list(shape)}, found {list(found.shape)}"
             )
-        elif stored[name].dtype not in DTYPE_BYTES:
+        elif stored[name].dtype not in part.dtypes:
             found = stored[name]
             problems.append(
-                f"{found.file.name}: tensor {name}: expected dtype {', '.join(DTYPE_BYTES)}, found {found.dtype}"
+                f"{found.file.name}: tensor {name}: expected dtype {', '.join(part.dtypes)}, found {found.dtype}"
             )
     for name, tensor in stored.items():
-        if name not in shapes:
+        if name not in parts:
             problems.append(
                 f"{tensor.file.name}: tensor {name}: expected none, found shape {list(tensor.shape)}"
             )
     raise_if(problems, f"the weights in {path} are not those of its {CONFIG_FILE}")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files as they are: a library that reads and writes them changes what it doesn't know."""
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
 
 
 def raise_if(problems: list[str], headline: str) -> None:

@@ -65,6 +65,7 @@ class DecoderLayer:
         weight_format: str,
         views: Sequence[str],
         split: "LayerSplit",
+        shared: "DecoderLayer | None" = None,
         *,
         qk_norm: bool,
         after_norm: str,
@@ -77,6 +78,7 @@ class DecoderLayer:
         of `ModelConfig.view_suffixes` or one of them: then all rows of a pass are of that view. It has the norms
         of queries and keys of all the model's views in any case.
         split: which part of the layer `tensors` hold; `config` is that of this part.
+        shared: the same layer for the other view, if this one is to share its MLP and norms; their tensors are not needed then.
         qk_norm: whether the layer norms queries and keys. after_norm: the name of the norm behind the layer.
         """
 
@@ -99,15 +101,19 @@ class DecoderLayer:
             qkv=attention("q", "k", "v"),
             qk_norm=_take_qk_norms(config, tensors, prefix) if qk_norm else None,
             out=attention("o"),
-            mlp_norm=take("post_attention_layernorm.weight"),
-            gate_up=pack_weight(
+            mlp_norm=shared.mlp_norm if shared else take("post_attention_layernorm.weight"),
+            gate_up=shared.gate_up
+            if shared
+            else pack_weight(
                 [[projection("mlp.gate_proj"), projection("mlp.up_proj")]],
                 weight_format,
                 gated=True,
                 split=split.outputs,
             ),
-            down=pack_weight([[projection("mlp.down_proj")]], weight_format, split=split.down),
-            after_norm=tensors.pop(after_norm),
+            down=shared.down
+            if shared
+            else pack_weight([[projection("mlp.down_proj")]], weight_format, split=split.down),
+            after_norm=shared.after_norm if shared else tensors.pop(after_norm),
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
         )

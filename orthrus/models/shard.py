@@ -44,6 +44,8 @@ def num_leaves(config: ModelConfig) -> int:
 def check_ranks(config: ModelConfig, size: int) -> None:
     """Raise ConfigError if a model's sums can't be cut as `ModelConfig.sum_leaves` says, or not be shared by `size` ranks."""
     name, leaves = config.name or "this model", num_leaves(config)
+    if config.quantization is not None and size > 1:
+        raise ConfigError(f"{name} is quantised, and only one GPU can run it: set tensor_parallel_size to 1")
     possible = [count for count in (1, 2, 4, 8) if _can_cut(config, count, _LEAF_UNITS[-1])]
     wanted = leaves if config.sum_leaves is not None else size
     if wanted not in possible:

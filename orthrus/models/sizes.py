@@ -8,16 +8,21 @@ from orthrus.models.families import family_of
 
 
 def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None = None) -> int:
-    """Bytes that the weights take. item_bytes: of one number.
+    """Bytes that the weights take. item_bytes: of one number that is stored in full.
 
+    With numbers of 16 bits, quantised weights take as little as a GPU keeps of them. With wider ones they are dequantised.
     copy_bytes: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of
     the diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
     """
     family = family_of(config)
-    shapes = family.tensor_shapes(config)
+    shapes = family.dense_shapes(config)
     numbers = sum(map(math.prod, shapes.values()))
+    how, saved = config.quantization, 0.0
+    if how is not None and item_bytes <= 2:
+        quantised = sum(math.prod(shape) for name, shape in shapes.items() if how.covers(name))
+        saved = quantised * (item_bytes - how.number_bytes)
     if copy_bytes is None:
-        return numbers * item_bytes
+        return math.ceil(numbers * item_bytes - saved)
     suffix = config.view_suffixes[1]
     matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     replaced = [name for name in matrices if f"{suffix}." in name]
@@ -25,7 +30,7 @@ def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None 
     copied = sum(count for name, count in matrices.items() if name not in of_ar_rows)
     head = matrices[family.embedding]
     numbers -= sum(matrices[name] for name in replaced)
-    return numbers * item_bytes + math.ceil((copied + head) * copy_bytes)
+    return math.ceil(numbers * item_bytes - saved) + math.ceil((copied + head) * copy_bytes)
 
 
 def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:

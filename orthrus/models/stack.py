@@ -6,6 +6,7 @@ from torch import Tensor
 
 from orthrus.kernels.linear import Weight, pack_weight
 from orthrus.models.config import ModelConfig
+from orthrus.models.dense import dequantised
 from orthrus.models.families import family_of
 from orthrus.models.layer import DecoderLayer, LayerSplit
 
@@ -51,20 +52,36 @@ class LayerStack:
     ) -> "tuple[LayerStack, LayerStack]":
         """A stack of the AR view, and one of the diffusion view in `draft_format`, which has copies of what the views share.
 
-        Else as `pack`. The copies are made layer by layer, so that what they replace is given back at once.
+        If the formats are the same, the stacks share it instead. Else as `pack`. The copies are made layer by layer, so that what
+        they replace is given back at once.
         """
         family = family_of(config)
-        heads = _pack_heads(config, tensors, split, tokens, weight_format, draft_format)
+        share = draft_format == weight_format
+        formats = (weight_format,) if share else (weight_format, draft_format)
+        heads = _pack_heads(config, tensors, split, tokens, *formats)
         ar, diffusion = config.view_suffixes
         exact: list[DecoderLayer] = []
         drafts: list[DecoderLayer] = []
         for index in range(config.num_hidden_layers):
             # A dictionary of its own: packing takes tensors out of it.
-            drafts.append(family.layer(config, dict(tensors), index, draft_format, (diffusion,), split))
+            own = dict(tensors) if share else _layer_in_full(config, tensors, index)
             exact.append(family.layer(config, tensors, index, weight_format, (ar,), split))
+            shared = exact[-1] if share else None
+            drafts.append(family.layer(config, own, index, draft_format, (diffusion,), split, shared))
             for name in [name for name in tensors if name.startswith(f"{family.layer_prefix}.{index}.")]:
                 del tensors[name]  # Of the diffusion view.
-        return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), heads[1])
+        return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), heads[-1])
+
+
+def _layer_in_full(config: ModelConfig, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """`tensors` with the quantised weights of layer `index` in full, for copies of them."""
+    if config.quantization is None:
+        return dict(tensors)
+    family = family_of(config)
+    prefix = f"{family.layer_prefix}.{index}."
+    layer = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    others = {name: tensor for name, tensor in tensors.items() if name not in layer}
+    return others | dequantised(layer, tensors[family.embedding].dtype)
 
 
 def _pack_heads(

@@ -17,8 +17,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MOST_HEADER_BYTES = 8 << 20
 """The largest header, and the largest index file: ten times what the deepest models need."""
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+_DTYPE_BYTES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _SHOWN_NAME = 200
 
 
@@ -147,7 +147,7 @@ def _check_entry(name: str, entry: Any) -> None:
         raise ValueError(f"tensor {name}: data_offsets is {shown(offsets)}")
     if not isinstance(dtype, str) or len(shape) > 8:
         raise ValueError(f"tensor {name}: dtype is {shown(dtype)} and shape {shown(shape)}")
-    width = DTYPE_BYTES.get(dtype) or _OTHER_BYTES.get(dtype)
+    width = _DTYPE_BYTES.get(dtype)
     if width is not None and math.prod(shape) * width != offsets[1] - offsets[0]:
         raise ValueError(f"tensor {name} of shape {shape} in {dtype} has {offsets[1] - offsets[0]} bytes")
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orthrus.models.checkpoint import load_weights, with_own_head
 from orthrus.models.config import ModelConfig
+from orthrus.models.dense import dequantised
 from orthrus.models.families import family_of, load_config
 from orthrus.training.attention import KeysValues, draft_attention
 from orthrus.training.blocks import DraftBlocks
@@ -225,12 +226,15 @@ def initialise(model: TwoViewModel, seed: int) -> None:
 def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch.device) -> TwoViewModel:
     """The checkpoint in `folder` with a diffusion view to train. It starts as the checkpoint's own, or as a copy of the AR view.
 
-    Frozen weights are bfloat16 on an accelerator and float32 on a CPU. The diffusion view is float32.
+    Frozen weights are bfloat16 on an accelerator and float32 on a CPU: quantised ones are dequantised. The diffusion view is
+    float32.
     """
     stored = load_config(folder)
     frozen = torch.float32 if device.type == "cpu" else torch.bfloat16
     tensors = load_weights(folder, stored, device, frozen)
     stored = with_own_head(stored, tensors)
+    if stored.quantization is not None:
+        tensors, stored = dequantised(tensors, frozen), replace(stored, quantization=None)
     with torch.device("meta"):
         model = TwoViewModel(replace(stored, block_size=block_size, mask_token_id=mask_token_id))
     for name in model.diffusion_parameters():

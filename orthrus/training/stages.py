@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
+from orthrus.models.files import copy_tokenizer
 from orthrus.requests.request import SamplingParams
 from orthrus.text.tokenizer import load_tokenizer
 from orthrus.training import corpus as corpora
@@ -37,11 +37,6 @@ from orthrus.training.tokenizer import (
     as_transformers,
     read_documents,
     train_tokenizer,
-)
-
-_TOKENIZER_FILES = (
-    *("tokenizer*", "chat_template*", "vocab.json", "merges.txt"),
-    *("added_tokens.json", "special_tokens_map.json"),
 )
 
 
@@ -147,10 +142,7 @@ def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
     tensors |= {name: p.detach().to("cpu", dtype) for name, p in model.diffusion_parameters().items()}
     config = replace(stored, block_size=model.config.block_size, mask_token_id=model.config.mask_token_id)
     save_checkpoint(run.out, config, tensors, max_shard_bytes=run.max_shard_bytes)
-    # As they are: a library that reads and writes them changes what it doesn't know.
-    for pattern in _TOKENIZER_FILES:
-        for file in base.glob(pattern):
-            shutil.copyfile(file, run.out / file.name)
+    copy_tokenizer(base, run.out)
 
 
 def _eval(run: Run) -> None:

@@ -197,7 +197,10 @@ def test_name_is_the_directory_or_the_hub_id(tmp_path: Path) -> None:
         (without("model_type"), ["model_type None", "qwen3 or orthrus"]),
         (changed(use_sliding_window=True, sliding_window=4096), ["use_sliding_window", "false"]),
         (changed(layer_types=["full_attention", "sliding_attention"]), ["layer_types sliding_attention"]),
-        (changed(quantization_config={"quant_method": "gptq"}), ["quantization_config", "unquantised"]),
+        (
+            changed(quantization_config={"quant_method": "hqq"}),
+            ["quantization_config", "quant_method 'hqq'", "awq"],
+        ),
         (changed(hidden_act="gelu"), ["hidden_act 'gelu'", "silu"]),
         (
             changed(rope_scaling={"rope_type": "linear", "factor": 2.0}),

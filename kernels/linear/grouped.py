@@ -1,0 +1,157 @@
+"""Layers of stored weights on a GPU: fine-grained FP8, GPTQ and AWQ, in the kernel of `grouped_triton`.
+
+Each has one view. Where the diffusion view's projections are stored in full, draft passes have them in layers of their own.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.linear.add_rms_norm import add_rms_norm
+from orthrus.kernels.linear.blocks_triton import quantise_inputs
+from orthrus.kernels.linear.grouped_triton import launch
+from orthrus.kernels.linear.integers import Integers
+from orthrus.kernels.linear.plain import alternate
+from orthrus.kernels.linear.tiles import num_parts
+from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
+from orthrus.kernels.linear.weight import Weight
+from orthrus.kernels.workspace import empty
+
+_CHUNK = 1024
+"""Outputs of a weight that are packed at once."""
+_DEEPEST = 128
+_SHALLOWEST = 32
+"""Inputs of a step: what the matrix unit takes at least twice, and what the copy engine takes at least."""
+
+
+@dataclass(frozen=True)
+class GroupedWeight(GroupedLayer, Weight):
+    """Weights with scales for groups of inputs. The argument `tiles` is for tests and measurements."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor_bytes
+
+    def linear(
+        self,
+        x: Tensor,
+        num_ar: Tensor | None = None,
+        out: Tensor | None = None,
+        *,
+        tiles: LinearTiles | None = None,
+    ) -> Tensor:
+        if out is None:
+            out = empty((x.shape[0], self.outs), x.dtype, x.device)
+        self._run(x, out, 1, tiles)
+        return out
+
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
+    ) -> Tensor:
+        """See `Weight`; gate and up are rounded only after they have met."""
+        out = empty((x.shape[0], self.outs // 2), x.dtype, x.device)
+        self._run(x, out, 1, tiles)
+        return out
+
+    def linear_add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        num_ar: Tensor | None = None,
+        *,
+        tiles: LinearTiles | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, outs = residual.shape
+        segments = num_parts(outs, x.shape[1])
+        if segments > 1:
+            out = empty((segments, rows, outs), torch.float32, x.device)
+        else:
+            out = empty((rows, outs), x.dtype, x.device)
+        self._run(x, out, segments, tiles)
+        bias = self.bias[None] if self.bias is not None and segments > 1 else None
+        return add_rms_norm(out, residual, norm_weight, eps, bias)
+
+    def _run(self, x: Tensor, out: Tensor, segments: int, tiles: LinearTiles | None) -> None:
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        x_scales = None
+        if self.bits == 0:
+            x, x_scales = quantise_inputs(x)
+        if x.shape[1] * x.itemsize % 16:
+            raise ValueError(
+                f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
+                "its rows must be multiples of 16 bytes"
+            )
+        launch(x, self, out, segments, tiles, x_scales)
+
+
+def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool) -> GroupedWeight:
+    """numbers e4m3 [outs, ins]; scales [ins / 128, outs], rounded up, for each output; bias [outs]."""
+    if gated:
+        numbers = alternate(numbers.view(torch.uint8)).view(torch.float8_e4m3fn)
+        scales = alternate(scales.T).T
+        bias = None if bias is None else alternate(bias)
+    return GroupedWeight(numbers.contiguous(), scales.contiguous(), None, bias, 128, 128, 0, gated)
+
+
+def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
+    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run."""
+    ins, groups, bits = parts[0].numbers.shape[1], parts[0].scales.shape[0], parts[0].bits
+    size = ins // groups
+    depth = gcd(size, _DEEPEST)
+    if depth < _SHALLOWEST:
+        raise ValueError(
+            f"integer weights with groups of {size} inputs can't run on a GPU: quantise with a group_size that "
+            f"{_SHALLOWEST} divides"
+        )
+    order = _order(parts)
+    numbers = torch.cat([part.numbers for part in parts])
+    scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("scales", "zeros"))
+    if order is not None:
+        numbers = numbers.index_select(1, order)
+    if gated:
+        numbers, scales, zeros = alternate(numbers), alternate(scales.T).T, alternate(zeros.T).T
+        bias = None if bias is None else alternate(bias)
+    if bits == 4:
+        # Run by run of outputs: 64-bit copies of more would need much memory.
+        numbers = torch.cat([pack_words(part) for part in numbers.split(_CHUNK)])
+        zeros = zeros.to(torch.uint8)
+    return GroupedWeight(
+        numbers.contiguous(), scales.contiguous(), zeros.contiguous(), bias, size, depth, bits, gated, order
+    )
+
+
+def pack_words(numbers: Tensor) -> Tensor:
+    """4-bit numbers uint8 [outs, ins] as int32 [outs, ins / 8], as the matrix unit's registers take them.
+
+    32 inputs are four words. A thread of the matrix unit has one of them: the inputs 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, ... of word
+    q. The first of each two neighbours is in the low half of the word, and the second at the same place in the high half.
+    """
+    outs = numbers.shape[0]
+    # [outs, runs of 32, eights, word, neighbour]; the shifts go by eights and neighbours.
+    parts = numbers.view(outs, -1, 4, 4, 2).long()
+    shifts = torch.arange(4, device=numbers.device)[:, None, None] * 4
+    shifts = shifts + torch.tensor([0, 16], device=numbers.device)
+    words = (parts << shifts).sum((2, 4))
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(1)
+
+
+def _order(parts: list[Integers]) -> Tensor | None:
+    """The inputs sorted by their groups; None if they are in order. Raises ValueError if the projections' orders differ."""
+    first = parts[0].group_of
+    if not all(torch.equal(part.group_of, first) for part in parts):
+        raise ValueError(
+            "the projections of a layer have different g_idx, which can't run on a GPU: quantise with desc_act false"
+        )
+    counts = torch.bincount(first, minlength=parts[0].scales.shape[0])
+    if not bool((counts == counts[0]).all()):
+        raise ValueError(
+            "the groups of g_idx differ in size, which can't run on a GPU: quantise with desc_act false"
+        )
+    if bool((first[1:] >= first[:-1]).all()):
+        return None
+    return first.argsort(stable=True)

@@ -1,0 +1,225 @@
+"""The linear kernel for weights that have a scale for each output of a group of inputs: fine-grained FP8, GPTQ and AWQ.
+
+A step of the sum covers inputs of one group. Its products are summed by the matrix unit, multiplied by the scales, and added to
+the float32 sum of the steps before it. The steps and their order depend on the weight alone, so a row has the same bits in any
+launch. Integers become numbers of the inputs' dtype, which holds them less their zero point exactly. As in `triton`, the weight
+is on the matrix unit's wide side, and a layer in front of a residual add is cut into segments.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
+
+
+@triton.jit
+def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
+    """Words of 4-bit numbers (see `grouped.pack_words`) as the numbers plus a power of two whose mantissa holds them.
+
+    Setting the low bits of that power of two is exact, and faster than a conversion. float32 takes the numbers as they are.
+    """
+    nibbles = tl.arange(0, 8) * 4
+    numbers = tl.reshape((words[:, :, None] >> nibbles[None, None, :]) & 15, (OUTS, DEPTH // 32, 4, 2, 4))
+    # [runs of 32, word, neighbour, eights] in the order of the inputs.
+    numbers = tl.reshape(tl.permute(numbers, (0, 1, 4, 2, 3)), (OUTS, DEPTH))
+    if tl.bfloat16 == DTYPE:
+        return (numbers | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    if tl.float16 == DTYPE:
+        return (numbers | 0x6400).to(tl.uint16).to(tl.float16, bitcast=True)
+    return numbers.to(DTYPE)
+
+
+@triton.jit
+def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows, steps, group_steps,
+               OUTS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+    """What a step multiplies by and takes off: the scales and the zero points of the outputs, the scales of FP8 rows."""
+    index = out_at + tl.arange(0, OUTS)
+    place, live = step // group_steps * num_outs + index, index < num_outs
+    scale = tl.load(scales + place, mask=live, other=0.0).to(tl.float32)
+    zero, x_scale = scale, tl.zeros((ROWS,), tl.float32)
+    if BITS == 0:
+        row = row_at + tl.arange(0, ROWS)
+        x_scale = tl.load(x_scales + row * steps + step, mask=row < num_rows, other=0.0)
+    else:
+        zero = tl.load(zeros + place, mask=live, other=0).to(tl.float32)
+    return scale, zero, x_scale
+
+
+@triton.jit
+def _products(w, x, zero, k, out_at, row_at,
+              OUTS: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The sum over one step, before it is scaled: float32 [OUTS, ROWS]."""
+    if BITS == 0:
+        return tl.dot(w.load([out_at, k]), x.load([row_at, k]).T)
+    if BITS == 4:
+        base = 128.0 if tl.bfloat16 == DTYPE else 1024.0 if tl.float16 == DTYPE else 0.0
+        numbers = _unpack(w.load([out_at, k // 8]), OUTS, DEPTH, DTYPE) - (zero + base).to(DTYPE)[:, None]
+    else:
+        numbers = w.load([out_at, k]).to(tl.float32).to(DTYPE) - zero.to(DTYPE)[:, None]
+    return tl.dot(numbers, x.load([row_at, k]).T, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _grouped_kernel(
+    w,
+    x,
+    scales,
+    zeros,
+    x_scales,
+    bias,
+    out,
+    num_rows,
+    num_outs,
+    steps,
+    group_steps,
+    segment_steps,
+    OUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """BITS: of the weight's integers; 0 for FP8. DTYPE: what integers are multiplied in."""
+    # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
+    BAND: tl.constexpr = 16
+    tile = tl.program_id(0)
+    row_tiles = tl.cdiv(num_rows, ROWS)
+    out_tiles = tl.cdiv(num_outs, OUTS)
+    first = tile // (BAND * out_tiles) * BAND
+    height = min(row_tiles - first, BAND)
+    row_at = (first + tile % (BAND * out_tiles) % height) * ROWS
+    out_at = tile % (BAND * out_tiles) // height * OUTS
+    begin, end = 0, steps
+    if SPLIT:
+        begin = tl.program_id(1) * segment_steps
+        end = min(begin + segment_steps, steps)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    # Asked for a step ahead: they are used behind the matrix unit, where nothing else hides how long they take.
+    scale, zero, x_scale = _scales_of(
+        scales,
+        zeros,
+        x_scales,
+        begin,
+        out_at,
+        row_at,
+        num_outs,
+        num_rows,
+        steps,
+        group_steps,
+        OUTS,
+        ROWS,
+        BITS,
+    )
+    for step in range(begin, end):
+        later = min(step + 1, end - 1)
+        scale_ahead, zero_ahead, x_scale_ahead = _scales_of(
+            scales,
+            zeros,
+            x_scales,
+            later,
+            out_at,
+            row_at,
+            num_outs,
+            num_rows,
+            steps,
+            group_steps,
+            OUTS,
+            ROWS,
+            BITS,
+        )
+        part = _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
+        total += part * x_scale[None, :] if BITS == 0 else part
+        scale, zero, x_scale = scale_ahead, zero_ahead, x_scale_ahead
+    width = num_outs
+    if HAS_BIAS:
+        index = out_at + tl.arange(0, OUTS)
+        total += tl.load(bias + index, mask=index < num_outs, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        # Blocks of 8 outputs: gate, up, gate, ... (see `alternate`); a thread holds both of a pair.
+        gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
+        total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
+        out_at, width = out_at // 2, num_outs // 2
+    row_index = row_at + tl.arange(0, ROWS)
+    out_index = out_at + tl.arange(0, total.shape[0])
+    inside = (row_index < num_rows)[None, :] & (out_index < width)[:, None]
+    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
+    if SPLIT:
+        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+
+
+def grouped_tiles(rows: int) -> LinearTiles:
+    """The usual tiles. Steps are as deep as `GroupedLayer.depth` says, which decides bits."""
+    if rows <= 64:
+        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, warps=4, stages=5)
+    if rows <= 128:
+        return LinearTiles(64, 128, 128, warps=4, stages=4)
+    return LinearTiles(128, 128, 128, warps=8, stages=3)
+
+
+def launch(
+    x: Tensor,
+    layer: GroupedLayer,
+    out: Tensor,
+    segments: int,
+    tiles: LinearTiles | None = None,
+    x_scales: Tensor | None = None,
+) -> None:
+    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several segments.
+
+    x [rows, ins]: 16-bit or float32 rows, or FP8 ones with x_scales float32 [rows, ins / 128].
+    """
+    rows, ins = x.shape
+    outs, depth, bits = layer.outs, layer.depth, layer.bits
+    cut = tiles or grouped_tiles(rows)
+    steps = triton.cdiv(ins, depth)
+    bias = layer.bias if segments == 1 else None
+    numbers = layer.numbers
+    grid = triton.cdiv(outs, cut.outs) * triton.cdiv(rows, cut.rows)
+    _grouped_kernel[(grid, segments)](
+        TensorDescriptor(
+            numbers, list(numbers.shape), [numbers.shape[1], 1], [cut.outs, depth // (8 if bits == 4 else 1)]
+        ),
+        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [cut.rows, depth]),
+        layer.scales,
+        layer.scales if layer.zeros is None else layer.zeros,
+        layer.scales if x_scales is None else x_scales,
+        layer.scales if bias is None else bias,
+        out,
+        rows,
+        outs,
+        steps,
+        layer.group_size // depth,
+        triton.cdiv(steps, segments),
+        OUTS=cut.outs,
+        ROWS=cut.rows,
+        DEPTH=depth,
+        BITS=bits,
+        DTYPE=_DTYPES[x.dtype],
+        GATED=layer.interleaved,
+        SPLIT=segments > 1,
+        HAS_BIAS=bias is not None,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **chaining(),
+    )

@@ -1,0 +1,48 @@
+"""Weights as small integers with a scale and a zero point for each output of a group of inputs: what GPTQ and AWQ store."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.linear.stored import float_type
+
+WORD = 32
+"""Bits of the integers that several numbers are packed into."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight [outs, ins]. The weight of output o and input i is (numbers[o, i] - zeros[g, o]) * scales[g, o], where g is the
+    group of i."""
+
+    bits: int
+    """4 or 8."""
+    numbers: Tensor
+    """uint8 [outs, ins]."""
+    zeros: Tensor
+    """int16 [groups, outs]."""
+    scales: Tensor
+    """float [groups, outs]."""
+    group_of: Tensor
+    """int64 [ins]: the group of each input."""
+
+    def dequantised(self) -> Tensor:
+        """The weight in float32 or wider."""
+        dtype = float_type(self.scales)
+        zeros, scales = (t.to(dtype).index_select(0, self.group_of).T for t in (self.zeros, self.scales))
+        return self.numbers.to(dtype).sub_(zeros).mul_(scales).contiguous()
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The numbers in int32 words [n, m], the lowest bits first: uint8 [n, m * 32 / bits]."""
+    shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
+    return ((words[:, :, None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """The opposite of `unpack`."""
+    parts = numbers.to(torch.int64).unflatten(1, (-1, WORD // bits))
+    shifts = torch.arange(0, WORD, bits, device=numbers.device)
+    words = (parts << shifts).sum(2)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
