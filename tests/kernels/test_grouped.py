@@ -7,9 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from orthrus.kernels.linear import fp8_block
 from orthrus.kernels.linear.awq import read_awq
+from orthrus.kernels.linear.blocks_triton import quantise_inputs
+from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.gptq import read_gptq
-from orthrus.kernels.linear.grouped import integer_layer
+from orthrus.kernels.linear.grouped import fp8_layer, integer_layer
 from orthrus.kernels.linear.types import LinearTiles
 from tests.kernels.interpreted import DTYPES, assert_near, interpreted, randn
 from tests.quantised import AWQ, GPTQ, GPTQ8, quantised_weight
@@ -46,3 +49,28 @@ def test_layers_are_near_float64_on_the_same_numbers(
     assert got.dtype == dtype
     assert_near(got, exact)
     assert torch.equal(run(x[3:4], tiles=tiles), got[3:4])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_fp8_layers_multiply_numbers_and_the_scales_of_blocks(gated: bool) -> None:
+    parts = [quantise_blocks(randn(72, 272, seed=seed) * torch.linspace(1, 9, 272)) for seed in (1, 2)]
+    spread = [scales.repeat_interleave(128, 0)[:72] for _, scales in parts]
+    exact = torch.cat(
+        [
+            numbers.double() * scales.double().repeat_interleave(128, 1)[:, :272]
+            for (numbers, _), scales in zip(parts, spread, strict=True)
+        ]
+    )
+    numbers = torch.cat([part.view(torch.uint8) for part, _ in parts]).view(torch.float8_e4m3fn)
+    bias = randn(144, seed=5)
+    layer = fp8_layer(numbers, torch.cat(spread).T, bias, gated)
+    x = randn(20, 272, seed=7) * torch.linspace(1, 9, 272)
+    rounded, scales = quantise_inputs(x)
+    assert torch.equal(scales, fp8_block.quantise_inputs(x)[1])
+    inputs = rounded.double() * scales.double().repeat_interleave(128, 1)[:, :272]
+    expected = inputs @ exact.T + bias.double()
+    if gated:
+        gate, up = expected.chunk(2, 1)
+        expected = torch.nn.functional.silu(gate) * up
+    got = layer.linear_silu_mul(x) if gated else layer.linear(x)
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
