@@ -77,7 +77,7 @@ def load_weights(
         desc=f"loading {config.name}",
         unit="tensor",
         # The ranks load at the same time, and one bar tells how far they are.
-        disable=True if shard is not None and shard.rank else None,
+        disable=shard is not None and shard.rank > 0,
     )
     for file, names in by_file.items():
         try:
