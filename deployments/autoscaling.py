@@ -89,7 +89,9 @@ class EngineLoadPolicy:
             # Replicas of another version may not report a signal. Then nothing follows from it.
             if values := list(signals.get(name, {}).values()):
                 use, needed = sum(values) / len(values), sum(values) / target
-                reason = f"{_WORDS[name]} {use:.1%}, target {target:.0%}: needs {needed:.2f} replicas"
+                # Rounded up, as the number of replicas is: 1.004 calls for two, and "1.00" would not say why.
+                shown = math.ceil(round(100 * needed, 6)) / 100
+                reason = f"{_WORDS[name]} {use:.1%}, target {target:.0%}: needs {shown:.2f} replicas"
                 calls.append(Decision(needed, name, reason))
         # A queue in some replicas only needs no other one: new requests go elsewhere, and those in it stay.
         wait = min(signals.get("queue_wait", {}).values(), default=0.0)

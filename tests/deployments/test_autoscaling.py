@@ -152,6 +152,12 @@ def test_decisions_are_logged_once_with_their_reason(caplog: pytest.LogCaptureFi
     ]
 
 
+@pytest.mark.parametrize(("use", "needed"), [(0.35, "1.00"), (0.3501, "1.01")])
+def test_a_reason_shows_why_the_number_is_rounded_up(use: float, needed: str) -> None:
+    decision = EngineLoadPolicy(target_row_use=0.7).decide(context({"row_use": use}, {"row_use": use}))
+    assert decision.reason == f"rows used 35.0%, target 70%: needs {needed} replicas"
+
+
 def test_signals_are_rates_of_the_engines_counters() -> None:
     names = [field.name for field in fields(EngineStats)]
     zero = EngineStats(**{**dict.fromkeys(names, 0), "kv_pages_total": 50})
