@@ -11,6 +11,8 @@ import { replay } from "./replay.js";
 import { run } from "./request.js";
 import { snippet } from "./snippets.js";
 
+const STORED = "orthrus-playground"; // In sessionStorage.
+const SETTINGS = ["temperature", "max_tokens", "seed", "top_p", "top_k", "min_p", "stop_text"];
 const REPLAY_SPEED = 0.1;
 const ALTERNATIVES = 5;
 const PATHS = { completion: "v1/completions", chat: "v1/chat/completions" };
@@ -139,8 +141,14 @@ export function startPlayground(model, tell) {
     enable();
     byId("play-status").textContent = summary(answer);
   });
-  const typed = {}; // By mode: switching between them loses no prompt.
+  // Prompts by mode: switching between modes loses none, and a reload loses neither them nor the settings.
+  const { mode: last, typed = {}, settings = {} } = JSON.parse(sessionStorage.getItem(STORED) ?? "{}");
+  for (const [id, value] of Object.entries(settings)) byId(id).value = value;
   byId("prompt").addEventListener("input", () => (typed[mode()] = byId("prompt").value));
+  form.addEventListener("input", () => {
+    const now = Object.fromEntries(SETTINGS.map((id) => [id, byId(id).value]));
+    sessionStorage.setItem(STORED, JSON.stringify({ mode: mode(), typed, settings: now }));
+  });
   form.addEventListener("input", showSnippet);
   for (const button of document.querySelectorAll("[data-snippet]")) {
     button.addEventListener("click", () => {
@@ -159,7 +167,7 @@ export function startPlayground(model, tell) {
       showSnippet();
     });
   }
-  form.elements.mode.value = model.is_assistant ? "chat" : "completion";
+  form.elements.mode.value = last ?? (model.is_assistant ? "chat" : "completion");
   form.elements.mode[0].dispatchEvent(new Event("change", { bubbles: true }));
   byId("inspector").textContent = "Here you will see each token's probability and what else could have stood there.";
   enable();
@@ -169,7 +177,10 @@ export function startPlayground(model, tell) {
 function summary(answer) {
   if (!answer.pieces.length) return answer.stopped ? "Stopped before the first token." : "The answer is empty: the model ended it at once.";
   const tokens = plural(answer.tokens, "token");
-  if (answer.stopped) return `Stopped after ${tokens}.`;
+  if (answer.stopped) {
+    const told = answer.tokensPerCycle == null ? "" : ` ${number(answer.tokensPerCycle, 2)} tokens per cycle in ${plural(answer.cycles.length, "cycle")}.`;
+    return `Stopped after ${tokens}.${told}`;
+  }
   if (!answer.cycles.length) return `${tokens}.`;
   const per = number(answer.tokensPerCycle, 2);
   const drafted = answer.cycles.some((cycle) => cycle.drafts.length);
