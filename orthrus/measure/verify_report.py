@@ -31,14 +31,15 @@ class Report:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
 
     def to_text(self) -> str:
+        width = max([18, *(len(check.name) + 1 for check in self.checks)])
         lines = [
             f"{self.model} on {self.device}, {self.dtype}, torch {self.torch}: "
             f"{self.requests} requests, {self.compared_tokens} tokens compared with {self.reference_tokens} of the reference",
             "",
-            f"{'check':<18}{'drifted':>9}{'logprobs':>10}{'tok/cycle':>11}{'tok/pass':>10}{'tok/s':>8}{'preempted':>11}",
+            f"{'check':<{width}}{'drifted':>9}{'logprobs':>10}{'tok/cycle':>11}{'tok/pass':>10}{'tok/s':>8}{'preempted':>11}",
         ]
         lines += [
-            f"{c.name:<18}{c.drifted_tokens:>9}{c.drifted_logprobs:>10}{c.tokens_per_cycle:>11.2f}"
+            f"{c.name:<{width}}{c.drifted_tokens:>9}{c.drifted_logprobs:>10}{c.tokens_per_cycle:>11.2f}"
             f"{c.tokens_per_pass:>10.2f}{c.tokens / max(c.seconds, 1e-9):>8.0f}{c.preemptions:>11}"
             for c in self.checks
         ]
