@@ -34,6 +34,17 @@ class View(Enum):
 
 
 @dataclass(frozen=True)
+class Verifying:
+    """Drafts that a pass in flight verifies."""
+
+    drafts: Sequence[int]
+    """The drafts, in order."""
+    first_pick: int
+    """Place, among the runner's picks, of the pick that the first draft is compared with. The others follow, and then the pick
+    behind the last draft."""
+
+
+@dataclass(frozen=True)
 class RowGroup:
     """Rows at consecutive positions of one sequence, in one view."""
 
@@ -54,6 +65,10 @@ class RowGroup:
     """The group of the same pass that these rows branch off from. They see only its rows before `start`. None: they branch off
     from no group. If the branch begins inside a page, it has its own copy of that page, and the rows of its ancestors whose
     positions are in the page are written to both copies."""
+    behind: Verifying | None = None
+    """Drafts of the pass before this one: these rows, a diffusion block, come behind those that are right. `start` is where the
+    block begins if all are right. For each one that is not, the runner moves it back by a position. It gives the first row the
+    pick behind the last right draft, whatever `tokens` has."""
 
     @property
     def end(self) -> int:
@@ -85,6 +100,8 @@ class FlatRows:
     """What the rows attend to, in the order of the rows."""
     logit_rows: np.ndarray
     """int32, the rows that need logits, in the order of the groups that were flattened."""
+    moving: tuple[tuple[int, int, RowGroup], ...] = ()
+    """The groups that come behind drafts in flight: each with its first row, and the place of its first row in `logit_rows`."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,10 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
     num_ar = len(slots)
     slots.extend([0] * (len(tokens) - num_ar))
     logit_rows: list[int] = []
+    moving: list[tuple[int, int, RowGroup]] = []
     for first_row, group in zip(first_rows, groups, strict=True):
+        if group.behind is not None:
+            moving.append((first_row, len(logit_rows), group))
         logit_rows.extend(range(first_row + group.logits_from, first_row + group.logits_to))
     return FlatRows(
         tokens=np.array(tokens, np.int32),
@@ -174,6 +194,7 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         num_ar=num_ar,
         groups=tuple(attention),
         logit_rows=np.array(logit_rows, np.int32),
+        moving=tuple(moving),
     )
 
 

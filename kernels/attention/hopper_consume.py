@@ -198,8 +198,9 @@ def consume(
         row = skipped + query // PER_KV
         head = kv_head * PER_KV + query % PER_KV
         inside = (row < item.num_rows) & (query // PER_KV < ROWS)
-        limit = item.num_keys - (item.num_rows - 1 - row) * item.causal
-        common = item.num_keys - (item.num_rows - 1 - skipped) * item.causal  # Keys that all rows see.
+        seen = item.num_keys - item.unseen
+        limit = seen - (item.num_rows - 1 - row) * item.causal
+        common = seen - (item.num_rows - 1 - skipped) * item.causal  # Keys that all rows see.
         # Where partial results go: records, or the lane's own place.
         left_at = gl.where(
             divided,
@@ -224,7 +225,7 @@ def consume(
             seen_by_all = gl.where(in_block, own, common - walk.here)
             if seen_by_all < STEP:
                 bound = gl.where(in_block, own, limit - walk.here)
-                seen_by_last = gl.where(in_block, own, item.num_keys - walk.here)
+                seen_by_last = gl.where(in_block, own, seen - walk.here)
                 scores, scores2 = _hide(scores, scores2, bound, seen_by_last, seen_by_all)
             segment, weights, weights2 = _weigh(segment, scores, scores2, scale, tiles.dtype)
             acc = _add_values(segment.acc, ring, cursor, weights, weights2)

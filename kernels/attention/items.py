@@ -47,6 +47,7 @@ _BLOCK_ROWS = tl.constexpr(offset(ITEM, "block_rows"))
 _CAUSAL = tl.constexpr(offset(ITEM, "causal"))
 _RECORD = tl.constexpr(offset(ITEM, "record"))
 _NUM_RECORDS = tl.constexpr(offset(ITEM, "num_records"))
+_UNSEEN = tl.constexpr(offset(ITEM, "unseen"))
 _DIVIDED_SIZE = tl.constexpr(DIVIDED_ROW.itemsize // 4)
 _DIVIDED_ROW = tl.constexpr(offset(DIVIDED_ROW, "row"))
 _DIVIDED_RECORD = tl.constexpr(offset(DIVIDED_ROW, "record"))
@@ -71,6 +72,7 @@ def load_item(work, index):
         tl.load(item + _CAUSAL),
         tl.load(item + _RECORD),
         tl.load(item + _NUM_RECORDS),
+        tl.load(item + _UNSEEN),
     )
 
 

@@ -100,7 +100,7 @@ def _attention_kernel(
         head = kv_head * PER_KV + query_index % PER_KV
         inside = row < item.num_rows
         mask = inside[:, None] & (dims < DIM)[None, :]
-        limit = item.num_keys - (item.num_rows - 1 - row) * item.causal
+        limit = item.num_keys - item.unseen - (item.num_rows - 1 - row) * item.causal
         # Where partial results go: records, or the program's own place.
         left_at = tl.where(
             divided,

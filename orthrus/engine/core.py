@@ -150,7 +150,7 @@ class EngineCore:
     def step(self) -> list[Chunk]:
         """Launch a pass over what is due, and return the chunks of passes that are over, in order of arrival.
 
-        Where nothing but its picks is needed to plan the next pass, and the runner feeds tokens, a pass stays in flight: the
+        Where the next pass can be planned before the picks are known, and the runner feeds tokens, a pass stays in flight: the
         next step launches another one before it reads the picks.
         """
         begin = time.perf_counter()
@@ -161,13 +161,16 @@ class EngineCore:
         planned = self._scheduler.plan()
         if planned:
             self._launch(planned)
-        chunks += self._collect(keep=int(bool(planned) and self._in_flight[-1].ahead))
+        ahead = bool(planned) and self._in_flight[-1].ahead
+        chunks += self._collect(keep=int(ahead))
+        if ahead:
+            self._advance(self._in_flight[-1])
         self._row_use_seconds += self._scheduler.row_use * (time.perf_counter() - begin)
         self._publish()
         return chunks
 
     def _launch(self, planned: list[Planned]) -> None:
-        """Start a pass, and let its sequences go on as far as they can before its picks are known."""
+        """Start a pass."""
         groups: list[RowGroup] = []
         rows: list[PickRows] = []
         ahead = self.runner.feeds_tokens
@@ -180,17 +183,26 @@ class EngineCore:
         launched = self.runner.launch(groups, rows)
         self._passes += 1
         self._in_flight.append(InFlight(planned, rows, launched, ahead, begin))
-        for part, placeholders in zip(planned, placeholders_of(planned, launched.first_pick), strict=True):
-            sequence = part.sequence
+        for part in planned:
             if not part.decoding:
-                self._scheduler.mark_computed(sequence, part.num_rows)
-            if ahead:
-                if part.decoding:
-                    tokens = self._scheduler.schedule_of(sequence).advance(sequence, part.turn, placeholders)
-                    sequence.placeholders += tokens
-                    self._scheduler.mark_computed(sequence, len(tokens))
-                else:
-                    sequence.placeholders += placeholders[0]
+                self._scheduler.mark_computed(part.sequence, part.num_rows)
+
+    def _advance(self, last: InFlight) -> None:
+        """Let the sequences of the pass in flight go on as far as they can before its picks are known.
+
+        All passes before it have been committed.
+        """
+        placeholders = placeholders_of(last.planned, last.launched.first_pick)
+        for part, own in zip(last.planned, placeholders, strict=True):
+            sequence = part.sequence
+            if sequence.finish_reason is not None:
+                continue
+            tokens = own[0]
+            if part.decoding:
+                tokens = self._scheduler.schedule_of(sequence).advance(sequence, part.turn, own)
+                self._scheduler.mark_computed(sequence, len(tokens))
+            sequence.placeholders += tokens
+            part.num_advanced = len(tokens)
 
     def _collect(self, keep: int) -> list[Chunk]:
         """Wait for the passes in flight but for the last `keep`, and commit their picks."""
@@ -220,7 +232,7 @@ class EngineCore:
                 if part.num_scoring:
                     score_prompt(part, done.launched.logits[first:scored])
                 if part.num_logits > part.num_scoring:
-                    chunk = self._commit(part, picked, done.launched.logits[scored:row], done.ahead, records)
+                    chunk = self._commit(part, picked, done.launched.logits[scored:row], records)
                     if chunk is not None:
                         chunks.append(chunk)
             if records is not None:
@@ -232,12 +244,11 @@ class EngineCore:
         part: Planned,
         picks: list[list[int]],
         logits: Tensor,
-        ahead: bool,
         records: list[TurnRecord] | None,
     ) -> Chunk | None:
         """Turn a part's picks into tokens, append them one by one, and report them. None if nothing came of it.
 
-        ahead: whether the sequence has gone on since with placeholders. records: where the record of the turn goes.
+        records: where the record of the turn goes.
         """
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])
@@ -247,8 +258,7 @@ class EngineCore:
         first = before == 0
         sequence.passes += not first
         tokens, error = commit.tokens, None
-        if ahead:
-            del sequence.placeholders[: len(tokens)]
+        del sequence.placeholders[: part.num_advanced]
         if sequence.params.max_tokens == 0 and NO_TOKEN not in tokens:
             sequence.finish_reason = "length"
         elif tokens:
@@ -272,7 +282,7 @@ class EngineCore:
             self._cycles += turn.ends_cycle
             self._committed += len(taken)
         # Every row whose input was committed is final: x_n and the accepted drafts.
-        if part.decoding and not ahead:
+        if part.decoding and not part.num_advanced:
             self._scheduler.mark_computed(sequence, len(taken))
         else:
             self._scheduler.name_pages(sequence)

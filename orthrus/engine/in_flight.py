@@ -17,7 +17,7 @@ class InFlight:
     """How its picks are made."""
     launched: LaunchedPass
     ahead: bool
-    """Whether its sequences have gone on with placeholders, so that the next pass can be launched before it is over."""
+    """Whether its sequences go on before its picks are known, so that the next pass can be launched before it is over."""
     begin: float
     """When it was launched, in seconds; for the observer."""
 

@@ -43,6 +43,8 @@ class Planned:
     """Whether the schedule made the turn; else it is a prefill, with one group."""
     num_scoring: int = 0
     """How many of the rows with logits, from the first on, score the prompt token after them."""
+    num_advanced: int = 0
+    """Tokens by which its sequence has gone on with placeholders since the launch."""
 
 
 class Scheduler:

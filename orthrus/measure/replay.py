@@ -83,7 +83,9 @@ class ReplaySchedule:
         """The right tokens of a block and their ranks."""
         prompt = sequence.tokens[: sequence.num_prompt]
         profile, text = self._texts[_key(prompt, sequence.params)]
-        right = text[block.start + 1 : block.start + 1 + block.num_logits]
+        # Not the position that the block was planned for, which may have been a guess.
+        start = sequence.newest_position + 1
+        right = text[start : start + block.num_logits]
         # Draws that spread evenly over a sequence's cycles: a few bring what many would on average.
         rng = random.Random(hash((self._seed, *text[-4:], sequence.cycles)))
         first = random.Random(hash((self._seed, *text[-4:]))).random()

@@ -1,8 +1,10 @@
 """The runner of CPUs, and of float64 anywhere: every pass runs at once, in plain PyTorch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
+
+_ROOM = 1 << 16
+"""Most picks of a pass."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,7 @@ class RunPass:
     """What rank 0 tells the other ranks of a pass."""
 
     rows: FlatRows
-    picks: list[int]
-    """Those of the last two passes."""
+    """Its rows, with tokens in place of all places among the picks."""
 
 
 class EagerRunner:
@@ -45,8 +49,9 @@ class EagerRunner:
         self.feeds_tokens = feeds_tokens
         self._forward = forward
         self._cache = cache
-        # Of the last two passes, as in a runner that does not wait.
-        self._picks = [[0], [0]]
+        # Of the last two passes, as in a runner that does not wait: those of every other pass begin at place _ROOM.
+        self._picks = torch.zeros(2 * _ROOM, dtype=torch.int32, device=forward.device)
+        self._first_pick = 0
 
     @staticmethod
     def build(
@@ -68,13 +73,18 @@ class EagerRunner:
         )
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
+        if any(group.behind is not None for group in groups):
+            groups, rows = _placed(groups, rows, self._picks)
         logits = self.logits(groups)
         tokens = pick(logits, rows) if rows else []
-        self._picks = [self._picks[1], tokens]
-        return _Done(logits, len(self._picks[0]), tokens)
+        self._first_pick = first = _ROOM - self._first_pick
+        self._picks[first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        return _Done(logits, first, tokens)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
-        message = RunPass(flatten(groups, self._cache.page_size), self._picks[0] + self._picks[1])
+        rows = flatten(groups, self._cache.page_size)
+        # The other ranks have no picks.
+        message = RunPass(replace(rows, tokens=_known(rows.tokens, self._picks)))
         self._forward.ranks.tell(message)
         return self._run(message)
 
@@ -91,7 +101,33 @@ class EagerRunner:
             heads_per_kv=self._forward.heads_per_kv,
             device=self._forward.device,
         )
-        picks = torch.tensor(message.picks, dtype=torch.int32, device=plan.tokens.device)
         stack = self._forward.stack_for(ar=rows.num_ar > 0, diffusion=rows.num_ar < len(rows.tokens))
-        hidden = self._forward.hidden_states(plan, self._cache, picks, stack)
+        hidden = self._forward.hidden_states(plan, self._cache, self._picks, stack)
         return self._forward.logits(hidden[plan.logit_rows], stack)
+
+
+def _known(tokens: np.ndarray, picks: Tensor) -> np.ndarray:
+    """`FlatRows.tokens` with the tokens that were picked where these refer to picks; 0 for `NO_TOKEN`."""
+    picked = picks.numpy(force=True)[np.maximum(-1 - tokens, 0)]
+    return np.where(tokens < 0, np.maximum(picked, 0), tokens).astype(np.int32)
+
+
+def _placed(
+    groups: Sequence[RowGroup], rows: Sequence[PickRows], picks: Tensor
+) -> tuple[list[RowGroup], list[PickRows]]:
+    """The same pass, with each block that comes behind drafts in flight where these picks put it."""
+    first_logits = list(accumulate((group.num_logits for group in groups), initial=0))
+    first_rows = list(accumulate((part.count for part in rows), initial=0))
+    placed, picking = list(groups), list(rows)
+    for index, group in enumerate(groups):
+        if group.behind is None:
+            continue
+        drafts, first_pick = group.behind.drafts, group.behind.first_pick
+        picked = picks[first_pick : first_pick + len(drafts) + 1].tolist()
+        right = next((i for i, draft in enumerate(drafts) if draft != picked[i]), len(drafts))
+        missing = len(drafts) - right
+        tokens = [-1 - (first_pick + right), *group.tokens[1:]]
+        placed[index] = replace(group, tokens=tokens, start=group.start - missing, behind=None)
+        part = first_rows.index(first_logits[index])
+        picking[part] = replace(rows[part], position=rows[part].position - missing)
+    return placed, picking

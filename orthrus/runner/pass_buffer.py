@@ -6,21 +6,28 @@ which the captured graphs read it. Besides the weights and the cache, a buffer h
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orthrus.kernels.attention.place_blocks import FIELDS, MovingBlock, block_list
 from orthrus.plan import MORE_SLOTS, FlatRows
-from orthrus.runner.sampler import PickRows, row_keys, row_temperatures
+from orthrus.runner.sampler import PickRows, keys_from, row_keys, row_temperatures
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 _HEADER = 8
-"""Numbers before the fields of the head: six fields, padded so that the next one is aligned."""
+"""Numbers before the fields of the head."""
 _ROW = 4 + MORE_SLOTS
 """Numbers of a row."""
+_MOVING = FIELDS + 5
+"""Most numbers of the list of blocks that move, for each row that needs logits. A block has such a row, with a noise key. Each
+draft before it had one too, and takes one more key."""
+_ALIGNED = 4
+"""The list of blocks that move begins at a multiple of so many numbers: kernels are compiled for one alignment."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class PassFields(Generic[Array]):
     """[1] Number of rows that need logits."""
     num_used: Array
     """[1] How many numbers of the buffer this pass uses, from its beginning."""
+    num_moving: Array
+    """[1] Number of blocks whose place depends on the picks of the pass before, as in `place_blocks`."""
+    moving_at: Array
+    """[1] Place of their list in `work`, behind the work list."""
     logit_rows: Array
     """[max_logits] The rows that need logits."""
     temperatures: Array
@@ -60,7 +71,7 @@ class PassFields(Generic[Array]):
     more_slots: Array
     """[MORE_SLOTS * num_rows] Further slots that AR rows write to, as in `KVWrites`."""
     work: Array
-    """[the rest] Attention's work list, see `kernels.attention`."""
+    """[the rest] Attention's work list, see `kernels.attention`, and behind it the list of blocks that move."""
 
     @staticmethod
     def of(buffer: Array, num_rows: int, max_logits: int) -> "PassFields[Array]":
@@ -76,6 +87,8 @@ class PassFields(Generic[Array]):
             num_rows=buffer[3:4],
             num_logits=buffer[4:5],
             num_used=buffer[5:6],
+            num_moving=buffer[6:7],
+            moving_at=buffer[7:8],
             logit_rows=buffer[head : head + max_logits],
             temperatures=temperatures.view(floats),
             noise_keys=buffer[head + 2 * max_logits : rows].reshape(max_logits, 2),
@@ -90,7 +103,7 @@ class PassFields(Generic[Array]):
 
 def buffer_size(*, max_rows: int, max_logits: int, max_work: int) -> int:
     """Numbers of a buffer that holds any pass of up to so many rows, rows that need logits, and numbers of the work list."""
-    return _HEADER + 4 * max_logits + _ROW * max_rows + max_work
+    return _HEADER + (4 + _MOVING) * max_logits + _ROW * max_rows + max_work + _ALIGNED
 
 
 @dataclass
@@ -156,10 +169,11 @@ class PassBuffer:
                 f"a pass of {num_rows} rows whose rows write to {len(rows.more_slots)} further slots is over the limit, "
                 f"{len(fields.more_slots)} of them"
             )
-        if len(work) > len(fields.work):
+        room = len(fields.work) - _MOVING * self.max_logits - _ALIGNED
+        if len(work) > room:
             raise ValueError(
                 f"attention's work list has {len(work)} numbers, and a pass of {num_rows} rows has room for "
-                f"{len(fields.work)}: its block tables have more pages than the buffer was made for"
+                f"{room}: its block tables have more pages than the buffer was made for"
             )
         # Rows that no group has belong to the view that comes last.
         fields.num_ar[0] = rows.num_ar if rows.num_ar < used else num_rows
@@ -167,7 +181,11 @@ class PassBuffer:
         fields.wants_logits[0] = wants_logits
         fields.num_rows[0] = num_rows
         fields.num_logits[0] = num_logits
-        fields.num_used[0] = self.size - len(fields.work) + len(work)
+        moving = block_list(_moving_blocks(rows, picking))
+        moving_at = -(-len(work) // _ALIGNED) * _ALIGNED if rows.moving else len(work)
+        fields.num_used[0] = self.size - len(fields.work) + moving_at + len(moving)
+        fields.num_moving[0] = len(rows.moving)
+        fields.moving_at[0] = moving_at
         _write(fields.logit_rows, rows.logit_rows)
         if picking:
             fields.temperatures[:num_logits] = row_temperatures(picking)
@@ -179,7 +197,40 @@ class PassBuffer:
         fields.more_ends[used:] = len(rows.more_slots)
         fields.more_slots[: len(rows.more_slots)] = rows.more_slots
         fields.work[: len(work)] = work
+        fields.work[moving_at : moving_at + len(moving)] = moving
         return fields
+
+
+def _moving_blocks(rows: FlatRows, picking: Sequence[PickRows]) -> list[MovingBlock]:
+    """The blocks of a pass that come behind drafts in flight."""
+    if not rows.moving:
+        return []
+    # By the first row with logits that they pick from. A block's rows pick alike.
+    ends = accumulate(picks.count for picks in picking)
+    picks_at = {end - picks.count: picks for end, picks in zip(ends, picking, strict=True)}
+    own = [picks_at[first_logit] for _, first_logit, _ in rows.moving]
+    drafts = [group.behind.drafts for _, _, group in rows.moving if group.behind is not None]
+    keys = keys_from(
+        [picks.seed for picks in own],
+        [picks.position - len(before) for picks, before in zip(own, drafts, strict=True)],
+        counts := [picks.count + len(before) for picks, before in zip(own, drafts, strict=True)],
+    )
+    ends = accumulate(counts)
+    return [
+        MovingBlock(
+            first_row,
+            len(group.tokens),
+            first_logit,
+            picks.count,
+            group.behind.first_pick,
+            group.behind.drafts,
+            keys[end - count : end],
+        )
+        for (first_row, first_logit, group), picks, count, end in zip(
+            rows.moving, own, counts, ends, strict=True
+        )
+        if group.behind is not None
+    ]
 
 
 def _write(target: np.ndarray, values: np.ndarray) -> None:

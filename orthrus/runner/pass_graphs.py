@@ -22,6 +22,7 @@ from tqdm import tqdm
 from orthrus.cache.kv_cache import KVCache
 from orthrus.kernels import workspace
 from orthrus.kernels.attention import AttentionPlan, AttentionWork
+from orthrus.kernels.attention.place_blocks import place_blocks
 from orthrus.kernels.attention.work_list import header_of
 from orthrus.kernels.rows.types import KVWrites
 from orthrus.models.forward import LayerParallelForward
@@ -91,6 +92,8 @@ class PassGraphs:
         self._whole_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         # The same on the drafts' own weights.
         self._draft_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        # By number of rows: making them takes longer than a launch.
+        self._fields: dict[int, PassFields[Tensor]] = {}
         self._capture_all()
 
     def fields(self, num_rows: int = 0) -> PassFields[Tensor]:
@@ -100,6 +103,8 @@ class PassGraphs:
     def replay(self, fields: PassFields[np.ndarray]) -> None:
         """Launch the pass that is in the buffer. fields: the host's view of the same numbers."""
         rows, count = int(fields.num_rows[0]), int(fields.num_logits[0])
+        if moving := int(fields.num_moving[0]):
+            self._place_blocks(rows, moving, int(fields.moving_at[0]))
         if self._draft_graphs and not fields.num_ar[0]:
             self._draft_graphs[rows, bool(header_of(fields.work)["num_divided"])].replay()
             return
@@ -110,6 +115,21 @@ class PassGraphs:
         self._row_graphs[rows].replay()
         if count:
             self._head_graphs[head_rows].replay()
+
+    def _place_blocks(self, rows: int, count: int, list_at: int) -> None:
+        """Move the blocks of a pass of `rows` rows to where the picks of the pass before put them. list_at: `moving_at`."""
+        if rows not in self._fields:
+            self._fields[rows] = self.fields(rows)
+        fields = self._fields[rows]
+        place_blocks(
+            fields.work[list_at:],
+            count,
+            self.picks,
+            fields.tokens,
+            fields.positions,
+            fields.noise_keys,
+            fields.work,
+        )
 
     def _capture_all(self) -> None:
         rows, heads = self._row_sizes[::-1], self._logit_sizes[::-1]
@@ -126,6 +146,9 @@ class PassGraphs:
                 self._whole_graphs[key] = self._capture(partial(self._run_whole, *key), bar)
             for key in drafts:
                 self._draft_graphs[key] = self._capture(partial(self._run_draft, *key), bar)
+        self._place_blocks(
+            rows[0], 1, 0
+        )  # Compiles the kernel. The buffer holds zeros: a block without rows.
 
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
         """A graph of what `run` launches. Before that it runs once, which compiles its kernels: the buffer holds zeros, which

@@ -237,11 +237,19 @@ def row_temperatures(groups: Seq[PickRows]) -> np.ndarray:
 
 def row_keys(groups: Seq[PickRows]) -> np.ndarray:
     """The noise keys of every row of `groups`: int32 [rows, 2]."""
-    counts = np.array([group.count for group in groups])
-    seeds = np.repeat(np.array([group.seed for group in groups], np.uint64), counts)
-    first = np.repeat(np.array([group.position for group in groups]), counts)
-    offset = np.arange(len(seeds)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return noise_keys(seeds, first + offset)
+    return keys_from(
+        [group.seed for group in groups],
+        [group.position for group in groups],
+        [group.count for group in groups],
+    )
+
+
+def keys_from(seeds: Seq[int], positions: Seq[int], counts: Seq[int]) -> np.ndarray:
+    """The noise keys of `counts` positions each, from `positions` on, with these seeds: int32 [sum of counts, 2]."""
+    lengths = np.array(counts)
+    first = np.repeat(np.array(positions), lengths)
+    offset = np.arange(len(first)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return noise_keys(np.repeat(np.array(seeds, np.uint64), lengths), first + offset)
 
 
 def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> list[list[int]]:

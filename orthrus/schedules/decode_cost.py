@@ -41,9 +41,14 @@ class DecodeCost:
     """What a row adds to a pass if its pick is sampled rather than greedy."""
 
     @staticmethod
-    def measured(timer: PassTimer, mask_token_id: int, *, leads: bool) -> "DecodeCost":
-        """Time the passes on this machine. leads: whether passes may have leads."""
-        verify = PassShape(VERIFY, lambda rows, start, block_table: ar_rows([0] * rows, start, block_table))
+    def measured(timer: PassTimer, mask_token_id: int, *, leads: bool, trees: bool) -> "DecodeCost":
+        """Time the passes on this machine. leads: whether passes may have leads. trees: whether drafts are verified as trees."""
+        # The pass behind a tree has to wait for its picks.
+        verify = PassShape(
+            VERIFY,
+            lambda rows, start, block_table: ar_rows([0] * rows, start, block_table),
+            ahead=not trees,
+        )
         draft, lead = (
             PassShape(
                 kind,

@@ -11,6 +11,9 @@ A draft turn may have a *lead*: the AR row of x_n, beside the block. Its pick is
 cycle commits at least two tokens. The price is to read the AR view's attention weights in the draft pass too. The verify turn
 then starts from x_n+1, and the prediction of the block's last row is of use.
 
+Where the next block begins is known only when a verify turn's picks are. A block without a lead, behind a block that is no tree,
+is planned before that: its group comes behind `Verifying` drafts, and the device finds out which of these are right.
+
 A verify turn may have a *tree* of drafts: several continuations, of the best few tokens of each position. Its rows are one group
 for each run of drafts that leaves another one, and each has pages of its own from there on.
 """
@@ -22,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.loading import stages
-from orthrus.plan import MAX_RANKS, RowGroup
+from orthrus.plan import MAX_RANKS, RowGroup, Verifying
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
 from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
@@ -44,21 +47,38 @@ class _Choice:
     block: BlockPlan
 
 
+@dataclass(frozen=True)
+class _InFlight:
+    """A draft in a verify turn that has been launched."""
+
+    draft: Draft
+    verifying: Verifying
+
+
 class OrthrusSchedule:
     """`planner` chooses the length of each block and whether it has a lead. A block of one row is an AR step.
 
-    As `SequenceState.schedule_state` it keeps the `Draft` that waits to be verified, or else the `_Choice` of the next block.
+    As `SequenceState.schedule_state` it keeps the `Draft` that waits to be verified, `_InFlight` while that is under way and the
+    next block can be planned, or else the `_Choice` of the next block.
     """
 
     max_groups = MAX_RUNS
 
-    def __init__(self, planner: DraftPlanner, mask_token_id: int, trees: TreeDrafts | None = None) -> None:
+    def __init__(
+        self,
+        planner: DraftPlanner,
+        mask_token_id: int,
+        max_model_len: int,
+        trees: TreeDrafts | None = None,
+    ) -> None:
+        """max_model_len: context limit in tokens. trees: None if drafts are verified as one continuation."""
         self.max_rows = planner.max_rows
         # A block's and its lead's, or a tree's.
         self.max_logits = max(planner.max_rows + 1, trees.max_rows if trees is not None else 0)
         self._trees = trees
         self._planner = planner
         self._mask = mask_token_id
+        self._max_model_len = max_model_len
         self._ar = ARSchedule()
 
     @classmethod
@@ -70,7 +90,12 @@ class OrthrusSchedule:
         cost = None
         if config.adaptive_draft and context.max_model_len > 2:  # Else no block fits.
             stages.info("measuring what passes cost")
-            cost = DecodeCost.measured(context.timer, model.mask_token_id, leads=context.mixes_views)
+            cost = DecodeCost.measured(
+                context.timer,
+                model.mask_token_id,
+                leads=context.mixes_views,
+                trees=config.draft_tree is not None,
+            )
             logger.info("decode cost: %s", cost)
         planner = DraftPlanner(
             config.draft_length or model.block_size,
@@ -86,7 +111,7 @@ class OrthrusSchedule:
                 depths=planner.max_rows,
                 pass_rows=context.max_pass_rows,
             )
-        return cls(planner, model.mask_token_id, trees)
+        return cls(planner, model.mask_token_id, context.max_model_len, trees)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         n, block_table = sequence.newest_position, sequence.block_table
@@ -101,14 +126,15 @@ class OrthrusSchedule:
                 )
             if draft.tree is not None:
                 groups = draft.tree.groups(draft.candidates, sequence.newest_token, n)
-            # Where the next block begins is known only when this one is verified.
             return Turn(
                 VERIFY,
                 groups,
                 (False,) * len(groups),
                 num_verified=sum(len(group.tokens) for group in groups) - 1,
-                can_advance=False,
+                can_advance=self._plan_following(sequence, draft, batch),
             )
+        if isinstance(state := sequence.schedule_state, _InFlight):
+            return self._plan_behind(sequence, state)
         # With one token to go, two rows would draft it and verify it: the AR step is one pass.
         room = sequence.max_length - n
         if room <= 2:
@@ -121,10 +147,36 @@ class OrthrusSchedule:
         # A grammar says what may follow x_n, but not yet what may follow the token after it.
         lead = plan.lead and sequence.mask is None
         groups = draft_rows(sequence.newest_token, num_rows, n, block_table, self._mask, lead=lead)
-        ranks = 1 if self._trees is None or sequence.mask is not None else MAX_RANKS
+        ranks = self._ranks(sequence)
         if lead:
             return Turn(LEAD_DRAFT, groups, (False, True), ranks, ends_cycle=False)
         return Turn(DRAFT, groups, (True,), ranks, ends_cycle=False)
+
+    def _plan_following(self, sequence: SequenceState, draft: Draft, batch: int) -> bool:
+        """Choose the block to draft behind a draft that is about to be verified. Whether it can be drafted wherever it begins."""
+        greedy = sequence.params.greedy
+        if draft.following is None:
+            if draft.tree is not None or not self._planner.pays(greedy, batch):
+                return False
+            block = self._planner.plan(greedy, batch)
+            draft = sequence.schedule_state = replace(draft, following=block)
+        block = draft.following
+        furthest = sequence.newest_position + len(draft.tokens) + 1
+        return draft.tree is None and not block.lead and furthest + block.rows <= self._max_model_len
+
+    def _plan_behind(self, sequence: SequenceState, state: _InFlight) -> Turn:
+        """A draft turn behind the drafts of a verify turn that is under way."""
+        block, verifying = state.draft.following, state.verifying
+        assert block is not None
+        furthest = sequence.newest_position + len(verifying.drafts) + 1
+        [group] = draft_rows(0, block.rows, furthest, sequence.block_table, self._mask, lead=False)
+        return Turn(
+            DRAFT, (replace(group, behind=verifying),), (True,), self._ranks(sequence), ends_cycle=False
+        )
+
+    def _ranks(self, sequence: SequenceState) -> int:
+        """How many tokens a draft picks at each row: several where a tree can be made of them."""
+        return 1 if self._trees is None or sequence.mask is not None else MAX_RANKS
 
     def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
         """The next block. The planner counts its answers, so it is asked once for each block."""
@@ -140,12 +192,15 @@ class OrthrusSchedule:
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
         if turn.kind in (DRAFT, LEAD_DRAFT):
-            planned, draft = sequence.schedule_state, _draft(turn, picks)
-            # The verify turn may have been planned already.
-            tree = planned.tree if isinstance(planned, Draft) else None
-            sequence.schedule_state = replace(draft, tokens=_tokens(draft.tokens), tree=tree)
+            planned, draft = sequence.schedule_state, _draft(sequence, turn, picks)
+            draft = replace(draft, tokens=_tokens(draft.tokens))
+            if isinstance(planned, Draft):  # The verify turn may have been planned already.
+                draft = replace(draft, tree=planned.tree, following=planned.following)
+            sequence.schedule_state = draft
             return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
         drafted = sequence.schedule_state
+        if isinstance(drafted, _InFlight):
+            drafted = drafted.draft
         if turn.kind == STEP:
             if isinstance(drafted, Draft) and not drafted.tokens:
                 sequence.schedule_state = None
@@ -163,11 +218,19 @@ class OrthrusSchedule:
         differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
         accepted = next(differing, len(drafted.tokens))
         self._planner.observe(sequence.params.greedy, drafted, accepted)
+        if drafted.following is not None:
+            position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
+            sequence.schedule_state = _Choice(position, drafted.following)
         return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
+        if turn.kind == VERIFY:
+            draft = sequence.schedule_state
+            assert isinstance(draft, Draft), "what a block verifies has been drafted"
+            sequence.schedule_state = _InFlight(draft, Verifying(draft.tokens, -1 - placeholders[0][0]))
+            return []
         if turn.kind in (DRAFT, LEAD_DRAFT):
-            sequence.schedule_state = _draft(turn, placeholders)
+            sequence.schedule_state = _draft(sequence, turn, placeholders)
         return [] if turn.kind == DRAFT else placeholders[0]
 
 
@@ -176,10 +239,13 @@ def _tokens(picks: list[int]) -> list[int]:
     return list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))
 
 
-def _draft(turn: Turn, picks: Sequence[list[int]]) -> Draft:
+def _draft(sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Draft:
     """What a draft turn drafted. Behind a lead, the block's first pick is of no use: the lead has picked the same position."""
     count, lead = turn.groups[-1].num_logits, turn.kind == LEAD_DRAFT
     first, *further = [
         picks[-1][rank * count + lead : (rank + 1) * count] for rank in range(len(picks[-1]) // count or 1)
     ]
+    if turn.groups[-1].behind is not None:
+        # Where the block began was not known, and so not how much room it had.
+        first = first[: sequence.max_length - sequence.newest_position - 1]
     return Draft(first, lead, lead and picks[-1][:1] == picks[0], further)

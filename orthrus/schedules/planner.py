@@ -63,6 +63,8 @@ class Draft:
     """For each rank from 1 on: the tokens that were picked for these positions. `tokens` have rank 0, the likeliest."""
     tree: DraftTree | None = None
     """The tree of these tokens that a pass verifies. None before that, and if it verifies `tokens` alone."""
+    following: "BlockPlan | None" = None
+    """The block to draft behind the right ones, if that is known before they are verified."""
 
     @property
     def candidates(self) -> list[list[int]]:
@@ -260,6 +262,10 @@ class DraftPlanner:
         """Tokens per second that the next block promises, over those of AR steps; 1 where drafts don't pay at present."""
         ranking = self._ranking(greedy, batch)
         return ranking.speed if ranking.pays else 1.0
+
+    def pays(self, greedy: bool, batch: int) -> bool:
+        """Whether drafts pay at present where `batch` sequences decode: then `plan` gives no AR steps."""
+        return self._ranking(greedy, batch).pays
 
     def _ranking(self, greedy: bool, batch: int) -> _Ranking:
         ranking = self._rankings.get((greedy, batch))

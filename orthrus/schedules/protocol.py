@@ -111,7 +111,7 @@ class Schedule(Protocol):
         ...
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
-        """Get ready to plan the next turn before the picks of `turn`, which can advance, are known.
+        """Get ready to plan the next turn before the picks of `turn`, which can advance, are known. Earlier turns are committed.
 
         placeholders: what stands for the picks, in lists as in `commit`; a row may have one as its token. Returns those in whose
         place `commit`, which is called later, will give tokens.

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 from torch import Tensor
 
 from orthrus.kernels.attention import AttentionGroup, AttentionPlan, paged_attention
+from orthrus.kernels.attention.place_blocks import MovingBlock, block_list, place_blocks
 from orthrus.kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
 from orthrus.kernels.linear import hopper as linear_stream
 from orthrus.kernels.linear.gpu import TritonWeight
@@ -186,6 +187,32 @@ def test_attention_rows_are_the_same_bits_in_any_company_however_the_work_is_div
             part, own = alone(qkv, plan, single)
             got = paged_attention(part, keys, values, own, scale)
             assert torch.equal(got[0], full[first + row]), (group, row)
+
+
+@pytest.mark.parametrize("missing", [1, 60, 127])
+@pytest.mark.parametrize("programs", [0, 4, 64])
+def test_a_block_that_was_planned_too_far_has_the_bits_of_one_that_was_not(
+    programs: int, missing: int
+) -> None:
+    furthest, drafts = 1040, list(range(127))
+    qkv, keys, values, plan = attention_inputs([(8, 300, True), (32, furthest, True)], 4, 128)
+    other, block = plan.groups
+    known = replace(plan, groups=(other, replace(block, start=furthest - missing)))
+    exact = paged_attention(qkv, keys, values, device_plan(known), 0.1)
+    moved = device_plan(plan, programs)
+    assert moved.work is not None
+    moving = MovingBlock(8, 32, 7, 31, 0, drafts, noise_keys([3] * 158, range(900, 1058)))
+    listed = torch.from_numpy(block_list([moving])).to(DEVICE)
+    picks = int32(*drafts[: 127 - missing], *[-5] * (missing + 1))
+    tokens, positions = int32(*[6] * 40), int32(*range(300, 308), *range(furthest, furthest + 32))
+    noise = torch.zeros(38, 2, dtype=torch.int32, device=DEVICE)
+    place_blocks(listed, 1, picks, tokens, positions, noise, moved.work.numbers)
+    assert torch.equal(paged_attention(qkv, keys, values, moved, 0.1), exact)
+    assert positions.tolist() == [*range(300, 308), *range(furthest - missing, furthest - missing + 32)]
+    assert tokens.tolist() == [6] * 8 + [-1 - (127 - missing)] + [6] * 31
+    assert torch.equal(
+        noise[7:].cpu(), torch.from_numpy(noise_keys([3] * 31, range(1027 - missing, 1058 - missing)))
+    )
 
 
 def test_a_plan_is_uploaded_from_page_locked_memory() -> None:

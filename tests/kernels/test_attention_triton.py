@@ -8,11 +8,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from orthrus.kernels.attention import AttentionGroup, AttentionPlan, AttentionWork, paged_attention
+from orthrus.kernels.attention import (
+    AttentionGroup,
+    AttentionPlan,
+    AttentionWork,
+    paged_attention,
+    place_blocks_triton,
+)
 from orthrus.kernels.attention import gpu as attention_gpu
+from orthrus.kernels.attention.place_blocks import MovingBlock, block_list, place_blocks
 from orthrus.kernels.attention.work_list import plan_work
 from orthrus.kernels.rows import qk_norm_rope_triton
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
+from orthrus.kernels.rows.sampling import noise_keys
 from orthrus.kernels.rows.types import KVWrites
 from tests.kernels.interpreted import CPU, DTYPES, assert_near, int32, interpreted, randn
 from tests.kernels.work_lists import items_of
@@ -86,6 +94,36 @@ def test_attention_rows_are_the_same_bits_in_any_company() -> None:
         at = 12 * g + row
         out = attention_gpu.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
         assert torch.equal(out[0], full[at]), (g, row)
+
+
+@pytest.mark.parametrize("missing", [1, 60, 127])
+@pytest.mark.parametrize("programs", [0, 3, 100])
+def test_a_block_that_was_planned_too_far_sees_the_keys_before_it_alone(programs: int, missing: int) -> None:
+    """Moved back over the end of a segment, it has the bits of a block that was planned there."""
+    furthest, drafts = 1040, list(range(127))
+    blocks = [(2, 300, True), (3, furthest, True)]
+    qkv, keys, values, plan = attention_case(blocks, 2, torch.float16)
+    other, block = plan.groups
+    known = replace(plan, groups=(other, replace(block, start=furthest - missing)))
+    exact = attention_gpu.paged_attention(qkv, keys, values, with_work(known, 4, 3), 0.25)
+    moved = with_work(plan, 4, programs)
+    assert moved.work is not None
+    picks = torch.tensor([*drafts[: 127 - missing], *[-5] * (missing + 1)], dtype=torch.int32)
+    moving = MovingBlock(2, 3, 1, 2, 0, drafts, noise_keys([3] * 129, range(900, 1029)))
+    outputs: list[torch.Tensor] = []
+    for place in (place_blocks, place_blocks_triton.place_blocks):
+        work = moved.work.numbers.clone()
+        tokens, positions = int32(4, 6, 0, 6, 6), int32(300, 301, *range(furthest, furthest + 3))
+        noise = torch.zeros(5, 2, dtype=torch.int32)
+        place(torch.from_numpy(block_list([moving])), 1, picks, tokens, positions, noise, work)
+        out = attention_gpu.paged_attention(
+            qkv, keys, values, replace(moved, work=replace(moved.work, numbers=work)), 0.25
+        )
+        assert torch.equal(out, exact)
+        outputs.append(torch.cat([tokens, positions, noise.flatten(), work]))
+    assert torch.equal(outputs[0], outputs[1])
+    assert positions.tolist() == [300, 301, *range(furthest - missing, furthest - missing + 3)]
+    assert tokens.tolist() == [4, 6, -1 - (127 - missing), 6, 6]
 
 
 def test_a_block_longer_than_a_segment_leaves_one_record() -> None:

@@ -1,15 +1,18 @@
 """The numbers of a pass in one buffer: the host's view and the device's are of the same fields, none of which overlap."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
-from orthrus.plan import MORE_SLOTS, RowGroup, View, flatten
+from orthrus.kernels.attention.place_blocks import place_blocks
+from orthrus.kernels.attention.work_list import plan_work
+from orthrus.plan import MORE_SLOTS, RowGroup, Verifying, View, flatten
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.sampler import PickRows, row_keys, row_temperatures
+from tests.kernels.work_lists import items_of
 
 MAX_ROWS, MAX_LOGITS, MAX_WORK, PAGE = 32, 16, 100, 8
 NAMES = [field.name for field in fields(PassFields)]
@@ -41,9 +44,8 @@ def test_every_field_is_the_same_in_both_views_and_none_overlap(num_rows: int) -
         assert torch.equal(theirs_now, torch.from_numpy(ours_now)), name
         assert theirs_now.shape == ours_now.shape, name
         assert theirs_now.data_ptr() == ours_now.ctypes.data, name
-    header = 8
-    assert sum(getattr(ours, name).size for name in NAMES) == host.size - header + 6
-    assert ours.work.size == MAX_WORK + (4 + MORE_SLOTS) * (MAX_ROWS - num_rows)
+    assert sum(getattr(ours, name).size for name in NAMES) == host.size
+    assert ours.work.size >= MAX_WORK + (4 + MORE_SLOTS) * (MAX_ROWS - num_rows)
 
 
 def test_a_device_finds_in_the_buffer_what_the_host_has_put_there() -> None:
@@ -60,9 +62,9 @@ def test_a_device_finds_in_the_buffer_what_the_host_has_put_there() -> None:
     host.numbers.fill_(99)
     filled = host.fill(rows, picking, work, num_rows=8, first_pick=16, wants_logits=True)
     used = int(filled.num_used[0])
-    assert used == buffer_size(max_rows=8, max_logits=MAX_LOGITS, max_work=40)
+    assert used == host.size - filled.work.size + 40
     device = PassFields.of(upload(host, used), 8, MAX_LOGITS)
-    single = {name: getattr(device, name).tolist() for name in NAMES[:6]}
+    single = {name: getattr(device, name).tolist() for name in NAMES[:8]}
     assert single == {
         "num_ar": [1],
         "first_pick": [16],
@@ -70,6 +72,8 @@ def test_a_device_finds_in_the_buffer_what_the_host_has_put_there() -> None:
         "num_rows": [8],
         "num_logits": [3],
         "num_used": [used],
+        "num_moving": [0],
+        "moving_at": [40],
     }
     assert device.tokens.tolist() == [5, 9, 1, 1, 0, 0, 0, 0]
     assert device.positions.tolist() == [30, 12, 13, 14, 0, 0, 0, 0]
@@ -80,6 +84,41 @@ def test_a_device_finds_in_the_buffer_what_the_host_has_put_there() -> None:
     assert torch.equal(device.noise_keys[:3], torch.from_numpy(row_keys(picking)))
     assert device.work[:40].tolist() == list(range(40))
     assert device.work[40:].unique().tolist() == [-7]
+
+
+@pytest.mark.parametrize("right", range(4))
+def test_a_block_behind_drafts_in_flight_is_moved_behind_the_right_ones(right: int) -> None:
+    """The device's buffer is that of a pass whose block is planned where it belongs, but for the keys of the work list."""
+    drafts, first_pick, furthest = [7, 8, 9], 20, 12
+    picks = torch.zeros(60, dtype=torch.int32)
+    picks[first_pick : first_pick + 4] = torch.tensor([*drafts[:right], 5, 5, 5, 5][:4])
+    other = RowGroup(View.DIFFUSION, [3, 1], 9, [6, 7], 0, 1)
+
+    def filled(group: RowGroup, position: int) -> tuple[PassFields[torch.Tensor], int]:
+        host = buffer()
+        groups = [other, group, other]
+        picking = [
+            PickRows(SamplingParams(temperature=0.0), seed=1, position=10, count=1, drafting=True),
+            PickRows(SamplingParams(temperature=0.7), seed=3, position=position, count=2, drafting=True),
+            PickRows(SamplingParams(temperature=0.5), seed=4, position=10, count=1, drafting=True),
+        ]
+        rows = flatten(groups, PAGE)
+        work = plan_work(rows.groups, tile_rows=2, shared=False, programs=1, capacity=0)
+        fields = host.fill(rows, picking, work, num_rows=8, first_pick=0, wants_logits=False)
+        used, at = int(fields.num_used[0]), int(fields.moving_at[0])
+        return PassFields.of(upload(host, used), 8, MAX_LOGITS), at
+
+    block = RowGroup(View.DIFFUSION, [0, 1, 1], furthest, [4, 2], 0, 2, behind=Verifying(drafts, first_pick))
+    got, at = filled(block, furthest + 1)
+    place_blocks(got.work[at:], 1, picks, got.tokens, got.positions, got.noise_keys, got.work)
+    start = furthest - len(drafts) + right
+    known = replace(block, tokens=[-1 - (first_pick + right), 1, 1], start=start, behind=None)
+    expected, _ = filled(known, start + 1)
+    for name in ("tokens", "positions", "slots", "noise_keys", "logit_rows", "temperatures"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    theirs, ours = (items_of(fields.work.numpy()) for fields in (expected, got))
+    assert (ours["num_keys"] - ours["unseen"]).tolist() == theirs["num_keys"].tolist()
+    assert ours["unseen"].max() == len(drafts) - right
 
 
 def test_rows_without_a_group_are_of_the_view_that_comes_last() -> None:

@@ -11,7 +11,9 @@ from orthrus.schedules.planner import DraftPlanner
 def kinds(asked: int) -> list[str]:
     """The turns of 200 tokens where drafts pay only at times, with the schedule asked `asked` times for each."""
     cost = PassCost((1, 64), (1.0, 5.0))
-    schedule = OrthrusSchedule(DraftPlanner(8, DecodeCost(cost, cost, cost, cost), 512), mask_token_id=9)
+    schedule = OrthrusSchedule(
+        DraftPlanner(8, DecodeCost(cost, cost, cost, cost), 512), mask_token_id=9, max_model_len=512
+    )
     sequence = SequenceState("a", 0, SamplingParams(temperature=0.0), 0, [1], 1, 300, frozenset())
     found: list[str] = []
     while len(sequence.tokens) < 200:

@@ -147,11 +147,12 @@ def test_greedy_and_sampled_text_are_counted_apart_and_sampling_has_its_cost() -
     assert cost.cycle(3, 4, greedy=False, lead=True) == pytest.approx(2 * flat()(12) + 0.1 * (16 + 12))
 
 
-def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> None:
+@pytest.mark.parametrize("trees", [False, True])
+def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache(trees: bool) -> None:
     seen: set[tuple[tuple[View, ...], int, int]] = set()
 
     def run(groups: list[RowGroup], temperature: float, ahead: bool) -> float:
-        assert ahead == (len(groups[0].tokens) == 1 or groups[-1].view is View.DIFFUSION)
+        assert ahead == (not trees or len(groups[0].tokens) == 1 or groups[-1].view is View.DIFFUSION)
         for group in groups:
             assert group.start >= 0 and group.start + len(group.tokens) <= 40
             assert min(group.block_table) >= 1 and max(group.block_table) < 11
@@ -161,7 +162,7 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache() -> Non
         return 1e-3 * sum(len(group.tokens) for group in groups)
 
     timer = PassTimer(run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512)
-    cost = DecodeCost.measured(timer, mask_token_id=9, leads=True)
+    cost = DecodeCost.measured(timer, mask_token_id=9, leads=True, trees=trees)
     assert {((View.AR,), 1, 1), ((View.AR,), 1, 4), ((View.AR,), 16, 1), ((View.DIFFUSION,), 16, 1)} <= seen
     assert ((View.AR, View.DIFFUSION), 16, 2) in seen
     assert cost.step.sizes == (1, 2, 4)
