@@ -141,6 +141,7 @@ class _WaitingRunner:
 
     feeds_tokens = True
     max_logits = 1 << 30
+    row_sizes: tuple[int, ...] = ()
 
     def __init__(self, engine: Engine, seconds: float) -> None:
         self._page_size, self._vocab_size = engine.page_size, engine.model_config.vocab_size

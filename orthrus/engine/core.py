@@ -378,6 +378,7 @@ class EngineCore:
             num_pages=self._pool.capacity + 1,
             max_batch=self.config.max_num_seqs,
             max_rows=self.limits.decode_rows,
+            filled_to=self.runner.row_sizes,
         )
         limits = self.config, self.model_config, self.max_model_len, self.limits.decode_rows
         return ScheduleContext(*limits, self.forward.draft is None, self._pool, self.cache, timer)

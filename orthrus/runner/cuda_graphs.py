@@ -102,8 +102,8 @@ class CudaGraphRunner:
         self._tile_rows = tile_rows(forward.heads_per_kv, dtype)
         self._shares_tiles = shares_tiles(dtype, config.head_dim)
         self._programs = max(1, attention_programs(device) // config.num_key_value_heads)
-        self._row_sizes, logit_sizes = graph_sizes(max_rows), graph_sizes(max_logits)
-        most_rows, self.max_logits = self._row_sizes[-1], logit_sizes[-1]
+        self.row_sizes, logit_sizes = tuple(graph_sizes(max_rows)), graph_sizes(max_logits)
+        most_rows, self.max_logits = self.row_sizes[-1], logit_sizes[-1]
         self._max_picks = MAX_RANKS * self.max_logits
         max_work = work_size(rows=most_rows, programs=self._programs, capacity=RECORDS, pages=max_pages)
         size = buffer_size(max_rows=most_rows, max_logits=self.max_logits, max_work=max_work)
@@ -124,9 +124,9 @@ class CudaGraphRunner:
         self.graphs = PassGraphs(
             forward,
             cache,
-            row_sizes=self._row_sizes,
+            row_sizes=list(self.row_sizes),
             logit_sizes=logit_sizes,
-            draft_sizes=[size for size in self._row_sizes if size in logit_sizes],
+            draft_sizes=[size for size in self.row_sizes if size in logit_sizes],
             buffer_size=size,
         )
         self._forward = forward
@@ -222,7 +222,7 @@ class CudaGraphRunner:
         """Bring the pass to the device and run its graphs. Returns how many rows need logits."""
         flat = flatten(groups, self._page_size)
         self._forward.stack_for(ar=flat.num_ar > 0, diffusion=flat.num_ar < len(flat.tokens))
-        num_rows = next(size for size in self._row_sizes if size >= len(flat.tokens))
+        num_rows = next(size for size in self.row_sizes if size >= len(flat.tokens))
         work = plan_work(
             flat.groups,
             tile_rows=self._tile_rows,

@@ -43,6 +43,7 @@ class EagerRunner:
     """See `ModelRunner`. Runs every pass to its end before `launch` returns."""
 
     max_logits = 1 << 30
+    row_sizes: tuple[int, ...] = ()
 
     def __init__(self, forward: LayerParallelForward, cache: KVCache, feeds_tokens: bool = False) -> None:
         """feeds_tokens: gains nothing here, but tests the engine as it works with a runner that does not wait."""

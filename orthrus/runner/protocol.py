@@ -43,6 +43,8 @@ class ModelRunner(Protocol):
     """Whether a pass may be launched before the host knows the picks of the one before it."""
     max_logits: int
     """Most rows of a pass that need logits."""
+    row_sizes: tuple[int, ...]
+    """The numbers of rows that passes are filled up to, ascending. Empty if a pass has just the rows of its groups."""
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         """Start a pass over `groups`, at least one, none empty.

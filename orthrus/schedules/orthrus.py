@@ -158,7 +158,7 @@ class OrthrusSchedule:
         if draft.following is None:
             if draft.tree is not None or not self._planner.pays(greedy, batch):
                 return False
-            block = self._planner.plan(greedy, batch)
+            block = self._planner.plan(greedy, batch, sequence=sequence)
             draft = sequence.schedule_state = replace(draft, following=block)
         block = draft.following
         furthest = sequence.newest_position + len(draft.tokens) + 1
@@ -182,7 +182,9 @@ class OrthrusSchedule:
         """The next block. The planner counts its answers, so it is asked once for each block."""
         choice, position = sequence.schedule_state, sequence.newest_position
         if not isinstance(choice, _Choice) or choice.position != position:
-            block = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
+            block = self._planner.plan(
+                sequence.params.greedy, batch, begins=sequence.cycles == 0, sequence=sequence
+            )
             choice = sequence.schedule_state = _Choice(position, block)
         return choice.block
 
@@ -217,7 +219,7 @@ class OrthrusSchedule:
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
         accepted = next(differing, len(drafted.tokens))
-        self._planner.observe(sequence.params.greedy, drafted, accepted)
+        self._planner.observe(sequence.params.greedy, drafted, accepted, sequence)
         if drafted.following is not None:
             position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
             sequence.schedule_state = _Choice(position, drafted.following)

@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orthrus.plan import RowGroup
 
@@ -32,9 +32,13 @@ class PassCost:
     """Seconds at each of `sizes`."""
     per_group: float = 0.0
     """Seconds that each sequence after the first adds to a pass of as many rows."""
+    filled_to: tuple[int, ...] = ()
+    """Numbers of rows that the runner fills passes up to, ascending. Empty if it runs just the rows that a pass has."""
 
     def __call__(self, size: int, groups: int = 1) -> float:
         """Interpolated between measurements; beyond the last in proportion to it."""
+        filled = next((filled for filled in self.filled_to if filled >= size), size)
+        size = max(size, min(filled, self.sizes[-1]))  # The last one was measured as it was filled.
         extra = self.per_group * (groups - 1)
         if size >= self.sizes[-1] or len(self.sizes) == 1:
             return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra
@@ -72,16 +76,18 @@ class PassTimer:
         num_pages: int,
         max_batch: int,
         max_rows: int,
+        filled_to: tuple[int, ...],
     ) -> None:
         """run(groups, temperature, ahead): runs such passes one after the other, and gives the seconds of one. ahead: whether the
         next one is launched before the picks of the last are there. context: the context limit in tokens.
 
         num_pages: of the cache, the padding page 0 included. Pages 1 to num_pages - 1 are overwritten. max_batch: most
-        sequences of a pass. max_rows: most rows of a pass.
+        sequences of a pass. max_rows: most rows of a pass. filled_to: as in `PassCost`.
         """
         self._run = run
         self._page_size = page_size
         self._max_batch, self._max_rows = max_batch, max_rows
+        self._filled_to = filled_to
         self._end = min(context, _CONTEXT, (num_pages - 1) * page_size)
         self._pages_each = -(-self._end // page_size)
         # Where the cache holds fewer, sequences share pages: that costs the same.
@@ -105,7 +111,10 @@ class PassTimer:
         ]
         sizes.sort(key=lambda size: size[1] * size[2])
         best = _best_times(self._time, sizes, _SECONDS * len(shapes))
-        return {shape.kind: (_batch_curve if shape.one_row else _rows_curve)(best, shape) for shape in shapes}
+        curves = {
+            shape.kind: (_batch_curve if shape.one_row else _rows_curve)(best, shape) for shape in shapes
+        }
+        return {kind: replace(curve, filled_to=self._filled_to) for kind, curve in curves.items()}
 
     def _fits(self, rows: int, sequences: int) -> bool:
         """Whether a pass may have so many sequences of so many rows."""

@@ -54,5 +54,6 @@ class TreeDrafts:
             on_chain = on_chain and rank == 0
             accepted += on_chain
         if length := tree.chain_length:
-            planner.observe(greedy, replace(draft, tokens=draft.tokens[:length]), min(accepted, length))
+            chain = replace(draft, tokens=draft.tokens[:length])
+            planner.observe(greedy, chain, min(accepted, length), sequence)
         return verified

@@ -110,7 +110,8 @@ def measure_drafts(
     """
     mask = engine.model_config.mask_token_id
     assert mask is not None, "only a checkpoint with a diffusion view can draft"
-    engine.use_schedule(OrthrusSchedule(DraftPlanner(block_rows, None, DECODE_ROWS, lead), mask))
+    planner = DraftPlanner(block_rows, None, DECODE_ROWS, lead)
+    engine.use_schedule(OrthrusSchedule(planner, mask, engine.max_model_len))
     engine.observer = verified = _Verified(block_rows)
     for index, prompt in enumerate(prompts):
         params = SamplingParams(

@@ -27,6 +27,8 @@ def test_pass_cost_interpolates_and_goes_on_in_proportion() -> None:
     cost = PassCost((2, 4, 8), (1.0, 2.0, 6.0), per_group=0.5)
     assert [cost(1), cost(2), cost(3), cost(6), cost(8), cost(16)] == [1.0, 1.0, 1.5, 4.0, 6.0, 12.0]
     assert cost(4, groups=3) == 3.0
+    filled = replace(cost, filled_to=(4, 8))
+    assert [filled(1), filled(5), filled(8), filled(16)] == [2.0, 6.0, 6.0, 12.0]
 
 
 def planner(
@@ -161,7 +163,7 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache(trees: b
         seen.add((views, len(groups[-1].tokens), len(groups)))
         return 1e-3 * sum(len(group.tokens) for group in groups)
 
-    timer = PassTimer(run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512)
+    timer = PassTimer(run, context=40, page_size=8, num_pages=11, max_batch=4, max_rows=512, filled_to=())
     cost = DecodeCost.measured(timer, mask_token_id=9, leads=True, trees=trees)
     assert {((View.AR,), 1, 1), ((View.AR,), 1, 4), ((View.AR,), 16, 1), ((View.DIFFUSION,), 16, 1)} <= seen
     assert ((View.AR, View.DIFFUSION), 16, 2) in seen
