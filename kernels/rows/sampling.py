@@ -61,6 +61,24 @@ def argmax(scores: Tensor) -> Tensor:
     return best.masked_fill_(~(scores.gather(1, best[:, None]).squeeze(1) < float("inf")), NO_TOKEN)
 
 
+def best_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor, ranks: int) -> Tensor:
+    """The `ranks` tokens with the highest scores of every row, the best first: int32 [rows, ranks].
+
+    `NO_TOKEN` where there is none.
+    logits, temperatures, keys: see `gumbel_argmax`. Scores that are NaN or infinite count as no token.
+    """
+    if runs_triton(logits):
+        from orthrus.kernels.rows import sampling_triton
+
+        return sampling_triton.best_tokens(logits, temperatures, keys, ranks)
+    scores = logits
+    if bool(temperatures.any()):
+        noisy = logits / temperatures[:, None] + gumbel_noise(keys, logits.shape[1])
+        scores = torch.where(temperatures[:, None] > 0, noisy, logits)
+    best = scores.topk(ranks)
+    return best.indices.masked_fill_(~best.values.isfinite(), NO_TOKEN).int()
+
+
 def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:

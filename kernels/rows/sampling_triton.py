@@ -11,6 +11,7 @@ from orthrus.kernels.rows import types
 
 _COLUMNS = 1024
 _PICK_COLUMNS = 4096
+_RANK_COLUMNS = 128
 NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
 
@@ -82,6 +83,23 @@ def _block_argmax_kernel(
 
 
 @triton.jit
+def _scores_kernel(
+    logits, temperatures, keys, chosen, scores, vocab, COLUMNS: tl.constexpr, CHAINED: tl.constexpr
+):
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row * tl.num_programs(1) + place
+    token = tl.load(chosen + at).to(tl.int32) * COLUMNS + tl.arange(0, COLUMNS)
+    score = tl.load(logits + row * vocab + token, mask=token < vocab, other=float("-inf"))
+    if temperature > 0:
+        score = tl.where(token < vocab, perturb(score, temperature, keys, row, token), float("-inf"))
+    tl.store(scores + at * COLUMNS + tl.arange(0, COLUMNS), nan_to_inf(score))
+
+
+@triton.jit
 def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.constexpr, CHAINED: tl.constexpr):
     row = tl.program_id(0)
     first = tl.load(first_pick)
@@ -127,6 +145,20 @@ def best_of_blocks(
         COLUMNS=columns, num_warps=min(8, columns // 32), **chaining()
     )  # fmt: skip
     return values, indices
+
+
+def best_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor, ranks: int) -> Tensor:
+    """See `best_tokens` (kernels/rows/sampling). The best `ranks` tokens are in the `ranks` blocks with the best ones."""
+    rows, vocab = logits.shape
+    values, _ = best_of_blocks(logits, temperatures, keys, _RANK_COLUMNS)
+    chosen = values.topk(min(ranks, values.shape[1])).indices
+    scores = torch.empty(rows, chosen.shape[1] * _RANK_COLUMNS, device=logits.device, dtype=torch.float32)
+    _scores_kernel[chosen.shape](
+        logits, temperatures, keys, chosen, scores, vocab, COLUMNS=_RANK_COLUMNS, num_warps=1, **chaining()
+    )
+    best = scores.topk(ranks)
+    tokens = chosen.gather(1, best.indices // _RANK_COLUMNS) * _RANK_COLUMNS + best.indices % _RANK_COLUMNS
+    return tokens.masked_fill_(~best.values.isfinite(), NO_TOKEN.value).int()
 
 
 def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor) -> None:

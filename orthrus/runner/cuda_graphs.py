@@ -18,9 +18,8 @@ from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile
 from orthrus.kernels.attention.work_list import plan_work, work_size
 from orthrus.kernels.ranks import RankError, Ranks
 from orthrus.kernels.ranks.peer_triton import receive_picks, send_picks
-from orthrus.kernels.rows.sampling import gumbel_argmax
-from orthrus.kernels.rows.sampling_triton import best_of_blocks
-from orthrus.kernels.rows.types import NO_TOKEN, KVWrites
+from orthrus.kernels.rows.sampling import best_tokens, gumbel_argmax
+from orthrus.kernels.rows.types import KVWrites
 from orthrus.kernels.rows.upload import upload
 from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
@@ -30,8 +29,6 @@ from orthrus.runner.pass_graphs import RECORDS, PassGraphs, graph_sizes
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust
 
-_RANK_COLUMNS = 128
-"""Width of a stretch of the vocabulary. Only the best token of each stretch can be picked as a further rank of a draft."""
 _GRAPH_BYTES = 1 << 30
 """Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
 
@@ -246,25 +243,26 @@ class CudaGraphRunner:
         self.graphs.replay(fields)
 
     def _pick_further_ranks(self, rows: Sequence[PickRows], first_place: int) -> int:
-        """Pick the further ranks of the groups that ask for them, from place `first_place` of the picks on. Returns their number.
+        """Pick the further ranks of the groups that ask for them, from place `first_place` of the picks on.
 
-        They are the best tokens of the best stretches of `_RANK_COLUMNS` tokens: a full search takes much longer.
+        Returns their number.
         """
         place, start = first_place, 0
-        for group in rows:
-            end = start + group.count
-            if group.ranks > 1:
-                values, indices = best_of_blocks(
-                    adjust(self.graphs.logits[start:end], [group]),
+        # Neighbours that are alike go together.
+        alike = itertools.groupby(rows, key=lambda group: (group.ranks, group.count, group.unadjusted))
+        for (ranks, count, _), members in alike:
+            groups = list(members)
+            end = start + count * len(groups)
+            if ranks > 1:
+                tokens = best_tokens(
+                    adjust(self.graphs.logits[start:end], groups),
                     self._head.temperatures[start:end],
                     self._head.noise_keys[start:end],
-                    _RANK_COLUMNS,
+                    ranks,
                 )
-                best = values.topk(group.ranks)
-                tokens = indices.gather(1, best.indices).masked_fill_(~best.values.isfinite(), NO_TOKEN)
-                num_further = (group.ranks - 1) * group.count
-                self.graphs.picks[place : place + num_further] = tokens[:, 1:].t().flatten()
-                place += num_further
+                further = tokens.view(len(groups), count, ranks)[:, :, 1:].transpose(1, 2)
+                self.graphs.picks[place : place + further.numel()] = further.flatten()
+                place += further.numel()
             start = end
         return place - first_place
 

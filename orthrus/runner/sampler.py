@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthrus.kernels.rows.sampling import argmax, gumbel_argmax, gumbel_noise, noise_keys
+from orthrus.kernels.rows.sampling import argmax, best_tokens, gumbel_argmax, noise_keys
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import SamplingParams
 from orthrus.text.token_mask import TokenMask
@@ -47,8 +47,7 @@ class PickRows:
     drafting: bool = False
     """Whether these rows draft: then each predicts what follows the picks of the rows before it."""
     ranks: int = 1
-    """How many tokens are picked at each row, the best first. More than one for drafts only, where those behind the best one may
-    be found by a cheaper search that misses some."""
+    """How many tokens are picked at each row, the best first. More than one for drafts only."""
     end_token_ids: Seq[int] = ()
     """Tokens that are not allowed while the text is shorter than `min_length`."""
     min_length: int = 0
@@ -218,15 +217,12 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
 def further_ranks(logits: Tensor, rows: PickRows) -> Tensor:
     """The tokens of ranks 1 to `rows.ranks` - 1 for logits [rows, vocab], where the best token has rank 0.
 
-    int64 [(ranks - 1) * rows], by rank and then by row; `NO_TOKEN` where there is none.
+    int32 [(ranks - 1) * rows], by rank and then by row; `NO_TOKEN` where there is none.
     """
-    scores = logits
-    if not rows.params.greedy:
-        keys = torch.from_numpy(row_keys([rows])).to(logits.device)
-        scores = logits / rows.params.temperature + gumbel_noise(keys, logits.shape[1])
-    best = scores.topk(rows.ranks)
-    tokens = best.indices.masked_fill_(~best.values.isfinite(), NO_TOKEN)
-    return tokens[:, 1:].t().flatten()
+    temperatures, keys = (
+        torch.from_numpy(values([rows])).to(logits.device) for values in (row_temperatures, row_keys)
+    )
+    return best_tokens(logits, temperatures, keys, rows.ranks)[:, 1:].t().flatten()
 
 
 def row_temperatures(groups: Seq[PickRows]) -> np.ndarray:

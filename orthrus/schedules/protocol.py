@@ -32,8 +32,8 @@ class Turn:
     0 to i. True: the picks are drafts, which a later turn verifies. The pick of row i follows the picks of rows 0 to i - 1.
     """
     ranks: int = 1
-    """How many tokens each row of a drafting group picks: rank 0 is the best token, rank 1 the next, and so on. For ranks from 1
-    on, a runner may search only a part of the vocabulary. See `Schedule.commit` for their order."""
+    """How many tokens each row of a drafting group picks: rank 0 is the best token, rank 1 the next, and so on. See
+    `Schedule.commit` for their order."""
     ends_cycle: bool = True
     """Whether a cycle ends when this turn is committed. Tokens per cycle counts these turns."""
     num_verified: int = 0

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from orthrus.kernels.rows import embedding_triton, qk_norm_rope_triton, sampling_triton, upload_triton
 from orthrus.kernels.rows.embedding import embed
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
-from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise
+from orthrus.kernels.rows.sampling import best_tokens, gumbel_argmax, gumbel_noise
 from orthrus.kernels.rows.types import NO_TOKEN, KVWrites
 from orthrus.kernels.rows.upload import upload
 from tests.kernels.interpreted import DTYPES, assert_near, int32, interpreted, keys_of, randn
@@ -83,6 +83,19 @@ def test_gumbel_argmax_picks_what_its_reference_picks() -> None:
     assert torch.equal(got, expected)
     assert got[4] == 40
     assert not got[:3].any() and not got[7:].any()
+
+
+@pytest.mark.parametrize("vocab", [200, 9000])
+def test_the_best_tokens_are_those_of_the_reference(vocab: int) -> None:
+    """Also where several are in one run of tokens that is searched as one, and where a row has fewer."""
+    logits = randn(5, vocab) * 3
+    logits[0, 130:134] = torch.tensor([50.0, 52.0, 51.0, 53.0])
+    logits[1, 2:] = float("-inf")
+    temperatures, keys = torch.tensor([0.0, 0.0, 0.7, 1.3, 0.0]), keys_of([1, 2, 3, 4, 5], [5, 6, 7, 8, 9])
+    got = sampling_triton.best_tokens(logits, temperatures, keys, 4)
+    assert torch.equal(got, best_tokens(logits, temperatures, keys, 4))
+    assert got[0].tolist() == [133, 131, 132, 130]
+    assert got[1, 2:].tolist() == [NO_TOKEN, NO_TOKEN]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
