@@ -154,15 +154,16 @@ class OrthrusSchedule:
 
     def _plan_following(self, sequence: SequenceState, draft: Draft, batch: int) -> bool:
         """Choose the block to draft behind a draft that is about to be verified. Whether it can be drafted wherever it begins."""
-        greedy = sequence.params.greedy
-        if draft.following is None:
-            if draft.tree is not None or not self._planner.pays(greedy, batch):
+        if draft.tree is not None:
+            return False
+        greedy, block = sequence.params.greedy, draft.following
+        if block is None:
+            if not self._planner.pays(greedy, batch):
                 return False
             block = self._planner.plan(greedy, batch, sequence=sequence)
-            draft = sequence.schedule_state = replace(draft, following=block)
-        block = draft.following
+            sequence.schedule_state = replace(draft, following=block)
         furthest = sequence.newest_position + len(draft.tokens) + 1
-        return draft.tree is None and not block.lead and furthest + block.rows <= self._max_model_len
+        return not block.lead and furthest + block.rows <= self._max_model_len
 
     def _plan_behind(self, sequence: SequenceState, state: _InFlight) -> Turn:
         """A draft turn behind the drafts of a verify turn that is under way."""
