@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 from orthrus.loading import stages
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
+from orthrus.schedules.blocks import VERIFY
 from orthrus.schedules.ngram_cost import NgramCost
 from orthrus.schedules.ngram_index import NgramIndex
 from orthrus.schedules.orthrus import OrthrusSchedule
@@ -35,6 +36,9 @@ NGRAM_VERIFY = "ngram verify"
 """The newest token and n-gram drafts as AR rows."""
 _MOST_ROWS = 32
 """Rows of a verify turn, the newest token's included, where no setting says how many."""
+_QUIET_CYCLES, _LOOK_EVERY = 32, 16
+"""After so many cycles in which no lookup was verified, only one cycle in so many waits to know where the next one begins. Such
+cycles alone can be followed by a lookup: the others draft before the host knows their tokens."""
 _OTHER_EVERY = 64
 """One in so many drafts that seem worse than a diffusion block is verified nevertheless, in case the text has changed."""
 
@@ -199,8 +203,24 @@ class OrthrusNgramSchedule(NgramSchedule):
     """Diffusion blocks and n-gram drafts: whichever promises more tokens per second where a cycle begins."""
 
     max_groups = OrthrusSchedule.max_groups
+    _verified = 0
+    """Diffusion blocks that were to be verified so far."""
+    _looked_up_at = 0
+    """The same when the last lookup was to be verified."""
 
     @classmethod
     def build(cls, context: ScheduleContext) -> Schedule:
         blocks = OrthrusSchedule.build(context)
         return cls._build(context, blocks) if context.config.prompt_lookup_max else blocks
+
+    def plan(self, sequence: SequenceState, batch: int) -> Turn:
+        turn = super().plan(sequence, batch)
+        if turn.kind == NGRAM_VERIFY:
+            self._looked_up_at = self._verified
+        elif turn.kind == VERIFY and self._measured:
+            self._verified += 1
+            quiet = self._verified - self._looked_up_at > _QUIET_CYCLES * batch
+            # Counted over all sequences: those of a pass have to wait together.
+            looks = self._verified // batch % _LOOK_EVERY == 0
+            turn.can_advance = turn.can_advance and quiet and not looks
+        return turn

@@ -35,7 +35,14 @@ def decoded(
     path: Path, params: list[SamplingParams], ahead: bool, **settings: Any
 ) -> tuple[list[Completion], float, int, int]:
     """The texts, tokens per cycle, and how many blocks were drafted, and how many of these behind drafts in flight."""
-    fixed = {"model": str(path), "adaptive_draft": False, "max_num_seqs": 4, "page_size": 8}
+    fixed = {
+        "model": str(path),
+        "adaptive_draft": False,
+        "max_num_seqs": 4,
+        "page_size": 8,
+    }
+    if "schedule" not in settings:
+        fixed["prompt_lookup_max"] = 0  # A block behind drafts in flight leaves no time for a lookup.
     engine = Engine.from_pretrained(EngineConfig.model_validate(fixed | settings))
     engine.use_runner(EagerRunner(engine.forward, engine.cache, feeds_tokens=ahead))
     blocks: list[bool] = []

@@ -218,7 +218,7 @@ class Engines:
         planner = DraftPlanner(16, DecodeCost(STEPS, VERIFIED, VERIFIED), 512, lead=False)
         mask = made.model_config.mask_token_id
         assert mask is not None
-        blocks = OrthrusSchedule(planner, mask)
+        blocks = OrthrusSchedule(planner, mask, made.max_model_len)
         if name != "ngram":
             made.use_schedule(NgramSchedule(COST, LENGTHS, 32, 512, blocks) if name == "both" else blocks)
         kinds: dict[str, int] = {}
