@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthrus.kernels.attention.place_blocks import FIELDS
+from orthrus.kernels.attention.moving_blocks import FIELDS
 from orthrus.kernels.attention.work_list import HEADER, ITEM, offset
 
 _FIELDS = tl.constexpr(FIELDS)

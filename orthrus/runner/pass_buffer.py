@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthrus.kernels.attention.place_blocks import FIELDS, MovingBlock, block_list
+from orthrus.kernels.attention.moving_blocks import FIELDS, MovingBlock, block_list
 from orthrus.plan import MORE_SLOTS, FlatRows
 from orthrus.runner.sampler import PickRows, keys_from, row_keys, row_temperatures
 

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 from torch import Tensor
 
 from orthrus.kernels.attention import AttentionGroup, AttentionPlan, paged_attention
-from orthrus.kernels.attention.place_blocks import MovingBlock, block_list, place_blocks
+from orthrus.kernels.attention.moving_blocks import MovingBlock, block_list
+from orthrus.kernels.attention.place_blocks import place_blocks
 from orthrus.kernels.bench import HEAD_DIM, KV_HEADS, PAGE, device_plan, linear_tiles
 from orthrus.kernels.linear import hopper as linear_stream
 from orthrus.kernels.linear.gpu import TritonWeight

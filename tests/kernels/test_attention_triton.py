@@ -16,7 +16,8 @@ from orthrus.kernels.attention import (
     place_blocks_triton,
 )
 from orthrus.kernels.attention import gpu as attention_gpu
-from orthrus.kernels.attention.place_blocks import MovingBlock, block_list, place_blocks
+from orthrus.kernels.attention.moving_blocks import MovingBlock, block_list
+from orthrus.kernels.attention.place_blocks import place_blocks
 from orthrus.kernels.attention.work_list import plan_work
 from orthrus.kernels.rows import qk_norm_rope_triton
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
