@@ -14,7 +14,7 @@ from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.in_flight import InFlight, placeholders_of
+from orthrus.engine.in_flight import InFlight, advance
 from orthrus.engine.observer import Observer, PassRecord, TurnRecord
 from orthrus.engine.output import (
     NO_NUMBERS,
@@ -164,7 +164,7 @@ class EngineCore:
         ahead = bool(planned) and self._in_flight[-1].ahead
         chunks += self._collect(keep=int(ahead))
         if ahead:
-            self._advance(self._in_flight[-1])
+            advance(self._in_flight[-1], self._scheduler)
         self._row_use_seconds += self._scheduler.row_use * (time.perf_counter() - begin)
         self._publish()
         return chunks
@@ -186,23 +186,6 @@ class EngineCore:
         for part in planned:
             if not part.decoding:
                 self._scheduler.mark_computed(part.sequence, part.num_rows)
-
-    def _advance(self, last: InFlight) -> None:
-        """Let the sequences of the pass in flight go on as far as they can before its picks are known.
-
-        All passes before it have been committed.
-        """
-        placeholders = placeholders_of(last.planned, last.launched.first_pick)
-        for part, own in zip(last.planned, placeholders, strict=True):
-            sequence = part.sequence
-            if sequence.finish_reason is not None:
-                continue
-            tokens = own[0]
-            if part.decoding:
-                tokens = self._scheduler.schedule_of(sequence).advance(sequence, part.turn, own)
-                self._scheduler.mark_computed(sequence, len(tokens))
-            sequence.placeholders += tokens
-            part.num_advanced = len(tokens)
 
     def _collect(self, keep: int) -> list[Chunk]:
         """Wait for the passes in flight but for the last `keep`, and commit their picks."""

@@ -1,9 +1,9 @@
-"""`InFlight`: what the engine keeps of a pass from its launch until its picks are read."""
+"""`InFlight`: what the engine keeps of a pass from its launch until its picks are read, and how sequences go on meanwhile."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orthrus.engine.scheduler import Planned
+from orthrus.engine.scheduler import Planned, Scheduler
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
 
@@ -20,6 +20,24 @@ class InFlight:
     """Whether its sequences go on before its picks are known, so that the next pass can be launched before it is over."""
     begin: float
     """When it was launched, in seconds; for the observer."""
+
+
+def advance(last: InFlight, scheduler: Scheduler) -> None:
+    """Let the sequences of the pass in flight go on as far as they can before its picks are known.
+
+    All passes before it have been committed.
+    """
+    placeholders = placeholders_of(last.planned, last.launched.first_pick)
+    for part, own in zip(last.planned, placeholders, strict=True):
+        sequence = part.sequence
+        if sequence.finish_reason is not None:
+            continue
+        tokens = own[0]
+        if part.decoding:
+            tokens = scheduler.schedule_of(sequence).advance(sequence, part.turn, own)
+            scheduler.mark_computed(sequence, len(tokens))
+        sequence.placeholders += tokens
+        part.num_advanced = len(tokens)
 
 
 def placeholders_of(planned: Sequence[Planned], first_pick: int) -> Iterator[list[list[int]]]:
