@@ -160,7 +160,7 @@ class OrthrusSchedule:
         if block is None:
             if not self._planner.pays(greedy, batch):
                 return False
-            block = self._planner.plan(greedy, batch, sequence=sequence)
+            block = self._planner.plan(greedy, batch)
             sequence.schedule_state = replace(draft, following=block)
         furthest = sequence.newest_position + len(draft.tokens) + 1
         return not block.lead and furthest + block.rows <= self._max_model_len
@@ -183,9 +183,7 @@ class OrthrusSchedule:
         """The next block. The planner counts its answers, so it is asked once for each block."""
         choice, position = sequence.schedule_state, sequence.newest_position
         if not isinstance(choice, _Choice) or choice.position != position:
-            block = self._planner.plan(
-                sequence.params.greedy, batch, begins=sequence.cycles == 0, sequence=sequence
-            )
+            block = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
             choice = sequence.schedule_state = _Choice(position, block)
         return choice.block
 
@@ -220,7 +218,7 @@ class OrthrusSchedule:
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
         accepted = next(differing, len(drafted.tokens))
-        self._planner.observe(sequence.params.greedy, drafted, accepted, sequence)
+        self._planner.observe(sequence.params.greedy, drafted, accepted)
         if drafted.following is not None:
             position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
             sequence.schedule_state = _Choice(position, drafted.following)

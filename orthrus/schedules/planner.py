@@ -11,7 +11,6 @@ Further rows that a tree of drafts has are not counted.
 How often drafts are accepted is counted twice, with a short and with a long memory. The short one (about twenty cycles) says
 what the current text is like and how long a block should be. The long one (about five hundred cycles) says what drafts are
 worth in general. Blocks must pay by both counts: else a large batch would draft because of a few easy sequences before it.
-Where several sequences draft and no block may have a lead, each has a length of its own (`RowShares`).
 
 Where drafts do not pay at present, the planner probes: it drafts now and then to find out whether they have come to pay. The
 more a probe costs, the fewer there are. There are hardly any once drafts are known to lose, and none where not even drafts
@@ -24,10 +23,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.decode_cost import CycleCost
 from orthrus.schedules.draft_tree import DraftTree
-from orthrus.schedules.row_shares import RowShares
 
 _PRIOR_ACCEPTANCE = 0.85
 """Assumed acceptance at each depth before any draft has been verified."""
@@ -109,12 +106,10 @@ class _Acceptance:
         """Number of observed blocks, older ones counting less."""
         return self._tried[0] - _PRIOR_WEIGHT
 
-    def chances(self) -> list[float]:
-        """At each depth."""
-        return [agreed / tried for tried, agreed in zip(self._tried, self._agreed, strict=True)]
-
     def expected_tokens(self) -> list[float]:
-        return _expected_tokens(self.chances())
+        return _expected_tokens(
+            agreed / tried for tried, agreed in zip(self._tried, self._agreed, strict=True)
+        )
 
 
 @dataclass
@@ -229,7 +224,6 @@ class DraftPlanner:
             for lead in (True, False)
             for decay in (_RECENT, _LASTING)
         }
-        self._shares = RowShares(max_rows - 1) if cost is not None and self._leads == (False,) else None
         self._blocks = 0
         # By (greedy, batch), until the next observation: all sequences of a pass ask for the same.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
@@ -239,14 +233,10 @@ class DraftPlanner:
         # The batch size of the last probe, for greedy and for sampled text.
         self._probing: dict[bool, int] = {}
 
-    def observe(
-        self, greedy: bool, draft: Draft, accepted: int, sequence: SequenceState | None = None
-    ) -> None:
-        """Note that the first `accepted` tokens of a verified draft were right. sequence: whose draft it was."""
+    def observe(self, greedy: bool, draft: Draft, accepted: int) -> None:
+        """Note that the first `accepted` tokens of a verified draft were right."""
         self._rankings.clear()
         drafted = len(draft.tokens)
-        if self._shares is not None and sequence is not None:
-            self._shares.observe(sequence, drafted, accepted)
         self._count_probe(greedy, BlockPlan(drafted + 1, draft.lead), accepted)
         self._observe(greedy, draft.lead, drafted, accepted)
         if draft.lead:
@@ -283,13 +273,8 @@ class DraftPlanner:
             ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
         return ranking
 
-    def plan(
-        self, greedy: bool, batch: int, begins: bool = False, sequence: SequenceState | None = None
-    ) -> BlockPlan:
-        """The next block of a sequence while `batch` sequences decode. begins: whether it is the sequence's first block.
-
-        sequence: None for one of which nothing of its own is known.
-        """
+    def plan(self, greedy: bool, batch: int, begins: bool = False) -> BlockPlan:
+        """The next block of a sequence while `batch` sequences decode. begins: whether it is the sequence's first block."""
         ranking = self._ranking(greedy, batch)
         if not ranking.blocks:
             return _AR_STEP
@@ -303,10 +288,6 @@ class DraftPlanner:
         self._probes.pop((greedy, batch), None)
         self._probing.pop(greedy, None)
         self._blocks += 1
-        costs = self._batch_costs.get((greedy, batch))
-        if self._shares is not None and batch > 1 and costs is not None and sequence is not None:
-            known = self._acceptance[greedy, False, _RECENT].chances()
-            return BlockPlan(self._shares.rows(sequence, batch, known, costs.cycles[False]))
         return ranking.blocks[-1 if self._blocks % (_OTHER_EVERY * batch) == 0 else 0]
 
     def _most_rows(self, batch: int) -> dict[bool, int]:

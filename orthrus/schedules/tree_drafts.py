@@ -55,5 +55,5 @@ class TreeDrafts:
             accepted += on_chain
         if length := tree.chain_length:
             chain = replace(draft, tokens=draft.tokens[:length])
-            planner.observe(greedy, chain, min(accepted, length), sequence)
+            planner.observe(greedy, chain, min(accepted, length))
         return verified
