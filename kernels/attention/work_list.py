@@ -56,7 +56,7 @@ class Item(NamedTuple):
     record: int  # First record of the tile's first row; -1 if the tile is not divided.
     num_records: int  # Records of each row.
     # How many of `num_keys`, the last ones, no row sees after all. A pass that does not know yet where a block begins is planned
-    # for the furthest place, and `follow` (kernels/rows) counts here what is too many.
+    # for the furthest place, and `place_blocks` counts here what is too many.
     unseen: int = 0
 
     def part(self, begin: int, end: int, block_rows: int, record: int, num_records: int) -> "Item":

@@ -23,7 +23,7 @@ def _quantise_kernel(x, numbers, scales, ins, groups, stride, GROUPS: tl.constex
         gdc_wait()
     value = tl.load(x + row * stride + place, mask=place < ins, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), 1)
-    full = tl.where(largest > 0, largest, 448.0)
+    full = tl.maximum(tl.where(largest > 0, largest, 448.0), 2.0**-100)  # Its inverse is finite.
     number = (value * tl.div_rn(448.0, full)[:, None]).to(tl.float8e4nv)
     tl.store(numbers + row * ins + place, number, mask=place < ins)
     tl.store(scales + row * groups + group, full * (1.0 / 448.0), mask=group < groups)

@@ -104,7 +104,8 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     largest = wide.abs().amax(1, keepdim=True)
-    full = torch.where(largest > 0, largest, LARGEST)
+    # No less than 2**-100, so that its inverse is finite.
+    full = torch.where(largest > 0, largest, LARGEST).clamp(min=2.0**-100)
     # One division a row, because a GPU divides slowly; "LARGEST / full" would round twice.
     return (wide * (torch.full_like(full, LARGEST) / full)).to(torch.float8_e4m3fn), (
         full * (1 / LARGEST)

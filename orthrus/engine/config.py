@@ -35,7 +35,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
     schedule: str = AUTO
     """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ngram"."""
-    draft_length: int | None = Field(default=None, ge=2)
+    draft_length: int | None = Field(default=None, ge=2, le=512)
     """Most rows that verify drafts, the newest token's included. None for the checkpoint's block_size, and 32 for n-gram drafts.
     The engine drafts fewer where its cost model says that this pays."""
     prompt_lookup_max: int = Field(default=4, ge=0)
@@ -158,6 +158,7 @@ class EngineConfig(BaseModel):
             )
         if (
             model.block_size is not None
+            and SCHEDULES[self.schedule_for(model)].needs_diffusion
             and self.draft_length is not None
             and self.draft_length > model.block_size
         ):

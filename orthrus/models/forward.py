@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import ONE_RANK, Ranks
 from orthrus.kernels.rows.embedding import embed
 from orthrus.kernels.workspace import start_layer
@@ -64,12 +65,18 @@ class LayerParallelForward:
         # Each layer takes the norm behind it, so this one is left.
         self._first_norm = tensors.pop(family.norm_before(0))
         split, tokens = LayerSplit.of(self.shard, ranks), slice(*self.shard.span("vocabulary"))
-        if draft_format is None:
-            self.exact = LayerStack.pack(config, tensors, weight_format, split, tokens)
-        else:
-            self.exact, self.draft = LayerStack.pack_apart(
-                config, tensors, weight_format, draft_format, split, tokens
-            )
+        try:
+            if draft_format is None:
+                self.exact = LayerStack.pack(config, tensors, weight_format, split, tokens)
+            else:
+                self.exact, self.draft = LayerStack.pack_apart(
+                    config, tensors, weight_format, draft_format, split, tokens
+                )
+        except ConfigError:
+            raise
+        except ValueError as error:
+            # The kernels know no configuration; what they can't store or run here is a fault of the checkpoint's choice.
+            raise ConfigError(f"{config.name}: {error}") from error
         self._embedding = tensors.pop(family.embedding)
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype

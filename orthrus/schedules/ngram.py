@@ -218,9 +218,9 @@ class OrthrusNgramSchedule(NgramSchedule):
         if turn.kind == NGRAM_VERIFY:
             self._looked_up_at = self._verified
         elif turn.kind == VERIFY and self._measured:
-            self._verified += 1
-            quiet = self._verified - self._looked_up_at > _QUIET_CYCLES * batch
+            quiet = self._verified - self._looked_up_at >= _QUIET_CYCLES * batch
             # Counted over all sequences: those of a pass have to wait together.
             looks = self._verified // batch % _LOOK_EVERY == 0
+            self._verified += 1
             turn.can_advance = turn.can_advance and quiet and not looks
         return turn

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+_MOST_AT_ONCE = 4096
+"""Tokens that one lookup takes in: a long prompt must not hold up the other sequences."""
 _CANDIDATES = 16
 """Most earlier occurrences that a lookup compares, the latest first."""
 
@@ -59,10 +61,13 @@ class NgramIndex:
         return [self._tokens[first + place % period] for place in range(count)]
 
     def _extend(self) -> None:
-        """Take in the tokens that have come since the last lookup."""
+        """Take in the tokens that have come since the last lookup, `_MOST_AT_ONCE` at most."""
         start, last, before = len(self._before), self._last, self._before
-        begin = start - self._shortest + 1
-        grams = zip(*(self._tokens[begin + place :] for place in range(self._shortest)), strict=False)
+        begin, end = start - self._shortest + 1, start + _MOST_AT_ONCE
+        parts = (
+            self._tokens[begin + place : end - self._shortest + 1 + place] for place in range(self._shortest)
+        )
+        grams = zip(*parts, strict=False)
         for position, gram in enumerate(map(hash, grams), start):
             before.append(last.get(gram, -1))
             last[gram] = position

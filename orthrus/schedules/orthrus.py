@@ -163,7 +163,7 @@ class OrthrusSchedule:
             block = self._planner.plan(greedy, batch)
             sequence.schedule_state = replace(draft, following=block)
         furthest = sequence.newest_position + len(draft.tokens) + 1
-        return not block.lead and furthest + block.rows <= self._max_model_len
+        return block.rows > 1 and not block.lead and furthest + block.rows <= self._max_model_len
 
     def _plan_behind(self, sequence: SequenceState, state: _InFlight) -> Turn:
         """A draft turn behind the drafts of a verify turn that is under way."""

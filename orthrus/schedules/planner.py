@@ -308,7 +308,7 @@ class DraftPlanner:
     def _rank(self, greedy: bool, batch: int) -> _Ranking:
         if self._cost is None:
             blocks = [BlockPlan(rows, lead) for lead, rows in self._most_rows(batch).items()]
-            return _Ranking(blocks[:1], pays=True)
+            return _Ranking(blocks[:1], pays=bool(blocks))
         if (greedy, batch) not in self._batch_costs:
             self._batch_costs[greedy, batch] = self._batch_cost(self._cost, greedy, batch)
         costs = self._batch_costs[greedy, batch]

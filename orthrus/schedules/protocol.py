@@ -83,8 +83,8 @@ class ScheduleContext:
 class Schedule(Protocol):
     """Decides for one decoding sequence at a time.
 
-    All that it keeps of a sequence between passes is in `SequenceState.schedule_state`, which is None when decoding begins
-    and again after a preemption.
+    What it keeps of a sequence's turns and cache between passes is in `SequenceState.schedule_state`, which is None when
+    decoding begins and again after a preemption. What it knows of the tokens alone may be kept elsewhere, by weak reference.
     """
 
     max_groups: int

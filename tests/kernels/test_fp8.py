@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from orthrus.kernels.linear import Parameters, pack_weight
+from orthrus.kernels.linear import Parameters, fp8_block, pack_weight
 from orthrus.kernels.linear.fp8 import quantise_rows, round_rows
 from tests.kernels.interpreted import interpreted, randn
 
@@ -25,6 +25,13 @@ def test_every_row_has_a_scale_that_brings_its_largest_number_to_448() -> None:
     smallest = 2**-6 * scales[:, None]
     assert ((round_rows(x) - x).abs() <= torch.maximum(x.abs(), smallest) / 16 * 1.001).all()
     assert torch.equal(round_rows(x[1:2]), round_rows(x)[1:2])
+
+
+def test_a_row_of_next_to_nothing_gives_no_nan() -> None:
+    x = torch.zeros(2, 256)
+    x[0, 3], x[1, 200] = 1e-37, 1e-44
+    for numbers, scales in (quantise_rows(x), fp8_block.quantise_inputs(x)):
+        assert numbers.float().isfinite().all() and scales.isfinite().all()
 
 
 def projection(outs: int, ins: int, seed: int) -> Parameters:

@@ -179,9 +179,13 @@ def test_orthrus_quantize_writes_what_we_and_transformers_dequantise(
     unquantised: Path, tmp_path: Path, format: str, worst: float
 ) -> None:
     (unquantised / "tokenizer.json").write_text("{}")
+    defaults = '{"eos_token_id": 0, "temperature": 0.6, "top_k": 20}'
+    (unquantised / "generation_config.json").write_text(defaults)
     out = tmp_path / "out"
     assert main(["quantize", str(unquantised), str(out), "--format", format]) == 0
     assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "generation_config.json").read_text() == defaults
+    assert main(["quantize", str(unquantised), str(out), "--format", format]) == 2, "it holds a checkpoint"
     config, weights = load(out)
     assert config.quantization is not None and config.has_diffusion and config.dtype == "bfloat16"
     full = dequantised(dict(weights), torch.float32)

@@ -13,6 +13,7 @@ from orthrus.engine.observer import PassRecord
 from orthrus.requests.request import Completion, SamplingParams
 from orthrus.requests.sequence import SequenceState
 from orthrus.runner.eager import EagerRunner
+from orthrus.schedules import ngram_index
 from orthrus.schedules.ar import STEP
 from orthrus.schedules.blocks import DRAFT, VERIFY
 from orthrus.schedules.decode_cost import DecodeCost
@@ -61,6 +62,14 @@ def test_the_index_finds_the_longest_match_and_of_these_the_latest(lengths: rang
         assert match == longest_match(tokens, lengths)
         found += match is not None
     assert found > 5
+
+
+def test_a_long_prompt_is_taken_in_over_several_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram_index, "_MOST_AT_ONCE", 50)
+    tokens = [*range(120), 5, 6, 7]
+    index = NgramIndex(tokens, 2, 4)
+    assert [index.match(), index.match()] == [None, None]
+    assert index.match() == Match(3, 7)
 
 
 def test_a_text_that_ends_is_taken_to_repeat_itself() -> None:

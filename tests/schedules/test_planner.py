@@ -72,6 +72,8 @@ def test_blocks_fit_the_rows_of_a_pass() -> None:
     assert planner(flat(), 16, pass_rows=64).plan(True, 8).rows <= 8
     assert planner(flat(), 16, pass_rows=64).plan(True, 64) == BlockPlan(1)
     assert DraftPlanner(16, None, 64).plan(True, 8) == BlockPlan(8)
+    crowded = DraftPlanner(16, None, 64)
+    assert crowded.plan(True, 33) == BlockPlan(1) and not crowded.pays(True, 33), "no block fits"
     assert DraftPlanner(16, None, 64, lead=True).plan(True, 1) == BlockPlan(16, lead=True)
     assert DraftPlanner(16, None, 64, lead=True).plan(True, 8) == BlockPlan(7, lead=True)
 
