@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
-from orthrus.kernels.linear.fp8 import quantise_rows
-from orthrus.kernels.linear.plain import PlainFormat
-from orthrus.kernels.linear.stored import DequantisedWeight, dense, float_type, stored_format
+from orthrus.kernels.linear.dequantised import pack_dequantised
+from orthrus.kernels.linear.fp8 import LARGEST, quantise_rows
+from orthrus.kernels.linear.stored import float_type, stored_format
 from orthrus.kernels.linear.weight import Parameters, SplitViews, Views, Weight, join_projections
 
 BLOCK = 128
 """Outputs and inputs of a block."""
-_LARGEST = 448.0
-"""The largest number of e4m3."""
 
 
 @stored_format
@@ -35,9 +33,7 @@ class Fp8BlockFormat:
         first = views[0][0]["weight_scale_inv"]
         if runs_triton(first):
             return _pack_for_gpu(views, gated)
-        dtype = float_type(first)
-        layer = PlainFormat.pack([[dense(p) for p in view] for view in views], gated=gated, head=head)
-        return DequantisedWeight(layer, dtype, round_blocks)
+        return pack_dequantised(views, first, round_blocks, gated=gated, head=head)
 
     @staticmethod
     def dequantise(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -77,8 +73,8 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight.float(), (0, -ins % BLOCK, 0, -outs % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     largest = blocks.abs().amax((1, 3))
-    scales = torch.where(largest > 0, largest, _LARGEST) / _LARGEST
-    numbers = (padded / _spread(scales, *padded.shape)).clamp_(-_LARGEST, _LARGEST)
+    scales = torch.where(largest > 0, largest, LARGEST) / LARGEST
+    numbers = (padded / _spread(scales, *padded.shape)).clamp_(-LARGEST, LARGEST)
     return numbers[:outs, :ins].to(torch.float8_e4m3fn).contiguous(), scales
 
 

@@ -9,10 +9,10 @@ from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import hopper, triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.fp8_triton import quantise_rows
+from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, num_parts
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
-from orthrus.kernels.linear.weight import Weight
 from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
 from orthrus.kernels.rows.sampling_triton import best_of_blocks, pick_best
@@ -20,7 +20,7 @@ from orthrus.kernels.workspace import empty
 
 
 @dataclass(frozen=True)
-class TritonWeight(DenseLayer, Weight):
+class TritonWeight(DenseLayer, KernelWeight):
     """Weights as plain tensors, for the Triton kernels: float16, bfloat16, float32, and FP8 with scales.
 
     The inputs of FP8 weights are rounded to FP8 first. Every operation raises ValueError if a row of these inputs is not a
@@ -29,31 +29,6 @@ class TritonWeight(DenseLayer, Weight):
 
     # Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's.
     split: Split | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor_bytes
-
-    def linear(
-        self,
-        x: Tensor,
-        num_ar: Tensor | None = None,
-        out: Tensor | None = None,
-        *,
-        tiles: LinearTiles | None = None,
-    ) -> Tensor:
-        if out is None:
-            out = empty((x.shape[0], self.weights[0].shape[0]), x.dtype, x.device)
-        self._run(x, out, num_ar, tiles)
-        return out
-
-    def linear_silu_mul(
-        self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
-    ) -> Tensor:
-        """See `Weight`; gate and up are rounded only after they have met."""
-        out = empty((x.shape[0], self.weights[0].shape[0] // 2), x.dtype, x.device)
-        self._run(x, out, num_ar, tiles)
-        return out
 
     def linear_add_rms_norm(
         self,
@@ -178,7 +153,7 @@ class TritonWeight(DenseLayer, Weight):
         if stream:
             hopper.launch(x, self, out, self._split(num_ar), parts, x_scales=x_scales, inputs=inputs)
             return
-        tiles = tiles or choose_tiles(x.shape[0], self.weights[0].shape[0], 1, x.dtype)
+        tiles = tiles or choose_tiles(x.shape[0], self.outs, 1, x.dtype)
         triton.launch(x, self, out, self._split(num_ar), parts, tiles, x_scales, inputs)
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

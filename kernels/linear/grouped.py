@@ -12,11 +12,11 @@ from torch import Tensor
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.blocks_triton import quantise_inputs
 from orthrus.kernels.linear.grouped_triton import launch
-from orthrus.kernels.linear.integers import Integers
+from orthrus.kernels.linear.integers import Integers, as_words
+from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
 from orthrus.kernels.linear.tiles import num_parts
 from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
-from orthrus.kernels.linear.weight import Weight
 from orthrus.kernels.workspace import empty
 
 _CHUNK = 1024
@@ -27,33 +27,8 @@ _SHALLOWEST = 32
 
 
 @dataclass(frozen=True)
-class GroupedWeight(GroupedLayer, Weight):
-    """Weights with scales for groups of inputs. The argument `tiles` is for tests and measurements."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor_bytes
-
-    def linear(
-        self,
-        x: Tensor,
-        num_ar: Tensor | None = None,
-        out: Tensor | None = None,
-        *,
-        tiles: LinearTiles | None = None,
-    ) -> Tensor:
-        if out is None:
-            out = empty((x.shape[0], self.outs), x.dtype, x.device)
-        self._run(x, out, 1, tiles)
-        return out
-
-    def linear_silu_mul(
-        self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
-    ) -> Tensor:
-        """See `Weight`; gate and up are rounded only after they have met."""
-        out = empty((x.shape[0], self.outs // 2), x.dtype, x.device)
-        self._run(x, out, 1, tiles)
-        return out
+class GroupedWeight(GroupedLayer, KernelWeight):
+    """Weights with scales for groups of inputs."""
 
     def linear_add_rms_norm(
         self,
@@ -71,11 +46,14 @@ class GroupedWeight(GroupedLayer, Weight):
             out = empty((segments, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
-        self._run(x, out, segments, tiles)
+        self._run(x, out, num_ar, tiles, segments)
         bias = self.bias[None] if self.bias is not None and segments > 1 else None
         return add_rms_norm(out, residual, norm_weight, eps, bias)
 
-    def _run(self, x: Tensor, out: Tensor, segments: int, tiles: LinearTiles | None) -> None:
+    def _run(
+        self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1
+    ) -> None:
+        """Compute the layer into out: [rows, outs], or [segments, rows, outs] without the bias."""
         if self.order is not None:
             x = x.index_select(1, self.order)
         x_scales = None
@@ -136,8 +114,7 @@ def pack_words(numbers: Tensor) -> Tensor:
     parts = numbers.view(outs, -1, 4, 4, 2).long()
     shifts = torch.arange(4, device=numbers.device)[:, None, None] * 4
     shifts = shifts + torch.tensor([0, 16], device=numbers.device)
-    words = (parts << shifts).sum((2, 4))
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(1)
+    return as_words((parts << shifts).sum((2, 4))).flatten(1)
 
 
 def _order(parts: list[Integers]) -> Tensor | None:

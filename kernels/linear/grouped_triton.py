@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.epilogue import store_tile
 from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
 
 
@@ -108,56 +109,20 @@ def _grouped_kernel(
     total = tl.zeros((OUTS, ROWS), tl.float32)
     # Asked for a step ahead: they are used behind the matrix unit, where nothing else hides how long they take.
     scale, zero, x_scale = _scales_of(
-        scales,
-        zeros,
-        x_scales,
-        begin,
-        out_at,
-        row_at,
-        num_outs,
-        num_rows,
-        steps,
-        group_steps,
-        OUTS,
-        ROWS,
-        BITS,
-    )
+        scales, zeros, x_scales, begin, out_at, row_at, num_outs, num_rows, steps, group_steps, OUTS, ROWS, BITS,
+    )  # fmt: skip
     for step in range(begin, end):
         later = min(step + 1, end - 1)
         scale_ahead, zero_ahead, x_scale_ahead = _scales_of(
-            scales,
-            zeros,
-            x_scales,
-            later,
-            out_at,
-            row_at,
-            num_outs,
-            num_rows,
-            steps,
-            group_steps,
-            OUTS,
-            ROWS,
-            BITS,
-        )
+            scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, steps, group_steps, OUTS, ROWS, BITS,
+        )  # fmt: skip
         part = _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
         total += part * x_scale[None, :] if BITS == 0 else part
         scale, zero, x_scale = scale_ahead, zero_ahead, x_scale_ahead
-    width = num_outs
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
         total += tl.load(bias + index, mask=index < num_outs, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        # Blocks of 8 outputs: gate, up, gate, ... (see `alternate`); a thread holds both of a pair.
-        gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
-        total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
-        out_at, width = out_at // 2, num_outs // 2
-    row_index = row_at + tl.arange(0, ROWS)
-    out_index = out_at + tl.arange(0, total.shape[0])
-    inside = (row_index < num_rows)[None, :] & (out_index < width)[:, None]
-    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
-    if SPLIT:
-        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    store_tile(total, out, row_at, num_rows, out_at, num_rows, num_outs, OUTS, ROWS, GATED, SPLIT)
 
 
 _DTYPES = {

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.device import runs_triton
+from orthrus.kernels.linear.dequantised import pack_dequantised
 from orthrus.kernels.linear.integers import Integers
-from orthrus.kernels.linear.plain import PlainFormat
-from orthrus.kernels.linear.stored import DequantisedWeight, dense, float_type
 from orthrus.kernels.linear.weight import SplitViews, Views, Weight
 
 Reader = Callable[[Mapping[str, Tensor]], Integers]
@@ -29,6 +28,4 @@ def pack_integers(views: Views, read: Reader, *, gated: bool, head: bool) -> Wei
                 parameters.clear()
             layers.append(integer_layer(parts, torch.cat(biases) if biases else None, gated))
         return SplitViews.join(layers)
-    dtype = float_type(first)
-    layer = PlainFormat.pack([[dense(p) for p in view] for view in views], gated=gated, head=head)
-    return DequantisedWeight(layer, dtype)
+    return pack_dequantised(views, first, gated=gated, head=head)

@@ -44,5 +44,9 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     """The opposite of `unpack`."""
     parts = numbers.to(torch.int64).unflatten(1, (-1, WORD // bits))
     shifts = torch.arange(0, WORD, bits, device=numbers.device)
-    words = (parts << shifts).sum(2)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return as_words((parts << shifts).sum(2))
+
+
+def as_words(bits: Tensor) -> Tensor:
+    """int64 numbers from 0 to 2**32 - 1 as int32 with the same 32 bits."""
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)

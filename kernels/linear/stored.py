@@ -4,7 +4,7 @@ Such a format is registered by the tensors that it stores a weight as, so the te
 The format "plain" keeps these weights as they are stored. Other formats are given them dequantised.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -54,30 +54,3 @@ def dense(parameters: Parameters) -> Parameters:
 def float_type(scales: Tensor) -> torch.dtype:
     """What a weight with these scales is dequantised to: 16 bits would not hold it."""
     return torch.promote_types(scales.dtype, torch.float32)
-
-
-class DequantisedWeight(Weight):
-    """The reference of all stored formats, and what a CPU runs: the numbers of the format, multiplied in float32.
-
-    It needs the memory of weights that are not quantised.
-    """
-
-    def __init__(
-        self, weight: Weight, dtype: torch.dtype, prepare: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> None:
-        """weight: the layer dequantised, in `dtype`. prepare: what the format does to the inputs first, such as rounding."""
-        self._weight, self._dtype, self._prepare = weight, dtype, prepare
-
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes
-
-    def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        result = self._weight.linear(self._inputs(x), num_ar).to(x.dtype)
-        return result if out is None else out.copy_(result)
-
-    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
-        return self._weight.linear_silu_mul(self._inputs(x), num_ar).to(x.dtype)
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        return self._prepare(x).to(self._dtype)

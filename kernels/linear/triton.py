@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthrus.kernels.device import chaining
 from orthrus.kernels.leaves import Leaves
+from orthrus.kernels.linear.epilogue import store_tile
 from orthrus.kernels.linear.tiles import leaf_unit
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 
@@ -141,23 +142,11 @@ def _linear_kernel(
         w_scale = tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
         x_scale = tl.load(x_scales + row, mask=row < row_end, other=0.0)[None, :]
         total = total * w_scale * x_scale
-    width = num_outs
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
         offset = tl.load(bias + view * num_outs + index, mask=index < num_outs, other=0.0)
         total += offset.to(tl.float32)[:, None]
-    if GATED:
-        # Blocks of 8 outputs: gate, up, gate, ... (see `interleave`); a thread holds both of a pair.
-        gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
-        total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
-        out_at, width = out_at // 2, num_outs // 2
-    row_index = row_at + tl.arange(0, ROWS)
-    out_index = out_at + tl.arange(0, total.shape[0])
-    inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
-    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
-    if SPLIT:
-        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    store_tile(total, out, row_at, row_end, out_at, num_rows, num_outs, OUTS, ROWS, GATED, SPLIT)
 
 
 def launch(

@@ -23,6 +23,11 @@ class DenseLayer:
     scales: Tensor | None = None
 
     @property
+    def outs(self) -> int:
+        """Outputs of one view."""
+        return self.weights[0].shape[0]
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of the weights, the bias and the scales."""
         others = [tensor for tensor in (self.bias, self.scales) if tensor is not None]

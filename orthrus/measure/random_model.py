@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.rank_processes import start_ranks
-from orthrus.engine.rank_worker import rank_device
+from orthrus.engine.rank_worker import check_devices, rank_device
 from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import ONE_RANK
 from orthrus.models.config import ModelConfig
@@ -84,6 +84,7 @@ def shape_engine(
     config = EngineConfig.model_validate(fixed | settings)
     size = config.tensor_parallel_size
     config.check_model(model)
+    check_devices(config)
     model = config.with_settings(model)
     ranks = ONE_RANK
     if size > 1:

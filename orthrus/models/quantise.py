@@ -57,10 +57,9 @@ def quantise_checkpoint(path: Path, out: Path, format: str) -> None:
     assert how is not None
     quantised = replace(config, quantization=how)
     try:
-        # Before gigabytes are read: whether the format has a place for each weight.
-        for name, shape in family_of(config).dense_shapes(config).items():
-            if how.covers(name):
-                how.parts(name, shape)
+        family_of(config).stored_parts(
+            quantised
+        )  # Before gigabytes are read: whether each weight can be stored so.
         out.mkdir(parents=True, exist_ok=True)
     except ConfigError as error:
         raise ConfigError(f"{path} can't be stored as {format}; try --format fp8 ({error})") from error

@@ -1,0 +1,28 @@
+"""What the linear kernels in Triton do with a finished tile of sums."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_tile(
+    total, out, row_at, row_end, out_at, num_rows, num_outs,
+    OUTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Write the sums total [OUTS, ROWS], which begin at output out_at and row row_at, to out [rows, outs].
+
+    GATED: to half as many outputs, silu(gate) * up. SPLIT: to the plane of the program's part, [parts, rows, outs].
+    """
+    width = num_outs
+    if GATED:
+        # Blocks of 8 outputs: gate, up, gate, ... (see `interleave`); a thread holds both of a pair.
+        gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
+        total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
+        out_at, width = out_at // 2, num_outs // 2
+    row_index = row_at + tl.arange(0, ROWS)
+    out_index = out_at + tl.arange(0, total.shape[0])
+    inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
+    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
+    if SPLIT:
+        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

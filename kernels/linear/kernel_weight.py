@@ -1,0 +1,52 @@
+"""`KernelWeight`: what the weights of our own GPU kernels have in common."""
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from orthrus.kernels.linear.types import LinearTiles
+from orthrus.kernels.linear.weight import Weight
+from orthrus.kernels.workspace import empty
+
+
+class KernelWeight(Weight):
+    """A weight whose kernels write to memory that they are given. The argument `tiles` is for tests and measurements."""
+
+    @property
+    @abstractmethod
+    def outs(self) -> int:
+        """Outputs of one view; of a gated layer, gate and up together."""
+
+    @property
+    @abstractmethod
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+
+    @abstractmethod
+    def _run(self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None) -> None:
+        """Compute the layer into out: [rows, outs], or half as many outputs if it is gated."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor_bytes
+
+    def linear(
+        self,
+        x: Tensor,
+        num_ar: Tensor | None = None,
+        out: Tensor | None = None,
+        *,
+        tiles: LinearTiles | None = None,
+    ) -> Tensor:
+        if out is None:
+            out = empty((x.shape[0], self.outs), x.dtype, x.device)
+        self._run(x, out, num_ar, tiles)
+        return out
+
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
+    ) -> Tensor:
+        """See `Weight`; gate and up are rounded only after they have met."""
+        out = empty((x.shape[0], self.outs // 2), x.dtype, x.device)
+        self._run(x, out, num_ar, tiles)
+        return out
