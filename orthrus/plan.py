@@ -44,6 +44,11 @@ class Verifying:
     behind the last draft."""
 
 
+def num_right(drafts: Sequence[int], picks: Sequence[int]) -> int:
+    """How many drafts, from the first on, are what was picked. picks: at least one for each draft."""
+    return next((i for i, draft in enumerate(drafts) if draft != picks[i]), len(drafts))
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """Rows at consecutive positions of one sequence, in one view."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
-from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
+from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten, num_right
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
 
@@ -125,7 +125,7 @@ def _placed(
             continue
         drafts, first_pick = group.behind.drafts, group.behind.first_pick
         picked = picks[first_pick : first_pick + len(drafts) + 1].tolist()
-        right = next((i for i, draft in enumerate(drafts) if draft != picked[i]), len(drafts))
+        right = num_right(drafts, picked)
         missing = len(drafts) - right
         tokens = [-1 - (first_pick + right), *group.tokens[1:]]
         placed[index] = replace(group, tokens=tokens, start=group.start - missing, behind=None)

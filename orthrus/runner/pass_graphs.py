@@ -146,9 +146,8 @@ class PassGraphs:
                 self._whole_graphs[key] = self._capture(partial(self._run_whole, *key), bar)
             for key in drafts:
                 self._draft_graphs[key] = self._capture(partial(self._run_draft, *key), bar)
-        self._place_blocks(
-            rows[0], 1, 0
-        )  # Compiles the kernel. The buffer holds zeros: a block without rows.
+        # Compiles the kernel. The buffer holds zeros: a block without rows.
+        self._place_blocks(rows[0], 1, 0)
 
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
         """A graph of what `run` launches. Before that it runs once, which compiles its kernels: the buffer holds zeros, which

@@ -25,6 +25,18 @@ class CycleCost(Protocol):
         ...
 
 
+def verify_shape(*, ahead: bool) -> PassShape:
+    """Passes that verify drafts as AR rows. ahead: whether the next pass is launched before their picks are known."""
+    return PassShape(
+        VERIFY, lambda rows, start, block_table: ar_rows([0] * rows, start, block_table), ahead=ahead
+    )
+
+
+def step_shape(verify: PassShape) -> PassShape:
+    """AR steps: verify passes of one row for each sequence."""
+    return PassShape(STEP, verify.groups, one_row=True, ahead=True)
+
+
 @dataclass(frozen=True)
 class DecodeCost:
     """Seconds of an AR step and of a draft and verify cycle."""
@@ -43,12 +55,7 @@ class DecodeCost:
     @staticmethod
     def measured(timer: PassTimer, mask_token_id: int, *, leads: bool, trees: bool) -> "DecodeCost":
         """Time the passes on this machine. leads: whether passes may have leads. trees: whether drafts are verified as trees."""
-        # The pass behind a tree has to wait for its picks.
-        verify = PassShape(
-            VERIFY,
-            lambda rows, start, block_table: ar_rows([0] * rows, start, block_table),
-            ahead=not trees,
-        )
+        verify = verify_shape(ahead=not trees)  # The pass behind a tree has to wait for its picks.
         draft, lead = (
             PassShape(
                 kind,
@@ -59,7 +66,7 @@ class DecodeCost:
             )
             for kind, lead in ((DRAFT, False), (LEAD_DRAFT, True))
         )
-        step = PassShape(STEP, verify.groups, one_row=True, ahead=True)
+        step = step_shape(verify)
         curves = timer.curves([step, draft, verify, lead] if leads else [step, draft, verify])
         return DecodeCost(
             step=curves[STEP],

@@ -20,12 +20,14 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from orthrus.loading import stages
+from orthrus.plan import num_right
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
 from orthrus.schedules.blocks import VERIFY
 from orthrus.schedules.ngram_cost import NgramCost
 from orthrus.schedules.ngram_index import NgramIndex
 from orthrus.schedules.orthrus import OrthrusSchedule
+from orthrus.schedules.pass_cost import PassCost
 from orthrus.schedules.planner import Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext, Turn
 from orthrus.schedules.registry import NGRAM
@@ -120,15 +122,18 @@ class NgramSchedule:
 
     @classmethod
     def build(cls, context: ScheduleContext) -> Schedule:
-        return cls._build(context, None)
+        return cls._build(context)
 
     @classmethod
-    def _build(cls, context: ScheduleContext, blocks: OrthrusSchedule | None) -> "NgramSchedule":
+    def _build(
+        cls, context: ScheduleContext, blocks: OrthrusSchedule | None = None, step: PassCost | None = None
+    ) -> "NgramSchedule":
+        """blocks: as for the object. step: what AR steps cost, if they have been timed already."""
         config = context.config
         cost = None
         if config.adaptive_draft and context.max_model_len > 2:  # Else no draft fits.
             stages.info("measuring what passes cost")
-            cost = NgramCost.measured(context.timer)
+            cost = NgramCost.measured(context.timer, step)
             logger.info("n-gram cost: %s", cost)
         lengths = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
         return cls(cost, lengths, config.draft_length or _MOST_ROWS, context.max_pass_rows, blocks)
@@ -185,10 +190,7 @@ class NgramSchedule:
             return self._below(sequence).commit(sequence, turn, picks)
         lookups.has_drafted = True
         drafts = turn.groups[0].tokens[1:]
-        differing = (
-            i for i, (draft, pick) in enumerate(zip(drafts, picks[0], strict=False)) if draft != pick
-        )
-        accepted = next(differing, len(drafts))
+        accepted = num_right(drafts, picks[0])
         planner = lookups.choice.planner
         assert planner is not None, "it has chosen the drafts"
         planner.observe(sequence.params.greedy, Draft(list(drafts)), accepted)
@@ -210,8 +212,11 @@ class OrthrusNgramSchedule(NgramSchedule):
 
     @classmethod
     def build(cls, context: ScheduleContext) -> Schedule:
-        blocks = OrthrusSchedule.build(context)
-        return cls._build(context, blocks) if context.config.prompt_lookup_max else blocks
+        cost = OrthrusSchedule.measured_cost(context)
+        blocks = OrthrusSchedule.with_cost(context, cost)
+        if not context.config.prompt_lookup_max:
+            return blocks
+        return cls._build(context, blocks, None if cost is None else cost.step)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         turn = super().plan(sequence, batch)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from orthrus.schedules.ar import STEP, ar_rows
+from orthrus.schedules.ar import STEP
 from orthrus.schedules.blocks import VERIFY
-from orthrus.schedules.pass_cost import PassCost, PassShape, PassTimer
+from orthrus.schedules.decode_cost import step_shape, verify_shape
+from orthrus.schedules.pass_cost import PassCost, PassTimer
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,11 @@ class NgramCost:
     """There are no draft passes, and so no leads."""
 
     @staticmethod
-    def measured(timer: PassTimer) -> "NgramCost":
-        """Time the passes on this machine."""
-        verify = PassShape(VERIFY, lambda rows, start, block_table: ar_rows([0] * rows, start, block_table))
-        step = PassShape(STEP, verify.groups, one_row=True, ahead=True)
-        curves = timer.curves([step, verify])
-        return NgramCost(curves[STEP], curves[VERIFY], timer.sampled_row(verify))
+    def measured(timer: PassTimer, step: PassCost | None = None) -> "NgramCost":
+        """Time the passes on this machine. step: what AR steps cost, if they have been timed already."""
+        verify = verify_shape(ahead=False)
+        curves = timer.curves([verify] if step is not None else [step_shape(verify), verify])
+        return NgramCost(step or curves[STEP], curves[VERIFY], timer.sampled_row(verify))
 
     def ar(self, batch: int, greedy: bool) -> float:
         """Seconds of an AR step of `batch` sequences: one token each."""

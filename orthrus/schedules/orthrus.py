@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.loading import stages
-from orthrus.plan import MAX_RANKS, RowGroup, Verifying
+from orthrus.plan import MAX_RANKS, RowGroup, Verifying, num_right
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
 from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
@@ -83,20 +83,29 @@ class OrthrusSchedule:
 
     @classmethod
     def build(cls, context: ScheduleContext) -> "OrthrusSchedule":
+        return cls.with_cost(context, cls.measured_cost(context))
+
+    @staticmethod
+    def measured_cost(context: ScheduleContext) -> DecodeCost | None:
+        """What passes cost on this machine; None if the settings fix the blocks, or no block fits."""
+        config, mask = context.config, context.model.mask_token_id
+        assert mask is not None, "the registry asks for diffusion"
+        if not config.adaptive_draft or context.max_model_len <= 2:
+            return None
+        stages.info("measuring what passes cost")
+        cost = DecodeCost.measured(
+            context.timer, mask, leads=context.mixes_views, trees=config.draft_tree is not None
+        )
+        logger.info("decode cost: %s", cost)
+        return cost
+
+    @classmethod
+    def with_cost(cls, context: ScheduleContext, cost: DecodeCost | None) -> "OrthrusSchedule":
+        """The schedule that `build` makes, where passes cost this. None: blocks are as long as they can be."""
         config, model = context.config, context.model
         assert model.block_size is not None and model.mask_token_id is not None, (
             "the registry asks for diffusion"
         )
-        cost = None
-        if config.adaptive_draft and context.max_model_len > 2:  # Else no block fits.
-            stages.info("measuring what passes cost")
-            cost = DecodeCost.measured(
-                context.timer,
-                model.mask_token_id,
-                leads=context.mixes_views,
-                trees=config.draft_tree is not None,
-            )
-            logger.info("decode cost: %s", cost)
         planner = DraftPlanner(
             config.draft_length or model.block_size,
             cost,
@@ -216,8 +225,7 @@ class OrthrusSchedule:
             chain = drafted.tokens[: drafted.tree.chain_length]
             rest = chain[len(right) :] if chain[: len(right)] == right else []
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
-        differing = (i for i, (d, p) in enumerate(zip(drafted.tokens, picks[0], strict=False)) if d != p)
-        accepted = next(differing, len(drafted.tokens))
+        accepted = num_right(drafted.tokens, picks[0])
         self._planner.observe(sequence.params.greedy, drafted, accepted)
         if drafted.following is not None:
             position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
