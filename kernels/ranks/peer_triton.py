@@ -43,13 +43,26 @@ def wait_for(flag, number, status, sender):
     After the first wait in vain there are no more: the pass ends, and its results are wrong.
     """
     seen = _acquire(flag)
-    if seen < number:
+    # Differences, because the numbers of exchanges wrap.
+    if number - seen > 0:
         begin = globaltimer()
         limit = tl.where(tl.load(status, volatile=True) == 0, tl.load(status + 1), 0)
-        while (seen < number) & (globaltimer() - begin < limit):
+        while (number - seen > 0) & (globaltimer() - begin < limit):
             seen = _acquire(flag)
-        if seen < number:
+        if number - seen > 0:
             tl.store(status, sender + 1)
+
+
+@triton.jit
+def _meet(flags, counts, status, row, rows, number, rank, late, SIZE: tl.constexpr):
+    """Raise the flags of a row's exchange, wait for those of all other ranks, and count it. rows: of the mailbox."""
+    raise_flags(flags, rank * rows + row, number, rank, late, SIZE)
+    own_flags = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
+    for peer in tl.static_range(SIZE):
+        if peer != rank:
+            wait_for(own_flags + peer * rows + row, number, status, peer)
+    tl.debug_barrier()
+    tl.store(counts + row, number)
 
 
 @triton.jit
@@ -62,19 +75,13 @@ def exchange_row(
     """
     late = tl.load(status, volatile=True)
     number = tl.load(counts + row) + 1
-    turn = (number % 2).to(tl.int64) * SIZE
+    turn = (number & 1).to(tl.int64) * SIZE
     goal = ((turn + rank) * rows + row) * width + place
     for peer in tl.static_range(SIZE):
         # Aligned, so that a thread writes and reads several numbers at once.
         box = tl.multiple_of(tl.load(boxes + peer).to(tl.pointer_type(tl.float32)), 16)
         tl.store(box + goal, node, mask=inside & (peer != rank))
-    raise_flags(flags, rank * rows + row, number, rank, late, SIZE)
-    own_flags = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
-    for peer in tl.static_range(SIZE):
-        if peer != rank:
-            wait_for(own_flags + peer * rows + row, number, status, peer)
-    tl.debug_barrier()
-    tl.store(counts + row, number)
+    _meet(flags, counts, status, row, rows, number, rank, late, SIZE)
     box = tl.multiple_of(tl.load(boxes + rank).to(tl.pointer_type(tl.float32)), 16)
     box += (turn * rows + row) * width + place
     step = rows.to(tl.int64) * width
@@ -127,19 +134,13 @@ def _pick_kernel(
     token = tl.load(indices + row * blocks + place)
     late = tl.load(status, volatile=True)
     number = tl.load(counts + row) + 1
-    turn = (number % 2) * SIZE
+    turn = (number & 1) * SIZE
     goal = ((turn + rank) * rows + row) * 2
     for peer in tl.static_range(SIZE):
         box = tl.load(boxes + peer).to(tl.pointer_type(tl.int32)) + goal
         tl.store(box, best.to(tl.int32, bitcast=True))
         tl.store(box + 1, token)
-    raise_flags(flags, rank * rows + row, number, rank, late, SIZE)
-    own_flags = tl.load(flags + rank).to(tl.pointer_type(tl.int32))
-    for peer in tl.static_range(SIZE):
-        if peer != rank:
-            wait_for(own_flags + peer * rows + row, number, status, peer)
-    tl.debug_barrier()
-    tl.store(counts + row, number)
+    _meet(flags, counts, status, row, rows, number, rank, late, SIZE)
     # Of equal scores the lowest token wins, and ranks have tokens in order.
     box = tl.load(boxes + rank).to(tl.pointer_type(tl.int32))
     best = float("-inf")

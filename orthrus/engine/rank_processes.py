@@ -4,6 +4,7 @@ A process of its own for each GPU: one that drives several GPUs waits for all of
 tells the ranks over pipes what to run. It notices within `HANG_SECONDS` and a little more if one of them ends or stops.
 """
 
+import copy
 import logging
 import multiprocessing
 import pickle
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.rank_worker import BEAT_SECONDS, LoadWeights, RankSetup, rank_device, run_rank
+from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import RankError, Ranks
 from orthrus.kernels.ranks.shared_memory import SharedBoxes, SharedMemoryRanks
 from orthrus.models.config import ModelConfig
@@ -48,7 +50,8 @@ def start_ranks(config: EngineConfig, model: ModelConfig, load: LoadWeights) -> 
     context.set_forkserver_preload([run_rank.__module__, rotary.__module__])
     shared = SharedBoxes.make(context, size)
     beats = torch.zeros(size, dtype=torch.float64).share_memory_()
-    threads = max(1, torch.get_num_threads() // size)
+    all_threads = torch.get_num_threads()
+    threads = max(1, all_threads // size)
     if rank_device(config.device, 0).type == "cpu":
         torch.set_num_threads(threads)
     processes = [
@@ -56,7 +59,7 @@ def start_ranks(config: EngineConfig, model: ModelConfig, load: LoadWeights) -> 
         for rank in range(1, size)
     ]
     folder = Path(shared.store_file).parent
-    return SharedMemoryRanks(0, shared, RankProcesses(processes, beats, folder))
+    return SharedMemoryRanks(0, shared, RankProcesses(processes, beats, folder, all_threads))
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,15 @@ class RankProcesses:
     A thread looks after them. When one has failed it ends the others, so that nobody waits for a process that stands still.
     """
 
-    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path) -> None:
+    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path, threads: int) -> None:
         """beats: float64, when each rank last showed itself, in seconds of the monotonic clock. 0: it has not begun. folder: is
-        removed at the end."""
+        removed at the end. threads: of this process, which it gets back at the end."""
         self._ranks = ranks
-        self._watch = _Watch(ranks, beats)
+        self._watch = _Watch(ranks, beats, folder)
         self._thread = threading.Thread(target=self._watch.run, name="orthrus-ranks", daemon=True)
         self._thread.start()
         # Not a method of this object, which would keep it alive.
-        self._end = weakref.finalize(self, _end_ranks, ranks, self._watch, folder)
+        self._end = weakref.finalize(self, _end_ranks, ranks, self._watch, threads)
 
     def check(self) -> None:
         self._watch.check()
@@ -109,15 +112,19 @@ class RankProcesses:
 
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
         self._watch.on_failure = on_failure
+        try:
+            self._watch.check()
+        except RankError as error:
+            on_failure(error)  # The thread may have found it before.
 
 
 class _Watch:
     """Looks whether all ranks are there, several times a second."""
 
-    def __init__(self, ranks: Sequence[_Rank], beats: Tensor) -> None:
-        self._ranks, self._beats = ranks, beats
+    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path) -> None:
+        self._ranks, self._beats, self.folder = ranks, beats, folder
         self._lock = threading.Lock()
-        self._error: RankError | None = None
+        self._error: RankError | ConfigError | None = None
         self.on_failure: Callable[[RankError], None] | None = None
         self.stopped = threading.Event()
 
@@ -125,27 +132,36 @@ class _Watch:
         while not self.stopped.wait(BEAT_SECONDS):
             try:
                 self.check()
-            except RankError as error:
+            except (RankError, ConfigError) as error:
                 for rank in self._ranks:
                     rank.process.kill()
-                if self.on_failure is not None:
+                # Here too, since a process whose engine has failed may end at once.
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if self.on_failure is not None and isinstance(error, RankError):
                     self.on_failure(error)
                 return
 
     def check(self) -> None:
-        """Raise RankError if a rank has failed; always the same error, the one that was found first."""
+        """Raise RankError if a rank has failed, or ConfigError if it can't be made as the settings say.
+
+        It says the same each time: what was found first.
+        """
         with self._lock:
             self._error = self._error or self._find()
         if self._error is not None:
-            raise self._error
+            # A copy: an error that was raised holds the engine by its traceback, and this one is kept until the engine ends.
+            raise copy.copy(self._error)
 
-    def _find(self) -> RankError | None:
+    def _find(self) -> RankError | ConfigError | None:
         if self.stopped.is_set():
             return None
         now = time.monotonic()
         for rank in self._ranks:
             if not rank.process.is_alive():
-                return RankError(f"rank {rank.number} of the model has ended: {_reason(rank)}")
+                reason = _reason(rank)
+                if isinstance(reason, ConfigError):
+                    return type(reason)(f"rank {rank.number}: {reason}")
+                return RankError(f"rank {rank.number} of the model has ended: {reason}")
             beat = float(self._beats[rank.number])
             if beat and now - beat > HANG_SECONDS:
                 return RankError(
@@ -154,23 +170,25 @@ class _Watch:
         return None
 
 
-def _reason(rank: _Rank) -> str:
+def _reason(rank: _Rank) -> str | ConfigError:
     """Why a process has ended, as far as it could say."""
     try:
         if rank.pipe.poll():
-            return str(rank.pipe.recv())
+            said: str | ConfigError = rank.pipe.recv()
+            return said
     except (OSError, EOFError):
         pass
     code = rank.process.exitcode
     return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
-def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, folder: Path) -> None:
-    """Let the processes end: a rank whose pipe is closed has no more to do."""
+def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, threads: int) -> None:
+    """Let the processes end: a rank whose pipe is closed has no more to do. threads: see `RankProcesses`."""
     watch.stopped.set()
     for rank in ranks:
         rank.pipe.close()
     for rank in ranks:
         rank.process.join(_END_SECONDS)
         rank.process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(watch.folder, ignore_errors=True)
+    torch.set_num_threads(threads)

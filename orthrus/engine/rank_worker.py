@@ -1,6 +1,7 @@
 """What the process of a rank does, on all ranks but rank 0: load its part of the model, and run what rank 0 tells it to."""
 
-import os
+import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -83,11 +84,10 @@ def check_devices(config: EngineConfig) -> None:
 class _Rank0:
     """See `Processes`. If rank 0 has gone, the pipe from it is closed, and the process has nothing left to do."""
 
-    def __init__(self) -> None:
-        self._parent = os.getppid()
-
     def check(self) -> None:
-        if os.getppid() != self._parent:
+        # Not os.getppid(): that is the fork server, which does not end with rank 0.
+        rank_0 = multiprocessing.parent_process()
+        if rank_0 is None or not rank_0.is_alive():
             raise RankError("rank 0 of the model has ended")
 
     def tell(self, message: object) -> None:
@@ -98,7 +98,11 @@ class _Rank0:
 
 
 def run_rank(setup: RankSetup, pipe: Connection) -> None:
-    """Run until rank 0 closes the pipe. What goes wrong is told through it, and ends the process."""
+    """Run until rank 0 closes the pipe. What goes wrong is told through it, and ends the process.
+
+    A ConfigError is told as it is, for rank 0 to raise; of anything else, what it says.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then closes the pipe.
     threading.Thread(target=_beat, args=(setup.beats, setup.rank), daemon=True).start()
     try:
         loaded = _load(setup)
@@ -111,6 +115,8 @@ def run_rank(setup: RankSetup, pipe: Connection) -> None:
                 loaded.cache.copy_pages(message.copies)
             else:
                 loaded.runner.follow(message)
+    except ConfigError as error:
+        pipe.send(error)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
         raise

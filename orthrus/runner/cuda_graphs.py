@@ -211,6 +211,8 @@ class CudaGraphRunner:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
         logits = self.graphs.logits[:count].clone()
         torch.cuda.current_stream().synchronize()  # The next pass is written to the same host buffer.
+        if self._peers is not None:
+            _check(self._peers.status.cpu(), self._ranks)
         return logits
 
     def _start(

@@ -3,20 +3,25 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from orthrus.engine import Engine, EngineConfig
+from orthrus.engine import Engine, EngineConfig, rank_worker
 from orthrus.engine.rank_processes import HANG_SECONDS
-from orthrus.errors import ConfigError
+from orthrus.errors import CheckpointError, ConfigError
 from orthrus.kernels.ranks import RankError
 from orthrus.requests.request import Request, SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.imports import ROOT
 
 PROMPTS = [[5, 9, 2, 40, 7], [101, 3], list(range(30, 130))]
 PARAMS = [
@@ -60,9 +65,12 @@ def load(checkpoint: Path, size: int, **settings: object) -> Engine:
 
 @pytest.fixture(autouse=True)
 def threads_as_before() -> Iterator[None]:
+    """An engine of several ranks shares the threads among them, and gives them back."""
     before = torch.get_num_threads()
+    torch.set_num_threads(4)
     yield
     gc.collect()
+    assert torch.get_num_threads() == 4
     torch.set_num_threads(before)
 
 
@@ -112,6 +120,54 @@ def test_a_rank_that_ends_or_stops_ends_the_engine(checkpoint: Path, sign: signa
     with pytest.raises(RankError, match=rf"rank 1 .* {said}"):
         run_to_the_end(engine)
     assert time.monotonic() - begin < HANG_SECONDS + 1
+
+
+def test_what_only_another_rank_can_see_is_told_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.gate_proj.weight"][-1, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"^rank 1: .*gate_proj.*NaN"):
+        load(tmp_path / "broken", 2)
+
+
+def look_for_rank_0(path: str) -> None:
+    """What a rank does that waits for others."""
+    Path(path, "begun").touch()
+    try:
+        while True:
+            rank_worker._Rank0().check()
+            time.sleep(0.05)
+    except RankError as error:
+        Path(path, "told").write_text(str(error))
+
+
+def start_looking(path: str) -> None:
+    """As rank 0 starts another one, and then waits to be killed."""
+    multiprocessing.get_context("forkserver").Process(
+        target=look_for_rank_0, args=(path,), daemon=True
+    ).start()
+    time.sleep(60)
+
+
+def wait_for_file(file: Path, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, f"no file {file.name} after {seconds} s"
+        time.sleep(0.05)
+
+
+def test_a_rank_notices_that_rank_0_has_been_killed(tmp_path: Path) -> None:
+    command = f"from tests.engine.test_ranks import start_looking; start_looking({str(tmp_path)!r})"
+    rank_0 = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT)
+    try:
+        wait_for_file(tmp_path / "begun", 60)
+    finally:
+        rank_0.kill()
+        rank_0.wait()
+    wait_for_file(tmp_path / "told", 10)
+    assert (tmp_path / "told").read_text() == "rank 0 of the model has ended"
 
 
 def test_what_a_model_cannot_be_divided_among_is_refused(checkpoint: Path, tiny_orthrus: Path) -> None:
