@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
 from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, item_index, lane_share, move
 from orthrus.kernels.attention.items import item_keys, load_item
+from orthrus.kernels.gluon_names import HAS_REINTERPRET, async_load
 
 
 class Pages(NamedTuple):
@@ -32,12 +33,8 @@ def _look_up(table, at, end, KEYS: gl.constexpr, PAGE: gl.constexpr):
 @gluon.jit
 def _fetch(source, row, row2, column, ring, place):
     """Ask for a step's two tiles, from `row` and from `row2` of the source on."""
-    tma.async_copy_global_to_shared(
-        source, [row, column], ring.full.index(place), ring.tiles.index(2 * place)
-    )
-    tma.async_copy_global_to_shared(
-        source, [row2, column], ring.full.index(place), ring.tiles.index(2 * place + 1)
-    )
+    async_load(source, [row, column], ring.full.index(place), ring.tiles.index(2 * place))
+    async_load(source, [row2, column], ring.full.index(place), ring.tiles.index(2 * place + 1))
 
 
 @gluon.jit
@@ -54,7 +51,7 @@ def _fetch_end(source, slot, slot2, count, pieces, full, place, KEYS: gl.constex
         row = gl.where(wanted < KEYS, slot, slot2 - KEYS) + wanted
         piece = (2 * place + number * PIECE // KEYS) * (PARTS * KEYS // PIECE) + number % (KEYS // PIECE)
         for part in gl.static_range(PARTS):
-            tma.async_copy_global_to_shared(
+            async_load(
                 source,
                 [row, part * source.block_shape[1]],
                 full.index(place),
@@ -78,7 +75,10 @@ def produce(
     PIECE: gl.constexpr = k_pieces.block_shape[0]
     PART: gl.constexpr = k_pieces.block_shape[1]
     PIECES: gl.constexpr = 2 * PLACES * KEYS * tiles.shape[2] // (PIECE * PART)
-    pieces = tiles._reinterpret(tiles.dtype, [PIECES, PIECE, PART], k_pieces.layout)
+    if HAS_REINTERPRET:
+        pieces = tiles.reinterpret(tiles.dtype, [PIECES, PIECE, PART], k_pieces.layout)
+    else:
+        pieces = tiles._reinterpret(tiles.dtype, [PIECES, PIECE, PART], k_pieces.layout)
     step_bytes: gl.constexpr = STEP * tiles.shape[2] * tiles.dtype.primitive_bitwidth // 8
     ring = Ring(tiles, full, empty)
     share = lane_share(work, LANE, KV_HEADS, PROGRAMS)

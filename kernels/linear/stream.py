@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
+
+from orthrus.kernels.gluon_names import async_load
 
 
 class Grid(NamedTuple):
@@ -143,17 +145,13 @@ def fetch_weights(w, ring, place, cursor, wanted):
     )
     full = ring.full.index(place)
     mbarrier.expect(full, LOADED, pred=wanted)
-    tma.async_copy_global_to_shared(
-        w, [cursor.weight_at, cursor.k], full, ring.weights.index(place), pred=wanted
-    )
+    async_load(w, [cursor.weight_at, cursor.k], full, ring.weights.index(place), pred=wanted)
 
 
 @gluon.jit
 def fetch_rows(x, ring, place, cursor, wanted):
     """Ask for a step's tile of the input rows."""
-    tma.async_copy_global_to_shared(
-        x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted
-    )
+    async_load(x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted)
 
 
 @gluon.jit
