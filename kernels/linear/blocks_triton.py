@@ -14,28 +14,34 @@ _GROUPS = 16
 
 
 @triton.jit
-def _quantise_kernel(x, numbers, scales, ins, groups, stride, GROUPS: tl.constexpr, CHAINED: tl.constexpr):
+def _quantise_kernel(
+    x, numbers, scales, ins, groups, x_stride, stride, GROUPS: tl.constexpr, CHAINED: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     place = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    value = tl.load(x + row * stride + place, mask=place < ins, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_stride + place, mask=place < ins, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(value), 1)
     full = tl.maximum(tl.where(largest > 0, largest, 448.0), 2.0**-100)  # Its inverse is finite.
     number = (value * tl.div_rn(448.0, full)[:, None]).to(tl.float8e4nv)
     tl.store(numbers + row * ins + place, number, mask=place < ins)
-    tl.store(scales + row * groups + group, full * (1.0 / 448.0), mask=group < groups)
+    tl.store(scales + group * stride + row, full * (1.0 / 448.0), mask=group < groups)
 
 
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `fp8_block.quantise_inputs`."""
+    """x as e4m3 numbers [rows, ins], and their scales as float32 [ins / 128, at least rows]: see `fp8_block.quantise_inputs`.
+
+    The scales of a group lie side by side, and begin where the copy engine can.
+    """
     rows, ins = x.shape
     groups = triton.cdiv(ins, 128)
     numbers = empty((rows, ins), torch.float8_e4m3fn, x.device)
-    scales = empty((rows, groups), torch.float32, x.device)
+    stride = triton.cdiv(rows, 4) * 4
+    scales = empty((groups, stride), torch.float32, x.device)
     _quantise_kernel[(rows, triton.cdiv(groups, _GROUPS))](
-        x, numbers, scales, ins, groups, x.stride(0), GROUPS=_GROUPS, num_warps=4, **chaining()
+        x, numbers, scales, ins, groups, x.stride(0), stride, GROUPS=_GROUPS, num_warps=4, **chaining()
     )
     return numbers, scales

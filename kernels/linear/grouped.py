@@ -9,9 +9,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from orthrus.kernels.linear import grouped_hopper, grouped_triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.blocks_triton import quantise_inputs
-from orthrus.kernels.linear.grouped_triton import launch
 from orthrus.kernels.linear.integers import Integers, as_words
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
@@ -64,7 +64,10 @@ class GroupedWeight(GroupedLayer, KernelWeight):
                 f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
                 "its rows must be multiples of 16 bytes"
             )
-        launch(x, self, out, segments, tiles, x_scales)
+        if tiles is None and grouped_hopper.streams(x, self, segments):
+            grouped_hopper.launch(x, self, out, segments, x_scales)
+        else:
+            grouped_triton.launch(x, self, out, segments, tiles, x_scales)
 
 
 def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool) -> GroupedWeight:

@@ -36,7 +36,7 @@ def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows, steps, group_steps,
+def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows, x_stride, group_steps,
                OUTS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
     """What a step multiplies by and takes off: the scales and the zero points of the outputs, the scales of FP8 rows."""
     index = out_at + tl.arange(0, OUTS)
@@ -45,7 +45,7 @@ def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows
     zero, x_scale = scale, tl.zeros((ROWS,), tl.float32)
     if BITS == 0:
         row = row_at + tl.arange(0, ROWS)
-        x_scale = tl.load(x_scales + row * steps + step, mask=row < num_rows, other=0.0)
+        x_scale = tl.load(x_scales + step * x_stride + row, mask=row < num_rows, other=0.0)
     else:
         zero = tl.load(zeros + place, mask=live, other=0).to(tl.float32)
     return scale, zero, x_scale
@@ -76,6 +76,7 @@ def _grouped_kernel(
     out,
     num_rows,
     num_outs,
+    x_stride,
     steps,
     group_steps,
     segment_steps,
@@ -109,12 +110,12 @@ def _grouped_kernel(
     total = tl.zeros((OUTS, ROWS), tl.float32)
     # Asked for a step ahead: they are used behind the matrix unit, where nothing else hides how long they take.
     scale, zero, x_scale = _scales_of(
-        scales, zeros, x_scales, begin, out_at, row_at, num_outs, num_rows, steps, group_steps, OUTS, ROWS, BITS,
+        scales, zeros, x_scales, begin, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, BITS,
     )  # fmt: skip
     for step in range(begin, end):
         later = min(step + 1, end - 1)
         scale_ahead, zero_ahead, x_scale_ahead = _scales_of(
-            scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, steps, group_steps, OUTS, ROWS, BITS,
+            scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, BITS,
         )  # fmt: skip
         part = _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
         total += part * x_scale[None, :] if BITS == 0 else part
@@ -152,7 +153,7 @@ def launch(
 ) -> None:
     """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several segments.
 
-    x [rows, ins]: 16-bit or float32 rows, or FP8 ones with x_scales float32 [rows, ins / 128].
+    x [rows, ins]: 16-bit or float32 rows, or FP8 ones with x_scales as `quantise_inputs` gives them.
     """
     rows, ins = x.shape
     outs, depth, bits = layer.outs, layer.depth, layer.bits
@@ -173,6 +174,7 @@ def launch(
         out,
         rows,
         outs,
+        0 if x_scales is None else x_scales.stride(0),
         steps,
         layer.group_size // depth,
         triton.cdiv(steps, segments),

@@ -64,7 +64,7 @@ def test_inputs_are_rounded_to_the_numbers_of_the_reference() -> None:
         x[3] = 0
         for part in (x, x[:, 16:]):
             got, expected = quantise_inputs(part), fp8_block.quantise_inputs(part)
-            assert torch.equal(got[1], expected[1])
+            assert torch.equal(got[1][:, :70].T, expected[1])
             assert torch.equal(got[0].view(torch.uint8), expected[0].contiguous().view(torch.uint8))
 
 
