@@ -156,7 +156,11 @@ def _grouped_stream_kernel(
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    grid = make_grid(out, num_rows, num_outs, steps, segments, OUTS, ROWS, False)
+    # A segment is a leaf, of a tree that `add_rms_norm` sums.
+    whole, first_leaf = steps * segments, gl.to_tensor(0)
+    grid = make_grid(
+        out, num_rows, num_outs, segments, gl.to_tensor(1), whole, segments, first_leaf, OUTS, ROWS, False
+    )
     program = gl.program_id(0)
     total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * steps
     LOADED: gl.constexpr = (
@@ -232,7 +236,7 @@ def _grouped_stream_kernel(
         index = out_at + gl.arange(0, result.shape[0], by_out)
         goal = row_index[None, :].to(gl.int64) * width + index[:, None]
         if SPLIT:
-            goal += unit.segment * num_rows.to(gl.int64) * num_outs
+            goal += unit.part * num_rows.to(gl.int64) * num_outs
         gl.store(out + goal, result.to(out.dtype.element_ty), mask=live[None, :] & (index < width)[:, None])
 
 
