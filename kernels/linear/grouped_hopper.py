@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -22,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.gluon_names import async_load
 from orthrus.kernels.linear.stream import advance, first_step, make_grid, unit_of
 from orthrus.kernels.linear.types import GroupedLayer
 
@@ -68,21 +68,21 @@ def _fetch_weights(
     mbarrier.expect(full, LOADED, pred=wanted)
     step = cursor.k // DEPTH
     tile = [cursor.weight_at, step * w.block_type.shape[1]]
-    tma.async_copy_global_to_shared(w, tile, full, ring.weights.index(place), pred=wanted)
+    async_load(w, tile, full, ring.weights.index(place), pred=wanted)
     group = [step // group_steps * num_outs + cursor.weight_at]
-    tma.async_copy_global_to_shared(scales, group, full, ring.scales.index(place), pred=wanted)
+    async_load(scales, group, full, ring.scales.index(place), pred=wanted)
     if BITS > 0:
-        tma.async_copy_global_to_shared(zeros, group, full, ring.others.index(place), pred=wanted)
+        async_load(zeros, group, full, ring.others.index(place), pred=wanted)
 
 
 @gluon.jit
 def _fetch_rows(x, x_scales, ring, place, cursor, x_stride, wanted, DEPTH: gl.constexpr, BITS: gl.constexpr):
     """Ask for a step's tile of the input rows, and for their scales."""
     full = ring.full.index(place)
-    tma.async_copy_global_to_shared(x, [cursor.row_at, cursor.k], full, ring.rows.index(place), pred=wanted)
+    async_load(x, [cursor.row_at, cursor.k], full, ring.rows.index(place), pred=wanted)
     if BITS == 0:
         group = [cursor.k // DEPTH * x_stride + cursor.row_at]
-        tma.async_copy_global_to_shared(x_scales, group, full, ring.others.index(place), pred=wanted)
+        async_load(x_scales, group, full, ring.others.index(place), pred=wanted)
 
 
 @gluon.jit

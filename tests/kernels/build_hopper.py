@@ -6,21 +6,30 @@
 import time
 from typing import Any
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from orthrus.kernels.attention import hopper as attention
+from orthrus.kernels.linear import grouped_hopper as grouped
 from orthrus.kernels.linear import hopper as linear
 
 H100 = GPUTarget("cuda", 90, 32)
-DTYPES = {"bf16": gl.bfloat16, "fp8e4nv": gl.float8e4nv}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "i32": torch.int32,
+    "u8": torch.uint8,
+}
 
 
 def tile(dtype: str, *block: int) -> str:
     """The type of a tensor that the copy engine reads tile by tile."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])
+    layout = grouped._tile_layout(list(block), DTYPES[dtype])
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
 
@@ -79,6 +88,40 @@ def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, p
     )
 
 
+def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = False) -> None:
+    """bits: 4, or 0 for FP8."""
+    inputs = "bf16" if bits else "fp8e4nv"
+    scales = "fp16" if bits else "fp32"
+    types = {
+        "w": tile("i32", 64, 16) if bits else tile("fp8e4nv", 64, 128),
+        "x": tile(inputs, rows, 128),
+        "scales": tile(scales, 64),
+        "zeros": tile("u8" if bits else scales, 64),
+        "x_scales": tile(scales if bits else "fp32", rows),
+        "bias": "*bf16",
+        "out": "*fp32" if split else "*bf16",
+    }
+    numbers = ("num_rows", "num_outs", "x_stride", "steps", "segments", "group_steps")
+    build(
+        f"grouped, {bits} bits, {rows} rows",
+        grouped._grouped_stream_kernel,
+        types | dict.fromkeys(numbers, "i32"),
+        {
+            "OUTS": 64,
+            "ROWS": rows,
+            "DEPTH": 128,
+            "RING": 6,
+            "BITS": bits,
+            "WORDS": grouped._words_layout(4),
+            "GATED": gated,
+            "SPLIT": split,
+            "HAS_BIAS": False,
+            "CHAINED": True,
+            "num_warps": 4,
+        },
+    )
+
+
 def build_attention() -> None:
     whole, piece = tile("bf16", 64, 128), tile("bf16", 16, 64)
     tiles = {"k_pages": whole, "v_pages": whole, "k_pieces": piece, "v_pieces": piece, "rows_desc": whole}
@@ -115,4 +158,6 @@ if __name__ == "__main__":
     build_linear("bf16", 16, picks=True)
     build_linear("bf16", 32, gated=True)
     build_linear("fp8e4nv", 32, tree=2)
+    build_grouped(4, 16, gated=True)
+    build_grouped(0, 64, split=True)
     build_attention()
