@@ -42,9 +42,8 @@ class Ring(NamedTuple):
     weights: gl.shared_memory_descriptor  # [places, outs, bytes or words]
     rows: gl.shared_memory_descriptor  # [places, rows, depth]
     scales: gl.shared_memory_descriptor  # [places, outs]: those of the weights.
-    others: (
-        gl.shared_memory_descriptor
-    )  # [places, outs or rows]: zero points of integers, or scales of FP8 rows.
+    # [places, at least outs or rows]: zero points of integers, or scales of FP8 rows.
+    others: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor  # For each place a barrier: all of it has arrived.
 
 
@@ -195,14 +194,15 @@ def _grouped_stream_kernel(
             mbarrier.wait(full.index(place), phase)
             rows = ring.rows.index(place).permute((1, 0))
             scale = ring.scales.index(place).load(by_out).to(gl.float32)
+            others = ring.others.index(place)
             if BITS == 0:
                 part = warpgroup_mma(ring.weights.index(place), rows, nothing, use_acc=False, is_async=True)
-                x_scale = ring.others.index(place).load(by_row)
+                x_scale = others.slice(0, ROWS).load(by_row)
                 part = warpgroup_mma_wait(0, deps=(part,)) * scale[:, None]
                 acc += part * x_scale[None, :]
             else:
                 words = ring.weights.index(place).load(WORDS)
-                zero = ring.others.index(place).load(gl.SliceLayout(1, WORDS)).to(gl.float32)
+                zero = others.slice(0, OUTS).load(gl.SliceLayout(1, WORDS)).to(gl.float32)
                 numbers = _widen(words, (zero + 128.0).to(gl.bfloat16)[:, None])
                 numbers = gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2))
                 part = warpgroup_mma(numbers, rows, nothing, use_acc=False)
@@ -296,12 +296,14 @@ def launch(
     zeros = scales if layer.zeros is None else layer.zeros.view(-1)
     row_scales = scales if x_scales is None else x_scales.view(-1)
     weight = _described(layer.numbers, [_OUTS, width])
-    other = row_tile * 4 if layer.bits == 0 else _OUTS * zeros.itemsize
+    others = row_scales if layer.bits == 0 else zeros
+    # The copy engine writes to multiples of 128 bytes.
+    other_block = max(row_tile if layer.bits == 0 else _OUTS, 128 // others.itemsize)
     step_bytes = (
         _OUTS * width * layer.numbers.itemsize
         + row_tile * _DEPTH * x.itemsize
         + _OUTS * scales.itemsize
-        + other
+        + other_block * others.itemsize
     )
     programs = _PROGRAMS[layer.bits]
     bias = layer.bias if segments == 1 else None
@@ -309,8 +311,8 @@ def launch(
         weight,
         _described(x, [row_tile, _DEPTH]),
         _described(scales, [_OUTS]),
-        _described(zeros, [_OUTS]),
-        _described(row_scales, [row_tile]),
+        _described(zeros, [other_block]),
+        _described(row_scales, [other_block]),
         out if bias is None else bias,
         out,
         rows,

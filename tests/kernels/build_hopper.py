@@ -96,8 +96,8 @@ def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = Fa
         "w": tile("i32", 64, 16) if bits else tile("fp8e4nv", 64, 128),
         "x": tile(inputs, rows, 128),
         "scales": tile(scales, 64),
-        "zeros": tile("u8" if bits else scales, 64),
-        "x_scales": tile(scales if bits else "fp32", rows),
+        "zeros": tile("u8", 128) if bits else tile(scales, max(32, rows)),
+        "x_scales": tile(scales, 128) if bits else tile("fp32", max(32, rows)),
         "bias": "*bf16",
         "out": "*fp32" if split else "*bf16",
     }
@@ -159,5 +159,5 @@ if __name__ == "__main__":
     build_linear("bf16", 32, gated=True)
     build_linear("fp8e4nv", 32, tree=2)
     build_grouped(4, 16, gated=True)
-    build_grouped(0, 64, split=True)
+    build_grouped(0, 16, split=True)
     build_attention()
