@@ -1,4 +1,4 @@
-"""Layers of stored weights on a GPU: fine-grained FP8, GPTQ and AWQ, in the kernel of `grouped_triton`.
+"""Layers of stored weights on a GPU: fine-grained FP8, GPTQ and AWQ, in the kernels of `grouped_triton` and `grouped_hopper`.
 
 Each has one view. Where the diffusion view's projections are stored in full, draft passes have them in layers of their own.
 """

@@ -1,4 +1,4 @@
-"""The kernel of `grouped_triton` for few rows on Hopper, built like that of `hopper`: it takes as long as reading the weights.
+"""The layers of `grouped_triton` for few rows on Hopper, in a kernel built like that of `hopper`.
 
 A place of the ring holds a step: a tile of the weight, one of the input rows, and the scales of both. 4-bit numbers come out of
 shared memory in the registers in which the matrix unit takes them (see `grouped.pack_words`), and are widened there. The sums are
@@ -22,18 +22,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from orthrus.kernels.gluon_names import async_load
-from orthrus.kernels.linear.stream import advance, first_step, make_grid, unit_of
+from orthrus.kernels.linear.hopper import MOST_ROWS
+from orthrus.kernels.linear.stream import advance, first_step, make_grid, silu_mul, unit_of
 from orthrus.kernels.linear.types import GroupedLayer
 
-MOST_ROWS = 64
 _DEPTH = 128
 """Inputs of a step."""
 _OUTS = 64
 """Outputs of a tile: as many as one instruction computes."""
 _RING_BYTES = 200_000
 """Bytes of the rings of all programs of a multiprocessor, which has 227 KB of shared memory."""
-_PROGRAMS = {0: 1, 4: 2}
-"""Programs of a multiprocessor, by bits. Two widen one's numbers while the other's are multiplied."""
+_BITS = (0, 4)
+"""Of the weights that the kernel takes; 0 for FP8."""
 
 
 class Ring(NamedTuple):
@@ -229,9 +229,7 @@ def _grouped_stream_kernel(
             acc += gl.load(bias + index, mask=index < num_outs, other=0.0).to(gl.float32)[:, None]
         result = acc
         if GATED:
-            # Blocks of 8: gate, up, gate, ... (see `alternate`); a thread holds both of a pair.
-            gate, up = acc.reshape((OUTS // 16, 2, 8, ROWS)).permute((0, 2, 3, 1)).split()
-            result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout)
+            result = silu_mul(acc, OUTS, ROWS)
             out_at, width = out_at // 2, num_outs // 2
         index = out_at + gl.arange(0, result.shape[0], by_out)
         goal = row_index[None, :].to(gl.int64) * width + index[:, None]
@@ -276,7 +274,7 @@ def streams(x: Tensor, layer: GroupedLayer, segments: int) -> bool:
     return (
         x.shape[0] <= MOST_ROWS
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
-        and layer.bits in _PROGRAMS
+        and layer.bits in _BITS
         and layer.depth == _DEPTH
         and x.shape[1] % _DEPTH == 0
         and steps % segments == 0
@@ -305,7 +303,8 @@ def launch(
         + _OUTS * scales.itemsize
         + other_block * others.itemsize
     )
-    programs = _PROGRAMS[layer.bits]
+    # Of a multiprocessor. Of two, one can work on its numbers while the other's are multiplied; FP8 has less to be done on them.
+    programs = 1 if layer.bits == 0 and row_tile == 64 else 2
     bias = layer.bias if segments == 1 else None
     _grouped_stream_kernel[(programs * multiprocessors(x.device),)](
         weight,

@@ -30,6 +30,7 @@ from orthrus.kernels.linear.stream import (
     leaf_begin,
     make_grid,
     num_steps,
+    silu_mul,
     unit_of,
 )
 from orthrus.kernels.linear.types import DenseLayer
@@ -199,9 +200,7 @@ def _stream_kernel(
             acc += offset.to(gl.float32)[:, None]
         result = acc
         if GATED:
-            # Blocks of 8: gate, up, gate, ... (see `interleave`); a thread holds both of a pair.
-            gate, up = acc.reshape((OUTS // 16, 2, 8, ROWS)).permute((0, 2, 3, 1)).split()
-            result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), layout)
+            result = silu_mul(acc, OUTS, ROWS)
             out_at, width = out_at // 2, num_outs // 2
         index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
         inside = live[None, :] & (index < width)[:, None]

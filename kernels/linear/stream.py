@@ -183,3 +183,13 @@ def fill_ring(
         fetch_rows(x, ring, place, ahead, place < total)
         ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
     return ahead
+
+
+@gluon.jit
+def silu_mul(acc, OUTS: gl.constexpr, ROWS: gl.constexpr):
+    """Gates and ups [OUTS, ROWS], in blocks of 8 in turn (see `alternate`), as silu(gate) * up [OUTS / 2, ROWS].
+
+    A thread holds both of a pair. The result has the layout of `acc`.
+    """
+    gate, up = acc.reshape((OUTS // 16, 2, 8, ROWS)).permute((0, 2, 3, 1)).split()
+    return gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).reshape((OUTS // 2, ROWS)), acc.type.layout)
