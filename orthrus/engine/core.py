@@ -25,7 +25,7 @@ from orthrus.engine.output import (
     tokens_chunk,
 )
 from orthrus.engine.passes import LoadedModel, time_pass
-from orthrus.engine.scheduler import Planned, Scheduler
+from orthrus.engine.scheduler import PlannedTurn, Scheduler
 from orthrus.engine.sizing import SCORE_ROWS, PassLimits
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
@@ -169,7 +169,7 @@ class EngineCore:
         self._publish()
         return chunks
 
-    def _launch(self, planned: list[Planned]) -> None:
+    def _launch(self, planned: list[PlannedTurn]) -> None:
         """Start a pass."""
         groups: list[RowGroup] = []
         rows: list[PickRows] = []
@@ -224,7 +224,7 @@ class EngineCore:
 
     def _commit(
         self,
-        part: Planned,
+        part: PlannedTurn,
         picks: list[list[int]],
         logits: Tensor,
         records: list[TurnRecord] | None,
@@ -363,8 +363,16 @@ class EngineCore:
             max_rows=self.limits.decode_rows,
             filled_to=self.runner.row_sizes,
         )
-        limits = self.config, self.model_config, self.max_model_len, self.limits.decode_rows
-        return ScheduleContext(*limits, self.forward.draft is None, self._pool, self.cache, timer)
+        return ScheduleContext(
+            config=self.config,
+            model=self.model_config,
+            max_model_len=self.max_model_len,
+            max_pass_rows=self.limits.decode_rows,
+            mixes_views=self.forward.draft is None,
+            pool=self._pool,
+            cache=self.cache,
+            timer=timer,
+        )
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Decode by another schedule from now on, while nothing runs. Raises ValueError if its turns have too many groups."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orthrus.engine.scheduler import Planned, Scheduler
+from orthrus.engine.scheduler import PlannedTurn, Scheduler
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
 
@@ -12,7 +12,7 @@ from orthrus.runner.sampler import PickRows
 class InFlight:
     """A pass whose picks have not been read."""
 
-    planned: list[Planned]
+    planned: list[PlannedTurn]
     rows: list[PickRows]
     """How its picks are made."""
     launched: LaunchedPass
@@ -40,7 +40,7 @@ def advance(last: InFlight, scheduler: Scheduler) -> None:
         part.num_advanced = len(tokens)
 
 
-def placeholders_of(planned: Sequence[Planned], first_pick: int) -> Iterator[list[list[int]]]:
+def placeholders_of(planned: Sequence[PlannedTurn], first_pick: int) -> Iterator[list[list[int]]]:
     """For each part of a pass, by group, what `RowGroup.tokens` may have in place of the group's picks.
 
     first_pick: `LaunchedPass.first_pick`. Picks of further ranks come behind the first ones of all groups.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
-from orthrus.engine.scheduler import Planned
+from orthrus.engine.scheduler import PlannedTurn
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, CycleReport, PromptLogprobs
@@ -20,7 +20,7 @@ NO_NUMBERS = (
 )
 
 
-def pick_rows(part: Planned) -> list[PickRows]:
+def pick_rows(part: PlannedTurn) -> list[PickRows]:
     """How to pick from the part's rows with logits: first from those that score the prompt, then from the others, by group."""
     sequence, params, scoring = part.sequence, part.sequence.params, part.num_scoring
     penalised = params.has_penalties
@@ -65,7 +65,7 @@ def _path(group: RowGroup) -> list[int]:
     return path
 
 
-def score_prompt(part: Planned, logits: Tensor) -> None:
+def score_prompt(part: PlannedTurn, logits: Tensor) -> None:
     """Note the log-probabilities of the prompt tokens after the part's scoring rows, whose logits these are."""
     sequence, top = part.sequence, part.sequence.params.prompt_logprobs
     assert top is not None, "only then are there scoring rows"

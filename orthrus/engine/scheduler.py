@@ -31,7 +31,7 @@ PREFILL = "prefill"
 
 
 @dataclass(slots=True)
-class Planned:
+class PlannedTurn:
     """One sequence's part of a pass."""
 
     sequence: SequenceState
@@ -142,9 +142,9 @@ class Scheduler:
         self.pool.promised = missing
         return missing > self.pool.available
 
-    def plan(self) -> list[Planned]:
+    def plan(self) -> list[PlannedTurn]:
         """The next pass, empty when there is nothing to do."""
-        planned: list[Planned] = []
+        planned: list[PlannedTurn] = []
         row_budget, decode_budget = self._prefill_chunk, self._decode_rows
         batch = sum(sequence.decoding for sequence in self.running)
         turns = {
@@ -171,7 +171,7 @@ class Scheduler:
                     continue
                 decode_budget -= num_rows
                 num_logits = sum([group.num_logits for group in turn.groups])
-                planned.append(Planned(sequence, turn, num_rows, num_logits, decoding=True))
+                planned.append(PlannedTurn(sequence, turn, num_rows, num_logits, decoding=True))
                 continue
             most_rows = 0 if drafts else self._rows_that_fit(sequence, row_budget, score_budget)
             part = self._prefill(sequence, most_rows)
@@ -236,9 +236,9 @@ class Scheduler:
         self.waiting.remove(sequence)
         self._rows_waiting -= self._queued.pop(sequence)
 
-    def _newcomers(self, row_budget: int, score_budget: int) -> list[Planned]:
+    def _newcomers(self, row_budget: int, score_budget: int) -> list[PlannedTurn]:
         """The sequences that begin in this pass, with the rows that the running ones leave."""
-        planned: list[Planned] = []
+        planned: list[PlannedTurn] = []
         for sequence in list(self.waiting):
             if not row_budget or len(self.running) >= self._max_num_seqs:
                 break
@@ -257,7 +257,7 @@ class Scheduler:
             planned.append(part)
         return planned
 
-    def _admit(self, sequence: SequenceState, row_budget: int, score_budget: int) -> Planned | None:
+    def _admit(self, sequence: SequenceState, row_budget: int, score_budget: int) -> PlannedTurn | None:
         """Start a waiting sequence if its first chunk fits beside the running ones' next pages."""
         # The newest token is always computed, and so is what is still to be scored: their rows give the logits.
         known = sequence.unscored.start if sequence.unscored else sequence.newest_position
@@ -300,7 +300,7 @@ class Scheduler:
             return row_budget
         return min(row_budget, sequence.unscored.start - sequence.num_computed + score_budget)
 
-    def _prefill(self, sequence: SequenceState, most_rows: int) -> Planned | None:
+    def _prefill(self, sequence: SequenceState, most_rows: int) -> PlannedTurn | None:
         """The next rows of a prompt, or of a preempted sequence's tokens; None if there is no room for any.
 
         The newest token's row needs logits. So do all rows from the first unscored position on.
@@ -316,7 +316,9 @@ class Scheduler:
         )
         num_scoring = max(0, min(end, unscored.stop) - max(start, unscored.start))
         turn = Turn(PREFILL, (group,), (False,), ends_cycle=False)
-        return Planned(sequence, turn, len(tokens), group.num_logits, decoding=False, num_scoring=num_scoring)
+        return PlannedTurn(
+            sequence, turn, len(tokens), group.num_logits, decoding=False, num_scoring=num_scoring
+        )
 
     # --- pages
 

@@ -30,7 +30,7 @@ class PassCost:
     """Sizes that were measured, ascending: rows of one sequence, or sequences of one row."""
     seconds: tuple[float, ...]
     """Seconds at each of `sizes`."""
-    per_group: float = 0.0
+    seconds_per_group: float = 0.0
     """Seconds that each sequence after the first adds to a pass of as many rows."""
     filled_to: tuple[int, ...] = ()
     """Numbers of rows that the runner fills passes up to, ascending. Empty if it runs just the rows that a pass has."""
@@ -39,7 +39,7 @@ class PassCost:
         """Interpolated between measurements; beyond the last in proportion to it."""
         filled = next((filled for filled in self.filled_to if filled >= size), size)
         size = max(size, min(filled, self.sizes[-1]))  # The last one was measured as it was filled.
-        extra = self.per_group * (groups - 1)
+        extra = self.seconds_per_group * (groups - 1)
         if size >= self.sizes[-1] or len(self.sizes) == 1:
             return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra
         right = max(1, bisect_left(self.sizes, size))
@@ -170,15 +170,17 @@ def _rows_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
     """Cost by rows, as if they were all of one sequence, and what further sequences add."""
     found = {(rows, n): seconds for (s, rows, n), seconds in best.items() if s is shape}
     alone = _curve({rows: seconds for (rows, n), seconds in found.items() if n == 1})
-    per_group = 0.0
+    seconds_per_group = 0.0
     for (rows, n), seconds in found.items():
         if n == _SEQUENCES:
-            per_group = max(0.0, (seconds - alone(rows * n)) / (n - 1))
+            seconds_per_group = max(0.0, (seconds - alone(rows * n)) / (n - 1))
     by_rows = {
-        rows * n: seconds - per_group * (n - 1) for (rows, n), seconds in found.items() if n != _SEQUENCES
+        rows * n: seconds - seconds_per_group * (n - 1)
+        for (rows, n), seconds in found.items()
+        if n != _SEQUENCES
     }
     together = _curve(by_rows)
-    return PassCost(together.sizes, together.seconds, per_group)
+    return PassCost(together.sizes, together.seconds, seconds_per_group)
 
 
 def _curve(seconds: dict[int, float]) -> PassCost:
