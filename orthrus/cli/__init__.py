@@ -8,10 +8,10 @@ import argparse
 from collections.abc import Sequence
 
 from orthrus import __version__
-from orthrus.cli import bench, chat, config, generate, keys, quantize, serve, train, verify
+from orthrus.cli import bench, chat, compare, config, generate, keys, quantize, serve, train, verify
 from orthrus.cli.output import exit_status
 
-COMMANDS = (generate, chat, serve, config, keys, verify, bench, quantize, train)
+COMMANDS = (generate, chat, serve, config, keys, verify, bench, compare, quantize, train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

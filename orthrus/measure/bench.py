@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -118,7 +119,9 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
     ours = [_engine(path, options, schedule) for schedule in (AR, *schedules)]
     dtype = ours[0].forward.dtype
     contestants = [hugging_face(path, model, device, dtype), *(engine_contestant(engine) for engine in ours)]
-    seconds, outputs = _run_rounds(contestants, prompts, options, progress)
+    seconds, outputs = run_rounds(
+        contestants, prompts, options.batches, options.new_tokens, options.rounds, progress
+    )
     base, ar, *others = (contestant.name for contestant in contestants)
     return BenchReport(
         model=options.model,
@@ -150,29 +153,32 @@ def bench(options: BenchOptions, progress: Progress = lambda line: None) -> Benc
     )
 
 
-def _run_rounds(
-    contestants: list[Contestant], prompts: list[list[int]], options: BenchOptions, progress: Progress
+def run_rounds(
+    contestants: list[Contestant],
+    prompts: list[list[int]],
+    batches: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    progress: Progress,
 ) -> tuple[dict[tuple[str, int], list[float]], dict[tuple[str, int], Output]]:
     """The seconds of each round and the last output, by contestant and batch size."""
-    for batch in options.batches:
+    for batch in batches:
         for contestant in contestants:
-            contestant.run(prompts[:batch], min(WARM_UP_TOKENS, options.new_tokens))
-    seconds: dict[tuple[str, int], list[float]] = {
-        (c.name, b): [] for c in contestants for b in options.batches
-    }
+            contestant.run(prompts[:batch], min(WARM_UP_TOKENS, new_tokens))
+    seconds: dict[tuple[str, int], list[float]] = {(c.name, b): [] for c in contestants for b in batches}
     outputs: dict[tuple[str, int], Output] = {}
-    for number in range(options.rounds):
-        for batch in options.batches:
+    for number in range(rounds):
+        for batch in batches:
             turn = number % len(contestants)
             order = contestants[turn:] + contestants[:turn]
             best = dict.fromkeys((c.name for c in contestants), math.inf)
             for contestant in [*order, *reversed(order)]:
                 started = time.perf_counter()
-                outputs[contestant.name, batch] = contestant.run(prompts[:batch], options.new_tokens)
+                outputs[contestant.name, batch] = contestant.run(prompts[:batch], new_tokens)
                 best[contestant.name] = min(best[contestant.name], time.perf_counter() - started)
             for name, own in best.items():
                 seconds[name, batch].append(own)
-        progress(f"round {number + 1} of {options.rounds}")
+        progress(f"round {number + 1} of {rounds}")
     return seconds, outputs
 
 

@@ -1,6 +1,5 @@
 """Write a quantised copy of a checkpoint, in a published format, without calibration data: `orthrus quantize`."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from torch import Tensor
 from orthrus.errors import ConfigError
 from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.gptq import quantise_gptq
-from orthrus.models.checkpoint import load_weights, save_checkpoint
-from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of, load_config
-from orthrus.models.files import copy_tokenizer
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.copies import check_folder, make_folder, write_copy
+from orthrus.models.families import family_of, load_config
 from orthrus.models.quantization import FP8_BLOCK, read_quantization
 
 GROUP_SIZE = 128
@@ -49,32 +48,22 @@ def quantise_checkpoint(path: Path, out: Path, format: str) -> None:
         raise ConfigError(
             f"{path} is quantised already ({config.quantization.method}): give the checkpoint that it was made from"
         )
-    if out.resolve() == path.resolve():
-        raise ConfigError(f"{out} is the checkpoint itself: give another folder for the quantised one")
-    if (out / CONFIG_FILE).exists() or any(out.glob("*.safetensors")):
-        raise ConfigError(f"{out} holds a checkpoint already: give a new folder")
+    check_folder(path, out)
     how = read_quantization({"quantization_config": _SETTINGS[format]})
     assert how is not None
     quantised = replace(config, quantization=how)
     try:
-        family_of(config).stored_parts(
-            quantised
-        )  # Before gigabytes are read: whether each weight can be stored so.
-        out.mkdir(parents=True, exist_ok=True)
+        # Before gigabytes are read: whether each weight can be stored so.
+        family_of(config).stored_parts(quantised)
     except ConfigError as error:
         raise ConfigError(f"{path} can't be stored as {format}; try --format fp8 ({error})") from error
-    except OSError as error:
-        raise ConfigError(f"{out} can't be written: {error}") from error
+    make_folder(out)
     tensors = load_weights(path, config, "cpu", config.dtype)
     stored: dict[str, Tensor] = {}
     for name in family_of(config).dense_shapes(config):
         if how.covers(name):
             stored |= _quantised(name, tensors.pop(name), format)
-    save_checkpoint(out, quantised, tensors | stored)
-    copy_tokenizer(path, out)
-    if (path / GENERATION_CONFIG_FILE).exists():
-        # The original's, for its defaults of sampling.
-        shutil.copyfile(path / GENERATION_CONFIG_FILE, out / GENERATION_CONFIG_FILE)
+    write_copy(path, out, quantised, tensors | stored)
 
 
 def _quantised(name: str, weight: Tensor, format: str) -> dict[str, Tensor]:

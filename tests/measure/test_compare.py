@@ -1,0 +1,80 @@
+"""`orthrus compare` on the model in models/: which methods change the output, and how much."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from orthrus.errors import ConfigError
+from orthrus.measure.compare import METHODS, CompareOptions, compare
+from orthrus.measure.compare_report import CompareReport
+from tests.checkpoints import make_checkpoint
+from tests.imports import ROOT
+from tests.quantised import FP8, make_quantised
+
+TINY = str(ROOT / "models" / "orthrus-tiny")
+
+
+@pytest.fixture(scope="module")
+def report() -> CompareReport:
+    return compare(
+        CompareOptions(
+            TINY,
+            device="cpu",
+            batches=(1,),
+            new_tokens=24,
+            rounds=1,
+            text_tokens=512,
+            answers=6,
+            answer_tokens=16,
+        )
+    )
+
+
+def test_schedules_change_nothing_and_fewer_bits_do(report: CompareReport) -> None:
+    assert [method.name for method in report.methods] == [method.name for method in METHODS]
+    assert not report.left_out
+    methods = {method.name: method for method in report.methods}
+    reference = methods["ar"].drift
+    for name in ("ar", "orthrus", "ngram"):
+        drift = methods[name].drift
+        assert drift.exact and drift.equal_answers == report.answers == 6
+        assert (drift.max_kl, drift.top_1_agreement) == (0, 1) and drift.perplexity == reference.perplexity
+    for name in ("fp8", "int8", "pruned"):
+        assert not methods[name].drift.exact and methods[name].drift.max_kl > 0
+    # The worse the weights are approximated, the further the output is away.
+    kl = {name: methods[name].drift.mean_kl for name in methods}
+    assert 0 < kl["int8"] < kl["fp8"] < kl["pruned"]
+    assert methods["pruned"].drift.perplexity > 1.1 * reference.perplexity
+    assert 1 < reference.perplexity < 100
+    by_position = methods["pruned"].drift.still_equal_by_position
+    assert len(by_position) == 16 and list(by_position) == sorted(by_position, reverse=True)
+
+
+def test_speeds_memory_and_setup_are_told(report: CompareReport) -> None:
+    methods = {method.name: method for method in report.methods}
+    [speed] = methods["orthrus"].speeds
+    assert speed.tokens_per_second > 0 and math.isfinite(speed.over_ar.median)
+    assert speed.tokens_per_cycle > 1.5
+    assert methods["ar"].speeds[0].tokens_per_cycle == 1
+    assert methods["ar"].memory == 1 < methods["orthrus"].memory < 1.3
+    assert methods["fp8"].memory < methods["int8"].memory < 1
+    assert "made in" in methods["fp8"].setup
+    text = report.to_text()
+    assert "methods that change nothing in the output: orthrus, ngram" in text
+    assert all(method.name in text for method in METHODS)
+    assert json.loads(report.to_json())["methods"][0]["name"] == "ar"
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is quantised"):
+        compare(CompareOptions(str(make_quantised(tmp_path / "fp8", FP8))))
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        compare(CompareOptions(str(make_checkpoint(tmp_path / "model"))))
+    short = tmp_path / "short.txt"
+    short.write_text("def f(): pass")
+    with pytest.raises(ConfigError, match="give a text of at least"):
+        compare(CompareOptions(TINY, device="cpu", text=short))
+    with pytest.raises(ConfigError, match="can't be read"):
+        compare(CompareOptions(TINY, device="cpu", text=tmp_path / "none.txt"))
