@@ -34,7 +34,7 @@ def _quantise_kernel(
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as e4m3 numbers [rows, ins], and their scales as float32 [ins / 128, at least rows]: see `fp8_block.quantise_inputs`.
 
-    The scales of a group lie side by side, and begin where the copy engine can.
+    The scales of a group lie side by side, and begin at multiples of 16 bytes.
     """
     rows, ins = x.shape
     groups = triton.cdiv(ins, 128)

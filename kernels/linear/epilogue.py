@@ -15,7 +15,7 @@ def store_tile(
     """
     width = num_outs
     if GATED:
-        # Blocks of 8 outputs: gate, up, gate, ... (see `interleave`); a thread holds both of a pair.
+        # Blocks of 8 outputs: gate, up, gate, ... (see `alternate`); a thread holds both of a pair.
         gate, up = tl.split(tl.reshape(total, (OUTS // 16, 2, 8, ROWS)).permute(0, 2, 3, 1))
         total = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (OUTS // 2, ROWS))
         out_at, width = out_at // 2, num_outs // 2

@@ -42,7 +42,7 @@ class Ranks(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `RankError` if a rank has ended or hangs; while the model is loaded, also the error that the rank gave."""
+        """Raise `RankError` if a rank has ended or hangs, or ConfigError if one could not be made as the settings say."""
 
     @abstractmethod
     def watch(self, on_failure: Callable[[RankError], None]) -> None:

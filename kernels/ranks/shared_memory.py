@@ -50,7 +50,7 @@ class Processes(Protocol):
     """The other processes, as a rank sees them."""
 
     def check(self) -> None:
-        """Raise an error that names it if one has failed: see `Ranks.check`."""
+        """Raise RankError or ConfigError if one has failed: see `Ranks.check`."""
         ...
 
     def tell(self, message: object) -> None:

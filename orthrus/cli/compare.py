@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from orthrus.cli.options import Commands, add_batch_option, add_model_options, add_rounds_options, positive
+from orthrus.cli.options import (
+    Commands,
+    add_batch_option,
+    add_json_option,
+    add_model_options,
+    add_rounds_options,
+    positive,
+)
 from orthrus.cli.output import print_report, progress
 
 
@@ -30,15 +37,18 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--answer-tokens", type=positive, default=48, help="tokens of each answer (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    add_json_option(parser)
     parser.add_argument("--plot", type=Path, help="draw the report into this file, such as compare.svg")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report, and write and draw it where asked to."""
+    """Print the report, and draw it where asked to."""
     from orthrus.measure.compare import CompareOptions, compare
-    from orthrus.measure.compare_report import plot
+    from orthrus.measure.compare_report import check_plot, plot
+
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
 
     options = CompareOptions(
         model=arguments.model,
@@ -53,8 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
         answer_tokens=arguments.answer_tokens,
     )
     report = compare(options, progress=progress)
-    print_report(report, as_json=False)
-    if arguments.json is not None:
-        arguments.json.write_text(report.to_json())
+    print_report(report, as_json=arguments.json)
     if arguments.plot is not None:
         plot(report, arguments.plot)

@@ -50,16 +50,17 @@ def start_ranks(config: EngineConfig, model: ModelConfig, load: LoadWeights) -> 
     context.set_forkserver_preload([run_rank.__module__, rotary.__module__])
     shared = SharedBoxes.make(context, size)
     beats = torch.zeros(size, dtype=torch.float64).share_memory_()
-    all_threads = torch.get_num_threads()
-    threads = max(1, all_threads // size)
-    if rank_device(config.device, 0).type == "cpu":
+    before = torch.get_num_threads()
+    threads = max(1, before // size)
+    on_cpu = rank_device(config.device, 0).type == "cpu"
+    if on_cpu:
         torch.set_num_threads(threads)
     processes = [
         _start(context, RankSetup(rank, config, model, load, shared, beats, threads))
         for rank in range(1, size)
     ]
     folder = Path(shared.store_file).parent
-    return SharedMemoryRanks(0, shared, RankProcesses(processes, beats, folder, all_threads))
+    return SharedMemoryRanks(0, shared, RankProcesses(processes, beats, folder, before if on_cpu else None))
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class RankProcesses:
     A thread looks after them. When one has failed it ends the others, so that nobody waits for a process that stands still.
     """
 
-    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path, threads: int) -> None:
+    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path, threads: int | None) -> None:
         """beats: float64, when each rank last showed itself, in seconds of the monotonic clock. 0: it has not begun. folder: is
-        removed at the end. threads: of this process, which it gets back at the end."""
+        removed at the end. threads: what this process has at the end again; None for what it has."""
         self._ranks = ranks
         self._watch = _Watch(ranks, beats, folder)
         self._thread = threading.Thread(target=self._watch.run, name="orthrus-ranks", daemon=True)
@@ -114,8 +115,8 @@ class RankProcesses:
         self._watch.on_failure = on_failure
         try:
             self._watch.check()
-        except RankError as error:
-            on_failure(error)  # The thread may have found it before.
+        except (RankError, ConfigError) as error:
+            on_failure(_as_rank_error(error))  # The thread may have found it before.
 
 
 class _Watch:
@@ -137,8 +138,8 @@ class _Watch:
                     rank.process.kill()
                 # Here too, since a process whose engine has failed may end at once.
                 shutil.rmtree(self.folder, ignore_errors=True)
-                if self.on_failure is not None and isinstance(error, RankError):
-                    self.on_failure(error)
+                if self.on_failure is not None:
+                    self.on_failure(_as_rank_error(error))
                 return
 
     def check(self) -> None:
@@ -170,6 +171,11 @@ class _Watch:
         return None
 
 
+def _as_rank_error(error: RankError | ConfigError) -> RankError:
+    """For an engine that serves already, and has no settings to be told of."""
+    return error if isinstance(error, RankError) else RankError(str(error))
+
+
 def _reason(rank: _Rank) -> str | ConfigError:
     """Why a process has ended, as far as it could say."""
     try:
@@ -182,7 +188,7 @@ def _reason(rank: _Rank) -> str | ConfigError:
     return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
-def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, threads: int) -> None:
+def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, threads: int | None) -> None:
     """Let the processes end: a rank whose pipe is closed has no more to do. threads: see `RankProcesses`."""
     watch.stopped.set()
     for rank in ranks:
@@ -191,4 +197,5 @@ def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, threads: int) -> None:
         rank.process.join(_END_SECONDS)
         rank.process.kill()
     shutil.rmtree(watch.folder, ignore_errors=True)
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)

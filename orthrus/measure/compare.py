@@ -3,10 +3,18 @@
 The methods are those of `METHODS`. Speeds are measured in one run, in which all methods take turns (`run_rounds`). What a method
 changes is measured against plain AR decoding with the checkpoint as it is:
 
-- on a text: perplexity, the KL divergence of each next-token distribution, and how often the most likely token is the same;
-- on greedy answers to openings of that text: how many are equal, and how many tokens still are, by position.
+- on a text, which tells what other weights change: perplexity, the KL divergence of each next-token distribution, and how often
+  the most likely token is the same;
+- on greedy answers to openings of that text, which also tell what a schedule changes: how many are equal, and how many tokens
+  still are, by position.
+
+Copies are rounded and pruned without calibration data. They are written to the system's temporary folder. The engines of all
+methods are in memory at once.
 """
 
+import random
+import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +39,9 @@ from orthrus.models.prune import prune_checkpoint
 from orthrus.models.quantise import quantise_checkpoint
 from orthrus.models.sizes import weight_bytes
 from orthrus.requests.request import SamplingParams
-from orthrus.schedules.registry import SCHEDULES
+from orthrus.schedules.registry import AR, SCHEDULES
 from orthrus.text.tokenizer import load_tokenizer
 
-AR = "ar"
-"""The method that the others are compared with."""
 _ROW = 512
 """Tokens of a row of text that is read at once."""
 _OPENING = 48
@@ -57,12 +63,12 @@ class Method:
 
 
 METHODS = (
-    Method(AR, "ar", "nothing"),
+    Method(AR, AR, "nothing"),
     Method("orthrus", "orthrus", "diffusion heads, trained once"),
     Method("ngram", "ngram", "nothing"),
-    Method("fp8", "ar", "a copy in FP8", partial(quantise_checkpoint, format="fp8")),
-    Method("int8", "ar", "a copy in INT8", partial(quantise_checkpoint, format="int8")),
-    Method("pruned", "ar", "a copy with half of the weights zero (2:4)", prune_checkpoint),
+    Method("fp8", AR, "a copy in FP8", partial(quantise_checkpoint, format="fp8")),
+    Method("int8", AR, "a copy in INT8", partial(quantise_checkpoint, format="int8")),
+    Method("pruned", AR, "a copy with half of the weights zero (2:4)", prune_checkpoint),
 )
 
 
@@ -102,6 +108,12 @@ def compare(options: CompareOptions, progress: Progress = lambda line: None) -> 
         raise ConfigError(
             f"{options.model} has no tokenizer, with which a text is read: add its tokenizer.json"
         )
+    longest = _longest(options)
+    if longest > model.max_position_embeddings:
+        raise ConfigError(
+            f"{options.model} has a context of {model.max_position_embeddings} tokens, and {longest} are needed: "
+            f"give fewer --new-tokens and --answer-tokens; rows of text have {_ROW}"
+        )
     rows, prompts = _read(load_tokenizer(path), options)
     with TemporaryDirectory(prefix="orthrus-compare-") as folder:
         entries, left_out = _entries(path, Path(folder), options, progress)
@@ -124,7 +136,7 @@ def compare(options: CompareOptions, progress: Progress = lambda line: None) -> 
                 MethodReport(
                     name=entry.method.name,
                     setup=entry.setup,
-                    memory=entry.weight_bytes / entries[0].weight_bytes,
+                    weight_ratio=entry.weight_bytes / entries[0].weight_bytes,
                     speeds=speeds[entry.method.name],
                     drift=_drift(of_text, own, answers[0]),
                 )
@@ -148,7 +160,10 @@ class _Entry:
 def _entries(
     path: Path, folder: Path, options: CompareOptions, progress: Progress
 ) -> tuple[list[_Entry], list[str]]:
-    """All methods that the checkpoint at `path` can have; and those that it can't, each with the reason. folder: for copies."""
+    """All methods that the checkpoint at `path` can have, and those that it can't or that have no room, each with the reason.
+
+    folder: for copies.
+    """
     model = load_config(path)
     entries: list[_Entry] = []
     left_out: list[str] = []
@@ -159,11 +174,16 @@ def _entries(
         progress(f"loading: {method.name}")
         try:
             entries.append(_entry(method, path, folder / method.name, options))
-        except ConfigError as error:
+        except (ConfigError, OSError, torch.OutOfMemoryError) as error:
             if method.name == AR:
                 raise
             left_out.append(f"{method.name}: {error}")
     return entries, left_out
+
+
+def _longest(options: CompareOptions) -> int:
+    """Tokens of the longest sequence."""
+    return 1 + max(_ROW, _OPENING + max(options.answer_tokens, options.new_tokens))
 
 
 def _entry(method: Method, path: Path, copy: Path, options: CompareOptions) -> _Entry:
@@ -173,7 +193,7 @@ def _entry(method: Method, path: Path, copy: Path, options: CompareOptions) -> _
         begin = time.perf_counter()
         method.copy(path, copy)
         path, setup = copy, f"{setup}, made in {time.perf_counter() - begin:.1f} s"
-    longest = max(_ROW, _OPENING + max(options.answer_tokens, options.new_tokens) + 1)
+    longest = _longest(options)
     batch = max(_BATCH, *options.batches)
     config = {
         "model": str(path),
@@ -187,29 +207,34 @@ def _entry(method: Method, path: Path, copy: Path, options: CompareOptions) -> _
         "kv_cache_tokens": batch * (longest + 256),
     }
     model = load_config(path)
-    if method.schedule != "orthrus":
-        model = replace(model, block_size=None, mask_token_id=None)  # Without the diffusion heads.
+    if not SCHEDULES[method.schedule].needs_diffusion:
+        model = replace(model, block_size=None, mask_token_id=None)
     engine = Engine.from_pretrained(EngineConfig.model_validate(config))
+    shutil.rmtree(copy, ignore_errors=True)
     return _Entry(method, engine, setup, weight_bytes(model, 2))
 
 
 def _read(tokenizer: Any, options: CompareOptions) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of the text, and openings from all over it, as token ids. Raises ConfigError if the text is too short."""
     text = _starlette() if options.text is None else _read_file(options.text)
-    tokens = list(tokenizer.encode(text))
-    if len(tokens) < _ROW + _OPENING:
-        raise ConfigError(
-            f"{options.text} has {len(tokens)} tokens: give a text of at least {_ROW + _OPENING}"
-        )
-    rows = [tokens[start : start + _ROW] for start in range(0, min(options.text_tokens, len(tokens)), _ROW)]
+    tokens = list(tokenizer.encode(text, verbose=False))
     count = max(options.answers, *options.batches)
+    least = max(_ROW, count * _OPENING)  # Openings do not overlap.
+    if len(tokens) < least:
+        raise ConfigError(
+            f"the text has {len(tokens)} tokens, for {count} openings: give one of at least {least}"
+        )
+    read = tokens[: options.text_tokens]
+    rows = [read[start : start + _ROW] for start in range(0, len(read), _ROW)]
     starts = [number * (len(tokens) - _OPENING) // count for number in range(count)]
+    # Mixed, so that a few of them come from all over the text too.
+    random.Random(0).shuffle(starts)
     return [row for row in rows if len(row) > 1], [tokens[start : start + _OPENING] for start in starts]
 
 
 def _read_file(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text {file} can't be read: {error}") from error
 
@@ -218,7 +243,7 @@ def _starlette() -> str:
     import starlette
 
     folder = Path(starlette.__file__).parent
-    return "\n\n".join(file.read_text() for file in sorted(folder.rglob("*.py")))
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(folder.rglob("*.py")))
 
 
 def _speeds(
@@ -233,9 +258,11 @@ def _speeds(
     def speed(name: str, batch: int) -> Speed:
         output: Output = outputs[name, batch]
         tokens = sum(map(len, output.token_ids))
-        best = min(seconds[name, batch])
-        over_ar = ratio(seconds[name, batch], seconds[AR, batch])
-        return Speed(batch, tokens / best, over_ar, (tokens - batch) / max(1, output.cycles))
+        own = seconds[name, batch]
+        over_ar = ratio(own, seconds[AR, batch])
+        return Speed(
+            batch, tokens / statistics.median(own), over_ar, (tokens - batch) / max(1, output.cycles)
+        )
 
     return {c.name: tuple(speed(c.name, batch) for batch in options.batches) for c in contestants}
 
@@ -252,6 +279,8 @@ class _OfText:
     max_kl: float = 0.0
     agreed: int = 0
     """Positions at which both find the same token most likely."""
+    same_bits: bool = True
+    """Whether no logit differs."""
 
 
 def _read_text(engines: Sequence[Engine], rows: Sequence[Sequence[int]]) -> list[_OfText]:
@@ -267,6 +296,7 @@ def _read_text(engines: Sequence[Engine], rows: Sequence[Sequence[int]]) -> list
             of_text.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
             of_text.kl += float(kl.sum())
             of_text.max_kl = max(of_text.max_kl, float(kl.max()))
+            of_text.same_bits &= torch.equal(logits, reference)
             of_text.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
     return found
 
@@ -288,6 +318,7 @@ def _drift(of_text: _OfText, answers: list[list[int]], expected: list[list[int]]
     """How the method's output differs from AR decoding's."""
     equal = torch.tensor(answers) == torch.tensor(expected)
     return Drift(
+        exact=of_text.same_bits and bool(equal.all()),
         perplexity=float(torch.tensor(of_text.loss / of_text.positions, dtype=torch.float64).exp()),
         mean_kl=of_text.kl / of_text.positions,
         max_kl=of_text.max_kl,

@@ -14,7 +14,7 @@ class Speed:
 
     batch: int
     tokens_per_second: float
-    """Of all requests together, in the best round, their prompts included."""
+    """Of all requests together, in the median round, their prompts included."""
     over_ar: Ratio
     tokens_per_cycle: float
 
@@ -23,6 +23,8 @@ class Speed:
 class Drift:
     """What a method changes in the output. The reference is AR decoding with the checkpoint as it is."""
 
+    exact: bool
+    """Whether no logit of the text and no token of the answers differs."""
     perplexity: float
     """Of the text: lower is better."""
     mean_kl: float
@@ -38,11 +40,6 @@ class Drift:
     still_equal_by_position: tuple[float, ...]
     """For each position, the share of answers that equal the reference's up to and with this token."""
 
-    @property
-    def exact(self) -> bool:
-        """Whether nothing differs."""
-        return self.max_kl == 0 and min(self.still_equal_by_position) == 1
-
 
 @dataclass(frozen=True)
 class MethodReport:
@@ -51,8 +48,8 @@ class MethodReport:
     name: str
     setup: str
     """What it takes before the first token."""
-    memory: float
-    """Bytes of its weights over those of AR decoding in 16 bits, without the FP8 copies that a GPU drafts with."""
+    weight_ratio: float
+    """Bytes of its weights on a GPU, over those of AR decoding in 16 bits; FP8 copies for drafts are not counted."""
     speeds: tuple[Speed, ...]
     drift: Drift
 
@@ -75,7 +72,7 @@ class CompareReport:
     methods: tuple[MethodReport, ...]
     """AR decoding first."""
     left_out: tuple[str, ...]
-    """Methods that this checkpoint can't have, each with the reason."""
+    """Methods that this checkpoint can't have or that had no room, each with the reason."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -103,21 +100,36 @@ class CompareReport:
             answers = f"{drift.equal_answers} of {self.answers}"
             lines.append(
                 f"{method.name:<10}{drift.perplexity:>11.4f}{drift.mean_kl:>10.2g}{drift.max_kl:>10.2g}"
-                f"{drift.top_1_agreement:>9.2%}{answers:>15}{method.memory:>8.2f}x"
+                f"{drift.top_1_agreement:>9.2%}{answers:>15}{method.weight_ratio:>8.2f}x"
             )
         lines += ["", "what it takes"]
         lines += [f"{method.name:<10}{method.setup}" for method in self.methods]
         lines += [f"left out: {line}" for line in self.left_out]
+        if self.device == "cpu":
+            lines += ["", "a CPU decodes fp8 and int8 with dequantised weights: a GPU has other speeds"]
         exact = ", ".join(method.name for method in self.methods[1:] if method.drift.exact) or "none"
-        return "\n".join([*lines, "", f"methods that change nothing in the output: {exact}"])
+        return "\n".join([*lines, "", f"methods with no difference on this text and these answers: {exact}"])
+
+
+def check_plot(file: Path) -> None:
+    """Raise ConfigError if `plot` can't write this file, or if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: pip install 'orthrus-serve[train]'") from error
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".") not in formats:
+        raise ConfigError(
+            f"--plot {file} has no format that can be drawn: end it in one of {', '.join(formats)}"
+        )
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {file}: the folder {file.absolute().parent} is not there")
 
 
 def plot(report: CompareReport, file: Path) -> None:
-    """Draw speed and drift side by side. Raises ConfigError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'orthrus-serve[train]'") from error
+    """Draw speed and drift side by side. See `check_plot`."""
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 

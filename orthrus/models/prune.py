@@ -36,6 +36,8 @@ def prune_checkpoint(path: Path, out: Path) -> None:
         for name, shape in family_of(config).dense_shapes(config).items()
         if name.endswith("_proj.weight")
     }
+    if not projections:
+        raise ConfigError(f"{path} can't be pruned: it has no weights called *_proj.weight")
     for name, (_, ins) in projections.items():
         if ins % _GROUP:
             raise ConfigError(

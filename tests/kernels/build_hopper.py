@@ -1,4 +1,4 @@
-"""Compile the Gluon kernels for an H100 with the installed Triton. No GPU is needed, and no interpreter must be asked for.
+"""Compile the Gluon kernels for an H100 with the installed Triton. No GPU is needed. TRITON_INTERPRET must not be set.
 
 `python -m tests.kernels.build_hopper`; prints a line for each kernel.
 """

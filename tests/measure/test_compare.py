@@ -8,7 +8,7 @@ import pytest
 
 from orthrus.errors import ConfigError
 from orthrus.measure.compare import METHODS, CompareOptions, compare
-from orthrus.measure.compare_report import CompareReport
+from orthrus.measure.compare_report import CompareReport, check_plot
 from tests.checkpoints import make_checkpoint
 from tests.imports import ROOT
 from tests.quantised import FP8, make_quantised
@@ -58,11 +58,11 @@ def test_speeds_memory_and_setup_are_told(report: CompareReport) -> None:
     assert speed.tokens_per_second > 0 and math.isfinite(speed.over_ar.median)
     assert speed.tokens_per_cycle > 1.5
     assert methods["ar"].speeds[0].tokens_per_cycle == 1
-    assert methods["ar"].memory == 1 < methods["orthrus"].memory < 1.3
-    assert methods["fp8"].memory < methods["int8"].memory < 1
+    assert methods["ar"].weight_ratio == 1 < methods["orthrus"].weight_ratio < 1.3
+    assert methods["fp8"].weight_ratio < methods["int8"].weight_ratio < 1
     assert "made in" in methods["fp8"].setup
     text = report.to_text()
-    assert "methods that change nothing in the output: orthrus, ngram" in text
+    assert "methods with no difference on this text and these answers: orthrus, ngram" in text
     assert all(method.name in text for method in METHODS)
     assert json.loads(report.to_json())["methods"][0]["name"] == "ar"
 
@@ -74,7 +74,17 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         compare(CompareOptions(str(make_checkpoint(tmp_path / "model"))))
     short = tmp_path / "short.txt"
     short.write_text("def f(): pass")
-    with pytest.raises(ConfigError, match="give a text of at least"):
+    with pytest.raises(ConfigError, match="give one of at least"):
         compare(CompareOptions(TINY, device="cpu", text=short))
+    with pytest.raises(ConfigError, match="context of 2048 tokens, and 3049 are needed"):
+        compare(CompareOptions(TINY, device="cpu", answer_tokens=3000))
     with pytest.raises(ConfigError, match="can't be read"):
         compare(CompareOptions(TINY, device="cpu", text=tmp_path / "none.txt"))
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(tmp_path: Path) -> None:
+    check_plot(tmp_path / "compare.svg")
+    with pytest.raises(ConfigError, match=r"end it in one of .*svg"):
+        check_plot(tmp_path / "compare.doc")
+    with pytest.raises(ConfigError, match="none is not there"):
+        check_plot(tmp_path / "none" / "compare.svg")
