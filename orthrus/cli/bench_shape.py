@@ -66,9 +66,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report, and write and draw it where asked to."""
+    from orthrus.measure.plots import check_plot
     from orthrus.measure.shape_bench import ShapeBenchOptions, shape_bench
     from orthrus.measure.shape_report import plot
 
+    check_plot(arguments.plot)
     options = ShapeBenchOptions(
         shape=arguments.shape,
         batches=tuple(arguments.batch),

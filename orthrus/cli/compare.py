@@ -45,11 +45,10 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the report, and draw it where asked to."""
     from orthrus.measure.compare import CompareOptions, compare
-    from orthrus.measure.compare_report import check_plot, plot
+    from orthrus.measure.compare_report import plot
+    from orthrus.measure.plots import check_plot
 
-    if arguments.plot is not None:
-        check_plot(arguments.plot)
-
+    check_plot(arguments.plot)
     options = CompareOptions(
         model=arguments.model,
         device=arguments.device,

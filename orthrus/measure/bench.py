@@ -226,7 +226,7 @@ def _measurement(
         tokens_per_second=tokens / statistics.median(seconds),
         over_hugging_face=ratio(seconds, hugging_face_seconds),
         over_ar=ratio(seconds, ar_seconds),
-        tokens_per_cycle=after_first / max(1, output.cycles),
+        tokens_per_cycle=output.tokens_per_cycle,
         tokens_per_pass=after_first / max(1, output.passes),
         agreement=agreeing / tokens,
     )

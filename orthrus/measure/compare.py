@@ -260,9 +260,7 @@ def _speeds(
         tokens = sum(map(len, output.token_ids))
         own = seconds[name, batch]
         over_ar = ratio(own, seconds[AR, batch])
-        return Speed(
-            batch, tokens / statistics.median(own), over_ar, (tokens - batch) / max(1, output.cycles)
-        )
+        return Speed(batch, tokens / statistics.median(own), over_ar, output.tokens_per_cycle)
 
     return {c.name: tuple(speed(c.name, batch) for batch in options.batches) for c in contestants}
 

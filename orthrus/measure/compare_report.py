@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orthrus.errors import ConfigError
 from orthrus.measure.contest import Ratio
+from orthrus.measure.plots import load_pyplot
 
 
 @dataclass(frozen=True)
@@ -111,27 +111,9 @@ class CompareReport:
         return "\n".join([*lines, "", f"methods with no difference on this text and these answers: {exact}"])
 
 
-def check_plot(file: Path) -> None:
-    """Raise ConfigError if `plot` can't write this file, or if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'orthrus-serve[train]'") from error
-    formats = sorted(Figure().canvas.get_supported_filetypes())
-    if file.suffix.removeprefix(".") not in formats:
-        raise ConfigError(
-            f"--plot {file} has no format that can be drawn: end it in one of {', '.join(formats)}"
-        )
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {file}: the folder {file.absolute().parent} is not there")
-
-
 def plot(report: CompareReport, file: Path) -> None:
-    """Draw speed and drift side by side. See `check_plot`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    """Draw speed and drift side by side. Raises ConfigError: see `check_plot`."""
+    pyplot = load_pyplot()
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for method in report.methods:

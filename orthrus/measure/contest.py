@@ -24,6 +24,11 @@ class Output:
     cycles: int
     passes: int
 
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Each prompt's first new token, which no cycle gives, is left out."""
+        return (sum(map(len, self.token_ids)) - len(self.token_ids)) / max(1, self.cycles)
+
 
 @dataclass(frozen=True)
 class Contestant:

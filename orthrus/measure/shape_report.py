@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orthrus.errors import ConfigError
 from orthrus.measure.contest import Ratio, verdict
+from orthrus.measure.plots import load_pyplot
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,7 @@ class ShapeReport:
 
 def plot(report: ShapeReport, file: Path) -> None:
     """Draw the report: milliseconds of the passes, and tokens per second. Raises ConfigError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'orthrus-serve[train]'") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.25 * max(10, len(report.speeds))))
     left.barh([p.name for p in report.passes], [p.milliseconds for p in report.passes])
     left.set_xlabel("milliseconds")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orthrus.errors import ConfigError
+from orthrus.measure.plots import load_pyplot
 
 Panel = dict[str, list[tuple[float, float]]]
 
@@ -14,11 +15,7 @@ def plot(folder: Path) -> list[Path]:
 
     Raises ConfigError if matplotlib is not installed, or if the folder has none of these files.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'orthrus-serve[train]'") from error
-    matplotlib.use("svg")
+    load_pyplot()  # Before anything is read: it may not be there.
     figures: dict[str, dict[str, Panel]] = {}
     for stage, keys in (("base", ("loss", "held_out_loss")), ("heads", ("kl", "tokens_per_cycle"))):
         if (folder / f"{stage}.jsonl").exists():

@@ -8,7 +8,8 @@ import pytest
 
 from orthrus.errors import ConfigError
 from orthrus.measure.compare import METHODS, CompareOptions, compare
-from orthrus.measure.compare_report import CompareReport, check_plot
+from orthrus.measure.compare_report import CompareReport
+from orthrus.measure.plots import check_plot
 from tests.checkpoints import make_checkpoint
 from tests.imports import ROOT
 from tests.quantised import FP8, make_quantised
