@@ -12,7 +12,7 @@ from torch import Tensor
 from orthrus.kernels.linear import grouped_hopper, grouped_triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.blocks_triton import quantise_inputs
-from orthrus.kernels.linear.integers import Integers, as_words
+from orthrus.kernels.linear.integers import Integers, pack_words
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
 from orthrus.kernels.linear.tiles import num_parts
@@ -104,20 +104,6 @@ def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> Gr
     return GroupedWeight(
         numbers.contiguous(), scales.contiguous(), zeros.contiguous(), bias, size, depth, bits, gated, order
     )
-
-
-def pack_words(numbers: Tensor) -> Tensor:
-    """4-bit numbers uint8 [outs, ins] as int32 [outs, ins / 8], as the matrix unit's registers take them.
-
-    32 inputs are four words. A thread of the matrix unit has one of them: the inputs 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, ... of word
-    q. The first of each two neighbours is in the low half of the word, and the second at the same place in the high half.
-    """
-    outs = numbers.shape[0]
-    # [outs, runs of 32, eights, word, neighbour]; the shifts go by eights and neighbours.
-    parts = numbers.view(outs, -1, 4, 4, 2).long()
-    shifts = torch.arange(4, device=numbers.device)[:, None, None] * 4
-    shifts = shifts + torch.tensor([0, 16], device=numbers.device)
-    return as_words((parts << shifts).sum((2, 4))).flatten(1)
 
 
 def _order(parts: list[Integers]) -> Tensor | None:

@@ -20,7 +20,7 @@ from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
 
 @triton.jit
 def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
-    """Words of 4-bit numbers (see `grouped.pack_words`) as the numbers plus a power of two whose mantissa holds them.
+    """Words of 4-bit numbers (see `integers.pack_words`) as the numbers plus a power of two whose mantissa holds them.
 
     Setting the low bits of that power of two is exact, and faster than a conversion. float32 takes the numbers as they are.
     """

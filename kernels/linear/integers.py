@@ -50,3 +50,17 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 def as_words(bits: Tensor) -> Tensor:
     """int64 numbers from 0 to 2**32 - 1 as int32 with the same 32 bits."""
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+
+
+def pack_words(numbers: Tensor) -> Tensor:
+    """4-bit numbers uint8 [outs, ins] as int32 [outs, ins / 8], as the matrix unit's registers take them.
+
+    32 inputs are four words. A thread of the matrix unit has one of them: the inputs 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, ... of word
+    q. The first of each two neighbours is in the low half of the word, and the second at the same place in the high half.
+    """
+    outs = numbers.shape[0]
+    # [outs, runs of 32, eights, word, neighbour]; the shifts go by eights and neighbours.
+    parts = numbers.view(outs, -1, 4, 4, 2).long()
+    shifts = torch.arange(4, device=numbers.device)[:, None, None] * 4
+    shifts = shifts + torch.tensor([0, 16], device=numbers.device)
+    return as_words((parts << shifts).sum((2, 4))).flatten(1)

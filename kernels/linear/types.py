@@ -38,7 +38,7 @@ class DenseLayer:
 class GroupedLayer:
     """A linear layer of one view whose weights have a scale for each output of a group of inputs (see `grouped_triton`)."""
 
-    # e4m3 or 8-bit integers [outs, ins]; or 4-bit ones int32 [outs, ins / 8], see `grouped.pack_words`.
+    # e4m3 or 8-bit integers [outs, ins]; or 4-bit ones int32 [outs, ins / 8], see `integers.pack_words`.
     numbers: Tensor
     # float [groups, outs].
     scales: Tensor
@@ -65,6 +65,39 @@ class GroupedLayer:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         tensors = (self.numbers, self.scales, self.zeros, self.bias, self.order)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class LosslessLayer:
+    """A linear layer whose bfloat16 weights are kept in 12 bits, every bit of them (see `lossless`).
+
+    The outputs of all views are one dimension, in the order of the views, of views * outs rows.
+    """
+
+    # Sign, exponent over the row's base and 3 bits of mantissa: int32 [views * outs, ins / 4], four inputs a word.
+    high: Tensor
+    # The other 4 bits of mantissa: int32 [views * outs, ins / 8], see `integers.pack_words`.
+    low: Tensor
+    # Weights that `high` and `low` do not hold: int32 [views * outs / 64, ins / 128, 32]. For each tile of 64 outputs and 128
+    # inputs, their number and then value << 16 | place, sorted by place; the unused entries are 0.
+    exceptions: Tensor
+    # What the sums of an output are multiplied by, a power of two: float32 [views, outs].
+    scales: Tensor
+    # [views, outs], or None.
+    bias: Tensor | None = None
+    # As in `DenseLayer`.
+    interleaved: bool = False
+
+    @property
+    def outs(self) -> int:
+        """Outputs of one view."""
+        return self.scales.shape[1]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.high, self.low, self.exceptions, self.scales, self.bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

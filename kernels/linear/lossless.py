@@ -1,0 +1,185 @@
+"""bfloat16 weights in 12 bits, every bit of them: packing, unpacking, and which weights can be packed.
+
+A trained weight uses few exponents. Each row of a weight (the inputs of one output) has a window of 15 exponents that begins at
+its base. A weight in the window is kept as its sign, 4 bits of exponent less the base, and 7 bits of mantissa. The first 8 of
+these 12 bits are one plane and the last 4 another, so a draft pass may read the first plane alone: it is an e4m3 number.
+
+Kernels multiply by numbers whose exponent is the sum of `EXPONENT` and the 4 bits. They multiply the float32 sums of a row by
+2 ** (base - EXPONENT) in the end. A power of two only moves exponents: the sums have the bits that the weights themselves give,
+as long as no product and no sum leaves the exponents of float32. With bases from `LEAST_BASE` to `MOST_BASE` that can only happen
+where products or sums are below 2 ** -66, or above 2 ** 67.
+
+Weights outside their row's window are exceptions: a kernel sets them to the value that is kept for them, in the scale of the
+sums. A weight with many of them, or with an infinite value, is not packed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.linear.integers import as_words, pack_words, unpack
+from orthrus.kernels.linear.types import DenseLayer, LosslessLayer
+
+EXPONENT = 112
+"""The exponent field of a widened weight whose 4 bits of exponent are 0. Widened weights are below 1."""
+LEAST_BASE, MOST_BASE = EXPONENT - 60, EXPONENT + 60
+TILE_OUTS, TILE_INS = 64, 128
+"""Of a tile that has a list of exceptions."""
+ENTRIES = 32
+"""Entries of a tile's list: the number of exceptions, and room for one less."""
+CODES = 15
+"""Exponents in a window. The 16th code would make one of the bytes a NaN of e4m3."""
+_CHUNK = 16 * TILE_OUTS
+"""Rows that are packed or unpacked at once, to bound the memory for it."""
+
+
+class NotPacked(ValueError):
+    """A weight can't be kept in 12 bits; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a `LosslessLayer`. bases: int64 [rows]."""
+
+    high: Tensor
+    low: Tensor
+    exceptions: Tensor
+    bases: Tensor
+
+
+def check_shape(outs: int, ins: int) -> None:
+    """Raise NotPacked unless a weight [outs, ins] can be cut into whole tiles."""
+    if outs % TILE_OUTS or ins % TILE_INS:
+        raise NotPacked(
+            f"its shape is [{outs}, {ins}]: {TILE_OUTS} must divide its outputs and {TILE_INS} its inputs"
+        )
+
+
+def pack_lossless(layer: DenseLayer) -> LosslessLayer:
+    """A layer with bfloat16 weights in 12 bits, on their device. Raises NotPacked if one view's can't be packed."""
+    outs, ins = layer.weights[0].shape
+    for weight in layer.weights:
+        if weight.dtype != torch.bfloat16:
+            raise NotPacked(f"its dtype is {weight.dtype}, not bfloat16")
+    check_shape(outs, ins)
+    rows, device = outs * len(layer.weights), layer.weights[0].device
+    high, low, exceptions = (
+        torch.empty(shape, dtype=torch.int32, device=device)
+        for shape in ((rows, ins // 4), (rows, ins // 8), (rows // TILE_OUTS, ins // TILE_INS, ENTRIES))
+    )
+    bases = torch.empty(rows, dtype=torch.int64, device=device)
+    for view, weight in enumerate(layer.weights):
+        for begin in range(0, outs, _CHUNK):
+            part = _pack_rows(weight[begin : begin + _CHUNK])
+            first = view * outs + begin
+            end = first + part.high.shape[0]
+            high[first:end], low[first:end], bases[first:end] = part.high, part.low, part.bases
+            exceptions[first // TILE_OUTS : end // TILE_OUTS] = part.exceptions
+    scales = _power_of_two(bases - EXPONENT)
+    return LosslessLayer(high, low, exceptions, scales.view(-1, outs), layer.bias, layer.interleaved)
+
+
+def unpack_lossless(layer: LosslessLayer) -> DenseLayer:
+    """The opposite of `pack_lossless`."""
+    rows, ins = layer.high.shape[0], layer.high.shape[1] * 4
+    bases = (layer.scales.flatten().view(torch.int32).long() >> 23) - 127 + EXPONENT
+    weight = torch.empty(rows, ins, dtype=torch.bfloat16, device=layer.high.device)
+    for begin in range(0, rows, _CHUNK):
+        end = begin + _CHUNK
+        tiles = slice(begin // TILE_OUTS, end // TILE_OUTS)
+        weight[begin:end] = _unpack_rows(
+            _Rows(layer.high[begin:end], layer.low[begin:end], layer.exceptions[tiles], bases[begin:end])
+        )
+    return DenseLayer(weight.view(-1, layer.outs, ins).unbind(), layer.bias, layer.interleaved)
+
+
+def high_bytes(high: Tensor) -> Tensor:
+    """The words of the first plane, int32 [rows, ins / 4], as bytes in the order of the inputs: uint8 [rows, ins]."""
+    # [rows, runs of 16, word, neighbour, eighth from behind], in the order of the memory.
+    parts = high.contiguous().view(torch.uint8).view(high.shape[0], -1, 4, 2, 2)
+    return parts.flip(4).permute(0, 1, 4, 2, 3).flatten(1)
+
+
+def _high_words(numbers: Tensor) -> Tensor:
+    """The opposite of `high_bytes`."""
+    parts = numbers.view(numbers.shape[0], -1, 2, 4, 2).permute(0, 1, 3, 4, 2).flip(4)
+    return parts.flatten(1).view(torch.int32)
+
+
+def _pack_rows(weight: Tensor) -> _Rows:
+    bits = weight.contiguous().view(torch.int16).int() & 0xFFFF
+    exponents = bits >> 7 & 255
+    if bool((exponents == 255).any()):
+        raise NotPacked("it has values that are NaN or infinite")
+    bases = _bases(exponents)
+    codes = exponents - bases[:, None]
+    outside = (codes < 0) | (codes >= CODES)
+    # What a draft pass sees of an exception: the nearest number that the first plane holds.
+    mantissas = torch.where(codes >= CODES, 127, torch.where(codes < 0, 0, bits & 127))
+    codes = codes.clamp(0, CODES - 1)
+    high = bits >> 15 << 7 | codes << 3 | mantissas >> 4
+    exceptions = _exceptions(weight, outside, bases)
+    return _Rows(_high_words(high.byte()), pack_words((mantissas & 15).byte()), exceptions, bases.long())
+
+
+def _bases(exponents: Tensor) -> Tensor:
+    """For each row the base whose window holds most of the exponents, the least of such: int32 [rows]."""
+    counts = exponents.new_zeros(exponents.shape[0], 257)
+    counts.scatter_add_(1, exponents.long() + 1, torch.ones_like(exponents))
+    below = counts.cumsum(1)
+    bases = torch.arange(LEAST_BASE, MOST_BASE + 1, device=exponents.device)
+    inside = below.index_select(1, bases + CODES) - below.index_select(1, bases)
+    return bases[(inside * 256 - bases).argmax(1)].int()
+
+
+def _exceptions(weight: Tensor, outside: Tensor, bases: Tensor) -> Tensor:
+    """The lists of exceptions: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room or can't be kept."""
+    cut = (-1, TILE_OUTS, weight.shape[1] // TILE_INS, TILE_INS)
+    tiles = outside.view(cut).transpose(1, 2).flatten(2)
+    counts = tiles.sum(2)
+    most = int(counts.max())
+    if most >= ENTRIES:
+        raise NotPacked(
+            f"{most} of the {TILE_OUTS * TILE_INS} weights of a tile are outside the {CODES} exponents that a row holds; "
+            f"there is room for {ENTRIES - 1}"
+        )
+    tile, step, place = tiles.nonzero(as_tuple=True)
+    row = tile * TILE_OUTS + place // TILE_INS
+    exact = weight[row, step * TILE_INS + place % TILE_INS].double()
+    scaled = exact * _power_of_two(EXPONENT - bases[row])
+    kept = scaled.bfloat16()
+    normal = (kept.view(torch.int16) & 0x7F80) != 0
+    if not bool(((kept.double() == scaled) & kept.isfinite() & (normal | (exact == 0))).all()):
+        raise NotPacked("it has values that are too small or too large beside the others of their row")
+    entries = torch.zeros(*counts.shape, ENTRIES, dtype=torch.int64, device=weight.device)
+    entries[..., 0] = counts
+    flat = counts.flatten()
+    first = flat.cumsum(0) - flat
+    number = torch.arange(row.shape[0], device=weight.device) - first[tile * counts.shape[1] + step]
+    entries[tile, step, number + 1] = (kept.view(torch.int16).long() & 0xFFFF) << 16 | place
+    return as_words(entries)
+
+
+def _unpack_rows(rows: _Rows) -> Tensor:
+    """The weights of the rows: bfloat16 [rows, ins]."""
+    numbers = high_bytes(rows.high).int()
+    # [rows, runs of 32, word, neighbour, eighth] in the order of the memory.
+    nibbles = unpack(rows.low, 4).view(rows.low.shape[0], -1, 4, 2, 4).permute(0, 1, 4, 2, 3).flatten(1)
+    exponents = (numbers >> 3 & 15) + rows.bases[:, None].int()
+    bits = numbers >> 7 << 15 | exponents << 7 | (numbers & 7) << 4 | nibbles
+    weight = bits.short().view(torch.bfloat16)
+    places = torch.arange(1, ENTRIES, device=weight.device)
+    tile, step, number = (places <= rows.exceptions[..., :1]).nonzero(as_tuple=True)
+    entries = rows.exceptions[tile, step, number + 1]
+    place = entries & 0xFFFF
+    row = tile * TILE_OUTS + place // TILE_INS
+    kept = (entries >> 16).short().view(torch.bfloat16).double()
+    exact = kept * _power_of_two(rows.bases[row] - EXPONENT)
+    weight[row, step * TILE_INS + place % TILE_INS] = exact.bfloat16()
+    return weight
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """2 ** exponents, which are at least -126 and at most 127, as float32. Set as bits: a GPU's `pow` need not be exact."""
+    return (exponents + 127 << 23).int().view(torch.float32)
