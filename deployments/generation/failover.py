@@ -9,6 +9,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from orthrus.deployments.failures.errors import REPLICA_LOST, GenerationFailed
+from orthrus.deployments.link.errors import ReplicaFailed
 from orthrus.deployments.link.inbox import Inbox
 from orthrus.deployments.link.receiver import ChunkReceiver
 from orthrus.requests.request import Chunk, Request
@@ -46,8 +47,9 @@ async def generate_on_replica(
             return
         except REPLICA_LOST as error:
             if begun:
+                why = f" ({error})" if isinstance(error, ReplicaFailed) else ""
                 raise GenerationFailed(
-                    "the replica that was answering has stopped: what it sent is right but not complete, send the "
+                    f"the replica that was answering has stopped{why}: what it sent is right but not complete, send the "
                     "request again"
                 ) from error
             if attempt == _ATTEMPTS:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from orthrus.deployments.link.errors import LinkLost
+from orthrus.deployments.link.errors import LinkLost, ReplicaFailed
 from orthrus.deployments.link.framing import Address, Decoder, new_secret
 from orthrus.deployments.link.inbox import Inbox
 from orthrus.deployments.link.tls import tls_context
@@ -82,9 +82,13 @@ class ChunkReceiver:
         return True
 
     def deliver(self, chunk: Chunk) -> None:
-        """Put a chunk into its request's inbox, if anybody still waits for it."""
+        """Put a chunk into its request's inbox, if anybody still waits for it; or fail the inbox, if the engine has failed."""
         inbox = self._inboxes.get(chunk.request_id)
-        if inbox is not None:
+        if inbox is None:
+            return
+        if chunk.engine_failed:
+            inbox.fail(ReplicaFailed(chunk.error))
+        else:
             inbox.put(chunk)
 
     def lose(self, name: bytes, expected: set[str]) -> None:

@@ -9,8 +9,8 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from orthrus.engine.engine import Engine
 from orthrus.engine.stats import EngineStats
@@ -20,6 +20,9 @@ from orthrus.requests.request import Chunk, Request
 from orthrus.text.token_mask import TokenMask
 
 logger = logging.getLogger(__name__)
+
+_TELL_SECONDS = 1.0
+"""What an event loop is given to tell its requests that the engine has failed."""
 
 Sink = Callable[[list[Chunk]], None]
 """Takes chunks of any requests, each request's in order. Called on the event loop of the requests' callers."""
@@ -49,7 +52,10 @@ class AsyncEngine:
     """Runs `engine` until `close`. All methods may be called from any thread; `run` from any event loop."""
 
     def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] = lambda error: None) -> None:
-        """on_failure: called on the engine's thread with what the engine died of, before its requests are told."""
+        """on_failure: called on the engine's thread with what the engine died of, after its requests have been told.
+
+        It may end the process: until it returns, a new request is not told that the engine has stopped.
+        """
         self.engine = engine
         self._error: Exception | None = None
         self._on_failure = on_failure
@@ -101,9 +107,10 @@ class AsyncEngine:
         except Exception as error:
             logger.exception("the engine failed")
             self._error = error
+            _wait_for(self._fail_all(_failed(error)))
             self._on_failure(error)
         self._stopped = True
-        self._fail_all(f"the engine failed: {self._error}" if self._error else "the engine was closed")
+        self._fail_all(_failed(self._error) if self._error else "the engine was closed")
 
     def _take_messages(self) -> bool:
         """Handle what is in the inbox, waiting for a message if there is nothing else to do. False: close."""
@@ -148,16 +155,23 @@ class AsyncEngine:
         for loop, by_sink in by_loop.items():
             _post(loop, by_sink, ended[loop])
 
-    def _fail_all(self, message: str) -> None:
-        """Tell every request, also those still in the inbox, that it will not finish."""
+    def _fail_all(self, message: str) -> set[asyncio.AbstractEventLoop]:
+        """Tell every request, also those still in the inbox, that it will not finish. Returns the loops that will tell them."""
         while not self._inbox.empty():
             waiting = self._inbox.get()
             if isinstance(waiting, _Listener):
                 self._listeners[waiting.request.request_id] = waiting
         for request_id, listener in self._listeners.items():
             self.engine.cancel(request_id)
-            _post(listener.loop, {listener.sink: [_failure(request_id, message)]}, [listener])
+            chunk = replace(_failure(request_id, message), engine_failed=self._error is not None)
+            _post(listener.loop, {listener.sink: [chunk]}, [listener])
+        loops = {listener.loop for listener in self._listeners.values()}
         self._listeners.clear()
+        return loops
+
+
+def _failed(error: Exception) -> str:
+    return str(error) if isinstance(error, RankError) else f"the engine failed: {error}"
 
 
 def _failure(request_id: str, message: str) -> Chunk:
@@ -178,3 +192,15 @@ def _post(loop: asyncio.AbstractEventLoop, by_sink: dict[Sink, list[Chunk]], end
         loop.call_soon_threadsafe(hand_over)
     except RuntimeError:
         logger.debug("event loop closed before its chunks arrived")
+
+
+def _wait_for(loops: Iterable[asyncio.AbstractEventLoop]) -> None:
+    """Wait until the loops have done what was posted to them; but not long, since one may stand still."""
+    for loop in loops:
+        done = threading.Event()
+        try:
+            # The callback after the next one: some loops write to sockets only when a round of callbacks is over.
+            loop.call_soon_threadsafe(loop.call_soon, done.set)
+        except RuntimeError:
+            continue
+        done.wait(_TELL_SECONDS)

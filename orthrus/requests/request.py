@@ -286,6 +286,8 @@ class Chunk:
     """What went wrong, for finish_reason "error"."""
     error_param: str | None = None
     """The field of the request that is at fault, if one is."""
+    engine_failed: bool = False
+    """Whether the error is that the engine has failed, and with it all requests: another engine could run this one."""
     prompt_logprobs: PromptLogprobs | None = None
     """In the first chunk of choice 0, if the request asks for them. They begin with the prompt's second token, since nothing
     predicts the first."""

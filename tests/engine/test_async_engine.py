@@ -220,14 +220,16 @@ def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
 def test_an_engine_that_fails_says_what_of_and_ends_its_requests(tiny_orthrus: Path) -> None:
     engine = Engine.from_pretrained(EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048))
     engine.use_runner(FailingRunner(engine.forward, engine.cache, passes=3))
-    failures: list[str] = []
-    served = AsyncEngine(engine, lambda error: failures.append(str(error)))
-    chunks = asyncio.run(collect(served, Request("cut", [1], SamplingParams(ignore_eos=True))))
+    chunks: list[Chunk] = []
+    failures: list[tuple[str, bool]] = []
+    served = AsyncEngine(engine, lambda error: failures.append((str(error), chunks[-1].engine_failed)))
+    asyncio.run(served.run(Request("cut", [1], SamplingParams(ignore_eos=True)), chunks.extend))
     assert chunks[-1].finish_reason == "error" and "out of order" in (chunks[-1].error or "")
-    assert any(chunk.token_ids for chunk in chunks) and failures == ["out of order"]
+    assert any(chunk.token_ids for chunk in chunks)
+    served.close()
+    assert failures == [("out of order", True)], "its requests had been told before it was"
     with pytest.raises(RuntimeError, match="out of order"):
         asyncio.run(collect(served, Request("late", [1])))
-    served.close()
 
 
 class FailingRunner(EagerRunner):

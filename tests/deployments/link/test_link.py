@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orthrus.deployments.link.errors import LinkLost
+from orthrus.deployments.link.errors import LinkLost, ReplicaFailed
 from orthrus.deployments.link.framing import Address, Decoder
 from orthrus.deployments.link.inbox import Inbox
 from orthrus.deployments.link.receiver import ChunkReceiver
@@ -149,6 +149,23 @@ def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
             receiver.expect_rest("b", link.name)
             with pytest.raises(LinkLost):
                 await late.take()
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_fails_says_why() -> None:
+    """What it had sent before can still be taken."""
+
+    async def main() -> None:
+        with ends() as (receiver, links):
+            link = await links.to(await receiver.address())
+            inbox = receiver.open("a")
+            failed = Chunk("a", 0, (), finish_reason="error", error="rank 1 has ended", engine_failed=True)
+            link.send([chunk("a", 1), failed])
+            link.close()
+            assert await take_until(inbox, 1) == [1]
+            with pytest.raises(ReplicaFailed, match="rank 1 has ended"):
+                await inbox.take()
 
     asyncio.run(main())
 
