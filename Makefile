@@ -12,7 +12,7 @@ help:
 	@echo 'make test-clients  openai, LangChain, LlamaIndex, lm-eval, Open WebUI, Codex and others, unchanged, against a server (Node, npm; 10 GB)'
 	@echo 'make test-structured  2,000 structured answers under 45 JSON Schemas, by both schedules: minutes'
 	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
-	@echo 'make test-ranks  replicas of two processes each on this CPU, of which one is killed or stopped: minutes'
+	@echo 'make test-ranks  replicas that several processes share, one of which is killed or stopped; where Ray places them: minutes'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
 	@echo 'make test-page  the web page in Chromium, driven by Playwright; makes the screenshots in docs/: minutes; says what is missing'
 	@echo 'make test-install  beside other packages named kernels, cluster and deployments: minutes; needs a package index'
@@ -38,7 +38,7 @@ test-serving: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 -o faulthandler_exit_on_timeout=true tests/proofs/serving_proof.py
 
 test-ranks: $(INSTALLED)
-	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 tests/proofs/ranks_proof.py
+	$(BIN)/python -m pytest -q -o faulthandler_timeout=420 tests/proofs/ranks_proof.py tests/proofs/gpu_hosts_proof.py
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=1200 tests/proofs/cluster_proof.py

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
-from orthrus.cluster.config import ClusterConfig, NodeType, actor_demand
+from orthrus.cluster.config import ClusterConfig, NodeType
 from orthrus.deployments.access.keys import read_keys
 from orthrus.deployments.config.api import ApiConfig
 from orthrus.deployments.config.app_args import AppArgs, DeploymentOptions
 from orthrus.deployments.config.config_file import load_config
 from orthrus.deployments.config.model_check import check_model, locate
+from orthrus.deployments.config.placement import describe_resources, replica_demand
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import auto_draft_format, copies_bytes, draft_format
 from orthrus.errors import ConfigError
@@ -67,16 +68,16 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
             engine.check_model(model)
     yield f"{title}: {engine.served_model_name or engine.model}"
     yield f"  model     {engine.model} ({source if model else 'unknown: the hub cannot be reached'})"
-    demand = _demand(args.replica)
+    demand = replica_demand(args.replica)
     on_gpu = "GPU" in demand
     nodes = cluster.placements(demand) if on_gpu else []
     if on_gpu and not nodes:
         raise ConfigError(
-            f"args.replica.ray_actor_options: no node type of {cluster_path} has {_resources(demand)}: ask for less, or "
+            f"args.replica.ray_actor_options: no node type of {cluster_path} has {describe_resources(demand)}: ask for less, or "
             "add a node type"
         )
     least, most = _replicas(args.replica)
-    yield f"  replicas  {least if least == most else f'{least} to {most}'}, each {_resources(demand)}"
+    yield f"  replicas  {least if least == most else f'{least} to {most}'}, each {describe_resources(demand)}"
     if on_gpu:
         yield from _check_room(nodes, demand, least, most, cluster_path)
     else:
@@ -87,7 +88,7 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
         yield f"  drafts    {_drafts(engine, model)}"
     least, most = _replicas(args.ingress)
     yield (
-        f"  ingress   {least if least == most else f'{least} to {most}'}, each {_resources(_demand(args.ingress))}"
+        f"  ingress   {least if least == most else f'{least} to {most}'}, each {describe_resources(replica_demand(args.ingress))}"
     )
     yield f"  api       {_callers(args.api)}"
 
@@ -102,10 +103,6 @@ def _callers(api: ApiConfig) -> str:
         return f"keys in {api.keys_file}, which is not on this machine"
     keys = read_keys(api.keys_file).values()
     return f"{len(keys)} keys in {api.keys_file}, {sum(key.expired for key in keys)} of them expired"
-
-
-def _demand(options: DeploymentOptions) -> dict[str, float]:
-    return actor_demand(options.ray_actor_options.model_dump(exclude_unset=True))
 
 
 def _replicas(options: DeploymentOptions) -> tuple[int, int]:
@@ -204,10 +201,3 @@ def _drafts(engine: EngineConfig, model: ModelConfig) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB"
-
-
-def _resources(demand: Mapping[str, float]) -> str:
-    """ "4 CPU, 1 GPU, H100"."""
-    return ", ".join(
-        name.partition(":")[2] if ":" in name else f"{amount:g} {name}" for name, amount in demand.items()
-    )

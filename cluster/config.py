@@ -8,6 +8,7 @@ from typing import Any
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from orthrus.deployments.config.placement import fits
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import read_yaml
 
@@ -20,10 +21,6 @@ class NodeType:
     resources: Mapping[str, float]
     min_workers: int
     max_workers: int
-
-    def fits(self, demand: Mapping[str, float]) -> bool:
-        """Whether an empty node of this kind has room for `demand`."""
-        return all(self.resources.get(name, 0) >= amount for name, amount in demand.items())
 
 
 @dataclass(frozen=True)
@@ -55,19 +52,8 @@ class ClusterConfig:
 
     def placements(self, demand: Mapping[str, float]) -> list[NodeType]:
         """The kinds of nodes that an actor with this demand can run on; empty if it would wait forever."""
-        return [node for node in (self.head, *self.workers) if node.fits(demand)]
+        return [node for node in (self.head, *self.workers) if fits(demand, node.resources)]
 
 
 def _node_type(name: str, node: Mapping[str, Any]) -> NodeType:
     return NodeType(name, node.get("resources", {}), node["min_workers"], node["max_workers"])
-
-
-def actor_demand(options: Mapping[str, Any]) -> dict[str, float]:
-    """Resources that Serve's `ray_actor_options` ask for. Serve's default is one CPU."""
-    demand: dict[str, float] = {"CPU": options.get("num_cpus", 1), **options.get("resources", {})}
-    if options.get("num_gpus"):
-        demand["GPU"] = options["num_gpus"]
-    if options.get("accelerator_type"):
-        # Ray's own way of tying an actor to a kind of accelerator: a sliver of a resource that each such node has.
-        demand[f"accelerator_type:{options['accelerator_type']}"] = 0.001
-    return demand

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import ray
 from ray.serve import Application, Deployment, deployment
 
 from orthrus.deployments.access.rate_limits import RateLimiter
 from orthrus.deployments.config.app_args import parse_args
 from orthrus.deployments.config.model_check import check_model, locate
+from orthrus.deployments.config.placement import check_placement
 from orthrus.deployments.ingress.ingress import Ingress
 from orthrus.deployments.replica.replica import OrthrusReplica
 from orthrus.deployments.responses.store import ResponseStore
@@ -32,13 +34,18 @@ BUSY = {"status_code": 429, "retry_after_s": 1}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application that the args describe. Raises ConfigError, naming key and fault, if they or the model can't work."""
+    """The application that the args describe.
+
+    Raises ConfigError, naming key and fault, if they or the model can't work, or if no node of the cluster can take a replica.
+    """
     return make_application(args, Engine.from_pretrained)
 
 
 def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine]) -> Application:
     """`build`, whose replicas get their engines from `load`."""
     checked = parse_args(args)
+    if ray.is_initialized():
+        check_placement(checked.replica)
     engine = locate(checked.engine)
     with suppress(HubUnreachable):  # From the head node; the replicas will see.
         check_model(engine)

@@ -85,9 +85,9 @@ class AppArgs(BaseModel):
         gpus = self.replica.ray_actor_options.num_gpus or 0
         device, wanted = self.engine.device.split(":")[0], self.engine.tensor_parallel_size
         at = "replica.ray_actor_options.num_gpus"
-        if device == "cuda" and gpus != wanted:
+        if gpus != wanted and (device == "cuda" or (device == "auto" and gpus and wanted > 1)):
             raise ValueError(
-                f"{at} is {gpus:g}, and a replica on device cuda needs {wanted} of its own: set it to {wanted}"
+                f"{at} is {gpus:g}, and a replica on device {device} needs {wanted} of its own: set it to {wanted}"
             )
         if device == "cpu" and gpus:
             raise ValueError(

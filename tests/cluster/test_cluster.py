@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from orthrus.cluster.check import check_config
-from orthrus.cluster.config import ClusterConfig, actor_demand
+from orthrus.cluster.config import ClusterConfig
+from orthrus.deployments.config.placement import actor_demand, check_room
 from orthrus.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -63,6 +64,33 @@ def test_demands() -> None:
 def test_what_no_node_has_is_placed_nowhere(cluster: ClusterConfig) -> None:
     assert cluster.placements({"CPU": 1, "GPU": 9}) == []
     assert cluster.placements({"accelerator_type:A100": 0.001}) == []
+
+
+HEAD = {"CPU": 4.0}
+TWO_GPUS = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H200": 1.0}
+DEMAND = actor_demand({"num_cpus": 4, "num_gpus": 4, "accelerator_type": "H200"})
+
+
+def test_what_no_node_of_a_running_cluster_can_take_is_refused() -> None:
+    message = "4 CPU, 4 GPU, H200 on one node, .* Those with GPUs have 16 CPU, 2 GPU, H200. Ask for less"
+    with pytest.raises(ConfigError, match=message):
+        check_room(DEMAND, [HEAD, TWO_GPUS, TWO_GPUS], [HEAD])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "groups"),
+    [
+        ([HEAD, TWO_GPUS | {"GPU": 4.0}], []),
+        ([HEAD], []),
+        ([HEAD, TWO_GPUS], [TWO_GPUS | {"GPU": 8.0}]),
+    ],
+    ids=["a node fits", "no GPU node has joined yet", "the autoscaler has a kind that fits"],
+)
+def test_what_may_be_placed_later_is_not_refused(
+    nodes: list[dict[str, float]], groups: list[dict[str, float]]
+) -> None:
+    check_room(DEMAND, nodes, groups)
+    check_room(actor_demand({"num_cpus": 64}), [HEAD], [])
 
 
 @pytest.mark.parametrize(

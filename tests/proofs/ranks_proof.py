@@ -44,12 +44,16 @@ def app() -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    """What a model on one rank answers."""
+    return one_rank_text(TOKENS)
+
+
+def one_rank_text(tokens: int) -> str:
+    """What a model on one rank answers to `PROMPT`."""
     path = str(ROOT / "models" / "orthrus-tiny")
     alone = Engine.from_pretrained(
         EngineConfig(model=path, device="cpu", sum_leaves=2, kv_cache_tokens=2048, adaptive_draft=False)
     )
-    found = plain(alone, PROMPT, SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
+    found = plain(alone, PROMPT, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
     assert alone.stats.committed / alone.stats.cycles > 1.5
     return found
 

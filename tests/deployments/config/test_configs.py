@@ -89,6 +89,13 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda a: a["engine"].update(device="cuda"),
         "args.replica.ray_actor_options.num_gpus is 0, and a replica on device cuda needs 1",
     ),
+    "fewer gpus than ranks": (
+        lambda a: (
+            a["engine"].update(device="auto", tensor_parallel_size=2),
+            a["replica"]["ray_actor_options"].update(num_gpus=1),
+        ),
+        "args.replica.ray_actor_options.num_gpus is 1, and a replica on device auto needs 2 of its own: set it to 2",
+    ),
     "batch never full": (
         lambda a: a["replica"].update(max_ongoing_requests=8),
         "args.replica.max_ongoing_requests 8 keeps the engine from ever running its engine.max_num_seqs 32",
