@@ -20,8 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from orthrus.kernels.device import chaining
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.epilogue import store_tile
+from orthrus.kernels.linear.lossless_triton import sum_lossless
 from orthrus.kernels.linear.tiles import leaf_unit
-from orthrus.kernels.linear.types import DenseLayer, LinearTiles
+from orthrus.kernels.linear.types import DenseLayer, LinearTiles, LosslessLayer
 
 
 @triton.jit
@@ -59,6 +60,8 @@ def _leaf_begin(leaf, units, leaves, first_leaf, UNIT: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "units", "leaves", "first_leaf"])
 def _linear_kernel(
     w,
+    w_low,
+    exceptions,
     x,
     w_scales,
     x_scales,
@@ -68,6 +71,7 @@ def _linear_kernel(
     num_ar,
     num_rows,
     num_outs,
+    steps,
     units,
     leaves,
     first_leaf,
@@ -77,12 +81,15 @@ def _linear_kernel(
     TWO_VIEWS: tl.constexpr,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    LOSSLESS: tl.constexpr,
     UNIT: tl.constexpr,
     TREE: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
+    """SCALED: whether weights and rows are FP8 numbers with scales. LOSSLESS: whether the weights are in 12 bits: `w` has their
+    first plane then, and `w_low` the second."""
     # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
@@ -119,7 +126,12 @@ def _linear_kernel(
     for leaf in range(first, first + TREE):
         begin = _leaf_begin(leaf, units, leaves, first_leaf, UNIT)
         end = _leaf_begin(leaf + 1, units, leaves, first_leaf, UNIT)
-        total = _sum(w, x, weight_at, row_at, begin, end, OUTS, ROWS, DEPTH, SCALED)
+        if LOSSLESS:
+            total = sum_lossless(
+                w, w_low, exceptions, x, weight_at, row_at, begin, end, steps, OUTS, ROWS, DEPTH
+            )
+        else:
+            total = _sum(w, x, weight_at, row_at, begin, end, OUTS, ROWS, DEPTH, SCALED)
         if TREE > 1:
             if leaf % 2 == 0:
                 one = total
@@ -136,12 +148,12 @@ def _linear_kernel(
                                 tl.debug_barrier()
                             else:
                                 total = tl.load(scratch + held) + total
-    if SCALED:
+    if SCALED or LOSSLESS:
         index = out_at + tl.arange(0, OUTS)
+        total *= tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
+    if SCALED:
         row = row_at + tl.arange(0, ROWS)
-        w_scale = tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
-        x_scale = tl.load(x_scales + row, mask=row < row_end, other=0.0)[None, :]
-        total = total * w_scale * x_scale
+        total *= tl.load(x_scales + row, mask=row < row_end, other=0.0)[None, :]
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
         offset = tl.load(bias + view * num_outs + index, mask=index < num_outs, other=0.0)
@@ -151,7 +163,7 @@ def _linear_kernel(
 
 def launch(
     x: Tensor,
-    layer: DenseLayer,
+    layer: DenseLayer | LosslessLayer,
     out: Tensor,
     num_ar: Tensor | None,
     parts: int,
@@ -164,8 +176,17 @@ def launch(
     x_scales: those of FP8 rows, as `quantise_rows` gives them. inputs: the leaves of the inputs, None for one.
     """
     rows, ins = x.shape
-    weight, views = layer.weights[0], len(layer.weights)
-    outs = weight.shape[0]
+    outs, scales = layer.outs, layer.scales
+    lossless = isinstance(layer, LosslessLayer)
+    views = layer.high.shape[0] // outs if isinstance(layer, LosslessLayer) else len(layer.weights)
+    # The views' weights are neighbours in memory. A tile that reads into the next view's does not store it.
+    if isinstance(layer, LosslessLayer):
+        weights = _tiles_of(layer.high, views * outs, ins // 4, tiles.outs, tiles.depth // 4)
+        low = _tiles_of(layer.low, views * outs, ins // 8, tiles.outs, tiles.depth // 8)
+        exceptions = layer.exceptions
+    else:
+        weights = low = _tiles_of(layer.weights[0], views * outs, ins, tiles.outs, tiles.depth)
+        exceptions = out
     inputs = inputs or Leaves.whole(ins, leaf_unit(x.dtype), 1)
     split = out.dim() == 3
     row_tiles = triton.cdiv(rows, tiles.rows) + (views > 1)
@@ -177,10 +198,10 @@ def launch(
         scratch = torch.empty(
             parts * programs * tiles.outs * tiles.rows, device=x.device, dtype=torch.float32
         )
-    scales = layer.scales
     _linear_kernel[(programs, parts)](
-        # The views' weights are neighbours in memory. A tile that reads into the next view's does not store it.
-        TensorDescriptor(weight, [views * outs, ins], [ins, 1], [tiles.outs, tiles.depth]),
+        weights,
+        low,
+        exceptions,
         TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [tiles.rows, tiles.depth]),
         out if scales is None else scales,
         out if x_scales is None else x_scales,
@@ -190,6 +211,7 @@ def launch(
         out if num_ar is None else num_ar,
         rows,
         outs,
+        ins // tiles.depth,
         inputs.units,
         inputs.total,
         inputs.first,
@@ -198,7 +220,8 @@ def launch(
         DEPTH=tiles.depth,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
-        SCALED=scales is not None,
+        SCALED=x_scales is not None,
+        LOSSLESS=lossless,
         UNIT=inputs.unit,
         TREE=tree,
         SPLIT=split,
@@ -207,3 +230,8 @@ def launch(
         num_stages=tiles.stages,
         **chaining(),
     )
+
+
+def _tiles_of(tensor: Tensor, outs: int, ins: int, tile_outs: int, tile_ins: int) -> TensorDescriptor:
+    """Tiles of memory that holds [outs, ins] and begins where `tensor` does."""
+    return TensorDescriptor(tensor, [outs, ins], [ins, 1], [tile_outs, tile_ins])

@@ -1,0 +1,77 @@
+"""Weights in 12 bits (see `lossless`) in the linear kernel of `triton`: widening, and putting the exceptions in place."""
+
+import triton
+import triton.language as tl
+
+from orthrus.kernels.linear.types import LinearTiles
+
+
+@triton.jit
+def _widen(high, low, OUTS: tl.constexpr, DEPTH: tl.constexpr):
+    """The words of both planes as bfloat16 weights, two neighbouring inputs in an int32: [OUTS, DEPTH / 2]."""
+    half = tl.arange(0, 2)
+    # [outs, runs of 32, half of the run, eighth of the half, word]: with the neighbours, the order of the inputs.
+    upper = tl.reshape(high, (OUTS, DEPTH // 32, 2, 1, 4)) >> tl.reshape(8 - 8 * half, (1, 1, 1, 2, 1))
+    shifts = tl.reshape(8 * half, (1, 1, 2, 1, 1)) + tl.reshape(4 * half, (1, 1, 1, 2, 1))
+    nibbles = (tl.reshape(low, (OUTS, DEPTH // 32, 1, 1, 4)) >> shifts) & 0x000F000F
+    # The sign is moved by 8 bits; exponent and mantissa by 4, and the exponent begins at that of `lossless.EXPONENT`.
+    pairs = ((upper & 0x00800080) << 8) | (((upper & 0x007F007F) << 4) + 0x38003800) | nibbles
+    return tl.reshape(pairs, (OUTS, DEPTH // 2))
+
+
+@triton.jit
+def _put(pairs, index, entry, live):
+    """The pairs with one exception in place, if it is live. index: the number of each pair in the tile."""
+    place = entry & 0xFFFF
+    odd = place & 1
+    others = tl.where(odd == 1, 0xFFFF, -0x10000)
+    here = index == tl.where(live, place >> 1, -1)
+    value = tl.where(odd == 1, entry & -0x10000, (entry >> 16) & 0xFFFF)
+    return tl.where(here, (pairs & others) | value, pairs)
+
+
+@triton.jit
+def sum_lossless(
+    high, low, lists, x, out_at, row_at, begin, end, steps,
+    OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `triton._sum`, of weights that are 2 ** (EXPONENT - base) times those of the layer.
+
+    lists: the exceptions of all tiles. steps: tiles in a row of tiles. A tile is one of those that have a list.
+    """
+    tl.static_assert(OUTS == 64 and DEPTH == 128)
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    index = tl.arange(0, OUTS)[:, None] * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :]
+    lists += out_at // OUTS * steps * 32
+    last = steps - 1
+    # Asked for a step ahead, since nothing would hide how long they take. Few tiles have more than two exceptions. These are
+    # not a loop: Triton loads nothing ahead in a loop that has another one in it.
+    place = lists + min(begin // DEPTH, last) * 32
+    count, one, two = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    for k in range(begin, end, DEPTH):
+        pairs = _widen(high.load([out_at, k // 4]), low.load([out_at, k // 8]), OUTS, DEPTH)
+        place = lists + k // DEPTH * 32
+        if count > 0:
+            pairs = _put(pairs, index, one, True)
+            pairs = _put(pairs, index, two, count > 1)
+        if count > 2:
+            for number in tl.static_range(3, 9):
+                pairs = _put(pairs, index, tl.load(place + number), count >= number)
+        if count > 8:
+            for number in tl.static_range(9, 32):
+                pairs = _put(pairs, index, tl.load(place + number), count >= number)
+        place = lists + min(k // DEPTH + 1, last) * 32
+        count, one, two = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+        bits = tl.reshape(tl.join(pairs & 0xFFFF, (pairs >> 16) & 0xFFFF), (OUTS, DEPTH))
+        rows = x.load([row_at, k])
+        if rows.dtype == tl.float32:
+            weights = (bits << 16).to(tl.float32, bitcast=True)
+        else:
+            weights = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        total = tl.dot(weights, rows.T, total, input_precision="ieee")
+    return total
+
+
+def lossless_tiles(rows: int) -> LinearTiles:
+    """The usual tiles of a layer of one sum or several. Other outputs or another depth would not fit the lists of exceptions."""
+    return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128, 128)
