@@ -1,5 +1,6 @@
 """Linear layers on a GPU: which kernels run, and where their results go."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,59 @@ from orthrus.kernels.rows.sampling_triton import best_of_blocks, pick_best
 from orthrus.kernels.workspace import empty
 
 
-@dataclass(frozen=True)
-class TritonWeight(DenseLayer, KernelWeight):
-    """Weights as plain tensors, for the Triton kernels: float16, bfloat16, float32, and FP8 with scales.
+class GpuWeight(KernelWeight):
+    """What weights have in common whose layers may have several views, and may be divided among ranks.
 
-    The inputs of FP8 weights are rounded to FP8 first. Every operation raises ValueError if a row of these inputs is not a
-    multiple of 16 bytes, which the GPU's copy engine needs. The arguments `tiles` and `segments` are for tests and measurements.
+    Every operation raises ValueError if a row of the inputs is not a multiple of 16 bytes, which the GPU's copy engine needs. The
+    arguments `tiles` and `segments` are for tests and measurements.
     """
 
-    # Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's.
-    split: Split | None = None
+    bias: Tensor | None
+    """[views, outs], or None."""
+    split: Split | None
+    """Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's."""
+
+    @property
+    @abstractmethod
+    def views(self) -> int:
+        """1 or 2."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the matrix unit multiplies."""
+
+    @abstractmethod
+    def _streams(self, x: Tensor) -> bool:
+        """Whether `_stream` takes these rows x [rows, in_features]."""
+
+    @abstractmethod
+    def _stream(
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        parts: int,
+        picking: tuple[Tensor, ...],
+        inputs: Leaves | None,
+    ) -> None:
+        """Run the layer in the kernel for few rows; for the arguments see `hopper.launch`."""
+
+    @abstractmethod
+    def _tile(
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        parts: int,
+        tiles: LinearTiles | None,
+        inputs: Leaves | None,
+    ) -> None:
+        """Run the layer in the kernel for any rows; for the arguments see `triton.launch`. tiles: None for the usual ones."""
+
+    def _choose_tiles(self, rows: int, leaves: int) -> LinearTiles:
+        """The usual tiles of a layer whose sum has so many leaves."""
+        return choose_tiles(rows, self.outs, leaves, self.dtype)
 
     def linear_add_rms_norm(
         self,
@@ -44,8 +88,8 @@ class TritonWeight(DenseLayer, KernelWeight):
         """See `Weight`. segments: leaves of the tree, where the model has none."""
         rows, outs = residual.shape
         inputs = self._leaves(outs, x.shape[1], segments)
-        if tiles is None and not hopper.streams(x):
-            tiles = choose_tiles(rows, outs, inputs.total, self.weights[0].dtype)
+        if tiles is None and not self._streams(x):
+            tiles = self._choose_tiles(rows, inputs.total)
         parts = 1
         if tiles is None:
             parts = min(inputs.count, num_parts(outs, x.shape[1]))
@@ -64,7 +108,7 @@ class TritonWeight(DenseLayer, KernelWeight):
             eps,
             self.bias if out.dim() == 3 else None,
             self._split(num_ar),
-            rounded=self.scales is not None,
+            rounded=self.dtype == torch.float8_e4m3fn,
             peers=peers,
         )
 
@@ -73,8 +117,8 @@ class TritonWeight(DenseLayer, KernelWeight):
 
         Raises ValueError for leaves that the kernels can't take.
         """
-        unit, split = leaf_unit(self.weights[0].dtype), self.split
-        if split is None or split.inputs is None or self.scales is not None:
+        unit, split = leaf_unit(self.dtype), self.split
+        if split is None or split.inputs is None or self.dtype == torch.float8_e4m3fn:
             return Leaves.whole(ins, unit, segments or num_parts(outs, ins))
         inputs = split.inputs
         if inputs.total > 1 and inputs.unit != unit:
@@ -107,7 +151,7 @@ class TritonWeight(DenseLayer, KernelWeight):
         num_ar: Tensor | None = None,
     ) -> None:
         """See `Weight`; with few rows, each tile of outputs is picked from before it is stored, if it is stored at all."""
-        if hopper.streams(x):
+        if self._streams(x):
             best = self.best_of_tiles(x, logits, wanted, temperatures, keys, num_ar)
         else:
             self.linear(x, num_ar, logits)
@@ -128,14 +172,11 @@ class TritonWeight(DenseLayer, KernelWeight):
         num_ar: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`best_of_blocks` of the layer's outputs, for rows that `hopper` takes: see `linear_gumbel_argmax`."""
-        x, x_scales = self._inputs(x)
         shape = x.shape[0], hopper.num_tiles(logits.shape[1])
         values = torch.empty(shape, device=x.device, dtype=torch.float32)
         indices = torch.empty(shape, device=x.device, dtype=torch.int32)
         picking = temperatures, keys, wanted, values, indices
-        hopper.launch(
-            x, self, logits, self._split(num_ar), 1, picking, x_scales, first_token=self._first_token
-        )
+        self._stream(x, logits, self._split(num_ar), 1, picking, None)
         return values, indices
 
     def _run(
@@ -148,24 +189,67 @@ class TritonWeight(DenseLayer, KernelWeight):
         inputs: Leaves | None = None,
     ) -> None:
         """Compute the layer into out: [rows, outs], or nodes of its tree [parts, rows, outs] without the bias."""
-        stream = tiles is None and hopper.streams(x)
-        x, x_scales = self._inputs(x)
-        if stream:
-            hopper.launch(x, self, out, self._split(num_ar), parts, x_scales=x_scales, inputs=inputs)
-            return
-        tiles = tiles or choose_tiles(x.shape[0], self.outs, 1, x.dtype)
-        triton.launch(x, self, out, self._split(num_ar), parts, tiles, x_scales, inputs)
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inputs x [rows, in_features] as the kernels take them, and their scales if they are in FP8."""
-        x, scales = (x, None) if self.scales is None else quantise_rows(x)
-        if x.shape[1] * x.itemsize % 16:
+        if x.shape[1] * self.dtype.itemsize % 16:
             raise ValueError(
-                f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
+                f"a linear layer with {x.shape[1]} inputs of {self.dtype} can't run on a GPU: "
                 "its rows must be multiples of 16 bytes"
             )
-        return x, scales
+        num_ar = self._split(num_ar)
+        if tiles is None and self._streams(x):
+            self._stream(x, out, num_ar, parts, (), inputs)
+        else:
+            self._tile(x, out, num_ar, parts, tiles, inputs)
 
     def _split(self, num_ar: Tensor | None) -> Tensor | None:
         """What the kernels are given: None for a layer of one view, whose kernels never read it."""
-        return num_ar if len(self.weights) > 1 else None
+        return num_ar if self.views > 1 else None
+
+
+@dataclass(frozen=True)
+class TritonWeight(DenseLayer, GpuWeight):
+    """Weights as plain tensors, for the Triton kernels: float16, bfloat16, float32, and FP8 with scales.
+
+    The inputs of FP8 weights are rounded to FP8 first.
+    """
+
+    split: Split | None = None
+
+    @property
+    def views(self) -> int:
+        return len(self.weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    def _streams(self, x: Tensor) -> bool:
+        return hopper.streams(x)
+
+    def _stream(
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        parts: int,
+        picking: tuple[Tensor, ...],
+        inputs: Leaves | None,
+    ) -> None:
+        x, x_scales = self._inputs(x)
+        hopper.launch(x, self, out, num_ar, parts, picking, x_scales, inputs, self._first_token)
+
+    def _tile(
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        parts: int,
+        tiles: LinearTiles | None,
+        inputs: Leaves | None,
+    ) -> None:
+        x, x_scales = self._inputs(x)
+        tiles = tiles or self._choose_tiles(x.shape[0], 1)
+        triton.launch(x, self, out, num_ar, parts, tiles, x_scales, inputs)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inputs x [rows, in_features] as the kernels take them, and their scales if they are in FP8."""
+        return (x, None) if self.scales is None else quantise_rows(x)

@@ -1,9 +1,12 @@
 """Weights in 12 bits (see `lossless`) in the linear kernel of `triton`: widening, and putting the exceptions in place."""
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from orthrus.kernels.linear.types import LinearTiles
+from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.types import DenseLayer, LinearTiles, LosslessLayer
 
 
 @triton.jit
@@ -72,6 +75,71 @@ def sum_lossless(
     return total
 
 
-def lossless_tiles(rows: int) -> LinearTiles:
-    """The usual tiles of a layer of one sum or several. Other outputs or another depth would not fit the lists of exceptions."""
-    return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128, 128)
+def lossless_tiles(rows: int, leaves: int) -> LinearTiles:
+    """The usual tiles. Other outputs or another depth would not fit the lists of exceptions. leaves: of the layer's sum."""
+    width = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    return LinearTiles(64, width, 128, leaves > 1 and rows <= 128)
+
+
+@triton.jit
+def _exponent(power):
+    """The exponent of a power of two."""
+    return (power.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _scaled(bits, exponent):
+    """The bits of a bfloat16 number times 2 ** exponent: int16. The number is normal or zero; the result may be subnormal."""
+    magnitude = bits & 0x7FFF
+    field = (magnitude >> 7) + exponent
+    normal = magnitude + (exponent << 7)
+    subnormal = ((magnitude & 0x7F) | 0x80) >> tl.minimum(tl.maximum(1 - field, 0), 31)
+    scaled = tl.where(magnitude == 0, 0, tl.where(field > 0, normal, subnormal))
+    return ((bits & 0x8000) | scaled).to(tl.int16)
+
+
+@triton.jit
+def _widen_kernel(
+    high, low, exceptions, scales, pairs_out, out, ins,
+    OUTS: tl.constexpr, DEPTH: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    steps = ins // DEPTH
+    out_at, k = tl.program_id(0) // steps * OUTS, tl.program_id(0) % steps * DEPTH
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    index = (out_at + tl.arange(0, OUTS)).to(tl.int64)[:, None]
+    upper = tl.load(high + index * (ins // 4) + k // 4 + tl.arange(0, DEPTH // 4)[None, :])
+    lower = tl.load(low + index * (ins // 8) + k // 8 + tl.arange(0, DEPTH // 8)[None, :])
+    # From the scale of the sums to that of the layer, by adding to the exponents of both neighbours.
+    pairs = _widen(upper, lower, OUTS, DEPTH) + _exponent(tl.load(scales + index)) * 0x00800080
+    tl.store(pairs_out + index * (ins // 2) + k // 2 + tl.arange(0, DEPTH // 2)[None, :], pairs)
+    tl.debug_barrier()  # The exceptions are written over what is there.
+    number = tl.arange(0, 32)
+    place = exceptions + tl.program_id(0) * 32
+    entry = tl.load(place + number)
+    row, column = (entry & 0xFFFF) // DEPTH, entry & (DEPTH - 1)
+    live = (number > 0) & (number <= tl.load(place))
+    exact = _scaled(entry >> 16, _exponent(tl.load(scales + out_at + row, mask=live, other=1.0)))
+    tl.store(
+        out + (out_at + row).to(tl.int64) * ins + k + column, exact.to(tl.bfloat16, bitcast=True), mask=live
+    )
+
+
+def widen_layer(layer: LosslessLayer) -> DenseLayer:
+    """`lossless.unpack_lossless` on a GPU."""
+    rows, ins = layer.high.shape[0], layer.high.shape[1] * 4
+    out = torch.empty(rows, ins, device=layer.high.device, dtype=torch.bfloat16)
+    _widen_kernel[(rows // 64 * (ins // 128),)](
+        layer.high,
+        layer.low,
+        layer.exceptions,
+        layer.scales,
+        out.view(torch.int32),
+        out,
+        ins,
+        OUTS=64,
+        DEPTH=128,
+        **chaining(),
+    )
+    return DenseLayer(out.view(-1, layer.outs, ins).unbind(), layer.bias, layer.interleaved)

@@ -9,8 +9,11 @@ pytest.importorskip("triton")
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import triton
 from orthrus.kernels.linear.lossless import pack_lossless
+from orthrus.kernels.linear.lossless_gpu import LosslessWeight
+from orthrus.kernels.linear.lossless_triton import widen_layer
+from orthrus.kernels.linear.reference import DenseWeight
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
-from tests.kernels.interpreted import int32, interpreted, randn
+from tests.kernels.interpreted import assert_near, int32, interpreted, randn
 
 pytestmark = interpreted
 
@@ -23,6 +26,11 @@ def layer_of(outs: int, ins: int, views: int = 1, gated: bool = False, exception
     for number in range(exceptions):
         weights[0, number * 2 % 64, number * 37 % 128] = [3e-9, -700.0, 0.0, -0.0][number % 4]
     return DenseLayer(weights.unbind(), randn(views, outs, seed=5), gated)
+
+
+def _bias(layer: DenseLayer) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias.double()
 
 
 def run(layer: DenseLayer, x: Tensor, parts: int = 1, num_ar: Tensor | None = None) -> list[Tensor]:
@@ -48,7 +56,7 @@ def test_a_layer_has_the_bits_of_its_weights_in_full(exceptions: int) -> None:
     full, packed = run(layer, randn(20, 640, seed=2))
     assert int(pack_lossless(layer).exceptions[0, 0, 0]) >= exceptions
     assert torch.equal(packed, full)
-    exact = randn(20, 640, seed=2).double() @ layer.weights[0].double().T + layer.bias.double()
+    exact = randn(20, 640, seed=2).double() @ layer.weights[0].double().T + _bias(layer)
     assert float((packed - exact).norm() / exact.norm()) < 1e-6
 
 
@@ -59,3 +67,27 @@ def test_gated_layers_layers_of_two_views_and_parts_of_a_tree() -> None:
         assert torch.equal(packed, full)
     full, packed = run(layer_of(64, 512, 1, False, 5), x, 2)
     assert full.shape == (2, 20, 64) and torch.equal(packed, full)
+
+
+def test_widening_a_layer_gives_the_layer() -> None:
+    layer = layer_of(128, 384, views=2, exceptions=9)
+    layer.weights[1][3, 7] = 2.0**-128  # A subnormal number.
+    for found, weight in zip(widen_layer(pack_lossless(layer)).weights, layer.weights, strict=True):
+        assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_the_operations_are_those_of_the_weights_in_full(rows: int) -> None:
+    x, residual = randn(rows, 512, seed=2) / 8, randn(rows, 64, seed=4)
+    layer = layer_of(64, 512, views=2, exceptions=5)
+    packed = pack_lossless(layer)
+    ours = LosslessWeight(packed.high, packed.low, packed.exceptions, packed.scales, packed.bias)
+    assert ours.nbytes == packed.tensor_bytes
+    theirs = DenseWeight(tuple(w.double() for w in layer.weights), _bias(layer))
+    num_ar = int32(rows // 2)
+    assert_near(ours.linear(x, num_ar), theirs.linear(x.double(), num_ar))
+    norm = randn(64, seed=6)
+    got = ours.linear_add_rms_norm(x, residual, norm, 1e-6, num_ar)
+    exact = theirs.linear_add_rms_norm(x.double(), residual.double(), norm.double(), 1e-6, num_ar)
+    for found, expected in zip(got, exact, strict=True):
+        assert_near(found, expected)

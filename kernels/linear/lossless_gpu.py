@@ -1,0 +1,73 @@
+"""`LosslessWeight`: a layer in 12 bits on a GPU, and which kernel multiplies it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.leaves import Leaves
+from orthrus.kernels.linear import triton
+from orthrus.kernels.linear.gpu import GpuWeight
+from orthrus.kernels.linear.lossless_triton import lossless_tiles, widen_layer
+from orthrus.kernels.linear.split import Split
+from orthrus.kernels.linear.tiles import choose_tiles
+from orthrus.kernels.linear.types import LinearTiles, LosslessLayer
+
+MOST_PACKED_ROWS = 512
+"""Most rows that are multiplied as the weights are widened. More rows would widen each weight too often."""
+
+
+@dataclass(frozen=True)
+class LosslessWeight(LosslessLayer, GpuWeight):
+    """Weights in 12 bits. Each operation gives the bits that `TritonWeight` gives with the weights in full.
+
+    With more than `MOST_PACKED_ROWS` rows the layer is written out in full first, to memory that is free again afterwards.
+    """
+
+    split: Split | None = None
+    # Whether it is the LM head, which is never written out in full: a pass has few rows for it, and it is large.
+    head: bool = False
+
+    @property
+    def views(self) -> int:
+        return self.scales.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def _streams(self, x: Tensor) -> bool:
+        return False
+
+    def _stream(
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        parts: int,
+        picking: tuple[Tensor, ...],
+        inputs: Leaves | None,
+    ) -> None:
+        raise NotImplementedError
+
+    def _tile(
+        self,
+        x: Tensor,
+        out: Tensor,
+        num_ar: Tensor | None,
+        parts: int,
+        tiles: LinearTiles | None,
+        inputs: Leaves | None,
+    ) -> None:
+        tiles = tiles or self._choose_tiles(x.shape[0], 1)
+        layer = widen_layer(self) if self._is_widened(x.shape[0]) else self
+        triton.launch(x, layer, out, num_ar, parts, tiles, inputs=inputs)
+
+    def _choose_tiles(self, rows: int, leaves: int) -> LinearTiles:
+        if self._is_widened(rows):
+            return choose_tiles(rows, self.outs, leaves, self.dtype)
+        return lossless_tiles(rows, leaves)
+
+    def _is_widened(self, rows: int) -> bool:
+        """Whether the layer is written out in full for so many rows."""
+        return rows > MOST_PACKED_ROWS and not self.head
