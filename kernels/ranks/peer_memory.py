@@ -9,12 +9,15 @@ others have begun that one. So nobody still reads what it overwrites.
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _ALIGNMENT = 256
+_START_SECONDS = 60
+"""How long the ranks, which all have come so far, take at most to find each other's memory."""
 _FIRST_WAIT, _WAIT = 120_000_000_000, 3_000_000_000
 """For how many nanoseconds a rank is waited for, until all kernels have been compiled and after that."""
 
@@ -85,7 +88,9 @@ class PeerMemory:
         torch.cuda.set_device(device)
         # PyTorch holds no reference to a group that it finds by its name. Each engine has a file, and so a name, of its own.
         group: Any = store_file
-        self._group = c10d.ProcessGroup(c10d.FileStore(store_file, size), rank, size)
+        store = c10d.FileStore(store_file, size)
+        store.set_timeout(timedelta(seconds=_START_SECONDS))
+        self._group = c10d.ProcessGroup(store, rank, size)
         c10d._register_process_group(group, self._group)
         self._memory = c10d._SymmetricMemory.empty_strided_p2p((ends,), (1,), torch.uint8, device, group)
         self._memory.zero_()
@@ -113,7 +118,7 @@ class PeerMemory:
         # Kernels are compiled when they are first launched, which may take one rank longer than another.
         self.status = torch.tensor([0, _FIRST_WAIT], device=device)
         # Nobody writes to a rank's memory before it is zero and all ranks have it.
-        handle.barrier()
+        handle.barrier(timeout_ms=1000 * _START_SECONDS)
         torch.cuda.synchronize(device)
 
     def start(self) -> None:

@@ -7,11 +7,13 @@ after it has finished the one before it, for which all others have begun that on
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Semaphore
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _BOX_BYTES = 8 << 20
 """A larger tensor is exchanged in several parts."""
+Result = TypeVar("Result")
 _CHECK_SECONDS = 0.2
 """How often a rank that waits for another asks whether it is still there."""
 
@@ -62,6 +65,25 @@ class Processes(Protocol):
         ...
 
 
+def run_watched(work: Callable[[], Result], check: Callable[[], None]) -> Result:
+    """What `work` returns or raises. It runs in a thread, which is left behind if `check` raises meanwhile.
+
+    So nobody waits until a library gives up a rank that has ended.
+    """
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="orthrus-watched", daemon=True).start()
+    while not wait([done], _CHECK_SECONDS).done:
+        check()
+    return done.result()
+
+
 class SharedMemoryRanks(Ranks):
     """See `Ranks`."""
 
@@ -82,7 +104,14 @@ class SharedMemoryRanks(Ranks):
     def share_memory(self, device: torch.device, sizes: "PeerSizes") -> None:
         from orthrus.kernels.ranks.peer_memory import PeerMemory
 
-        self.peers = PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes)
+        self.least(0)  # Only when all have loaded: nobody waits for long in there.
+        try:
+            self.peers = run_watched(
+                lambda: PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes), self.check
+            )
+        except RuntimeError as error:
+            self.check()
+            raise RankError(f"the GPUs of the model can't share memory: {error}") from error
 
     def exchange(self, own: Tensor) -> list[Tensor]:
         parts = own.view(-1).split(_BOX_BYTES // own.itemsize)

@@ -43,7 +43,8 @@ class Engine(EngineCore):
         load = partial(load_weights, path, model_config)
         ranks = start_ranks(config, model_config, load) if size > 1 else ONE_RANK
         stages.info("loading the weights of %s", model_config.name)
-        weights = load(device, config.dtype, shard=shard)
+        # As soon as another rank has failed, there is nothing to load for.
+        weights = load(device, config.dtype, shard=shard, check=ranks.check)
         has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         if not has_tokenizer:
             return cls(config, model_config, weights, ranks=ranks)

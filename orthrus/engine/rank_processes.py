@@ -1,7 +1,7 @@
 """The processes of ranks 1 and up of a model that several ranks share. The engine's own process is rank 0.
 
 A process of its own for each GPU: one that drives several GPUs waits for all of them whenever a kernel is loaded. The engine
-tells the ranks over pipes what to run. It notices within `HANG_SECONDS` and a little more if one of them ends or stops.
+tells the ranks over pipes what to run. It notices at once if one of them ends, and within about `HANG_SECONDS` if one stops.
 """
 
 import copy
@@ -10,7 +10,6 @@ import multiprocessing
 import pickle
 import shutil
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,16 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.rank_worker import BEAT_SECONDS, LoadWeights, RankSetup, rank_device, run_rank
+from orthrus.engine.rank_worker import (
+    BEAT_SECONDS,
+    LoadWeights,
+    RankSetup,
+    SignsOfLife,
+    rank_device,
+    run_rank,
+)
 from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import RankError, Ranks
 from orthrus.kernels.ranks.shared_memory import SharedBoxes, SharedMemoryRanks
@@ -31,8 +36,10 @@ from orthrus.models.families import family_of
 
 logger = logging.getLogger(__name__)
 
-HANG_SECONDS = 4.0
+HANG_SECONDS = 3.5
 """A rank that has not shown itself for so long has stopped."""
+_STILL_LOOKS = round(HANG_SECONDS / BEAT_SECONDS)
+"""The same in looks at it. A host that stands still for a while makes none, and so loses no rank."""
 _END_SECONDS = 2.0
 """What a rank is given to end by itself."""
 
@@ -49,18 +56,18 @@ def start_ranks(config: EngineConfig, model: ModelConfig, load: LoadWeights) -> 
     rotary = family_of(model).hugging_face().rotary
     context.set_forkserver_preload([run_rank.__module__, rotary.__module__])
     shared = SharedBoxes.make(context, size)
-    beats = torch.zeros(size, dtype=torch.float64).share_memory_()
+    signs = SignsOfLife.make(size)
     before = torch.get_num_threads()
     threads = max(1, before // size)
     on_cpu = rank_device(config.device, 0).type == "cpu"
     if on_cpu:
         torch.set_num_threads(threads)
     processes = [
-        _start(context, RankSetup(rank, config, model, load, shared, beats, threads))
+        _start(context, RankSetup(rank, config, model, load, shared, signs, threads))
         for rank in range(1, size)
     ]
     folder = Path(shared.store_file).parent
-    return SharedMemoryRanks(0, shared, RankProcesses(processes, beats, folder, before if on_cpu else None))
+    return SharedMemoryRanks(0, shared, RankProcesses(processes, signs, folder, before if on_cpu else None))
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,10 @@ class RankProcesses:
     A thread looks after them. When one has failed it ends the others, so that nobody waits for a process that stands still.
     """
 
-    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path, threads: int | None) -> None:
-        """beats: float64, when each rank last showed itself, in seconds of the monotonic clock. 0: it has not begun. folder: is
-        removed at the end. threads: what this process has at the end again; None for what it has."""
+    def __init__(self, ranks: Sequence[_Rank], signs: SignsOfLife, folder: Path, threads: int | None) -> None:
+        """folder: is removed at the end. threads: what this process has at the end again; None for what it has."""
         self._ranks = ranks
-        self._watch = _Watch(ranks, beats, folder)
+        self._watch = _Watch(ranks, signs, folder)
         self._thread = threading.Thread(target=self._watch.run, name="orthrus-ranks", daemon=True)
         self._thread.start()
         # Not a method of this object, which would keep it alive.
@@ -119,11 +125,23 @@ class RankProcesses:
             on_failure(_as_rank_error(error))  # The thread may have found it before.
 
 
+@dataclass
+class _Seen:
+    """What a rank last showed of itself."""
+
+    beats: int
+    ticks: int
+    """For how long it had computed, while it loaded: see `_process_state`."""
+    looks: int = 0
+    """How often it has been looked at since, in vain."""
+
+
 class _Watch:
     """Looks whether all ranks are there, several times a second."""
 
-    def __init__(self, ranks: Sequence[_Rank], beats: Tensor, folder: Path) -> None:
-        self._ranks, self._beats, self.folder = ranks, beats, folder
+    def __init__(self, ranks: Sequence[_Rank], signs: SignsOfLife, folder: Path) -> None:
+        self._ranks, self._signs, self.folder = ranks, signs, folder
+        self._seen = {rank.number: _Seen(0, 0) for rank in ranks}
         self._lock = threading.Lock()
         self._error: RankError | ConfigError | None = None
         self.on_failure: Callable[[RankError], None] | None = None
@@ -131,6 +149,7 @@ class _Watch:
 
     def run(self) -> None:
         while not self.stopped.wait(BEAT_SECONDS):
+            self._look()
             try:
                 self.check()
             except (RankError, ConfigError) as error:
@@ -148,27 +167,69 @@ class _Watch:
         It says the same each time: what was found first.
         """
         with self._lock:
-            self._error = self._error or self._find()
+            self._error = self._error or self._find_ended()
         if self._error is not None:
             # A copy: an error that was raised holds the engine by its traceback, and this one is kept until the engine ends.
             raise copy.copy(self._error)
 
-    def _find(self) -> RankError | ConfigError | None:
+    def _look(self) -> None:
+        """Note what the ranks show of themselves, and that one has stopped if it has shown nothing new for long.
+
+        A rank that still loads may be unable to beat for long, as a thread of Python that reads a large file can keep all others
+        from running. It has not stopped as long as it computes, or waits for a disk.
+        """
+        for rank in self._ranks:
+            beats, ticks = int(self._signs.beats[rank.number]), 0
+            state = ""
+            if not self._signs.loaded[rank.number] and rank.process.pid is not None:
+                state, ticks = _process_state(rank.process.pid)
+            seen = self._seen[rank.number]
+            begun = beats or ticks >= _FEW_TICKS
+            if (
+                not begun
+                or beats != seen.beats
+                or ticks - seen.ticks >= _FEW_TICKS
+                or state == _WAITS_FOR_DISK
+            ):
+                self._seen[rank.number] = _Seen(beats, ticks)
+                continue
+            seen.looks += 1
+            if seen.looks >= _STILL_LOOKS:
+                with self._lock:
+                    if not self.stopped.is_set():
+                        self._error = self._error or self._find_ended() or _stopped(rank.number)
+
+    def _find_ended(self) -> RankError | ConfigError | None:
         if self.stopped.is_set():
             return None
-        now = time.monotonic()
         for rank in self._ranks:
             if not rank.process.is_alive():
                 reason = _reason(rank)
                 if isinstance(reason, ConfigError):
                     return type(reason)(f"rank {rank.number}: {reason}")
                 return RankError(f"rank {rank.number} of the model has ended: {reason}")
-            beat = float(self._beats[rank.number])
-            if beat and now - beat > HANG_SECONDS:
-                return RankError(
-                    f"rank {rank.number} of the model has stopped: it has not shown itself for {now - beat:.0f} seconds"
-                )
         return None
+
+
+_WAITS_FOR_DISK = "D"
+"""Of the states of a process, as in ps."""
+_FEW_TICKS = 5
+"""A process whose threads only wait for each other uses fewer ticks than this in `HANG_SECONDS`. A second has 100."""
+
+
+def _process_state(pid: int) -> tuple[str, int]:
+    """State of a process, and for how many ticks of the clock it has computed; "" and 0 where the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[11]) + int(fields[12])
+
+
+def _stopped(rank: int) -> RankError:
+    return RankError(
+        f"rank {rank} of the model has stopped: it has not shown itself for {HANG_SECONDS:g} seconds"
+    )
 
 
 def _as_rank_error(error: RankError | ConfigError) -> RankError:

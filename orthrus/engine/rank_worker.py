@@ -32,9 +32,27 @@ BEAT_SECONDS = 0.5
 class LoadWeights(Protocol):
     """Gives a rank's part of the weights. It must be possible to pickle it."""
 
-    def __call__(self, device: torch.device, dtype: str, *, shard: Shard) -> dict[str, Tensor]:
+    def __call__(
+        self, device: torch.device, dtype: str, *, shard: Shard, check: Callable[[], None]
+    ) -> dict[str, Tensor]:
         """As `load_weights` of a checkpoint."""
         ...
+
+
+@dataclass(frozen=True)
+class SignsOfLife:
+    """How the ranks show that they run, in shared memory."""
+
+    beats: Tensor
+    """int64 [ranks]: a number that each rank raises every `BEAT_SECONDS`."""
+    loaded: Tensor
+    """bool [ranks]: which ranks are ready for passes."""
+
+    @staticmethod
+    def make(size: int) -> "SignsOfLife":
+        """Those of `size` ranks, none of which has begun."""
+        beats, loaded = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
+        return SignsOfLife(beats.share_memory_(), loaded.share_memory_())
 
 
 @dataclass(frozen=True)
@@ -47,8 +65,7 @@ class RankSetup:
     """The whole model."""
     load: LoadWeights
     shared: SharedBoxes
-    beats: Tensor
-    """float64 [ranks], in shared memory: when each rank last showed itself, in seconds of the monotonic clock."""
+    signs: SignsOfLife
     threads: int
     """For a model on a CPU: how many threads the rank may use."""
 
@@ -103,9 +120,10 @@ def run_rank(setup: RankSetup, pipe: Connection) -> None:
     A ConfigError is told as it is, for rank 0 to raise; of anything else, what it says.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then closes the pipe.
-    threading.Thread(target=_beat, args=(setup.beats, setup.rank), daemon=True).start()
+    threading.Thread(target=_beat, args=(setup.signs.beats, setup.rank), daemon=True).start()
     try:
         loaded = _load(setup)
+        setup.signs.loaded[setup.rank] = True
         while True:
             try:
                 message = pipe.recv()
@@ -128,7 +146,8 @@ def _load(setup: RankSetup) -> LoadedModel:
     if device.type == "cpu":
         torch.set_num_threads(setup.threads)
     ranks = SharedMemoryRanks(setup.rank, setup.shared, _Rank0())
-    weights = setup.load(device, config.dtype, shard=Shard(model, setup.rank, ranks.size))
+    shard = Shard(model, setup.rank, ranks.size)
+    weights = setup.load(device, config.dtype, shard=shard, check=ranks.check)
     model = with_own_head(model, weights)
     schedule = load_schedule(SCHEDULES[config.schedule_for(model)])
     return LoadedModel.build(config, model, weights, ranks, schedule.max_groups)
@@ -136,5 +155,5 @@ def _load(setup: RankSetup) -> LoadedModel:
 
 def _beat(beats: Tensor, rank: int) -> None:
     while True:
-        beats[rank] = time.monotonic()
+        beats[rank] += 1
         time.sleep(BEAT_SECONDS)

@@ -1,6 +1,7 @@
 """Models of published shapes with random weights: what passes cost does not depend on what the weights are."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -95,7 +96,14 @@ def shape_engine(
 
 
 def _random_weights(
-    model: ModelConfig, name: str, device: torch.device, dtype: str, *, shard: Shard
+    model: ModelConfig,
+    name: str,
+    device: torch.device,
+    dtype: str,
+    *,
+    shard: Shard,
+    check: Callable[[], None],
 ) -> dict[str, Tensor]:
     """See `LoadWeights`. name: that of the dtype; a setting does not say it here."""
+    check()
     return random_weights(model, device, getattr(torch, name.removeprefix("torch.")), shard=shard)

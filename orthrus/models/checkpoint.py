@@ -7,7 +7,7 @@ gives one error that lists what is wrong.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,12 @@ def load_weights(
     device: str | torch.device,
     dtype: str | torch.dtype = "auto",
     shard: Shard | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Every tensor that the config's family expects (`Family.tensor_shapes`), on `device` in `dtype` (see `compute_dtype`).
 
-    shard: the part of the model to load; None for all of it. Of a tensor that is divided, nothing else is read.
+    shard: the part of the model to load; None for all of it. Of a tensor that is divided, nothing else is read. check: called
+    before each tensor is read; what it raises ends the loading.
     What quantised weights are stored as keeps its own dtype, but for scales where `dtype` is wider than 16 bits.
     Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the files
     hold one that differs from the embedding (see `with_own_head`).
@@ -84,6 +86,7 @@ def load_weights(
             # Straight to the device: the host holds one tensor at a time.
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in names:
+                    check()
                     # On a CPU always copy: what was read is a view of the file, and the file may change.
                     on_cpu = torch.device(device).type == "cpu"
                     part = None if shard is None else shard.part(family.division(name))

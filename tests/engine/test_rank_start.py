@@ -1,0 +1,150 @@
+"""While ranks load: one that ends or stops ends the start at once and is named, and one that is only slow does not."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore
+
+from orthrus.engine import Engine, EngineConfig
+from orthrus.engine.rank_processes import HANG_SECONDS, start_ranks
+from orthrus.engine.rank_worker import LoadWeights
+from orthrus.kernels.ranks import RankError, Ranks
+from orthrus.kernels.ranks.shared_memory import run_watched
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.config import ModelConfig
+from orthrus.models.families import load_config
+from orthrus.models.shard import Shard
+from tests.checkpoints import make_checkpoint
+
+NOT_WAITED = 60
+"""More seconds than any of these starts may take."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(
+        tmp_path_factory.mktemp("start"),
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=256,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        dtype=torch.bfloat16,
+    )
+
+
+@dataclass(frozen=True)
+class LoadWith:
+    """Loads a rank's weights, behind something that it does first."""
+
+    first: Callable[[], object]
+    load: LoadWeights
+
+    def __call__(
+        self, device: torch.device, dtype: str, *, shard: Shard, check: Callable[[], None]
+    ) -> dict[str, Tensor]:
+        self.first()
+        return self.load(device, dtype, shard=shard, check=check)
+
+
+def end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang() -> None:
+    """Sleep without letting any other thread of Python run."""
+    ctypes.PyDLL(None).sleep(NOT_WAITED)
+
+
+def compute() -> None:
+    """Compute for longer than a rank may stand still, without letting any other thread of Python run."""
+    begin = time.monotonic()
+    sum(range(10**7))
+    count = int(10**7 * (HANG_SECONDS + 2.5) / (time.monotonic() - begin))
+    begin = time.monotonic()
+    sum(range(count))
+    assert time.monotonic() - begin > HANG_SECONDS
+
+
+def started(checkpoint: Path, first: Callable[[], object]) -> tuple[EngineConfig, ModelConfig, Ranks]:
+    config = EngineConfig(
+        model=str(checkpoint), device="cpu", tensor_parallel_size=2, sum_leaves=2, kv_cache_tokens=512
+    )
+    model = config.with_settings(load_config(checkpoint))
+    return (
+        config,
+        model,
+        start_ranks(config, model, LoadWith(first, partial(load_weights, checkpoint, model))),
+    )
+
+
+def wait_in_vain(ranks: Ranks) -> None:
+    end = time.monotonic() + NOT_WAITED
+    while time.monotonic() < end:
+        ranks.check()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (end, "rank 1 of the model has ended: killed by signal 9"),
+        (stop, "rank 1 of the model has stopped"),
+        (hang, "rank 1 of the model has stopped"),
+    ],
+)
+def test_a_rank_that_fails_while_it_loads_ends_the_start(
+    checkpoint: Path, first: Callable[[], object], said: str
+) -> None:
+    """Wherever rank 0 is then: it reads its own weights, waits for the other ranks, or for a library."""
+    _, model, ranks = started(checkpoint, first)
+    with pytest.raises(RankError, match=said):
+        wait_in_vain(ranks)
+    with pytest.raises(RankError, match=said):
+        ranks.least(0)
+    with pytest.raises(RankError, match=said):
+        load_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+
+
+def test_a_rank_that_loads_slowly_is_waited_for(checkpoint: Path) -> None:
+    config, model, ranks = started(checkpoint, compute)
+    weights = load_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+    engine = Engine(config, model, weights, ranks=ranks)
+    [[completion]] = engine.generate([[1, 2, 3]])
+    assert completion.token_ids
+
+
+def test_a_library_that_waits_for_a_rank_is_not_waited_for(tmp_path: Path) -> None:
+    """A file store, as GPUs find each other's memory with."""
+    store = FileStore(str(tmp_path / "store"), 2)
+    store.set_timeout(timedelta(seconds=NOT_WAITED))
+    begin, looks = time.monotonic(), 0
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise RankError("rank 1 has ended")
+
+    with pytest.raises(RankError, match="rank 1 has ended"):
+        run_watched(lambda: store.get("from rank 1"), check)
+    assert time.monotonic() - begin < NOT_WAITED / 4
+    store.set("from rank 1", "here")
+    assert run_watched(lambda: store.get("from rank 1"), check) == b"here"
+    with pytest.raises(ValueError, match="what the work raises"):
+        run_watched(lambda: exec("raise ValueError('what the work raises')"), check)
