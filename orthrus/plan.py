@@ -10,12 +10,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from orthrus.kernels.attention import AttentionGroup, AttentionPlan
+from orthrus.kernels.attention.moving_blocks import VerifiedTree
 from orthrus.kernels.rows.types import KVWrites
 
 MAX_RANKS = 4
@@ -38,10 +40,36 @@ class Verifying:
     """Drafts that a pass in flight verifies."""
 
     drafts: Sequence[int]
-    """The drafts, in order."""
+    """The drafts, in the order of their rows."""
     first_pick: int
-    """Place, among the runner's picks, of the pick that the first draft is compared with. The others follow, and then the pick
-    behind the last draft."""
+    """Place, among the runner's picks, of the pick behind the newest token. The picks behind the drafts follow, in order."""
+    tree: VerifiedTree | None = None
+    """None for a chain, where each draft follows the one before it."""
+
+    @cached_property
+    def _depths(self) -> list[int]:
+        """For each draft: how many drafts there are up to it, itself included."""
+        if self.tree is None:
+            return list(range(1, len(self.drafts) + 1))
+        depths: list[int] = []
+        for parent in self.tree.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    @property
+    def furthest(self) -> int:
+        """Most drafts that can be right."""
+        return max(self._depths, default=0)
+
+    def right(self, picks: Sequence[int]) -> tuple[int, int]:
+        """The place of the last right draft, -1 if none is right; and how many are right. picks: from `first_pick` on."""
+        last = -1
+        for place, draft in enumerate(self.drafts):
+            parent = place - 1 if self.tree is None else self.tree.parents[place]
+            # No two drafts behind the same one are alike, and none comes before its parent.
+            if parent == last and draft == picks[parent + 1]:
+                last = place
+        return last, self._depths[last] if last >= 0 else 0
 
 
 def num_right(drafts: Sequence[int], picks: Sequence[int]) -> int:
@@ -69,11 +97,13 @@ class RowGroup:
     parent: "RowGroup | None" = None
     """The group of the same pass that these rows branch off from. They see only its rows before `start`. None: they branch off
     from no group. If the branch begins inside a page, it has its own copy of that page, and the rows of its ancestors whose
-    positions are in the page are written to both copies."""
+    positions are in the page are written to both copies. What the page holds from before the pass is copied as the pass begins.
+    A group comes right behind its parent, or behind other groups that branch off from the same tree."""
     behind: Verifying | None = None
     """Drafts of the pass before this one: these rows, a diffusion block, come behind those that are right. `start` is where the
-    block begins if all are right. For each one that is not, the runner moves it back by a position. It gives the first row the
-    pick behind the last right draft, whatever `tokens` has."""
+    block begins if as many as possible are right. For each one that is not, the runner moves it back by a position. It gives the
+    first row the pick behind the last right draft, whatever `tokens` has. Behind a tree, the block table
+    becomes that of the group with this draft."""
 
     @property
     def end(self) -> int:
@@ -105,6 +135,8 @@ class FlatRows:
     """What the rows attend to, in the order of the rows."""
     logit_rows: np.ndarray
     """int32, the rows that need logits, in the order of the groups that were flattened."""
+    copies: np.ndarray
+    """int32 [copies, 3], pages that have to be copied first: from where, to where, and how many positions."""
     moving: tuple[tuple[int, int, RowGroup], ...] = ()
     """The groups that come behind drafts in flight: each with its first row, and the place of its first row in `logit_rows`."""
 
@@ -153,13 +185,14 @@ class PassPlan:
 
 
 def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
-    """The rows of `groups` (none empty), in the order that `_pass_order` says. page_size: positions of a cache page."""
+    """The rows of `groups` (none empty): those of AR groups first, else in their order. page_size: positions of a cache page."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     written: dict[int, int] = {}
     more: dict[int, list[int]] = {}
-    order, first_rows = _pass_order(groups), [0] * len(groups)
+    order = sorted(range(len(groups)), key=lambda index: groups[index].view is not View.AR)
+    first_rows = [0] * len(groups)
     for index in order:
         group = groups[index]
         first_rows[index] = len(tokens)
@@ -167,7 +200,8 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         positions.extend(range(group.start, group.end))
         if group.view is View.AR:
             _append_slots(slots, written, group, page_size)
-    if any(group.parent is not None for group in groups):
+    trunks = _trunks(groups)
+    if trunks:
         more = _slots_in_branches(groups, first_rows, written, page_size)
     attention = [
         AttentionGroup(
@@ -177,6 +211,8 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
             groups[index].block_table,
             groups[index].view is View.DIFFUSION,
             _writes_from(groups[index], written, page_size),
+            # A branch has pages of its own from that of its trunk's first row on at the earliest.
+            trunks[index].start // page_size * page_size if index in trunks else 0,
         )
         for index in order
     ]
@@ -199,6 +235,7 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
         num_ar=num_ar,
         groups=tuple(attention),
         logit_rows=np.array(logit_rows, np.int32),
+        copies=_copies(groups, trunks, page_size),
         moving=tuple(moving),
     )
 
@@ -219,6 +256,29 @@ def _append_slots(slots: list[int], written: dict[int, int], group: RowGroup, pa
         slots.extend(range(slot, slot + count))
         start += count
         num_rows -= count
+
+
+def _trunks(groups: Sequence[RowGroup]) -> dict[int, RowGroup]:
+    """For each group that branches off, by its index: the group in which its tree begins."""
+    trunks: dict[int, RowGroup] = {}
+    for index, group in enumerate(groups):
+        if group.parent is not None:
+            trunk = group.parent
+            while trunk.parent is not None:
+                trunk = trunk.parent
+            trunks[index] = trunk
+    return trunks
+
+
+def _copies(groups: Sequence[RowGroup], trunks: dict[int, RowGroup], page_size: int) -> np.ndarray:
+    """`FlatRows.copies`: the page in which a branch begins has keys from before the pass, if the tree begins in it too."""
+    copies: list[tuple[int, int, int]] = []
+    for index, trunk in trunks.items():
+        page, filled = divmod(trunk.start, page_size)
+        branch = groups[index].block_table
+        if filled and groups[index].start // page_size == page:
+            copies.append((trunk.block_table[page], branch[page], filled))
+    return np.array(copies, np.int32).reshape(-1, 3)
 
 
 def _slots_in_branches(
@@ -259,16 +319,3 @@ def _writes_from(group: RowGroup, written: dict[int, int], page_size: int) -> in
     while index >= 0 and (position := written.get(group.block_table[index])) is not None:
         first, index = position, index - 1
     return first
-
-
-def _pass_order(groups: Sequence[RowGroup]) -> list[int]:
-    """The groups' indices in the order of the pass: by view, groups of one length side by side.
-
-    Plain PyTorch attention takes groups of one view and length together.
-    """
-    alike: dict[View, dict[int, list[int]]] = {view: defaultdict(list) for view in View}
-    for index, group in enumerate(groups):
-        alike[group.view][len(group.tokens)].append(index)
-    return [
-        index for by_length in alike.values() for same_length in by_length.values() for index in same_length
-    ]

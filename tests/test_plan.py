@@ -18,7 +18,7 @@ def diffusion(tokens: list[int], start: int, block_table: list[int]) -> RowGroup
     return RowGroup(View.DIFFUSION, tokens, start, block_table, 0, len(tokens) - 1)
 
 
-def test_ar_rows_come_first_and_groups_of_one_length_side_by_side() -> None:
+def test_ar_rows_come_first_and_groups_keep_their_order() -> None:
     groups = [
         diffusion([1, 2], 20, [9, 8, 7]),
         ar([3], 30, [1, 2, 3, 4]),
@@ -26,17 +26,17 @@ def test_ar_rows_come_first_and_groups_of_one_length_side_by_side() -> None:
         ar([7], 0, [11]),
     ]
     rows = flatten(groups, PAGE)
-    assert rows.tokens.tolist() == [3, 7, 4, 5, 6, 1, 2]
-    assert rows.positions.tolist() == [30, 0, 6, 7, 8, 20, 21]
+    assert rows.tokens.tolist() == [3, 4, 5, 6, 7, 1, 2]
+    assert rows.positions.tolist() == [30, 6, 7, 8, 0, 20, 21]
     assert rows.num_ar == 5
     assert [(g.first_row, g.num_rows, g.start, g.diffusion) for g in rows.groups] == [
         (0, 1, 30, False),
-        (1, 1, 0, False),
-        (2, 3, 6, False),
+        (1, 3, 6, False),
+        (4, 1, 0, False),
         (5, 2, 20, True),
     ]
     # In the order of the groups that were given, not of the rows.
-    assert rows.logit_rows.tolist() == [5, 0, 4, 1]
+    assert rows.logit_rows.tolist() == [5, 0, 3, 4]
 
 
 def test_slots_follow_the_block_table_across_pages_and_diffusion_rows_write_none() -> None:
@@ -124,5 +124,19 @@ def test_rows_that_a_branch_continues_are_written_to_its_page_too() -> None:
     assert by_token[4] == [4 * PAGE + 1, 6 * PAGE + 1, 7 * PAGE + 1]
     assert by_token[5] == [4 * PAGE + 2]
     assert by_token[8] == [6 * PAGE + 2, 7 * PAGE + 2]
+    # Positions 0 to 5 of page 3 are not in this pass, and no branch begins in that page.
+    assert rows.copies.tolist() == []
+    assert [g.shared for g in rows.groups] == [0] * 4
     starts = {(g.start, tuple(g.pages)): g.writes_from for g in rows.groups}
     assert starts == {(6, (3, 4)): 6, (8, (3, 5)): 6, (10, (3, 6)): 6, (11, (3, 7)): 6}
+
+
+def test_what_a_branch_sees_from_before_the_pass_is_copied() -> None:
+    # From position 18 on in page 9; a branch in the same page, one on top of it, and one that begins in the next page.
+    main = ar([1, 2, 3, 4, 5, 6, 7], 18, [3, 4, 9, 5])
+    branch = RowGroup(View.AR, [6, 7], 20, [3, 4, 6], 0, 2, main)
+    on_top = RowGroup(View.AR, [8], 21, [3, 4, 7], 0, 1, branch)
+    later = RowGroup(View.AR, [8], 24, [3, 4, 9, 8], 0, 1, main)
+    rows = flatten([main, branch, on_top, later, ar([1], 5, [2])], PAGE)
+    assert rows.copies.tolist() == [[9, 6, 2], [9, 7, 2]]
+    assert [g.shared for g in rows.groups] == [0, 16, 16, 16, 0]

@@ -1,14 +1,15 @@
 """Moving draft blocks to where they belong, once the device knows how many drafts before them are right.
 
 A block may be launched before the host knows what the pass before it picked. That pass verifies drafts, and the block begins
-with its pick behind the last right draft. The host plans the block for the furthest place: as if all drafts were right. Before
-the pass begins, its numbers are corrected on the device, by as many positions as drafts were not right.
+with its pick behind the last right draft. The host plans the block for the furthest place: as if as many drafts as possible were
+right. Before the pass begins, its numbers are corrected on the device, by as many positions as drafts were not right. Behind a
+tree of drafts the block also gets the pages of the group in which the last right draft is.
 """
 
 import torch
 from torch import Tensor
 
-from orthrus.kernels.attention.moving_blocks import FIELDS
+from orthrus.kernels.attention.moving_blocks import FIELDS, Fields
 from orthrus.kernels.attention.work_list import HEADER, ITEM, offset
 from orthrus.kernels.device import runs_triton
 
@@ -25,7 +26,7 @@ def place_blocks(
     """Correct a pass for the drafts that were right. All tensors are int32.
 
     blocks: `block_list` of `count` blocks. picks: the runner's. tokens, positions: of the pass, [rows]. noise_keys: of its rows
-    that need logits, [rows, 2]. work: its work list, whose items get their `unseen`.
+    that need logits, [rows, 2]. work: its work list, whose items get their `unseen`, and whose block tables are corrected.
     """
     if runs_triton(blocks):
         from orthrus.kernels.attention import place_blocks_triton
@@ -33,15 +34,35 @@ def place_blocks(
         place_blocks_triton.place_blocks(blocks, count, picks, tokens, positions, noise_keys, work)
         return
     items = work[HEADER.itemsize // 4 :][: int(work[0]) * (ITEM.itemsize // 4)].view(-1, ITEM.itemsize // 4)
-    for fields in blocks[: FIELDS * count].view(-1, FIELDS).tolist():
-        first_row, num_rows, first_logit, num_logits, first_pick, num_drafts, drafts_at, _ = fields
-        drafts = blocks[drafts_at : drafts_at + num_drafts]
-        wrong = (drafts != picks[first_pick : first_pick + num_drafts]).nonzero().flatten()
-        right = int(wrong[0]) if len(wrong) else num_drafts
-        tokens[first_row] = -1 - (first_pick + right)
-        positions[first_row : first_row + num_rows] -= num_drafts - right
-        keys = blocks[drafts_at + num_drafts :][: 2 * (num_drafts + num_logits)].view(-1, 2)
-        noise_keys[first_logit : first_logit + num_logits] = keys[right : right + num_logits]
+    for numbers in blocks[: FIELDS * count].view(-1, FIELDS).tolist():
+        block = Fields(*numbers)
+        behind = blocks[block.drafts_at :].tolist()
+        drafts = behind[: block.num_drafts]
+        picked = picks[block.first_pick :][: block.num_drafts + 1].tolist()
+        last, right = _last_right(drafts, behind[block.num_drafts :] if block.num_pages else None, picked)
+        missing = block.furthest - right
+        tokens[block.first_row] = -1 - (block.first_pick + last + 1)
+        positions[block.first_row : block.first_row + block.num_rows] -= missing
+        keys = blocks[block.keys_at :][: 2 * (block.furthest + block.num_logits)].view(-1, 2)
+        noise_keys[block.first_logit : block.first_logit + block.num_logits] = keys[
+            right : right + block.num_logits
+        ]
         own = items[:, offset(ITEM, "first_row")]
-        inside = (own >= first_row) & (own < first_row + num_rows)
-        items[:, offset(ITEM, "unseen")] += torch.where(inside, num_drafts - right, 0).to(torch.int32)
+        inside = (own >= block.first_row) & (own < block.first_row + block.num_rows)
+        items[:, offset(ITEM, "unseen")] += torch.where(inside, missing, 0).to(torch.int32)
+        if block.num_pages:
+            group = behind[2 * block.num_drafts + last] if last >= 0 else 0
+            pages = behind[3 * block.num_drafts + group * block.num_pages :][: block.num_pages]
+            for table_at in items[inside, offset(ITEM, "table_at")].unique().tolist():
+                first = table_at + block.first_page
+                work[first : first + block.num_pages] = torch.tensor(pages, dtype=torch.int32)
+
+
+def _last_right(drafts: list[int], parents: list[int] | None, picks: list[int]) -> tuple[int, int]:
+    """The place of the last right draft, -1 if there is none, and how many are right. parents: of a tree; None for a chain."""
+    last, right = -1, 0
+    for place, draft in enumerate(drafts):
+        parent = place - 1 if parents is None else parents[place]
+        if parent == last and draft == picks[parent + 1]:
+            last, right = place, right + 1
+    return last, right

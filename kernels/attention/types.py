@@ -26,6 +26,9 @@ class AttentionGroup:
     # its own rows, and a diffusion block sees no key of the pass. Where a block follows AR rows of the same pass, it must give
     # the lowest of those rows' positions, or it may read the cache before they have been written.
     writes_from: int | None = None
+    # How many keys, from the first on, it sees in the same pages as the group before it. Its rows come right behind the rows of
+    # that group.
+    shared: int = 0
 
     @property
     def limits(self) -> list[int]:

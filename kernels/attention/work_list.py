@@ -10,6 +10,9 @@ An *item* is a tile and a run of segments, and every KV head takes it. A tile th
 each span that it has from the span's beginning. Of a span that it enters midway, it leaves one record for each segment. How a
 tile is divided changes no bit of the result.
 
+A tree of drafts is several groups that see their first keys in the same pages. The segments in these pages are its *trunk*. There
+the rows of all its groups make tiles together, so that a key is read once for many rows. Behind it, each group has its own tiles.
+
 The list is one array of int32: a `HEADER`, then the `ITEM`s, then the `DIVIDED_ROW`s, then a bit for each record of these rows
 that says whether the record is the last of its span, then the block tables.
 """
@@ -134,12 +137,21 @@ def plan_work(
     programs: number of programs for each KV head. Work is divided so that each gets about as many keys.
     capacity: most records. A tile that would need more than are left is not divided.
     """
-    tiles, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
-    keys = sum(tile.num_keys for tile in tiles)
+    tiles, trees, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
+    keys = sum(tile.num_keys for tile in tiles) + sum(tree.num_keys for tree in trees)
     items: list[Item] = []
     divided: list[tuple[int, int, int, int]] = []  # By the fields of `DividedRow`.
     span_ends: list[int] = []
     used = 0
+    for tree in trees:
+        share = max(_SHORTEST, -(-keys * (1 + (tree.trunk[0].num_rows > tile_rows)) // programs))
+        runs = _runs(tree.trunk[0].num_keys, share)
+        if (records := tree.num_records(runs)) > capacity - used:
+            tiles += tree.tiles
+            continue
+        items += tree.items(runs, used)
+        divided += tree.divided_rows(runs, used, span_ends)
+        used += records
     for tile in tiles:
         share = max(_SHORTEST, -(-keys * (1 + (tile.num_rows > tile_rows)) // programs))
         parts = _divide(tile, share)
@@ -154,12 +166,16 @@ def plan_work(
         for row in range(tile.first_row, tile.first_row + tile.num_rows):
             divided.append((row, used, len(bits), len(span_ends)))
             used += len(bits)
-        for at in range(0, len(bits), 32):
-            span_ends.append(sum(bit << i for i, bit in enumerate(bits[at : at + 32])))
+        span_ends += _as_numbers(bits)
     # Shared items first. Within both kinds the longest come first: what runs last should be short.
     items.sort(key=lambda item: (item.num_rows <= tile_rows, -_length(item)))
     num_shared = sum(item.num_rows > tile_rows for item in items)
     return _as_list(items, num_shared, divided, span_ends, tables)
+
+
+def _as_numbers(bits: Sequence[bool]) -> list[int]:
+    """32 bits to a number."""
+    return [sum(bit << i for i, bit in enumerate(bits[at : at + 32])) for at in range(0, len(bits), 32)]
 
 
 def _length(item: Item) -> int:
@@ -201,32 +217,126 @@ def _fill(
         table[:, offset(record, place)] += start
 
 
-def _tiles(groups: Sequence[AttentionGroup], most_rows: int) -> tuple[list[Item], list[int]]:
-    """The groups in tiles of up to `most_rows` rows, each as one item, and the block tables one behind the other."""
+class _Tree(NamedTuple):
+    """The tiles of a tree of drafts. All of its rows are divided: where the trunk ends, and within it."""
+
+    tiles: list[Item]  # Of its groups, each as if it stood alone.
+    trunk: list[Item]  # Of the rows of all groups, and the trunk's keys.
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of all tiles, those of the trunk apart."""
+        within = self.trunk[0].num_keys
+        return sum(tile.num_keys - within for tile in self.tiles) + within * len(self.trunk)
+
+    def _span_ends(self, tile: Item, runs: Sequence[tuple[int, int]]) -> list[bool]:
+        """For each record of a row of `tile`: whether it is the last of its span. runs: of the trunk's segments."""
+        behind = self.trunk[0].end_segment, tile.end_segment
+        return [end for run in (*runs, behind) for end in _span_ends(tile.num_keys, *run)]
+
+    def _stride(self, runs: Sequence[tuple[int, int]]) -> int:
+        """Records from those of a row to those of the next."""
+        return max(len(self._span_ends(tile, runs)) for tile in self.tiles)
+
+    def num_records(self, runs: Sequence[tuple[int, int]]) -> int:
+        return self._stride(runs) * sum(tile.num_rows for tile in self.tiles)
+
+    def items(self, runs: Sequence[tuple[int, int]], record: int) -> list[Item]:
+        """record: the first one of its first row."""
+        items: list[Item] = []
+        stride, first_row = self._stride(runs), self.tiles[0].first_row
+
+        def add(tile: Item, begin: int, end: int) -> None:
+            items.append(tile.part(begin, end, 0, record + (tile.first_row - first_row) * stride, stride))
+
+        for begin, end in runs:
+            for tile in self.trunk:
+                add(tile, begin, end)
+            record += len(_span_ends(self.tiles[0].num_keys, begin, end))
+        for tile in self.tiles:
+            add(tile, self.trunk[0].end_segment, tile.end_segment)
+        return items
+
+    def divided_rows(
+        self, runs: Sequence[tuple[int, int]], record: int, span_ends: list[int]
+    ) -> list[tuple[int, int, int, int]]:
+        """By the fields of `DividedRow`. Appends their bits to `span_ends`."""
+        rows: list[tuple[int, int, int, int]] = []
+        stride, first_row = self._stride(runs), self.tiles[0].first_row
+        for tile in self.tiles:
+            bits = self._span_ends(tile, runs)
+            rows += [
+                (row, record + (row - first_row) * stride, len(bits), len(span_ends))
+                for row in range(tile.first_row, tile.first_row + tile.num_rows)
+            ]
+            span_ends += _as_numbers(bits)
+        return rows
+
+
+def _tiles(groups: Sequence[AttentionGroup], most_rows: int) -> tuple[list[Item], list[_Tree], list[int]]:
+    """The groups in tiles of up to `most_rows` rows, each as one item; those of trees; and all block tables in a row."""
     tiles: list[Item] = []
+    trees: list[_Tree] = []
     tables: list[int] = []
-    for group in groups:
-        writes_from = group.start if group.writes_from is None else group.writes_from
-        for at in range(0, group.num_rows, most_rows):
-            rows = min(most_rows, group.num_rows - at)
-            keys = group.start if group.diffusion else group.start + at + rows
-            tile = Item(
-                first_row=group.first_row + at,
-                num_rows=rows,
-                table_at=len(tables),
-                first_segment=0,
-                end_segment=num_segments(keys),
-                num_keys=keys,
-                writes_from=writes_from,
-                block_row=group.first_row,
-                block_rows=group.num_rows if group.diffusion else 0,
-                causal=int(not group.diffusion),
-                record=-1,
-                num_records=0,
-            )
-            tiles.append(tile)
-        tables.extend(group.pages)
-    return tiles, tables
+    branches = {i for i, group in enumerate(groups) if group.shared >= segment_start(1)}
+    first = 0
+    while first < len(groups):
+        end = next(i for i in range(first + 1, len(groups) + 1) if i not in branches)
+        own: list[Item] = []
+        for group in groups[first:end]:
+            own += _tiles_of(group, len(tables), most_rows)
+            tables.extend(group.pages)
+        if end - first > 1:
+            shared = min(group.shared for group in groups[first + 1 : end])
+            trees.append(_Tree(own, _trunk(own, shared, most_rows)))
+        else:
+            tiles += own
+        first = end
+    return tiles, trees, tables
+
+
+def _tiles_of(group: AttentionGroup, table_at: int, most_rows: int) -> list[Item]:
+    writes_from = group.start if group.writes_from is None else group.writes_from
+    tiles: list[Item] = []
+    for at in range(0, group.num_rows, most_rows):
+        rows = min(most_rows, group.num_rows - at)
+        keys = group.start if group.diffusion else group.start + at + rows
+        tile = Item(
+            first_row=group.first_row + at,
+            num_rows=rows,
+            table_at=table_at,
+            first_segment=0,
+            end_segment=num_segments(keys),
+            num_keys=keys,
+            writes_from=writes_from,
+            block_row=group.first_row,
+            block_rows=group.num_rows if group.diffusion else 0,
+            causal=int(not group.diffusion),
+            record=-1,
+            num_records=0,
+        )
+        tiles.append(tile)
+    return tiles
+
+
+def _trunk(tiles: Sequence[Item], shared: int, most_rows: int) -> list[Item]:
+    """The tiles of a tree's trunk. tiles: of its groups. shared: keys in the pages that these share."""
+    segments = num_segments(shared)
+    segments -= segment_start(segments) > shared
+    keys = segment_start(segments)
+    first, end = tiles[0].first_row, tiles[-1].first_row + tiles[-1].num_rows
+    return [
+        tiles[0]._replace(
+            first_row=row,
+            num_rows=min(most_rows, end - row),
+            end_segment=segments,
+            num_keys=keys,
+            writes_from=keys,
+            block_row=row,
+            causal=0,
+        )
+        for row in range(first, end, most_rows)
+    ]
 
 
 def _divide(tile: Item, share: int) -> list[_Part]:

@@ -16,7 +16,12 @@ from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, nu
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
-from orthrus.kernels.rows.sampling_triton import best_of_blocks, pick_best
+from orthrus.kernels.rows.sampling_triton import (
+    FURTHER_COLUMNS,
+    PICK_COLUMNS,
+    best_of_blocks,
+    pick_best,
+)
 from orthrus.kernels.workspace import empty
 
 
@@ -149,15 +154,17 @@ class GpuWeight(KernelWeight):
         picks: Tensor,
         first_pick: Tensor,
         num_ar: Tensor | None = None,
+        further: Tensor | None = None,
     ) -> None:
         """See `Weight`; with few rows, each tile of outputs is picked from before it is stored, if it is stored at all."""
         if self._streams(x):
             best = self.best_of_tiles(x, logits, wanted, temperatures, keys, num_ar)
         else:
             self.linear(x, num_ar, logits)
-            best = best_of_blocks(logits, temperatures, keys, first_token=self._first_token)
+            columns = PICK_COLUMNS if further is None else FURTHER_COLUMNS
+            best = best_of_blocks(logits, temperatures, keys, columns, self._first_token)
         if self._peers is None:
-            pick_best(*best, picks, first_pick)
+            pick_best(*best, picks, first_pick, further)
         else:
             send_logits(self._peers, logits, wanted, self._first_token)
             pick_best_of_ranks(self._peers, *best, picks, first_pick)

@@ -16,7 +16,7 @@ from torch import Tensor
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.rows.activation import silu_mul
 from orthrus.kernels.rows.rms_norm import rms_norm
-from orthrus.kernels.rows.sampling import gumbel_argmax
+from orthrus.kernels.rows.sampling import best_tokens, gumbel_argmax
 
 Parameters = dict[str, Tensor]
 """The tensors of one projection by the last part of their names in a checkpoint: "weight" [out_features, in_features],
@@ -66,14 +66,19 @@ class Weight(ABC):
         picks: Tensor,
         first_pick: Tensor,
         num_ar: Tensor | None = None,
+        further: Tensor | None = None,
     ) -> None:
         """Pick a token for every row from the layer's outputs, as `gumbel_argmax` does from logits.
 
         logits: float32 or wider [rows, out_features]. It holds the outputs afterwards if `wanted` (int32 [1]) is not 0. Otherwise
         its contents are undefined, because writing them takes a GPU longer than picking from them.
+        further: int32 [rows, ranks]. The tokens with the next best scores go there, the best first, and `NO_TOKEN` where there is
+        none. On a GPU a token may be passed over for a better one beside it in the vocabulary.
         """
         self.linear(x, num_ar, logits)
         gumbel_argmax(logits, temperatures, keys, picks, first_pick)
+        if further is not None:
+            further.copy_(best_tokens(logits, temperatures, keys, 1 + further.shape[1])[:, 1:])
 
 
 class OneViewWeight(Weight):

@@ -10,7 +10,10 @@ from orthrus.kernels.device import chaining
 from orthrus.kernels.rows import types
 
 _COLUMNS = 1024
-_PICK_COLUMNS = 4096
+PICK_COLUMNS = 4096
+"""Tokens of a block where one token of a row is picked."""
+FURTHER_COLUMNS = 1024
+"""The same where a few next best blocks give a token each."""
 _RANK_COLUMNS = 128
 NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
@@ -100,7 +103,17 @@ def _scores_kernel(
 
 
 @triton.jit
-def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.constexpr, CHAINED: tl.constexpr):
+def _argmax_kernel(
+    values,
+    indices,
+    picks,
+    first_pick,
+    further,
+    blocks,
+    BLOCKS: tl.constexpr,
+    RANKS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
     row = tl.program_id(0)
     first = tl.load(first_pick)
     place = tl.arange(0, BLOCKS)
@@ -108,9 +121,15 @@ def _argmax_kernel(values, indices, picks, first_pick, blocks, BLOCKS: tl.conste
         gdc_launch_dependents()
         gdc_wait()
     value = tl.load(values + row * blocks + place, mask=place < blocks, other=float("-inf"))
-    best, place = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
-    token = tl.load(indices + row * blocks + place)
+    best, chosen = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+    token = tl.load(indices + row * blocks + chosen)
     tl.store(picks + first + row, tl.where(best < float("inf"), token, NO_TOKEN))
+    for rank in tl.static_range(RANKS):
+        value = tl.where(place == chosen, float("-inf"), value)
+        best, chosen = tl.max(value, 0, return_indices=True, return_indices_tie_break_left=True)
+        token = tl.load(indices + row * blocks + chosen)
+        finite = (best > float("-inf")) & (best < float("inf"))
+        tl.store(further + row * RANKS + rank, tl.where(finite, token, NO_TOKEN))
 
 
 def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
@@ -129,7 +148,7 @@ def gumbel_argmax(
 
 
 def best_of_blocks(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, columns: int = _PICK_COLUMNS, first_token: int = 0
+    logits: Tensor, temperatures: Tensor, keys: Tensor, columns: int = PICK_COLUMNS, first_token: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks].
 
@@ -161,12 +180,15 @@ def best_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor, ranks: int) 
     return tokens.masked_fill_(~best.values.isfinite(), NO_TOKEN.value).int()
 
 
-def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor) -> None:
+def pick_best(
+    values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor, further: Tensor | None = None
+) -> None:
     """For every row, pick the index that has the highest value. Of equal values the first wins.
 
     values: float32 [rows, blocks]. A row whose highest value is infinite gets `NO_TOKEN`.
     indices: int32 [rows, blocks].
     picks, first_pick: see `gumbel_argmax` (kernels/rows/sampling).
+    further: int32 [rows, ranks], contiguous. The indices with the next highest values go there.
     """
     rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)
@@ -175,8 +197,10 @@ def pick_best(values: Tensor, indices: Tensor, picks: Tensor, first_pick: Tensor
         indices,
         picks,
         first_pick,
+        picks if further is None else further,
         blocks,
         BLOCKS=width,
+        RANKS=0 if further is None else further.shape[1],
         num_warps=max(1, min(8, width // 256)),
         **chaining(),
     )

@@ -51,8 +51,9 @@ class KVLayer(Protocol):
         """
         ...
 
-    def copy_pages(self, sources: "Tensor", targets: "Tensor") -> None:
-        """Copy the contents of pages. sources, targets: int64 [count], no page in both."""
+    @property
+    def tensors(self) -> "tuple[Tensor, ...]":
+        """All that it keeps, contiguous and of one shape in all layers: [kv_heads, pages, page_size, numbers of a position]."""
         ...
 
 

@@ -25,6 +25,10 @@ class PlainLayer:
         return self.keys.flatten(1, 2), self.values.flatten(1, 2)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values
+
+    @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
@@ -42,7 +46,3 @@ class PlainLayer:
 
     def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
         return paged_attention(qkv, self.keys, self.values, attention, scale)
-
-    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
-        for cache in (self.keys, self.values):
-            cache.index_copy_(1, targets, cache.index_select(1, sources))

@@ -370,7 +370,7 @@ class EngineCore:
             max_pass_rows=self.limits.decode_rows,
             mixes_views=self.forward.draft is None,
             pool=self._pool,
-            cache=self.cache,
+            page_size=self.page_size,
             timer=timer,
         )
 

@@ -71,7 +71,6 @@ class LoadedModel:
             forward.device,
             forward.dtype,
             DEFAULT_KV_FORMAT,
-            ranks,
         )
         runner = make_runner(forward, cache, config, max_model_len, max_groups)
         return LoadedModel(forward, cache, runner, num_pages, max_model_len)

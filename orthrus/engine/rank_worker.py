@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from orthrus.cache.kv_cache import CopyPages
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.passes import LoadedModel
 from orthrus.engine.sizing import choose_device
@@ -129,10 +128,7 @@ def run_rank(setup: RankSetup, pipe: Connection) -> None:
                 message = pipe.recv()
             except EOFError:
                 return
-            if isinstance(message, CopyPages):
-                loaded.cache.copy_pages(message.copies)
-            else:
-                loaded.runner.follow(message)
+            loaded.runner.follow(message)
     except ConfigError as error:
         pipe.send(error)
     except Exception as error:

@@ -168,7 +168,10 @@ class CudaGraphRunner:
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self._side ^= 1
         first_pick = self._side * self._max_picks
-        wants_logits = any(group.reads_logits or group.ranks > 1 for group in rows)
+        # Where there is one rank, further ranks are picked without logits if these are not adjusted.
+        wants_logits = any(
+            group.reads_logits or (group.ranks > 1 and self._peers is not None) for group in rows
+        )
         count = self._start(groups, rows, first_pick, wants_logits)
         num_picks = count + self._pick_further_ranks(rows, first_pick + count)
         adjusted = wants_logits and not all(group.unadjusted for group in rows)
@@ -252,18 +255,22 @@ class CudaGraphRunner:
         place, start = first_place, 0
         # Neighbours that are alike go together.
         alike = itertools.groupby(rows, key=lambda group: (group.ranks, group.count, group.unadjusted))
-        for (ranks, count, _), members in alike:
+        for (ranks, count, unadjusted), members in alike:
             groups = list(members)
             end = start + count * len(groups)
             if ranks > 1:
-                tokens = best_tokens(
-                    adjust(self.graphs.logits[start:end], groups),
-                    self._head.temperatures[start:end],
-                    self._head.noise_keys[start:end],
-                    ranks,
-                )
-                further = tokens.view(len(groups), count, ranks)[:, :, 1:].transpose(1, 2)
-                self.graphs.picks[place : place + further.numel()] = further.flatten()
+                if unadjusted and self._peers is None:
+                    tokens = self.graphs.further[start:end, : ranks - 1]
+                else:
+                    tokens = best_tokens(
+                        adjust(self.graphs.logits[start:end], groups),
+                        self._head.temperatures[start:end],
+                        self._head.noise_keys[start:end],
+                        ranks,
+                    )[:, 1:]
+                further = tokens.reshape(len(groups), count, ranks - 1).transpose(1, 2)
+                goal = self.graphs.picks[place : place + further.numel()]
+                goal.view(further.shape).copy_(further)
                 place += further.numel()
             start = end
         return place - first_place

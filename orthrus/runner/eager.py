@@ -11,7 +11,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
-from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten, num_right
+from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
 
@@ -96,6 +96,7 @@ class EagerRunner:
     def _run(self, message: RunPass) -> Tensor:
         """Run a pass. Returns the logits of the rows that need them."""
         rows = message.rows
+        self._cache.copy_pages(torch.from_numpy(rows.copies.ravel()), len(rows.copies))
         plan = PassPlan.of(
             rows,
             page_size=self._cache.page_size,
@@ -123,12 +124,16 @@ def _placed(
     for index, group in enumerate(groups):
         if group.behind is None:
             continue
-        drafts, first_pick = group.behind.drafts, group.behind.first_pick
-        picked = picks[first_pick : first_pick + len(drafts) + 1].tolist()
-        right = num_right(drafts, picked)
-        missing = len(drafts) - right
-        tokens = [-1 - (first_pick + right), *group.tokens[1:]]
-        placed[index] = replace(group, tokens=tokens, start=group.start - missing, behind=None)
+        behind, first_pick = group.behind, group.behind.first_pick
+        last, right = behind.right(picks[first_pick : first_pick + len(behind.drafts) + 1].tolist())
+        missing = behind.furthest - right
+        tokens = [-1 - (first_pick + last + 1), *group.tokens[1:]]
+        table = group.block_table
+        if (tree := behind.tree) is not None:
+            table = table[: tree.first_page] + list(tree.pages[tree.groups[last] if last >= 0 else 0])
+        placed[index] = replace(
+            group, tokens=tokens, start=group.start - missing, block_table=table, behind=None
+        )
         part = first_rows.index(first_logits[index])
         picking[part] = replace(rows[part], position=rows[part].position - missing)
     return placed, picking

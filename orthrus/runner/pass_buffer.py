@@ -19,13 +19,14 @@ from orthrus.runner.sampler import PickRows, keys_from, row_keys, row_temperatur
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
-_HEADER = 8
-"""Numbers before the fields of the head."""
+_HEADER = 12
+"""Numbers before the fields of the head. The last two are unused: what follows is at a multiple of 16 bytes."""
 _ROW = 4 + MORE_SLOTS
 """Numbers of a row."""
-_MOVING = FIELDS + 5
-"""Most numbers of the list of blocks that move, for each row that needs logits. A block has such a row, with a noise key. Each
-draft before it had one too, and takes one more key."""
+_LISTS = FIELDS + 16
+"""Most numbers, for each row that needs logits, of the two lists behind the work list. A block that moves has such a row, with a
+noise key. Each draft before it had one too: it takes another key, its parent and group, and pages if it begins a group. A branch
+takes a page to copy."""
 _ALIGNED = 4
 """The list of blocks that move begins at a multiple of so many numbers: kernels are compiled for one alignment."""
 
@@ -48,6 +49,10 @@ class PassFields(Generic[Array]):
     """[1] Number of rows, those that no group has included."""
     num_logits: Array
     """[1] Number of rows that need logits."""
+    num_copies: Array
+    """[1] Number of pages that are copied before the pass."""
+    copies_at: Array
+    """[1] Place of their list in `work`, behind the list of blocks that move: `FlatRows.copies`."""
     num_used: Array
     """[1] How many numbers of the buffer this pass uses, from its beginning."""
     num_moving: Array
@@ -71,7 +76,7 @@ class PassFields(Generic[Array]):
     more_slots: Array
     """[MORE_SLOTS * num_rows] Further slots that AR rows write to, as in `KVWrites`."""
     work: Array
-    """[the rest] Attention's work list, see `kernels.attention`, and behind it the list of blocks that move."""
+    """[the rest] Attention's work list, see `kernels.attention`, and behind it two more lists: blocks that move, and copies."""
 
     @staticmethod
     def of(buffer: Array, num_rows: int, max_logits: int) -> "PassFields[Array]":
@@ -89,6 +94,8 @@ class PassFields(Generic[Array]):
             num_used=buffer[5:6],
             num_moving=buffer[6:7],
             moving_at=buffer[7:8],
+            num_copies=buffer[8:9],
+            copies_at=buffer[9:10],
             logit_rows=buffer[head : head + max_logits],
             temperatures=temperatures.view(floats),
             noise_keys=buffer[head + 2 * max_logits : rows].reshape(max_logits, 2),
@@ -103,7 +110,7 @@ class PassFields(Generic[Array]):
 
 def buffer_size(*, max_rows: int, max_logits: int, max_work: int) -> int:
     """Numbers of a buffer that holds any pass of up to so many rows, rows that need logits, and numbers of the work list."""
-    return _HEADER + (4 + _MOVING) * max_logits + _ROW * max_rows + max_work + _ALIGNED
+    return _HEADER + (4 + _LISTS) * max_logits + _ROW * max_rows + max_work + _ALIGNED
 
 
 @dataclass
@@ -169,7 +176,7 @@ class PassBuffer:
                 f"a pass of {num_rows} rows whose rows write to {len(rows.more_slots)} further slots is over the limit, "
                 f"{len(fields.more_slots)} of them"
             )
-        room = len(fields.work) - _MOVING * self.max_logits - _ALIGNED
+        room = len(fields.work) - _LISTS * self.max_logits - _ALIGNED
         if len(work) > room:
             raise ValueError(
                 f"attention's work list has {len(work)} numbers, and a pass of {num_rows} rows has room for "
@@ -183,7 +190,15 @@ class PassBuffer:
         fields.num_logits[0] = num_logits
         moving = block_list(_moving_blocks(rows, picking))
         moving_at = -(-len(work) // _ALIGNED) * _ALIGNED if rows.moving else len(work)
-        fields.num_used[0] = self.size - len(fields.work) + moving_at + len(moving)
+        copies_at = moving_at + len(moving)
+        lists_end = copies_at + rows.copies.size
+        if lists_end > len(fields.work):
+            raise ValueError(
+                f"the lists behind the work list have {lists_end - len(work)} numbers, more than there is room for"
+            )
+        fields.num_used[0] = self.size - len(fields.work) + lists_end
+        fields.num_copies[0] = len(rows.copies)
+        fields.copies_at[0] = copies_at
         fields.num_moving[0] = len(rows.moving)
         fields.moving_at[0] = moving_at
         _write(fields.logit_rows, rows.logit_rows)
@@ -197,7 +212,8 @@ class PassBuffer:
         fields.more_ends[used:] = len(rows.more_slots)
         fields.more_slots[: len(rows.more_slots)] = rows.more_slots
         fields.work[: len(work)] = work
-        fields.work[moving_at : moving_at + len(moving)] = moving
+        fields.work[moving_at:copies_at] = moving
+        fields.work[copies_at:lists_end] = rows.copies.ravel()
         return fields
 
 
@@ -209,11 +225,11 @@ def _moving_blocks(rows: FlatRows, picking: Sequence[PickRows]) -> list[MovingBl
     ends = accumulate(picks.count for picks in picking)
     picks_at = {end - picks.count: picks for end, picks in zip(ends, picking, strict=True)}
     own = [picks_at[first_logit] for _, first_logit, _ in rows.moving]
-    drafts = [group.behind.drafts for _, _, group in rows.moving if group.behind is not None]
+    behind = [group.behind for _, _, group in rows.moving if group.behind is not None]
     keys = keys_from(
         [picks.seed for picks in own],
-        [picks.position - len(before) for picks, before in zip(own, drafts, strict=True)],
-        counts := [picks.count + len(before) for picks, before in zip(own, drafts, strict=True)],
+        [picks.position - before.furthest for picks, before in zip(own, behind, strict=True)],
+        counts := [picks.count + before.furthest for picks, before in zip(own, behind, strict=True)],
     )
     ends = accumulate(counts)
     return [
@@ -222,14 +238,15 @@ def _moving_blocks(rows: FlatRows, picking: Sequence[PickRows]) -> list[MovingBl
             len(group.tokens),
             first_logit,
             picks.count,
-            group.behind.first_pick,
-            group.behind.drafts,
+            before.first_pick,
+            before.drafts,
+            before.furthest,
             keys[end - count : end],
+            before.tree,
         )
-        for (first_row, first_logit, group), picks, count, end in zip(
-            rows.moving, own, counts, ends, strict=True
+        for (first_row, first_logit, group), before, picks, count, end in zip(
+            rows.moving, behind, own, counts, ends, strict=True
         )
-        if group.behind is not None
     ]
 
 

@@ -50,6 +50,9 @@ class PassGraphs:
     picks: Tensor
     """int32 [2 * MAX_RANKS * max_logits]: the picks of the last two passes. Those of the current pass begin at
     `PassFields.first_pick`: the token of each row that needs logits, and then the picks of further ranks."""
+    further: Tensor
+    """int32 [max_logits, MAX_RANKS - 1]: for each row that needs logits the picks of further ranks, `NO_TOKEN` where none is.
+    Passes that have rows of drafts write it, where there is one rank. Only temperature and noise count."""
     logits: Tensor
     """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits. On rank 0 only."""
     hidden: Tensor
@@ -77,6 +80,7 @@ class PassGraphs:
         config, device = forward.config, forward.device
         self.buffer = torch.zeros(buffer_size, dtype=torch.int32, device=device)
         self.picks = torch.zeros(2 * MAX_RANKS * self._max_logits, dtype=torch.int32, device=device)
+        self.further = torch.zeros(self._max_logits, MAX_RANKS - 1, dtype=torch.int32, device=device)
         peers, widths = forward.ranks.peers, forward.shard.vocabulary_widths
         self.hidden = torch.zeros(self._max_logits, config.hidden_size, device=device, dtype=forward.dtype)
         # Of the tokens that this rank's head has.
@@ -103,6 +107,8 @@ class PassGraphs:
     def replay(self, fields: PassFields[np.ndarray]) -> None:
         """Launch the pass that is in the buffer. fields: the host's view of the same numbers."""
         rows, count = int(fields.num_rows[0]), int(fields.num_logits[0])
+        if copies := int(fields.num_copies[0]):
+            self._copy_pages(rows, copies, int(fields.copies_at[0]))
         if moving := int(fields.num_moving[0]):
             self._place_blocks(rows, moving, int(fields.moving_at[0]))
         if self._draft_graphs and not fields.num_ar[0]:
@@ -116,11 +122,19 @@ class PassGraphs:
         if count:
             self._head_graphs[head_rows].replay()
 
-    def _place_blocks(self, rows: int, count: int, list_at: int) -> None:
-        """Move the blocks of a pass of `rows` rows to where the picks of the pass before put them. list_at: `moving_at`."""
+    def _copy_pages(self, rows: int, count: int, list_at: int) -> None:
+        """Copy the pages that a pass of `rows` rows has listed at `copies_at`."""
+        self._cache.copy_pages(self._device_fields(rows).work[list_at:], count)
+
+    def _device_fields(self, rows: int) -> PassFields[Tensor]:
+        """`fields`, kept for the next pass."""
         if rows not in self._fields:
             self._fields[rows] = self.fields(rows)
-        fields = self._fields[rows]
+        return self._fields[rows]
+
+    def _place_blocks(self, rows: int, count: int, list_at: int) -> None:
+        """Move the blocks of a pass of `rows` rows to where the picks of the pass before put them. list_at: `moving_at`."""
+        fields = self._device_fields(rows)
         place_blocks(
             fields.work[list_at:],
             count,
@@ -146,8 +160,9 @@ class PassGraphs:
                 self._whole_graphs[key] = self._capture(partial(self._run_whole, *key), bar)
             for key in drafts:
                 self._draft_graphs[key] = self._capture(partial(self._run_draft, *key), bar)
-        # Compiles the kernel. The buffer holds zeros: a block without rows.
+        # Compiles the kernels. The buffer holds zeros: a block without rows, and a copy of nothing.
         self._place_blocks(rows[0], 1, 0)
+        self._copy_pages(rows[0], 1, 0)
 
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
         """A graph of what `run` launches. Before that it runs once, which compiles its kernels: the buffer holds zeros, which
@@ -204,6 +219,8 @@ class PassGraphs:
         """Pick from final hidden states [rows, hidden_size], and write their logits if the pass wants them."""
         rows = hidden.shape[0]
         fields = self.fields()
+        drafts = stack is self._forward.draft or self._forward.draft is None
+        further = self.further[:rows] if drafts and self._forward.ranks.peers is None else None
         stack.head.linear_gumbel_argmax(
             hidden,
             self._own_logits[:rows],
@@ -212,4 +229,5 @@ class PassGraphs:
             fields.noise_keys[:rows],
             self.picks,
             fields.first_pick,
+            further=further,
         )

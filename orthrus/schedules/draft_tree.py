@@ -7,15 +7,17 @@ so, it has pages of its own. Which nodes a tree has: `tree_chances`. Who calls a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.page_pool import PagePool
+from orthrus.kernels.attention.moving_blocks import VerifiedTree
 from orthrus.kernels.rows.types import NO_TOKEN
-from orthrus.plan import MORE_SLOTS, RowGroup, View
+from orthrus.plan import MORE_SLOTS, RowGroup, Verifying, View
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.tree_chances import Node
 
 MAX_RUNS = 17
 """Most runs of a tree."""
+_NO_DRAFT = -2
+"""In place of a draft that no token came of: it is never picked."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class DraftTree:
     runs: list[Run]
     tables: list[list[int]]
     """The block table of each run."""
+    first_page: int
+    """Place in these tables of the page that holds the newest token."""
 
     @property
     def chain_length(self) -> int:
@@ -62,6 +66,30 @@ class DraftTree:
             first = start + 1 + run.first_depth
             groups.append(RowGroup(View.AR, tokens, first, table, 0, len(tokens), parent))
         return tuple(groups)
+
+    def verifying(self, candidates: Sequence[Sequence[int]], first_pick: int) -> Verifying:
+        """The tree in a verify turn that has been launched. candidates: as in `groups`, but known.
+
+        first_pick: see `Verifying`.
+        """
+        drafts: list[int] = []
+        parents: list[int] = []
+        groups: list[int] = []
+        firsts: list[int] = []  # Of each run: the place of its first node, counted from 0, the newest token.
+        for index, run in enumerate(self.runs):
+            firsts.append(len(drafts) + 1 if index else 0)
+            for place, rank in enumerate(run.ranks):
+                if (depth := run.first_depth + place) < 0:
+                    continue
+                before = firsts[index] + place - 1
+                if place == 0:
+                    before = firsts[run.parent] + depth - 1 - self.runs[run.parent].first_depth
+                drafts.append(candidates[depth][rank] if depth < len(candidates) else _NO_DRAFT)
+                parents.append(before - 1)
+                groups.append(index)
+        width = max(len(table) for table in self.tables) - self.first_page
+        pages = [[*table[self.first_page :], *[0] * width][:width] for table in self.tables]
+        return Verifying(drafts, first_pick, VerifiedTree(parents, groups, self.first_page, pages))
 
 
 @dataclass(frozen=True)
@@ -155,19 +183,16 @@ def _branch(runs: Sequence[Run], parent: int, depth: int, rank: int) -> int | No
 class BranchPages:
     """Gives a tree's runs pages, and takes back those that no right draft has used."""
 
-    def __init__(self, pool: PagePool, cache: KVCache) -> None:
+    def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
-        self._cache = cache
-        self.page_size = cache.page_size
+        self.page_size = page_size
 
     def open(self, sequence: SequenceState, runs: Sequence[Run]) -> DraftTree | None:
         """Block tables for the runs. None if too few pages are to spare; then nothing is taken.
 
-        A run has pages of its own, the first of which holds the position where it branches off from its parent. What the cache
-        already holds at earlier positions of that page is copied into it.
+        A run has pages of its own, the first of which holds the position where it branches off from its parent.
         """
         size, n = self.page_size, sequence.newest_position
-        here, filled = divmod(n, size)
         main = sequence.block_table
         starts = [(n + 1 + run.first_depth) // size for run in runs]
         starts[0] = len(main)
@@ -178,7 +203,6 @@ class BranchPages:
             return None
         taken = iter(pages)
         tables: list[list[int]] = []
-        copies: list[tuple[int, int]] = []
         for run, start, count in zip(runs, starts, counts, strict=True):
             own = [next(taken) for _ in range(count)]
             if run.parent < 0:
@@ -187,10 +211,7 @@ class BranchPages:
                 continue
             sequence.branches.append(own)
             tables.append(tables[run.parent][:start] + own)
-            if start == here and filled:
-                copies.append((main[here], own[0]))
-        self._cache.copy_pages(copies)
-        return DraftTree(list(runs), tables)
+        return DraftTree(list(runs), tables, n // size)
 
     def close(self, sequence: SequenceState, table: list[int]) -> None:
         """Make the block table of one run the sequence's own, and give up the pages of all others."""

@@ -11,8 +11,8 @@ A draft turn may have a *lead*: the AR row of x_n, beside the block. Its pick is
 cycle commits at least two tokens. The price is to read the AR view's attention weights in the draft pass too. The verify turn
 then starts from x_n+1, and the prediction of the block's last row is of use.
 
-Where the next block begins is known only when a verify turn's picks are. A block without a lead, behind a block that is no tree,
-is planned before that: its group comes behind `Verifying` drafts, and the device finds out which of these are right.
+Where the next block begins is known only when a verify turn's picks are. A block without a lead is planned before that: its group
+comes behind `Verifying` drafts, and the device finds out which of these are right.
 
 A verify turn may have a *tree* of drafts: several continuations, of the best few tokens of each position. Its rows are one group
 for each run of drafts that leaves another one, and each has pages of its own from there on.
@@ -115,7 +115,7 @@ class OrthrusSchedule:
         trees = None
         if config.draft_tree is not None:
             trees = TreeDrafts(
-                BranchPages(context.pool, context.cache),
+                BranchPages(context.pool, context.page_size),
                 max_rows=config.draft_tree,
                 depths=planner.max_rows,
                 pass_rows=context.max_pass_rows,
@@ -163,8 +163,6 @@ class OrthrusSchedule:
 
     def _plan_following(self, sequence: SequenceState, draft: Draft, batch: int) -> bool:
         """Choose the block to draft behind a draft that is about to be verified. Whether it can be drafted wherever it begins."""
-        if draft.tree is not None:
-            return False
         greedy, block = sequence.params.greedy, draft.following
         if block is None:
             if not self._planner.pays(greedy, batch):
@@ -178,8 +176,11 @@ class OrthrusSchedule:
         """A draft turn behind the drafts of a verify turn that is under way."""
         block, verifying = state.draft.following, state.verifying
         assert block is not None
-        furthest = sequence.newest_position + len(verifying.drafts) + 1
-        [group] = draft_rows(0, block.rows, furthest, sequence.block_table, self._mask, lead=False)
+        furthest = sequence.newest_position + verifying.furthest + 1
+        table = sequence.block_table
+        if (tree := verifying.tree) is not None:
+            table = table[: tree.first_page] + list(tree.pages[0])
+        [group] = draft_rows(0, block.rows, furthest, table, self._mask, lead=False)
         return Turn(
             DRAFT, (replace(group, behind=verifying),), (True,), self._ranks(sequence), ends_cycle=False
         )
@@ -221,22 +222,33 @@ class OrthrusSchedule:
             assert self._trees is not None
             verified = self._trees.commit(sequence, drafted, picks, self._planner)
             right = verified.tokens[:-1]
+            self._expect(sequence, drafted, len(right))
             # Of a tree, the path that was accepted, and what the tree had of the chain after it if that is the chain's.
             chain = drafted.tokens[: drafted.tree.chain_length]
             rest = chain[len(right) :] if chain[: len(right)] == right else []
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         accepted = num_right(drafted.tokens, picks[0])
         self._planner.observe(sequence.params.greedy, drafted, accepted)
+        self._expect(sequence, drafted, accepted)
+        return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
+
+    def _expect(self, sequence: SequenceState, drafted: Draft, accepted: int) -> None:
+        """Keep the choice of the block behind a draft of which `accepted` tokens are right."""
         if drafted.following is not None:
             position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
             sequence.schedule_state = _Choice(position, drafted.following)
-        return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
         if turn.kind == VERIFY:
             draft = sequence.schedule_state
             assert isinstance(draft, Draft), "what a block verifies has been drafted"
-            sequence.schedule_state = _InFlight(draft, Verifying(draft.tokens, -1 - placeholders[0][0]))
+            first_pick = -1 - placeholders[0][0]
+            verifying = (
+                draft.tree.verifying(draft.candidates, first_pick)
+                if draft.tree is not None
+                else Verifying(draft.tokens, first_pick)
+            )
+            sequence.schedule_state = _InFlight(draft, verifying)
             return []
         if turn.kind in (DRAFT, LEAD_DRAFT):
             sequence.schedule_state = _draft(sequence, turn, placeholders)

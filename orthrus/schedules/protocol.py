@@ -9,7 +9,6 @@ from orthrus.plan import RowGroup
 from orthrus.requests.sequence import SequenceState
 
 if TYPE_CHECKING:
-    from orthrus.cache.kv_cache import KVCache
     from orthrus.cache.page_pool import PagePool
     from orthrus.engine.config import EngineConfig
     from orthrus.models.config import ModelConfig
@@ -74,8 +73,8 @@ class ScheduleContext:
     """Whether a pass may have rows of both views. Else each group of a turn must be of the same view."""
     pool: "PagePool"
     """Pages of the cache. A schedule may take pages that are to spare, and must keep them in `SequenceState.branches`."""
-    cache: "KVCache"
-    """The cache, to copy pages before a pass."""
+    page_size: int
+    """Positions of a page."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 

@@ -78,8 +78,7 @@ def passes(forward: LayerParallelForward, cache: KVCache) -> Tensor:
     step = RowGroup(View.AR, [9], 9, table, 0, 1)
     block = RowGroup(View.DIFFUSION, [9, mask, mask], 9, table, 0, 3)
     both = runner.logits([step, block])
-    # The second continuation has a page of its own, to which the shared row is written too.
-    cache.copy_pages([(table[2], 5)])
+    # The second continuation has a page of its own, to which the shared row is written too, and what it holds already copied.
     run = RowGroup(View.AR, [10, 11], 10, table, 0, 2)
     branch = RowGroup(View.AR, [12], 11, [*table[:2], 5], 0, 1, parent=run)
     return torch.cat([prompt, both, runner.logits([run, branch])])
@@ -108,9 +107,11 @@ def test_copying_pages_leaves_all_others_alone(forward: LayerParallelForward) ->
         for tensor in (layer.keys, layer.values):
             tensor.copy_(torch.rand(tensor.shape))
     before = [layer.keys.clone() for layer in cache.layers if isinstance(layer, PlainLayer)]
-    cache.copy_pages([(3, 7), (5, 2)])
-    moved = {7: 3, 2: 5}
+    cache.copy_pages(torch.tensor([3, 7, PAGE, 5, 2, 1, 9, 9, 9], dtype=torch.int32), 2)
+    source = {7: (3, PAGE), 2: (5, 1)}
     for layer, keys in zip(cache.layers, before, strict=True):
         assert isinstance(layer, PlainLayer)
         for page in range(12):
-            assert torch.equal(layer.keys[:, page], keys[:, moved.get(page, page)]), page
+            copied, count = source.get(page, (page, PAGE))
+            assert torch.equal(layer.keys[:, page, :count], keys[:, copied, :count]), page
+            assert torch.equal(layer.keys[:, page, count:], keys[:, page, count:]), page

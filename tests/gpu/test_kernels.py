@@ -202,7 +202,7 @@ def test_a_block_that_was_planned_too_far_has_the_bits_of_one_that_was_not(
     exact = paged_attention(qkv, keys, values, device_plan(known), 0.1)
     moved = device_plan(plan, programs)
     assert moved.work is not None
-    moving = MovingBlock(8, 32, 7, 31, 0, drafts, noise_keys([3] * 158, range(900, 1058)))
+    moving = MovingBlock(8, 32, 7, 31, 0, drafts, 127, noise_keys([3] * 158, range(900, 1058)))
     listed = torch.from_numpy(block_list([moving])).to(DEVICE)
     picks = int32(*drafts[: 127 - missing], *[-5] * (missing + 1))
     tokens, positions = int32(*[6] * 40), int32(*range(300, 308), *range(furthest, furthest + 32))

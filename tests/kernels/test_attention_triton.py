@@ -110,7 +110,7 @@ def test_a_block_that_was_planned_too_far_sees_the_keys_before_it_alone(programs
     moved = with_work(plan, 4, programs)
     assert moved.work is not None
     picks = torch.tensor([*drafts[: 127 - missing], *[-5] * (missing + 1)], dtype=torch.int32)
-    moving = MovingBlock(2, 3, 1, 2, 0, drafts, noise_keys([3] * 129, range(900, 1029)))
+    moving = MovingBlock(2, 3, 1, 2, 0, drafts, 127, noise_keys([3] * 129, range(900, 1029)))
     outputs: list[torch.Tensor] = []
     for place in (place_blocks, place_blocks_triton.place_blocks):
         work = moved.work.numbers.clone()

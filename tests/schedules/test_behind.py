@@ -60,7 +60,15 @@ def decoded(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"draft_weights": "fp8"}, {"draft_length": 3, "max_num_seqs": 1}], ids=str
+    "settings",
+    [
+        {},
+        {"draft_weights": "fp8"},
+        {"draft_length": 3, "max_num_seqs": 1},
+        {"draft_tree": 24},
+        {"draft_tree": 9, "draft_weights": "fp8", "max_num_seqs": 2},
+    ],
+    ids=str,
 )
 def test_they_are_the_drafts_of_an_engine_that_waits(checkpoint: Path, settings: dict[str, Any]) -> None:
     # So the same cycles: every draft is picked at the same position from the same keys and noise.
@@ -76,8 +84,13 @@ def test_they_are_the_drafts_of_an_engine_that_waits(checkpoint: Path, settings:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kv_cache_tokens": 240, "max_model_len": 160}, {"adaptive_draft": True}, {"draft_lead": True}],
-    ids=["preempted", "adaptive", "lead"],
+    [
+        {"kv_cache_tokens": 240, "max_model_len": 160},
+        {"kv_cache_tokens": 320, "max_model_len": 160, "draft_tree": 24},
+        {"adaptive_draft": True},
+        {"draft_lead": True},
+    ],
+    ids=["preempted", "preempted, trees", "adaptive", "lead"],
 )
 def test_the_text_is_that_of_ar_decoding(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Also beside requests whose next pass has to wait for their picks, and where sequences end within a block."""

@@ -1,0 +1,29 @@
+"""Copying pages of the KV cache, in all layers at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orthrus.kernels.device import runs_triton
+
+
+def copy_pages(caches: Sequence[Tensor], addresses: Tensor, copies: Tensor, count: int) -> None:
+    """Copy the first positions of pages, in each of `caches`: [kv_heads, pages, page_size, head_dim], contiguous and alike.
+
+    addresses: int64 [caches], from `addresses_of`. copies: int32 [at least 3 * count]: the page that is copied, the page that it
+    is copied to, and how many positions. No page is both. A position of a head must be a multiple of 16 bytes on a GPU.
+    """
+    if runs_triton(caches[0]):
+        from orthrus.kernels.rows import copy_pages_triton
+
+        copy_pages_triton.copy_pages(caches[0], addresses, copies, count)
+        return
+    for source, target, positions in copies[: 3 * count].view(-1, 3).tolist():
+        for cache in caches:
+            cache[:, target, :positions] = cache[:, source, :positions]
+
+
+def addresses_of(caches: Sequence[Tensor]) -> Tensor:
+    """Where each of them begins in memory: int64 [caches], on their device."""
+    return torch.tensor([cache.data_ptr() for cache in caches], device=caches[0].device)
