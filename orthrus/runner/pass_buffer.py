@@ -188,19 +188,7 @@ class PassBuffer:
         fields.wants_logits[0] = wants_logits
         fields.num_rows[0] = num_rows
         fields.num_logits[0] = num_logits
-        moving = block_list(_moving_blocks(rows, picking))
-        moving_at = -(-len(work) // _ALIGNED) * _ALIGNED if rows.moving else len(work)
-        copies_at = moving_at + len(moving)
-        lists_end = copies_at + rows.copies.size
-        if lists_end > len(fields.work):
-            raise ValueError(
-                f"the lists behind the work list have {lists_end - len(work)} numbers, more than there is room for"
-            )
-        fields.num_used[0] = self.size - len(fields.work) + lists_end
-        fields.num_copies[0] = len(rows.copies)
-        fields.copies_at[0] = copies_at
-        fields.num_moving[0] = len(rows.moving)
-        fields.moving_at[0] = moving_at
+        self._fill_lists(fields, rows, picking, len(work))
         _write(fields.logit_rows, rows.logit_rows)
         if picking:
             fields.temperatures[:num_logits] = row_temperatures(picking)
@@ -212,9 +200,25 @@ class PassBuffer:
         fields.more_ends[used:] = len(rows.more_slots)
         fields.more_slots[: len(rows.more_slots)] = rows.more_slots
         fields.work[: len(work)] = work
-        fields.work[moving_at:copies_at] = moving
-        fields.work[copies_at:lists_end] = rows.copies.ravel()
         return fields
+
+    def _fill_lists(
+        self, fields: PassFields[np.ndarray], rows: FlatRows, picking: Sequence[PickRows], begin: int
+    ) -> None:
+        """Write the lists behind the work list, which ends at place `begin` of its field."""
+        moving, copies = block_list(_moving_blocks(rows, picking)), rows.copies.ravel()
+        moving_at = -(-begin // _ALIGNED) * _ALIGNED if rows.moving else begin
+        copies_at = moving_at + len(moving)
+        end = copies_at + len(copies)
+        if end > len(fields.work):
+            raise ValueError(
+                f"the lists behind the work list have {end - begin} numbers, and there is room for {len(fields.work) - begin}"
+            )
+        fields.num_used[0] = self.size - len(fields.work) + end
+        fields.num_moving[0], fields.moving_at[0] = len(rows.moving), moving_at
+        fields.num_copies[0], fields.copies_at[0] = len(rows.copies), copies_at
+        fields.work[moving_at:copies_at] = moving
+        fields.work[copies_at:end] = copies
 
 
 def _moving_blocks(rows: FlatRows, picking: Sequence[PickRows]) -> list[MovingBlock]:
