@@ -27,7 +27,11 @@ LEAST_BASE, MOST_BASE = EXPONENT - 60, EXPONENT + 60
 TILE_OUTS, TILE_INS = 64, 128
 """Of a tile that has a list of exceptions."""
 ENTRIES = 32
-"""Entries of a tile's list: the number of exceptions, and room for one less."""
+"""Entries of a tile's list: the number of exceptions, these, and how many are in which quarter."""
+MOST_EXCEPTIONS = ENTRIES - 2
+"""Of a tile."""
+QUARTER = 32
+"""Inputs of a tile for whose exceptions a kernel looks at a time."""
 CODES = 15
 """Exponents in a window. The 16th code would make one of the bytes a NaN of e4m3."""
 _CHUNK = 16 * TILE_OUTS
@@ -135,16 +139,19 @@ def _bases(exponents: Tensor) -> Tensor:
 
 def _exceptions(weight: Tensor, outside: Tensor, bases: Tensor) -> Tensor:
     """The lists of exceptions: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room or can't be kept."""
-    cut = (-1, TILE_OUTS, weight.shape[1] // TILE_INS, TILE_INS)
-    tiles = outside.view(cut).transpose(1, 2).flatten(2)
-    counts = tiles.sum(2)
+    # [tiles of outputs, tiles of inputs, quarters, outputs and inputs of a quarter]
+    cut = (-1, TILE_OUTS, weight.shape[1] // TILE_INS, TILE_INS // QUARTER, QUARTER)
+    tiles = outside.view(cut).permute(0, 2, 3, 1, 4).flatten(3)
+    of_quarters = tiles.sum(3)
+    counts = of_quarters.sum(2)
     most = int(counts.max())
-    if most >= ENTRIES:
+    if most > MOST_EXCEPTIONS:
         raise NotPacked(
             f"{most} of the {TILE_OUTS * TILE_INS} weights of a tile are outside the {CODES} exponents that a row holds; "
-            f"there is room for {ENTRIES - 1}"
+            f"there is room for {MOST_EXCEPTIONS}"
         )
-    tile, step, place = tiles.nonzero(as_tuple=True)
+    tile, step, quarter, inside = tiles.nonzero(as_tuple=True)
+    place = inside // QUARTER * TILE_INS + quarter * QUARTER + inside % QUARTER
     row = tile * TILE_OUTS + place // TILE_INS
     exact = weight[row, step * TILE_INS + place % TILE_INS].double()
     scaled = exact * _power_of_two(EXPONENT - bases[row])
@@ -154,6 +161,8 @@ def _exceptions(weight: Tensor, outside: Tensor, bases: Tensor) -> Tensor:
         raise NotPacked("it has values that are too small or too large beside the others of their row")
     entries = torch.zeros(*counts.shape, ENTRIES, dtype=torch.int64, device=weight.device)
     entries[..., 0] = counts
+    ends = of_quarters.cumsum(2)
+    entries[..., ENTRIES - 1] = sum(ends[..., i] << 8 * i for i in range(ends.shape[2]))
     flat = counts.flatten()
     first = flat.cumsum(0) - flat
     number = torch.arange(row.shape[0], device=weight.device) - first[tile * counts.shape[1] + step]
@@ -169,7 +178,7 @@ def _unpack_rows(rows: _Rows) -> Tensor:
     exponents = (numbers >> 3 & 15) + rows.bases[:, None].int()
     bits = numbers >> 7 << 15 | exponents << 7 | (numbers & 7) << 4 | nibbles
     weight = bits.short().view(torch.bfloat16)
-    places = torch.arange(1, ENTRIES, device=weight.device)
+    places = torch.arange(1, MOST_EXCEPTIONS + 1, device=weight.device)
     tile, step, number = (places <= rows.exceptions[..., :1]).nonzero(as_tuple=True)
     entries = rows.exceptions[tile, step, number + 1]
     place = entries & 0xFFFF

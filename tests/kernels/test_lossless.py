@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from orthrus.kernels.linear.lossless import (
-    ENTRIES,
+    MOST_EXCEPTIONS,
     EXPONENT,
     LEAST_BASE,
     MOST_BASE,
@@ -57,7 +57,7 @@ def test_every_pattern_comes_back_or_is_refused(base: int) -> None:
     generator = torch.Generator().manual_seed(base)
     kept = [bits for bits in range(1 << 16) if can_be_kept(bits, base)]
     assert len(kept) > 49_000
-    tiles = -(-len(kept) // (ENTRIES - 1))
+    tiles = -(-len(kept) // (MOST_EXCEPTIONS))
     # Both ends of the window are in each row, so no other window has as few exceptions.
     exponents = torch.randint(base, base + 15, (64, tiles, 128), generator=generator)
     exponents[..., 64:80], exponents[..., 80:96] = base, base + 14
@@ -66,7 +66,7 @@ def test_every_pattern_comes_back_or_is_refused(base: int) -> None:
     window = weight[:, :1].clone()
     number = torch.arange(len(kept))
     row = torch.randint(0, 64, number.shape, generator=generator)
-    weight[row, number // (ENTRIES - 1), number % (ENTRIES - 1)] = torch.tensor(kept)
+    weight[row, number // (MOST_EXCEPTIONS), number % (MOST_EXCEPTIONS)] = torch.tensor(kept)
     packed = assert_comes_back(weight.flatten(1).short().view(torch.bfloat16))
     assert torch.equal(packed.scales, torch.full((1, 64), 2.0 ** (base - EXPONENT)))
     refused = sorted(set(range(1 << 16)) - set(kept))
@@ -113,8 +113,12 @@ def test_words_and_lists_are_as_the_kernels_read_them() -> None:
     scale = float(packed.scales[0, 70])
     lists = packed.exceptions[1, 1]
     found = {int(entry) & 0xFFFF: int(entry) >> 16 & 0xFFFF for entry in lists[1 : 1 + int(lists[0])]}
-    assert found[6 * 128 + 72] == 0 and bool((lists[1 + int(lists[0]) :] == 0).all())
-    assert list(found) == sorted(found)
+    assert found[6 * 128 + 72] == 0 and bool((lists[1 + int(lists[0]) : -1] == 0).all())
+    quarters = [place % 128 // 32 for place in found]
+    assert list(found) == sorted(found, key=lambda place: (place % 128 // 32, place))
+    for quarter in range(4):
+        ends = int(lists[-1]) >> 8 * quarter & 255
+        assert ends == sum(other <= quarter for other in quarters)
     assert scale == 2.0 ** int(torch.tensor(scale).log2())
 
 
