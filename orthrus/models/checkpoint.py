@@ -68,10 +68,8 @@ def load_weights(
     by_file: dict[Path, list[str]] = {}
     family = family_of(config)
     parts = family.stored_parts(config)
-    names = list(parts)
-    if config.tie_word_embeddings and _has_own_head(stored, family):
-        names.append(family.head)
-    for name in names:
+    own_head = config.tie_word_embeddings and _has_own_head(stored, family)
+    for name in [*parts, family.head] if own_head else parts:
         by_file.setdefault(stored[name].file, []).append(name)
     weights: dict[str, Tensor] = {}
     bar = progress.tqdm(
