@@ -14,6 +14,7 @@ from orthrus.deployments.config.model_check import check_model, locate
 from orthrus.deployments.config.placement import describe_resources, replica_demand
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import auto_draft_format, copies_bytes, draft_format
+from orthrus.engine.pass_limits import exchange_sizes
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.hub import HubUnreachable
@@ -145,7 +146,7 @@ def _gpu_memory(node: NodeType) -> tuple[float, str]:
 
 
 def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | None) -> str:
-    """What the weights and the KV cache take. Raises ConfigError when a GPU can't hold both with one full context."""
+    """What the weights and the KV cache take. Raises ConfigError when a GPU can't hold all with one full context."""
     ranks = engine.tensor_parallel_size
     # The last rank's part is the largest. It has all of the embedding, and the head is counted as if it had all of that too.
     model = Shard(engine.with_settings(whole), ranks - 1, ranks).config
@@ -154,8 +155,10 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
     context = engine.max_model_len or model.max_position_embeddings
     views = "two views" if model.has_diffusion else "AR view"
     copies = draft_format(engine, model)
+    exchange = exchange_sizes(engine, model).layout(ranks)[1] if ranks > 1 else 0
+    reserved = RESERVED_GIB * GIB + exchange
     if copies is None and gpu is not None and gpu[1] in FP8_GPUS and DTYPE_SIZES[dtype] == 2:
-        memory = (gpu[0] * engine.gpu_memory_utilization - RESERVED_GIB) * GIB - weights
+        memory = gpu[0] * engine.gpu_memory_utilization * GIB - reserved - weights
         copies = auto_draft_format(engine, model, DTYPE_SIZES[dtype], memory)
     if copies is not None:
         views = f"AR view, {copies} copies for drafts"
@@ -167,7 +170,8 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
         cache = engine.kv_cache_tokens
         return said + (f", KV cache {_gib(cache * position)} for {cache} tokens" if cache else "")
     size, kind = gpu
-    free = (size * engine.gpu_memory_utilization - RESERVED_GIB) * GIB - weights
+    said += f", {_gib(exchange)} for what they exchange" if exchange else ""
+    free = size * engine.gpu_memory_utilization * GIB - reserved - weights
     tokens = engine.kv_cache_tokens or max(0, int(free / position))
     tokens = min(tokens, engine.kv_cache_tokens or context * engine.max_num_seqs)
     if tokens * position > free or tokens < context:

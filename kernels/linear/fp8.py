@@ -35,7 +35,10 @@ class Fp8Format:
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
-        """See `SplitFormat`. A rank scales the inputs that it has by the largest of them."""
+        """See `SplitFormat`. Weights and inputs that a rank has are scaled by the largest of its own, not of the whole row.
+
+        So drafts may differ with the number of ranks, and no text does: another pass verifies them.
+        """
         if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
             return _pack_for_gpu(views, gated, split)
         rounded = [[_rounded(projection) for projection in view] for view in views]

@@ -15,27 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 256
+from orthrus.kernels.peer_sizes import PeerSizes
+
 _START_SECONDS = 60
 """How long the ranks, which all have come so far, take at most to find each other's memory."""
 _FIRST_WAIT, _WAIT = 120_000_000_000, 3_000_000_000
 """For how many nanoseconds a rank is waited for, until all kernels have been compiled and after that."""
-
-
-@dataclass(frozen=True)
-class PeerSizes:
-    """How much the ranks exchange in a pass, at most."""
-
-    rows: int
-    """Rows of a pass."""
-    width: int
-    """Numbers of a row: the model's hidden_size."""
-    logit_rows: int
-    """Rows that need logits."""
-    vocabulary: int
-    """Logits of such a row."""
-    picks: int
-    """Most tokens that are sent at once."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +57,7 @@ class PeerMemory:
         # Programs that use NVLink multicast can put a host's GPUs out of service.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         self.rank, self.size, self.sizes = rank, size, sizes
-        parts = {
-            "logits": 4 * sizes.logit_rows * sizes.vocabulary,
-            "picks_box": 4 * sizes.picks,
-            "sums": 8 * size * sizes.rows * sizes.width,
-            "sum_flags": 4 * size * sizes.rows,
-            "best": 16 * size * sizes.logit_rows,
-            "best_flags": 4 * size * sizes.logit_rows,
-            "picks_flag": 4,
-        }
-        ends, places = 0, {}
-        for name, count in parts.items():
-            places[name] = ends
-            ends += -(-count // _ALIGNMENT) * _ALIGNMENT
+        places, end = sizes.layout(size)
         torch.cuda.set_device(device)
         # PyTorch holds no reference to a group that it finds by its name. Each engine has a file, and so a name, of its own.
         group: Any = store_file
@@ -92,7 +65,7 @@ class PeerMemory:
         store.set_timeout(timedelta(seconds=_START_SECONDS))
         self._group = c10d.ProcessGroup(store, rank, size)
         c10d._register_process_group(group, self._group)
-        self._memory = c10d._SymmetricMemory.empty_strided_p2p((ends,), (1,), torch.uint8, device, group)
+        self._memory = c10d._SymmetricMemory.empty_strided_p2p((end,), (1,), torch.uint8, device, group)
         self._memory.zero_()
         torch.cuda.synchronize(device)
         handle = c10d._SymmetricMemory.rendezvous(self._memory, group)

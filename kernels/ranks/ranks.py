@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from orthrus.kernels.peer_sizes import PeerSizes
+
 if TYPE_CHECKING:
-    from orthrus.kernels.ranks.peer_memory import PeerMemory, PeerSizes
+    from orthrus.kernels.ranks.peer_memory import PeerMemory
 
 
 class RankError(RuntimeError):
@@ -48,7 +50,7 @@ class Ranks(ABC):
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
         """Call `on_failure`, from a thread of its own, once a rank has failed. For rank 0, which may be waiting for requests."""
 
-    def share_memory(self, device: torch.device, sizes: "PeerSizes") -> None:
+    def share_memory(self, device: torch.device, sizes: PeerSizes) -> None:
         """Make `peers`, on all ranks at the same time. device: this rank's GPU."""
         raise NotImplementedError
 

@@ -13,15 +13,13 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Semaphore
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from orthrus.kernels.peer_sizes import PeerSizes
 from orthrus.kernels.ranks.ranks import RankError, Ranks
-
-if TYPE_CHECKING:
-    from orthrus.kernels.ranks.peer_memory import PeerSizes
 
 _BOX_BYTES = 8 << 20
 """A larger tensor is exchanged in several parts."""
@@ -101,7 +99,7 @@ class SharedMemoryRanks(Ranks):
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
         self._processes.watch(on_failure)
 
-    def share_memory(self, device: torch.device, sizes: "PeerSizes") -> None:
+    def share_memory(self, device: torch.device, sizes: PeerSizes) -> None:
         from orthrus.kernels.ranks.peer_memory import PeerMemory
 
         self.least(0)  # Only when all have loaded: nobody waits for long in there.

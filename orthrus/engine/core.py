@@ -24,9 +24,9 @@ from orthrus.engine.output import (
     score_prompt,
     tokens_chunk,
 )
+from orthrus.engine.pass_limits import SCORE_ROWS, PassLimits
 from orthrus.engine.passes import LoadedModel, time_pass
 from orthrus.engine.scheduler import PlannedTurn, Scheduler
-from orthrus.engine.sizing import SCORE_ROWS, PassLimits
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
 from orthrus.kernels.ranks import ONE_RANK, Ranks

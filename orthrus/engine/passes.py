@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import COPY_BYTES
+from orthrus.engine.pass_limits import PassLimits, exchange_sizes
 from orthrus.engine.sizing import (
-    PassLimits,
     cache_pages,
     choose_draft_format,
     choose_page_size,
@@ -78,16 +78,8 @@ class LoadedModel:
 
 def _share_memory(config: EngineConfig, forward: LayerParallelForward) -> None:
     """Let the GPUs of all ranks write to each other's memory, what the largest pass needs."""
-    from orthrus.kernels.ranks.peer_memory import PeerSizes
-    from orthrus.runner.pass_graphs import graph_sizes
-
-    limits, model = PassLimits.of(config), forward.config
-    logit_rows = graph_sizes(limits.max_logits)[-1]
-    rows = graph_sizes(limits.max_rows)[-1]
-    forward.ranks.share_memory(
-        forward.device,
-        PeerSizes(rows, model.hidden_size, logit_rows, model.vocab_size, MAX_RANKS * logit_rows),
-    )
+    sizes = exchange_sizes(config, forward.config)
+    forward.ranks.share_memory(forward.device, replace(sizes, picks=MAX_RANKS * sizes.logit_rows))
 
 
 def make_forward(

@@ -2,13 +2,13 @@
 
 import logging
 import os
-from dataclasses import dataclass
 
 import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, draft_format, shared_format
+from orthrus.engine.pass_limits import PassLimits
 from orthrus.errors import ConfigError
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.models.config import ModelConfig
@@ -18,34 +18,9 @@ from orthrus.runner.registry import load_runner
 
 logger = logging.getLogger(__name__)
 
-DECODE_ROWS = 512
-"""Most rows of decoding sequences in a pass: beyond it, a row costs a GPU more than a draft brings. One each, at least."""
-SCORE_ROWS = 64
-"""Rows that can score prompts while decoding sequences fill a pass: memory for so many more logits is laid out."""
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
 _PASS_BYTES = 2 << 30
 """About what passes need, as far as that matters before they can be measured."""
-
-
-@dataclass(frozen=True)
-class PassLimits:
-    """The largest pass."""
-
-    decode_rows: int
-    """Most rows of decoding sequences."""
-    max_rows: int
-    """Most rows in all."""
-    max_logits: int
-    """Most rows that need logits: all of decoding sequences, one of each prompt that ends, and those that score prompts."""
-
-    @staticmethod
-    def of(config: EngineConfig) -> "PassLimits":
-        decode_rows = max(DECODE_ROWS, config.max_num_seqs)
-        return PassLimits(
-            decode_rows,
-            max_rows=config.prefill_chunk + decode_rows,
-            max_logits=decode_rows + config.max_num_seqs + SCORE_ROWS,
-        )
 
 
 def choose_device(device: str) -> torch.device:

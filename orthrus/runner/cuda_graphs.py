@@ -24,8 +24,9 @@ from orthrus.kernels.rows.upload import upload
 from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import MAX_RANKS, PassPlan, RowGroup, flatten
+from orthrus.runner.graph_sizes import graph_sizes
 from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
-from orthrus.runner.pass_graphs import RECORDS, PassGraphs, graph_sizes
+from orthrus.runner.pass_graphs import RECORDS, PassGraphs
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust
 
@@ -162,7 +163,9 @@ class CudaGraphRunner:
         peak = torch.cuda.max_memory_allocated(device) - before
         del cache, plan, attention, work, zeros
         torch.cuda.empty_cache()
-        head = graph_sizes(max_logits)[-1] * (4 * forward.config.vocab_size + 2 * forward.config.hidden_size)
+        # Each rank has logits of its own tokens. Those of all tokens are in `PeerMemory`, which is there already.
+        tokens = forward.shard.vocabulary_widths[forward.ranks.rank]
+        head = graph_sizes(max_logits)[-1] * (4 * tokens + 2 * forward.config.hidden_size)
         return peak + head + _GRAPH_BYTES
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:

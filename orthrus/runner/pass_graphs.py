@@ -34,14 +34,6 @@ RECORDS = 4096
 """Room for so many partial results of attention (rows x records of each). A tile that would need more is not divided."""
 
 
-def graph_sizes(most: int) -> list[int]:
-    """The numbers of rows that graphs are captured for, up to the first that is no less than `most`."""
-    # From 64 on they fill the linear layers' tiles.
-    sizes = [8, 16, 32, 48, 64, 128, *range(256, 1 << 20, 256)]
-    last = next(i for i, size in enumerate(sizes) if size >= most)
-    return sizes[: last + 1]
-
-
 class PassGraphs:
     """The graphs of one model over one cache. They are captured when this is made, which takes some seconds."""
 

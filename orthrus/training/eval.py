@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from orthrus.engine import Engine
 from orthrus.engine.observer import PassRecord, TurnRecord
-from orthrus.engine.sizing import DECODE_ROWS
+from orthrus.engine.pass_limits import DECODE_ROWS
 from orthrus.requests.request import Request, SamplingParams
 from orthrus.schedules.blocks import LEAD_DRAFT, VERIFY
 from orthrus.schedules.orthrus import OrthrusSchedule

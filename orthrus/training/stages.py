@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from orthrus.engine import Engine
-from orthrus.engine.sizing import DECODE_ROWS
+from orthrus.engine.pass_limits import DECODE_ROWS
 from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig

@@ -9,7 +9,10 @@ import yaml
 from orthrus.cluster.check import check_config
 from orthrus.cluster.config import ClusterConfig
 from orthrus.deployments.config.placement import actor_demand, check_room
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.pass_limits import exchange_sizes
 from orthrus.errors import ConfigError
+from orthrus.models.shapes import QWEN3_SHAPES
 from tests.conftest import ROOT
 
 CLUSTER_FILE = ROOT / "ray_cluster.yaml"
@@ -53,6 +56,22 @@ def test_a_replica_of_several_gpus_is_placed_on_one_node(cluster: ClusterConfig,
     file.write_text(yaml.safe_dump(small))
     with pytest.raises(ConfigError, match=r"no node type of .*small.yaml has 4 CPU, 4 GPU, H100"):
         list(check_config(path, file))
+
+
+def test_config_check_counts_what_gpus_exchange() -> None:
+    """Of the 72B shape on two GPUs: 2,560 rows of 8,192 sums, and 768 rows of logits."""
+    path = ROOT / "configs" / "qwen3-72b-2xh200.yaml"
+    engine = EngineConfig.model_validate(
+        yaml.safe_load(path.read_text())["applications"][0]["args"]["engine"]
+    )
+    places, count = exchange_sizes(engine, QWEN3_SHAPES["72B"]).layout(2)
+    sums = 2 * 2 * 4 * 2560 * 8192
+    logits = 4 * 768 * QWEN3_SHAPES["72B"].vocab_size
+    assert sums + logits < count < 1.01 * (sums + logits)
+    assert f", {count / (1 << 30):.1f} GiB for what they exchange" in "\n".join(
+        check_config(path, CLUSTER_FILE)
+    )
+    assert list(places.values()) == sorted(places.values())
 
 
 def test_demands() -> None:

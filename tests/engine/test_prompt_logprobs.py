@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orthrus.engine import Engine
-from orthrus.engine.sizing import SCORE_ROWS
+from orthrus.engine.pass_limits import SCORE_ROWS
 from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Completion, PromptLogprobs, Request, SamplingParams, TokenLogprob
 from tests.checkpoints import make_checkpoint

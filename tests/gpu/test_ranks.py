@@ -1,4 +1,4 @@
-"""Tensor parallelism on two GPUs: the exchange against its reference, and the bits of an engine on one GPU."""
+"""Tensor parallelism on 2, 4 or 8 GPUs, as many as there are: the exchange against its reference, and the bits of one GPU."""
 
 import gc
 from pathlib import Path
@@ -13,10 +13,14 @@ from torch.multiprocessing.spawn import spawn
 
 from orthrus.engine import Engine, EngineConfig
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
-from orthrus.kernels.ranks.peer_memory import PeerMemory, PeerSizes
-from orthrus.requests.request import SamplingParams
+from orthrus.kernels.peer_sizes import PeerSizes
+from orthrus.kernels.ranks import add_pairwise
+from orthrus.kernels.ranks.peer_memory import PeerMemory
+from orthrus.requests.request import SamplingParams, TokenLogprob
 from tests.checkpoints import make_checkpoint
 
+Result = tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]
+SIZES = [size for size in (2, 4, 8) if size <= torch.cuda.device_count()]
 WIDTH = 8192
 PROMPTS = [[(7 * i * j + 3) % 500 + 1 for j in range(5 + 11 * i)] for i in range(8)]
 PARAMS = [
@@ -30,30 +34,57 @@ PARAMS = [
     )
     for i in range(8)
 ]
+MANY = 256
+"""Requests of the long comparison."""
+MANY_TOKENS = 800
+"""Of each of them."""
 
 
-def _exchange(rank: int, store_file: str) -> None:
+def _exchange(rank: int, size: int, store_file: str) -> None:
     device = torch.device("cuda", rank)
-    peers = PeerMemory(rank, 2, device, store_file, PeerSizes(512, WIDTH, 8, 1024, 64))
+    peers = PeerMemory(rank, size, device, store_file, PeerSizes(512, WIDTH, 8, 1024, 64))
     generator = torch.Generator(device).manual_seed(0)
     for rows in (1, 7, 32, 64, 512):
-        for parts in (1, 2):
-            sums = torch.randn(2, parts, rows, WIDTH, device=device, generator=generator)
+        for parts in (1, 2, 4):
+            sums = torch.randn(size, parts, rows, WIDTH, device=device, generator=generator)
             residual = torch.randn(rows, WIDTH, device=device, generator=generator).bfloat16()
             norm = torch.randn(WIDTH, device=device, generator=generator).bfloat16()
-            expected = add_rms_norm(sums.flatten(0, 1), residual, norm, 1e-6)
+            # Each rank's parts are added first, and then those of the ranks.
+            whole = add_pairwise([add_pairwise(own.unbind()) for own in sums])
+            expected = add_rms_norm(whole[None], residual, norm, 1e-6)
             for _ in range(3):  # Both sets of boxes, and the first one again.
                 found = add_rms_norm(sums[rank], residual, norm, 1e-6, peers=peers)
                 assert all(map(torch.equal, found, expected)), (rows, parts)
     assert int(peers.status[0]) == 0
 
 
-def test_the_exchange_adds_as_one_gpu_does(tmp_path: Path) -> None:
-    spawn(_exchange, (str(tmp_path / "ranks"),), nprocs=2)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_exchange_adds_as_one_gpu_does(tmp_path: Path, size: int) -> None:
+    spawn(_exchange, (size, str(tmp_path / "ranks")), nprocs=size)
+
+
+def results(
+    size: int, prompts: list[list[int]], params: list[SamplingParams], **settings: object
+) -> tuple[list[Result], float]:
+    """What `size` GPUs give: tokens and logprobs of each prompt, and tokens per cycle."""
+    config = {
+        "device": "cuda",
+        "tensor_parallel_size": size,
+        "sum_leaves": SIZES[-1],
+        "adaptive_draft": False,
+        "draft_weights": "same",
+    }
+    engine = Engine.from_pretrained(EngineConfig.model_validate(config | settings))
+    found = [completion for [completion] in engine.generate(prompts, params)]
+    tokens_per_cycle = engine.stats.committed / engine.stats.cycles
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    return [(completion.token_ids, completion.logprobs) for completion in found], tokens_per_cycle
 
 
 @pytest.mark.parametrize("settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}], ids=str)
-def test_two_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, object]) -> None:
     path = make_checkpoint(
         tmp_path,
         vocab_size=600,
@@ -67,24 +98,42 @@ def test_two_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, objec
         initializer_range=0.03,
         dtype=torch.bfloat16,
     )
-    results, tokens_per_cycle = [], []
-    for size in (1, 2):
-        config = {
-            "model": str(path),
-            "device": "cuda",
-            "tensor_parallel_size": size,
-            "kv_cache_tokens": 8192,
-            "prefill_chunk": 64,
-            "max_num_seqs": 8,
-            "adaptive_draft": False,
-            "draft_weights": "same",
-        }
-        engine = Engine.from_pretrained(EngineConfig.model_validate(config | settings))
-        found = [completion for [completion] in engine.generate(PROMPTS, PARAMS)]
-        results.append([(completion.token_ids, completion.logprobs) for completion in found])
-        tokens_per_cycle.append(engine.stats.committed / engine.stats.cycles)
-        del engine
-        gc.collect()
-        torch.cuda.empty_cache()
-    assert results[0] == results[1]
-    assert min(tokens_per_cycle) > 1.1
+    fixed = {"model": str(path), "kv_cache_tokens": 8192, "prefill_chunk": 64, "max_num_seqs": 8}
+    alone, tokens_per_cycle = results(1, PROMPTS, PARAMS, **(fixed | settings))
+    assert tokens_per_cycle > 1.1
+    for size in SIZES:
+        shared, tokens_per_cycle = results(size, PROMPTS, PARAMS, **(fixed | settings))
+        assert shared == alone, f"{size} GPUs"
+        assert tokens_per_cycle > 1.1
+
+
+def test_200000_tokens_at_the_widths_of_8b_have_the_bits_of_one_gpu(tmp_path: Path) -> None:
+    """Prompts of all lengths and answers, greedy and sampled, in one batch whose members come and go."""
+    path = make_checkpoint(
+        tmp_path,
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        noise=0.02,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        dtype=torch.bfloat16,
+    )
+    prompts = [
+        [(31 * i * j + 7) % 150000 + 1 for j in range(1, 6 + 37 * (i % 9) + i // 9)] for i in range(MANY)
+    ]
+    params = [
+        SamplingParams(
+            temperature=float(i % 2), seed=i, max_tokens=MANY_TOKENS - i % 7, ignore_eos=True, logprobs=0
+        )
+        for i in range(MANY)
+    ]
+    settings = {"model": str(path), "kv_cache_tokens": 1 << 17, "max_num_seqs": 64}
+    alone, tokens_per_cycle = results(1, prompts, params, **settings)
+    assert sum(len(tokens) for tokens, _ in alone) > 200_000
+    assert tokens_per_cycle > 1.1
+    for size in SIZES:
+        assert results(size, prompts, params, **settings)[0] == alone, f"{size} GPUs"

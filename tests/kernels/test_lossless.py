@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from orthrus.kernels.linear.lossless import (
-    MOST_EXCEPTIONS,
     EXPONENT,
     LEAST_BASE,
     MOST_BASE,
+    MOST_EXCEPTIONS,
     NotPacked,
     high_bytes,
     pack_lossless,
