@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SIZE ?= 2
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-structured test-serving test-ranks test-cluster test-page test-install proto diagram lint format clean
+.PHONY: help serve test test-clients test-structured test-serving test-ranks test-cluster test-page test-install bench-ranks proto diagram lint format clean
 
 help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
@@ -16,6 +17,7 @@ help:
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
 	@echo 'make test-page  the web page in Chromium, driven by Playwright; makes the screenshots in docs/: minutes; says what is missing'
 	@echo 'make test-install  beside other packages named kernels, cluster and deployments: minutes; needs a package index'
+	@echo 'make bench-ranks SIZE=2  what tensor parallelism brings on 2, 4 or 8 GPUs of this host, beside what it should bring'
 	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test says when they are stale'
 	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test says when it is stale'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
@@ -48,6 +50,9 @@ test-page: $(INSTALLED)
 
 test-install: $(INSTALLED)
 	$(BIN)/python -m pytest -q -o faulthandler_timeout=600 tests/proofs/install_proof.py
+
+bench-ranks: $(INSTALLED)
+	$(BIN)/python -m tests.gpu.ranks_bench $(SIZE)
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. orthrus/deployments/proto/orthrus.proto
