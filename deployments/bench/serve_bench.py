@@ -140,6 +140,7 @@ class _WaitingRunner:
     """Passes on a device of its own, one after the other: this CPU plans them and waits. Tokens vary with their position."""
 
     feeds_tokens = True
+    picks_ranks = False
     max_logits = 1 << 30
     row_sizes: tuple[int, ...] = ()
 

@@ -51,8 +51,9 @@ class EngineConfig(BaseModel):
     """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own. Copies halve what such a pass
     reads, but take memory. "auto" is "fp8" if the GPU has FP8 matrix units, the model has 16 bits, `draft_lead` is not true, and
     the KV cache keeps three quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set."""
-    draft_tree: int | None = Field(default=None, ge=2, le=128)
-    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies. None: no trees."""
+    draft_tree: int | None = Field(default=None, ge=0, le=128)
+    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. None: on one
+    GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Context limit in tokens, None for the checkpoint's."""
     max_num_seqs: int = Field(default=64, ge=1)

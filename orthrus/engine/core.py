@@ -371,6 +371,7 @@ class EngineCore:
             mixes_views=self.forward.draft is None,
             pool=self._pool,
             page_size=self.page_size,
+            picks_ranks=self.runner.picks_ranks,
             timer=timer,
         )
 

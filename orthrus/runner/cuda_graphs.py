@@ -116,6 +116,8 @@ class CudaGraphRunner:
         self._downloads = torch.cuda.Stream(device)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._ranks, self._peers = forward.ranks, forward.ranks.peers
+        # Several ranks of a model would have to exchange logits for it.
+        self.picks_ranks = self._peers is None
         self._host_status = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         # Of ranks but 0: when the copy from each host buffer was over.
         self._uploaded = [torch.cuda.Event() for _ in range(2)]

@@ -42,6 +42,7 @@ class RunPass:
 class EagerRunner:
     """See `ModelRunner`. Runs every pass to its end before `launch` returns."""
 
+    picks_ranks = False
     max_logits = 1 << 30
     row_sizes: tuple[int, ...] = ()
 

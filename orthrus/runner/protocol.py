@@ -41,6 +41,8 @@ class ModelRunner(Protocol):
 
     feeds_tokens: bool
     """Whether a pass may be launched before the host knows the picks of the one before it."""
+    picks_ranks: bool
+    """Whether it costs next to nothing if a row of drafts picks several tokens."""
     max_logits: int
     """Most rows of a pass that need logits."""
     row_sizes: tuple[int, ...]

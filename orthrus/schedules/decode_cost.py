@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from orthrus.plan import RowGroup, View
 from orthrus.schedules.ar import STEP, ar_rows
 from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
+from orthrus.schedules.draft_tree import MAX_RUNS
 from orthrus.schedules.pass_cost import PassCost, PassShape, PassTimer
+
+TREE = "tree"
+"""The kind of pass that verifies trees, to cost models."""
 
 
 class CycleCost(Protocol):
@@ -20,8 +25,18 @@ class CycleCost(Protocol):
         """Seconds of an AR step of `batch` sequences: one token each."""
         ...
 
-    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
-        """Seconds of a cycle of `batch` sequences with `block_rows` rows each."""
+    @property
+    def tree(self) -> PassCost | None:
+        """A verify pass of trees; None if there are no trees."""
+        ...
+
+    def cycle(
+        self, block_rows: int, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
+    ) -> float:
+        """Seconds of a cycle of `batch` sequences with `block_rows` rows each.
+
+        tree_rows: rows of the tree that each has in the verify pass; 0 for a chain, which has as many as the block.
+        """
         ...
 
 
@@ -30,6 +45,25 @@ def verify_shape(*, ahead: bool) -> PassShape:
     return PassShape(
         VERIFY, lambda rows, start, block_table: ar_rows([0] * rows, start, block_table), ahead=ahead
     )
+
+
+def tree_shape(page_size: int) -> PassShape:
+    """Passes that verify trees: half of the rows are a chain, and the others branch off from it in pairs."""
+
+    def groups(rows: int, start: int, block_table: list[int]) -> list[RowGroup]:
+        [chain] = ar_rows([0] * -(-rows // 2), start, block_table)
+        found, left = [chain], rows // 2
+        while left:
+            count = min(left, max(2, -(-left // (MAX_RUNS - len(found)))))
+            first = min(start + len(found), chain.end)
+            # Where it begins, and behind that: page 0, in which nothing is kept.
+            page = first // page_size
+            table = [*block_table[:page], *[0] * (len(block_table) - page)]
+            found.append(RowGroup(View.AR, [0] * count, first, table, 0, count, chain))
+            left -= count
+        return found
+
+    return PassShape(TREE, groups, ahead=True)
 
 
 def step_shape(verify: PassShape) -> PassShape:
@@ -49,13 +83,15 @@ class DecodeCost:
     """A verify pass, by rows and sequences."""
     lead: PassCost | None = None
     """A draft pass with leads, by the rows of the blocks alone and by sequences. None: no pass may have leads."""
+    tree: PassCost | None = None
+    """A verify pass of trees, by rows and sequences. None: there are no trees."""
     sampled_row: float = 0.0
     """What a row adds to a pass if its pick is sampled rather than greedy."""
 
     @staticmethod
     def measured(timer: PassTimer, mask_token_id: int, *, leads: bool, trees: bool) -> "DecodeCost":
-        """Time the passes on this machine. leads: whether passes may have leads. trees: whether drafts are verified as trees."""
-        verify = verify_shape(ahead=not trees)  # The pass behind a tree has to wait for its picks.
+        """Time the passes on this machine. leads: whether passes may have leads. trees: whether there are trees."""
+        verify = verify_shape(ahead=True)
         draft, lead = (
             PassShape(
                 kind,
@@ -67,12 +103,20 @@ class DecodeCost:
             for kind, lead in ((DRAFT, False), (LEAD_DRAFT, True))
         )
         step = step_shape(verify)
-        curves = timer.curves([step, draft, verify, lead] if leads else [step, draft, verify])
+        shapes = [
+            step,
+            draft,
+            verify,
+            *([lead] if leads else []),
+            *([tree_shape(timer.page_size)] if trees else []),
+        ]
+        curves = timer.curves(shapes)
         return DecodeCost(
             step=curves[STEP],
             draft=curves[DRAFT],
             verify=curves[VERIFY],
             lead=curves.get(LEAD_DRAFT),
+            tree=curves.get(TREE),
             sampled_row=timer.sampled_row(verify),
         )
 
@@ -80,12 +124,14 @@ class DecodeCost:
         """Seconds of an AR step of `batch` sequences: one token each."""
         return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
-    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
-        """Seconds of a draft pass and a verify pass of `batch` sequences with `block_rows` rows each."""
-        rows = block_rows * batch
-        draft = self.lead if lead else self.draft
-        assert draft is not None, "the planner considers leads only where passes may have them"
-        seconds = draft(rows, batch) + self.verify(rows, batch)
+    def cycle(
+        self, block_rows: int, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
+    ) -> float:
+        """Seconds of a draft pass and a verify pass of `batch` sequences: see `CycleCost`."""
+        rows, verified = block_rows * batch, (tree_rows or block_rows) * batch
+        draft, verify = self.lead if lead else self.draft, self.tree if tree_rows else self.verify
+        assert draft is not None and verify is not None, "the planner considers what passes may have"
+        seconds = draft(rows, batch) + verify(verified, batch)
         # A draft pass picks one token less than a block has rows; with a lead, one more.
-        num_picks = 2 * rows + (batch if lead else -batch)
+        num_picks = rows + verified + (batch if lead else -batch)
         return seconds + (0.0 if greedy else num_picks * self.sampled_row)

@@ -20,6 +20,8 @@ class NgramCost:
     """What a row adds to a pass if its pick is sampled rather than greedy."""
     lead: None = None
     """There are no draft passes, and so no leads."""
+    tree: None = None
+    """Nor are there trees."""
 
     @staticmethod
     def measured(timer: PassTimer, step: PassCost | None = None) -> "NgramCost":
@@ -32,7 +34,9 @@ class NgramCost:
         """Seconds of an AR step of `batch` sequences: one token each."""
         return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
-    def cycle(self, block_rows: int, batch: int, greedy: bool, lead: bool = False) -> float:
+    def cycle(
+        self, block_rows: int, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
+    ) -> float:
         """Seconds of a cycle of `block_rows` rows, as they count for one of `batch` sequences.
 
         How many others of the pass find drafts is not known. So a sequence answers for all that the pass takes longer, as if it

@@ -33,9 +33,14 @@ from orthrus.schedules.decode_cost import DecodeCost
 from orthrus.schedules.draft_tree import MAX_RUNS, BranchPages
 from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
+from orthrus.schedules.tree_chances import TreeChances
 from orthrus.schedules.tree_drafts import TreeDrafts
+from orthrus.schedules.tree_planner import MOST_SEQUENCES, TreePlanner
 
 logger = logging.getLogger(__name__)
+
+_MOST_TREE_ROWS = 64
+"""Most rows of a tree where no setting says how many."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class OrthrusSchedule:
         """max_model_len: context limit in tokens. trees: None if drafts are verified as one continuation."""
         self.max_rows = planner.max_rows
         # A block's and its lead's, or a tree's.
-        self.max_logits = max(planner.max_rows + 1, trees.max_rows if trees is not None else 0)
+        self.max_logits = max(planner.max_rows + 1, trees.planner.max_rows if trees is not None else 0)
         self._trees = trees
         self._planner = planner
         self._mask = mask_token_id
@@ -94,7 +99,7 @@ class OrthrusSchedule:
             return None
         stages.info("measuring what passes cost")
         cost = DecodeCost.measured(
-            context.timer, mask, leads=context.mixes_views, trees=config.draft_tree is not None
+            context.timer, mask, leads=context.mixes_views, trees=_most_tree_rows(context) > 1
         )
         logger.info("decode cost: %s", cost)
         return cost
@@ -106,20 +111,24 @@ class OrthrusSchedule:
         assert model.block_size is not None and model.mask_token_id is not None, (
             "the registry asks for diffusion"
         )
+        block_rows = config.draft_length or model.block_size
+        trees = None
+        if (tree_rows := _most_tree_rows(context)) > 1:
+            chances = {greedy: TreeChances(block_rows, MAX_RANKS) for greedy in (True, False)}
+            tree_planner = TreePlanner(
+                chances,
+                cost,
+                max_rows=tree_rows,
+                block_rows=block_rows,
+                pass_rows=context.max_pass_rows,
+            )
+            trees = TreeDrafts(BranchPages(context.pool, context.page_size), chances, tree_planner)
         planner = DraftPlanner(
-            config.draft_length or model.block_size,
+            block_rows,
             cost,
             context.max_pass_rows,
             config.draft_lead if context.mixes_views else False,
         )
-        trees = None
-        if config.draft_tree is not None:
-            trees = TreeDrafts(
-                BranchPages(context.pool, context.page_size),
-                max_rows=config.draft_tree,
-                depths=planner.max_rows,
-                pass_rows=context.max_pass_rows,
-            )
         return cls(planner, model.mask_token_id, context.max_model_len, trees)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
@@ -130,9 +139,7 @@ class OrthrusSchedule:
                 return self._ar.plan(sequence, batch)
             groups: tuple[RowGroup, ...] = ar_rows(tokens, n, block_table)
             if draft.tree is None and self._trees is not None:
-                draft = sequence.schedule_state = replace(
-                    draft, tree=self._trees.open(sequence, draft, batch)
-                )
+                draft = sequence.schedule_state = replace(draft, tree=self._trees.open(sequence, draft))
             if draft.tree is not None:
                 groups = draft.tree.groups(draft.candidates, sequence.newest_token, n)
             return Turn(
@@ -143,7 +150,7 @@ class OrthrusSchedule:
                 can_advance=self._plan_following(sequence, draft, batch),
             )
         if isinstance(state := sequence.schedule_state, _InFlight):
-            return self._plan_behind(sequence, state)
+            return self._plan_behind(sequence, state, batch)
         # With one token to go, two rows would draft it and verify it: the AR step is one pass.
         room = sequence.max_length - n
         if room <= 2:
@@ -156,7 +163,7 @@ class OrthrusSchedule:
         # A grammar says what may follow x_n, but not yet what may follow the token after it.
         lead = plan.lead and sequence.mask is None
         groups = draft_rows(sequence.newest_token, num_rows, n, block_table, self._mask, lead=lead)
-        ranks = self._ranks(sequence)
+        ranks = self._ranks(sequence, batch)
         if lead:
             return Turn(LEAD_DRAFT, groups, (False, True), ranks, ends_cycle=False)
         return Turn(DRAFT, groups, (True,), ranks, ends_cycle=False)
@@ -167,12 +174,12 @@ class OrthrusSchedule:
         if block is None:
             if not self._planner.pays(greedy, batch):
                 return False
-            block = self._planner.plan(greedy, batch)
+            block = self._next_block(sequence, batch)
             sequence.schedule_state = replace(draft, following=block)
         furthest = sequence.newest_position + len(draft.tokens) + 1
         return block.rows > 1 and not block.lead and furthest + block.rows <= self._max_model_len
 
-    def _plan_behind(self, sequence: SequenceState, state: _InFlight) -> Turn:
+    def _plan_behind(self, sequence: SequenceState, state: _InFlight, batch: int) -> Turn:
         """A draft turn behind the drafts of a verify turn that is under way."""
         block, verifying = state.draft.following, state.verifying
         assert block is not None
@@ -181,21 +188,28 @@ class OrthrusSchedule:
         if (tree := verifying.tree) is not None:
             table = table[: tree.first_page] + list(tree.pages[0])
         [group] = draft_rows(0, block.rows, furthest, table, self._mask, lead=False)
-        return Turn(
-            DRAFT, (replace(group, behind=verifying),), (True,), self._ranks(sequence), ends_cycle=False
-        )
+        ranks = self._ranks(sequence, batch)
+        return Turn(DRAFT, (replace(group, behind=verifying),), (True,), ranks, ends_cycle=False)
 
-    def _ranks(self, sequence: SequenceState) -> int:
-        """How many tokens a draft picks at each row: several where a tree can be made of them."""
-        return 1 if self._trees is None or sequence.mask is not None else MAX_RANKS
+    def _ranks(self, sequence: SequenceState, batch: int) -> int:
+        """How many tokens a draft picks at each row: several where a tree may be made of them."""
+        has_tree = self._trees is not None and batch <= MOST_SEQUENCES and sequence.mask is None
+        return MAX_RANKS if has_tree else 1
 
     def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
         """The next block. The planner counts its answers, so it is asked once for each block."""
         choice, position = sequence.schedule_state, sequence.newest_position
         if not isinstance(choice, _Choice) or choice.position != position:
-            block = self._planner.plan(sequence.params.greedy, batch, begins=sequence.cycles == 0)
+            block = self._next_block(sequence, batch)
             choice = sequence.schedule_state = _Choice(position, block)
         return choice.block
+
+    def _next_block(self, sequence: SequenceState, batch: int) -> BlockPlan:
+        greedy = sequence.params.greedy
+        block = self._planner.plan(greedy, batch, begins=sequence.cycles == 0)
+        if self._trees is None or sequence.mask is not None or not self._planner.pays(greedy, batch):
+            return block
+        return self._trees.planner.plan(greedy, batch, block)
 
     def speed(self, greedy: bool, batch: int) -> float:
         """Tokens per second that blocks promise over AR steps, while `batch` sequences decode; 1 where they don't pay."""
@@ -206,7 +220,9 @@ class OrthrusSchedule:
             planned, draft = sequence.schedule_state, _draft(sequence, turn, picks)
             draft = replace(draft, tokens=_tokens(draft.tokens))
             if isinstance(planned, Draft):  # The verify turn may have been planned already.
-                draft = replace(draft, tree=planned.tree, following=planned.following)
+                draft = replace(
+                    draft, tree=planned.tree, tree_rows=planned.tree_rows, following=planned.following
+                )
             sequence.schedule_state = draft
             return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
         drafted = sequence.schedule_state
@@ -228,6 +244,8 @@ class OrthrusSchedule:
             rest = chain[len(right) :] if chain[: len(right)] == right else []
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         accepted = num_right(drafted.tokens, picks[0])
+        if self._trees is not None:
+            self._trees.observe(sequence.params.greedy, drafted, picks[0], accepted)
         self._planner.observe(sequence.params.greedy, drafted, accepted)
         self._expect(sequence, drafted, accepted)
         return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
@@ -269,4 +287,15 @@ def _draft(sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> D
     if turn.groups[-1].behind is not None:
         # Where the block began was not known, and so not how much room it had.
         first = first[: sequence.max_length - sequence.newest_position - 1]
-    return Draft(first, lead, lead and picks[-1][:1] == picks[0], further)
+    choice = sequence.schedule_state
+    tree_rows = choice.block.tree_rows if isinstance(choice, _Choice) else 0
+    return Draft(first, lead, lead and picks[-1][:1] == picks[0], further, tree_rows=tree_rows)
+
+
+def _most_tree_rows(context: ScheduleContext) -> int:
+    """Most rows of a tree; 0 if there are none."""
+    config = context.config
+    if config.draft_tree is not None:
+        return config.draft_tree
+    # A tree takes several tokens for each row, and many rows: both cost a CPU too much.
+    return _MOST_TREE_ROWS if context.picks_ranks and config.adaptive_draft else 0

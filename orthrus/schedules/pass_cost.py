@@ -85,7 +85,7 @@ class PassTimer:
         sequences of a pass. max_rows: most rows of a pass. filled_to: as in `PassCost`.
         """
         self._run = run
-        self._page_size = page_size
+        self.page_size = page_size
         self._max_batch, self._max_rows = max_batch, max_rows
         self._filled_to = filled_to
         self._end = min(context, _CONTEXT, (num_pages - 1) * page_size)

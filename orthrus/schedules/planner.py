@@ -6,7 +6,7 @@ A cycle with blocks of K rows runs two passes of batch * K rows. Per sequence it
 
 tokens, and one more with a lead. An AR step runs one pass of batch rows and commits one token per sequence. The planner takes
 whichever has the best rate. AR steps compete too: where rows are expensive, they win. The choice never changes the text.
-Further rows that a tree of drafts has are not counted.
+Where blocks pay, a tree of drafts may be verified in place of a chain (`TreePlanner`).
 
 How often drafts are accepted is counted twice, with a short and with a long memory. The short one (about twenty cycles) says
 what the current text is like and how long a block should be. The long one (about five hundred cycles) says what drafts are
@@ -63,6 +63,8 @@ class Draft:
     """For each rank from 1 on: the tokens that were picked for these positions. `tokens` have rank 0, the likeliest."""
     tree: DraftTree | None = None
     """The tree of these tokens that a pass verifies. None before that, and if it verifies `tokens` alone."""
+    tree_rows: int = 0
+    """Rows of the tree that the pass is to verify; 0 for these tokens alone."""
     following: "BlockPlan | None" = None
     """The block to draft behind the right ones, if that is known before they are verified."""
 
@@ -149,6 +151,8 @@ class BlockPlan:
     rows: int
     """Rows of the block, the newest token's included; 1 for an AR step."""
     lead: bool = False
+    tree_rows: int = 0
+    """Rows of the tree that is verified; 0 for the block's drafts as a chain."""
 
 
 _AR_STEP = BlockPlan(1)

@@ -75,6 +75,8 @@ class ScheduleContext:
     """Pages of the cache. A schedule may take pages that are to spare, and must keep them in `SequenceState.branches`."""
     page_size: int
     """Positions of a page."""
+    picks_ranks: bool
+    """Whether it costs next to nothing if a row picks several tokens (`Turn.ranks`)."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 

@@ -10,14 +10,16 @@ follows another token, because a draft pass predicts what comes after the best t
 
 import heapq
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
-_DECAY = 0.998
+_DECAY = 0.99
 """What an earlier count is multiplied by at each observation at the same depth."""
 _PRIOR_WEIGHT = 4.0
 """How many observations the assumed chances count as."""
 _PRIOR = ((0.75, 0.1, 0.04, 0.02), (0.6, 0.1, 0.04, 0.02))
 """Assumed chances of the ranks before anything has been verified: of nodes that follow the chain, and of others."""
-_KEPT_FOR = 16
+_KEPT_FOR = 64
 """Observations for which trees are used again."""
 
 
@@ -47,8 +49,10 @@ class TreeChances:
         self._right = [
             [[_PRIOR_WEIGHT * chance for chance in prior[:ranks]] for _ in range(depths)] for prior in _PRIOR
         ]
-        self._trees: dict[tuple[int, int], list[Node]] = {}
+        self._trees: dict[int, list[Node]] = {}
         self._observed = 0
+        self.version = 0
+        """Grows whenever trees may have changed."""
 
     def observe(self, depth: int, on_chain: bool, rank: int | None) -> None:
         """Note which rank was right at a depth, after drafts that were right. on_chain: whether all of these had rank 0.
@@ -64,12 +68,19 @@ class TreeChances:
         if self._observed >= _KEPT_FOR:
             self._observed = 0
             self._trees.clear()
+            self.version += 1
 
     def tree(self, nodes: int, depths: int) -> list[Node]:
         """The `nodes` likeliest nodes of up to `depths` drafts in a row, the likeliest first."""
-        if (nodes, depths) not in self._trees:
-            self._trees[nodes, depths] = self._grow(nodes, depths)
-        return self._trees[nodes, depths]
+        tree = self._trees.get(depths, [])
+        if len(tree) < nodes:
+            tree = self._trees[depths] = self._grow(nodes, depths)
+        return tree[:nodes]
+
+    def chain(self, depths: int) -> list[float]:
+        """The chance that the first 1, 2, ... `depths` drafts of the chain are all right."""
+        right = [rights[0] / tried for rights, tried in zip(self._right[0], self._tried[0], strict=True)]
+        return list(accumulate(right[:depths], mul))
 
     def _grow(self, nodes: int, depths: int) -> list[Node]:
         tree: list[Node] = []

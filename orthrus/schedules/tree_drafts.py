@@ -4,38 +4,43 @@ This is where to begin reading. `tree_chances` counts which candidates have been
 lays the nodes out as groups of rows, gives them pages, and finds the right path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from orthrus.plan import MAX_RANKS
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.draft_tree import BranchPages, DraftTree, Verified, follow, runs_of
 from orthrus.schedules.planner import Draft, DraftPlanner
 from orthrus.schedules.tree_chances import TreeChances
+from orthrus.schedules.tree_planner import TreePlanner
 
 
 class TreeDrafts:
-    """Makes a tree of each draft that may have one, and learns from its result."""
+    """Makes a tree of each draft that is to have one, and learns from its result."""
 
-    def __init__(self, pages: BranchPages, *, max_rows: int, depths: int, pass_rows: int) -> None:
-        """max_rows: of a tree, the newest token's included. depths: most drafts on one path.
-
-        pass_rows: most rows of all sequences in a pass.
-        """
-        self.max_rows = max_rows
+    def __init__(self, pages: BranchPages, chances: Mapping[bool, TreeChances], planner: TreePlanner) -> None:
+        """chances: of greedy and of sampled text. They are counted here. planner: knows the same."""
+        self.planner = planner
         self._pages = pages
-        self._pass_rows = pass_rows
-        self._chances = {greedy: TreeChances(depths, MAX_RANKS) for greedy in (True, False)}
+        self._chances = chances
 
-    def open(self, sequence: SequenceState, draft: Draft, batch: int) -> DraftTree | None:
+    def open(self, sequence: SequenceState, draft: Draft) -> DraftTree | None:
         """A tree of a draft's candidates, with pages for it; None if one continuation has to do."""
-        rows = min(self.max_rows, self._pass_rows // batch)
         # A grammar would have to be followed along each branch.
-        if sequence.mask is not None or not draft.further or rows < 2:
+        if sequence.mask is not None or not draft.further or draft.tree_rows < 2:
             return None
-        nodes = self._chances[sequence.params.greedy].tree(rows - 1, len(draft.tokens))
+        nodes = self._chances[sequence.params.greedy].tree(draft.tree_rows - 1, len(draft.tokens))
         runs = runs_of(nodes, sequence.newest_position, self._pages.page_size)
         return self._pages.open(sequence, runs) if len(runs) > 1 else None
+
+    def observe(self, greedy: bool, draft: Draft, picks: Sequence[int], accepted: int) -> None:
+        """Learn from a draft that was verified as one continuation. picks: its rows'."""
+        chances = self._chances[greedy]
+        for depth in range(accepted):
+            chances.observe(depth, True, 0)
+        if accepted < len(draft.tokens):
+            others = [tokens[accepted] for tokens in draft.further]
+            pick = picks[accepted]
+            chances.observe(accepted, True, others.index(pick) + 1 if pick in others else None)
 
     def commit(
         self, sequence: SequenceState, draft: Draft, picks: Sequence[list[int]], planner: DraftPlanner
