@@ -31,9 +31,9 @@ class CycleCost(Protocol):
         ...
 
     def cycle(
-        self, block_rows: int, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
+        self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
     ) -> float:
-        """Seconds of a cycle of `batch` sequences with `block_rows` rows each.
+        """Seconds of a cycle of `batch` sequences with `block_rows` rows each, on average.
 
         tree_rows: rows of the tree that each has in the verify pass; 0 for a chain, which has as many as the block.
         """
@@ -125,7 +125,7 @@ class DecodeCost:
         return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
     def cycle(
-        self, block_rows: int, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
+        self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
     ) -> float:
         """Seconds of a draft pass and a verify pass of `batch` sequences: see `CycleCost`."""
         rows, verified = block_rows * batch, (tree_rows or block_rows) * batch

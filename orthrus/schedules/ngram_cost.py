@@ -35,7 +35,7 @@ class NgramCost:
         return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
     def cycle(
-        self, block_rows: int, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
+        self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
     ) -> float:
         """Seconds of a cycle of `block_rows` rows, as they count for one of `batch` sequences.
 

@@ -33,9 +33,10 @@ from orthrus.schedules.decode_cost import DecodeCost
 from orthrus.schedules.draft_tree import MAX_RUNS, BranchPages
 from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
+from orthrus.schedules.row_shares import RowShares
 from orthrus.schedules.tree_chances import TreeChances
 from orthrus.schedules.tree_drafts import TreeDrafts
-from orthrus.schedules.tree_planner import MOST_SEQUENCES, TreePlanner
+from orthrus.schedules.tree_planner import TreePlanner
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,13 @@ class OrthrusSchedule:
         mask_token_id: int,
         max_model_len: int,
         trees: TreeDrafts | None = None,
+        shares: RowShares | None = None,
     ) -> None:
-        """max_model_len: context limit in tokens. trees: None if drafts are verified as one continuation."""
+        """max_model_len: context limit in tokens. trees: None if drafts are verified as one continuation.
+
+        shares: lengths by sequence; None if `planner` chooses them for all sequences of a pass together.
+        """
+        self._shares = shares
         self.max_rows = planner.max_rows
         # A block's and its lead's, or a tree's.
         self.max_logits = max(planner.max_rows + 1, trees.planner.max_rows if trees is not None else 0)
@@ -129,7 +135,8 @@ class OrthrusSchedule:
             context.max_pass_rows,
             config.draft_lead if context.mixes_views else False,
         )
-        return cls(planner, model.mask_token_id, context.max_model_len, trees)
+        shares = RowShares(cost, block_rows, context.max_pass_rows) if cost is not None else None
+        return cls(planner, model.mask_token_id, context.max_model_len, trees, shares)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         n, block_table = sequence.newest_position, sequence.block_table
@@ -150,7 +157,7 @@ class OrthrusSchedule:
                 can_advance=self._plan_following(sequence, draft, batch),
             )
         if isinstance(state := sequence.schedule_state, _InFlight):
-            return self._plan_behind(sequence, state, batch)
+            return self._plan_behind(sequence, state)
         # With one token to go, two rows would draft it and verify it: the AR step is one pass.
         room = sequence.max_length - n
         if room <= 2:
@@ -163,7 +170,7 @@ class OrthrusSchedule:
         # A grammar says what may follow x_n, but not yet what may follow the token after it.
         lead = plan.lead and sequence.mask is None
         groups = draft_rows(sequence.newest_token, num_rows, n, block_table, self._mask, lead=lead)
-        ranks = self._ranks(sequence, batch)
+        ranks = _ranks(sequence, plan)
         if lead:
             return Turn(LEAD_DRAFT, groups, (False, True), ranks, ends_cycle=False)
         return Turn(DRAFT, groups, (True,), ranks, ends_cycle=False)
@@ -179,7 +186,7 @@ class OrthrusSchedule:
         furthest = sequence.newest_position + len(draft.tokens) + 1
         return block.rows > 1 and not block.lead and furthest + block.rows <= self._max_model_len
 
-    def _plan_behind(self, sequence: SequenceState, state: _InFlight, batch: int) -> Turn:
+    def _plan_behind(self, sequence: SequenceState, state: _InFlight) -> Turn:
         """A draft turn behind the drafts of a verify turn that is under way."""
         block, verifying = state.draft.following, state.verifying
         assert block is not None
@@ -188,13 +195,8 @@ class OrthrusSchedule:
         if (tree := verifying.tree) is not None:
             table = table[: tree.first_page] + list(tree.pages[0])
         [group] = draft_rows(0, block.rows, furthest, table, self._mask, lead=False)
-        ranks = self._ranks(sequence, batch)
+        ranks = _ranks(sequence, block)
         return Turn(DRAFT, (replace(group, behind=verifying),), (True,), ranks, ends_cycle=False)
-
-    def _ranks(self, sequence: SequenceState, batch: int) -> int:
-        """How many tokens a draft picks at each row: several where a tree may be made of them."""
-        has_tree = self._trees is not None and batch <= MOST_SEQUENCES and sequence.mask is None
-        return MAX_RANKS if has_tree else 1
 
     def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
         """The next block. The planner counts its answers, so it is asked once for each block."""
@@ -207,7 +209,13 @@ class OrthrusSchedule:
     def _next_block(self, sequence: SequenceState, batch: int) -> BlockPlan:
         greedy = sequence.params.greedy
         block = self._planner.plan(greedy, batch, begins=sequence.cycles == 0)
-        if self._trees is None or sequence.mask is not None or not self._planner.pays(greedy, batch):
+        if not self._planner.pays(greedy, batch):
+            return block
+        if self._shares is not None and not block.lead:
+            rows = self._shares.rows(sequence, batch)
+            if rows is not None:
+                return BlockPlan(rows)
+        if self._trees is None or sequence.mask is not None:
             return block
         return self._trees.planner.plan(greedy, batch, block)
 
@@ -241,12 +249,16 @@ class OrthrusSchedule:
             self._expect(sequence, drafted, len(right))
             # Of a tree, the path that was accepted, and what the tree had of the chain after it if that is the chain's.
             chain = drafted.tokens[: drafted.tree.chain_length]
+            if self._shares is not None:
+                self._shares.observe(sequence, len(chain), num_right(chain[: len(right)], right))
             rest = chain[len(right) :] if chain[: len(right)] == right else []
             return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
         accepted = num_right(drafted.tokens, picks[0])
         if self._trees is not None:
             self._trees.observe(sequence.params.greedy, drafted, picks[0], accepted)
         self._planner.observe(sequence.params.greedy, drafted, accepted)
+        if self._shares is not None:
+            self._shares.observe(sequence, len(drafted.tokens), accepted)
         self._expect(sequence, drafted, accepted)
         return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
 
@@ -290,6 +302,11 @@ def _draft(sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> D
     choice = sequence.schedule_state
     tree_rows = choice.block.tree_rows if isinstance(choice, _Choice) else 0
     return Draft(first, lead, lead and picks[-1][:1] == picks[0], further, tree_rows=tree_rows)
+
+
+def _ranks(sequence: SequenceState, block: BlockPlan) -> int:
+    """How many tokens a draft picks at each row."""
+    return MAX_RANKS if block.candidates and sequence.mask is None else 1
 
 
 def _most_tree_rows(context: ScheduleContext) -> int:

@@ -35,7 +35,7 @@ class PassCost:
     filled_to: tuple[int, ...] = ()
     """Numbers of rows that the runner fills passes up to, ascending. Empty if it runs just the rows that a pass has."""
 
-    def __call__(self, size: int, groups: int = 1) -> float:
+    def __call__(self, size: float, groups: int = 1) -> float:
         """Interpolated between measurements; beyond the last in proportion to it."""
         filled = next((filled for filled in self.filled_to if filled >= size), size)
         size = max(size, min(filled, self.sizes[-1]))  # The last one was measured as it was filled.

@@ -153,6 +153,8 @@ class BlockPlan:
     lead: bool = False
     tree_rows: int = 0
     """Rows of the tree that is verified; 0 for the block's drafts as a chain."""
+    candidates: bool = False
+    """Whether each position gets several candidates: for a tree, or to learn how often they are right."""
 
 
 _AR_STEP = BlockPlan(1)

@@ -6,6 +6,7 @@ compares expected tokens per second, from the chances that `TreeChances` counts 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import accumulate
 
 from orthrus.schedules.decode_cost import CycleCost
@@ -16,6 +17,9 @@ MOST_SEQUENCES = 16
 """With more sequences in a pass there are no trees: it has too few rows for each of them."""
 _SIZES = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Rows of the trees that are compared."""
+_LOOK_EVERY = 8
+"""One pass in so many drafts several candidates for each position although no tree is made of them, to learn how often they are
+right."""
 _MARGIN = 1.02
 """A tree must promise this many times the speed of the best chain."""
 
@@ -43,6 +47,7 @@ class TreePlanner:
         self._pass_rows = pass_rows
         # By (greedy, batch): the version of the chances, and the block with the best tree; None if a chain is better.
         self._best: dict[tuple[bool, int], tuple[int, BlockPlan | None]] = {}
+        self._chains = 0  # Blocks that are verified as chains.
 
     def plan(self, greedy: bool, batch: int, block: BlockPlan) -> BlockPlan:
         """The block to draft in place of `block`, the best one of those that are verified as chains; or that one itself."""
@@ -50,14 +55,17 @@ class TreePlanner:
         if block.rows < 2 or most < 2:
             return block
         if self._cost is None:
-            return BlockPlan(block.rows, block.lead, most)
+            return BlockPlan(block.rows, block.lead, most, candidates=True)
         if block.lead:
             return block
         version, best = self._best.get((greedy, batch), (-1, None))
         if version != self._chances[greedy].version:
             version, best = self._chances[greedy].version, self._choose(self._cost, greedy, batch)
             self._best[greedy, batch] = version, best
-        return best or block
+        if best is not None:
+            return best
+        self._chains += 1
+        return replace(block, candidates=self._chains // batch % _LOOK_EVERY == 0)
 
     def _most_rows(self, batch: int) -> int:
         return 0 if batch > MOST_SEQUENCES else min(self.max_rows, self._pass_rows // batch)
@@ -74,7 +82,7 @@ class TreePlanner:
         trees = [
             (
                 (1 + right[rows - 2]) / cost.cycle(deepest[rows - 2] + 2, batch, greedy, tree_rows=rows),
-                BlockPlan(deepest[rows - 2] + 2, tree_rows=rows),
+                BlockPlan(deepest[rows - 2] + 2, tree_rows=rows, candidates=True),
             )
             for rows in _SIZES
             if rows <= most
