@@ -8,8 +8,8 @@ from orthrus.kernels.linear import Weight, pack_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SHAPES = [(256, 1024), (1024, 4096), (4096, 12288)]
-ROWS = [1, 7, 16, 17, 33, 64, 65, 100, 200, 512, 513, 700]
+SHAPES = [(1024, 4096), (4096, 12288)]
+ROWS = [(1, 7, 16), (17, 33), (64, 65, 100), (200, 512, 513, 700)]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -24,9 +24,12 @@ def weights_of(outs: int, ins: int, views: int) -> Tensor:
     return weights
 
 
+@pytest.mark.parametrize("counts", ROWS)
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize(("outs", "ins"), SHAPES)
-def test_every_operation_has_the_bits_of_the_weights_in_full(outs: int, ins: int, views: int) -> None:
+def test_every_operation_has_the_bits_of_the_weights_in_full(
+    outs: int, ins: int, views: int, counts: tuple[int, ...]
+) -> None:
     weights, bias = weights_of(outs, ins, views), randn(views, outs, seed=5).bfloat16()
 
     def pack(format: str, gated: bool = False) -> Weight:
@@ -40,7 +43,7 @@ def test_every_operation_has_the_bits_of_the_weights_in_full(outs: int, ins: int
     assert packed.nbytes < 0.77 * full.nbytes
     gated = [pack(format, gated=True) for format in ("plain", "lossless12")]
     norm = randn(outs, seed=6).bfloat16()
-    for rows in ROWS:
+    for rows in counts:
         x, residual = randn(rows, ins, seed=rows).bfloat16(), randn(rows, outs, seed=rows + 1).bfloat16()
         num_ar = torch.tensor([rows // 3], dtype=torch.int32, device="cuda")
         results = [
