@@ -13,7 +13,7 @@ from orthrus.deployments.config.config_file import load_config
 from orthrus.deployments.config.model_check import check_model, locate
 from orthrus.deployments.config.placement import describe_resources, replica_demand
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import auto_draft_format, copies_bytes, draft_format
+from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, copies_bytes, draft_format
 from orthrus.engine.pass_limits import exchange_sizes
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
@@ -151,7 +151,9 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
     # The last rank's part is the largest. It has all of the embedding, and the head is counted as if it had all of that too.
     model = Shard(engine.with_settings(whole), ranks - 1, ranks).config
     dtype = dtype_name(engine.dtype, model, "cpu" if gpu is None else "cuda")
-    weights, position = weight_bytes(model, DTYPE_SIZES[dtype]), kv_bytes_per_token(model, DTYPE_SIZES[dtype])
+    lossless = engine.weights == "lossless12" and gpu is not None and dtype == "bfloat16"
+    weights = weight_bytes(model, DTYPE_SIZES[dtype], lossless=lossless)
+    position = kv_bytes_per_token(model, DTYPE_SIZES[dtype])
     context = engine.max_model_len or model.max_position_embeddings
     views = "two views" if model.has_diffusion else "AR view"
     copies = draft_format(engine, model)
@@ -160,9 +162,11 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
     if copies is None and gpu is not None and gpu[1] in FP8_GPUS and DTYPE_SIZES[dtype] == 2:
         memory = gpu[0] * engine.gpu_memory_utilization * GIB - reserved - weights
         copies = auto_draft_format(engine, model, DTYPE_SIZES[dtype], memory)
-    if copies is not None:
+    if copies in COPY_BYTES:
         views = f"AR view, {copies} copies for drafts"
-        weights += copies_bytes(model, DTYPE_SIZES[dtype], copies)
+        weights += copies_bytes(model, DTYPE_SIZES[dtype], copies, lossless=lossless)
+    if lossless:
+        dtype = "bfloat16 in 12 bits"
     stored = dtype if model.quantization is None else f"{model.quantization.method} and {dtype}"
     each = "" if ranks == 1 else f" on each of {ranks}"
     said = f"weights {_gib(weights)}{each} ({views}, {stored})"

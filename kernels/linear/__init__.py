@@ -8,6 +8,7 @@ from orthrus.kernels.linear import awq, fp8, fp8_block, gptq, lossless_format, p
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.stored import dense
 from orthrus.kernels.linear.weight import (
+    ROUGH_FORMATS,
     OneViewWeight,
     Parameters,
     SplitViews,
@@ -18,6 +19,7 @@ from orthrus.kernels.linear.weight import (
 )
 
 __all__ = [
+    "ROUGH_FORMATS",
     "OneViewWeight",
     "Parameters",
     "Split",

@@ -19,14 +19,20 @@ def round_row(x):
 
 
 @triton.jit
-def _quantise_kernel(x, numbers, scales, width, stride, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+def _quantise_kernel(
+    x, numbers, scales, width, stride, WIDTH: tl.constexpr, IN_WORDS: tl.constexpr, CHAINED: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
     inside = place < width
+    source = place
+    if IN_WORDS:
+        # Of 16 inputs, word q has 8 + 2q, 2q, 9 + 2q, 2q + 1.
+        source = place // 16 * 16 + 8 * (1 - place % 2) + place % 16 // 4 * 2 + place % 4 // 2
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    number, scale = round_row(tl.load(x + row * stride + place, mask=inside, other=0.0).to(tl.float32))
+    number, scale = round_row(tl.load(x + row * stride + source, mask=inside, other=0.0).to(tl.float32))
     tl.store(numbers + row * width + place, number, mask=inside)
     tl.store(scales + row, scale)
 
@@ -54,9 +60,12 @@ def empty_rounded(rows: int, width: int, device: torch.device) -> tuple[Tensor, 
     return empty((rows, width), torch.float8_e4m3fn, device), empty((rows,), torch.float32, device)
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """See `fp8.quantise_rows`. Nothing is left to do for `RoundedRows`."""
-    if isinstance(x, RoundedRows):
+def quantise_rows(x: Tensor, *, in_words: bool = False) -> tuple[Tensor, Tensor]:
+    """See `fp8.quantise_rows`. Nothing is left to do for `RoundedRows`.
+
+    in_words: put the numbers into the order of the first plane of `LosslessLayer`. The row's width is a multiple of 16 then.
+    """
+    if isinstance(x, RoundedRows) and not in_words:
         return x.numbers, x.scales
     rows, width = x.shape
     numbers, scales = empty_rounded(rows, width, x.device)
@@ -68,6 +77,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         width,
         x.stride(0),
         WIDTH=size,
+        IN_WORDS=in_words,
         num_warps=min(32, max(1, size // 512)),
         **chaining(),
     )

@@ -75,6 +75,11 @@ class GpuWeight(KernelWeight):
     ) -> None:
         """Run the layer in the kernel for any rows; for the arguments see `triton.launch`. tiles: None for the usual ones."""
 
+    @property
+    def _rounds_next(self) -> bool:
+        """Whether the normed rows behind a residual add are rounded to FP8 by the kernel that makes them."""
+        return self.dtype == torch.float8_e4m3fn
+
     def _choose_tiles(self, rows: int, leaves: int) -> LinearTiles:
         """The usual tiles of a layer whose sum has so many leaves."""
         return choose_tiles(rows, self.outs, leaves, self.dtype)
@@ -113,7 +118,7 @@ class GpuWeight(KernelWeight):
             eps,
             self.bias if out.dim() == 3 else None,
             self._split(num_ar),
-            rounded=self.dtype == torch.float8_e4m3fn,
+            rounded=self._rounds_next,
             peers=peers,
         )
 

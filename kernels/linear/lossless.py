@@ -34,6 +34,9 @@ QUARTER = 32
 """Inputs of a tile for whose exceptions a kernel looks at a time."""
 CODES = 15
 """Exponents in a window. The 16th code would make one of the bytes a NaN of e4m3."""
+PLANE_SCALE = 1.04 * 2.0**-8
+"""The first plane as e4m3 numbers, times this, is about the widened weights. These have smaller exponents by 8, and the bits of
+mantissa that the plane lacks are 4 % of a weight on average."""
 _CHUNK = 16 * TILE_OUTS
 """Rows that are packed or unpacked at once, to bound the memory for it."""
 
@@ -103,6 +106,12 @@ def high_bytes(high: Tensor) -> Tensor:
     # [rows, runs of 16, word, neighbour, eighth from behind], in the order of the memory.
     parts = high.contiguous().view(torch.uint8).view(high.shape[0], -1, 4, 2, 2)
     return parts.flip(4).permute(0, 1, 4, 2, 3).flatten(1)
+
+
+def first_plane(layer: LosslessLayer) -> Tensor:
+    """What a draft pass takes for the weights: float32 [views, outs, ins]."""
+    numbers = high_bytes(layer.high).view(torch.float8_e4m3fn).float()
+    return numbers.view(*layer.scales.shape, -1) * (layer.scales * PLANE_SCALE)[..., None]
 
 
 def _high_words(numbers: Tensor) -> Tensor:

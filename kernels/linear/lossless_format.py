@@ -3,12 +3,15 @@
 import logging
 
 import torch
+from torch import Tensor
 
-from orthrus.kernels.device import runs_triton
-from orthrus.kernels.linear.lossless import NotPacked, pack_lossless
+from orthrus.kernels.device import has_fp8_mma, runs_triton
+from orthrus.kernels.linear.fp8 import RoundedWeight
+from orthrus.kernels.linear.lossless import NotPacked, first_plane, pack_lossless
 from orthrus.kernels.linear.plain import PlainFormat, interleave, stack_views
 from orthrus.kernels.linear.split import Split
-from orthrus.kernels.linear.weight import Views, Weight, weight_format
+from orthrus.kernels.linear.types import DenseLayer
+from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,48 @@ class LosslessFormat:
         if _on_gpu(views):
             return _pack_for_gpu(views, gated, head, split)
         return PlainFormat.pack_split(views, split, gated=gated, head=head)
+
+
+@weight_format("lossless8")
+class PlaneFormat:
+    """The first 8 of the 12 bits, and inputs in FP8: rough, for drafts. A layer that can't be packed stays in full.
+
+    Layers of the format "lossless12" need no second packing for it: see `Weight.rough`.
+    """
+
+    @staticmethod
+    def pack(views: Views, *, gated: bool, head: bool) -> Weight:
+        """See `WeightFormat`."""
+        if _on_gpu(views) and has_fp8_mma():
+            return LosslessFormat.pack(views, gated=gated, head=head).rough()
+        rounded = [[_first_plane(projection) for projection in view] for view in views]
+        return RoundedWeight(PlainFormat.pack(rounded, gated=gated, head=head))
+
+    @staticmethod
+    def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
+        """See `SplitFormat`."""
+        if _on_gpu(views) and has_fp8_mma():
+            return LosslessFormat.pack_split(views, split, gated=gated, head=head).rough()
+        rounded = [[_first_plane(projection) for projection in view] for view in views]
+        return RoundedWeight(PlainFormat.pack_split(rounded, split, gated=gated, head=head))
+
+
+def _first_plane(projection: Parameters) -> Parameters:
+    """The tensors of a projection, taken out of it, with the weight rounded to its first plane, if it can be packed."""
+    weight = projection.pop("weight")
+    others = {"bias": projection.pop("bias")} if "bias" in projection else {}
+    return {"weight": _rounded(weight)} | others
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    packed = weight.bfloat16()
+    try:
+        if not torch.equal(packed.to(weight.dtype), weight):
+            raise NotPacked("its numbers are not those of bfloat16")
+        return first_plane(pack_lossless(DenseLayer((packed,))))[0].to(weight.dtype)
+    except NotPacked as error:
+        logger.warning("drafts use a weight of %s in full, since %s", list(weight.shape), error)
+        return weight
 
 
 def _on_gpu(views: Views) -> bool:

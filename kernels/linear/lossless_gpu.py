@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthrus.kernels.device import has_fp8_mma
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import triton
-from orthrus.kernels.linear.gpu import GpuWeight
+from orthrus.kernels.linear.fp8_triton import quantise_rows
+from orthrus.kernels.linear.gpu import GpuWeight, TritonWeight
+from orthrus.kernels.linear.lossless import PLANE_SCALE
 from orthrus.kernels.linear.lossless_triton import lossless_tiles, widen_layer
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import choose_tiles
@@ -68,6 +71,27 @@ class LosslessWeight(LosslessLayer, GpuWeight):
             return choose_tiles(rows, self.outs, leaves, self.dtype)
         return lossless_tiles(rows, leaves)
 
+    def rough(self) -> "LosslessWeight | PlaneWeight":
+        """The first plane alone, where the GPU multiplies FP8."""
+        if not has_fp8_mma():
+            return self
+        outs, ins = self.outs, self.high.shape[1] * 4
+        numbers = self.high.view(torch.float8_e4m3fn).view(self.views, outs, ins)
+        return PlaneWeight(
+            numbers.unbind(), self.bias, self.interleaved, self.scales * PLANE_SCALE, self.split
+        )
+
     def _is_widened(self, rows: int) -> bool:
         """Whether the layer is written out in full for so many rows."""
         return rows > MOST_PACKED_ROWS and not self.head
+
+
+class PlaneWeight(TritonWeight):
+    """The first plane of weights in 12 bits, as the FP8 numbers that it is. Its inputs are put into the order of its words."""
+
+    @property
+    def _rounds_next(self) -> bool:
+        return False  # The next layer's inputs are in the order of words too.
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return quantise_rows(x, in_words=True)

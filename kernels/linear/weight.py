@@ -26,6 +26,10 @@ Views = Sequence[Sequence[Parameters]]
 """For each view (AR, diffusion): the projections whose outputs lie side by side in one layer, for example q, k and v."""
 
 
+ROUGH_FORMATS = {"lossless12": "lossless8"}
+"""Formats whose memory another format reads roughly, see `Weight.rough`, and the names of these."""
+
+
 class Weight(ABC):
     """The weight of a linear layer, one for each of its views, and the layer's bias.
 
@@ -79,6 +83,10 @@ class Weight(ABC):
         gumbel_argmax(logits, temperatures, keys, picks, first_pick)
         if further is not None:
             further.copy_(best_tokens(logits, temperatures, keys, 1 + further.shape[1])[:, 1:])
+
+    def rough(self) -> "Weight":
+        """The weight for results that may be rough. It reads less of the same memory where the format allows that."""
+        return self
 
 
 class OneViewWeight(Weight):

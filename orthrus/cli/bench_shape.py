@@ -55,6 +55,9 @@ def add_parser(commands: Commands) -> None:
         help="lengths of fresh prompts whose first token is timed (default: 2048 8192)",
     )
     parser.add_argument(
+        "--weights", choices=("auto", "bf16", "lossless12"), default="auto", help="as the engine's setting"
+    )
+    parser.add_argument(
         "--draft-weights", choices=("auto", "same", "fp8"), default="auto", help="as the engine's setting"
     )
     add_tensor_parallel_option(parser)
@@ -80,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokens_per_cycle=tuple(arguments.tokens_per_cycle),
         profile=arguments.profile,
         mixed_batch=arguments.mixed_batch,
+        weights=arguments.weights,
         draft_weights=arguments.draft_weights,
         prompts=tuple(arguments.prompts),
         hugging_face=not arguments.no_hugging_face,

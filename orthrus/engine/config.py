@@ -33,6 +33,9 @@ class EngineConfig(BaseModel):
     device: str = "auto"
     """As torch names devices; "auto" is CUDA where there is one."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
+    weights: Literal["auto", "bf16", "lossless12"] = "auto"
+    """How a GPU keeps a model of bfloat16: as "bf16", or in 12 bits a weight without losing one, "lossless12". Texts are the
+    same to the last bit. "auto" is "bf16"."""
     schedule: str = AUTO
     """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ngram"."""
     draft_length: int | None = Field(default=None, ge=2, le=512)
@@ -47,10 +50,12 @@ class EngineConfig(BaseModel):
     draft_lead: bool | None = None
     """Whether a draft pass computes the first token after the newest one exactly, beside the block that drafts those after it.
     None for where the cost model says that this pays."""
-    draft_weights: Literal["auto", "same", "fp8"] = "auto"
+    draft_weights: Literal["auto", "same", "fp8", "lossless8"] = "auto"
     """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own. Copies halve what such a pass
-    reads, but take memory. "auto" is "fp8" if the GPU has FP8 matrix units, the model has 16 bits, `draft_lead` is not true, and
-    the KV cache keeps three quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set."""
+    reads, but take memory. With `weights` "lossless12" they may read "lossless8", 8 of the 12 bits, which takes no memory: it
+    is what "auto" means then, if the GPU has FP8 matrix units and `draft_lead` is not true. With other weights "auto" is "fp8"
+    if the GPU has FP8 matrix units, the model has 16 bits, `draft_lead` is not true, and the KV cache keeps three quarters of
+    its size and room for a full context, or else the `kv_cache_tokens` that are set."""
     draft_tree: int | None = Field(default=None, ge=0, le=128)
     """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. None: on one
     GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""
@@ -120,6 +125,15 @@ class EngineConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _planes_are_of_lossless_weights(self) -> "EngineConfig":
+        if self.draft_weights == "lossless8" and self.weights != "lossless12":
+            raise ValueError(
+                "draft_weights 'lossless8' reads a part of what weights 'lossless12' keeps: set weights to lossless12, or "
+                "draft_weights to fp8"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _cache_holds_a_context(self) -> "EngineConfig":
         limit, cache = self.max_model_len, self.kv_cache_tokens
         if limit is not None and cache is not None and limit > cache:
@@ -151,6 +165,11 @@ class EngineConfig(BaseModel):
             raise ConfigError(
                 f"max_model_len {limit} is over the {positions} positions of {model.name}: lower it, or give the "
                 "checkpoint YaRN rope_parameters"
+            )
+        if self.weights == "lossless12" and model.quantization is not None:
+            raise ConfigError(
+                f"weights 'lossless12' keeps weights of bfloat16, and {model.name} is quantised ({model.quantization.method}): "
+                "remove weights, or serve the checkpoint that it was made from"
             )
         if self.schedule != AUTO and not SCHEDULES[self.schedule].fits(model.has_diffusion):
             raise ConfigError(

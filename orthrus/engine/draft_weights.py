@@ -1,7 +1,8 @@
 """Which weights draft passes multiply: those of the AR rows, or rounded copies of their own.
 
-Only verify passes have to be exact, so drafts may be rough. Copies halve what a draft pass reads, and take memory from the KV
-cache. With copies, no pass has rows of both views: it would read both sets of weights.
+Only verify passes have to be exact, so drafts may be rough. Where the weights of the AR rows are kept in 12 bits, drafts read 8
+of them and need no copies. Copies halve what a draft pass reads, and take memory from the KV cache. In both cases no pass has
+rows of both views: it would read both sets of weights.
 """
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
@@ -12,6 +13,8 @@ from orthrus.schedules.registry import SCHEDULES
 
 COPY_BYTES = {"fp8": 1.001}
 """The formats of copies, with the bytes of one number on a GPU: "fp8" also has a float32 scale for each output of a layer."""
+ONE_PLANE = "lossless8"
+"""The format of drafts that read 8 of the 12 bits of the AR rows' weights. It needs no memory."""
 _LEAST_CACHE = 0.75
 """The share of the KV cache that must be left for "auto" to take copies."""
 
@@ -22,9 +25,9 @@ def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
 
 
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:
-    """The weight format of the drafts' copies as far as `config` alone says. None: there are none, or "auto" has to decide."""
+    """The weight format of the drafts' own weights as far as `config` alone says. None: they have none, or "auto" decides."""
     wanted = config.draft_weights
-    return wanted if wanted in COPY_BYTES and _may_have_copies(config, model) else None
+    return wanted if wanted in (*COPY_BYTES, ONE_PLANE) and _may_have_copies(config, model) else None
 
 
 def shared_format(config: EngineConfig, model: ModelConfig) -> str | None:
@@ -38,6 +41,11 @@ def shared_format(config: EngineConfig, model: ModelConfig) -> str | None:
     return "plain"
 
 
+def reads_one_plane(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether `draft_weights: auto` reads 8 of the 12 bits of each weight, where the AR rows' weights are in 12 bits."""
+    return config.draft_weights == "auto" and not config.draft_lead and _may_have_copies(config, model)
+
+
 def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int, memory: float) -> str | None:
     """What `draft_weights: auto` chooses on a GPU that multiplies FP8 numbers. None: no copies, as for a quantised model.
 
@@ -47,7 +55,7 @@ def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int,
     """
     if config.draft_weights != "auto" or config.draft_lead or not _may_have_copies(config, model):
         return None
-    if model.quantization is not None:
+    if model.quantization is not None or config.weights == "lossless12":
         return None
     width = kv_bytes_per_token(model, item_bytes)
     if config.kv_cache_tokens is not None:
@@ -58,6 +66,7 @@ def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int,
     return "fp8" if memory - copies_bytes(model, item_bytes, "fp8") >= cache else None
 
 
-def copies_bytes(model: ModelConfig, item_bytes: int, format: str) -> int:
-    """How many bytes more the weights take if drafts have copies in `format`, on a GPU."""
-    return weight_bytes(model, item_bytes, COPY_BYTES[format]) - weight_bytes(model, item_bytes)
+def copies_bytes(model: ModelConfig, item_bytes: int, format: str, *, lossless: bool = False) -> int:
+    """How many bytes more the weights take if drafts have copies in `format`, on a GPU. lossless: see `weight_bytes`."""
+    with_copies = weight_bytes(model, item_bytes, COPY_BYTES[format], lossless=lossless)
+    return with_copies - weight_bytes(model, item_bytes, lossless=lossless)

@@ -16,6 +16,7 @@ from orthrus.engine.sizing import (
     cache_pages,
     choose_draft_format,
     choose_page_size,
+    choose_weight_format,
     context_limit,
 )
 from orthrus.kernels.ranks import ONE_RANK, Ranks
@@ -88,10 +89,13 @@ def make_forward(
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
     embedding = weights[family_of(model).embedding]
     part = Shard(model, ranks.rank, ranks.size).config
-    copies = choose_draft_format(config, part, embedding.device, embedding.dtype)
+    kept = choose_weight_format(config, embedding.device, embedding.dtype)
+    copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept)
     if not ranks.all_agree(copies is not None):
         copies = None  # Some GPU has no room for them.
-    forward = LayerParallelForward(model, weights, draft_format=copies, ranks=ranks)
+    forward = LayerParallelForward(model, weights, kept, copies, ranks)
+    if kept == "lossless12":
+        logger.info("weights lossless12: linear layers of %.2f GiB", forward.exact.nbytes / (1 << 30))
     if forward.draft is not None and copies in COPY_BYTES:
         gib = [stack.nbytes / (1 << 30) for stack in (forward.draft, forward.exact)]
         logger.info("draft_weights %s: %.2f GiB of copies beside weights of %.2f GiB", copies, *gib)

@@ -7,7 +7,14 @@ import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, draft_format, shared_format
+from orthrus.engine.draft_weights import (
+    COPY_BYTES,
+    ONE_PLANE,
+    auto_draft_format,
+    draft_format,
+    reads_one_plane,
+    shared_format,
+)
 from orthrus.engine.pass_limits import PassLimits
 from orthrus.errors import ConfigError
 from orthrus.kernels.device import has_fp8_mma
@@ -68,12 +75,28 @@ def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -
     return wanted or min(trained, cache_tokens)
 
 
+def choose_weight_format(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The weight format of the model's own weights. Raises ConfigError for a setting that the dtype rules out."""
+    if config.weights != "lossless12":
+        return "plain"
+    if device.type != "cuda":
+        logger.warning("weights: lossless12 has no effect on a CPU, which keeps all weights in full")
+        return "plain"
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"weights 'lossless12' keeps weights of bfloat16, and the model runs in {name}: set dtype to bfloat16, or weights to "
+            "bf16"
+        )
+    return "lossless12"
+
+
 def choose_draft_format(
-    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype, weights: str = "plain"
 ) -> str | None:
     """The weight format of the drafts' own weights; None if they share those of the AR rows.
 
-    Ask once the weights are loaded, and before they are packed.
+    Ask once the weights are loaded, and before they are packed. weights: the format of the AR rows' weights.
     """
     if device.type == "cuda" and (shared := shared_format(config, model)) is not None:
         if config.draft_lead:
@@ -83,6 +106,8 @@ def choose_draft_format(
         return shared
     if device.type != "cuda" or dtype.itemsize > 2 or not has_fp8_mma():
         return draft_format(config, model)
+    if weights == "lossless12" and reads_one_plane(config, model):
+        return ONE_PLANE
     free, size = torch.cuda.mem_get_info(device)
     memory = size * config.gpu_memory_utilization - (size - free) - _PASS_BYTES
     return draft_format(config, model) or auto_draft_format(config, model, dtype.itemsize, memory)
@@ -93,8 +118,10 @@ def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device,
     wanted, name = weight_bytes(model, dtype.itemsize), str(dtype).removeprefix("torch.")
     if (copies := draft_format(config, model)) is not None:
         # On a CPU, copies are as wide as what they are copies of.
-        size_each = dtype.itemsize if device.type == "cpu" else COPY_BYTES[copies]
-        wanted = max(wanted, weight_bytes(model, dtype.itemsize, size_each))
+        size_each = dtype.itemsize if device.type == "cpu" else COPY_BYTES.get(copies)
+        wanted = max(
+            wanted, weight_bytes(model, dtype.itemsize, size_each, lossless=config.weights == "lossless12")
+        )
         name += f" with {copies} copies for drafts"
     if device.type == "cpu":
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

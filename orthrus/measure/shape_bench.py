@@ -17,7 +17,7 @@ import torch
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine import Engine
-from orthrus.engine.draft_weights import COPY_BYTES
+from orthrus.engine.draft_weights import COPY_BYTES, ONE_PLANE
 from orthrus.errors import ConfigError
 from orthrus.measure.acceptance import AcceptanceProfile, chain_profile
 from orthrus.measure.contest import Contestant, Progress, hardware
@@ -26,7 +26,7 @@ from orthrus.measure.prompt_time import matmul_rate, prompt_times
 from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import LOSSLESS_BYTES, weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.sampler import PickRows
@@ -58,6 +58,8 @@ class ShapeBenchOptions:
     """Sequences of the mixed batch; 0 for none."""
     prompts: tuple[int, ...] = (2048, 8192)
     """Lengths of fresh prompts, in tokens, whose first token is timed."""
+    weights: str = "auto"
+    """As in `EngineConfig`."""
     draft_weights: str = "auto"
     """As in `EngineConfig`."""
     hugging_face: bool = True
@@ -89,7 +91,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     prompts = prompt_times(engine, options.prompts, rate)
     for prompt in prompts:
         progress(f"prompt, {prompt.tokens:,} tokens: {prompt.milliseconds:.1f} ms, {prompt.over_floor:.2f} x")
-    weights = weight_bytes(model, dtype.itemsize, _copy_bytes(engine))
+    weights = weight_bytes(model, dtype.itemsize, _copy_bytes(engine), lossless=_is_lossless(engine))
     held = weights / options.tensor_parallel + engine.cache.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
     others: list[Contestant] = []
@@ -175,6 +177,16 @@ def _copy_bytes(engine: Engine) -> float | None:
     return None if copies is None else COPY_BYTES.get(copies)
 
 
+def _draft_bytes(engine: Engine) -> float | None:
+    """Bytes of a number that a draft pass reads, None for as many as any pass."""
+    return 1.0 if engine.forward.draft_format == ONE_PLANE else _copy_bytes(engine)
+
+
+def _is_lossless(engine: Engine) -> bool:
+    """Whether the weights are kept in 12 bits."""
+    return engine.config.weights == "lossless12"
+
+
 def _settings(options: ShapeBenchOptions) -> dict[str, Any]:
     """Engine settings with room for the largest batch and for the longest prompt that is timed."""
     most = max(*options.batches, options.mixed_batch)
@@ -188,6 +200,7 @@ def _settings(options: ShapeBenchOptions) -> dict[str, Any]:
         "max_num_seqs": most,
         "prefill_chunk": 2048,
         "page_size": _PAGE,
+        "weights": options.weights,
         "draft_weights": options.draft_weights,
         "tensor_parallel_size": options.tensor_parallel,
         "sum_leaves": options.tensor_parallel if options.tensor_parallel > 2 else None,
@@ -208,9 +221,14 @@ def _prompts(options: ShapeBenchOptions, vocab_size: int) -> list[list[int]]:
 def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[PassTime]:
     """AR steps at every batch size, and the two passes of a cycle at batch 1, at the given context. read: GB/s."""
     model, found = engine.model_config, []
-    views = weight_bytes(replace(model, block_size=None, mask_token_id=None), torch.bfloat16.itemsize)
-    # A pass looks up a few rows of the embedding; a tied one is read whole, as the head.
-    lookup = 0 if model.tie_word_embeddings else 2 * model.vocab_size * model.hidden_size
+    lossless = _is_lossless(engine)
+    item_bytes = LOSSLESS_BYTES if lossless else torch.bfloat16.itemsize
+    views = weight_bytes(
+        replace(model, block_size=None, mask_token_id=None), torch.bfloat16.itemsize, lossless=lossless
+    )
+    # A pass looks up a few rows of the embedding. A tied one is read whole, as the head, unless the head is kept in 12 bits.
+    looked_up = lossless or not model.tie_word_embeddings
+    lookup = 2 * model.vocab_size * model.hidden_size if looked_up else 0
     for name, view, rows, batch in (
         *((f"ar step, batch {batch}", View.AR, 1, batch) for batch in options.batches),
         (f"verify {BLOCK_SIZE} rows", View.AR, BLOCK_SIZE, 1),
@@ -218,8 +236,8 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
     ):
         seconds = time_passes(engine, view, rows, batch, options.context, PASSES)
         linear = views - lookup
-        if view is View.DIFFUSION and (copy_bytes := _copy_bytes(engine)) is not None:
-            linear = round(linear * copy_bytes / torch.bfloat16.itemsize)
+        if view is View.DIFFUSION and (draft_bytes := _draft_bytes(engine)) is not None:
+            linear = round(linear * draft_bytes / item_bytes)
         size = linear + batch * options.context * kv_bytes_per_token(model, torch.bfloat16.itemsize)
         milliseconds = statistics.median(seconds) * 1e3
         found.append(PassTime(name, milliseconds, size / read / 1e6 / milliseconds))

@@ -1,7 +1,7 @@
 """A decoder layer over paged keys and values, for rows of one view, or of both over one read of the weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class DecoderLayer:
     def nbytes(self) -> int:
         """Bytes of the weights of the layer's linear layers."""
         return self.qkv.nbytes + self.out.nbytes + self.gate_up.nbytes + self.down.nbytes
+
+    def rough(self) -> "DecoderLayer":
+        """The layer with the weights that both views share as drafts read them: see `Weight.rough`."""
+        return replace(self, gate_up=self.gate_up.rough(), down=self.down.rough())
 
     @classmethod
     def pack(

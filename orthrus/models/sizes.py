@@ -6,13 +6,19 @@ from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.families import family_of
 
+LOSSLESS_BYTES = 1.5 + 1 / 64
+"""Of a weight in 12 bits and its share of the lists of exceptions; each output has a float32 scale besides."""
 
-def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None = None) -> int:
+
+def weight_bytes(
+    config: ModelConfig, item_bytes: int, copy_bytes: float | None = None, *, lossless: bool = False
+) -> int:
     """Bytes that the weights take. item_bytes: of one number that is stored in full.
 
     With numbers of 16 bits, quantised weights take as little as a GPU keeps of them. With wider ones they are dequantised.
     copy_bytes: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of
     the diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
+    lossless: whether linear layers are kept in 12 bits, as far as their shapes allow (kernels/linear/lossless).
     """
     family = family_of(config)
     shapes = family.dense_shapes(config)
@@ -21,6 +27,8 @@ def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None 
     if how is not None and item_bytes <= 2:
         quantised = sum(math.prod(shape) for name, shape in shapes.items() if how.covers(name))
         saved = quantised * (item_bytes - how.number_bytes)
+    if lossless:
+        saved += _saved_by_12_bits(config, shapes, item_bytes, replaced=copy_bytes is not None)
     if copy_bytes is None:
         return math.ceil(numbers * item_bytes - saved)
     suffix = config.view_suffixes[1]
@@ -31,6 +39,25 @@ def weight_bytes(config: ModelConfig, item_bytes: int, copy_bytes: float | None 
     head = matrices[family.embedding]
     numbers -= sum(matrices[name] for name in replaced)
     return math.ceil(numbers * item_bytes - saved) + math.ceil((copied + head) * copy_bytes)
+
+
+def _saved_by_12_bits(
+    config: ModelConfig, shapes: dict[str, tuple[int, ...]], item_bytes: int, *, replaced: bool
+) -> float:
+    """replaced: whether the projections of the diffusion view are not kept in 12 bits, since copies take their place."""
+    family = family_of(config)
+    saved = 0.0
+    for name, shape in shapes.items():
+        if len(shape) != 2 or shape[0] % 64 or shape[1] % 128:
+            continue
+        if replaced and f"{config.view_suffixes[-1]}." in name:
+            continue
+        size = math.prod(shape) * LOSSLESS_BYTES + shape[0] * 4
+        if name != family.embedding:
+            saved += math.prod(shape) * item_bytes - size
+        elif config.tie_word_embeddings:
+            saved -= size  # The embedding stays in full beside the head.
+    return saved
 
 
 def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:

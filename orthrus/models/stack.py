@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from orthrus.kernels.linear import Weight, pack_weight
+from orthrus.kernels.linear import ROUGH_FORMATS, Weight, pack_weight
 from orthrus.models.config import ModelConfig
 from orthrus.models.dense import dequantised
 from orthrus.models.families import family_of
@@ -52,11 +52,11 @@ class LayerStack:
     ) -> "tuple[LayerStack, LayerStack]":
         """A stack of the AR view, and one of the diffusion view in `draft_format`, which has copies of what the views share.
 
-        If the formats are the same, the stacks share it instead. Else as `pack`. The copies are made layer by layer, so that what
-        they replace is given back at once.
+        If one memory serves both formats, the stacks share it instead. Else as `pack`. Copies are made layer by layer, so that
+        what they replace is given back at once.
         """
         family = family_of(config)
-        share = draft_format == weight_format
+        share = draft_format in (weight_format, ROUGH_FORMATS.get(weight_format))
         formats = (weight_format,) if share else (weight_format, draft_format)
         heads = _pack_heads(config, tensors, split, tokens, *formats)
         ar, diffusion = config.view_suffixes
@@ -66,11 +66,12 @@ class LayerStack:
             # A dictionary of its own: packing takes tensors out of it.
             own = dict(tensors) if share else _layer_in_full(config, tensors, index)
             exact.append(family.layer(config, tensors, index, weight_format, (ar,), split))
-            shared = exact[-1] if share else None
+            shared = exact[-1].rough() if share else None
             drafts.append(family.layer(config, own, index, draft_format, (diffusion,), split, shared))
             for name in [name for name in tensors if name.startswith(f"{family.layer_prefix}.{index}.")]:
                 del tensors[name]  # Of the diffusion view.
-        return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), heads[-1])
+        draft_head = heads[0].rough() if share else heads[-1]
+        return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), draft_head)
 
 
 def _layer_in_full(config: ModelConfig, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:

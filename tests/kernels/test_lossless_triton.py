@@ -8,8 +8,9 @@ pytest.importorskip("triton")
 
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import triton
-from orthrus.kernels.linear.lossless import pack_lossless
-from orthrus.kernels.linear.lossless_gpu import LosslessWeight
+from orthrus.kernels.linear.fp8_triton import quantise_rows
+from orthrus.kernels.linear.lossless import PLANE_SCALE, first_plane, high_bytes, pack_lossless
+from orthrus.kernels.linear.lossless_gpu import LosslessWeight, PlaneWeight
 from orthrus.kernels.linear.lossless_triton import widen_layer
 from orthrus.kernels.linear.reference import DenseWeight
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
@@ -91,3 +92,17 @@ def test_the_operations_are_those_of_the_weights_in_full(rows: int) -> None:
     exact = theirs.linear_add_rms_norm(x.double(), residual.double(), norm.double(), 1e-6, num_ar)
     for found, expected in zip(got, exact, strict=True):
         assert_near(found, expected)
+
+
+def test_the_first_plane_multiplies_rows_in_the_order_of_its_words() -> None:
+    x, layer = randn(20, 384, seed=2), layer_of(128, 384, exceptions=3)
+    packed = pack_lossless(layer)
+    numbers, scales = quantise_rows(x, in_words=True)
+    in_order, same = quantise_rows(x)
+    assert torch.equal(scales, same)
+    assert torch.equal(high_bytes(numbers.view(torch.int32)), in_order.view(torch.uint8))
+    weights = packed.high.view(torch.float8_e4m3fn)
+    plane = PlaneWeight((weights,), packed.bias, False, packed.scales * PLANE_SCALE)
+    rounded = in_order.double() * scales.double()[:, None]
+    exact = rounded @ first_plane(packed)[0].double().T + _bias(layer)
+    assert_near(plane.linear(x, tiles=LinearTiles(64, 16, 128)), exact)
