@@ -68,8 +68,8 @@ def test_trees_are_smaller_in_a_crowd_and_follow_what_is_learnt() -> None:
 
 def test_without_costs_all_trees_have_the_rows_that_fit() -> None:
     fixed = TreePlanner({True: learnt(0.5, 0.1)}, None, max_rows=64, block_rows=32, pass_rows=256)
-    assert fixed.plan(True, 1, BlockPlan(32, True)) == BlockPlan(32, True, 64)
-    assert fixed.plan(True, 8, CHAIN) == BlockPlan(16, False, 32)
+    assert fixed.plan(True, 1, BlockPlan(32, True)) == BlockPlan(32, True, 64, candidates=True)
+    assert fixed.plan(True, 8, CHAIN) == BlockPlan(16, False, 32, candidates=True)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 16, 32, 64, 128])
