@@ -30,7 +30,7 @@ from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.weight import Views
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
-FORMATS = ("plain", "fp8", "fp8 blocks", "int8", "int4")
+FORMATS = ("plain", "lossless12", "fp8", "fp8 blocks", "int8", "int4")
 """Those of weights and of the drafts' copies, then those of published checkpoints, whose LM head is stored in full."""
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 LAYERS = 36
@@ -47,7 +47,8 @@ class Model:
         def pack(name: str, parts: int = 1, head: bool = False) -> Weight:
             outs, ins = SHAPES[name]
             views: Views = [[_parameters(format, outs // parts, ins, head) for _ in range(parts)]]
-            return pack_weight(views, "fp8" if format == "fp8" else "plain", gated=parts > 1, head=head)
+            kept = format if format in ("fp8", "lossless12") else "plain"
+            return pack_weight(views, kept, gated=parts > 1, head=head)
 
         names = ("qkv", 1), ("o", 1), ("gate_up", 2), ("down", 1)
         self.format = format
@@ -120,7 +121,7 @@ def attention_time(rows: int) -> float:
 def _parameters(format: str, outs: int, ins: int, head: bool) -> Parameters:
     """The tensors of a projection with random weights."""
     weight = randn(outs, ins) * 0.02
-    if head or format in ("plain", "fp8"):
+    if head or format in ("plain", "lossless12", "fp8"):
         return {"weight": weight}
     if format == "fp8 blocks":
         numbers, scales = quantise_blocks(weight)

@@ -1,18 +1,21 @@
 """The kernel behind a layer whose result goes into the residual stream: sum of parts and of ranks, residual, RMS norm."""
 
+from typing import Literal
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.blocks_triton import RoundedGroups, empty_groups, round_groups
 from orthrus.kernels.linear.fp8_triton import RoundedRows, empty_rounded, round_row
 from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import exchange_row
 from orthrus.kernels.workspace import empty
 
 
-@triton.jit(do_not_specialize=["rank", "box_rows"])
+@triton.jit(do_not_specialize=["rank", "box_rows", "scale_stride"])
 def _add_rms_norm_kernel(
     x,
     bias,
@@ -31,6 +34,7 @@ def _add_rms_norm_kernel(
     box_rows,
     width,
     plane,
+    scale_stride,
     eps,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -38,6 +42,7 @@ def _add_rms_norm_kernel(
     HAS_BIAS: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
     ROUNDED: tl.constexpr,
+    GROUPED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Add the parts of a layer's sum (PARTS 1: its finished result) and the residual, then norm the sum; one program per row.
@@ -87,6 +92,12 @@ def _add_rms_norm_kernel(
         number, row_scale = round_row(value.to(tl.float32))
         tl.store(numbers + row * width + place, number, mask=inside)
         tl.store(scales + row, row_scale)
+    if GROUPED:
+        groups = value.to(tl.float32).reshape((WIDTH // 128, 128))
+        number, group_scales = round_groups(groups)
+        tl.store(numbers + row * width + place, number.reshape((WIDTH,)), mask=inside)
+        group = tl.arange(0, WIDTH // 128)
+        tl.store(scales + group * scale_stride + row, group_scales, mask=group * 128 < width)
 
 
 def add_rms_norm(
@@ -96,14 +107,14 @@ def add_rms_norm(
     eps: float,
     bias: Tensor | None = None,
     num_ar: Tensor | None = None,
-    rounded: bool = False,
+    rounded: Literal["rows", "groups"] | None = None,
     peers: PeerMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hidden = residual + x + bias, and its RMS norm: both [rows, width].
 
     x [rows, width], or float32 [parts, rows, width]: one, two or four nodes of a tree of sums. bias [views, width]. rounded:
-    whether the norm is to be `RoundedRows`. peers: of the ranks that have the rest of the sum, x being float32; None if it is
-    whole.
+    whether the norm is to be `RoundedRows` or `RoundedGroups`. peers: of the ranks that have the rest of the sum, x being
+    float32; None if it is whole.
     """
     parts = x.shape[0] if x.dim() == 3 else 1
     assert parts in (1, 2, 4), "other numbers of parts are not added in the order of the tree"
@@ -112,7 +123,11 @@ def add_rms_norm(
     )
     rows, width = residual.shape
     hidden, normed = (empty((rows, width), residual.dtype, residual.device) for _ in range(2))
-    numbers, scales = empty_rounded(rows, width, residual.device) if rounded else (normed, normed)
+    numbers, scales = normed, normed
+    if rounded == "rows":
+        numbers, scales = empty_rounded(rows, width, residual.device)
+    elif rounded == "groups":
+        numbers, scales = empty_groups(rows, width, residual.device)
     _add_rms_norm_kernel[(rows,)](
         x,
         x if bias is None else bias,
@@ -128,17 +143,22 @@ def add_rms_norm(
         rows if peers is None else peers.sums.rows,
         width,
         rows * width,
+        scales.stride(0),
         eps,
         WIDTH=triton.next_power_of_2(width),
         PARTS=parts,
         RANKS=1 if peers is None else peers.size,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
-        ROUNDED=rounded,
+        ROUNDED=rounded == "rows",
+        GROUPED=rounded == "groups",
         # With so many warps a thread reads little enough to ask for all of it at once. With more to read, the compiler would
         # save registers and wait for one part after the other. The number depends on the width alone, because it decides the
         # order of the norm's sum.
         num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
         **chaining(),
     )
-    return hidden, RoundedRows.of(normed, numbers, scales) if rounded else normed
+    if rounded is None:
+        return hidden, normed
+    kind = RoundedRows if rounded == "rows" else RoundedGroups
+    return hidden, kind.of(normed, numbers, scales)

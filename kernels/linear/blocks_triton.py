@@ -7,10 +7,19 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.fp8_triton import RoundedRows
 from orthrus.kernels.workspace import empty
 
 _GROUPS = 16
 """Groups of 128 inputs that a program rounds."""
+
+
+@triton.jit
+def round_groups(value):
+    """Groups [groups, 128] as e4m3 numbers, and the scale of each by which they must be multiplied."""
+    largest = tl.max(tl.abs(value), 1)
+    full = tl.maximum(tl.where(largest > 0, largest, 448.0), 2.0**-100)  # Its inverse is finite.
+    return (value * tl.div_rn(448.0, full)[:, None]).to(tl.float8e4nv), full * (1.0 / 448.0)
 
 
 @triton.jit
@@ -23,24 +32,33 @@ def _quantise_kernel(
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    value = tl.load(x + row * x_stride + place, mask=place < ins, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), 1)
-    full = tl.maximum(tl.where(largest > 0, largest, 448.0), 2.0**-100)  # Its inverse is finite.
-    number = (value * tl.div_rn(448.0, full)[:, None]).to(tl.float8e4nv)
+    number, scale = round_groups(
+        tl.load(x + row * x_stride + place, mask=place < ins, other=0.0).to(tl.float32)
+    )
     tl.store(numbers + row * ins + place, number, mask=place < ins)
-    tl.store(scales + group * stride + row, full * (1.0 / 448.0), mask=group < groups)
+    tl.store(scales + group * stride + row, scale, mask=group < groups)
+
+
+class RoundedGroups(RoundedRows):
+    """As `RoundedRows`, with a scale for each 128 inputs of a row: see `quantise_inputs`."""
+
+
+def empty_groups(rows: int, ins: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the numbers and scales of rows: see `quantise_inputs`."""
+    groups, stride = triton.cdiv(ins, 128), triton.cdiv(rows, 4) * 4
+    return empty((rows, ins), torch.float8_e4m3fn, device), empty((groups, stride), torch.float32, device)
 
 
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as e4m3 numbers [rows, ins], and their scales as float32 [ins / 128, at least rows]: see `fp8_block.quantise_inputs`.
 
-    The scales of a group lie side by side, and begin at multiples of 16 bytes.
+    The scales of a group lie side by side, and begin at multiples of 16 bytes. Nothing is left to do for `RoundedGroups`.
     """
+    if isinstance(x, RoundedGroups):
+        return x.numbers, x.scales
     rows, ins = x.shape
-    groups = triton.cdiv(ins, 128)
-    numbers = empty((rows, ins), torch.float8_e4m3fn, x.device)
-    stride = triton.cdiv(rows, 4) * 4
-    scales = empty((groups, stride), torch.float32, x.device)
+    numbers, scales = empty_groups(rows, ins, x.device)
+    groups, stride = scales.shape
     _quantise_kernel[(rows, triton.cdiv(groups, _GROUPS))](
         x, numbers, scales, ins, groups, x.stride(0), stride, GROUPS=_GROUPS, num_warps=4, **chaining()
     )

@@ -1,5 +1,7 @@
 """FP8 on a GPU: rows as e4m3 numbers with a scale each. The numbers are those of `fp8`."""
 
+from typing import Self
+
 import torch
 import triton
 import triton.language as tl
@@ -49,7 +51,7 @@ class RoundedRows(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, rows: Tensor, numbers: Tensor, scales: Tensor) -> "RoundedRows":
+    def of(cls, rows: Tensor, numbers: Tensor, scales: Tensor) -> Self:
         result = rows.as_subclass(cls)
         result.numbers, result.scales = numbers, scales
         return result

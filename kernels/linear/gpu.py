@@ -118,7 +118,7 @@ class GpuWeight(KernelWeight):
             eps,
             self.bias if out.dim() == 3 else None,
             self._split(num_ar),
-            rounded=self._rounds_next,
+            rounded="rows" if self._rounds_next else None,
             peers=peers,
         )
 

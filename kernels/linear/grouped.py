@@ -48,7 +48,9 @@ class GroupedWeight(GroupedLayer, KernelWeight):
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, segments)
         bias = self.bias[None] if self.bias is not None and segments > 1 else None
-        return add_rms_norm(out, residual, norm_weight, eps, bias)
+        return add_rms_norm(
+            out, residual, norm_weight, eps, bias, rounded="groups" if self.bits == 0 else None
+        )
 
     def _run(
         self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1

@@ -9,20 +9,18 @@ What a program goes through, and the ring, are in `stream`.
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
 """
 
-from functools import cache
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from orthrus.kernels.leaves import Leaves
+from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.stream import (
     Ring,
+    Work,
     advance,
     fetch_rows,
     fetch_weights,
@@ -30,11 +28,10 @@ from orthrus.kernels.linear.stream import (
     leaf_begin,
     make_grid,
     num_steps,
-    silu_mul,
     unit_of,
 )
+from orthrus.kernels.linear.stream_finish import Epilogue, finish, join_leaf, scale_outputs
 from orthrus.kernels.linear.types import DenseLayer
-from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
 MOST_ROWS = 64
 _OUTS = 64
@@ -43,25 +40,6 @@ _STEP_BYTES = 256
 """Bytes of the inputs of a step: 128 inputs of 16 bits, or 256 of FP8."""
 _RING_BYTES = 200_000
 """Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
-
-
-@gluon.jit
-def _best(logits, index, first_token, row, live, temperatures, keys, vocab):
-    """For each row, the highest score among a tile's tokens and that token, as in `gumbel_argmax`. logits [tokens, rows].
-
-    index, vocab: of the tokens that the layer has, which are those from first_token on.
-    """
-    token = first_token + index
-    score = logits
-    temperature = gl.load(temperatures + row, mask=live, other=0.0)
-    if gl.max(temperature, 0) > 0.0:
-        warm = (temperature > 0.0)[None, :]
-        divisor = gl.where(temperature > 0.0, temperature, 1.0)[None, :]
-        noisy = perturb(logits, divisor, keys, gl.where(live, row, 0)[None, :], token[:, None])
-        score = gl.where(warm, noisy, logits)
-    score = nan_to_inf(gl.where((index < vocab)[:, None], score, float("-inf")))
-    best = gl.max(score, 0)
-    return best, gl.min(gl.where(score == best[None, :], token[:, None], first_token + vocab - 1), 0)
 
 
 @gluon.jit
@@ -117,19 +95,9 @@ def _stream_kernel(
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    grid = make_grid(
-        num_ar,
-        num_rows,
-        num_outs,
-        parts,
-        gl.to_tensor(TREE),
-        units,
-        leaves,
-        first_leaf,
-        OUTS,
-        ROWS,
-        TWO_VIEWS,
-    )
+    tree = gl.to_tensor(TREE)
+    work = Work(num_ar, num_rows, num_outs, parts, tree, units, leaves, first_leaf)
+    grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
     program = gl.program_id(0)
     total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * units
     if WHOLE == 0:
@@ -140,6 +108,7 @@ def _stream_kernel(
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [num_warps, 1], [16, ROWS, 256 // w.dtype.primitive_bitwidth]
     )
+    epilogue = Epilogue(bias, out, temperatures, keys, out_wanted, values, indices, first_token)
     place, phase, done, free = 0, 0, 0, 0
     for number in range(program, grid.units, grid.programs):
         first = number % grid.parts * TREE
@@ -170,64 +139,18 @@ def _stream_kernel(
                     place = 0
                     phase ^= 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            if TREE > 1:
-                if leaf % 2 == 0:
-                    one = acc
-                else:
-                    acc = one + acc
-                    if TREE > 2:
-                        if leaf % 4 == 1:
-                            two = acc
-                        else:
-                            acc = two + acc
-                            if TREE > 4:
-                                if leaf % 8 == 3:
-                                    four = acc
-                                else:
-                                    acc = four + acc
-        unit = unit_of(number, grid, OUTS, ROWS)
-        row_index = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
-        live = row_index < unit.row_end
-        out_at, width = unit.out_at, num_outs
+            acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
         if SCALED:
-            index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
-            w_scale = gl.load(w_scales + unit.weight_at - out_at + index, mask=index < num_outs, other=0.0)
-            acc = acc * w_scale[:, None] * gl.load(x_scales + row_index, mask=live, other=0.0)[None, :]
-        if HAS_BIAS:
-            shift = gl.where(unit.row_at >= grid.split, num_outs, 0)
-            index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
-            offset = gl.load(bias + shift + index, mask=index < num_outs, other=0.0)
-            acc += offset.to(gl.float32)[:, None]
-        result = acc
-        if GATED:
-            result = silu_mul(acc, OUTS, ROWS)
-            out_at, width = out_at // 2, num_outs // 2
-        index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-        inside = live[None, :] & (index < width)[:, None]
-        stored = True
-        if PICKS:
-            stored = gl.load(out_wanted) != 0
-            best, token = _best(result, index, first_token, row_index, live, temperatures, keys, width)
-            tile = row_index * gl.cdiv(width, OUTS) + out_at // OUTS
-            gl.store(values + tile, best, mask=live)
-            gl.store(indices + tile, token, mask=live)
-        if stored:
-            goal = row_index[None, :].to(gl.int64) * width + index[:, None]
-            if SPLIT:
-                goal += unit.part * num_rows.to(gl.int64) * num_outs
-            gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)
+            unit = unit_of(number, grid, OUTS, ROWS)
+            row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+            acc = scale_outputs(acc, w_scales, unit, num_outs)
+            acc *= gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)[None, :]
+        finish(acc, number, grid, epilogue, GATED, SPLIT, HAS_BIAS, PICKS)
 
 
 def num_tiles(outs: int) -> int:
     """Number of tiles of a layer with `outs` outputs."""
     return -(-outs // _OUTS)
-
-
-@cache
-def _layout(block: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory for both the copy engine and the matrix unit."""
-    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-    return gl.NVMMASharedLayout.get_default_for(list(block), dtypes[dtype])
 
 
 def streams(x: Tensor) -> bool:
@@ -262,13 +185,9 @@ def launch(
     assert inputs.unit == depth and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
     scales = layer.scales
-    weight_block, row_block = (_OUTS, depth), (row_tile, depth)
-    weight, last = layer.weights[0], [ins, 1]
     _stream_kernel[(multiprocessors(x.device),)](
-        TensorDescriptor(
-            weight, [views * outs, ins], last, list(weight_block), _layout(weight_block, x.dtype)
-        ),
-        TensorDescriptor(x, [rows, ins], [x.stride(0), 1], list(row_block), _layout(row_block, x.dtype)),
+        tiles_of(layer.weights[0], _OUTS, depth, rows=views * outs),
+        tiles_of(x, row_tile, depth),
         out if scales is None else scales,
         out if x_scales is None else x_scales,
         out if bias is None else bias,

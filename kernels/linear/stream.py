@@ -10,6 +10,19 @@ from triton.language.extra.cuda import gdc_wait
 from orthrus.kernels.gluon_names import async_load
 
 
+class Work(NamedTuple):
+    """What a launch has to do. Every warp makes its `Grid` from this."""
+
+    num_ar: gl.tensor  # Pointer to the number of AR rows; read only where there are two views.
+    num_rows: gl.tensor
+    num_outs: gl.tensor  # Outputs of one view.
+    parts: gl.tensor  # Programs among which the inputs of an output are divided.
+    leaves: gl.tensor  # Leaves of a part.
+    all_steps: gl.tensor  # These three are `units`, `total` and `first` of `Leaves`, whose units are steps.
+    all_leaves: gl.tensor
+    first_leaf: gl.tensor
+
+
 class Grid(NamedTuple):
     """How the work of a launch is divided into units: a tile of outputs and rows, and one part of the inputs."""
 
@@ -56,39 +69,27 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def make_grid(
-    num_ar,
-    num_rows,
-    num_outs,
-    parts,
-    leaves,
-    all_steps,
-    all_leaves,
-    first_leaf,
-    OUTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    TWO_VIEWS: gl.constexpr,
-):
-    split = num_rows
+def make_grid(work, OUTS: gl.constexpr, ROWS: gl.constexpr, TWO_VIEWS: gl.constexpr):
+    """How the work is divided."""
+    split = work.num_rows
     if TWO_VIEWS:
-        split = gl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+        split = gl.load(work.num_ar)  # Uploaded before the pass: no kernel writes it.
     ar_tiles = gl.cdiv(split, ROWS)
-    row_tiles = ar_tiles + gl.cdiv(num_rows - split, ROWS)
-    units = row_tiles * gl.cdiv(num_outs, OUTS) * parts
-    programs = gl.num_programs(0)
+    row_tiles = ar_tiles + gl.cdiv(work.num_rows - split, ROWS)
+    units = row_tiles * gl.cdiv(work.num_outs, OUTS) * work.parts
     return Grid(
         split,
         ar_tiles,
         row_tiles,
-        parts,
-        leaves,
-        all_steps,
-        all_leaves,
-        first_leaf,
-        num_rows,
-        num_outs,
+        work.parts,
+        work.leaves,
+        work.all_steps,
+        work.all_leaves,
+        work.first_leaf,
+        work.num_rows,
+        work.num_outs,
         units,
-        programs,
+        gl.num_programs(0),
     )
 
 
@@ -135,6 +136,13 @@ def advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.cons
     if left == 0:
         cursor = first_step(cursor.unit + grid.programs, grid, OUTS, ROWS, DEPTH)
     return cursor
+
+
+@gluon.jit
+def next_place(place, phase, PLACES: gl.constexpr):
+    """The place of a ring behind this one, and its phase."""
+    wraps = place == PLACES - 1
+    return gl.where(wraps, 0, place + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit

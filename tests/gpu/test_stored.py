@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.kernels.linear import Weight, dense, fp8_block, pack_weight
-from orthrus.kernels.linear.blocks_triton import quantise_inputs
+from orthrus.kernels.linear.blocks_triton import RoundedGroups, quantise_inputs
 from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.gptq import quantise_gptq
 from orthrus.kernels.linear.grouped import GroupedWeight
@@ -110,6 +110,18 @@ def test_residual_rows_have_the_same_bits_in_any_launch(format: str, outs: int, 
     for rows in ROWS:
         got = layer.linear_add_rms_norm(x[:rows], residual[:rows], norm, 1e-6)
         assert torch.equal(got[0], full[0][:rows]) and torch.equal(got[1], full[1][:rows]), rows
+
+
+def test_a_norm_rounds_groups_as_the_layer_behind_it_would() -> None:
+    layer, _, _ = layer_of("fp8", 4096, ins=4096)
+    for rows in (1, 33):
+        _, normed = layer.linear_add_rms_norm(
+            randn(rows, 4096, seed=1), randn(rows, 4096, seed=2), randn(4096, seed=3), 1e-6
+        )
+        assert isinstance(normed, RoundedGroups)
+        made, alone = quantise_inputs(normed), quantise_inputs(normed[:])
+        assert torch.equal(made[1][:, :rows], alone[1][:, :rows])
+        assert torch.equal(made[0].view(torch.uint8), alone[0].view(torch.uint8))
 
 
 def test_act_order_gathers_the_inputs() -> None:

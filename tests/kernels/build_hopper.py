@@ -15,6 +15,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from orthrus.kernels.attention import hopper as attention
 from orthrus.kernels.linear import grouped_hopper as grouped
 from orthrus.kernels.linear import hopper as linear
+from orthrus.kernels.linear import lossless_hopper as lossless
+from orthrus.kernels.linear.descriptors import tile_layout
 
 H100 = GPUTarget("cuda", 90, 32)
 DTYPES = {
@@ -29,7 +31,7 @@ DTYPES = {
 
 def tile(dtype: str, *block: int) -> str:
     """The type of a tensor that the copy engine reads tile by tile."""
-    layout = grouped._tile_layout(list(block), DTYPES[dtype])
+    layout = tile_layout(block, DTYPES[dtype])
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
 
@@ -92,16 +94,17 @@ def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = Fa
     """bits: 4, or 0 for FP8."""
     inputs = "bf16" if bits else "fp8e4nv"
     scales = "fp16" if bits else "fp32"
+    groups = tile(scales, 64)
     types = {
-        "w": tile("i32", 64, 16) if bits else tile("fp8e4nv", 64, 128),
+        "w": tile("i32", 64, 32) if bits else tile("fp8e4nv", 64, 128),
         "x": tile(inputs, rows, 128),
-        "scales": tile(scales, 64),
-        "zeros": tile("u8", 128) if bits else tile(scales, max(32, rows)),
-        "x_scales": tile(scales, 128) if bits else tile("fp32", max(32, rows)),
+        "scales": groups,
+        "zeros": tile("u8", 128) if bits else groups,
+        "x_scales": groups if bits else tile("fp32", max(32, rows)),
         "bias": "*bf16",
         "out": "*fp32" if split else "*bf16",
     }
-    numbers = ("num_rows", "num_outs", "x_stride", "steps", "segments", "group_steps")
+    numbers = ("num_rows", "num_outs", "x_stride", "steps", "segments")
     build(
         f"grouped, {bits} bits, {rows} rows",
         grouped._grouped_stream_kernel,
@@ -110,14 +113,55 @@ def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = Fa
             "OUTS": 64,
             "ROWS": rows,
             "DEPTH": 128,
-            "RING": 6,
+            "PLACES": 6,
+            "GROUP_DEPTHS": 1,
             "BITS": bits,
             "WORDS": grouped._words_layout(4),
             "GATED": gated,
             "SPLIT": split,
             "HAS_BIAS": False,
             "CHAINED": True,
-            "num_warps": 4,
+        },
+    )
+
+
+def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool = False) -> None:
+    pointers = {
+        "scales": "*fp32",
+        "bias": "*bf16",
+        "out": "*bf16",
+        "num_ar": "*i32",
+        "temperatures": "*fp32",
+        "keys": "*i32",
+        "out_wanted": "*i32",
+        "values": "*fp32",
+        "indices": "*i32",
+    }
+    tiles = {
+        "high": tile("i32", 64, 32),
+        "low": tile("i32", 64, 16),
+        "exceptions": tile("i32", 32),
+        "x": tile("bf16", rows, 128),
+    }
+    numbers = ("num_rows", "num_outs", "parts", "units", "leaves", "first_leaf", "row_steps", "first_token")
+    build(
+        f"lossless, {rows} rows",
+        lossless._lossless_stream_kernel,
+        tiles | pointers | dict.fromkeys(numbers, "i32"),
+        {
+            "OUTS": 64,
+            "ROWS": rows,
+            "DEPTH": 128,
+            "PLACES": 6,
+            "HIGH": lossless.words_layout(8),
+            "LOW": lossless.words_layout(4),
+            "TREE": tree,
+            "TWO_VIEWS": not gated,
+            "GATED": gated,
+            "SPLIT": False,
+            "HAS_BIAS": False,
+            "PICKS": picks,
+            "CHAINED": True,
         },
     )
 
@@ -158,6 +202,9 @@ if __name__ == "__main__":
     build_linear("bf16", 16, picks=True)
     build_linear("bf16", 32, gated=True)
     build_linear("fp8e4nv", 32, tree=2)
-    build_grouped(4, 16, gated=True)
+    build_grouped(4, 8, gated=True)
     build_grouped(0, 16, split=True)
+    build_grouped(0, 64)
+    build_lossless(8, picks=True)
+    build_lossless(32, gated=True, tree=2)
     build_attention()

@@ -72,7 +72,7 @@ def test_the_kernels_round_rows_as_the_reference_does() -> None:
     x = randn(5, 300)
     x[2] = 0
     assert torch.equal(fp8_triton.quantise_rows(x[:, 4:])[1], quantise_rows(x[:, 4:])[1])
-    _, normed = add_rms_norm(x, randn(5, 300, seed=1), randn(300, seed=2), 1e-6, rounded=True)
+    _, normed = add_rms_norm(x, randn(5, 300, seed=1), randn(300, seed=2), 1e-6, rounded="rows")
     assert isinstance(normed, fp8_triton.RoundedRows)
     assert fp8_triton.quantise_rows(normed)[0] is normed.numbers
     assert type(normed[1:3]) is Tensor, "a part of the rows is not rounded yet"

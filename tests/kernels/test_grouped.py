@@ -75,3 +75,20 @@ def test_fp8_layers_multiply_numbers_and_the_scales_of_blocks(gated: bool) -> No
         expected = torch.nn.functional.silu(gate) * up
     got = layer.linear_silu_mul(x) if gated else layer.linear(x)
     assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+@interpreted
+def test_a_norm_rounds_groups_as_the_layer_behind_it_would() -> None:
+    """Scales only: the interpreter loses carries when it rounds numbers. tests/gpu compares these."""
+    from orthrus.kernels.linear.add_rms_norm import add_rms_norm
+    from orthrus.kernels.linear.blocks_triton import RoundedGroups, quantise_inputs
+
+    draw = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(5, 304, generator=draw) for _ in range(2))
+    _, normed = add_rms_norm(x, residual, torch.randn(304, generator=draw), 1e-6, rounded="groups")
+    assert isinstance(normed, RoundedGroups)
+    made = quantise_inputs(normed)
+    assert made == (normed.numbers, normed.scales), "nothing is left to do"
+    alone = quantise_inputs(normed[:])
+    assert torch.equal(made[1][:, :5], alone[1][:, :5])
+    assert torch.allclose(made[0].float(), alone[0].float(), rtol=0.07)

@@ -1,0 +1,71 @@
+"""The ring of `lossless_hopper`, and the warps that fill it.
+
+Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_wait
+
+from orthrus.kernels.gluon_names import async_load
+from orthrus.kernels.linear.stream import leaf_begin, make_grid, next_place, num_steps, unit_of
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, filled in turn."""
+
+    high: gl.shared_memory_descriptor  # [places, outs, words]
+    low: gl.shared_memory_descriptor  # [places, outs, words]
+    exceptions: gl.shared_memory_descriptor  # [places, entries]
+    rows: gl.shared_memory_descriptor  # [places, rows, depth]
+    full: gl.shared_memory_descriptor  # For each place a barrier: both loaders' tiles are there.
+    empty: gl.shared_memory_descriptor  # For each place a barrier: what was there has been multiplied.
+
+
+@gluon.jit
+def load_weights(high, low, exceptions, ring, work, row_steps, ROWS: gl.constexpr, TWO_VIEWS: gl.constexpr):
+    """Fill the ring's weights. They depend on no kernel, so this starts at once.
+
+    row_steps: steps of the inputs that are here.
+    """
+    OUTS: gl.constexpr = ring.high.shape[1]
+    LOADED: gl.constexpr = high.block_type.nbytes + low.block_type.nbytes + exceptions.block_type.nbytes
+    grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
+    place, phase = 0, 1
+    for number in range(gl.program_id(0), grid.units, grid.programs):
+        unit = unit_of(number, grid, OUTS, ROWS)
+        first = leaf_begin(unit.part * grid.leaves, grid)
+        lists = unit.weight_at // OUTS * row_steps
+        for step in range(first, first + num_steps(unit.part, grid)):
+            full = ring.full.index(place)
+            mbarrier.wait(ring.empty.index(place), phase)
+            mbarrier.expect(full, LOADED)
+            async_load(high, [unit.weight_at, step * high.block_type.shape[1]], full, ring.high.index(place))
+            async_load(low, [unit.weight_at, step * low.block_type.shape[1]], full, ring.low.index(place))
+            entry = [(lists + step) * exceptions.block_type.shape[0]]
+            async_load(exceptions, entry, full, ring.exceptions.index(place))
+            place, phase = next_place(place, phase, ring.full.shape[0])
+
+
+@gluon.jit
+def load_rows(x, ring, work, TWO_VIEWS: gl.constexpr, CHAINED: gl.constexpr):
+    """Fill the ring's input rows, once the kernels ahead in the stream have finished."""
+    OUTS: gl.constexpr = ring.high.shape[1]
+    ROWS: gl.constexpr = ring.rows.shape[1]
+    DEPTH: gl.constexpr = ring.rows.shape[2]
+    grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
+    if CHAINED:
+        gdc_wait()
+    place, phase = 0, 1
+    for number in range(gl.program_id(0), grid.units, grid.programs):
+        unit = unit_of(number, grid, OUTS, ROWS)
+        first = leaf_begin(unit.part * grid.leaves, grid)
+        for step in range(first, first + num_steps(unit.part, grid)):
+            full = ring.full.index(place)
+            mbarrier.wait(ring.empty.index(place), phase)
+            mbarrier.expect(full, x.block_type.nbytes)
+            async_load(x, [unit.row_at, step * DEPTH], full, ring.rows.index(place))
+            place, phase = next_place(place, phase, ring.full.shape[0])

@@ -1,0 +1,124 @@
+"""What the stream kernels do with sums: the tree of leaves, scales, biases, SiLU, picks, and where results go.
+
+Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from orthrus.kernels.linear.stream import silu_mul, unit_of
+from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
+
+
+class Epilogue(NamedTuple):
+    """Pointers, and the first token of an LM head: see `hopper.launch`."""
+
+    bias: gl.tensor
+    out: gl.tensor
+    temperatures: gl.tensor
+    keys: gl.tensor
+    out_wanted: gl.tensor
+    best: gl.tensor  # Of each tile and row: the best score,
+    best_tokens: gl.tensor  # and its token.
+    first_token: gl.tensor
+
+
+@gluon.jit
+def join_leaf(acc, leaf, one, two, four, TREE: gl.constexpr):
+    """Add the sum of a leaf to the tree of `TREE` leaves. one, two, four: nodes that wait for their neighbour, by their leaves.
+
+    Returns the node that is complete with this leaf, and the nodes that wait. After the last leaf that node is the tree's sum.
+    """
+    if TREE > 1:
+        if leaf % 2 == 0:
+            one = acc
+        else:
+            acc = one + acc
+            if TREE > 2:
+                if leaf % 4 == 1:
+                    two = acc
+                else:
+                    acc = two + acc
+                    if TREE > 4:
+                        if leaf % 8 == 3:
+                            four = acc
+                        else:
+                            acc = four + acc
+    return acc, one, two, four
+
+
+@gluon.jit
+def scale_outputs(acc, scales, unit, num_outs):
+    """Multiply each output's sums by its scale."""
+    index = unit.out_at + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+    scale = gl.load(scales + unit.weight_at - unit.out_at + index, mask=index < num_outs, other=0.0)
+    return acc * scale[:, None]
+
+
+@gluon.jit
+def _best(logits, index, first_token, row, live, temperatures, keys, vocab):
+    """For each row, the highest score among a tile's tokens and that token, as in `gumbel_argmax`. logits [tokens, rows].
+
+    index, vocab: of the tokens that the layer has, which are those from first_token on.
+    """
+    token = first_token + index
+    score = logits
+    temperature = gl.load(temperatures + row, mask=live, other=0.0)
+    if gl.max(temperature, 0) > 0.0:
+        warm = (temperature > 0.0)[None, :]
+        divisor = gl.where(temperature > 0.0, temperature, 1.0)[None, :]
+        noisy = perturb(logits, divisor, keys, gl.where(live, row, 0)[None, :], token[:, None])
+        score = gl.where(warm, noisy, logits)
+    score = nan_to_inf(gl.where((index < vocab)[:, None], score, float("-inf")))
+    best = gl.max(score, 0)
+    return best, gl.min(gl.where(score == best[None, :], token[:, None], first_token + vocab - 1), 0)
+
+
+@gluon.jit
+def finish(
+    acc,
+    number,
+    grid,
+    epilogue,
+    GATED: gl.constexpr,
+    SPLIT: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PICKS: gl.constexpr,
+):
+    """Store the sums of a unit, [outs, rows], or pick from them."""
+    OUTS: gl.constexpr = acc.shape[0]
+    ROWS: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = acc.type.layout
+    num_outs = grid.num_outs
+    unit = unit_of(number, grid, OUTS, ROWS)
+    row_index = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+    live = row_index < unit.row_end
+    out_at, width = unit.out_at, num_outs
+    if HAS_BIAS:
+        shift = gl.where(unit.row_at >= grid.split, num_outs, 0)
+        index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
+        offset = gl.load(epilogue.bias + shift + index, mask=index < num_outs, other=0.0)
+        acc += offset.to(gl.float32)[:, None]
+    result = acc
+    if GATED:
+        result = silu_mul(acc, OUTS, ROWS)
+        out_at, width = out_at // 2, num_outs // 2
+    index = out_at + gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
+    inside = live[None, :] & (index < width)[:, None]
+    stored = True
+    if PICKS:
+        stored = gl.load(epilogue.out_wanted) != 0
+        temperatures, keys = epilogue.temperatures, epilogue.keys
+        first_token = epilogue.first_token
+        best, token = _best(result, index, first_token, row_index, live, temperatures, keys, width)
+        tile = row_index * gl.cdiv(width, OUTS) + out_at // OUTS
+        gl.store(epilogue.best + tile, best, mask=live)
+        gl.store(epilogue.best_tokens + tile, token, mask=live)
+    if stored:
+        goal = row_index[None, :].to(gl.int64) * width + index[:, None]
+        if SPLIT:
+            goal += unit.part * grid.num_rows.to(gl.int64) * num_outs
+        out = epilogue.out
+        gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)
