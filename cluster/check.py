@@ -201,6 +201,8 @@ def _drafts(engine: EngineConfig, model: ModelConfig) -> str:
     sources: list[str] = []
     if SCHEDULES[schedule].needs_diffusion:
         sources.append(f"diffusion blocks of up to {engine.draft_length or model.block_size} rows")
+    if SCHEDULES[schedule].needs_medusa:
+        sources.append(f"the Medusa heads in {engine.medusa_heads or 'the model'}")
     if NGRAM in engine.request_schedules(model):
         lengths = f"{engine.prompt_lookup_min} to {engine.prompt_lookup_max}"
         sources.append(f"n-grams of {lengths} tokens, looked up in prompt and text")

@@ -104,6 +104,9 @@ class RowGroup:
     block begins if as many as possible are right. For each one that is not, the runner moves it back by a position. It gives the
     first row the pick behind the last right draft, whatever `tokens` has. Behind a tree, the block table
     becomes that of the group with this draft."""
+    heads: int = 0
+    """How many Medusa heads draft behind these rows: they read the hidden state of the row whose pick follows the last right
+    token. All groups of a pass that have heads have as many."""
 
     @property
     def end(self) -> int:

@@ -1,6 +1,6 @@
 """`orthrus train`: the stages of a training run, each driven by one YAML file.
 
-The stages base, data and heads also run under torchrun: torchrun --nproc-per-node 8 -m orthrus.cli train heads CONFIG.
+The stages base, data, heads and medusa also run under torchrun: torchrun --nproc-per-node 8 -m orthrus.cli train heads CONFIG.
 """
 
 import argparse
@@ -14,6 +14,7 @@ STAGES = {
     "base": "pre-train the base model",
     "data": "let the model write its own training texts",
     "heads": "train the diffusion view of a frozen model",
+    "medusa": "train Medusa heads for a frozen model, to compare with",
     "eval": "held-out loss, agreement by depth, tokens per cycle, through the engine",
     "plot": "draw the curves of the stages so far",
 }

@@ -65,7 +65,7 @@ class Admission:
         reason = ""
         if schedule in SCHEDULES:
             reason = ": this model's weights can't do it"
-            if SCHEDULES[schedule].fits(self._model.has_diffusion):
+            if SCHEDULES[schedule].fits(self._model.has_diffusion, has_medusa=True):
                 reason = f": the engine's setting schedule would have to be {schedule!r}"
         return f"schedule must be one of {', '.join(self.schedules)}, got {schedule!r}{reason}"
 

@@ -10,6 +10,7 @@ from orthrus.models.shard import check_ranks
 from orthrus.schedules.registry import (
     AR,
     AUTO,
+    MEDUSA,
     NGRAM,
     SCHEDULES,
     choose_schedule,
@@ -59,6 +60,8 @@ class EngineConfig(BaseModel):
     draft_tree: int | None = Field(default=None, ge=0, le=128)
     """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. None: on one
     GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""
+    medusa_heads: str | None = None
+    """Directory of the Medusa heads for the schedule "medusa", made by `orthrus train medusa`. None: the model's own."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Context limit in tokens, None for the checkpoint's."""
     max_num_seqs: int = Field(default=64, ge=1)
@@ -100,6 +103,18 @@ class EngineConfig(BaseModel):
                 raise ValueError(
                     f"{setting} has no meaning with schedule '{self.schedule}': remove it or use schedule {others}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _medusa_heads_are_used(self) -> "EngineConfig":
+        if self.schedule != MEDUSA and self.medusa_heads is not None:
+            raise ValueError(
+                f"medusa_heads has no meaning with schedule '{self.schedule}': set schedule to medusa"
+            )
+        if self.schedule == MEDUSA and self.tensor_parallel_size > 1:
+            raise ValueError(
+                "Medusa heads run on one GPU: set tensor_parallel_size to 1, or choose another schedule"
+            )
         return self
 
     @model_validator(mode="after")
@@ -171,7 +186,7 @@ class EngineConfig(BaseModel):
                 f"weights 'lossless12' keeps weights of bfloat16, and {model.name} is quantised ({model.quantization.method}): "
                 "remove weights, or serve the checkpoint that it was made from"
             )
-        if self.schedule != AUTO and not SCHEDULES[self.schedule].fits(model.has_diffusion):
+        if self.schedule != AUTO and SCHEDULES[self.schedule].needs_diffusion and not model.has_diffusion:
             raise ConfigError(
                 f"schedule '{self.schedule}' needs diffusion weights, and {model.name} has none: use schedule 'ngram' or an "
                 "Orthrus checkpoint"

@@ -372,6 +372,7 @@ class EngineCore:
             pool=self._pool,
             page_size=self.page_size,
             picks_ranks=self.runner.picks_ranks,
+            medusa_heads=self.forward.num_medusa_heads,
             timer=timer,
         )
 

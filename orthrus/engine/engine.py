@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from orthrus.loading import stages
 from orthrus.models.checkpoint import compute_dtype, load_weights
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
+from orthrus.models.medusa import load_medusa
 from orthrus.models.shard import Shard
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
+from orthrus.schedules.registry import MEDUSA
 from orthrus.text.grammar_mask import GrammarMasks
 from orthrus.text.tokenizer import load_tokenizer
 
@@ -45,6 +48,11 @@ class Engine(EngineCore):
         stages.info("loading the weights of %s", model_config.name)
         # As soon as another rank has failed, there is nothing to load for.
         weights = load(device, config.dtype, shard=shard, check=ranks.check)
+        if config.schedule == MEDUSA:
+            folder = path if config.medusa_heads is None else Path(config.medusa_heads)
+            weights |= load_medusa(
+                folder, model_config, device, compute_dtype(config.dtype, model_config, device)
+            )
         has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         if not has_tokenizer:
             return cls(config, model_config, weights, ranks=ranks)

@@ -44,6 +44,7 @@ def pick_rows(part: PlannedTurn) -> list[PickRows]:
                 mask=sequence.mask,
                 drafting=drafting,
                 ranks=part.turn.ranks if drafting else 1,
+                heads=group.heads,
                 end_token_ids=sequence.withheld_stop_ids,
                 min_length=sequence.num_prompt + params.min_tokens,
             )

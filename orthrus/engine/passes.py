@@ -126,7 +126,11 @@ def time_pass(runner: ModelRunner, groups: list[RowGroup], temperature: float, a
     So the time of the host counts only where the device waits for it, as in the engine.
     """
     params = SamplingParams(temperature=temperature)
-    rows = [PickRows(params, seed=0, position=1, count=g.num_logits) for g in groups if g.num_logits]
+    rows = [
+        PickRows(params, seed=0, position=1, count=g.num_logits, heads=g.heads)
+        for g in groups
+        if g.num_logits
+    ]
     begin = time.perf_counter()
     if not (ahead and runner.feeds_tokens):
         runner.launch(groups, rows).picks()

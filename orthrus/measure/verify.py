@@ -33,6 +33,7 @@ from orthrus.measure.verify_report import Report
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
+from orthrus.models.medusa import has_medusa
 from orthrus.models.shard import check_ranks
 from orthrus.requests.request import Request, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner
@@ -62,12 +63,12 @@ class Way:
 REFERENCE = Way("ar alone", "ar")
 
 
-def ways(has_diffusion: bool, ranks: int = 1) -> list[Way]:
+def ways(has_diffusion: bool, ranks: int = 1, has_medusa: bool = False) -> list[Way]:
     """The ways of running requests that are compared with `REFERENCE`: for each schedule that fits the model, alone, mixed, and
     mixed with the settings that the registry says. ranks: how many share the model there; the reference has it alone."""
     found: list[Way] = []
     for name, entry in reversed(SCHEDULES.items()):
-        if entry.fits(has_diffusion):
+        if entry.fits(has_diffusion, has_medusa and ranks == 1):
             found += [Way(f"{name} alone", name), Way(f"{name} mixed", name, mixed=True)]
             found += [
                 Way(f"{name} {variant.name}", name, True, variant.settings, variant.logprobs)
@@ -116,7 +117,7 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
             f"{model.max_position_embeddings}"
         )
     check_ranks(replace(model, sum_leaves=_sum_leaves(options)), options.tensor_parallel)
-    others = ways(model.has_diffusion, options.tensor_parallel)
+    others = ways(model.has_diffusion, options.tensor_parallel, has_medusa(path))
     engine = _engine(path, options, REFERENCE, _longest(model, options))
     device, dtype = str(engine.device), str(engine.forward.dtype).removeprefix("torch.")
     share = -(-options.tokens // len(others))

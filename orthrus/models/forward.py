@@ -19,6 +19,7 @@ from orthrus.kernels.workspace import start_layer
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.layer import LayerSplit
+from orthrus.models.medusa import MedusaHeads
 from orthrus.models.shard import Shard
 from orthrus.models.stack import LayerStack
 from orthrus.plan import PassPlan
@@ -52,8 +53,9 @@ class LayerParallelForward:
         draft_format: str | None = None,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """tensors: a checkpoint's, by their Hugging Face names, on one device in one dtype. The dict is emptied. Where several
-        ranks share the model, `config` is that of the whole, and the tensors are this rank's (`Shard.part`).
+        """tensors: a checkpoint's, by their Hugging Face names, and those of Medusa heads if it has any (`load_medusa`), on one
+        device in one dtype. The dict is emptied. Where several ranks share the model, `config` is that of the whole, and the
+        tensors are this rank's (`Shard.part`).
 
         weight_format: how the linear layers keep their weights, by a name that `pack_weight` (kernels/linear) knows.
         draft_format: the same for the drafts' own weights; None: both views run side by side on `weight_format`.
@@ -78,6 +80,7 @@ class LayerParallelForward:
             # The kernels know no configuration; what they can't store or run here is a fault of the checkpoint's choice.
             raise ConfigError(f"{config.name}: {error}") from error
         self._embedding = tensors.pop(family.embedding)
+        self._medusa = MedusaHeads.take(tensors)
         self.device = self._embedding.device
         self.dtype = self._embedding.dtype
         self._inv_freq, self._rope_scaling = family.rotary(config)
@@ -86,6 +89,15 @@ class LayerParallelForward:
     @property
     def heads_per_kv(self) -> int:
         return self.config.num_attention_heads // self.config.num_key_value_heads
+
+    @property
+    def num_medusa_heads(self) -> int:
+        return 0 if self._medusa is None else self._medusa.num_heads
+
+    @property
+    def num_medusa_weights(self) -> int:
+        """Numbers in the weights of the Medusa heads."""
+        return 0 if self._medusa is None else self._medusa.num_weights
 
     def use_context(self, positions: int) -> None:
         """Make rotary angles for `positions` positions: as many as the cache holds, often far fewer than the model allows.
@@ -139,3 +151,10 @@ class LayerParallelForward:
         logits = (stack or self.exact).head.linear(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return self.ranks.gather(logits, self.shard.vocabulary_widths)
+
+    @torch.inference_mode()
+    def medusa_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of all Medusa heads from final hidden states [rows, hidden_size]: float32 or wider [rows, heads, vocab_size]."""
+        assert self._medusa is not None, "the model has heads"
+        logits = self._medusa.logits(hidden, self.exact.head)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))

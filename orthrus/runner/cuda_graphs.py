@@ -25,6 +25,7 @@ from orthrus.loading import stages
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import MAX_RANKS, PassPlan, RowGroup, flatten
 from orthrus.runner.graph_sizes import graph_sizes
+from orthrus.runner.head_picks import head_picks
 from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.pass_graphs import RECORDS, PassGraphs
 from orthrus.runner.protocol import LaunchedPass
@@ -185,6 +186,8 @@ class CudaGraphRunner:
         if self._peers is not None and (adjusted or num_picks > count):
             self._exchange_picks(first_pick, num_picks)
             self._ranks.tell(ReceivePicks(first_pick, num_picks))
+        if any(group.heads for group in rows):
+            num_picks += self._pick_by_heads(rows, first_pick, count, num_picks)
         host = self._host_picks[self._side][:num_picks]
         self._downloads.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._downloads):
@@ -279,6 +282,13 @@ class CudaGraphRunner:
                 place += further.numel()
             start = end
         return place - first_place
+
+    def _pick_by_heads(self, rows: Sequence[PickRows], first_pick: int, count: int, num_picks: int) -> int:
+        """Let Medusa heads draft behind the pass's `count` rows. Drafts go behind its `num_picks` picks. Returns how many."""
+        picks = self.graphs.picks[first_pick : first_pick + count]
+        drafts = head_picks(self._forward, self.graphs.hidden[:count], picks, rows)
+        self.graphs.picks[first_pick + num_picks : first_pick + num_picks + drafts.numel()] = drafts
+        return drafts.numel()
 
     def _pick_adjusted(self, rows: Sequence[PickRows], first_pick: int) -> None:
         """Pick once more for the groups whose logits have to be adjusted first. The graphs picked from unadjusted ones."""

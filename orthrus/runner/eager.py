@@ -11,7 +11,9 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.malloc import keep_freed_memory
 from orthrus.models.forward import LayerParallelForward
+from orthrus.models.stack import LayerStack
 from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
+from orthrus.runner.head_picks import head_picks
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
 
@@ -77,13 +79,22 @@ class EagerRunner:
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         if any(group.behind is not None for group in groups):
             groups, rows = _placed(groups, rows, self._picks)
-        logits = self.logits(groups)
+        hidden, stack = self._tell_and_run(groups)
+        logits = self._forward.logits(hidden, stack)
         tokens = pick(logits, rows) if rows else []
+        if any(part.heads for part in rows):
+            tokens += head_picks(
+                self._forward, hidden, torch.tensor(tokens, device=hidden.device), rows
+            ).tolist()
         self._first_pick = first = _ROOM - self._first_pick
         self._picks[first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         return _Done(logits, first, tokens)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
+        return self._forward.logits(*self._tell_and_run(groups))
+
+    def _tell_and_run(self, groups: Sequence[RowGroup]) -> tuple[Tensor, LayerStack]:
+        """Run a pass on all ranks. Returns what `_run` does."""
         rows = flatten(groups, self._cache.page_size)
         # The other ranks have no picks.
         message = RunPass(replace(rows, tokens=_known(rows.tokens, self._picks)))
@@ -92,10 +103,10 @@ class EagerRunner:
 
     def follow(self, message: object) -> None:
         assert isinstance(message, RunPass)
-        self._run(message)
+        self._forward.logits(*self._run(message))
 
-    def _run(self, message: RunPass) -> Tensor:
-        """Run a pass. Returns the logits of the rows that need them."""
+    def _run(self, message: RunPass) -> tuple[Tensor, LayerStack]:
+        """Run a pass. Returns the final hidden states of the rows that need logits, and the weights that it ran on."""
         rows = message.rows
         self._cache.copy_pages(torch.from_numpy(rows.copies.ravel()), len(rows.copies))
         plan = PassPlan.of(
@@ -106,7 +117,7 @@ class EagerRunner:
         )
         stack = self._forward.stack_for(ar=rows.num_ar > 0, diffusion=rows.num_ar < len(rows.tokens))
         hidden = self._forward.hidden_states(plan, self._cache, self._picks, stack)
-        return self._forward.logits(hidden[plan.logit_rows], stack)
+        return hidden[plan.logit_rows], stack
 
 
 def _known(tokens: np.ndarray, picks: Tensor) -> np.ndarray:

@@ -49,7 +49,7 @@ class PassGraphs:
     """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits. On rank 0 only."""
     hidden: Tensor
     """[max_logits, hidden_size]: final hidden states of the rows that need logits. Passes of the drafts' own weights write it,
-    and passes that run layers and head as two graphs."""
+    passes that run layers and head as two graphs, and all passes of a model with Medusa heads."""
 
     def __init__(
         self,
@@ -198,6 +198,8 @@ class PassGraphs:
     @torch.inference_mode()
     def _run_whole(self, rows: int, divided: bool) -> None:
         hidden = self._forward.hidden_states(self._plan(rows, divided), self._cache, self.picks)
+        if self._forward.num_medusa_heads:
+            self.hidden[:rows].copy_(hidden)
         self._pick(hidden, self._forward.exact)
 
     @torch.inference_mode()

@@ -30,7 +30,8 @@ class LaunchedPass(Protocol):
     def picks(self) -> list[int]:
         """Wait for the pass. The token picked at each row of its `PickRows`, in order; `NO_TOKEN` where there is none.
 
-        Behind all of these come the further ranks of groups that ask for them, by group, then by rank, then by row.
+        Behind all of these come the further ranks of groups that ask for them, by group, then by rank, then by row. What Medusa
+        heads draft comes last, by group and then by head.
         The masks of drafts are yet to be applied: see `follow_masks`.
         """
         ...

@@ -9,6 +9,7 @@ not depend on its neighbours.
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class PickRows:
     """Whether these rows draft: then each predicts what follows the picks of the rows before it."""
     ranks: int = 1
     """How many tokens are picked at each row, the best first. More than one for drafts only."""
+    heads: int = 0
+    """How many Medusa heads draft behind these rows, as in `RowGroup`."""
     end_token_ids: Seq[int] = ()
     """Tokens that are not allowed while the text is shorter than `min_length`."""
     min_length: int = 0
@@ -249,19 +252,21 @@ def keys_from(seeds: Seq[int], positions: Seq[int], counts: Seq[int]) -> np.ndar
 
 
 def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> list[list[int]]:
-    """`picks`, in the order of `pick`, as one list for each group: a token for each row, then those of the further ranks.
+    """`picks`, in the order of `LaunchedPass.picks`, as one list for each group: a token for each row, then those of the further
+    ranks, then those of Medusa heads.
 
     In drafts, tokens that the mask forbids are replaced, and further ranks are left out. logits [rows, vocab] of the same rows
     are read for such drafts only.
     """
     spans = _spans(groups)
     lists, further = [], spans[-1].stop if spans else 0
+    of_heads = iter(picks[len(picks) - sum(group.heads for group in groups) :])
     for group, span in zip(groups, spans, strict=True):
         behind = further + (group.ranks - 1) * group.count
         if group.mask is not None and group.drafting:
             lists.append(_follow_mask(logits[span], group, picks[span]))
         else:
-            lists.append(picks[span] + picks[further:behind])
+            lists.append(picks[span] + picks[further:behind] + list(islice(of_heads, group.heads)))
         further = behind
     return lists
 

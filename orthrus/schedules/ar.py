@@ -32,6 +32,6 @@ class ARSchedule:
         return placeholders[0]
 
 
-def ar_rows(tokens: Sequence[int], start: int, block_table: list[int]) -> tuple[RowGroup]:
-    """AR rows with logits: `tokens` at positions start, start + 1, ..."""
-    return (RowGroup(View.AR, tokens, start, block_table, 0, len(tokens)),)
+def ar_rows(tokens: Sequence[int], start: int, block_table: list[int], heads: int = 0) -> tuple[RowGroup]:
+    """AR rows with logits: `tokens` at positions start, start + 1, ... heads: as in `RowGroup`."""
+    return (RowGroup(View.AR, tokens, start, block_table, 0, len(tokens), heads=heads),)

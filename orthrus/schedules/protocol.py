@@ -77,6 +77,8 @@ class ScheduleContext:
     """Positions of a page."""
     picks_ranks: bool
     """Whether it costs next to nothing if a row picks several tokens (`Turn.ranks`)."""
+    medusa_heads: int
+    """How many Medusa heads the model has."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 
@@ -107,7 +109,8 @@ class Schedule(Protocol):
         """What comes of a turn. picks: a list for each group, with one token for each of its rows that need logits.
 
         The row at position p picks for p + 1. If `turn.ranks` > 1, a drafting group's list goes on with the second best token of
-        every row, then the third.
+        every row, then the third. If the group has heads, its list ends with one token of each: drafts for the positions behind
+        that of the pick that follows the last right token.
         """
         ...
 

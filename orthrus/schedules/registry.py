@@ -15,6 +15,8 @@ AR = "ar"
 """The schedule that every engine has beside its own."""
 NGRAM = "ngram"
 """The schedule of drafts that are looked up."""
+MEDUSA = "medusa"
+"""The schedule of drafts that Medusa heads make. "auto" never chooses it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ScheduleEntry:
     """The schedule's class, as "module:class": it is imported when it is first used. See `ScheduleFactory`."""
     needs_diffusion: bool = False
     """Whether it runs only checkpoints that have diffusion weights."""
+    needs_medusa: bool = False
+    """Whether it runs only models that have Medusa heads."""
     settings: frozenset[str] = frozenset()
     """Fields of `EngineConfig` that are refused with schedules that do not list them.
 
@@ -46,9 +50,9 @@ class ScheduleEntry:
     variants: tuple[Variant, ...] = (Variant("ahead", logprobs=False),)
     """What to verify beyond the default settings."""
 
-    def fits(self, has_diffusion: bool) -> bool:
-        """Whether it can run a model with or without diffusion weights."""
-        return has_diffusion or not self.needs_diffusion
+    def fits(self, has_diffusion: bool, has_medusa: bool = False) -> bool:
+        """Whether it can run a model with or without diffusion weights and Medusa heads."""
+        return (has_diffusion or not self.needs_diffusion) and (has_medusa or not self.needs_medusa)
 
 
 _LOOKUP = frozenset({"prompt_lookup_max", "prompt_lookup_min"})
@@ -71,6 +75,15 @@ SCHEDULES: dict[str, ScheduleEntry] = {
     NGRAM: ScheduleEntry(
         "orthrus.schedules.ngram:NgramSchedule",
         settings=frozenset({"draft_length", *_LOOKUP}),
+        variants=(
+            Variant("ahead", logprobs=False),
+            Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
+        ),
+    ),
+    MEDUSA: ScheduleEntry(
+        "orthrus.schedules.medusa:MedusaSchedule",
+        needs_medusa=True,
+        settings=frozenset({"draft_length", "medusa_heads"}),
         variants=(
             Variant("ahead", logprobs=False),
             Variant("adaptive", {"adaptive_draft": True}, logprobs=False),

@@ -1,5 +1,6 @@
 """Rows of tokens for training, a pure function of seed and row number. So a resumed run sees what an unbroken one sees."""
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -49,6 +50,26 @@ class TokenStream:
 
     def _at(self, starts: Tensor, length: int) -> Tensor:
         return self._tokens[starts[:, None] + torch.arange(length)].long()
+
+
+def mixed_rows(
+    sources: Sequence[tuple[int, TokenStream]], length: int, seed: int
+) -> Callable[[int, range], Tensor]:
+    """A function of a step and a range of its rows that gives these rows: token ids int64 [rows, length].
+
+    sources: streams, each with its number of rows in a step. Rows of the first source come first.
+    """
+
+    def tokens(step: int, rows: range) -> Tensor:
+        parts, before = [], 0
+        for count, source in sources:
+            wanted = range(max(rows.start - before, 0), min(rows.stop - before, count))
+            if wanted:
+                parts.append(source.rows(step * count + wanted.start, len(wanted), length, seed))
+            before += count
+        return torch.cat(parts)
+
+    return tokens
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from orthrus.training.batches import TokenStream
+from orthrus.training.batches import TokenStream, mixed_rows
 from orthrus.training.blocks import DraftBlocks
 from orthrus.training.distributed import Processes
 from orthrus.training.drafts import DraftLoss, DraftSettings
@@ -80,18 +80,10 @@ def train_heads(
         model, settings, rows=settings.rows, length=length, seed=settings.seed, compiled=settings.compile
     )
 
-    def tokens(step: int, rows: range) -> Tensor:
-        """The rows `rows` of a step, int64 [rows, length]. Rows of the first source come first."""
-        parts, before = [], 0
-        for count, source in sources:
-            wanted = range(max(rows.start - before, 0), min(rows.stop - before, count))
-            if wanted:
-                parts.append(source.rows(step * count + wanted.start, len(wanted), length, settings.seed))
-            before += count
-        return to_device(torch.cat(parts), device)
+    tokens = mixed_rows(sources, length, settings.seed)
 
     def backward(step: int, rows: range) -> None:
-        batch = tokens(step, rows)
+        batch = to_device(tokens(step, rows), device)
         blocks = drafts.blocks(step, rows, batch)
         with autocast(device):
             hidden, drafted = two_views(model, batch, blocks, settings.recompute)

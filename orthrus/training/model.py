@@ -229,12 +229,7 @@ def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch
     Frozen weights are bfloat16 on an accelerator and float32 on a CPU: quantised ones are dequantised. The diffusion view is
     float32.
     """
-    stored = load_config(folder)
-    frozen = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tensors = load_weights(folder, stored, device, frozen)
-    stored = with_own_head(stored, tensors)
-    if stored.quantization is not None:
-        tensors, stored = dequantised(tensors, frozen), replace(stored, quantization=None)
+    stored, tensors = _load_in_full(folder, device)
     with torch.device("meta"):
         model = TwoViewModel(replace(stored, block_size=block_size, mask_token_id=mask_token_id))
     for name in model.diffusion_parameters():
@@ -244,3 +239,23 @@ def load_frozen(folder: Path, block_size: int, mask_token_id: int, device: torch
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("_diff." in name)
     return model.to(device)
+
+
+def load_ar_view(folder: Path, device: torch.device) -> TwoViewModel:
+    """The AR view of the checkpoint in `folder`, all of it frozen, in the dtype of `load_frozen`."""
+    stored, tensors = _load_in_full(folder, device)
+    with torch.device("meta"):
+        model = TwoViewModel(replace(stored, block_size=None, mask_token_id=None))
+    model.load_state_dict({name: t for name, t in tensors.items() if "_diff." not in name}, assign=True)
+    return model.requires_grad_(False).to(device)
+
+
+def _load_in_full(folder: Path, device: torch.device) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The checkpoint in `folder` without its quantisation: bfloat16 on an accelerator and float32 on a CPU."""
+    stored = load_config(folder)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    tensors = load_weights(folder, stored, device, dtype)
+    stored = with_own_head(stored, tensors)
+    if stored.quantization is not None:
+        tensors, stored = dequantised(tensors, dtype), replace(stored, quantization=None)
+    return stored, tensors

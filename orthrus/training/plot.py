@@ -11,13 +11,14 @@ Panel = dict[str, list[tuple[float, float]]]
 
 
 def plot(folder: Path) -> list[Path]:
-    """Draw each of base.jsonl, heads.jsonl and eval.json that `folder` has, into the same folder. Returns the files written.
+    """Draw each of base.jsonl, heads.jsonl, medusa.jsonl and eval.json that `folder` has, into the same folder.
 
-    Raises ConfigError if matplotlib is not installed, or if the folder has none of these files.
+    Returns the files written. Raises ConfigError if matplotlib is not installed, or if the folder has none of these files.
     """
     load_pyplot()  # Before anything is read: it may not be there.
     figures: dict[str, dict[str, Panel]] = {}
-    for stage, keys in (("base", ("loss", "held_out_loss")), ("heads", ("kl", "tokens_per_cycle"))):
+    drafts = ("kl", "tokens_per_cycle")
+    for stage, keys in (("base", ("loss", "held_out_loss")), ("heads", drafts), ("medusa", drafts)):
         if (folder / f"{stage}.jsonl").exists():
             figures[stage] = _training_panels(folder / f"{stage}.jsonl", keys)
     if (folder / "eval.json").exists():

@@ -19,6 +19,7 @@ from orthrus.training.data import DataSettings
 from orthrus.training.distributed import Processes
 from orthrus.training.eval import EvalSettings
 from orthrus.training.heads import HeadsSettings
+from orthrus.training.medusa import MedusaSettings
 from orthrus.training.prompts import read_prompts
 from orthrus.training.settings import Settings
 from orthrus.training.tokenizer import encode, read_documents
@@ -46,6 +47,7 @@ class Run(Settings):
     base: BaseSettings | None = None
     data: DataSettings = DataSettings()
     heads: HeadsSettings | None = None
+    medusa: MedusaSettings | None = None
     eval: EvalSettings = EvalSettings()
 
     @model_validator(mode="after")

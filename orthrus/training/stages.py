@@ -1,10 +1,11 @@
-"""The stages of a training run: corpus, tokenizer, base, data, heads, eval, plot. Each takes the whole `Run`."""
+"""The stages of a training run: corpus, tokenizer, base, data, heads, medusa, eval, plot. Each takes the whole `Run`."""
 
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -16,16 +17,18 @@ from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
 from orthrus.models.files import copy_tokenizer
+from orthrus.models.medusa import MedusaConfig, save_medusa
 from orthrus.requests.request import SamplingParams
 from orthrus.text.tokenizer import load_tokenizer
 from orthrus.training import corpus as corpora
 from orthrus.training.base import train_base
 from orthrus.training.batches import TokenStream
 from orthrus.training.data import generate, read_shards, texts_origin
-from orthrus.training.distributed import connected, local_device, rank_and_world
+from orthrus.training.distributed import Processes, connected, local_device, rank_and_world
 from orthrus.training.eval import EvalSettings, held_out_loss, measure_drafts, table
-from orthrus.training.heads import train_heads
-from orthrus.training.model import TwoViewModel, initialise, load_frozen
+from orthrus.training.heads import HeadsSettings, train_heads
+from orthrus.training.medusa import MedusaSettings, train_medusa
+from orthrus.training.model import TwoViewModel, initialise, load_ar_view, load_frozen
 from orthrus.training.plot import plot
 from orthrus.training.profile import measure_profile
 from orthrus.training.prompts import digest
@@ -115,23 +118,52 @@ def _heads(run: Run) -> None:
         )
     with connected(device) as processes:
         model = load_frozen(folder, settings.block_size, mask, device)
-        answers = TokenStream(read_shards(run.work / "data"), "the model's own answers")
-        of_answers = round(settings.sampled * settings.rows)
-        sources = [(of_answers, answers)]
-        if of_answers < settings.rows:
-            corpus = run.corpus_tokens(corpora.TRAIN_FILE, tokenizer.backend_tokenizer, processes)
-            sources.append((settings.rows - of_answers, corpus))
+        sources, steps_per_epoch = _sources(run, settings, tokenizer, processes)
         train_heads(
             model,
             sources,
             settings,
             run.work,
             processes,
-            steps_per_epoch=answers.per_epoch(settings.row_length) / max(1, of_answers),
+            steps_per_epoch=steps_per_epoch,
             origin={"base": fingerprint(folder), "data": texts_origin(run.work / "data")},
         )
         if processes.writes:
             _save_heads(run, model, folder)
+
+
+def _sources(
+    run: Run, settings: HeadsSettings | MedusaSettings, tokenizer: Any, processes: Processes
+) -> tuple[list[tuple[int, TokenStream]], float]:
+    """The streams that heads are trained on, each with its rows in a step, and the steps of a pass over the answers."""
+    answers = TokenStream(read_shards(run.work / "data"), "the model's own answers")
+    of_answers = round(settings.sampled * settings.rows)
+    sources = [(of_answers, answers)]
+    if of_answers < settings.rows:
+        corpus = run.corpus_tokens(corpora.TRAIN_FILE, tokenizer.backend_tokenizer, processes)
+        sources.append((settings.rows - of_answers, corpus))
+    return sources, answers.per_epoch(settings.row_length) / max(1, of_answers)
+
+
+def _medusa(run: Run) -> None:
+    settings, folder, device = needed(run.medusa, "medusa"), run.base_folder(), local_device()
+    base = load_config(folder)
+    config = MedusaConfig.of(base, settings.num_heads, settings.own_projections)
+    with connected(device) as processes:
+        sources, steps_per_epoch = _sources(run, settings, load_tokenizer(folder), processes)
+        heads = train_medusa(
+            load_ar_view(folder, device),
+            config,
+            sources,
+            settings,
+            run.work,
+            processes,
+            steps_per_epoch=steps_per_epoch,
+            origin={"base": fingerprint(folder), "data": texts_origin(run.work / "data")},
+        )
+        if processes.writes:
+            dtype = getattr(torch, base.dtype)
+            save_medusa(run.out, config, {name: head.detach().to(dtype) for name, head in heads.items()})
 
 
 def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
@@ -207,10 +239,11 @@ _STAGES: dict[str, Callable[[Run], None]] = {
     "base": _base,
     "data": _data,
     "heads": _heads,
+    "medusa": _medusa,
     "eval": _eval,
     "plot": _plot,
 }
-_DISTRIBUTED = ("base", "data", "heads")
+_DISTRIBUTED = ("base", "data", "heads", "medusa")
 
 
 def run_stage(name: str, run: Run) -> None:

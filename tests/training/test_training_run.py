@@ -62,6 +62,16 @@ SETTINGS: dict[str, Any] = {
         "log_every": 50,
         "save_every": 50,
     },
+    "medusa": {
+        "steps": 120,
+        "num_heads": 3,
+        "rows": 4,
+        "row_length": 32,
+        "sampled": 0.5,
+        "lr": 0.01,
+        "log_every": 50,
+        "save_every": 50,
+    },
     "eval": {"rows": 2, "row_length": 32, "texts": 3, "prompt_length": 6, "new_tokens": 24, "shown": 1},
 }
 
@@ -151,6 +161,33 @@ def test_the_base_is_in_the_result_byte_for_byte_and_its_tokenizer_too(run: Path
     assert len(list(out.glob("*.safetensors"))) > 1
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / file).read_bytes() == (base / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own projections", "shared"])
+def test_medusa_heads_draft_behind_the_frozen_base(run: Path, tmp_path: Path, own: bool) -> None:
+    work = work_of(run)
+    base = work / "base"
+    before = weights(base)
+    config = write_run(tmp_path, base_model=str(base), medusa={"own_projections": own})
+    (tmp_path / "run").mkdir()
+    for folder in ("corpus", "data"):
+        (tmp_path / "run" / folder).symlink_to(work / folder)
+    train("medusa", config)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(base).items())
+    assert len(weights(out_of(config))) == (6 if own else 3)
+    settings = {"model": str(base), "adaptive_draft": False, "kv_cache_tokens": 256, "max_model_len": 64}
+    prompt, params = [5, 6, 7, 8], SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    engine = Engine.from_pretrained(
+        EngineConfig.model_validate(settings | {"schedule": "medusa", "medusa_heads": str(out_of(config))})
+    )
+    ar = Engine.from_pretrained(EngineConfig.model_validate(settings | {"schedule": "ar"}))
+    assert engine.generate([prompt], params)[0][0].token_ids == ar.generate([prompt], params)[0][0].token_ids
+    assert engine.stats.tokens_per_cycle > 1.8
+    metrics = json.loads((tmp_path / "run" / "medusa.jsonl").read_text().splitlines()[-1])
+    assert metrics["tokens_per_cycle"] > 1.8 and len(metrics["agreement"]) == 3
+    assert metrics["agreement"] == sorted(metrics["agreement"], reverse=True)
+    train("plot", config)
+    assert "<svg" in (tmp_path / "run" / "medusa.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""Medusa heads (Cai et al., 2024, arXiv 2401.10774): they draft the tokens after the next one from a final hidden state.
+
+From the hidden state h at position t, the LM head picks the token at t + 1. Head k (from 1 on) picks the one at t + 1 + k:
+
+    logits_k = P_k (h + silu(W_k h))
+
+W_k is [hidden_size, hidden_size] without a bias, as in the paper. P_k is a vocabulary projection of the head's own, as in
+Medusa-1, or the model's LM head for all heads: "shared". Sharing it makes the heads a thousandth of the model rather than a
+third of it (8B, five heads), and costs some acceptance.
+
+The heads of a model are two files in one folder, which may be the model's own: the tensors, and what they are.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from orthrus.errors import CheckpointError, ConfigError
+from orthrus.files import read_json
+from orthrus.kernels.linear import Weight
+from orthrus.models.checkpoint import check_finite
+from orthrus.models.config import ModelConfig
+
+WEIGHTS_FILE, CONFIG_FILE = "medusa.safetensors", "medusa.json"
+MOST_HEADS = 6
+"""A runner has room for so many drafts of each sequence."""
+_MOST_CONFIG_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """What the heads are: the contents of `CONFIG_FILE`. The first two have the names of Medusa's own checkpoints."""
+
+    medusa_num_heads: int
+    medusa_num_layers: int
+    """Residual layers of a head: always 1."""
+    own_projections: bool
+    """Whether each head has a vocabulary projection of its own. False: they share the model's LM head."""
+    hidden_size: int
+    vocab_size: int
+
+    @staticmethod
+    def of(model: ModelConfig, num_heads: int, own_projections: bool) -> "MedusaConfig":
+        """Heads for `model`. Raises ConfigError for a number of heads that can't be served."""
+        if not 1 <= num_heads <= MOST_HEADS:
+            raise ConfigError(f"{num_heads} Medusa heads can't be served: choose from 1 to {MOST_HEADS}")
+        return MedusaConfig(num_heads, 1, own_projections, model.hidden_size, model.vocab_size)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The heads' tensors by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index in range(self.medusa_num_heads):
+            shapes[_linear(index)] = (self.hidden_size, self.hidden_size)
+            if self.own_projections:
+                shapes[_projection(index)] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+
+def _linear(index: int) -> str:
+    return f"medusa.{index}.linear.weight"
+
+
+def _projection(index: int) -> str:
+    return f"medusa.{index}.projection.weight"
+
+
+@dataclass(frozen=True)
+class MedusaHeads:
+    """The heads of a model that runs."""
+
+    linears: Tensor
+    """[heads, hidden_size, hidden_size]: W of each head."""
+    projections: Tensor | None
+    """[heads, vocab_size, hidden_size]. None: the heads share the LM head."""
+
+    @property
+    def num_heads(self) -> int:
+        return self.linears.shape[0]
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in the heads' weights."""
+        return self.linears.numel() + (0 if self.projections is None else self.projections.numel())
+
+    @staticmethod
+    def take(tensors: dict[str, Tensor]) -> "MedusaHeads | None":
+        """The heads whose tensors are among `tensors`, which lose them; None if there are none."""
+        linears: list[Tensor] = []
+        projections: list[Tensor] = []
+        while (name := _linear(len(linears))) in tensors:
+            if (own := _projection(len(linears))) in tensors:
+                projections.append(tensors.pop(own))
+            linears.append(tensors.pop(name))
+        if not linears:
+            return None
+        return MedusaHeads(torch.stack(linears), torch.stack(projections) if projections else None)
+
+    def logits(self, hidden: Tensor, head: Weight) -> Tensor:
+        """The logits of all heads from final hidden states [rows, hidden_size]: [rows, heads, vocab_size]. head: the LM head."""
+        states = hidden + F.silu(hidden @ self.linears.mT)  # [heads, rows, hidden_size]
+        if self.projections is not None:
+            return (states @ self.projections.mT).transpose(0, 1)
+        return head.linear(states.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, self.num_heads))
+
+
+def has_medusa(folder: Path) -> bool:
+    """Whether the folder has Medusa heads."""
+    return (folder / CONFIG_FILE).exists()
+
+
+def load_medusa(
+    folder: Path, model: ModelConfig, device: str | torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of the heads in `folder` by name. Raises ConfigError if there are none, CheckpointError if they don't fit."""
+    if not has_medusa(folder):
+        raise ConfigError(
+            f"{folder} has no Medusa heads ({CONFIG_FILE}): train some with `orthrus train medusa`, and set medusa_heads to "
+            "their folder"
+        )
+    stored = read_json(folder / CONFIG_FILE, _MOST_CONFIG_BYTES)
+    try:
+        expected = MedusaConfig.of(model, stored["medusa_num_heads"], stored["own_projections"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} lacks a valid {error}: save the heads again"
+        ) from error
+    if stored != asdict(expected):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: expected {asdict(expected)} for {model.name}, found {stored}: give the heads that were "
+            "trained for this model"
+        )
+    file = folder / WEIGHTS_FILE
+    found: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            names = set(tensors.keys())
+            for name, shape in expected.tensor_shapes().items():
+                read = tensors.get_tensor(name) if name in names else torch.empty(0)
+                if tuple(read.shape) != shape:
+                    raise CheckpointError(
+                        f"{file}: tensor {name}: expected shape {list(shape)}, found {list(read.shape)}"
+                    )
+                found[name] = read.to(dtype, copy=True)
+                check_finite(found[name], f"{file}: tensor {name}", read)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from error
+    return found
+
+
+def save_medusa(folder: Path, config: MedusaConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the heads to `folder`. tensors: those of `MedusaConfig.tensor_shapes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensors[name].cpu().contiguous() for name in config.tensor_shapes()}, folder / WEIGHTS_FILE
+    )
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,61 @@
+"""What Medusa heads draft in a pass, behind the rows whose picks it verifies.
+
+Which of a group's rows the heads have to read is known only when the rows have been picked from: it is the one behind the last
+right draft. It is found on the device, so that the heads need not wait for the host, and read one row of each group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orthrus.kernels.rows.sampling import argmax, gumbel_argmax
+from orthrus.kernels.rows.types import NO_TOKEN
+from orthrus.models.forward import LayerParallelForward
+from orthrus.runner.sampler import PickRows, adjust, keys_from, row_temperatures
+
+_NO_DRAFT = NO_TOKEN - 1
+"""Stands for drafts that a group does not have: no pick equals it."""
+
+
+def head_picks(
+    forward: LayerParallelForward, hidden: Tensor, picks: Tensor, groups: Sequence[PickRows]
+) -> Tensor:
+    """The tokens that heads draft: int32 [sum of `PickRows.heads`], by group and then by head. `NO_TOKEN` where there is none.
+
+    hidden [rows, hidden_size], picks int [rows]: the final hidden states and the picks of the rows of all `groups`, in order.
+    A draft meets the noise of its own position, and the filters of its group. Masks and penalties that depend on the tokens
+    before it are not followed: that costs acceptance only. Does not wait for the device.
+    """
+    device, count = hidden.device, forward.num_medusa_heads
+    first_rows = np.cumsum([0, *(group.count for group in groups)])
+    wanted = [(int(first), group) for first, group in zip(first_rows, groups, strict=False) if group.heads]
+    most = max(group.count for _, group in wanted)
+    first = torch.tensor([row for row, _ in wanted], device=device)
+    drafts = np.full((len(wanted), most - 1), _NO_DRAFT)
+    for own, (_, group) in zip(drafts, wanted, strict=True):
+        own[: len(group.draft_tokens)] = group.draft_tokens
+    places = (first[:, None] + torch.arange(most - 1, device=device)).clamp(max=len(picks) - 1)
+    # [groups]: how many drafts, from the first on, are right.
+    right = (picks[places] == torch.from_numpy(drafts).to(device)).long().cumprod(1).sum(1)
+    logits = forward.medusa_logits(hidden[first + right]).flatten(0, 1)
+    rows = [
+        replace(group, count=count, position=group.position + 1, heads=0, draft_tokens=(), drafting=True)
+        for _, group in wanted
+    ]
+    adjusted = adjust(logits, rows)
+    if all(group.params.greedy for group in rows):
+        return argmax(adjusted).int()
+    positions = most - 1 + count
+    keys = keys_from(
+        [group.seed for group in rows], [group.position for group in rows], [positions] * len(rows)
+    )
+    by_position = torch.from_numpy(keys).to(device).view(len(rows), positions, 2)
+    own_positions = right[:, None] + torch.arange(count, device=device)
+    own_keys = by_position.gather(1, own_positions[..., None].expand(-1, -1, 2)).flatten(0, 1)
+    found = torch.empty(len(rows) * count, dtype=torch.int32, device=device)
+    temperatures = torch.from_numpy(row_temperatures(rows)).to(device)
+    gumbel_argmax(adjusted, temperatures, own_keys, found, torch.zeros(1, dtype=torch.int32, device=device))
+    return found
