@@ -18,7 +18,7 @@ def add_parser(commands: Commands) -> None:
     """Add `compare` to the command line."""
     parser = commands.add_parser(
         "compare",
-        help="orthrus beside n-gram drafts, FP8, INT8 and pruning: speed, and drift from plain decoding",
+        help="orthrus beside Medusa, n-gram drafts, FP8, INT8 and pruning: speed, and drift from plain decoding",
     )
     add_model_options(parser, positional=True)
     add_batch_option(parser, [1, 4])

@@ -8,7 +8,8 @@ changes is measured against plain AR decoding with the checkpoint as it is:
 - on greedy answers to openings of that text, which also tell what a schedule changes: how many are equal, and how many tokens
   still are, by position.
 
-Copies are rounded and pruned without calibration data. They are written to the system's temporary folder. The engines of all
+Copies are rounded and pruned without calibration data, but for Wanda, which is given a part of the text that is not read later.
+Copies are written to the system's temporary folder. The engines of all
 methods are in memory at once.
 """
 
@@ -35,6 +36,7 @@ from orthrus.measure.contest import Output, Progress, engine_contestant, hardwar
 from orthrus.measure.hugging_face_check import kl_divergence
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
+from orthrus.models.medusa import has_medusa
 from orthrus.models.prune import prune_checkpoint
 from orthrus.models.quantise import quantise_checkpoint
 from orthrus.models.sizes import weight_bytes
@@ -48,6 +50,8 @@ _OPENING = 48
 """Tokens of a prompt."""
 _BATCH = 16
 """Answers that are decoded at once."""
+_CALIBRATION_ROWS = 16
+"""Rows of text that a method is calibrated on, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ class Method:
     schedule: str
     setup: str
     """What it takes before the first token."""
-    copy: Callable[[Path, Path], None] | None = None
+    copy: Callable[..., None] | None = None
     """Writes the copy of the checkpoint, at the first path, that the method decodes with, to the second. None: it has none."""
+    calibrated: bool = False
+    """Whether `copy` is also given rows of token ids, to calibrate on."""
 
 
 METHODS = (
@@ -68,7 +74,8 @@ METHODS = (
     Method("ngram", "ngram", "nothing"),
     Method("fp8", AR, "a copy in FP8", partial(quantise_checkpoint, format="fp8")),
     Method("int8", AR, "a copy in INT8", partial(quantise_checkpoint, format="int8")),
-    Method("pruned", AR, "a copy with half of the weights zero (2:4)", prune_checkpoint),
+    Method("pruned", AR, "a copy with half of the weights zero (2:4, by magnitude)", prune_checkpoint),
+    Method("wanda", AR, "a copy with half of the weights zero (2:4, by Wanda)", prune_checkpoint, True),
 )
 
 
@@ -114,9 +121,10 @@ def compare(options: CompareOptions, progress: Progress = lambda line: None) -> 
             f"{options.model} has a context of {model.max_position_embeddings} tokens, and {longest} are needed: "
             f"give fewer --new-tokens and --answer-tokens; rows of text have {_ROW}"
         )
-    rows, prompts = _read(load_tokenizer(path), options)
+    text = _read(load_tokenizer(path), options)
+    rows, prompts = text.rows, text.prompts
     with TemporaryDirectory(prefix="orthrus-compare-") as folder:
-        entries, left_out = _entries(path, Path(folder), options, progress)
+        entries, left_out = _entries(path, Path(folder), text.calibration, options, progress)
         speeds = _speeds(entries, prompts, options, progress)
         progress(f"reading {sum(map(len, rows)):,} tokens with each method")
         read = _read_text([entry.engine for entry in entries], rows)
@@ -158,22 +166,29 @@ class _Entry:
 
 
 def _entries(
-    path: Path, folder: Path, options: CompareOptions, progress: Progress
+    path: Path, folder: Path, calibration: list[list[int]], options: CompareOptions, progress: Progress
 ) -> tuple[list[_Entry], list[str]]:
     """All methods that the checkpoint at `path` can have, and those that it can't or that have no room, each with the reason.
 
-    folder: for copies.
+    folder: for copies. calibration: rows of token ids.
     """
     model = load_config(path)
     entries: list[_Entry] = []
     left_out: list[str] = []
     for method in METHODS:
-        if not SCHEDULES[method.schedule].fits(model.has_diffusion):
-            left_out.append(f"{method.name}: the checkpoint has no diffusion heads")
+        if not SCHEDULES[method.schedule].fits(model.has_diffusion, has_medusa(path)):
+            kind = "Medusa" if SCHEDULES[method.schedule].needs_medusa else "diffusion"
+            left_out.append(f"{method.name}: the checkpoint has no {kind} heads")
+            continue
+        if method.calibrated and not calibration:
+            left_out.append(
+                f"{method.name}: the text has no row of {_ROW} tokens to calibrate on behind the {options.text_tokens} that are "
+                "read: give a longer --text or fewer --text-tokens"
+            )
             continue
         progress(f"loading: {method.name}")
         try:
-            entries.append(_entry(method, path, folder / method.name, options))
+            entries.append(_entry(method, path, folder / method.name, calibration, options))
         except (ConfigError, OSError, torch.OutOfMemoryError) as error:
             if method.name == AR:
                 raise
@@ -186,12 +201,14 @@ def _longest(options: CompareOptions) -> int:
     return 1 + max(_ROW, _OPENING + max(options.answer_tokens, options.new_tokens))
 
 
-def _entry(method: Method, path: Path, copy: Path, options: CompareOptions) -> _Entry:
+def _entry(
+    method: Method, path: Path, copy: Path, calibration: list[list[int]], options: CompareOptions
+) -> _Entry:
     """Load the method's engine, from a copy of the checkpoint if it has one, which is written to `copy`."""
     setup = method.setup
     if method.copy is not None:
         begin = time.perf_counter()
-        method.copy(path, copy)
+        method.copy(path, copy, *([calibration] if method.calibrated else []))
         path, setup = copy, f"{setup}, made in {time.perf_counter() - begin:.1f} s"
     longest = _longest(options)
     batch = max(_BATCH, *options.batches)
@@ -211,11 +228,23 @@ def _entry(method: Method, path: Path, copy: Path, options: CompareOptions) -> _
         model = replace(model, block_size=None, mask_token_id=None)
     engine = Engine.from_pretrained(EngineConfig.model_validate(config))
     shutil.rmtree(copy, ignore_errors=True)
-    return _Entry(method, engine, setup, weight_bytes(model, 2))
+    return _Entry(method, engine, setup, weight_bytes(model, 2) + 2 * engine.forward.num_medusa_weights)
 
 
-def _read(tokenizer: Any, options: CompareOptions) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of the text, and openings from all over it, as token ids. Raises ConfigError if the text is too short."""
+@dataclass(frozen=True)
+class _Text:
+    """The text, as token ids."""
+
+    rows: list[list[int]]
+    """What is read."""
+    prompts: list[list[int]]
+    """Openings from all over the text."""
+    calibration: list[list[int]]
+    """Whole rows from its end that are not read; often of other files. Empty if there are none."""
+
+
+def _read(tokenizer: Any, options: CompareOptions) -> _Text:
+    """Read the text. Raises ConfigError if it is too short."""
     text = _starlette() if options.text is None else _read_file(options.text)
     tokens = list(tokenizer.encode(text, verbose=False))
     count = max(options.answers, *options.batches)
@@ -229,7 +258,12 @@ def _read(tokenizer: Any, options: CompareOptions) -> tuple[list[list[int]], lis
     starts = [number * (len(tokens) - _OPENING) // count for number in range(count)]
     # Mixed, so that a few of them come from all over the text too.
     random.Random(0).shuffle(starts)
-    return [row for row in rows if len(row) > 1], [tokens[start : start + _OPENING] for start in starts]
+    last = range(len(tokens) - _ROW, len(read) - 1, -_ROW)[:_CALIBRATION_ROWS]
+    return _Text(
+        [row for row in rows if len(row) > 1],
+        [tokens[start : start + _OPENING] for start in starts],
+        [tokens[start : start + _ROW] for start in last],
+    )
 
 
 def _read_file(file: Path) -> str:

@@ -42,11 +42,11 @@ def test_schedules_change_nothing_and_fewer_bits_do(report: CompareReport) -> No
         drift = methods[name].drift
         assert drift.exact and drift.equal_answers == report.answers == 6
         assert (drift.max_kl, drift.top_1_agreement) == (0, 1) and drift.perplexity == reference.perplexity
-    for name in ("fp8", "int8", "pruned"):
+    for name in ("fp8", "int8", "pruned", "wanda"):
         assert not methods[name].drift.exact and methods[name].drift.max_kl > 0
     # The worse the weights are approximated, the further the output is away.
     kl = {name: methods[name].drift.mean_kl for name in methods}
-    assert 0 < kl["int8"] < kl["fp8"] < kl["pruned"]
+    assert 0 < kl["int8"] < kl["fp8"] < kl["wanda"] < kl["pruned"]
     assert methods["pruned"].drift.perplexity > 1.1 * reference.perplexity
     assert 1 < reference.perplexity < 100
     by_position = methods["pruned"].drift.still_equal_by_position
@@ -77,6 +77,13 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     short.write_text("def f(): pass")
     with pytest.raises(ConfigError, match="give one of at least"):
         compare(CompareOptions(TINY, device="cpu", text=short))
+    long = tmp_path / "long.txt"
+    long.write_text("def f(x): return x + 1\n" * 200)
+    options = CompareOptions(
+        TINY, device="cpu", text=long, batches=(1,), new_tokens=2, rounds=1, answers=2, answer_tokens=2
+    )
+    [reason] = compare(options).left_out
+    assert reason.startswith("wanda: the text has no row of 512 tokens to calibrate on")
     with pytest.raises(ConfigError, match="context of 2048 tokens, and 3049 are needed"):
         compare(CompareOptions(TINY, device="cpu", answer_tokens=3000))
     with pytest.raises(ConfigError, match="can't be read"):
