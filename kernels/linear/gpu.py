@@ -14,6 +14,7 @@ from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, num_parts
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
+from orthrus.kernels.ranks import Ranks, add_pairwise, collective
 from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
 from orthrus.kernels.rows.sampling_triton import (
@@ -106,11 +107,14 @@ class GpuWeight(KernelWeight):
         elif tiles.split:
             parts = min(inputs.count, MOST_PARTS)
         peers = self._peers
-        if parts > 1 or peers is not None:
+        apart = self._collective
+        if parts > 1 or peers is not None or apart is not None:
             out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, parts, inputs)
+        if apart is not None:
+            out = apart.add(add_pairwise(out.unbind()))[None]
         return add_rms_norm(
             out,
             residual,
@@ -149,6 +153,11 @@ class GpuWeight(KernelWeight):
         """Of the other ranks, if there are any."""
         return None if self.split is None else self.split.ranks.peers
 
+    @property
+    def _collective(self) -> Ranks | None:
+        """The ranks, if there are several and their GPUs can't reach each other's memory."""
+        return self.split.ranks if self.split is not None and self.split.ranks.collective else None
+
     def linear_gumbel_argmax(
         self,
         x: Tensor,
@@ -168,7 +177,10 @@ class GpuWeight(KernelWeight):
             self.linear(x, num_ar, logits)
             columns = PICK_COLUMNS if further is None else FURTHER_COLUMNS
             best = best_of_blocks(logits, temperatures, keys, columns, self._first_token)
-        if self._peers is None:
+        if self._collective is not None:
+            # Logits that are wanted are gathered by the runner.
+            collective.pick_best_of_ranks(self._collective, *best, picks, first_pick)
+        elif self._peers is None:
             pick_best(*best, picks, first_pick, further)
         else:
             send_logits(self._peers, logits, wanted, self._first_token)

@@ -29,7 +29,7 @@ class Ranks(ABC):
     size: int
     """Number of ranks."""
     peers: "PeerMemory | None" = None
-    """What their GPUs share; None on CPUs."""
+    """What their GPUs share; None on CPUs, and where GPUs can't reach each other's memory."""
 
     @abstractmethod
     def exchange(self, own: Tensor) -> list[Tensor]:
@@ -51,8 +51,13 @@ class Ranks(ABC):
         """Call `on_failure`, from a thread of its own, once a rank has failed. For rank 0, which may be waiting for requests."""
 
     def share_memory(self, device: torch.device, sizes: PeerSizes) -> None:
-        """Make `peers`, on all ranks at the same time. device: this rank's GPU."""
+        """Make `peers`, or what takes its place, on all ranks at the same time. device: this rank's GPU."""
         raise NotImplementedError
+
+    @property
+    def collective(self) -> bool:
+        """Whether GPUs exchange by `exchange`, since they have no `peers`. On CPUs, whether there are several ranks."""
+        return self.size > 1 and self.peers is None
 
     def add(self, partial: Tensor) -> Tensor:
         """The sum of all ranks' `partial`, added as `add_pairwise` does."""

@@ -25,12 +25,15 @@ from orthrus.engine.rank_worker import (
     LoadWeights,
     RankSetup,
     SignsOfLife,
+    choose_backend,
+    make_ranks,
     rank_device,
     run_rank,
 )
 from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import RankError, Ranks
-from orthrus.kernels.ranks.shared_memory import SharedBoxes, SharedMemoryRanks
+from orthrus.kernels.ranks.collective import Backend
+from orthrus.kernels.ranks.shared_memory import SharedBoxes
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 
@@ -44,13 +47,17 @@ _END_SECONDS = 2.0
 """What a rank is given to end by itself."""
 
 
-def start_ranks(config: EngineConfig, model: ModelConfig, load: LoadWeights) -> Ranks:
+def start_ranks(
+    config: EngineConfig, model: ModelConfig, load: LoadWeights, backend: Backend | None = None
+) -> Ranks:
     """Start the other ranks of `config.tensor_parallel_size`, and return rank 0.
 
     model: the whole one, which can be divided among them. load: see `LoadWeights`. The processes end with the `Ranks`. Each of
     them makes its part of the engine (`LoadedModel.build`) at the same time as the caller.
+
+    backend: the library that they exchange through; None: that of `choose_backend`, if they need one.
     """
-    size = config.tensor_parallel_size
+    size, backend = config.tensor_parallel_size, backend or choose_backend(config)
     context = multiprocessing.get_context("forkserver")
     # Imported once for all ranks: they are forks of a process that has done nothing else.
     rotary = family_of(model).hugging_face().rotary
@@ -63,11 +70,11 @@ def start_ranks(config: EngineConfig, model: ModelConfig, load: LoadWeights) -> 
     if on_cpu:
         torch.set_num_threads(threads)
     processes = [
-        _start(context, RankSetup(rank, config, model, load, shared, signs, threads))
+        _start(context, RankSetup(rank, config, model, load, shared, backend, signs, threads))
         for rank in range(1, size)
     ]
     folder = Path(shared.store_file).parent
-    return SharedMemoryRanks(0, shared, RankProcesses(processes, signs, folder, before if on_cpu else None))
+    return make_ranks(0, shared, RankProcesses(processes, signs, folder, before if on_cpu else None), backend)
 
 
 @dataclass(frozen=True)

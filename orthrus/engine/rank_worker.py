@@ -1,5 +1,7 @@
 """What the process of a rank does, on all ranks but rank 0: load its part of the model, and run what rank 0 tells it to."""
 
+import itertools
+import logging
 import multiprocessing
 import signal
 import threading
@@ -16,13 +18,16 @@ from orthrus.engine.config import EngineConfig
 from orthrus.engine.passes import LoadedModel
 from orthrus.engine.sizing import choose_device
 from orthrus.errors import ConfigError
-from orthrus.kernels.ranks import RankError
-from orthrus.kernels.ranks.shared_memory import SharedBoxes, SharedMemoryRanks
+from orthrus.kernels.ranks import RankError, Ranks
+from orthrus.kernels.ranks.collective import Backend, CollectiveRanks
+from orthrus.kernels.ranks.shared_memory import Processes, SharedBoxes, SharedMemoryRanks
 from orthrus.models.checkpoint import with_own_head
 from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
 from orthrus.schedules.protocol import load_schedule
 from orthrus.schedules.registry import SCHEDULES
+
+logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
 """How often a rank shows that it runs."""
@@ -64,6 +69,8 @@ class RankSetup:
     """The whole model."""
     load: LoadWeights
     shared: SharedBoxes
+    backend: Backend | None
+    """See `make_ranks`."""
     signs: SignsOfLife
     threads: int
     """For a model on a CPU: how many threads the rank may use."""
@@ -76,7 +83,7 @@ def rank_device(device: str, rank: int) -> torch.device:
 
 
 def check_devices(config: EngineConfig) -> None:
-    """Raise ConfigError if this process does not see the GPUs that `config` asks for, or they can't reach each other's memory."""
+    """Raise ConfigError if this process does not see the GPUs that `config` asks for."""
     size = config.tensor_parallel_size
     if size == 1 or choose_device(config.device).type != "cuda":
         return
@@ -89,12 +96,35 @@ def check_devices(config: EngineConfig) -> None:
             f"tensor_parallel_size {size} needs {size} GPUs of one host, and this process sees {torch.cuda.device_count()}: "
             "lower it, or give the replica more GPUs (ray_actor_options.num_gpus)"
         )
-    apart = [rank for rank in range(1, size) if not torch.cuda.can_device_access_peer(0, rank)]
-    if apart:
+
+
+def choose_backend(config: EngineConfig) -> Backend | None:
+    """The library that the ranks exchange through: NCCL, if a GPU can't reach the memory of another one. None: they need none."""
+    size = config.tensor_parallel_size
+    if size == 1 or choose_device(config.device).type != "cuda":
+        return None
+    pairs = itertools.permutations(range(size), 2)
+    apart = next((pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)), None)
+    if apart is None:
+        return None
+    if not torch.distributed.is_nccl_available():
         raise ConfigError(
-            f"GPU 0 can't reach the memory of GPU {apart[0]}, which tensor_parallel_size {size} needs: use a host whose GPUs are "
-            "linked by NVLink, or set tensor_parallel_size to 1"
+            f"GPU {apart[0]} can't reach the memory of GPU {apart[1]}, which tensor_parallel_size {size} needs where torch has "
+            "no NCCL: use a host whose GPUs are linked by NVLink, or set tensor_parallel_size to 1"
         )
+    logger.warning(
+        "GPU %d can't reach the memory of GPU %d: the GPUs exchange over NCCL, which takes longer and has not been measured. "
+        "A host whose GPUs are linked by NVLink is faster",
+        *apart,
+    )
+    return "nccl"
+
+
+def make_ranks(rank: int, shared: SharedBoxes, processes: Processes, backend: Backend | None) -> Ranks:
+    """The ranks as `rank` sees them. backend: the library that they exchange through, if they do."""
+    if backend is None:
+        return SharedMemoryRanks(rank, shared, processes)
+    return CollectiveRanks(rank, shared, processes, backend)
 
 
 class _Rank0:
@@ -141,7 +171,7 @@ def _load(setup: RankSetup) -> LoadedModel:
     device = rank_device(config.device, setup.rank)
     if device.type == "cpu":
         torch.set_num_threads(setup.threads)
-    ranks = SharedMemoryRanks(setup.rank, setup.shared, _Rank0())
+    ranks = make_ranks(setup.rank, setup.shared, _Rank0(), setup.backend)
     shard = Shard(model, setup.rank, ranks.size)
     weights = setup.load(device, config.dtype, shard=shard, check=ranks.check)
     model = with_own_head(model, weights)

@@ -5,6 +5,7 @@ the one before it still runs, and the host waits only for picks that it has to k
 """
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from orthrus.runner.pass_graphs import RECORDS, PassGraphs
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust
 
+_POLL_SECONDS = 50e-6
 _GRAPH_BYTES = 1 << 30
 """Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
 
@@ -49,7 +51,7 @@ class _Launched:
     """`PeerMemory.status` in page-locked memory, once `done` has happened; zeros where there is one rank."""
 
     def picks(self) -> list[int]:
-        self.done.synchronize()
+        _wait(self.done, self.ranks)
         _check(self.host_status, self.ranks)
         return self.host.tolist()
 
@@ -59,6 +61,14 @@ def _check(host_status: Tensor, ranks: Ranks) -> None:
     if late := int(host_status[0]):
         ranks.check()  # Which knows more, if the rank has ended.
         raise RankError(f"rank {late - 1} of the model did not take part in a pass: see its log")
+
+
+def _wait(event: torch.cuda.Event, ranks: Ranks) -> None:
+    """Wait for an event of this GPU. Raises RankError if a rank has ended for which NCCL, which has no limit, would wait."""
+    while ranks.collective and not event.query():
+        ranks.check()
+        time.sleep(_POLL_SECONDS)
+    event.synchronize()
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,8 @@ class CudaGraphRunner:
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._ranks, self._peers = forward.ranks, forward.ranks.peers
         # Several ranks of a model would have to exchange logits for it.
-        self.picks_ranks = self._peers is None
+        self._shared = forward.ranks.size > 1
+        self.picks_ranks = not self._shared
         self._host_status = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         # Of ranks but 0: when the copy from each host buffer was over.
         self._uploaded = [torch.cuda.Event() for _ in range(2)]
@@ -133,10 +144,11 @@ class CudaGraphRunner:
         self._forward = forward
         # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
         self._head = self.graphs.fields()
-        if self._peers is not None:
+        if self._shared:
             self._exchange_picks(0, 1)  # Which compiles the kernels for that.
             torch.cuda.synchronize(device)
             self._ranks.least(0)  # Wait for the others.
+        if self._peers is not None:
             self._peers.start()
 
     @staticmethod
@@ -166,8 +178,9 @@ class CudaGraphRunner:
         peak = torch.cuda.max_memory_allocated(device) - before
         del cache, plan, attention, work, zeros
         torch.cuda.empty_cache()
-        # Each rank has logits of its own tokens. Those of all tokens are in `PeerMemory`, which is there already.
+        # Each rank has logits of its own tokens. Those of all tokens are in `PeerMemory`, if that is there.
         tokens = forward.shard.vocabulary_widths[forward.ranks.rank]
+        tokens += forward.config.vocab_size if forward.ranks.collective else 0
         head = graph_sizes(max_logits)[-1] * (4 * tokens + 2 * forward.config.hidden_size)
         return peak + head + _GRAPH_BYTES
 
@@ -175,15 +188,13 @@ class CudaGraphRunner:
         self._side ^= 1
         first_pick = self._side * self._max_picks
         # Where there is one rank, further ranks are picked without logits if these are not adjusted.
-        wants_logits = any(
-            group.reads_logits or (group.ranks > 1 and self._peers is not None) for group in rows
-        )
+        wants_logits = any(group.reads_logits or (group.ranks > 1 and self._shared) for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
         num_picks = count + self._pick_further_ranks(rows, first_pick + count)
         adjusted = wants_logits and not all(group.unadjusted for group in rows)
         if adjusted:
             self._pick_adjusted(rows, first_pick)
-        if self._peers is not None and (adjusted or num_picks > count):
+        if self._shared and (adjusted or num_picks > count):
             self._exchange_picks(first_pick, num_picks)
             self._ranks.tell(ReceivePicks(first_pick, num_picks))
         if any(group.heads for group in rows):
@@ -199,29 +210,34 @@ class CudaGraphRunner:
         return _Launched(self.graphs.logits, first_pick, host, done, self._ranks, self._host_status)
 
     def follow(self, message: object) -> None:
-        assert self._peers is not None, "there are several ranks"
         if isinstance(message, ReceivePicks):
             self._exchange_picks(message.first, message.count)
             return
         assert isinstance(message, RunBuffer)
         self._side ^= 1
-        self._uploaded[self._side].synchronize()
+        _wait(self._uploaded[self._side], self._ranks)
         _check(self._host_status, self._ranks)
         fields = self._host_buffers[self._side].load(message.numbers)
         self._run(fields)
-        self._host_status.copy_(self._peers.status, non_blocking=True)
+        if self._peers is not None:
+            self._host_status.copy_(self._peers.status, non_blocking=True)
         self._uploaded[self._side].record()
 
     def _exchange_picks(self, first: int, count: int) -> None:
         """Give rank 0's picks to the other ranks, which have only picked without adjustments. Each rank calls this."""
-        assert self._peers is not None, "there are several ranks"
+        if self._peers is None:
+            own = self.graphs.picks[first : first + count]
+            own.copy_(self._ranks.exchange(own)[0])
+            return
         exchange = send_picks if self._peers.rank == 0 else receive_picks
         exchange(self._peers, self.graphs.picks, first, count)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
         logits = self.graphs.logits[:count].clone()
-        torch.cuda.current_stream().synchronize()  # The next pass is written to the same host buffer.
+        _wait(
+            torch.cuda.current_stream().record_event(), self._ranks
+        )  # The next pass is written to the same host buffer.
         if self._peers is not None:
             _check(self._peers.status.cpu(), self._ranks)
         return logits
@@ -244,7 +260,7 @@ class CudaGraphRunner:
         fields = buffer.fill(
             flat, rows, work, num_rows=num_rows, first_pick=first_pick, wants_logits=wants_logits
         )
-        if self._peers is not None:
+        if self._shared:
             self._ranks.tell(RunBuffer(buffer.dump(fields)))
         self._run(fields)
         return len(flat.logit_rows)
@@ -254,6 +270,8 @@ class CudaGraphRunner:
         used = int(fields.num_used[0])
         upload(self._host_buffers[self._side].numbers[:used], self.graphs.buffer[:used])
         self.graphs.replay(fields)
+        if self._ranks.collective and fields.wants_logits[0] and (count := int(fields.num_logits[0])):
+            self.graphs.gather_logits(count)
 
     def _pick_further_ranks(self, rows: Sequence[PickRows], first_place: int) -> int:
         """Pick the further ranks of the groups that ask for them, from place `first_place` of the picks on.
@@ -267,7 +285,7 @@ class CudaGraphRunner:
             groups = list(members)
             end = start + count * len(groups)
             if ranks > 1:
-                if unadjusted and self._peers is None:
+                if unadjusted and not self._shared:
                     tokens = self.graphs.further[start:end, : ranks - 1]
                 else:
                     tokens = best_tokens(

@@ -79,6 +79,10 @@ class PassGraphs:
         own_logits = self._max_logits, widths[forward.ranks.rank]
         self._own_logits = torch.zeros(own_logits, device=device, dtype=torch.float32)
         self.logits = self._own_logits if peers is None else peers.logits
+        self._widths = widths if forward.ranks.collective else []
+        if self._widths:
+            whole = self._max_logits, config.vocab_size
+            self.logits = torch.zeros(whole, device=device, dtype=torch.float32)
         self._results = torch.empty(workspace.BYTES, device=device, dtype=torch.uint8)
         self._captures = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -113,6 +117,11 @@ class PassGraphs:
         self._row_graphs[rows].replay()
         if count:
             self._head_graphs[head_rows].replay()
+
+    def gather_logits(self, count: int) -> None:
+        """Where GPUs have no memory in common: fetch the other ranks' logits of the first `count` rows into `logits`."""
+        parts = self._forward.ranks.gather(self._own_logits[:count], self._widths)
+        self.logits[:count] = parts
 
     def _copy_pages(self, rows: int, count: int, list_at: int) -> None:
         """Copy the pages that a pass of `rows` rows has listed at `copies_at`."""
@@ -164,7 +173,9 @@ class PassGraphs:
         graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph(), which collects garbage before every capture.
         with torch.cuda.stream(self._captures), workspace.results_in(self._results):
-            graph.capture_begin(pool=self._pool)
+            # A thread of NCCL asks about its events meanwhile, which is no part of the capture.
+            mode = "thread_local" if self._widths else "global"
+            graph.capture_begin(pool=self._pool, capture_error_mode=mode)
             run()
             graph.capture_end()
         bar.update()
@@ -214,7 +225,7 @@ class PassGraphs:
         rows = hidden.shape[0]
         fields = self.fields()
         drafts = stack is self._forward.draft or self._forward.draft is None
-        further = self.further[:rows] if drafts and self._forward.ranks.peers is None else None
+        further = self.further[:rows] if drafts and self._forward.ranks.size == 1 else None
         stack.head.linear_gumbel_argmax(
             hidden,
             self._own_logits[:rows],
