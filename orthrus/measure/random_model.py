@@ -16,6 +16,7 @@ from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import ONE_RANK
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
+from orthrus.models.medusa import MedusaConfig
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
 
@@ -27,7 +28,8 @@ def shape_config(shape: str, diffusion: bool = True) -> ModelConfig:
     if shape not in QWEN3_SHAPES:
         raise ConfigError(f"shape {shape!r} is not known: use one of {', '.join(QWEN3_SHAPES)}")
     model = replace(QWEN3_SHAPES[shape], name=f"Qwen3-{shape}")
-    return replace(model, block_size=BLOCK_SIZE, mask_token_id=151669) if diffusion else model
+    mask = min(151669, model.vocab_size - 1)
+    return replace(model, block_size=BLOCK_SIZE, mask_token_id=mask) if diffusion else model
 
 
 def random_weights(
@@ -78,9 +80,15 @@ def random_weights(
 
 
 def shape_engine(
-    model: ModelConfig, schedule: str, device: torch.device, dtype: torch.dtype, **settings: Any
+    model: ModelConfig,
+    schedule: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    medusa: MedusaConfig | None = None,
+    **settings: Any,
 ) -> Engine:
-    """An engine of random weights."""
+    """An engine of random weights. medusa: the Medusa heads that the model has, whatever the schedule."""
     fixed = {"model": model.name, "schedule": schedule, "adaptive_draft": False}
     config = EngineConfig.model_validate(fixed | settings)
     size = config.tensor_parallel_size
@@ -92,6 +100,11 @@ def shape_engine(
         ranks = start_ranks(config, model, partial(_random_weights, model, str(dtype)))
         device = rank_device(str(device), 0)
     weights = random_weights(model, device, dtype, shard=Shard(model, 0, size))
+    if medusa is not None:
+        weights |= {
+            name: torch.randn(shape, device=device, dtype=dtype) * shape[1] ** -0.5
+            for name, shape in medusa.tensor_shapes().items()
+        }
     return Engine(config, model, weights, ranks=ranks)
 
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from orthrus.engine import Engine
 from orthrus.measure.acceptance import AcceptanceProfile
-from orthrus.plan import RowGroup
+from orthrus.plan import RowGroup, num_right
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.orthrus import OrthrusSchedule
@@ -59,15 +59,28 @@ class ReplaySchedule:
     ) -> list[list[int]]:
         """`picks` with those replaced that are drafts."""
         return [
-            self._replay(sequence, group, len(own)) if drafts else own
+            self._replay(sequence, group, len(own)) if drafts else self._replay_heads(sequence, group, own)
             for own, group, drafts in zip(picks, turn.groups, turn.drafting, strict=True)
         ]
+
+    def _replay_heads(self, sequence: SequenceState, group: RowGroup, picks: list[int]) -> list[int]:
+        """The picks of rows that verify drafts, with those replaced that Medusa heads drafted behind them."""
+        if not group.heads:
+            return picks
+        rows = picks[: group.num_logits]
+        # The row behind the last right draft has picked the next token itself.
+        start = group.start + num_right(group.tokens[1:], rows) + 2
+        right, ranks = self._draw(sequence, start, group.heads)
+        drafts = [(token + (rank != 0)) % self._vocab_size for token, rank in zip(right, ranks, strict=True)]
+        return [*rows, *drafts, *[0] * (group.heads - len(drafts))]
 
     def _replay(self, sequence: SequenceState, block: RowGroup, count: int) -> list[int]:
         """`count` picks of a block: the likeliest token of every row, then the second likeliest of every row, and so on."""
         last = self._blocks.get(sequence)
         if last is None or last[0] is not block:
-            last = self._blocks[sequence] = block, *self._draw(sequence, block)
+            # Not the position that the block was planned for, which may have been a guess.
+            start = sequence.newest_position + 1
+            last = self._blocks[sequence] = block, *self._draw(sequence, start, block.num_logits)
         _, right, ranks = last
         picks: list[int] = []
         for rank in range(count // max(1, block.num_logits)):
@@ -79,13 +92,11 @@ class ReplaySchedule:
             picks += [0] * (block.num_logits - len(right))
         return picks
 
-    def _draw(self, sequence: SequenceState, block: RowGroup) -> tuple[list[int], list[int]]:
-        """The right tokens of a block and their ranks."""
+    def _draw(self, sequence: SequenceState, start: int, count: int) -> tuple[list[int], list[int]]:
+        """The right tokens at `count` positions from `start` on, as far as the text goes, and the ranks that they are to have."""
         prompt = sequence.tokens[: sequence.num_prompt]
         profile, text = self._texts[_key(prompt, sequence.params)]
-        # Not the position that the block was planned for, which may have been a guess.
-        start = sequence.newest_position + 1
-        right = text[start : start + block.num_logits]
+        right = text[start : start + count]
         # Draws that spread evenly over a sequence's cycles: a few bring what many would on average.
         rng = random.Random(hash((self._seed, *text[-4:], sequence.cycles)))
         first = random.Random(hash((self._seed, *text[-4:]))).random()

@@ -84,7 +84,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     progress("our engine")
-    engine = shape_engine(model, "orthrus", device, dtype, **_settings(options))
+    engine = shape_engine(model, "orthrus", device, dtype, **engine_settings(options))
     passes = pass_times(engine, options, read)
     for p in passes:
         progress(f"{p.name}: {p.milliseconds:.3f} ms")
@@ -138,7 +138,7 @@ def all_races(
     full_rows = engine.model_config.block_size
     assert full_rows is not None
     ours = our_contestants(engine, [(name, [profile]) for name, profile in acceptance], [full_rows])
-    prompts = _prompts(options, engine.model_config.vocab_size)
+    prompts = random_prompts(options, engine.model_config.vocab_size)
     speeds: list[Speed] = []
     exact = True
     for batch in options.batches:
@@ -187,7 +187,7 @@ def _is_lossless(engine: Engine) -> bool:
     return engine.config.weights == "lossless12"
 
 
-def _settings(options: ShapeBenchOptions) -> dict[str, Any]:
+def engine_settings(options: ShapeBenchOptions) -> dict[str, Any]:
     """Engine settings with room for the largest batch and for the longest prompt that is timed."""
     most = max(*options.batches, options.mixed_batch)
     new_pages = -(-(1 + options.new_tokens + BLOCK_SIZE) // _PAGE)
@@ -207,7 +207,7 @@ def _settings(options: ShapeBenchOptions) -> dict[str, Any]:
     }
 
 
-def _prompts(options: ShapeBenchOptions, vocab_size: int) -> list[list[int]]:
+def random_prompts(options: ShapeBenchOptions, vocab_size: int) -> list[list[int]]:
     """A prompt for each sequence of the largest batch.
 
     It ends one token after a page that stays cached, so all sequences decode from the second pass on.

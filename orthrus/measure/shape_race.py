@@ -28,8 +28,8 @@ def our_contestants(
         replayed[f"orthrus at {name}"] = replaying(engine, *acceptance, adaptive=True)
         for rows in fixed_rows:
             replayed[f"{rows} rows at {name}"] = replaying(engine, *acceptance, block_rows=rows)
-    ar = _recorded(_scheduled("ar", engine, ARSchedule()), list(replayed.values()))
-    return [ar, *(_scheduled(name, engine, schedule) for name, schedule in replayed.items())]
+    ar = recorded(scheduled("ar", engine, ARSchedule()), list(replayed.values()))
+    return [ar, *(scheduled(name, engine, schedule) for name, schedule in replayed.items())]
 
 
 def race(
@@ -75,7 +75,7 @@ def race(
     return speeds, all(outputs[name].token_ids == outputs["ar"].token_ids for name in ours)
 
 
-def _scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
+def scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
     """The engine with one of its schedules: weights and cache are there once."""
     contestant = engine_contestant(engine)
 
@@ -86,7 +86,7 @@ def _scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
     return Contestant(name, run)
 
 
-def _recorded(contestant: Contestant, schedules: Sequence[ReplaySchedule]) -> Contestant:
+def recorded(contestant: Contestant, schedules: Sequence[ReplaySchedule]) -> Contestant:
     """The AR contestant, whose texts the replayed drafts are made of."""
 
     def run(prompts: list[list[int]], new_tokens: int) -> Output:

@@ -12,6 +12,7 @@ from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.models.checkpoint import DEFAULT_SHARD_BYTES
 from orthrus.models.hub import resolve
+from orthrus.models.medusa import WEIGHTS_FILE
 from orthrus.training.base import BaseSettings
 from orthrus.training.batches import TokenStream
 from orthrus.training.corpus import HELD_OUT_FILE, TRAIN_FILE
@@ -120,9 +121,9 @@ def needed(section: Section | None, name: str) -> Section:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a checkpoint's weights."""
+    """SHA-256 of a checkpoint's weights. Medusa heads beside it do not count: they are not its own."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(set(folder.glob("*.safetensors")) - {folder / WEIGHTS_FILE}):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ SMALL = replace(
 )
 
 
-SETTINGS = {"kv_cache_tokens": 4096, "max_model_len": 512, "max_num_seqs": 8}
+SETTINGS: dict[str, Any] = {"kv_cache_tokens": 4096, "max_model_len": 512, "max_num_seqs": 8}
 
 
 def test_a_profile_is_scaled_to_tokens_per_cycle(tmp_path: Path) -> None:
