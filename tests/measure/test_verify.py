@@ -16,6 +16,7 @@ from orthrus.measure.drift import find_drifts, summarize
 from orthrus.measure.hugging_face_check import KL_LIMIT, compare_hugging_face, kl_divergence
 from orthrus.measure.verify import VerifyOptions, make_requests, run, verify, ways
 from tests.checkpoints import make_checkpoint
+from tests.schedules.test_medusa import add_heads
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,18 @@ def engine_for(path: Path, schedule: str = "auto") -> Engine:
     return Engine.from_pretrained(
         EngineConfig.model_validate({"model": str(path), "device": "cpu", "schedule": schedule})
     )
+
+
+def test_medusa_heads_beside_a_checkpoint_are_verified_too(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "model", diffusion=False, vocab_size=64)
+    add_heads(path, path)
+    report = verify(replace(options_for(path, tokens=2400), compare_hf=False))
+    assert report.ok, report.to_text()
+    checks = {check.name: check for check in report.checks}
+    medusa = [checks[f"medusa {way}"] for way in ("alone", "mixed", "ahead")]
+    assert all(check.tokens_per_cycle > 1.02 for check in medusa), report.to_text()
+    assert checks["medusa mixed"].preemptions > 0
+    assert "medusa adaptive" in checks
 
 
 def test_no_drift(checkpoint: Path) -> None:
