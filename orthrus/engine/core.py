@@ -14,7 +14,7 @@ from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.in_flight import InFlight, advance
+from orthrus.engine.in_flight import InFlight, advance, pass_time
 from orthrus.engine.observer import Observer, PassRecord, TurnRecord
 from orthrus.engine.output import (
     NO_NUMBERS,
@@ -39,7 +39,7 @@ from orthrus.requests.sequence import SequenceState
 from orthrus.runner.protocol import ModelRunner
 from orthrus.runner.sampler import PickRows, follow_masks
 from orthrus.schedules.pass_cost import PassTimer
-from orthrus.schedules.protocol import Commit, Schedule, ScheduleContext, load_schedule
+from orthrus.schedules.protocol import Commit, PassTime, Schedule, ScheduleContext, load_schedule
 from orthrus.schedules.registry import SCHEDULES
 from orthrus.text.token_mask import TokenMask
 
@@ -86,6 +86,7 @@ class EngineCore:
         self.device, self.page_size = self.forward.device, self.cache.page_size
         self.use_device()
         self.limits = PassLimits.of(config)
+        self._watchers: list[Callable[[PassTime], None]] = []
         self._pool = PagePool(loaded.num_pages + 1, config.prefix_caching)
         self._scheduler = Scheduler(
             schedule.build(self.schedule_context()),
@@ -179,7 +180,7 @@ class EngineCore:
             rows += pick_rows(part)
             if part.num_logits and not (part.turn.can_advance and part.sequence.takes_placeholders):
                 ahead = False
-        begin = time.perf_counter() if self.observer is not None else 0.0
+        begin = time.perf_counter()
         launched = self.runner.launch(groups, rows)
         self._passes += 1
         self._in_flight.append(InFlight(planned, rows, launched, ahead, begin))
@@ -218,8 +219,7 @@ class EngineCore:
                     chunk = self._commit(part, picked, done.launched.logits[scored:row], records)
                     if chunk is not None:
                         chunks.append(chunk)
-            if records is not None:
-                self._tell_observer(done, records)
+            self._tell(done, records)
         return chunks
 
     def _commit(
@@ -337,13 +337,19 @@ class EngineCore:
             kv_pages_total=self._pool.capacity,
         )
 
-    def _tell_observer(self, done: InFlight, records: list[TurnRecord]) -> None:
-        end = time.perf_counter()
-        seconds = end - max(done.begin, self._last_end)
+    def _tell(self, done: InFlight, records: list[TurnRecord] | None) -> None:
+        """Tell the observer and the schedule what a pass took. records: of its turns, if there is an observer."""
+        end, last_end = time.perf_counter(), self._last_end
+        seconds = end - max(done.begin, last_end)
         self._last_end = end
-        if self.observer is not None:
+        if self.observer is not None and records is not None:
             num_rows = sum(part.num_rows for part in done.planned)
             self.observer(PassRecord(tuple(records), num_rows, seconds, done.ahead))
+        # A pass that was launched after the one before it had ended waited for the host.
+        follows = done.begin < last_end or not self.runner.feeds_tokens
+        if self._watchers and follows and (taken := pass_time(done.planned, seconds)) is not None:
+            for watcher in self._watchers:
+                watcher(taken)
 
     # --- set-up
 
@@ -373,6 +379,7 @@ class EngineCore:
             page_size=self.page_size,
             picks_ranks=self.runner.picks_ranks,
             medusa_heads=self.forward.num_medusa_heads,
+            watch=self._watchers.append,
             timer=timer,
         )
 

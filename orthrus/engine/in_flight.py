@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from orthrus.engine.scheduler import PlannedTurn, Scheduler
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
+from orthrus.schedules.protocol import PassTime
 
 
 @dataclass(slots=True)
@@ -19,7 +20,17 @@ class InFlight:
     ahead: bool
     """Whether its sequences go on before its picks are known, so that the next pass can be launched before it is over."""
     begin: float
-    """When it was launched, in seconds; for the observer."""
+    """When it was launched, in seconds."""
+
+
+def pass_time(planned: Sequence[PlannedTurn], seconds: float) -> PassTime | None:
+    """What a pass took; None if its turns are of several kinds."""
+    kinds = {part.turn.kind for part in planned}
+    if len(kinds) != 1:
+        return None
+    rows = sum([part.num_rows for part in planned])
+    groups = sum([len(part.turn.groups) for part in planned])
+    return PassTime(kinds.pop(), rows, groups, len(planned), seconds)
 
 
 def advance(last: InFlight, scheduler: Scheduler) -> None:

@@ -9,6 +9,8 @@ LEAD_DRAFT = "lead draft"
 """A diffusion block and its lead, the AR row of the newest token."""
 VERIFY = "verify"
 """The newest token and its drafts as AR rows."""
+TREE = "tree"
+"""To cost models: verify turns with trees."""
 
 
 def draft_rows(

@@ -1,20 +1,25 @@
 """What decoding costs with Orthrus' turns and with AR steps: sums of measured passes."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from orthrus.plan import RowGroup, View
 from orthrus.schedules.ar import STEP, ar_rows
-from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, VERIFY, draft_rows
+from orthrus.schedules.blocks import DRAFT, LEAD_DRAFT, TREE, VERIFY, draft_rows
 from orthrus.schedules.draft_tree import MAX_RUNS
 from orthrus.schedules.pass_cost import PassCost, PassShape, PassTimer
-
-TREE = "tree"
-"""The kind of pass that verifies trees, to cost models."""
+from orthrus.schedules.pass_factors import PassFactors
+from orthrus.schedules.protocol import PassTime
 
 
 class CycleCost(Protocol):
     """What a planner asks of costs."""
+
+    @property
+    def version(self) -> int:
+        """Grows whenever costs change."""
+        ...
 
     @property
     def lead(self) -> PassCost | None:
@@ -88,6 +93,37 @@ class DecodeCost:
     sampled_row: float = 0.0
     """What a row adds to a pass if its pick is sampled rather than greedy."""
 
+    @cached_property
+    def factors(self) -> PassFactors:
+        """What observed passes took, over what was measured."""
+        kinds = {
+            STEP: self.step,
+            DRAFT: self.draft,
+            VERIFY: self.verify,
+            LEAD_DRAFT: self.lead,
+            TREE: self.tree,
+        }
+        return PassFactors({kind: cost for kind, cost in kinds.items() if cost is not None})
+
+    @property
+    def version(self) -> int:
+        return self.factors.version
+
+    def observe(self, time: PassTime) -> None:
+        """Learn from what a pass took."""
+        kind, rows, sequences = time.kind, time.rows, time.sequences
+        if kind == STEP:
+            rows, sequences = sequences, 1
+        elif (
+            kind == DRAFT
+        ):  # Costs are by the rows of whole blocks: a block without a lead does not run its last row.
+            rows += sequences
+        elif kind == LEAD_DRAFT:
+            rows -= sequences
+        elif kind == VERIFY and time.groups > sequences:
+            kind = TREE
+        self.factors.observe(kind, rows, sequences, time.seconds)
+
     @staticmethod
     def measured(timer: PassTimer, mask_token_id: int, *, leads: bool, trees: bool) -> "DecodeCost":
         """Time the passes on this machine. leads: whether passes may have leads. trees: whether there are trees."""
@@ -122,7 +158,7 @@ class DecodeCost:
 
     def ar(self, batch: int, greedy: bool) -> float:
         """Seconds of an AR step of `batch` sequences: one token each."""
-        return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
+        return self.factors[STEP] * self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
     def cycle(
         self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
@@ -131,7 +167,8 @@ class DecodeCost:
         rows, verified = block_rows * batch, (tree_rows or block_rows) * batch
         draft, verify = self.lead if lead else self.draft, self.tree if tree_rows else self.verify
         assert draft is not None and verify is not None, "the planner considers what passes may have"
-        seconds = draft(rows, batch) + verify(verified, batch)
+        seconds = self.factors[LEAD_DRAFT if lead else DRAFT] * draft(rows, batch)
+        seconds += self.factors[TREE if tree_rows else VERIFY] * verify(verified, batch)
         # A draft pass picks one token less than a block has rows; with a lead, one more.
         num_picks = rows + verified + (batch if lead else -batch)
         return seconds + (0.0 if greedy else num_picks * self.sampled_row)

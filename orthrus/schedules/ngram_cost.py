@@ -22,6 +22,8 @@ class NgramCost:
     """There are no draft passes, and so no leads."""
     tree: None = None
     """Nor are there trees."""
+    version: int = 0
+    """These costs never change."""
 
     @staticmethod
     def measured(timer: PassTimer, step: PassCost | None = None) -> "NgramCost":

@@ -108,6 +108,7 @@ class OrthrusSchedule:
             context.timer, mask, leads=context.mixes_views, trees=_most_tree_rows(context) > 1
         )
         logger.info("decode cost: %s", cost)
+        context.watch(cost.observe)
         return cost
 
     @classmethod

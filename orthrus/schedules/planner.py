@@ -233,8 +233,9 @@ class DraftPlanner:
         self._blocks = 0
         # By (greedy, batch), until the next observation: all sequences of a pass ask for the same.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
-        # By (greedy, batch), computed once: costs do not depend on the text.
+        # By (greedy, batch), until costs change: they do not depend on the text.
         self._batch_costs: dict[tuple[bool, int], _BatchCost | None] = {}
+        self._cost_version = 0
         self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
         # The batch size of the last probe, for greedy and for sampled text.
         self._probing: dict[bool, int] = {}
@@ -259,7 +260,7 @@ class DraftPlanner:
         """Note what a block gained if it was a probe."""
         if (batch := self._probing.get(greedy)) is None:
             return
-        costs = self._batch_costs[greedy, batch]
+        costs = self._batch_costs.get((greedy, batch))
         # A block that another batch size has drafted may be too long to have a cost here.
         if costs is not None and block.rows - 2 < len(costs.cycles.get(block.lead, ())):
             self._probes[greedy, batch].gain(accepted + 1 + block.lead - costs.steps(block), batch)
@@ -315,6 +316,9 @@ class DraftPlanner:
         if self._cost is None:
             blocks = [BlockPlan(rows, lead) for lead, rows in self._most_rows(batch).items()]
             return _Ranking(blocks[:1], pays=bool(blocks))
+        if self._cost.version != self._cost_version:
+            self._cost_version = self._cost.version
+            self._batch_costs.clear()
         if (greedy, batch) not in self._batch_costs:
             self._batch_costs[greedy, batch] = self._batch_cost(self._cost, greedy, batch)
         costs = self._batch_costs[greedy, batch]

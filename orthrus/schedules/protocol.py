@@ -1,6 +1,6 @@
 """What the engine asks of a schedule: a `Turn` for each decoding sequence in each pass, and the tokens that come of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -60,6 +60,19 @@ class Commit(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PassTime:
+    """What a pass took."""
+
+    kind: str
+    """Of its turns."""
+    rows: int
+    groups: int
+    sequences: int
+    seconds: float
+    """From the end of the pass before it, or from its launch if that was later."""
+
+
+@dataclass(frozen=True)
 class ScheduleContext:
     """What a schedule is built from."""
 
@@ -79,6 +92,8 @@ class ScheduleContext:
     """Whether it costs next to nothing if a row picks several tokens (`Turn.ranks`)."""
     medusa_heads: int
     """How many Medusa heads the model has."""
+    watch: Callable[[Callable[[PassTime], None]], None]
+    """Have a function called after each pass whose turns are of one kind."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 

@@ -67,6 +67,7 @@ SCHEDULES: dict[str, ScheduleEntry] = {
             Variant("lead", {"draft_lead": True}),
             Variant("ahead", {"draft_lead": True}, logprobs=False),
             Variant("tree", {"draft_tree": 32, "draft_lead": True}),
+            Variant("tree ahead", {"draft_tree": 24}, logprobs=False),
             Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
             Variant("fp8 drafts", {"draft_weights": "fp8"}),
             Variant("fp8 drafts ahead", {"draft_weights": "fp8", "adaptive_draft": True}, logprobs=False),

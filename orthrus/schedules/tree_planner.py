@@ -45,7 +45,7 @@ class TreePlanner:
         self.max_rows = max_rows
         self._block_rows = block_rows
         self._pass_rows = pass_rows
-        # By (greedy, batch): the version of the chances, and the block with the best tree; None if a chain is better.
+        # By (greedy, batch): the version of chances and costs, and the block with the best tree; None if a chain is better.
         self._best: dict[tuple[bool, int], tuple[int, BlockPlan | None]] = {}
         self._chains = 0  # Blocks that are verified as chains.
 
@@ -59,9 +59,10 @@ class TreePlanner:
         if block.lead:
             return block
         version, best = self._best.get((greedy, batch), (-1, None))
-        if version != self._chances[greedy].version:
-            version, best = self._chances[greedy].version, self._choose(self._cost, greedy, batch)
-            self._best[greedy, batch] = version, best
+        now = self._chances[greedy].version + self._cost.version
+        if version != now:
+            best = self._choose(self._cost, greedy, batch)
+            self._best[greedy, batch] = now, best
         if best is not None:
             return best
         self._chains += 1
