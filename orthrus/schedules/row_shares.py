@@ -15,15 +15,18 @@ from weakref import WeakKeyDictionary
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.decode_cost import CycleCost
 
-_DECAY = 0.97
+_DECAY = 0.98
 """What a sequence's earlier counts are multiplied by at each of its blocks."""
 _PRIOR_WEIGHT = 4.0
 """How many drafts the average chance counts as, for a new sequence."""
-_CLASSES = tuple(math.exp(-(0.02 * 1.6**step)) for step in range(11, -1, -1))
-"""Chances of the classes, ascending: about 0.03 to 0.98."""
-_LEAST_GAINS = tuple(0.85**step for step in range(1, 24))
+_CLASSES = tuple(math.exp(-(0.02 * 1.4**step)) for step in range(14, -1, -1))
+"""Chances of the classes, ascending: about 0.1 to 0.98."""
+_LEAST_GAINS = tuple(0.92**step for step in range(1, 40))
 _KEPT_FOR = 4
 """Passes for which shares are used again."""
+_SPARE = 1.04
+"""Room for so many times the rows, because a pass may have sequences of two divisions. Runners fill passes up to certain sizes: a
+few rows too many could cost as much as twice the rows."""
 _MARGIN = 1.03
 """Shares must promise this many times the speed of one length for all."""
 
@@ -41,8 +44,11 @@ class _Counts:
 class _Shares:
     """What one batch size has been given."""
 
-    rows: list[int] | None
-    """Rows of a block of each class; None if one length for all is about as good."""
+    rows: WeakKeyDictionary[SequenceState, int] | None
+    """Rows of the sequences' blocks; None if one length for all is about as good. A sequence keeps its rows though its class may
+    change meanwhile: the sum of all rows is what the pass was chosen for."""
+    of_others: int
+    """Rows of sequences that are new since then."""
     left: int
     """Blocks until this is computed again."""
 
@@ -77,40 +83,47 @@ class RowShares:
         key = sequence.params.greedy, batch
         shares = self._shares.get(key)
         if shares is None or not shares.left:
-            shares = self._shares[key] = _Shares(self._divide(*key), _KEPT_FOR * batch)
+            shares = self._shares[key] = self._divide(*key)
         shares.left -= 1
-        return None if shares.rows is None else shares.rows[self._class_of(self._counts.get(sequence))]
+        return None if shares.rows is None else shares.rows.get(sequence, shares.of_others)
 
-    def _class_of(self, counts: _Counts | None) -> int:
-        counts = counts or self._all
+    def _class_of(self, counts: _Counts) -> int:
         chance = counts.right / counts.tried
         place = bisect_left(_CLASSES, chance)
         if place == len(_CLASSES) or (place and chance - _CLASSES[place - 1] < _CLASSES[place] - chance):
             place -= 1
         return place
 
-    def _divide(self, greedy: bool, batch: int) -> list[int] | None:
-        """The best rows of each class; None if one number for all is about as good."""
+    def _divide(self, greedy: bool, batch: int) -> _Shares:
+        """The shares of the sequences that decode, for the next passes."""
+        one_length = _Shares(None, 0, _KEPT_FOR * batch)
+        classes = {
+            sequence: self._class_of(counts)
+            for sequence, counts in self._counts.items()
+            if sequence.params.greedy == greedy and sequence.finish_reason is None
+        }
+        if batch < 2 or not classes:
+            return one_length
         present = [0.0] * len(_CLASSES)
-        for sequence, counts in self._counts.items():
-            if sequence.params.greedy == greedy and sequence.finish_reason is None:
-                present[self._class_of(counts)] += 1
-        known = sum(present)
-        if batch < 2 or not known:
-            return None
-        present = [count * batch / known for count in present]
+        for own in classes.values():
+            present[own] += batch / len(classes)
         most = min(self._max_rows, self._pass_rows // batch)
         alike = [[rows] * len(_CLASSES) for rows in range(2, most + 1)]
 
-        def rate(rows: Sequence[int]) -> float:
-            return self._rate(rows, present, greedy, batch)
+        def rate(rows: Sequence[int], spare: float) -> float:
+            return self._rate(rows, present, spare, greedy, batch)
 
-        best = max(self._by_gain, key=rate)
-        return best if rate(best) >= _MARGIN * max(map(rate, alike), default=0.0) else None
+        best = max(self._by_gain, key=lambda rows: rate(rows, _SPARE))
+        if rate(best, _SPARE) < _MARGIN * max((rate(rows, 1.0) for rows in alike), default=0.0):
+            return one_length
+        rows = WeakKeyDictionary({sequence: best[own] for sequence, own in classes.items()})
+        return _Shares(rows, best[self._class_of(self._all)], _KEPT_FOR * batch)
 
-    def _rate(self, rows: Sequence[int], present: Sequence[float], greedy: bool, batch: int) -> float:
-        """Expected tokens per second; 0 where the rows don't fit a pass. present: sequences of each class."""
-        total = sum(count * own for count, own in zip(present, rows, strict=True))
+    def _rate(
+        self, rows: Sequence[int], present: Sequence[float], spare: float, greedy: bool, batch: int
+    ) -> float:
+        """Expected tokens per second; 0 where `spare` times the rows don't fit a pass. present: sequences of each class."""
+        total = spare * sum(count * own for count, own in zip(present, rows, strict=True))
         if total > self._pass_rows:
             return 0.0
         tokens = sum(
@@ -118,7 +131,7 @@ class RowShares:
             for count, own, chance in zip(present, rows, _CLASSES, strict=True)
             if count
         )
-        return tokens / self._cost.cycle(math.ceil(total / batch * 8) / 8, batch, greedy)
+        return tokens / self._cost.cycle(total / batch, batch, greedy)
 
 
 def _rows(chance: float, least_gain: float) -> int:
