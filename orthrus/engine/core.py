@@ -14,7 +14,7 @@ from orthrus.cache.page_hash import PageHash
 from orthrus.cache.page_pool import PagePool
 from orthrus.engine.admission import Admission
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.in_flight import InFlight, advance, pass_time
+from orthrus.engine.in_flight import InFlight, advance, tell_time
 from orthrus.engine.observer import Observer, PassRecord, TurnRecord
 from orthrus.engine.output import (
     NO_NUMBERS,
@@ -346,10 +346,8 @@ class EngineCore:
             num_rows = sum(part.num_rows for part in done.planned)
             self.observer(PassRecord(tuple(records), num_rows, seconds, done.ahead))
         # A pass that was launched after the one before it had ended waited for the host.
-        follows = done.begin < last_end or not self.runner.feeds_tokens
-        if self._watchers and follows and (taken := pass_time(done.planned, seconds)) is not None:
-            for watcher in self._watchers:
-                watcher(taken)
+        if self._watchers and (done.begin < last_end or not self.runner.feeds_tokens):
+            tell_time(self._watchers, done.planned, seconds)
 
     # --- set-up
 

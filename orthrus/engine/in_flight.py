@@ -1,6 +1,6 @@
 """`InFlight`: what the engine keeps of a pass from its launch until its picks are read, and how sequences go on meanwhile."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from orthrus.engine.scheduler import PlannedTurn, Scheduler
@@ -23,14 +23,18 @@ class InFlight:
     """When it was launched, in seconds."""
 
 
-def pass_time(planned: Sequence[PlannedTurn], seconds: float) -> PassTime | None:
-    """What a pass took; None if its turns are of several kinds."""
+def tell_time(
+    watchers: Sequence[Callable[[PassTime], None]], planned: Sequence[PlannedTurn], seconds: float
+) -> None:
+    """Tell what a pass took, if its turns are of one kind."""
     kinds = {part.turn.kind for part in planned}
     if len(kinds) != 1:
-        return None
+        return
     rows = sum([part.num_rows for part in planned])
     groups = sum([len(part.turn.groups) for part in planned])
-    return PassTime(kinds.pop(), rows, groups, len(planned), seconds)
+    time = PassTime(kinds.pop(), rows, groups, len(planned), seconds)
+    for watcher in watchers:
+        watcher(time)
 
 
 def advance(last: InFlight, scheduler: Scheduler) -> None:

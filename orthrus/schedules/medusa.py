@@ -47,6 +47,8 @@ class MedusaCost:
     """There are no draft passes, and so no leads."""
     tree: None = None
     """Nor are there trees."""
+    version: int = 0
+    """These costs never change."""
 
     @staticmethod
     def measured(timer: PassTimer, heads: int) -> "MedusaCost":
