@@ -52,7 +52,7 @@ def test_no_drift(checkpoint: Path) -> None:
     report = verify(options_for(checkpoint, tokens=6000))
     assert report.ok, report.to_text()
     assert report.reference_tokens >= 400
-    assert report.compared_tokens == 14 * report.reference_tokens
+    assert report.compared_tokens == 15 * report.reference_tokens
     checks = {check.name: check for check in report.checks}
     assert set(checks) == {"ar alone", *(way.name for way in ways(has_diffusion=True))}
     for check in checks.values():
@@ -62,6 +62,7 @@ def test_no_drift(checkpoint: Path) -> None:
     assert checks["orthrus alone"].tokens_per_cycle > 1.2
     assert checks["orthrus lead"].tokens_per_cycle > 1.8
     assert checks["orthrus tree"].tokens_per_cycle > checks["orthrus lead"].tokens_per_cycle
+    assert checks["orthrus tree ahead"].tokens_per_cycle > checks["orthrus alone"].tokens_per_cycle
     assert all(checks[f"ngram {way}"].tokens_per_cycle > 1.02 for way in ("alone", "mixed", "ahead"))
     assert checks["orthrus mixed"].preemptions > 0
     assert checks["orthrus mixed"].prefix_hit_tokens > 0
