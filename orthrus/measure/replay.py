@@ -14,6 +14,8 @@ from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.schedules.protocol import Commit, Schedule, Turn
 
+_OFF_CHAIN = 0.5
+"""How much of its chance the likeliest token has left behind a token that was not the likeliest: as with orthrus-tiny."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _Block = tuple[RowGroup, list[int], list[int]]
 """A block, the right tokens after its rows, as far as they are known, and the rank of each: 0 is the likeliest."""
@@ -106,8 +108,9 @@ class ReplaySchedule:
         for depth in range(num_right, len(right)):
             likeliest, *others = profile.at(depth)
             # The first wrong draft of the chain is known to be wrong. Those after it matter to trees only.
-            weights = [0.0 if depth == num_right else likeliest, *others]
-            weights.append(max(0.0, 1.0 - likeliest - sum(others)) + 1e-9)
+            likeliest *= 0.0 if depth == num_right else _OFF_CHAIN
+            unknown = 1.0 - profile.at(depth)[0] if depth == num_right else 1.0 - likeliest
+            weights = [likeliest, *others, max(0.0, unknown - sum(others)) + 1e-9]
             ranks += rng.choices([*range(len(weights) - 1), -1], weights)
         return right, ranks
 

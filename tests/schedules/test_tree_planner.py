@@ -22,6 +22,7 @@ from orthrus.schedules.planner import BlockPlan
 from orthrus.schedules.tree_chances import TreeChances
 from orthrus.schedules.tree_planner import MOST_SEQUENCES, TreePlanner
 from tests.checkpoints import make_checkpoint
+from tests.imports import ROOT
 
 FLAT = PassCost((1, 64, 256), (1.0, 1.1, 2.0))
 CHAIN = BlockPlan(16)
@@ -127,3 +128,29 @@ def test_an_engine_that_is_told_costs_grows_trees_where_they_pay(checkpoint: Pat
         shares.append(sum(groups > 1 for groups in late) / len(late))
     assert shares[0] == 0.0 and shares[1] > 0.9
     assert per_cycle[1] > 1.15 * per_cycle[0]
+
+
+def test_trees_pay_for_chat_and_chains_where_drafts_are_nearly_always_right() -> None:
+    """With the hit rates of orthrus-tiny, scaled to published tokens per cycle, and about an H200's milliseconds."""
+    filled = (8, 16, 32, 48, 64, 128, 256, 512)
+    rows = (8, 32, 64, 128, 256)
+    cost = DecodeCost(
+        step=PassCost((1, 4, 16), (3.96, 4.15, 4.69)),
+        draft=PassCost(rows, (2.7, 2.87, 3.14, 3.7, 5.3), filled_to=filled),
+        verify=PassCost(rows, (4.03, 4.17, 4.38, 5.07, 7.15), filled_to=filled),
+        tree=PassCost(rows, (4.08, 4.27, 4.68, 5.6, 7.9), filled_to=filled),
+    )
+    profile = AcceptanceProfile.read(ROOT / "models/orthrus-tiny/acceptance.json")
+    chosen = {}
+    for aim in (10.6, 3.84, 2.0):
+        chances, scaled = learnt(0.5, 0.0), profile.scaled(aim, 32)
+        for off in (0, 1):
+            for depth in range(31):
+                first, *others = scaled.at(depth)
+                # Off the chain the best token is right about half as often.
+                chances._right[off][depth] = [first / (1 + off), *others]
+        trees = TreePlanner({True: chances}, cost, max_rows=64, block_rows=32, pass_rows=512)
+        chosen[aim] = [trees.plan(True, batch, CHAIN).tree_rows for batch in (1, 4, 16)]
+    assert chosen[10.6] == [0, 0, 0]
+    assert chosen[3.84][0] >= 16
+    assert chosen[2.0][0] >= 16 and chosen[2.0][1] >= 8
