@@ -1,20 +1,23 @@
 """Corrects measured costs by the times that passes take while the engine works.
 
 Costs are measured once, with one context and on an engine without work. They may be wrong later: contexts are longer, or the
-machine was busy when the engine started. So each kind of pass has a factor. It moves by small steps towards the median of
-observed over measured times: a few passes that were held up by something else hardly move it.
+machine is busier. So each kind of pass has a factor. It moves by small steps towards the median of observed over measured times.
+A few passes that were held up by something else hardly move it.
+
+What slows one kind of pass down mostly slows down the others too, and planners compare kinds. So the larger part of each step
+goes to all kinds, and the smaller part to the observed kind alone. A kind that has not run for long keeps up with the others.
 """
 
 from collections.abc import Mapping
 
 from orthrus.schedules.pass_cost import PassCost
 
-_STEP = 1.005
-"""By what a pass moves the factor of its kind."""
+_SHARED_STEP, _OWN_STEP = 1.004, 1.002
+"""By what a pass moves the factors of all kinds, and its own kind's on top of that."""
 _NOTED = 1.03
 """By how much a factor must have changed before planners are told."""
 _MOST = 4.0
-"""The largest factor, and the inverse of the smallest."""
+"""The largest factor of all kinds or of one kind, and the inverse of the smallest."""
 
 
 class PassFactors:
@@ -23,8 +26,9 @@ class PassFactors:
     def __init__(self, costs: Mapping[str, PassCost]) -> None:
         """costs: as measured, by kind."""
         self._costs = costs
-        self._factors = dict.fromkeys(costs, 1.0)
-        self._told = dict(self._factors)
+        self._shared = 1.0
+        self._own = dict.fromkeys(costs, 1.0)
+        self._told = dict.fromkeys(costs, 1.0)
         self.version = 0
         """Grows whenever a factor changes."""
 
@@ -36,10 +40,14 @@ class PassFactors:
         """Note what a pass took. size, sequences: as for `PassCost`. Kinds that have no cost are ignored."""
         if (cost := self._costs.get(kind)) is None:
             return
-        factor = self._factors[kind]
-        longer = seconds > factor * cost(size, sequences)
-        factor = min(_MOST, max(1 / _MOST, factor * _STEP if longer else factor / _STEP))
-        self._factors[kind] = factor
-        if not 1 / _NOTED < factor / self._told[kind] < _NOTED:
-            self._told[kind] = factor
+        direction = 1 if seconds > self._shared * self._own[kind] * cost(size, sequences) else -1
+        self._shared = _limited(self._shared * _SHARED_STEP**direction)
+        self._own[kind] = _limited(self._own[kind] * _OWN_STEP**direction)
+        factors = {each: self._shared * own for each, own in self._own.items()}
+        if not all(1 / _NOTED < factors[each] / told < _NOTED for each, told in self._told.items()):
+            self._told = factors
             self.version += 1
+
+
+def _limited(factor: float) -> float:
+    return min(_MOST, max(1 / _MOST, factor))

@@ -275,6 +275,10 @@ class DraftPlanner:
         return self._ranking(greedy, batch).pays
 
     def _ranking(self, greedy: bool, batch: int) -> _Ranking:
+        if self._cost is not None and self._cost.version != self._cost_version:
+            self._cost_version = self._cost.version
+            self._batch_costs.clear()
+            self._rankings.clear()
         ranking = self._rankings.get((greedy, batch))
         if ranking is None:
             ranking = self._rankings[greedy, batch] = self._rank(greedy, batch)
@@ -316,9 +320,6 @@ class DraftPlanner:
         if self._cost is None:
             blocks = [BlockPlan(rows, lead) for lead, rows in self._most_rows(batch).items()]
             return _Ranking(blocks[:1], pays=bool(blocks))
-        if self._cost.version != self._cost_version:
-            self._cost_version = self._cost.version
-            self._batch_costs.clear()
         if (greedy, batch) not in self._batch_costs:
             self._batch_costs[greedy, batch] = self._batch_cost(self._cost, greedy, batch)
         costs = self._batch_costs[greedy, batch]

@@ -30,14 +30,16 @@ def test_a_factor_moves_to_the_median_of_what_passes_take() -> None:
         held_up = 50.0 if rng.random() < 0.1 else 0.0
         one.observe(PassTime(VERIFY, 32, 1, 1, 1.5 * FLAT(32) * rng.uniform(0.98, 1.02) + held_up))
     assert one.factors[VERIFY] == pytest.approx(1.5, rel=0.06)
-    assert one.factors[STEP] == one.factors[DRAFT] == one.factors[TREE] == 1.0
     assert one.version > 5
-    assert one.cycle(32, 1, True) == pytest.approx(FLAT(32) * (1 + one.factors[VERIFY]))
+    # The other kinds, which have not run, are taken to be slower too, but not by as much.
+    assert one.factors[STEP] == one.factors[DRAFT] == one.factors[TREE]
+    assert 1.2 < one.factors[STEP] < 0.95 * one.factors[VERIFY]
+    assert one.cycle(32, 1, True) == pytest.approx(FLAT(32) * (one.factors[DRAFT] + one.factors[VERIFY]))
 
 
 def test_a_pass_is_compared_with_the_cost_of_its_kind_and_size() -> None:
     one = cost()
-    for _ in range(200):
+    for _ in range(800):
         one.observe(PassTime(STEP, 64, 64, 64, FLAT(64)))
         one.observe(PassTime(DRAFT, 4 * 31, 4, 4, FLAT(128, 4)))
         one.observe(PassTime(LEAD_DRAFT, 4 * 33, 8, 4, FLAT(128, 4)))
@@ -46,9 +48,20 @@ def test_a_pass_is_compared_with_the_cost_of_its_kind_and_size() -> None:
         one.observe(PassTime("prefill", 64, 1, 1, 9.0))
     # As measured, but for trees.
     assert all(
-        one.factors[kind] == pytest.approx(1.0, abs=0.04) for kind in (STEP, DRAFT, LEAD_DRAFT, VERIFY)
+        one.factors[kind] == pytest.approx(1.0, abs=0.07) for kind in (STEP, DRAFT, LEAD_DRAFT, VERIFY)
     )
-    assert one.factors[TREE] == pytest.approx(2.0, rel=0.06)
+    assert one.factors[TREE] == pytest.approx(2.0, rel=0.07)
+
+
+def test_a_busy_machine_changes_no_choice() -> None:
+    """All passes take longer, and only blocks are run: they don't come to look dearer than AR steps, which nobody has timed."""
+    one = cost()
+    before = one.cycle(8, 1, True) / one.ar(1, True)
+    for _ in range(600):
+        for kind, rows in ((DRAFT, 7), (VERIFY, 8)):
+            one.observe(PassTime(kind, rows, 1, 1, 1.3 * FLAT(8)))
+    assert one.factors[VERIFY] == pytest.approx(1.3, rel=0.05)
+    assert one.cycle(8, 1, True) / one.ar(1, True) == pytest.approx(before, rel=0.08)
 
 
 def test_a_planner_that_was_told_wrong_costs_changes_its_mind() -> None:
@@ -60,10 +73,10 @@ def test_a_planner_that_was_told_wrong_costs_changes_its_mind() -> None:
         for _ in range(50):
             planner.observe(True, Draft([0] * 7), 3)
         assert planner.pays(True, 1) == first
-        for _ in range(600):
+        for _ in range(2000):
+            one.observe(PassTime(STEP, 1, 1, 1, FLAT(1)))
             for kind, rows in ((DRAFT, 7), (VERIFY, 8)):
                 one.observe(PassTime(kind, rows, 1, 1, real(8)))
-        planner.observe(True, Draft([0] * 7), 3)
         assert planner.pays(True, 1) == later
         assert (planner.plan(True, 1) == BlockPlan(1)) != later
 
