@@ -41,7 +41,7 @@ from orthrus.models.prune import prune_checkpoint
 from orthrus.models.quantise import quantise_checkpoint
 from orthrus.models.sizes import weight_bytes
 from orthrus.requests.request import SamplingParams
-from orthrus.schedules.registry import AR, SCHEDULES
+from orthrus.schedules.registry import AR, MEDUSA, SCHEDULES
 from orthrus.text.tokenizer import load_tokenizer
 
 _ROW = 512
@@ -71,6 +71,7 @@ class Method:
 METHODS = (
     Method(AR, AR, "nothing"),
     Method("orthrus", "orthrus", "diffusion heads, trained once"),
+    Method("medusa", MEDUSA, "Medusa heads, trained once"),
     Method("ngram", "ngram", "nothing"),
     Method("fp8", AR, "a copy in FP8", partial(quantise_checkpoint, format="fp8")),
     Method("int8", AR, "a copy in INT8", partial(quantise_checkpoint, format="int8")),

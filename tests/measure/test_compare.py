@@ -38,7 +38,7 @@ def test_schedules_change_nothing_and_fewer_bits_do(report: CompareReport) -> No
     assert not report.left_out
     methods = {method.name: method for method in report.methods}
     reference = methods["ar"].drift
-    for name in ("ar", "orthrus", "ngram"):
+    for name in ("ar", "orthrus", "medusa", "ngram"):
         drift = methods[name].drift
         assert drift.exact and drift.equal_answers == report.answers == 6
         assert (drift.max_kl, drift.top_1_agreement) == (0, 1) and drift.perplexity == reference.perplexity
@@ -46,7 +46,7 @@ def test_schedules_change_nothing_and_fewer_bits_do(report: CompareReport) -> No
         assert not methods[name].drift.exact and methods[name].drift.max_kl > 0
     # The worse the weights are approximated, the further the output is away.
     kl = {name: methods[name].drift.mean_kl for name in methods}
-    assert 0 < kl["int8"] < kl["fp8"] < kl["wanda"] < kl["pruned"]
+    assert 0 < kl["int8"] < kl["fp8"] < min(kl["pruned"], kl["wanda"])
     assert methods["pruned"].drift.perplexity > 1.1 * reference.perplexity
     assert 1 < reference.perplexity < 100
     by_position = methods["pruned"].drift.still_equal_by_position
@@ -60,10 +60,11 @@ def test_speeds_memory_and_setup_are_told(report: CompareReport) -> None:
     assert speed.tokens_per_cycle > 1.5
     assert methods["ar"].speeds[0].tokens_per_cycle == 1
     assert methods["ar"].weight_ratio == 1 < methods["orthrus"].weight_ratio < 1.3
+    assert methods["medusa"].weight_ratio == pytest.approx(1 + 4 * 384**2 / 17.4e6, abs=0.01)
     assert methods["fp8"].weight_ratio < methods["int8"].weight_ratio < 1
     assert "made in" in methods["fp8"].setup
     text = report.to_text()
-    assert "methods with no difference on this text and these answers: orthrus, ngram" in text
+    assert "methods with no difference on this text and these answers: orthrus, medusa, ngram" in text
     assert all(method.name in text for method in METHODS)
     assert json.loads(report.to_json())["methods"][0]["name"] == "ar"
 
