@@ -1,5 +1,6 @@
 """The cluster file: Ray accepts it, and what the Serve configs ask for fits on its nodes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def test_config_check_counts_what_gpus_exchange() -> None:
         check_config(path, CLUSTER_FILE)
     )
     assert list(places.values()) == sorted(places.values())
+
+
+def test_72b_on_four_h100s_leaves_room_for_64_sequences_of_4096_tokens() -> None:
+    said = "\n".join(check_config(ROOT / "configs" / "qwen3-72b-4xh100.yaml", CLUSTER_FILE))
+    room = re.search(r"KV cache .* for (\d+) tokens", said)
+    assert room is not None and int(room[1]) >= 64 * 4096
 
 
 def test_demands() -> None:
