@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
@@ -134,22 +139,29 @@ def _add_steps(acc, ring, lists, place, phase, steps, HIGH: gl.constexpr, LOW: g
     """Add the products of so many steps to acc; also where the ring is afterwards."""
     PLACES: gl.constexpr = ring.full.shape[0]
     layout: gl.constexpr = acc.type.layout
-    # Two at a time: the second one's weights are widened while the first ones are multiplied.
-    for _ in range(steps // 2):
-        weights = _weights(ring, lists, place, phase, layout, HIGH, LOW)
-        acc = warpgroup_mma(weights, ring.rows.index(place).permute((1, 0)), acc, is_async=True)
-        place2, phase2 = next_place(place, phase, PLACES)
-        weights2 = _weights(ring, lists, place2, phase2, layout, HIGH, LOW)
-        acc = warpgroup_mma(weights2, ring.rows.index(place2).permute((1, 0)), acc, is_async=True)
-        acc, weights, weights2 = warpgroup_mma_wait(0, deps=(acc, weights, weights2))
-        mbarrier.arrive(ring.empty.index(place), count=1)
-        mbarrier.arrive(ring.empty.index(place2), count=1)
-        place, phase = next_place(place2, phase2, PLACES)
-    if steps % 2 == 1:
-        weights = _weights(ring, lists, place, phase, layout, HIGH, LOW)
-        acc = warpgroup_mma(weights, ring.rows.index(place).permute((1, 0)), acc)
-        mbarrier.arrive(ring.empty.index(place), count=1)
+    # The weights of a step are widened while those of the step before it are multiplied. They take turns in two sets of
+    # registers, since the matrix unit still reads the other set.
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    even = gl.full((ring.high.shape[1], 128), 0.0, gl.bfloat16, OPERAND)
+    odd = even
+    acc = warpgroup_mma_init(acc)
+    last = place
+    for step in range(0, steps, 2):
+        even = _weights(ring, lists, place, phase, layout, HIGH, LOW)
+        acc, odd = warpgroup_mma_wait(0, deps=(acc, odd))
+        mbarrier.arrive(ring.empty.index(last), count=1, pred=step > 0)
+        acc = warpgroup_mma(even, ring.rows.index(place).permute((1, 0)), acc, is_async=True)
+        last = place
         place, phase = next_place(place, phase, PLACES)
+        if step + 1 < steps:
+            odd = _weights(ring, lists, place, phase, layout, HIGH, LOW)
+            acc, even = warpgroup_mma_wait(0, deps=(acc, even))
+            mbarrier.arrive(ring.empty.index(last), count=1)
+            acc = warpgroup_mma(odd, ring.rows.index(place).permute((1, 0)), acc, is_async=True)
+            last = place
+            place, phase = next_place(place, phase, PLACES)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(ring.empty.index(last), count=1, pred=steps > 0)
     return acc, place, phase
 
 
