@@ -60,11 +60,22 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--draft-weights", choices=("auto", "same", "fp8"), default="auto", help="as the engine's setting"
     )
+    parser.add_argument(
+        "--draft-tree",
+        type=_tree_rows,
+        default=0,
+        metavar="ROWS",
+        help='as the engine\'s setting: a number of rows, or "auto"; trees need --profile (default: %(default)s)',
+    )
     add_tensor_parallel_option(parser)
     parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
     parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
     parser.set_defaults(run=run)
+
+
+def _tree_rows(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -85,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         mixed_batch=arguments.mixed_batch,
         weights=arguments.weights,
         draft_weights=arguments.draft_weights,
+        draft_tree=arguments.draft_tree,
         prompts=tuple(arguments.prompts),
         hugging_face=not arguments.no_hugging_face,
         tensor_parallel=arguments.tensor_parallel,

@@ -1,7 +1,7 @@
 """Settings of one engine: what `deployments/` YAML calls `engine:`, and what `Engine.from_pretrained` takes."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -57,9 +57,9 @@ class EngineConfig(BaseModel):
     is what "auto" means then, if the GPU has FP8 matrix units and `draft_lead` is not true. With other weights "auto" is "fp8"
     if the GPU has FP8 matrix units, the model has 16 bits, `draft_lead` is not true, and the KV cache keeps three quarters of
     its size and room for a full context, or else the `kv_cache_tokens` that are set."""
-    draft_tree: int | None = Field(default=None, ge=0, le=128)
-    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. None: on one
-    GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""
+    draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0
+    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. "auto": on
+    one GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""
     medusa_heads: str | None = None
     """Directory of the Medusa heads for the schedule "medusa", made by `orthrus train medusa`. None: the model's own."""
     max_model_len: int | None = Field(default=None, ge=2)

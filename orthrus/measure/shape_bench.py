@@ -62,6 +62,8 @@ class ShapeBenchOptions:
     """As in `EngineConfig`."""
     draft_weights: str = "auto"
     """As in `EngineConfig`."""
+    draft_tree: int | str = 0
+    """As in `EngineConfig`. Trees need a profile with ranks."""
     hugging_face: bool = True
     """Whether to measure it too, at the first batch size."""
     tensor_parallel: int = 1
@@ -202,6 +204,7 @@ def engine_settings(options: ShapeBenchOptions) -> dict[str, Any]:
         "page_size": _PAGE,
         "weights": options.weights,
         "draft_weights": options.draft_weights,
+        "draft_tree": options.draft_tree,
         "tensor_parallel_size": options.tensor_parallel,
         "sum_leaves": options.tensor_parallel if options.tensor_parallel > 2 else None,
     }

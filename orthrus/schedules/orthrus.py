@@ -313,7 +313,7 @@ def _ranks(sequence: SequenceState, block: BlockPlan) -> int:
 def _most_tree_rows(context: ScheduleContext) -> int:
     """Most rows of a tree; 0 if there are none."""
     config = context.config
-    if config.draft_tree is not None:
+    if config.draft_tree != "auto":
         return config.draft_tree
     # A tree takes several tokens for each row, and many rows: both cost a CPU too much.
     return _MOST_TREE_ROWS if context.picks_ranks and config.adaptive_draft else 0
