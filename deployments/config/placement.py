@@ -55,7 +55,8 @@ def replica_demand(options: DeploymentOptions) -> dict[str, float]:
 
 def actor_demand(options: Mapping[str, Any]) -> dict[str, float]:
     """Resources that Serve's `ray_actor_options` ask for. Serve's default is one CPU."""
-    demand: dict[str, float] = {"CPU": options.get("num_cpus", 1), **options.get("resources", {})}
+    cpus = options.get("num_cpus")  # None: the default.
+    demand: dict[str, float] = {"CPU": 1 if cpus is None else cpus, **options.get("resources", {})}
     if options.get("num_gpus"):
         demand["GPU"] = options["num_gpus"]
     if options.get("accelerator_type"):

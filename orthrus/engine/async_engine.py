@@ -107,8 +107,10 @@ class AsyncEngine:
         except Exception as error:
             logger.exception("the engine failed")
             self._error = error
-            _wait_for(self._fail_all(_failed(error)))
-            self._on_failure(error)
+            try:
+                _wait_for(self._fail_all(_failed(error)))
+            finally:
+                self._on_failure(error)
         self._stopped = True
         self._fail_all(_failed(self._error) if self._error else "the engine was closed")
 

@@ -133,10 +133,10 @@ def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device,
     elif device.type == "cuda":
         free, size = torch.cuda.mem_get_info(device)
         if wanted > free:
+            smaller = ", or set dtype to bfloat16" if dtype.itemsize > 2 else ""
             raise ConfigError(
                 f"the weights of {model.name} need {_gib(wanted)} in {name}, and {_gib(free)} of the GPU's {_gib(size)} are "
-                f"free: {_gib(wanted - free)} are missing. Free them, take a smaller model or a larger GPU, or set dtype to "
-                "bfloat16"
+                f"free: {_gib(wanted - free)} are missing. Free them, or take a smaller model or a larger GPU{smaller}"
             )
 
 

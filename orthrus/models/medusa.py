@@ -71,6 +71,15 @@ def _projection(index: int) -> str:
     return f"medusa.{index}.projection.weight"
 
 
+def _stack(names: list[str], tensors: dict[str, Tensor]) -> Tensor:
+    """The tensors of these names, which `tensors` loses one by one: only one of them is in memory twice."""
+    first = tensors[names[0]]
+    stacked = first.new_empty(len(names), *first.shape)
+    for place, name in zip(stacked, names, strict=True):
+        place.copy_(tensors.pop(name))
+    return stacked
+
+
 @dataclass(frozen=True)
 class MedusaHeads:
     """The heads of a model that runs."""
@@ -92,15 +101,15 @@ class MedusaHeads:
     @staticmethod
     def take(tensors: dict[str, Tensor]) -> "MedusaHeads | None":
         """The heads whose tensors are among `tensors`, which lose them; None if there are none."""
-        linears: list[Tensor] = []
-        projections: list[Tensor] = []
-        while (name := _linear(len(linears))) in tensors:
-            if (own := _projection(len(linears))) in tensors:
-                projections.append(tensors.pop(own))
-            linears.append(tensors.pop(name))
-        if not linears:
+        count = 0
+        while _linear(count) in tensors:
+            count += 1
+        if count == 0:
             return None
-        return MedusaHeads(torch.stack(linears), torch.stack(projections) if projections else None)
+        own = _projection(0) in tensors
+        linears = _stack([_linear(index) for index in range(count)], tensors)
+        names = [_projection(index) for index in range(count)]
+        return MedusaHeads(linears, _stack(names, tensors) if own else None)
 
     def logits(self, hidden: Tensor, head: Weight) -> Tensor:
         """The logits of all heads from final hidden states [rows, hidden_size]: [rows, heads, vocab_size]. head: the LM head."""
@@ -125,12 +134,10 @@ def load_medusa(
             "their folder"
         )
     stored = read_json(folder / CONFIG_FILE, _MOST_CONFIG_BYTES)
-    try:
-        expected = MedusaConfig.of(model, stored["medusa_num_heads"], stored["own_projections"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} lacks a valid {error}: save the heads again"
-        ) from error
+    for key, kind in (("medusa_num_heads", int), ("own_projections", bool)):
+        if type(stored.get(key)) is not kind:
+            raise CheckpointError(f"{folder / CONFIG_FILE} lacks a valid {key!r}: save the heads again")
+    expected = MedusaConfig.of(model, stored["medusa_num_heads"], stored["own_projections"])
     if stored != asdict(expected):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: expected {asdict(expected)} for {model.name}, found {stored}: give the heads that were "

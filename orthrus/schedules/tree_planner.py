@@ -76,8 +76,8 @@ class TreePlanner:
         chances, depths = self._chances[greedy], min(self._block_rows, self._pass_rows // batch) - 1
         reached = accumulate(chances.chain(depths))
         chain = max((1 + right) / cost.cycle(rows, batch, greedy) for rows, right in enumerate(reached, 2))
-        most = self._most_rows(batch)
-        nodes = chances.tree(most - 1, depths)
+        nodes = chances.tree(self._most_rows(batch) - 1, depths)
+        most = len(nodes) + 1  # Shallow trees have few nodes.
         right = list(accumulate(node.chance for node in nodes))
         deepest = list(accumulate((node.depth for node in nodes), max))
         trees = [
@@ -85,8 +85,7 @@ class TreePlanner:
                 (1 + right[rows - 2]) / cost.cycle(deepest[rows - 2] + 2, batch, greedy, tree_rows=rows),
                 BlockPlan(deepest[rows - 2] + 2, tree_rows=rows, candidates=True),
             )
-            for rows in _SIZES
-            if rows <= most
+            for rows in sorted({*(size for size in _SIZES if size < most), most} - {1})
         ]
         speed, block = max(trees, key=lambda tree: tree[0], default=(0.0, None))
         return block if speed >= _MARGIN * chain else None

@@ -189,6 +189,10 @@ def test_heads_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path) -> 
     save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match=r"medusa\.1\.linear\.weight: expected shape \[64, 64\]"):
         engine(checkpoint, medusa_heads=str(folder))
-    (folder / CONFIG_FILE).write_text(json.dumps({"medusa_num_heads": "many"}))
-    with pytest.raises(CheckpointError, match="save the heads again"):
-        engine(checkpoint, medusa_heads=str(folder))
+    for wrong in ({"medusa_num_heads": "5"}, {"own_projections": 1}, {"medusa_num_heads": True}):
+        stored = {"medusa_num_heads": 2, "own_projections": False} | wrong
+        (folder / CONFIG_FILE).write_text(json.dumps(stored))
+        with pytest.raises(
+            CheckpointError, match=f"lacks a valid '{next(iter(wrong))}': save the heads again"
+        ):
+            engine(checkpoint, medusa_heads=str(folder))

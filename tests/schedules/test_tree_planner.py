@@ -67,6 +67,16 @@ def test_trees_are_smaller_in_a_crowd_and_follow_what_is_learnt() -> None:
     assert one.plan(True, 1, CHAIN) == CHAIN
 
 
+def test_trees_have_no_more_rows_than_asked_for_and_than_a_short_block_has_nodes() -> None:
+    chances = learnt(0.5, 0.45)
+    for rows in (2, 3):
+        block = planner(chances, FLAT, block_rows=rows).plan(True, 1, BlockPlan(rows))
+        assert block.rows <= rows and 0 < block.tree_rows <= 1 + 4 + 16
+    assert planner(chances, FLAT, max_rows=5).plan(True, 1, CHAIN).tree_rows == 5
+    assert planner(chances, FLAT, max_rows=40).plan(True, 1, CHAIN).tree_rows == 40
+    assert planner(chances, FLAT, max_rows=1).plan(True, 1, CHAIN) == CHAIN
+
+
 def test_without_costs_all_trees_have_the_rows_that_fit() -> None:
     fixed = TreePlanner({True: learnt(0.5, 0.1)}, None, max_rows=64, block_rows=32, pass_rows=256)
     assert fixed.plan(True, 1, BlockPlan(32, True)) == BlockPlan(32, True, 64, candidates=True)
