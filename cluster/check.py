@@ -151,7 +151,7 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
     # The last rank's part is the largest. It has all of the embedding, and the head is counted as if it had all of that too.
     model = Shard(engine.with_settings(whole), ranks - 1, ranks).config
     dtype = dtype_name(engine.dtype, model, "cpu" if gpu is None else "cuda")
-    lossless = engine.weights == "lossless12" and gpu is not None and dtype == "bfloat16"
+    lossless = engine.keeps_12_bits(model) and gpu is not None and dtype == "bfloat16"
     weights = weight_bytes(model, DTYPE_SIZES[dtype], lossless=lossless)
     position = kv_bytes_per_token(model, DTYPE_SIZES[dtype])
     context = engine.max_model_len or model.max_position_embeddings
@@ -167,7 +167,7 @@ def _memory(engine: EngineConfig, whole: ModelConfig, gpu: tuple[float, str] | N
         weights += copies_bytes(model, DTYPE_SIZES[dtype], copies, lossless=lossless)
     if lossless:
         dtype = "bfloat16 in 12 bits"
-    stored = dtype if model.quantization is None else f"{model.quantization.method} and {dtype}"
+    stored = dtype if lossless or model.quantization is None else f"{model.quantization.method} and {dtype}"
     each = "" if ranks == 1 else f" on each of {ranks}"
     said = f"weights {_gib(weights)}{each} ({views}, {stored})"
     if gpu is None:

@@ -55,9 +55,13 @@ class _Rows:
     bases: Tensor
 
 
-def check_shape(outs: int, ins: int) -> None:
-    """Raise NotPacked unless a weight [outs, ins] can be cut into whole tiles."""
-    if outs % TILE_OUTS or ins % TILE_INS:
+def can_pack(outs: int, ins: int) -> bool:
+    """Whether a weight [outs, ins] can be cut into whole tiles."""
+    return outs % TILE_OUTS == 0 and ins % TILE_INS == 0
+
+
+def _check_shape(outs: int, ins: int) -> None:
+    if not can_pack(outs, ins):
         raise NotPacked(
             f"its shape is [{outs}, {ins}]: {TILE_OUTS} must divide its outputs and {TILE_INS} its inputs"
         )
@@ -69,7 +73,7 @@ def pack_lossless(layer: DenseLayer) -> LosslessLayer:
     for weight in layer.weights:
         if weight.dtype != torch.bfloat16:
             raise NotPacked(f"its dtype is {weight.dtype}, not bfloat16")
-    check_shape(outs, ins)
+    _check_shape(outs, ins)
     rows, device = outs * len(layer.weights), layer.weights[0].device
     high, low, exceptions = (
         torch.empty(shape, dtype=torch.int32, device=device)
@@ -148,35 +152,62 @@ def _bases(exponents: Tensor) -> Tensor:
 
 def _exceptions(weight: Tensor, outside: Tensor, bases: Tensor) -> Tensor:
     """The lists of exceptions: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room or can't be kept."""
-    # [tiles of outputs, tiles of inputs, quarters, outputs and inputs of a quarter]
-    cut = (-1, TILE_OUTS, weight.shape[1] // TILE_INS, TILE_INS // QUARTER, QUARTER)
-    tiles = outside.view(cut).permute(0, 2, 3, 1, 4).flatten(3)
-    of_quarters = tiles.sum(3)
-    counts = of_quarters.sum(2)
+    row, column = outside.nonzero(as_tuple=True)
+    exact = weight[row, column].double()
+    scaled = exact * _power_of_two(EXPONENT - bases[row])
+    kept = scaled.bfloat16()
+    found = lists_of(Exceptions(row, column, kept.view(torch.int16).long() & 0xFFFF), *weight.shape)
+    normal = (kept.view(torch.int16) & 0x7F80) != 0
+    if not bool(((kept.double() == scaled) & kept.isfinite() & (normal | (exact == 0))).all()):
+        raise NotPacked("it has values that are too small or too large beside the others of their row")
+    return found
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """Weights that the planes do not hold: int64 [number of them] each."""
+
+    row: Tensor
+    column: Tensor
+    bits: Tensor
+    """The 16 bits of the value that kernels take."""
+
+
+def lists_of(exceptions: Exceptions, rows: int, ins: int) -> Tensor:
+    """The lists of a weight [rows, ins]: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room."""
+    steps, quarters = ins // TILE_INS, TILE_INS // QUARTER
+    row, column = exceptions.row, exceptions.column
+    tile = row // TILE_OUTS * steps + column // TILE_INS
+    place = row % TILE_OUTS * TILE_INS + column % TILE_INS
+    quarter = tile * quarters + column % TILE_INS // QUARTER
+    order = (quarter * (TILE_OUTS * TILE_INS) + place).argsort()
+    tiles = rows // TILE_OUTS * steps
+    of_quarters = torch.bincount(quarter, minlength=tiles * quarters).view(tiles, quarters)
+    counts = of_quarters.sum(1)
     most = int(counts.max())
     if most > MOST_EXCEPTIONS:
         raise NotPacked(
             f"{most} of the {TILE_OUTS * TILE_INS} weights of a tile are outside the {CODES} exponents that a row holds; "
             f"there is room for {MOST_EXCEPTIONS}"
         )
-    tile, step, quarter, inside = tiles.nonzero(as_tuple=True)
-    place = inside // QUARTER * TILE_INS + quarter * QUARTER + inside % QUARTER
-    row = tile * TILE_OUTS + place // TILE_INS
-    exact = weight[row, step * TILE_INS + place % TILE_INS].double()
-    scaled = exact * _power_of_two(EXPONENT - bases[row])
-    kept = scaled.bfloat16()
-    normal = (kept.view(torch.int16) & 0x7F80) != 0
-    if not bool(((kept.double() == scaled) & kept.isfinite() & (normal | (exact == 0))).all()):
-        raise NotPacked("it has values that are too small or too large beside the others of their row")
-    entries = torch.zeros(*counts.shape, ENTRIES, dtype=torch.int64, device=weight.device)
-    entries[..., 0] = counts
-    ends = of_quarters.cumsum(2)
-    entries[..., ENTRIES - 1] = sum(ends[..., i] << 8 * i for i in range(ends.shape[2]))
-    flat = counts.flatten()
-    first = flat.cumsum(0) - flat
-    number = torch.arange(row.shape[0], device=weight.device) - first[tile * counts.shape[1] + step]
-    entries[tile, step, number + 1] = (kept.view(torch.int16).long() & 0xFFFF) << 16 | place
-    return as_words(entries)
+    entries = torch.zeros(tiles, ENTRIES, dtype=torch.int64, device=row.device)
+    entries[:, 0] = counts
+    ends = of_quarters.cumsum(1)
+    entries[:, ENTRIES - 1] = sum(ends[:, i] << 8 * i for i in range(quarters))
+    tile, first = tile[order], counts.cumsum(0) - counts
+    number = torch.arange(tile.shape[0], device=row.device) - first[tile]
+    entries[tile, number + 1] = exceptions.bits[order] << 16 | place[order]
+    return as_words(entries).view(-1, steps, ENTRIES)
+
+
+def exceptions_in(lists: Tensor) -> Exceptions:
+    """The opposite of `lists_of`."""
+    numbers = torch.arange(1, MOST_EXCEPTIONS + 1, device=lists.device)
+    tile, step, number = (numbers <= lists[..., :1]).nonzero(as_tuple=True)
+    entries = lists[tile, step, number + 1].long()
+    place = entries & (TILE_OUTS * TILE_INS - 1)
+    row, column = tile * TILE_OUTS + place // TILE_INS, step * TILE_INS + place % TILE_INS
+    return Exceptions(row, column, entries >> 16 & 0xFFFF)
 
 
 def _unpack_rows(rows: _Rows) -> Tensor:
@@ -187,14 +218,10 @@ def _unpack_rows(rows: _Rows) -> Tensor:
     exponents = (numbers >> 3 & 15) + rows.bases[:, None].int()
     bits = numbers >> 7 << 15 | exponents << 7 | (numbers & 7) << 4 | nibbles
     weight = bits.short().view(torch.bfloat16)
-    places = torch.arange(1, MOST_EXCEPTIONS + 1, device=weight.device)
-    tile, step, number = (places <= rows.exceptions[..., :1]).nonzero(as_tuple=True)
-    entries = rows.exceptions[tile, step, number + 1]
-    place = entries & 0xFFFF
-    row = tile * TILE_OUTS + place // TILE_INS
-    kept = (entries >> 16).short().view(torch.bfloat16).double()
-    exact = kept * _power_of_two(rows.bases[row] - EXPONENT)
-    weight[row, step * TILE_INS + place % TILE_INS] = exact.bfloat16()
+    found = exceptions_in(rows.exceptions)
+    kept = found.bits.short().view(torch.bfloat16).double()
+    exact = kept * _power_of_two(rows.bases[found.row] - EXPONENT)
+    weight[found.row, found.column] = exact.bfloat16()
     return weight
 
 

@@ -1,6 +1,7 @@
 """The format "lossless12": bfloat16 weights in 12 bits, every bit of them (see `lossless`), where a GPU multiplies them."""
 
 import logging
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from orthrus.kernels.device import has_fp8_mma, runs_triton
 from orthrus.kernels.linear.fp8 import RoundedWeight
 from orthrus.kernels.linear.lossless import NotPacked, first_plane, pack_lossless
+from orthrus.kernels.linear.lossless_stored import is_stored, join_stored
 from orthrus.kernels.linear.plain import PlainFormat, interleave, stack_views
 from orthrus.kernels.linear.split import Split
-from orthrus.kernels.linear.types import DenseLayer
+from orthrus.kernels.linear.stored import dense
+from orthrus.kernels.linear.types import DenseLayer, LosslessLayer
 from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
 
 logger = logging.getLogger(__name__)
@@ -20,7 +23,8 @@ logger = logging.getLogger(__name__)
 class LosslessFormat:
     """Packs a layer where it can be packed. One that can't be stays in full, which changes no bit of a result.
 
-    A CPU gains nothing from it: the weights are those of the format "plain" there.
+    A CPU gains nothing from it: the weights are those of the format "plain" there. What a checkpoint stores in 12 bits is
+    joined into layers, and not packed again.
     """
 
     @staticmethod
@@ -81,22 +85,24 @@ def _rounded(weight: Tensor) -> Tensor:
 
 
 def _on_gpu(views: Views) -> bool:
-    """Whether the kernels can run these weights; those that a checkpoint stores in few bits have kernels of their own."""
-    weights = [parameters.get("weight") for view in views for parameters in view]
-    return all(w is not None and w.dtype == torch.bfloat16 and runs_triton(w) for w in weights)
+    """Whether the kernels can run these weights; those that a checkpoint stores in other formats have kernels of their own."""
+
+    def can_run(parameters: Parameters) -> bool:
+        if is_stored(parameters):
+            return runs_triton(parameters["weight_high"])
+        weight = parameters.get("weight")
+        return weight is not None and weight.dtype == torch.bfloat16 and runs_triton(weight)
+
+    return all(can_run(parameters) for view in views for parameters in view)
 
 
 def _pack_for_gpu(views: Views, gated: bool, head: bool, split: Split | None) -> Weight:
     from orthrus.kernels.linear.gpu import TritonWeight
     from orthrus.kernels.linear.lossless_gpu import LosslessWeight
 
-    layer = interleave(views[0]) if gated else stack_views(views)
-    try:
-        packed = pack_lossless(layer)
-    except NotPacked as error:
-        shape = list(layer.weights[0].shape)
-        logger.warning("a weight of %s stays in bfloat16, since 12 bits can't keep it: %s", shape, error)
-        return TritonWeight(layer.weights, layer.bias, layer.interleaved, split=split)
+    packed = _packed(views, gated)
+    if isinstance(packed, DenseLayer):
+        return TritonWeight(packed.weights, packed.bias, packed.interleaved, split=split)
     return LosslessWeight(
         packed.high,
         packed.low,
@@ -107,3 +113,28 @@ def _pack_for_gpu(views: Views, gated: bool, head: bool, split: Split | None) ->
         split,
         head,
     )
+
+
+def _packed(views: Views, gated: bool) -> LosslessLayer | DenseLayer:
+    """The layer in 12 bits; in full if it can't be packed. Its tensors are taken out of `views`."""
+    if all(is_stored(parameters) for view in views for parameters in view):
+        with suppress(NotPacked):
+            joined = join_stored(views, gated)
+            for view in views:
+                for parameters in view:
+                    parameters.clear()
+            return joined
+    full = [[_in_full(parameters) for parameters in view] for view in views]
+    layer = interleave(full[0]) if gated else stack_views(full)
+    try:
+        return pack_lossless(layer)
+    except NotPacked as error:
+        shape = list(layer.weights[0].shape)
+        logger.warning("a weight of %s stays in bfloat16, since 12 bits can't keep it: %s", shape, error)
+    return layer
+
+
+def _in_full(parameters: Parameters) -> Parameters:
+    """The tensors of a projection, taken out of it, with the weight in bfloat16."""
+    found = dense(parameters)
+    return found | {"weight": found["weight"].bfloat16()}

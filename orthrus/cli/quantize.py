@@ -1,26 +1,33 @@
-"""`orthrus quantize`: a copy of a checkpoint in few bits, in a format that other engines read too."""
+"""`orthrus quantize`: a copy of a checkpoint in few bits, or one in full of a copy that lost nothing."""
 
 import argparse
 from pathlib import Path
 
 from orthrus.cli.options import Commands
 
-FORMATS = ("fp8", "int8")
+FORMATS = ("fp8", "int8", "lossless12")
 
 
 def add_parser(commands: Commands) -> None:
     """Add `quantize` to the command line."""
     parser = commands.add_parser(
-        "quantize", help="write a copy of a checkpoint with linear layers in FP8 or INT8"
+        "quantize", help="write a copy of a checkpoint with linear layers in FP8, in INT8 or in 12 bits"
     )
-    parser.add_argument("model", help="a checkpoint that is not quantised: a directory or a hub id")
+    parser.add_argument(
+        "model",
+        help="a checkpoint in full, or in lossless12 with --restore: a directory or a hub id",
+    )
     parser.add_argument("out", type=Path, help="the directory to write")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="fp8",
-        help="fp8: e4m3 with a scale for 128 x 128 weights; int8: GPTQ's format, rounded to the nearest "
+        help="fp8: e4m3 with a scale for 128 x 128 weights; int8: GPTQ's format, rounded to the nearest; lossless12: bfloat16 "
+        "weights in 12 bits, every bit of them, for orthrus alone "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--restore", action="store_true", help="write a copy in full of a checkpoint in lossless12"
     )
     parser.set_defaults(run=run)
 
@@ -28,6 +35,10 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the copy."""
     from orthrus.models.hub import resolve
-    from orthrus.models.quantise import quantise_checkpoint
+    from orthrus.models.quantise import quantise_checkpoint, restore_checkpoint
 
-    quantise_checkpoint(resolve(arguments.model), arguments.out, arguments.format)
+    path = resolve(arguments.model)
+    if arguments.restore:
+        restore_checkpoint(path, arguments.out)
+    else:
+        quantise_checkpoint(path, arguments.out, arguments.format)

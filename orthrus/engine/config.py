@@ -36,7 +36,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
     weights: Literal["auto", "bf16", "lossless12"] = "auto"
     """How a GPU keeps a model of bfloat16: as "bf16", or in 12 bits a weight without losing one, "lossless12". Texts are the
-    same to the last bit. "auto" is "bf16"."""
+    same to the last bit. "auto" is what the checkpoint is stored in, and so is "bf16" for most."""
     schedule: str = AUTO
     """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ngram"."""
     draft_length: int | None = Field(default=None, ge=2, le=512)
@@ -172,6 +172,24 @@ class EngineConfig(BaseModel):
         parts = [part for part in SCHEDULES[own].parts if part != NGRAM or self.prompt_lookup_max]
         return tuple(dict.fromkeys([AUTO, own, *parts, AR]))
 
+    def keeps_12_bits(self, model: "ModelConfig") -> bool:
+        """Whether a GPU is to keep the weights in 12 bits."""
+        stored = model.quantization is not None and model.quantization.lossless
+        return stored or self.weights == "lossless12"
+
+    def _check_weights(self, model: "ModelConfig") -> None:
+        how = model.quantization
+        if self.weights == "bf16" and how is not None and how.lossless:
+            raise ConfigError(
+                f"weights 'bf16' does not fit {model.name}, which is stored in lossless12: remove weights, or write a copy in "
+                "full with orthrus quantize --restore"
+            )
+        if self.weights == "lossless12" and how is not None and not how.lossless:
+            raise ConfigError(
+                f"weights 'lossless12' keeps weights of bfloat16, and {model.name} is quantised ({how.method}): "
+                "remove weights, or serve the checkpoint that it was made from"
+            )
+
     def check_model(self, model: "ModelConfig") -> None:
         """Raise ConfigError for what `model` can't do, naming the setting."""
         check_ranks(self.with_settings(model), self.tensor_parallel_size)
@@ -181,11 +199,7 @@ class EngineConfig(BaseModel):
                 f"max_model_len {limit} is over the {positions} positions of {model.name}: lower it, or give the "
                 "checkpoint YaRN rope_parameters"
             )
-        if self.weights == "lossless12" and model.quantization is not None:
-            raise ConfigError(
-                f"weights 'lossless12' keeps weights of bfloat16, and {model.name} is quantised ({model.quantization.method}): "
-                "remove weights, or serve the checkpoint that it was made from"
-            )
+        self._check_weights(model)
         if self.schedule != AUTO and SCHEDULES[self.schedule].needs_diffusion and not model.has_diffusion:
             raise ConfigError(
                 f"schedule '{self.schedule}' needs diffusion weights, and {model.name} has none: use schedule 'ngram' or an "

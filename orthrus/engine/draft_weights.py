@@ -36,7 +36,8 @@ def shared_format(config: EngineConfig, model: ModelConfig) -> str | None:
     It is that of the AR rows, so drafts share what is not of one view. A kernel takes one format, and the projections of the
     diffusion view are not quantised: so they are layers of their own, and no pass has rows of both views.
     """
-    if model.quantization is None or not model.has_diffusion or draft_format(config, model) is not None:
+    how = model.quantization
+    if how is None or how.lossless or not model.has_diffusion or draft_format(config, model) is not None:
         return None
     return "plain"
 

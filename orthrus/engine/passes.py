@@ -89,7 +89,7 @@ def make_forward(
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
     embedding = weights[family_of(model).embedding]
     part = Shard(model, ranks.rank, ranks.size).config
-    kept = choose_weight_format(config, embedding.device, embedding.dtype)
+    kept = choose_weight_format(config, part, embedding.device, embedding.dtype)
     copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept)
     if not ranks.all_agree(copies is not None):
         copies = None  # Some GPU has no room for them.

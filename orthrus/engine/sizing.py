@@ -75,18 +75,20 @@ def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -
     return wanted or min(trained, cache_tokens)
 
 
-def choose_weight_format(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The weight format of the model's own weights. Raises ConfigError for a setting that the dtype rules out."""
-    if config.weights != "lossless12":
+def choose_weight_format(
+    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The weight format of the model's own weights. Raises ConfigError for one that the dtype rules out."""
+    if not config.keeps_12_bits(model):
         return "plain"
     if device.type != "cuda":
-        logger.warning("weights: lossless12 has no effect on a CPU, which keeps all weights in full")
+        logger.warning("lossless12 has no effect on a CPU, which keeps all weights in full")
         return "plain"
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"weights 'lossless12' keeps weights of bfloat16, and the model runs in {name}: set dtype to bfloat16, or weights to "
-            "bf16"
+            f"lossless12 keeps weights of bfloat16, and the model runs in {name}: set dtype to bfloat16, or give a checkpoint in "
+            "full and set weights to bf16"
         )
     return "lossless12"
 
@@ -120,7 +122,7 @@ def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device,
         # On a CPU, copies are as wide as what they are copies of.
         size_each = dtype.itemsize if device.type == "cpu" else COPY_BYTES.get(copies)
         wanted = max(
-            wanted, weight_bytes(model, dtype.itemsize, size_each, lossless=config.weights == "lossless12")
+            wanted, weight_bytes(model, dtype.itemsize, size_each, lossless=config.keeps_12_bits(model))
         )
         name += f" with {copies} copies for drafts"
     if device.type == "cpu":

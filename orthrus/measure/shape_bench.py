@@ -26,7 +26,8 @@ from orthrus.measure.prompt_time import matmul_rate, prompt_times
 from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
-from orthrus.models.sizes import LOSSLESS_BYTES, weight_bytes
+from orthrus.models.quantization import LOSSLESS_BYTES
+from orthrus.models.sizes import weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.sampler import PickRows
@@ -186,7 +187,7 @@ def _draft_bytes(engine: Engine) -> float | None:
 
 def _is_lossless(engine: Engine) -> bool:
     """Whether the weights are kept in 12 bits."""
-    return engine.config.weights == "lossless12"
+    return engine.config.keeps_12_bits(engine.model_config)
 
 
 def engine_settings(options: ShapeBenchOptions) -> dict[str, Any]:

@@ -12,6 +12,12 @@ from typing import Any
 from orthrus.errors import ConfigError
 from orthrus.files import is_int, shown
 
+LOSSLESS = "lossless12"
+"""The method that loses nothing: bfloat16 weights in 12 bits."""
+LOSSLESS_BYTES = 1.5 + 1 / 64
+"""Of a weight in 12 bits and its share of the lists of exceptions; each output has a float32 scale besides."""
+_TILE_OUTS, _TILE_INS, _ENTRIES = 64, 128, 32
+"""Of the lists of exceptions, see kernels/linear/lossless."""
 FP8_BLOCK = 128
 """Outputs and inputs of the block of an FP8 weight that shares a scale."""
 IN_FULL = ("F64", "F32", "F16", "BF16")
@@ -20,8 +26,8 @@ _WORD = 32
 """Bits of the integers that GPTQ and AWQ pack numbers into."""
 _SCALES = ("F16", "BF16", "F32")
 _SUPPORTED = (
-    "use a checkpoint in fp8 (e4m3, weight_block_size [128, 128]), gptq (4 or 8 bits), awq (4 bits, version gemm), or one that "
-    "is not quantised"
+    "use a checkpoint in fp8 (e4m3, weight_block_size [128, 128]), gptq (4 or 8 bits), awq (4 bits, version gemm), lossless12 "
+    "(version 1), or one that is not quantised"
 )
 
 
@@ -44,7 +50,7 @@ class Quantization:
     """How the weights of linear layers are stored."""
 
     method: str
-    """"fp8", "gptq" or "awq"."""
+    """"fp8", "gptq", "awq" or "lossless12"."""
     bits: int
     """Of a number."""
     group_size: int
@@ -54,12 +60,17 @@ class Quantization:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     """config.json's `quantization_config` as it was read, to be written again."""
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the weights are those of a checkpoint of bfloat16, every bit of them, and of both views."""
+        return self.method == LOSSLESS
+
     def covers(self, name: str) -> bool:
         """Whether the tensor `name` of a checkpoint that is not quantised is a weight that this one stores quantised."""
         if not name.endswith(".weight"):
             return False
         module = name.removesuffix(".weight")
-        if "_proj" not in module or module.endswith("_diff"):
+        if "_proj" not in module or (module.endswith("_diff") and not self.lossless):
             return False
         return not any(f".{part}." in f".{module}." for part in self.in_full)
 
@@ -75,6 +86,20 @@ class Quantization:
             return {
                 name: StoredPart(shape, ("F8_E4M3",)),
                 f"{start}weight_scale_inv": StoredPart(blocks, _SCALES),
+            }
+        if self.lossless:
+            if outs % _TILE_OUTS or ins % _TILE_INS:
+                raise ConfigError(
+                    f"tensor {name}: expected outputs that {_TILE_OUTS} divides and inputs that {_TILE_INS} divides, found "
+                    f"{outs} and {ins}: {_SUPPORTED}"
+                )
+            return {
+                f"{start}weight_high": StoredPart((outs, ins // 4), ("I32",)),
+                f"{start}weight_low": StoredPart((outs, ins // 8), ("I32",)),
+                f"{start}weight_exceptions": StoredPart(
+                    (outs // _TILE_OUTS, ins // _TILE_INS, _ENTRIES), ("I32",)
+                ),
+                f"{start}weight_scales": StoredPart((outs,), ("F32",)),
             }
         group = ins if self.group_size == -1 else self.group_size
         packed = _WORD // self.bits
@@ -101,6 +126,8 @@ class Quantization:
     @property
     def number_bytes(self) -> float:
         """Bytes of a number in a GPU's memory, its share of scales and zero points included."""
+        if self.lossless:
+            return LOSSLESS_BYTES
         if self.method == "fp8":
             return 1 + 4 / FP8_BLOCK  # A float32 scale for each output of a block.
         # A float32 scale and a zero point of one byte.
@@ -158,7 +185,12 @@ def _awq(settings: Mapping[str, Any]) -> tuple[int, int]:
     return 4, _group_size(settings, group)
 
 
-_READERS = {"fp8": _fp8, "gptq": _gptq, "awq": _awq}
+def _lossless(settings: Mapping[str, Any]) -> tuple[int, int]:
+    _expect(settings, "version", (1,))
+    return 12, -1
+
+
+_READERS = {"fp8": _fp8, "gptq": _gptq, "awq": _awq, LOSSLESS: _lossless}
 
 
 def _group_size(settings: Mapping[str, Any], key: str) -> int:

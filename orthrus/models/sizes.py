@@ -5,9 +5,7 @@ import math
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.families import family_of
-
-LOSSLESS_BYTES = 1.5 + 1 / 64
-"""Of a weight in 12 bits and its share of the lists of exceptions; each output has a float32 scale besides."""
+from orthrus.models.quantization import LOSSLESS_BYTES
 
 
 def weight_bytes(
@@ -50,6 +48,8 @@ def _saved_by_12_bits(
     for name, shape in shapes.items():
         if len(shape) != 2 or shape[0] % 64 or shape[1] % 128:
             continue
+        if config.quantization is not None and config.quantization.covers(name):
+            continue  # Counted already.
         if replaced and f"{config.view_suffixes[-1]}." in name:
             continue
         size = math.prod(shape) * LOSSLESS_BYTES + shape[0] * 4

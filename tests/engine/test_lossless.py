@@ -62,12 +62,12 @@ def test_a_cpu_keeps_weights_in_full_and_says_so(caplog: pytest.LogCaptureFixtur
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="set weights to lossless12"):
         EngineConfig(model="m", draft_weights="lossless8")
-    config = EngineConfig(model="m", weights="lossless12")
-    assert choose_weight_format(config, CUDA, torch.bfloat16) == "lossless12"
+    config, model = EngineConfig(model="m", weights="lossless12"), QWEN3_SHAPES["8B"]
+    assert choose_weight_format(config, model, CUDA, torch.bfloat16) == "lossless12"
     with pytest.raises(ConfigError, match="set dtype to bfloat16"):
-        choose_weight_format(config, CUDA, torch.float16)
-    assert choose_weight_format(EngineConfig(model="m"), CUDA, torch.bfloat16) == "plain"
-    quantised = replace(QWEN3_SHAPES["8B"], quantization=read_quantization({"quantization_config": AWQ}))
+        choose_weight_format(config, model, CUDA, torch.float16)
+    assert choose_weight_format(EngineConfig(model="m"), model, CUDA, torch.bfloat16) == "plain"
+    quantised = replace(model, quantization=read_quantization({"quantization_config": AWQ}))
     with pytest.raises(ConfigError, match="is quantised"):
         config.check_model(quantised)
 
