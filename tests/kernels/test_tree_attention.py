@@ -98,8 +98,7 @@ def test_the_keys_of_the_trunk_are_read_once_for_all_runs() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("programs", [1, 4, 100])
-@pytest.mark.parametrize("start", [150, 1090, 2100])
+@pytest.mark.parametrize(("start", "programs"), [(150, 1), (150, 100), (1090, 100), (2100, 4)])
 def test_a_row_of_a_tree_has_the_bits_of_a_row_alone(start: int, programs: int) -> None:
     groups = tree(start)
     rows = sum(group.num_rows for group in groups)
