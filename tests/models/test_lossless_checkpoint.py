@@ -25,7 +25,9 @@ TINY = ROOT / "models" / "orthrus-tiny"
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in path.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in path.glob("model*.safetensors") for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
