@@ -30,8 +30,3 @@ def tiles_of(tensor: Tensor, *block: int, rows: int | None = None) -> TensorDesc
         return TensorDescriptor(tensor, list(tensor.shape), [1], list(block), layout)
     shape = [tensor.shape[0] if rows is None else rows, tensor.shape[1]]
     return TensorDescriptor(tensor, shape, [tensor.stride(0), 1], list(block), layout)
-
-
-def stream_row_tile(rows: int) -> int:
-    """Rows of a tile where all of them are to be in one."""
-    return next(tile for tile in (8, 16, 32, 64) if rows <= tile)

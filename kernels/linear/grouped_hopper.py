@@ -3,7 +3,7 @@
 The warps of a program have different tasks. One loads weights, another input rows, into a ring of tiles in shared memory; four
 multiply what is there. A place of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other
 are prepared. 4-bit numbers come out of shared memory in the registers in which the matrix unit takes them (see
-`grouped.pack_words`), and are widened there. The sums are those of `grouped_triton`, by the same instructions in the same order,
+`integers.pack_words`), and are widened there. The sums are those of `grouped_triton`, by the same instructions in the same order,
 so a row has the same bits in either.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
@@ -24,10 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
-from orthrus.kernels.linear.descriptors import stream_row_tile, tiles_of
+from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.grouped_ring import Ring, load_rows, load_weights
 from orthrus.kernels.linear.hopper import MOST_ROWS
-from orthrus.kernels.linear.stream import Work, make_grid, next_place, num_steps, silu_mul, unit_of
+from orthrus.kernels.linear.stream import REGISTERS, RING_BYTES, Work, make_grid, next_place, num_steps
+from orthrus.kernels.linear.stream_finish import finish
+from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import GroupedLayer
 
 _DEPTH = 128
@@ -35,10 +37,6 @@ _DEPTH = 128
 _STEP = 2 * _DEPTH
 _OUTS = 64
 """Outputs of a tile: as many as one instruction computes."""
-_RING_BYTES = 200_000
-"""Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
-_REGISTERS = 128
-"""Of a thread when a program begins. The loaders hand most of theirs to the warps that multiply."""
 _BITS = (0, 4)
 """Of the weights that the kernel takes; 0 for FP8."""
 
@@ -132,8 +130,6 @@ def _multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], [16, ROWS, 256 // ring.rows.dtype.primitive_bitwidth]
     )
-    by_out: gl.constexpr = gl.SliceLayout(1, layout)
-    by_row: gl.constexpr = gl.SliceLayout(0, layout)
     grid = make_grid(work, OUTS, ROWS, False)
     place, phase = 0, 0
     nothing = gl.zeros((OUTS, ROWS), gl.float32, layout)
@@ -147,22 +143,7 @@ def _multiply(
             acc = _add(acc, second, 0, BITS)
             mbarrier.arrive(ring.empty.index(place), count=1)
             place, phase = next_place(place, phase, PLACES)
-        unit = unit_of(number, grid, OUTS, ROWS)
-        row_index = unit.row_at + gl.arange(0, ROWS, by_row)
-        live = row_index < unit.row_end
-        out_at, width = unit.out_at, work.num_outs
-        if HAS_BIAS:
-            index = out_at + gl.arange(0, OUTS, by_out)
-            acc += gl.load(bias + index, mask=index < width, other=0.0).to(gl.float32)[:, None]
-        result = acc
-        if GATED:
-            result = silu_mul(acc, OUTS, ROWS)
-            out_at, width = out_at // 2, width // 2
-        index = out_at + gl.arange(0, result.shape[0], by_out)
-        goal = row_index[None, :].to(gl.int64) * width + index[:, None]
-        if SPLIT:
-            goal += unit.part * work.num_rows.to(gl.int64) * width
-        gl.store(out + goal, result.to(out.dtype.element_ty), mask=live[None, :] & (index < width)[:, None])
+        finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "segments", "steps"])
@@ -251,7 +232,7 @@ def launch(
     """Compute `layer` into out; see `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
-    row_tile = stream_row_tile(rows)
+    row_tile = rows_of_tile(rows, 8, 16, 32, 64)
     scales = layer.scales.view(-1)
     scales_tile = tiles_of(scales, _OUTS)
     # The copy engine writes to multiples of 128 bytes.
@@ -277,7 +258,7 @@ def launch(
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=_DEPTH,
-        PLACES=min(12, int(_RING_BYTES // step_bytes)),
+        PLACES=min(12, int(RING_BYTES // step_bytes)),
         GROUP_DEPTHS=layer.group_size // _DEPTH,
         BITS=layer.bits,
         WORDS=_words_layout(4),
@@ -285,6 +266,6 @@ def launch(
         SPLIT=segments > 1,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        maxnreg=_REGISTERS,
+        maxnreg=REGISTERS,
         **chaining(),
     )

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthrus.kernels.device import chaining
 from orthrus.kernels.linear.epilogue import store_tile
+from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
 
 
@@ -137,7 +138,7 @@ _DTYPES = {
 def grouped_tiles(rows: int) -> LinearTiles:
     """The usual tiles. Steps are as deep as `GroupedLayer.depth` says, which decides bits."""
     if rows <= 64:
-        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, warps=4, stages=5)
+        return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 128, warps=4, stages=5)
     if rows <= 128:
         return LinearTiles(64, 128, 128, warps=4, stages=4)
     return LinearTiles(128, 128, 128, warps=8, stages=3)

@@ -19,6 +19,7 @@ from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.stream import (
+    RING_BYTES,
     Ring,
     Work,
     advance,
@@ -30,7 +31,8 @@ from orthrus.kernels.linear.stream import (
     num_steps,
     unit_of,
 )
-from orthrus.kernels.linear.stream_finish import Epilogue, finish, join_leaf, scale_outputs
+from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, scale_outputs
+from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import DenseLayer
 
 MOST_ROWS = 64
@@ -38,8 +40,6 @@ _OUTS = 64
 """Outputs of a tile: as many as one instruction computes."""
 _STEP_BYTES = 256
 """Bytes of the inputs of a step: 128 inputs of 16 bits, or 256 of FP8."""
-_RING_BYTES = 200_000
-"""Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
 
 
 @gluon.jit
@@ -108,7 +108,7 @@ def _stream_kernel(
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [num_warps, 1], [16, ROWS, 256 // w.dtype.primitive_bitwidth]
     )
-    epilogue = Epilogue(bias, out, temperatures, keys, out_wanted, values, indices, first_token)
+    picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
     place, phase, done, free = 0, 0, 0, 0
     for number in range(program, grid.units, grid.programs):
         first = number % grid.parts * TREE
@@ -145,7 +145,7 @@ def _stream_kernel(
             row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
             acc = scale_outputs(acc, w_scales, unit, num_outs)
             acc *= gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)[None, :]
-        finish(acc, number, grid, epilogue, GATED, SPLIT, HAS_BIAS, PICKS)
+        finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
 
 
 def num_tiles(outs: int) -> int:
@@ -179,7 +179,7 @@ def launch(
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)
-    row_tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    row_tile = rows_of_tile(rows, 16, 32, 64)
     depth = _STEP_BYTES // x.itemsize
     inputs = inputs or Leaves.whole(ins, depth, 1)
     assert inputs.unit == depth and inputs.count % parts == 0, (inputs, parts)
@@ -204,7 +204,7 @@ def launch(
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=depth,
-        RING=_RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
+        RING=RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
         TREE=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,

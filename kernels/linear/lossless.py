@@ -20,14 +20,11 @@ from torch import Tensor
 
 from orthrus.kernels.linear.integers import as_words, pack_words, unpack
 from orthrus.kernels.linear.types import DenseLayer, LosslessLayer
+from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS, can_pack
 
 EXPONENT = 112
 """The exponent field of a widened weight whose 4 bits of exponent are 0. Widened weights are below 1."""
 LEAST_BASE, MOST_BASE = EXPONENT - 60, EXPONENT + 60
-TILE_OUTS, TILE_INS = 64, 128
-"""Of a tile that has a list of exceptions."""
-ENTRIES = 32
-"""Entries of a tile's list: the number of exceptions, these, and how many are in which quarter."""
 MOST_EXCEPTIONS = ENTRIES - 2
 """Of a tile."""
 QUARTER = 32
@@ -53,11 +50,6 @@ class _Rows:
     low: Tensor
     exceptions: Tensor
     bases: Tensor
-
-
-def can_pack(outs: int, ins: int) -> bool:
-    """Whether a weight [outs, ins] can be cut into whole tiles."""
-    return outs % TILE_OUTS == 0 and ins % TILE_INS == 0
 
 
 def _check_shape(outs: int, ins: int) -> None:

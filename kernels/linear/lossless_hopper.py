@@ -26,18 +26,22 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from orthrus.kernels.gluon_names import HAS_REINTERPRET
 from orthrus.kernels.leaves import Leaves
-from orthrus.kernels.linear.descriptors import stream_row_tile, tiles_of
+from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.hopper import MOST_ROWS
-from orthrus.kernels.linear.lossless import ENTRIES, TILE_INS, TILE_OUTS
 from orthrus.kernels.linear.lossless_ring import Ring, load_rows, load_weights
-from orthrus.kernels.linear.stream import Work, leaf_begin, make_grid, next_place, unit_of
-from orthrus.kernels.linear.stream_finish import Epilogue, finish, join_leaf, scale_outputs
+from orthrus.kernels.linear.stream import (
+    REGISTERS,
+    RING_BYTES,
+    Work,
+    leaf_begin,
+    make_grid,
+    next_place,
+    unit_of,
+)
+from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, scale_outputs
+from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import LosslessLayer
-
-_RING_BYTES = 200_000
-"""Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
-_REGISTERS = 128
-"""Of a thread when a program begins. The loaders hand most of theirs to the warps that multiply."""
+from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS
 
 
 @gluon.jit
@@ -170,7 +174,9 @@ def _multiply(
     ring,
     work,
     scales,
-    epilogue,
+    bias,
+    out,
+    picking,
     HIGH: gl.constexpr,
     LOW: gl.constexpr,
     TREE: gl.constexpr,
@@ -202,7 +208,7 @@ def _multiply(
             acc, place, phase = _add_steps(acc, ring, lists, place, phase, steps, HIGH, LOW)
             acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
         acc = scale_outputs(acc, scales, unit_of(number, grid, OUTS, ROWS), work.num_outs)
-        finish(acc, number, grid, epilogue, GATED, SPLIT, HAS_BIAS, PICKS)
+        finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
@@ -257,11 +263,11 @@ def _lossless_stream_kernel(
         gdc_launch_dependents()
     tree = gl.to_tensor(TREE)
     work = Work(num_ar, num_rows, num_outs, parts, tree, units, leaves, first_leaf)
-    epilogue = Epilogue(bias, out, temperatures, keys, out_wanted, values, indices, first_token)
+    picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
     gl.warp_specialize(
         [
             (_multiply, (
-                ring, work, scales, epilogue, HIGH, LOW, TREE, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS,
+                ring, work, scales, bias, out, picking, HIGH, LOW, TREE, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS,
             )),
             (load_weights, (high, low, exceptions, ring, work, row_steps, ROWS, TWO_VIEWS)),
             (load_rows, (x, ring, work, TWO_VIEWS, CHAINED)),
@@ -301,7 +307,7 @@ def launch(
     """Compute `layer` into out; the arguments are those of `hopper.launch`."""
     rows, ins = x.shape
     outs, views = layer.outs, layer.scales.shape[0]
-    row_tile = stream_row_tile(rows)
+    row_tile = rows_of_tile(rows, 8, 16, 32, 64)
     inputs = inputs or Leaves.whole(ins, TILE_INS, 1)
     assert inputs.unit == TILE_INS and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
@@ -328,7 +334,7 @@ def launch(
         OUTS=TILE_OUTS,
         ROWS=row_tile,
         DEPTH=TILE_INS,
-        PLACES=_RING_BYTES // step_bytes,
+        PLACES=RING_BYTES // step_bytes,
         HIGH=words_layout(8),
         LOW=words_layout(4),
         TREE=inputs.count // parts,
@@ -338,6 +344,6 @@ def launch(
         HAS_BIAS=bias is not None,
         PICKS=bool(picking),
         num_warps=4,
-        maxnreg=_REGISTERS,
+        maxnreg=REGISTERS,
         **chaining(),
     )

@@ -6,6 +6,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
+from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles, LosslessLayer
 
 
@@ -77,8 +78,7 @@ def sum_lossless(
 
 def lossless_tiles(rows: int, leaves: int) -> LinearTiles:
     """The usual tiles. Other outputs or another depth would not fit the lists of exceptions. leaves: of the layer's sum."""
-    width = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
-    return LinearTiles(64, width, 128, leaves > 1 and rows <= 128)
+    return LinearTiles(64, rows_of_tile(rows, 16, 32, 64, 128), 128, leaves > 1 and rows <= 128)
 
 
 @triton.jit

@@ -9,6 +9,12 @@ from triton.language.extra.cuda import gdc_wait
 
 from orthrus.kernels.gluon_names import async_load
 
+RING_BYTES = 200_000
+"""Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
+REGISTERS = 128
+"""Of a thread when a program begins whose warps have different tasks. Those that load hand most of theirs to those that
+multiply."""
+
 
 class Work(NamedTuple):
     """What a launch has to do. Every warp makes its `Grid` from this."""

@@ -12,11 +12,9 @@ from orthrus.kernels.linear.stream import silu_mul, unit_of
 from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
 
-class Epilogue(NamedTuple):
-    """Pointers, and the first token of an LM head: see `hopper.launch`."""
+class Picking(NamedTuple):
+    """What picks from the outputs of an LM head need: pointers, and the token of the first output. See `hopper.launch`."""
 
-    bias: gl.tensor
-    out: gl.tensor
     temperatures: gl.tensor
     keys: gl.tensor
     out_wanted: gl.tensor
@@ -81,13 +79,15 @@ def finish(
     acc,
     number,
     grid,
-    epilogue,
+    bias,
+    out,
+    picking,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PICKS: gl.constexpr,
 ):
-    """Store the sums of a unit, [outs, rows], or pick from them."""
+    """Store the sums of a unit, [outs, rows], or pick from them. picking: `Picking` if PICKS, else not used."""
     OUTS: gl.constexpr = acc.shape[0]
     ROWS: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
@@ -99,7 +99,7 @@ def finish(
     if HAS_BIAS:
         shift = gl.where(unit.row_at >= grid.split, num_outs, 0)
         index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
-        offset = gl.load(epilogue.bias + shift + index, mask=index < num_outs, other=0.0)
+        offset = gl.load(bias + shift + index, mask=index < num_outs, other=0.0)
         acc += offset.to(gl.float32)[:, None]
     result = acc
     if GATED:
@@ -109,16 +109,15 @@ def finish(
     inside = live[None, :] & (index < width)[:, None]
     stored = True
     if PICKS:
-        stored = gl.load(epilogue.out_wanted) != 0
-        temperatures, keys = epilogue.temperatures, epilogue.keys
-        first_token = epilogue.first_token
+        stored = gl.load(picking.out_wanted) != 0
+        temperatures, keys = picking.temperatures, picking.keys
+        first_token = picking.first_token
         best, token = _best(result, index, first_token, row_index, live, temperatures, keys, width)
         tile = row_index * gl.cdiv(width, OUTS) + out_at // OUTS
-        gl.store(epilogue.best + tile, best, mask=live)
-        gl.store(epilogue.best_tokens + tile, token, mask=live)
+        gl.store(picking.best + tile, best, mask=live)
+        gl.store(picking.best_tokens + tile, token, mask=live)
     if stored:
         goal = row_index[None, :].to(gl.int64) * width + index[:, None]
         if SPLIT:
             goal += unit.part * grid.num_rows.to(gl.int64) * num_outs
-        out = epilogue.out
         gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)

@@ -27,6 +27,11 @@ def num_parts(out_features: int, in_features: int) -> int:
     return parts
 
 
+def rows_of_tile(rows: int, *sizes: int) -> int:
+    """The first of these ascending sizes that holds so many rows; the last if none does."""
+    return next((size for size in sizes if rows <= size), sizes[-1])
+
+
 def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
     """The usual tiles of a launch. out_features: outputs of one view; in a gated layer those of gate and up together.
 
@@ -39,7 +44,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
     if dtype == torch.float8_e4m3fn:
         return _fp8_tiles(rows, few)
     if rows <= 64:
-        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 128, few, 4, 4)
+        return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 128, few, 4, 4)
     if rows <= 128:
         if out_features <= 8192:
             return (
@@ -61,7 +66,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
 def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
     """Tiles for FP8. All steps are as deep as those of `hopper`, and each segment has programs of its own: both decide bits."""
     if rows <= 64:
-        return LinearTiles(64, 16 if rows <= 16 else 32 if rows <= 32 else 64, 256, few, 4, 4)
+        return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 256, few, 4, 4)
     if rows <= 128:
         return LinearTiles(64, 128, 256, few, 4, 4)
     return LinearTiles(128, 128, 256, few, 8, 3)

@@ -19,6 +19,7 @@ from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine import Engine
 from orthrus.engine.draft_weights import COPY_BYTES, ONE_PLANE
 from orthrus.errors import ConfigError
+from orthrus.kernels.lossless_sizes import LOSSLESS_BYTES
 from orthrus.measure.acceptance import AcceptanceProfile, chain_profile
 from orthrus.measure.contest import Contestant, Progress, hardware
 from orthrus.measure.hugging_face import hugging_face_contestants
@@ -26,7 +27,6 @@ from orthrus.measure.prompt_time import matmul_rate, prompt_times
 from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
-from orthrus.models.quantization import LOSSLESS_BYTES
 from orthrus.models.sizes import weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams

@@ -13,8 +13,9 @@ from torch import Tensor
 from orthrus.errors import ConfigError
 from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.gptq import quantise_gptq
-from orthrus.kernels.linear.lossless import NotPacked, can_pack
+from orthrus.kernels.linear.lossless import NotPacked
 from orthrus.kernels.linear.lossless_stored import store
+from orthrus.kernels.lossless_sizes import can_pack
 from orthrus.models.checkpoint import compute_dtype, load_weights
 from orthrus.models.copies import check_folder, make_folder, write_copy
 from orthrus.models.dense import dequantised

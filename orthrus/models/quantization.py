@@ -11,13 +11,10 @@ from typing import Any
 
 from orthrus.errors import ConfigError
 from orthrus.files import is_int, shown
+from orthrus.kernels.lossless_sizes import ENTRIES, LOSSLESS_BYTES, TILE_INS, TILE_OUTS, can_pack
 
 LOSSLESS = "lossless12"
 """The method that loses nothing: bfloat16 weights in 12 bits."""
-LOSSLESS_BYTES = 1.5 + 1 / 64
-"""Of a weight in 12 bits and its share of the lists of exceptions; each output has a float32 scale besides."""
-_TILE_OUTS, _TILE_INS, _ENTRIES = 64, 128, 32
-"""Of the lists of exceptions, see kernels/linear/lossless."""
 FP8_BLOCK = 128
 """Outputs and inputs of the block of an FP8 weight that shares a scale."""
 IN_FULL = ("F64", "F32", "F16", "BF16")
@@ -88,16 +85,16 @@ class Quantization:
                 f"{start}weight_scale_inv": StoredPart(blocks, _SCALES),
             }
         if self.lossless:
-            if outs % _TILE_OUTS or ins % _TILE_INS:
+            if not can_pack(outs, ins):
                 raise ConfigError(
-                    f"tensor {name}: expected outputs that {_TILE_OUTS} divides and inputs that {_TILE_INS} divides, found "
+                    f"tensor {name}: expected outputs that {TILE_OUTS} divides and inputs that {TILE_INS} divides, found "
                     f"{outs} and {ins}: {_SUPPORTED}"
                 )
             return {
                 f"{start}weight_high": StoredPart((outs, ins // 4), ("I32",)),
                 f"{start}weight_low": StoredPart((outs, ins // 8), ("I32",)),
                 f"{start}weight_exceptions": StoredPart(
-                    (outs // _TILE_OUTS, ins // _TILE_INS, _ENTRIES), ("I32",)
+                    (outs // TILE_OUTS, ins // TILE_INS, ENTRIES), ("I32",)
                 ),
                 f"{start}weight_scales": StoredPart((outs,), ("F32",)),
             }

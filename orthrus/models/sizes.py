@@ -3,9 +3,9 @@
 import math
 
 from orthrus.errors import ConfigError
+from orthrus.kernels.lossless_sizes import LOSSLESS_BYTES, can_pack
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.families import family_of
-from orthrus.models.quantization import LOSSLESS_BYTES
 
 
 def weight_bytes(
@@ -46,7 +46,7 @@ def _saved_by_12_bits(
     family = family_of(config)
     saved = 0.0
     for name, shape in shapes.items():
-        if len(shape) != 2 or shape[0] % 64 or shape[1] % 128:
+        if len(shape) != 2 or not can_pack(*shape):
             continue
         if config.quantization is not None and config.quantization.covers(name):
             continue  # Counted already.
