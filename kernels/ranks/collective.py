@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.peer_sizes import PeerSizes
-from orthrus.kernels.ranks.ranks import RankError, Ranks
-from orthrus.kernels.ranks.shared_memory import Processes, SharedBoxes, SharedMemoryRanks, run_watched
+from orthrus.kernels.ranks.ranks import START_SECONDS, RankError, Ranks
+from orthrus.kernels.ranks.shared_memory import (
+    Processes,
+    SharedBoxes,
+    SharedMemoryRanks,
+    run_watched,
+)
 from orthrus.kernels.rows.types import NO_TOKEN
 
 Backend = Literal["nccl", "gloo"]
-_START_SECONDS = 60
-"""How long the ranks, which all have come so far, take at most to find each other."""
 _POLL_SECONDS = 50e-6
 _LARGEST = torch.iinfo(torch.int32).max
 
@@ -47,9 +50,7 @@ class CollectiveRanks(SharedMemoryRanks):
         if self._backend == "nccl" and not own.is_cuda:
             return super().exchange(own)
         if self._group is None:
-            super().exchange(
-                torch.zeros(1)
-            )  # Only when all are there: nobody waits for long in what follows.
+            super().exchange(torch.zeros(1))  # Only when all are there: then nobody waits for long.
             self._group = run_watched(self._connect, self.check)
         found = own.new_empty(self.size * own.numel())
         try:
@@ -60,7 +61,7 @@ class CollectiveRanks(SharedMemoryRanks):
                     time.sleep(_POLL_SECONDS)
             work.wait()  # With NCCL it is the GPU that waits.
         except RuntimeError as error:
-            self.check()
+            self._name_failed_rank()
             raise RankError(f"a rank of the model did not take part in an exchange: {error}") from error
         return list(found.view(self.size, *own.shape).unbind())
 
@@ -68,7 +69,7 @@ class CollectiveRanks(SharedMemoryRanks):
         from torch._C import _distributed_c10d as c10d
 
         store = c10d.FileStore(self._shared.store_file, self.size)
-        limit = timedelta(seconds=_START_SECONDS)
+        limit = timedelta(seconds=START_SECONDS)
         store.set_timeout(limit)
         if self._backend == "gloo":
             return c10d.ProcessGroupGloo(store, self.rank, self.size, limit)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.peer_sizes import PeerSizes
+from orthrus.kernels.ranks.ranks import START_SECONDS
 
-_START_SECONDS = 60
-"""How long the ranks, which all have come so far, take at most to find each other's memory."""
 _FIRST_WAIT, _WAIT = 120_000_000_000, 3_000_000_000
 """For how many nanoseconds a rank is waited for, until all kernels have been compiled and after that."""
 
@@ -62,7 +61,7 @@ class PeerMemory:
         # PyTorch holds no reference to a group that it finds by its name. Each engine has a file, and so a name, of its own.
         group: Any = store_file
         store = c10d.FileStore(store_file, size)
-        store.set_timeout(timedelta(seconds=_START_SECONDS))
+        store.set_timeout(timedelta(seconds=START_SECONDS))
         self._group = c10d.ProcessGroup(store, rank, size)
         c10d._register_process_group(group, self._group)
         self._memory = c10d._SymmetricMemory.empty_strided_p2p((end,), (1,), torch.uint8, device, group)
@@ -91,7 +90,7 @@ class PeerMemory:
         # Kernels are compiled when they are first launched, which may take one rank longer than another.
         self.status = torch.tensor([0, _FIRST_WAIT], device=device)
         # Nobody writes to a rank's memory before it is zero and all ranks have it.
-        handle.barrier(timeout_ms=1000 * _START_SECONDS)
+        handle.barrier(timeout_ms=1000 * START_SECONDS)
         torch.cuda.synchronize(device)
 
     def start(self) -> None:

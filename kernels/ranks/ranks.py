@@ -16,6 +16,9 @@ from orthrus.kernels.peer_sizes import PeerSizes
 if TYPE_CHECKING:
     from orthrus.kernels.ranks.peer_memory import PeerMemory
 
+START_SECONDS = 60
+"""How long the ranks, which all have come so far, take at most to find each other."""
+
 
 class RankError(RuntimeError):
     """A rank has failed, so the model can't go on. The message names the rank."""

@@ -8,6 +8,7 @@ after it has finished the one before it, for which all others have begun that on
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _BOX_BYTES = 8 << 20
 Result = TypeVar("Result")
 _CHECK_SECONDS = 0.2
 """How often a rank that waits for another asks whether it is still there."""
+_END_SECONDS = 1.0
+"""What a process that ends is given to be gone."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,15 @@ class SharedMemoryRanks(Ranks):
                 lambda: PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes), self.check
             )
         except RuntimeError as error:
-            self.check()
+            self._name_failed_rank()
             raise RankError(f"the GPUs of the model can't share memory: {error}") from error
+
+    def _name_failed_rank(self) -> None:
+        """Raise what `check` does, if it does so soon. A library may notice that a rank has ended before its process is gone."""
+        end = time.monotonic() + _END_SECONDS
+        while time.monotonic() < end:
+            self.check()
+            time.sleep(_END_SECONDS / 50)
 
     def exchange(self, own: Tensor) -> list[Tensor]:
         parts = own.view(-1).split(_BOX_BYTES // own.itemsize)
