@@ -12,6 +12,14 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to `device` without waiting for the work that is queued there.
+
+    From page-locked memory: a copy from other memory would wait.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @cache
 def chaining() -> dict[str, Any]:
     """Launch arguments of every kernel of a pass: `CHAINED` and, if that is true, programmatic dependent launch.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.attention import AttentionGroup, AttentionPlan
-from orthrus.kernels.attention.moving_blocks import VerifiedTree
+from orthrus.kernels.attention.moving_blocks import VerifiedTree, last_right
 from orthrus.kernels.rows.types import KVWrites
 
 MAX_RANKS = 4
@@ -47,29 +47,18 @@ class Verifying:
     """None for a chain, where each draft follows the one before it."""
 
     @cached_property
-    def _depths(self) -> list[int]:
-        """For each draft: how many drafts there are up to it, itself included."""
+    def furthest(self) -> int:
+        """Most drafts that can be right."""
         if self.tree is None:
-            return list(range(1, len(self.drafts) + 1))
+            return len(self.drafts)
         depths: list[int] = []
         for parent in self.tree.parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
-        return depths
-
-    @property
-    def furthest(self) -> int:
-        """Most drafts that can be right."""
-        return max(self._depths, default=0)
+        return max(depths, default=0)
 
     def right(self, picks: Sequence[int]) -> tuple[int, int]:
         """The place of the last right draft, -1 if none is right; and how many are right. picks: from `first_pick` on."""
-        last = -1
-        for place, draft in enumerate(self.drafts):
-            parent = place - 1 if self.tree is None else self.tree.parents[place]
-            # No two drafts behind the same one are alike, and none comes before its parent.
-            if parent == last and draft == picks[parent + 1]:
-                last = place
-        return last, self._depths[last] if last >= 0 else 0
+        return last_right(self.drafts, None if self.tree is None else self.tree.parents, picks)
 
 
 def num_right(drafts: Sequence[int], picks: Sequence[int]) -> int:
@@ -102,8 +91,8 @@ class RowGroup:
     behind: Verifying | None = None
     """Drafts of the pass before this one: these rows, a diffusion block, come behind those that are right. `start` is where the
     block begins if as many as possible are right. For each one that is not, the runner moves it back by a position. It gives the
-    first row the pick behind the last right draft, whatever `tokens` has. Behind a tree, the block table
-    becomes that of the group with this draft."""
+    first row the pick behind the last right draft, whatever `tokens` has. Behind a tree, the block table becomes that of the
+    group with this draft."""
     heads: int = 0
     """How many Medusa heads draft behind these rows: they read the hidden state of the row whose pick follows the last right
     token. All groups of a pass that have heads have as many."""

@@ -24,6 +24,20 @@ class VerifiedTree:
     """For each group, what its block table has from there on: as many pages as the block's own table."""
 
 
+def last_right(drafts: Sequence[int], parents: Sequence[int] | None, picks: Sequence[int]) -> tuple[int, int]:
+    """The place of the last right draft, -1 if none is right, and how many are right.
+
+    parents: as in `VerifiedTree`; None for a chain. picks: behind the newest token, and then behind each draft.
+    """
+    last, right = -1, 0
+    for place, draft in enumerate(drafts):
+        parent = place - 1 if parents is None else parents[place]
+        # No two drafts behind the same one are alike, and none comes before its parent.
+        if parent == last and draft == picks[parent + 1]:
+            last, right = place, right + 1
+    return last, right
+
+
 @dataclass(frozen=True, slots=True)
 class MovingBlock:
     """A draft block whose place depends on the picks of the pass before it."""

@@ -9,7 +9,7 @@ tree of drafts the block also gets the pages of the group in which the last righ
 import torch
 from torch import Tensor
 
-from orthrus.kernels.attention.moving_blocks import FIELDS, Fields
+from orthrus.kernels.attention.moving_blocks import FIELDS, Fields, last_right
 from orthrus.kernels.attention.work_list import HEADER, ITEM, offset
 from orthrus.kernels.device import runs_triton
 
@@ -39,7 +39,7 @@ def place_blocks(
         behind = blocks[block.drafts_at :].tolist()
         drafts = behind[: block.num_drafts]
         picked = picks[block.first_pick :][: block.num_drafts + 1].tolist()
-        last, right = _last_right(drafts, behind[block.num_drafts :] if block.num_pages else None, picked)
+        last, right = last_right(drafts, behind[block.num_drafts :] if block.num_pages else None, picked)
         missing = block.furthest - right
         tokens[block.first_row] = -1 - (block.first_pick + last + 1)
         positions[block.first_row : block.first_row + block.num_rows] -= missing
@@ -56,13 +56,3 @@ def place_blocks(
             for table_at in items[inside, offset(ITEM, "table_at")].unique().tolist():
                 first = table_at + block.first_page
                 work[first : first + block.num_pages] = torch.tensor(pages, dtype=torch.int32)
-
-
-def _last_right(drafts: list[int], parents: list[int] | None, picks: list[int]) -> tuple[int, int]:
-    """The place of the last right draft, -1 if there is none, and how many are right. parents: of a tree; None for a chain."""
-    last, right = -1, 0
-    for place, draft in enumerate(drafts):
-        parent = place - 1 if parents is None else parents[place]
-        if parent == last and draft == picks[parent + 1]:
-            last, right = place, right + 1
-    return last, right

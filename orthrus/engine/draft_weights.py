@@ -56,7 +56,7 @@ def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int,
     """
     if config.draft_weights != "auto" or config.draft_lead or not _may_have_copies(config, model):
         return None
-    if model.quantization is not None or config.weights == "lossless12":
+    if model.quantization is not None or config.keeps_12_bits(model):
         return None
     width = kv_bytes_per_token(model, item_bytes)
     if config.kv_cache_tokens is not None:

@@ -235,9 +235,8 @@ class CudaGraphRunner:
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
         logits = self.graphs.logits[:count].clone()
-        _wait(
-            torch.cuda.current_stream().record_event(), self._ranks
-        )  # The next pass is written to the same host buffer.
+        # The next pass is written to the same host buffer.
+        _wait(torch.cuda.current_stream().record_event(), self._ranks)
         if self._peers is not None:
             _check(self._peers.status.cpu(), self._ranks)
         return logits

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orthrus.kernels.device import to_device
 from orthrus.kernels.rows.sampling import argmax, gumbel_argmax
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.models.forward import LayerParallelForward
@@ -33,13 +34,13 @@ def head_picks(
     first_rows = np.cumsum([0, *(group.count for group in groups)])
     wanted = [(int(first), group) for first, group in zip(first_rows, groups, strict=False) if group.heads]
     most = max(group.count for _, group in wanted)
-    first = _sent(np.array([row for row, _ in wanted]), device)
+    first = to_device(torch.tensor([row for row, _ in wanted]), device)
     drafts = np.full((len(wanted), most - 1), _NO_DRAFT)
     for own, (_, group) in zip(drafts, wanted, strict=True):
         own[: len(group.draft_tokens)] = group.draft_tokens
     places = (first[:, None] + torch.arange(most - 1, device=device)).clamp(max=len(picks) - 1)
     # [groups]: how many drafts, from the first on, are right.
-    right = (picks[places] == _sent(drafts, device)).long().cumprod(1).sum(1)
+    right = (picks[places] == to_device(torch.from_numpy(drafts), device)).long().cumprod(1).sum(1)
     logits = forward.medusa_logits(hidden[first + right]).flatten(0, 1)
     rows = [
         replace(group, count=count, position=group.position + 1, heads=0, draft_tokens=(), drafting=True)
@@ -52,16 +53,10 @@ def head_picks(
     keys = keys_from(
         [group.seed for group in rows], [group.position for group in rows], [positions] * len(rows)
     )
-    by_position = _sent(keys, device).view(len(rows), positions, 2)
+    by_position = to_device(torch.from_numpy(keys), device).view(len(rows), positions, 2)
     own_positions = right[:, None] + torch.arange(count, device=device)
     own_keys = by_position.gather(1, own_positions[..., None].expand(-1, -1, 2)).flatten(0, 1)
     found = torch.empty(len(rows) * count, dtype=torch.int32, device=device)
-    temperatures = _sent(row_temperatures(rows), device)
+    temperatures = to_device(torch.from_numpy(row_temperatures(rows)), device)
     gumbel_argmax(adjusted, temperatures, own_keys, found, torch.zeros(1, dtype=torch.int32, device=device))
     return found
-
-
-def _sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device. From page-locked memory, since a copy from other memory waits for the pass that was launched."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -114,10 +114,8 @@ class DecodeCost:
         kind, rows, sequences = time.kind, time.rows, time.sequences
         if kind == STEP:
             rows, sequences = sequences, 1
-        elif (
-            kind == DRAFT
-        ):  # Costs are by the rows of whole blocks: a block without a lead does not run its last row.
-            rows += sequences
+        elif kind == DRAFT:
+            rows += sequences  # Costs count whole blocks. One without a lead does not run its last row.
         elif kind == LEAD_DRAFT:
             rows -= sequences
         elif kind == VERIFY and time.groups > sequences:

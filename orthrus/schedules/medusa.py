@@ -21,7 +21,8 @@ from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import STEP, ARSchedule, ar_rows
 from orthrus.schedules.blocks import VERIFY
 from orthrus.schedules.decode_cost import step_shape, verify_shape
-from orthrus.schedules.pass_cost import PassCost, PassShape, PassTimer
+from orthrus.schedules.one_pass_cost import OnePassCost
+from orthrus.schedules.pass_cost import PassShape, PassTimer
 from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 from orthrus.schedules.protocol import Commit, ScheduleContext, Turn
 
@@ -34,21 +35,8 @@ MEDUSA_VERIFY = "medusa verify"
 
 
 @dataclass(frozen=True)
-class MedusaCost:
-    """Seconds of an AR step, and of a cycle, which is one pass."""
-
-    step: PassCost
-    """An AR pass without heads, by the number of sequences."""
-    verify: PassCost
-    """A verify pass with heads whose picks are waited for, by rows and sequences."""
-    sampled_row: float = 0.0
-    """What a row adds to a pass if its pick is sampled rather than greedy."""
-    lead: None = None
-    """There are no draft passes, and so no leads."""
-    tree: None = None
-    """Nor are there trees."""
-    version: int = 0
-    """These costs never change."""
+class MedusaCost(OnePassCost):
+    """Seconds of an AR step, and of a cycle: a verify pass with heads."""
 
     @staticmethod
     def measured(timer: PassTimer, heads: int) -> "MedusaCost":
@@ -60,16 +48,11 @@ class MedusaCost:
         curves = timer.curves([step_shape(plain), verify])
         return MedusaCost(curves[STEP], curves[VERIFY], timer.sampled_row(plain))
 
-    def ar(self, batch: int, greedy: bool) -> float:
-        """Seconds of an AR step of `batch` sequences: one token each."""
-        return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
-
     def cycle(
         self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
     ) -> float:
         """Seconds of a verify pass of `batch` sequences with `block_rows` rows each, and heads."""
-        rows = block_rows * batch
-        return self.verify(rows, batch) + (0.0 if greedy else rows * self.sampled_row)
+        return self.verify_pass(block_rows * batch, batch, greedy)
 
 
 @dataclass(frozen=True)

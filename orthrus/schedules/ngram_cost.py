@@ -5,25 +5,13 @@ from dataclasses import dataclass
 from orthrus.schedules.ar import STEP
 from orthrus.schedules.blocks import VERIFY
 from orthrus.schedules.decode_cost import step_shape, verify_shape
+from orthrus.schedules.one_pass_cost import OnePassCost
 from orthrus.schedules.pass_cost import PassCost, PassTimer
 
 
 @dataclass(frozen=True)
-class NgramCost:
+class NgramCost(OnePassCost):
     """Seconds of an AR step, and of a cycle that verifies n-gram drafts."""
-
-    step: PassCost
-    """An AR pass, by the number of sequences."""
-    verify: PassCost
-    """A verify pass whose picks are waited for, by rows and sequences."""
-    sampled_row: float = 0.0
-    """What a row adds to a pass if its pick is sampled rather than greedy."""
-    lead: None = None
-    """There are no draft passes, and so no leads."""
-    tree: None = None
-    """Nor are there trees."""
-    version: int = 0
-    """These costs never change."""
 
     @staticmethod
     def measured(timer: PassTimer, step: PassCost | None = None) -> "NgramCost":
@@ -31,10 +19,6 @@ class NgramCost:
         verify = verify_shape(ahead=False)
         curves = timer.curves([verify] if step is not None else [step_shape(verify), verify])
         return NgramCost(step or curves[STEP], curves[VERIFY], timer.sampled_row(verify))
-
-    def ar(self, batch: int, greedy: bool) -> float:
-        """Seconds of an AR step of `batch` sequences: one token each."""
-        return self.step(batch) + (0.0 if greedy else batch * self.sampled_row)
 
     def cycle(
         self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
@@ -46,5 +30,5 @@ class NgramCost:
         """
         rows = batch - 1 + block_rows
         step = self.ar(batch, greedy)
-        seconds = self.verify(rows, batch) + (0.0 if greedy else rows * self.sampled_row)
+        seconds = self.verify_pass(rows, batch, greedy)
         return step + batch * max(0.0, seconds - step)

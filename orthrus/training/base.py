@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orthrus.kernels.device import to_device
 from orthrus.training.batches import TokenStream
 from orthrus.training.distributed import Processes
-from orthrus.training.loop import autocast, optimise, to_device
+from orthrus.training.loop import autocast, optimise
 from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import TrainingSettings
 

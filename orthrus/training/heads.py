@@ -8,35 +8,25 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from orthrus.kernels.device import to_device
 from orthrus.training.batches import TokenStream, mixed_rows
 from orthrus.training.blocks import DraftBlocks
 from orthrus.training.distributed import Processes
 from orthrus.training.drafts import DraftLoss, DraftSettings
-from orthrus.training.loop import autocast, optimise, to_device
+from orthrus.training.loop import autocast, optimise
 from orthrus.training.model import TwoViewModel
-from orthrus.training.settings import TrainingSettings
+from orthrus.training.settings import FrozenBaseSettings
 
 
-class HeadsSettings(DraftSettings, TrainingSettings):
-    """Settings of `orthrus train heads`. `epochs` are passes over the model's own answers."""
+class HeadsSettings(DraftSettings, FrozenBaseSettings):
+    """Settings of `orthrus train heads`."""
 
     # None: the tokenizer's mask token.
     mask_token_id: int | None = None
-    rows: int = 24
-    row_length: int = 1024
-    # Share of the rows that come from the model's own answers. The others come from the corpus.
-    sampled: float = 1.0
-    optimizer: str = "adamw"
     lr: float = 2e-4
-    matrix_lr: float = 5e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    final_lr: float = 0.1
     # Keep only the layers' inputs for the backward pass, and run each layer again there: a quarter more time, a tenth of the
     # memory.
     recompute: bool = False
-    log_every: int = 100
-    save_every: int = 2000
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> "HeadsSettings":

@@ -26,11 +26,6 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
 
 
-def to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Copy `rows` to `device` without waiting for the work that is queued there."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
-
-
 def _budget(settings: TrainingSettings, steps_per_epoch: float) -> Budget:
     steps = settings.steps
     if settings.epochs is not None:

@@ -15,19 +15,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from orthrus.kernels.device import to_device
 from orthrus.models.medusa import MOST_HEADS, MedusaConfig
 from orthrus.training.batches import TokenStream, mixed_rows
 from orthrus.training.distributed import Processes
-from orthrus.training.loop import autocast, optimise, to_device
+from orthrus.training.loop import autocast, optimise
 from orthrus.training.model import TwoViewModel
-from orthrus.training.settings import TrainingSettings
+from orthrus.training.settings import FrozenBaseSettings
 
 _SLICE_LOGITS = 1 << 26
 """Logits that are computed at once: 256 MB in float32, and a few times as much with their gradient."""
 
 
-class MedusaSettings(TrainingSettings):
-    """Settings of `orthrus train medusa`. `epochs` are passes over the model's own answers."""
+class MedusaSettings(FrozenBaseSettings):
+    """Settings of `orthrus train medusa`."""
 
     num_heads: int = Field(default=5, ge=1, le=MOST_HEADS)
     # Whether each head has a vocabulary projection of its own, as in Medusa-1, which starts as a copy of the LM head. Else the
@@ -35,19 +36,8 @@ class MedusaSettings(TrainingSettings):
     own_projections: bool = True
     # Head k has a weight of decay ** k in the loss. 0.8 is Medusa-1's.
     decay: float = 0.8
-    rows: int = 24
-    row_length: int = 1024
-    # Share of the rows that come from the model's own answers. The others come from the corpus.
-    sampled: float = 1.0
-    optimizer: str = "adamw"
     lr: float = 1e-3
-    matrix_lr: float = 5e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    final_lr: float = 0.1
     compile: bool = False
-    log_every: int = 100
-    save_every: int = 2000
 
 
 def initial_heads(model: TwoViewModel, config: MedusaConfig) -> dict[str, nn.Parameter]:

@@ -60,6 +60,22 @@ class TrainingSettings(Settings):
         return self
 
 
+class FrozenBaseSettings(TrainingSettings):
+    """What heads for a frozen base have in common. `epochs` are passes over the model's own answers."""
+
+    rows: int = 24
+    row_length: int = 1024
+    # Share of the rows that come from the model's own answers. The others come from the corpus.
+    sampled: float = 1.0
+    optimizer: str = "adamw"
+    matrix_lr: float = 5e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    final_lr: float = 0.1
+    log_every: int = 100
+    save_every: int = 2000
+
+
 Kind = TypeVar("Kind", bound=Settings)
 
 

@@ -26,14 +26,14 @@ from orthrus.training.batches import TokenStream
 from orthrus.training.data import generate, read_shards, texts_origin
 from orthrus.training.distributed import Processes, connected, local_device, rank_and_world
 from orthrus.training.eval import EvalSettings, held_out_loss, measure_drafts, table
-from orthrus.training.heads import HeadsSettings, train_heads
-from orthrus.training.medusa import MedusaSettings, train_medusa
+from orthrus.training.heads import train_heads
+from orthrus.training.medusa import train_medusa
 from orthrus.training.model import TwoViewModel, initialise, load_ar_view, load_frozen
 from orthrus.training.plot import plot
 from orthrus.training.profile import measure_profile
 from orthrus.training.prompts import digest
 from orthrus.training.run import Run, fingerprint, needed
-from orthrus.training.settings import read_settings
+from orthrus.training.settings import FrozenBaseSettings, read_settings
 from orthrus.training.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -133,7 +133,7 @@ def _heads(run: Run) -> None:
 
 
 def _sources(
-    run: Run, settings: HeadsSettings | MedusaSettings, tokenizer: Any, processes: Processes
+    run: Run, settings: FrozenBaseSettings, tokenizer: Any, processes: Processes
 ) -> tuple[list[tuple[int, TokenStream]], float]:
     """The streams that heads are trained on, each with its rows in a step, and the steps of a pass over the answers."""
     answers = TokenStream(read_shards(run.work / "data"), "the model's own answers")

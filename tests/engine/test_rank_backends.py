@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,14 @@ import torch
 from torch import Tensor
 
 from orthrus.engine import Engine, EngineConfig
-from orthrus.engine.rank_processes import HANG_SECONDS, start_ranks
+from orthrus.engine.rank_processes import HANG_SECONDS
 from orthrus.kernels.ranks import RankError
 from orthrus.kernels.ranks.collective import CollectiveRanks, pick_best_of_ranks
 from orthrus.kernels.ranks.shared_memory import SharedBoxes
 from orthrus.kernels.rows.types import NO_TOKEN
-from orthrus.models.checkpoint import load_weights
-from orthrus.models.families import load_config
-from orthrus.models.shard import Shard
 from orthrus.requests.request import Request, SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.ranks import engine_over
 
 PROMPTS = [[5, 9, 2, 40, 7], [101, 3], list(range(30, 130))]
 PARAMS = [
@@ -59,13 +56,7 @@ def load(checkpoint: Path, size: int) -> Engine:
     """An engine of `size` ranks that exchange through gloo."""
     settings = {"model": str(checkpoint), "device": "cpu", "tensor_parallel_size": size, "sum_leaves": 4}
     config = EngineConfig.model_validate(settings | {"kv_cache_tokens": 1024, "adaptive_draft": False})
-    if size == 1:
-        return Engine.from_pretrained(config)
-    model = config.with_settings(load_config(checkpoint))
-    read = partial(load_weights, checkpoint, model)
-    ranks = start_ranks(config, model, read, "gloo")
-    weights = read(torch.device("cpu"), shard=Shard(model, 0, size), check=ranks.check)
-    return Engine(config, model, weights, ranks=ranks)
+    return engine_over(config, "gloo" if size > 1 else None)
 
 
 def test_ranks_that_exchange_through_a_library_give_the_bits_of_one(checkpoint: Path) -> None:

@@ -1,7 +1,6 @@
 """Tensor parallelism on 2, 4 or 8 GPUs, as many as there are: the exchange against its reference, and the bits of one GPU."""
 
 import gc
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,15 @@ if torch.cuda.device_count() < 2:
 
 from torch.multiprocessing.spawn import spawn
 
-from orthrus.engine import Engine, EngineConfig
-from orthrus.engine.rank_processes import start_ranks
+from orthrus.engine import EngineConfig
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.peer_sizes import PeerSizes
 from orthrus.kernels.ranks import add_pairwise
 from orthrus.kernels.ranks.collective import Backend
 from orthrus.kernels.ranks.peer_memory import PeerMemory
-from orthrus.models.checkpoint import load_weights
-from orthrus.models.families import load_config
-from orthrus.models.shard import Shard
 from orthrus.requests.request import SamplingParams, TokenLogprob
 from tests.checkpoints import make_checkpoint
+from tests.ranks import engine_over
 
 Result = tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]
 SIZES = [size for size in (2, 4, 8) if size <= torch.cuda.device_count()]
@@ -84,7 +80,7 @@ def results(
         "adaptive_draft": False,
         "draft_weights": "same",
     }
-    engine = _engine(EngineConfig.model_validate(config | settings), backend)
+    engine = engine_over(EngineConfig.model_validate(config | settings), backend)
     found = [completion for [completion] in engine.generate(prompts, params)]
     tokens_per_cycle = engine.stats.committed / engine.stats.cycles
     del engine
@@ -93,20 +89,8 @@ def results(
     return [(completion.token_ids, completion.logprobs) for completion in found], tokens_per_cycle
 
 
-def _engine(config: EngineConfig, backend: Backend | None) -> Engine:
-    if backend is None:
-        return Engine.from_pretrained(config)
-    path = Path(config.model)
-    model = config.with_settings(load_config(path))
-    read = partial(load_weights, path, model)
-    ranks = start_ranks(config, model, read, backend)
-    shard = Shard(model, 0, config.tensor_parallel_size)
-    weights = read(torch.device("cuda", 0), config.dtype, shard=shard, check=ranks.check)
-    return Engine(config, model, weights, ranks=ranks)
-
-
-@pytest.mark.parametrize("settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}], ids=str)
-def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, object]) -> None:
+def small_model(tmp_path: Path) -> dict[str, object]:
+    """Settings of an engine of two layers with the widths of a small Qwen3."""
     path = make_checkpoint(
         tmp_path,
         vocab_size=600,
@@ -120,12 +104,17 @@ def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, o
         initializer_range=0.03,
         dtype=torch.bfloat16,
     )
-    fixed: dict[str, object] = {
+    return {
         "model": str(path),
         "kv_cache_tokens": 8192,
         "prefill_chunk": 64,
         "max_num_seqs": 8,
     }
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}], ids=str)
+def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, object]) -> None:
+    fixed = small_model(tmp_path)
     alone, tokens_per_cycle = results(1, PROMPTS, PARAMS, fixed | settings)
     assert tokens_per_cycle > 1.1
     for size in SIZES:
@@ -139,25 +128,7 @@ def test_gpus_that_exchange_over_nccl_give_the_bits_of_one(
     tmp_path: Path, settings: dict[str, object]
 ) -> None:
     """As where they can't reach each other's memory."""
-    path = make_checkpoint(
-        tmp_path,
-        vocab_size=600,
-        hidden_size=1024,
-        intermediate_size=3072,
-        heads=16,
-        kv_heads=8,
-        head_dim=128,
-        noise=0.02,
-        max_position_embeddings=1024,
-        initializer_range=0.03,
-        dtype=torch.bfloat16,
-    )
-    fixed: dict[str, object] = {
-        "model": str(path),
-        "kv_cache_tokens": 8192,
-        "prefill_chunk": 64,
-        "max_num_seqs": 8,
-    } | settings
+    fixed = small_model(tmp_path) | settings
     alone, _ = results(1, PROMPTS, PARAMS, fixed)
     shared, tokens_per_cycle = results(2, PROMPTS, PARAMS, fixed, "nccl")
     assert shared == alone
