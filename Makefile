@@ -17,7 +17,7 @@ help:
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
 	@echo 'make test-page  the web page in Chromium, driven by Playwright; makes the screenshots in docs/: minutes; says what is missing'
 	@echo 'make test-install  beside other packages named kernels, cluster and deployments: minutes; needs a package index'
-	@echo 'make bench-ranks SIZE=2  what tensor parallelism brings on 2, 4 or 8 GPUs of this host, beside what it should bring'
+	@echo 'make bench-ranks SIZE=2  how much faster 2, 4 or 8 GPUs of this host are than one, beside the aims'
 	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test says when they are stale'
 	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test says when it is stale'
 	@echo 'make lint    ruff check, ruff format --check, mypy'

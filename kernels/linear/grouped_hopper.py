@@ -1,4 +1,4 @@
-"""The layers of `grouped_triton` for few rows on Hopper. It reads the weights as fast as memory gives them.
+"""The layers of `grouped_triton` for few rows on Hopper.
 
 The warps of a program have different tasks. One loads weights, another input rows, into a ring of tiles in shared memory; four
 multiply what is there. A place of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other

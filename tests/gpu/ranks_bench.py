@@ -1,4 +1,4 @@
-"""What tensor parallelism brings on the GPUs of this host, beside what it should bring: `make bench-ranks SIZE=2`.
+"""How much faster SIZE GPUs of this host are than one, beside the aims: `make bench-ranks SIZE=2`.
 
 Each part runs in a process of its own, so that it finds the memory of the GPUs free:
 
@@ -38,7 +38,7 @@ BATCHES = (1, 4)
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, and what it is to be."""
+    """One measured number, and the aims for it."""
 
     name: str
     value: float
