@@ -7,18 +7,20 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.files import check_files
 from orthrus.models.hub import CONFIG_FILES, resolve
+from orthrus.models.medusa_config import MedusaConfig, read_medusa
 from orthrus.text.tokenizer import check_tokenizer, load_tokenizer
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def locate(engine: EngineConfig) -> EngineConfig:
-    """The settings with a model path that exists below the project taken from there: a config works from any directory."""
-    local = _ROOT / engine.model
-    if not local.is_dir():
-        return engine
-    name = engine.served_model_name or local.name
-    return engine.model_copy(update={"model": str(local), "served_model_name": name})
+    """The settings with paths that exist below the project taken from there: a config works from any directory."""
+    changes: dict[str, str] = {}
+    if (local := _ROOT / engine.model).is_dir():
+        changes = {"model": str(local), "served_model_name": engine.served_model_name or local.name}
+    if engine.medusa_heads is not None and (heads := _ROOT / engine.medusa_heads).is_dir():
+        changes["medusa_heads"] = str(heads)
+    return engine.model_copy(update=changes)
 
 
 def check_model(engine: EngineConfig, *, load: bool = True) -> ModelConfig:
@@ -31,7 +33,17 @@ def check_model(engine: EngineConfig, *, load: bool = True) -> ModelConfig:
     path = resolve(engine.model, CONFIG_FILES, (Path(), _ROOT))
     model = load_config(path)
     engine.check_model(model)
+    find_medusa(engine, model)
     if Path(engine.model).is_dir():
         check_files(path, model)
         (load_tokenizer if load else check_tokenizer)(path)
     return model
+
+
+def find_medusa(engine: EngineConfig, model: ModelConfig) -> MedusaConfig | None:
+    """The Medusa heads that the settings ask for; None if they ask for none, or their folder is not on this machine.
+
+    Raises ConfigError and CheckpointError for a folder without heads for `model`.
+    """
+    folder = engine.medusa_folder(Path(engine.model))
+    return read_medusa(folder, model) if folder is not None and folder.is_dir() else None

@@ -1,6 +1,7 @@
 """Settings of one engine: what `deployments/` YAML calls `engine:`, and what `Engine.from_pretrained` takes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -165,6 +166,12 @@ class EngineConfig(BaseModel):
     def schedule_for(self, model: "ModelConfig") -> str:
         """The name of the schedule that the settings choose for `model`."""
         return choose_schedule(self.schedule, model.has_diffusion, bool(self.prompt_lookup_max))
+
+    def medusa_folder(self, model: Path) -> Path | None:
+        """The folder of the Medusa heads, None if the schedule has none. model: the folder of the checkpoint."""
+        if self.schedule != MEDUSA:
+            return None
+        return model if self.medusa_heads is None else Path(self.medusa_heads)
 
     def request_schedules(self, model: "ModelConfig") -> tuple[str, ...]:
         """The schedules that a request may choose."""

@@ -8,6 +8,7 @@ rows of both views: it would read both sets of weights.
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.models.config import ModelConfig
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.schedules.registry import SCHEDULES
 
@@ -47,13 +48,14 @@ def reads_one_plane(config: EngineConfig, model: ModelConfig) -> bool:
     return config.draft_weights == "auto" and not config.draft_lead and _may_have_copies(config, model)
 
 
-def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int, memory: float) -> str | None:
+def auto_draft_format(config: EngineConfig, shard: Shard, item_bytes: int, memory: float) -> str | None:
     """What `draft_weights: auto` chooses on a GPU that multiplies FP8 numbers. None: no copies, as for a quantised model.
 
-    item_bytes: of a number of the model. memory: bytes that the copies and the KV cache may take together, beside weights and
-    passes. Copies are made if the KV cache keeps three quarters of its size and room for a full context, or else if it holds the
-    `kv_cache_tokens` that are asked for.
+    shard: the part of the model that one GPU has. item_bytes: of a number of the model. memory: bytes that the copies and the KV
+    cache may take together, beside weights and passes. Copies are made if the KV cache keeps three quarters of its size and room
+    for a full context, or else if it holds the `kv_cache_tokens` that are asked for.
     """
+    model = shard.config
     if config.draft_weights != "auto" or config.draft_lead or not _may_have_copies(config, model):
         return None
     if model.quantization is not None or config.keeps_12_bits(model):
@@ -64,10 +66,10 @@ def auto_draft_format(config: EngineConfig, model: ModelConfig, item_bytes: int,
     else:
         context = (config.max_model_len or model.max_position_embeddings) * width
         cache = max(context, _LEAST_CACHE * min(context * config.max_num_seqs, memory))
-    return "fp8" if memory - copies_bytes(model, item_bytes, "fp8") >= cache else None
+    return "fp8" if memory - copies_bytes(shard, item_bytes, "fp8") >= cache else None
 
 
-def copies_bytes(model: ModelConfig, item_bytes: int, format: str, *, lossless: bool = False) -> int:
+def copies_bytes(shard: Shard, item_bytes: int, format: str, *, lossless: bool = False) -> int:
     """How many bytes more the weights take if drafts have copies in `format`, on a GPU. lossless: see `weight_bytes`."""
-    with_copies = weight_bytes(model, item_bytes, COPY_BYTES[format], lossless=lossless)
-    return with_copies - weight_bytes(model, item_bytes, lossless=lossless)
+    with_copies = weight_bytes(shard, item_bytes, COPY_BYTES[format], lossless=lossless)
+    return with_copies - weight_bytes(shard, item_bytes, lossless=lossless)

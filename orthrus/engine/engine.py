@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +20,10 @@ from orthrus.models.checkpoint import compute_dtype, load_weights
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
 from orthrus.models.medusa import load_medusa
+from orthrus.models.medusa_config import read_medusa
 from orthrus.models.shard import Shard
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
-from orthrus.schedules.registry import MEDUSA
 from orthrus.text.grammar_mask import GrammarMasks
 from orthrus.text.tokenizer import load_tokenizer
 
@@ -42,17 +41,17 @@ class Engine(EngineCore):
         config.check_model(model_config)
         check_devices(config)
         device = rank_device(config.device, 0) if size > 1 else choose_device(config.device)
-        check_memory(config, shard.config, device, compute_dtype(config.dtype, model_config, device))
+        dtype = compute_dtype(config.dtype, model_config, device)
+        heads_in = config.medusa_folder(path)
+        medusa = None if heads_in is None else read_medusa(heads_in, model_config)
+        check_memory(config, shard, device, dtype, medusa)
         load = partial(load_weights, path, model_config)
         ranks = start_ranks(config, model_config, load) if size > 1 else ONE_RANK
         stages.info("loading the weights of %s", model_config.name)
         # As soon as another rank has failed, there is nothing to load for.
         weights = load(device, config.dtype, shard=shard, check=ranks.check)
-        if config.schedule == MEDUSA:
-            folder = path if config.medusa_heads is None else Path(config.medusa_heads)
-            weights |= load_medusa(
-                folder, model_config, device, compute_dtype(config.dtype, model_config, device)
-            )
+        if heads_in is not None:
+            weights |= load_medusa(heads_in, model_config, device, dtype)
         has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         if not has_tokenizer:
             return cls(config, model_config, weights, ranks=ranks)

@@ -1,6 +1,6 @@
 """Log-probabilities of tokens, of answers and of prompts: under the model's own logits, whatever is picked from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,21 +15,23 @@ _ROWS_AT_ONCE = 64
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
     """Log-probabilities of `tokens` under the raw logits [len(tokens), vocab], with the `top` best alternatives each."""
-    _, chosen, values, ids = _scores(logits, tokens, top)
-    return tuple(
-        TokenLogprob(token, logprob, tuple(zip(best_ids, best_values, strict=True)))
-        for token, logprob, best_ids, best_values in zip(
-            tokens, chosen[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True
-        )
-    )
+    found: list[TokenLogprob] = []
+    for some, part in _parts(logits, tokens):
+        _, chosen, values, ids = _scores(part, some, top)
+        found += [
+            TokenLogprob(token, logprob, tuple(zip(best_ids, best_values, strict=True)))
+            for token, logprob, best_ids, best_values in zip(
+                some, chosen[:, 0].tolist(), ids.tolist(), values.tolist(), strict=True
+            )
+        ]
+    return tuple(found)
 
 
 def prompt_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> PromptLogprobs:
     """As `token_logprobs`, to the bit, for the many tokens of a prompt, none included."""
     parts = []
-    for start in range(0, max(1, len(tokens)), _ROWS_AT_ONCE):
-        some = tokens[start : start + _ROWS_AT_ONCE]
-        logprobs, chosen, values, ids = _scores(logits[start : start + len(some)], some, top)
+    for some, part in _parts(logits, tokens):
+        logprobs, chosen, values, ids = _scores(part, some, top)
         ranks = (logprobs > chosen).sum(-1) + 1
         parts.append(
             PromptLogprobs(
@@ -41,6 +43,13 @@ def prompt_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> PromptLo
             )
         )
     return PromptLogprobs.joined(parts)
+
+
+def _parts(logits: Tensor, tokens: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Up to `_ROWS_AT_ONCE` of the tokens at a time, with their rows of logits; an empty part if there are none."""
+    for start in range(0, max(1, len(tokens)), _ROWS_AT_ONCE):
+        some = tokens[start : start + _ROWS_AT_ONCE]
+        yield some, logits[start : start + len(some)]
 
 
 def _scores(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import COPY_BYTES
-from orthrus.engine.pass_limits import PassLimits, exchange_sizes
+from orthrus.engine.pass_limits import PassLimits, exchange_sizes, max_pages
 from orthrus.engine.sizing import (
     cache_pages,
     choose_draft_format,
@@ -62,7 +62,7 @@ class LoadedModel:
             if ranks.size > 1:
                 _share_memory(config, forward)
         page_size = choose_page_size(config, forward.device)
-        num_pages = ranks.least(cache_pages(config, forward, page_size, DEFAULT_KV_FORMAT))
+        num_pages = ranks.least(cache_pages(config, forward, page_size, DEFAULT_KV_FORMAT, max_groups))
         max_model_len = context_limit(config, model, num_pages * page_size)
         forward.use_context(max_model_len)
         cache = KVCache.allocate(
@@ -88,8 +88,8 @@ def make_forward(
 ) -> LayerParallelForward:
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
     embedding = weights[family_of(model).embedding]
-    part = Shard(model, ranks.rank, ranks.size).config
-    kept = choose_weight_format(config, part, embedding.device, embedding.dtype)
+    part = Shard(model, ranks.rank, ranks.size)
+    kept = choose_weight_format(config, model, embedding.device, embedding.dtype)
     copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept)
     if not ranks.all_agree(copies is not None):
         copies = None  # Some GPU has no room for them.
@@ -115,7 +115,7 @@ def make_runner(
         cache,
         max_rows=limits.max_rows,
         max_logits=limits.max_logits,
-        max_pages=max_groups * config.max_num_seqs * -(-max_model_len // cache.page_size),
+        max_pages=max_pages(config, max_groups, max_model_len, cache.page_size),
     )
 
 

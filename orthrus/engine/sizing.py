@@ -15,19 +15,20 @@ from orthrus.engine.draft_weights import (
     reads_one_plane,
     shared_format,
 )
-from orthrus.engine.pass_limits import PassLimits
+from orthrus.engine.pass_limits import max_pages, pass_room
 from orthrus.errors import ConfigError
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
+from orthrus.models.medusa_config import MedusaConfig
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
+from orthrus.runner.pass_memory import PassMemory
 from orthrus.runner.registry import load_runner
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_CACHE_BYTES = 2 << 30
-_PASS_BYTES = 2 << 30
-"""About what passes need, as far as that matters before they can be measured."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -46,16 +47,21 @@ def choose_page_size(config: EngineConfig, device: torch.device) -> int:
     return page_size
 
 
-def cache_pages(config: EngineConfig, forward: LayerParallelForward, page_size: int, kv_format: str) -> int:
+def cache_pages(
+    config: EngineConfig, forward: LayerParallelForward, page_size: int, kv_format: str, max_groups: int
+) -> int:
     """Pages of the KV cache, without the padding page. Raises ConfigError if there is no memory for it.
 
-    kv_format: how it stores keys and values, by a name in `orthrus.cache.kv_formats`.
+    kv_format: how it stores keys and values, by a name in `orthrus.cache.kv_formats`. max_groups: most groups of a sequence in a
+    pass.
     """
     tokens, model = config.kv_cache_tokens, forward.config
     if tokens is None:
-        width = kv_bytes_per_token(model, forward.dtype.itemsize, kv_format)
+        page_bytes = page_size * kv_bytes_per_token(model, forward.dtype.itemsize, kv_format)
         full = (config.max_model_len or model.max_position_embeddings) * config.max_num_seqs
-        tokens = min(full, max(_cache_bytes(config, forward, page_size, kv_format) // width, page_size))
+        # One page is for padding.
+        fitting = _cache_bytes(config, forward, page_size, kv_format, max_groups) // page_bytes - 1
+        tokens = min(full, max(fitting, 1) * page_size)
     return -(-tokens // page_size)
 
 
@@ -94,12 +100,14 @@ def choose_weight_format(
 
 
 def choose_draft_format(
-    config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype, weights: str = "plain"
+    config: EngineConfig, shard: Shard, device: torch.device, dtype: torch.dtype, weights: str = "plain"
 ) -> str | None:
     """The weight format of the drafts' own weights; None if they share those of the AR rows.
 
-    Ask once the weights are loaded, and before they are packed. weights: the format of the AR rows' weights.
+    Ask once the weights are loaded, and before they are packed. shard: the part of the model on `device`. weights: the format of
+    the AR rows' weights.
     """
+    model = shard.config
     if device.type == "cuda" and (shared := shared_format(config, model)) is not None:
         if config.draft_lead:
             logger.warning(
@@ -111,20 +119,34 @@ def choose_draft_format(
     if weights == "lossless12" and reads_one_plane(config, model):
         return ONE_PLANE
     free, size = torch.cuda.mem_get_info(device)
-    memory = size * config.gpu_memory_utilization - (size - free) - _PASS_BYTES
-    return draft_format(config, model) or auto_draft_format(config, model, dtype.itemsize, memory)
+    passes = PassMemory.of(shard, pass_room(config, model), dtype.itemsize).total
+    memory = size * config.gpu_memory_utilization - (size - free) - passes
+    return draft_format(config, model) or auto_draft_format(config, shard, dtype.itemsize, memory)
 
 
-def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError before anything is loaded if the device has no room for the weights and the copies asked for."""
-    wanted, name = weight_bytes(model, dtype.itemsize), str(dtype).removeprefix("torch.")
+def check_memory(
+    config: EngineConfig,
+    shard: Shard,
+    device: torch.device,
+    dtype: torch.dtype,
+    medusa: MedusaConfig | None = None,
+) -> None:
+    """Raise ConfigError before anything is loaded if the device has no room for the weights and the copies asked for.
+
+    shard: the part of the model on `device`. medusa: the Medusa heads that it gets.
+    """
+    model = shard.config
+    wanted, name = weight_bytes(shard, dtype.itemsize), str(dtype).removeprefix("torch.")
     if (copies := draft_format(config, model)) is not None:
         # On a CPU, copies are as wide as what they are copies of.
         size_each = dtype.itemsize if device.type == "cpu" else COPY_BYTES.get(copies)
         wanted = max(
-            wanted, weight_bytes(model, dtype.itemsize, size_each, lossless=config.keeps_12_bits(model))
+            wanted, weight_bytes(shard, dtype.itemsize, size_each, lossless=config.keeps_12_bits(model))
         )
         name += f" with {copies} copies for drafts"
+    if medusa is not None:
+        wanted += medusa.num_weights * dtype.itemsize
+        name += f" with {medusa.medusa_num_heads} Medusa heads"
     if device.type == "cpu":
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if wanted > size:
@@ -142,23 +164,26 @@ def check_memory(config: EngineConfig, model: ModelConfig, device: torch.device,
             )
 
 
-def _cache_bytes(config: EngineConfig, forward: LayerParallelForward, page_size: int, kv_format: str) -> int:
+def _cache_bytes(
+    config: EngineConfig, forward: LayerParallelForward, page_size: int, kv_format: str, max_groups: int
+) -> int:
     """Memory for the KV cache where no setting says how much."""
     if forward.device.type != "cuda":
         return _DEFAULT_CPU_CACHE_BYTES
-    limits = PassLimits.of(config)
+    room = pass_room(config, forward.config)
     share = config.gpu_memory_utilization
     torch.cuda.empty_cache()  # Packing leaves memory that is free again.
     free, size = torch.cuda.mem_get_info(forward.device)
     # What passes need comes on top of what is in use now.
-    passes = load_runner(forward.device, forward.dtype).pass_bytes(
-        forward, page_size, kv_format, max_rows=limits.max_rows, max_logits=limits.max_logits
+    passes = load_runner(forward.device, forward.dtype).pass_memory(
+        forward, page_size, kv_format, room, max_pages(config, max_groups, room.positions, page_size)
     )
-    left = int(size * share) - (size - free) - passes
+    left = int(size * share) - (size - free) - passes.total
+    logger.info("GPU memory: %s in use with the weights, passes need %s", _gib(size - free), passes)
     if left <= 0:
         raise ConfigError(
             f"the model leaves no GPU memory for a KV cache: {_gib(size - free)} are in use with its weights, passes need "
-            f"{_gib(passes)}, and gpu_memory_utilization {share:g} of {_gib(size)} is {_gib(size * share)}: "
+            f"{_gib(passes.total)}, and gpu_memory_utilization {share:g} of {_gib(size)} is {_gib(size * share)}: "
             f"{_gib(-left)} are missing. Raise gpu_memory_utilization, lower max_num_seqs or prefill_chunk, or take a "
             "larger GPU"
         )

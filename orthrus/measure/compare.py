@@ -36,9 +36,10 @@ from orthrus.measure.contest import Output, Progress, engine_contestant, hardwar
 from orthrus.measure.hugging_face_check import kl_divergence
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
-from orthrus.models.medusa import has_medusa
+from orthrus.models.medusa_config import has_medusa
 from orthrus.models.prune import prune_checkpoint
 from orthrus.models.quantise import quantise_checkpoint
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.requests.request import SamplingParams
 from orthrus.schedules.registry import AR, MEDUSA, SCHEDULES
@@ -229,7 +230,9 @@ def _entry(
         model = replace(model, block_size=None, mask_token_id=None)
     engine = Engine.from_pretrained(EngineConfig.model_validate(config))
     shutil.rmtree(copy, ignore_errors=True)
-    return _Entry(method, engine, setup, weight_bytes(model, 2) + 2 * engine.forward.num_medusa_weights)
+    return _Entry(
+        method, engine, setup, weight_bytes(Shard(model), 2) + 2 * engine.forward.num_medusa_weights
+    )
 
 
 @dataclass(frozen=True)

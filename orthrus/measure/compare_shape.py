@@ -24,8 +24,9 @@ from orthrus.measure.replay import ReplaySchedule, replaying
 from orthrus.measure.shape_bench import ShapeBenchOptions, engine_settings, random_prompts
 from orthrus.measure.shape_race import race, recorded, scheduled
 from orthrus.measure.shape_report import Speed
-from orthrus.models.medusa import MedusaConfig
+from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.quantization import Quantization
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.medusa import MedusaSchedule
@@ -135,7 +136,7 @@ def compare_shape(options: ShapeCompareOptions, progress: Progress = lambda line
             left_out.append(f"{name}: {error}")
             continue
         contestants.append(replace(engine_contestant(own), name=name))
-        methods.append(ShapeMethod(name, _gib(weight_bytes(own.model_config, 2)), "none"))
+        methods.append(ShapeMethod(name, _gib(weight_bytes(Shard(own.model_config), 2)), "none"))
     speeds: list[Speed] = []
     exact, prompts = True, random_prompts(bench, model.vocab_size)
     for batch in options.batches:
@@ -183,14 +184,14 @@ def _drafting(
         [chain_profile(options.medusa_tokens_per_cycle, options.medusa_heads + 1)],
     )
     plain = replace(engine.model_config, block_size=None, mask_token_id=None)
-    size = weight_bytes(plain, 2)
+    size = weight_bytes(Shard(plain), 2)
     heads = 2 * engine.forward.num_medusa_weights
     kind = "their own projections" if medusa.own_projections else "the LM head"
     methods = [
         ShapeMethod(AR, _gib(size), "none"),
         ShapeMethod(
             "orthrus",
-            _gib(weight_bytes(engine.model_config, 2)),
+            _gib(weight_bytes(Shard(engine.model_config), 2)),
             f"diffusion blocks, {engine.forward.draft_format or 'same'} weights, replayed at "
             f"{options.tokens_per_cycle:g} tokens per cycle",
         ),

@@ -16,7 +16,7 @@ from orthrus.errors import ConfigError
 from orthrus.kernels.ranks import ONE_RANK
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
-from orthrus.models.medusa import MedusaConfig
+from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
 

@@ -27,6 +27,7 @@ from orthrus.measure.prompt_time import matmul_rate, prompt_times
 from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
@@ -94,8 +95,10 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     prompts = prompt_times(engine, options.prompts, rate)
     for prompt in prompts:
         progress(f"prompt, {prompt.tokens:,} tokens: {prompt.milliseconds:.1f} ms, {prompt.over_floor:.2f} x")
-    weights = weight_bytes(model, dtype.itemsize, _copy_bytes(engine), lossless=_is_lossless(engine))
-    held = weights / options.tensor_parallel + engine.cache.nbytes
+    weights = weight_bytes(
+        engine.forward.shard, dtype.itemsize, _copy_bytes(engine), lossless=_is_lossless(engine)
+    )
+    held = weights + engine.cache.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
     others: list[Contestant] = []
     if options.hugging_face and options.tensor_parallel == 1:
@@ -228,7 +231,7 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
     lossless = _is_lossless(engine)
     item_bytes = LOSSLESS_BYTES if lossless else torch.bfloat16.itemsize
     views = weight_bytes(
-        replace(model, block_size=None, mask_token_id=None), torch.bfloat16.itemsize, lossless=lossless
+        Shard(replace(model, block_size=None, mask_token_id=None)), torch.bfloat16.itemsize, lossless=lossless
     )
     # A pass looks up a few rows of the embedding. A tied one is read whole, as the head, unless the head is kept in 12 bits.
     looked_up = lossless or not model.tie_word_embeddings

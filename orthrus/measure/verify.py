@@ -33,7 +33,7 @@ from orthrus.measure.verify_report import Report
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
-from orthrus.models.medusa import has_medusa
+from orthrus.models.medusa_config import has_medusa
 from orthrus.models.shard import check_ranks
 from orthrus.requests.request import Request, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner

@@ -22,53 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthrus.errors import CheckpointError, ConfigError
-from orthrus.files import read_json
+from orthrus.errors import CheckpointError
 from orthrus.kernels.linear import Weight
 from orthrus.models.checkpoint import check_finite
 from orthrus.models.config import ModelConfig
+from orthrus.models.medusa_config import (
+    CONFIG_FILE,
+    MedusaConfig,
+    linear_name,
+    projection_name,
+    read_medusa,
+)
 
-WEIGHTS_FILE, CONFIG_FILE = "medusa.safetensors", "medusa.json"
-MOST_HEADS = 6
-"""A runner has room for so many drafts of each sequence."""
-_MOST_CONFIG_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class MedusaConfig:
-    """What the heads are: the contents of `CONFIG_FILE`. The first two have the names of Medusa's own checkpoints."""
-
-    medusa_num_heads: int
-    medusa_num_layers: int
-    """Residual layers of a head: always 1."""
-    own_projections: bool
-    """Whether each head has a vocabulary projection of its own. False: they share the model's LM head."""
-    hidden_size: int
-    vocab_size: int
-
-    @staticmethod
-    def of(model: ModelConfig, num_heads: int, own_projections: bool) -> "MedusaConfig":
-        """Heads for `model`. Raises ConfigError for a number of heads that can't be served."""
-        if not 1 <= num_heads <= MOST_HEADS:
-            raise ConfigError(f"{num_heads} Medusa heads can't be served: choose from 1 to {MOST_HEADS}")
-        return MedusaConfig(num_heads, 1, own_projections, model.hidden_size, model.vocab_size)
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The heads' tensors by name."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for index in range(self.medusa_num_heads):
-            shapes[_linear(index)] = (self.hidden_size, self.hidden_size)
-            if self.own_projections:
-                shapes[_projection(index)] = (self.vocab_size, self.hidden_size)
-        return shapes
-
-
-def _linear(index: int) -> str:
-    return f"medusa.{index}.linear.weight"
-
-
-def _projection(index: int) -> str:
-    return f"medusa.{index}.projection.weight"
+WEIGHTS_FILE = "medusa.safetensors"
 
 
 def _stack(names: list[str], tensors: dict[str, Tensor]) -> Tensor:
@@ -102,13 +68,13 @@ class MedusaHeads:
     def take(tensors: dict[str, Tensor]) -> "MedusaHeads | None":
         """The heads whose tensors are among `tensors`, which lose them; None if there are none."""
         count = 0
-        while _linear(count) in tensors:
+        while linear_name(count) in tensors:
             count += 1
         if count == 0:
             return None
-        own = _projection(0) in tensors
-        linears = _stack([_linear(index) for index in range(count)], tensors)
-        names = [_projection(index) for index in range(count)]
+        own = projection_name(0) in tensors
+        linears = _stack([linear_name(index) for index in range(count)], tensors)
+        names = [projection_name(index) for index in range(count)]
         return MedusaHeads(linears, _stack(names, tensors) if own else None)
 
     def logits(self, hidden: Tensor, head: Weight) -> Tensor:
@@ -119,30 +85,11 @@ class MedusaHeads:
         return head.linear(states.transpose(0, 1).flatten(0, 1)).unflatten(0, (-1, self.num_heads))
 
 
-def has_medusa(folder: Path) -> bool:
-    """Whether the folder has Medusa heads."""
-    return (folder / CONFIG_FILE).exists()
-
-
 def load_medusa(
     folder: Path, model: ModelConfig, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of the heads in `folder` by name. Raises ConfigError if there are none, CheckpointError if they don't fit."""
-    if not has_medusa(folder):
-        raise ConfigError(
-            f"{folder} has no Medusa heads ({CONFIG_FILE}): train some with `orthrus train medusa`, and set medusa_heads to "
-            "their folder"
-        )
-    stored = read_json(folder / CONFIG_FILE, _MOST_CONFIG_BYTES)
-    for key, kind in (("medusa_num_heads", int), ("own_projections", bool)):
-        if type(stored.get(key)) is not kind:
-            raise CheckpointError(f"{folder / CONFIG_FILE} lacks a valid {key!r}: save the heads again")
-    expected = MedusaConfig.of(model, stored["medusa_num_heads"], stored["own_projections"])
-    if stored != asdict(expected):
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: expected {asdict(expected)} for {model.name}, found {stored}: give the heads that were "
-            "trained for this model"
-        )
+    expected = read_medusa(folder, model)
     file = folder / WEIGHTS_FILE
     found: dict[str, Tensor] = {}
     try:

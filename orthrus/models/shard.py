@@ -108,6 +108,14 @@ class Shard:
             return None
         return division.dim, *self.span(division.axis)
 
+    def shape(self, whole: tuple[int, ...], division: Division | None) -> tuple[int, ...]:
+        """The shape of this rank's part of a tensor of shape `whole`. division: see `part`."""
+        found = self.part(division)
+        if found is None:
+            return whole
+        dim, begin, end = found
+        return (*whole[:dim], end - begin, *whole[dim + 1 :])
+
     def leaves(self, axis: Axis) -> Leaves:
         """The leaves of a dimension, and which of them are this rank's."""
         model, total = self.model, num_leaves(self.model)

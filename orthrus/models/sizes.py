@@ -6,27 +6,29 @@ from orthrus.errors import ConfigError
 from orthrus.kernels.lossless_sizes import LOSSLESS_BYTES, can_pack
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.families import family_of
+from orthrus.models.shard import Shard
 
 
 def weight_bytes(
-    config: ModelConfig, item_bytes: int, copy_bytes: float | None = None, *, lossless: bool = False
+    shard: Shard, item_bytes: int, copy_bytes: float | None = None, *, lossless: bool = False
 ) -> int:
-    """Bytes that the weights take. item_bytes: of one number that is stored in full.
+    """Bytes that a rank's part of the weights takes, without Medusa heads (`MedusaConfig.num_weights`).
 
-    With numbers of 16 bits, quantised weights take as little as a GPU keeps of them. With wider ones they are dequantised.
+    item_bytes: of one number that is stored in full. With numbers of 16 bits, quantised weights take as little as a GPU keeps of
+    them. With wider ones they are dequantised.
     copy_bytes: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of
     the diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
     lossless: whether linear layers are kept in 12 bits, as far as their shapes allow (kernels/linear/lossless).
     """
+    config, shapes = shard.model, _shapes(shard)
     family = family_of(config)
-    shapes = family.dense_shapes(config)
     numbers = sum(map(math.prod, shapes.values()))
     how, saved = config.quantization, 0.0
     if how is not None and item_bytes <= 2:
         quantised = sum(math.prod(shape) for name, shape in shapes.items() if how.covers(name))
         saved = quantised * (item_bytes - how.number_bytes)
     if lossless:
-        saved += _saved_by_12_bits(config, shapes, item_bytes, replaced=copy_bytes is not None)
+        saved += _saved_by_12_bits(shard, shapes, item_bytes, replaced=copy_bytes is not None)
     if copy_bytes is None:
         return math.ceil(numbers * item_bytes - saved)
     suffix = config.view_suffixes[1]
@@ -34,30 +36,48 @@ def weight_bytes(
     replaced = [name for name in matrices if f"{suffix}." in name]
     of_ar_rows = {name.replace(f"{suffix}.", ".") for name in replaced} | {family.embedding, family.head}
     copied = sum(count for name, count in matrices.items() if name not in of_ar_rows)
-    head = matrices[family.embedding]
     numbers -= sum(matrices[name] for name in replaced)
-    return math.ceil(numbers * item_bytes - saved) + math.ceil((copied + head) * copy_bytes)
+    copied += math.prod(_head_shape(shard))
+    return math.ceil(numbers * item_bytes - saved) + math.ceil(copied * copy_bytes)
+
+
+def _shapes(shard: Shard) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what the rank has of each of the model's tensors, if no weight is quantised."""
+    family = family_of(shard.model)
+    return {
+        name: shard.shape(shape, family.division(name))
+        for name, shape in family.dense_shapes(shard.model).items()
+    }
+
+
+def _head_shape(shard: Shard) -> tuple[int, int]:
+    """[tokens, hidden_size] of the rank's LM head, which a tied model has no tensor of."""
+    return shard.vocabulary_widths[shard.rank], shard.model.hidden_size
 
 
 def _saved_by_12_bits(
-    config: ModelConfig, shapes: dict[str, tuple[int, ...]], item_bytes: int, *, replaced: bool
+    shard: Shard, shapes: dict[str, tuple[int, ...]], item_bytes: int, *, replaced: bool
 ) -> float:
     """replaced: whether the projections of the diffusion view are not kept in 12 bits, since copies take their place."""
+    config = shard.model
     family = family_of(config)
     saved = 0.0
     for name, shape in shapes.items():
-        if len(shape) != 2 or not can_pack(*shape):
+        if len(shape) != 2 or name == family.embedding or not can_pack(*shape):
             continue
         if config.quantization is not None and config.quantization.covers(name):
             continue  # Counted already.
         if replaced and f"{config.view_suffixes[-1]}." in name:
             continue
-        size = math.prod(shape) * LOSSLESS_BYTES + shape[0] * 4
-        if name != family.embedding:
-            saved += math.prod(shape) * item_bytes - size
-        elif config.tie_word_embeddings:
-            saved -= size  # The embedding stays in full beside the head.
+        saved += math.prod(shape) * item_bytes - _packed_bytes(*shape)
+    if config.tie_word_embeddings and can_pack(*(head := _head_shape(shard))):
+        saved -= _packed_bytes(*head)  # The embedding stays in full beside the head.
     return saved
+
+
+def _packed_bytes(outs: int, ins: int) -> float:
+    """Of a weight [outs, ins] in 12 bits."""
+    return outs * ins * LOSSLESS_BYTES + outs * 4
 
 
 def dtype_name(dtype: str, config: ModelConfig, device: str) -> str:

@@ -7,7 +7,7 @@ the one before it still runs, and the host waits only for picks that it has to k
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ from orthrus.runner.graph_sizes import graph_sizes
 from orthrus.runner.head_picks import head_picks
 from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.pass_graphs import RECORDS, PassGraphs
+from orthrus.runner.pass_memory import PassMemory, PassRoom
+from orthrus.runner.pass_tensors import PassTensors
 from orthrus.runner.protocol import LaunchedPass
-from orthrus.runner.sampler import PickRows, adjust
+from orthrus.runner.sampler import PickRows, adjust, runs
 
 _POLL_SECONDS = 50e-6
-_GRAPH_BYTES = 1 << 30
-"""Memory set aside for the graphs themselves, compiled kernels, and whatever else is not measured."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,17 @@ class ReceivePicks:
     count: int
 
 
+def _programs(forward: LayerParallelForward) -> int:
+    """Among how many the work list of one key head is divided."""
+    return max(1, attention_programs(forward.device) // forward.config.num_key_value_heads)
+
+
+def _buffer_size(forward: LayerParallelForward, max_rows: int, max_logits: int, max_pages: int) -> int:
+    """Numbers of the pass buffer. max_rows, max_logits: numbers that graphs are captured for; max_pages: as in `build`."""
+    work = work_size(rows=max_rows, programs=_programs(forward), capacity=RECORDS, pages=max_pages)
+    return buffer_size(max_rows=max_rows, max_logits=max_logits, max_work=work)
+
+
 class CudaGraphRunner:
     """See `ModelRunner`. Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits."""
 
@@ -110,12 +121,11 @@ class CudaGraphRunner:
         self._page_size = cache.page_size
         self._tile_rows = tile_rows(forward.heads_per_kv, dtype)
         self._shares_tiles = shares_tiles(dtype, config.head_dim)
-        self._programs = max(1, attention_programs(device) // config.num_key_value_heads)
+        self._programs = _programs(forward)
         self.row_sizes, logit_sizes = tuple(graph_sizes(max_rows)), graph_sizes(max_logits)
-        most_rows, self.max_logits = self.row_sizes[-1], logit_sizes[-1]
+        self.max_logits = logit_sizes[-1]
         self._max_picks = MAX_RANKS * self.max_logits
-        max_work = work_size(rows=most_rows, programs=self._programs, capacity=RECORDS, pages=max_pages)
-        size = buffer_size(max_rows=most_rows, max_logits=self.max_logits, max_work=max_work)
+        size = _buffer_size(forward, self.row_sizes[-1], self.max_logits, max_pages)
         # For two passes: the one that runs, and the one that is written meanwhile.
         self._host_buffers = [PassBuffer(size, self.max_logits, pinned=True) for _ in range(2)]
         self._host_picks = [
@@ -141,7 +151,7 @@ class CudaGraphRunner:
             draft_sizes=[size for size in self.row_sizes if size in logit_sizes],
             buffer_size=size,
         )
-        self._forward = forward
+        self._forward, self._tensors = forward, self.graphs.tensors
         # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
         self._head = self.graphs.fields()
         if self._shared:
@@ -160,11 +170,15 @@ class CudaGraphRunner:
         return CudaGraphRunner(forward, cache, max_rows=max_rows, max_logits=max_logits, max_pages=max_pages)
 
     @staticmethod
-    def pass_bytes(
-        forward: LayerParallelForward, page_size: int, kv_format: str, *, max_rows: int, max_logits: int
-    ) -> int:
-        """See `RunnerFactory`. Runs the largest pass, without its graph."""
-        device, rows = forward.device, graph_sizes(max_rows)[-1]
+    def pass_memory(
+        forward: LayerParallelForward, page_size: int, kv_format: str, room: PassRoom, max_pages: int
+    ) -> PassMemory:
+        """See `RunnerFactory`. Runs the layers of the largest pass, without its graph."""
+        device, rows, logit_rows = (
+            forward.device,
+            graph_sizes(room.rows)[-1],
+            graph_sizes(room.logit_rows)[-1],
+        )
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -178,11 +192,16 @@ class CudaGraphRunner:
         peak = torch.cuda.max_memory_allocated(device) - before
         del cache, plan, attention, work, zeros
         torch.cuda.empty_cache()
-        # Each rank has logits of its own tokens. Those of all tokens are in `PeerMemory`, if that is there.
-        tokens = forward.shard.vocabulary_widths[forward.ranks.rank]
-        tokens += forward.config.vocab_size if forward.ranks.collective else 0
-        head = graph_sizes(max_logits)[-1] * (4 * tokens + 2 * forward.config.hidden_size)
-        return peak + head + _GRAPH_BYTES
+        size = _buffer_size(forward, rows, logit_rows, max_pages)
+        return PassMemory.of(
+            forward.shard,
+            replace(room, rows=rows, logit_rows=logit_rows),
+            forward.dtype.itemsize,
+            medusa_heads=forward.num_medusa_heads,
+            collective=forward.ranks.collective,
+            layers=peak,
+            plans=PassTensors.allocate(forward, logit_rows, size, torch.device("meta")).plan_bytes,
+        )
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self._side ^= 1
@@ -202,12 +221,12 @@ class CudaGraphRunner:
         host = self._host_picks[self._side][:num_picks]
         self._downloads.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._downloads):
-            host.copy_(self.graphs.picks[first_pick : first_pick + num_picks], non_blocking=True)
+            host.copy_(self._tensors.picks[first_pick : first_pick + num_picks], non_blocking=True)
             if self._peers is not None:
                 self._host_status.copy_(self._peers.status, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        return _Launched(self.graphs.logits, first_pick, host, done, self._ranks, self._host_status)
+        return _Launched(self._tensors.logits, first_pick, host, done, self._ranks, self._host_status)
 
     def follow(self, message: object) -> None:
         if isinstance(message, ReceivePicks):
@@ -226,15 +245,15 @@ class CudaGraphRunner:
     def _exchange_picks(self, first: int, count: int) -> None:
         """Give rank 0's picks to the other ranks, which have only picked without adjustments. Each rank calls this."""
         if self._peers is None:
-            own = self.graphs.picks[first : first + count]
+            own = self._tensors.picks[first : first + count]
             own.copy_(self._ranks.exchange(own)[0])
             return
         exchange = send_picks if self._peers.rank == 0 else receive_picks
-        exchange(self._peers, self.graphs.picks, first, count)
+        exchange(self._peers, self._tensors.picks, first, count)
 
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
-        logits = self.graphs.logits[:count].clone()
+        logits = self._tensors.logits[:count].clone()
         # The next pass is written to the same host buffer.
         _wait(torch.cuda.current_stream().record_event(), self._ranks)
         if self._peers is not None:
@@ -267,7 +286,7 @@ class CudaGraphRunner:
     def _run(self, fields: PassFields[np.ndarray]) -> None:
         """Run the pass that is in this turn's host buffer."""
         used = int(fields.num_used[0])
-        upload(self._host_buffers[self._side].numbers[:used], self.graphs.buffer[:used])
+        upload(self._host_buffers[self._side].numbers[:used], self._tensors.buffer[:used])
         self.graphs.replay(fields)
         if self._ranks.collective and fields.wants_logits[0] and (count := int(fields.num_logits[0])):
             self.graphs.gather_logits(count)
@@ -277,50 +296,49 @@ class CudaGraphRunner:
 
         Returns their number.
         """
-        place, start = first_place, 0
+        place, begin = first_place, 0
         # Neighbours that are alike go together.
-        alike = itertools.groupby(rows, key=lambda group: (group.ranks, group.count, group.unadjusted))
-        for (ranks, count, unadjusted), members in alike:
-            groups = list(members)
-            end = start + count * len(groups)
-            if ranks > 1:
-                if unadjusted and not self._shared:
-                    tokens = self.graphs.further[start:end, : ranks - 1]
-                else:
-                    tokens = best_tokens(
-                        adjust(self.graphs.logits[start:end], groups),
-                        self._head.temperatures[start:end],
-                        self._head.noise_keys[start:end],
-                        ranks,
-                    )[:, 1:]
-                further = tokens.reshape(len(groups), count, ranks - 1).transpose(1, 2)
-                goal = self.graphs.picks[place : place + further.numel()]
+        for (ranks, count), members in itertools.groupby(rows, key=lambda group: (group.ranks, group.count)):
+            alike = list(members)
+            for span, run in runs(alike):
+                if ranks == 1:
+                    continue
+                tokens = self._further_ranks(slice(begin + span.start, begin + span.stop), run)
+                further = tokens.reshape(len(run), count, ranks - 1).transpose(1, 2)
+                goal = self._tensors.picks[place : place + further.numel()]
                 goal.view(further.shape).copy_(further)
                 place += further.numel()
-            start = end
+            begin += count * len(alike)
         return place - first_place
+
+    def _further_ranks(self, rows: slice, run: list[PickRows]) -> Tensor:
+        """The picks of ranks 1 and up at the rows of `run`: int32 [rows, ranks - 1]."""
+        ranks = run[0].ranks
+        if run[0].unadjusted and not self._shared:
+            return self._tensors.further[rows, : ranks - 1]
+        return best_tokens(
+            adjust(self._tensors.logits[rows], run),
+            self._head.temperatures[rows],
+            self._head.noise_keys[rows],
+            ranks,
+        )[:, 1:]
 
     def _pick_by_heads(self, rows: Sequence[PickRows], first_pick: int, count: int, num_picks: int) -> int:
         """Let Medusa heads draft behind the pass's `count` rows. Drafts go behind its `num_picks` picks. Returns how many."""
-        picks = self.graphs.picks[first_pick : first_pick + count]
-        drafts = head_picks(self._forward, self.graphs.hidden[:count], picks, rows)
-        self.graphs.picks[first_pick + num_picks : first_pick + num_picks + drafts.numel()] = drafts
+        picks = self._tensors.picks[first_pick : first_pick + count]
+        drafts = head_picks(self._forward, self._tensors.hidden[:count], picks, rows)
+        self._tensors.picks[first_pick + num_picks : first_pick + num_picks + drafts.numel()] = drafts
         return drafts.numel()
 
     def _pick_adjusted(self, rows: Sequence[PickRows], first_pick: int) -> None:
         """Pick once more for the groups whose logits have to be adjusted first. The graphs picked from unadjusted ones."""
         temperatures, keys = self._head.temperatures, self._head.noise_keys
-        start = 0
-        for unadjusted, members in itertools.groupby(rows, key=lambda group: group.unadjusted):
-            groups = list(members)
-            end = start + sum(group.count for group in groups)
-            if not unadjusted:
-                adjusted = adjust(self.graphs.logits[start:end], groups)
+        for place, run in runs(rows):
+            if not run[0].unadjusted:
                 gumbel_argmax(
-                    adjusted,
-                    temperatures[start:end],
-                    keys[start:end],
-                    self.graphs.picks[first_pick + start :],
+                    adjust(self._tensors.logits[place], run),
+                    temperatures[place],
+                    keys[place],
+                    self._tensors.picks[first_pick + place.start :],
                     self._zero,
                 )
-            start = end

@@ -14,6 +14,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.models.stack import LayerStack
 from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
 from orthrus.runner.head_picks import head_picks
+from orthrus.runner.pass_memory import PassMemory, PassRoom
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, pick
 
@@ -66,15 +67,13 @@ class EagerRunner:
         return EagerRunner(forward, cache)
 
     @staticmethod
-    def pass_bytes(
-        forward: LayerParallelForward, page_size: int, kv_format: str, *, max_rows: int, max_logits: int
-    ) -> int:
+    def pass_memory(
+        forward: LayerParallelForward, page_size: int, kv_format: str, room: PassRoom, max_pages: int
+    ) -> PassMemory:
         """See `RunnerFactory`. On a GPU, where it runs float64 only, it is given as much as graphs would need."""
         from orthrus.runner.cuda_graphs import CudaGraphRunner  # Needs Triton.
 
-        return CudaGraphRunner.pass_bytes(
-            forward, page_size, kv_format, max_rows=max_rows, max_logits=max_logits
-        )
+        return CudaGraphRunner.pass_memory(forward, page_size, kv_format, room, max_pages)
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         if any(group.behind is not None for group in groups):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.device import to_device
-from orthrus.kernels.rows.sampling import argmax, gumbel_argmax
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.models.forward import LayerParallelForward
-from orthrus.runner.sampler import PickRows, adjust, keys_from, row_temperatures
+from orthrus.runner.sampler import PickRows, adjust, keys_from, pick_adjusted, runs
 
 _NO_DRAFT = NO_TOKEN - 1
 """Stands for drafts that a group does not have: no pick equals it."""
@@ -46,9 +45,6 @@ def head_picks(
         replace(group, count=count, position=group.position + 1, heads=0, draft_tokens=(), drafting=True)
         for _, group in wanted
     ]
-    adjusted = adjust(logits, rows)
-    if all(group.params.greedy for group in rows):
-        return argmax(adjusted).int()
     positions = most - 1 + count
     keys = keys_from(
         [group.seed for group in rows], [group.position for group in rows], [positions] * len(rows)
@@ -56,7 +52,7 @@ def head_picks(
     by_position = to_device(torch.from_numpy(keys), device).view(len(rows), positions, 2)
     own_positions = right[:, None] + torch.arange(count, device=device)
     own_keys = by_position.gather(1, own_positions[..., None].expand(-1, -1, 2)).flatten(0, 1)
-    found = torch.empty(len(rows) * count, dtype=torch.int32, device=device)
-    temperatures = to_device(torch.from_numpy(row_temperatures(rows)), device)
-    gumbel_argmax(adjusted, temperatures, own_keys, found, torch.zeros(1, dtype=torch.int32, device=device))
-    return found
+    found = [
+        pick_adjusted(adjust(logits[place], run), run, own_keys[place]).int() for place, run in runs(rows)
+    ]
+    return torch.cat(found)

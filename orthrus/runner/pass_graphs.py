@@ -27,8 +27,9 @@ from orthrus.kernels.attention.work_list import header_of
 from orthrus.kernels.rows.types import KVWrites
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.stack import LayerStack
-from orthrus.plan import MAX_RANKS, PassPlan
+from orthrus.plan import PassPlan
 from orthrus.runner.pass_buffer import PassFields
+from orthrus.runner.pass_tensors import PassTensors
 
 RECORDS = 4096
 """Room for so many partial results of attention (rows x records of each). A tile that would need more is not divided."""
@@ -37,19 +38,8 @@ RECORDS = 4096
 class PassGraphs:
     """The graphs of one model over one cache. They are captured when this is made, which takes some seconds."""
 
-    buffer: Tensor
-    """int32 [size]: the pass to run, as `PassFields`."""
-    picks: Tensor
-    """int32 [2 * MAX_RANKS * max_logits]: the picks of the last two passes. Those of the current pass begin at
-    `PassFields.first_pick`: the token of each row that needs logits, and then the picks of further ranks."""
-    further: Tensor
-    """int32 [max_logits, MAX_RANKS - 1]: for each row that needs logits the picks of further ranks, `NO_TOKEN` where none is.
-    Passes that have rows of drafts write it, where there is one rank. Only temperature and noise count."""
-    logits: Tensor
-    """float32 [max_logits, vocab_size]: of the rows that need them, if the last pass wanted logits. On rank 0 only."""
-    hidden: Tensor
-    """[max_logits, hidden_size]: final hidden states of the rows that need logits. Passes of the drafts' own weights write it,
-    passes that run layers and head as two graphs, and all passes of a model with Medusa heads."""
+    tensors: PassTensors
+    """What the passes read and write."""
 
     def __init__(
         self,
@@ -69,22 +59,10 @@ class PassGraphs:
         self._row_sizes, self._logit_sizes = row_sizes, logit_sizes
         self._draft_sizes = draft_sizes if forward.draft is not None else []
         self._max_logits = logit_sizes[-1]
-        config, device = forward.config, forward.device
-        self.buffer = torch.zeros(buffer_size, dtype=torch.int32, device=device)
-        self.picks = torch.zeros(2 * MAX_RANKS * self._max_logits, dtype=torch.int32, device=device)
-        self.further = torch.zeros(self._max_logits, MAX_RANKS - 1, dtype=torch.int32, device=device)
-        peers, widths = forward.ranks.peers, forward.shard.vocabulary_widths
-        self.hidden = torch.zeros(self._max_logits, config.hidden_size, device=device, dtype=forward.dtype)
-        # Of the tokens that this rank's head has.
-        own_logits = self._max_logits, widths[forward.ranks.rank]
-        self._own_logits = torch.zeros(own_logits, device=device, dtype=torch.float32)
-        self.logits = self._own_logits if peers is None else peers.logits
-        self._widths = widths if forward.ranks.collective else []
-        if self._widths:
-            whole = self._max_logits, config.vocab_size
-            self.logits = torch.zeros(whole, device=device, dtype=torch.float32)
-        self._results = torch.empty(workspace.BYTES, device=device, dtype=torch.uint8)
-        self._captures = torch.cuda.Stream(device)
+        self.tensors = PassTensors.allocate(forward, self._max_logits, buffer_size)
+        # How many tokens each rank has, where the host gathers logits.
+        self._widths = forward.shard.vocabulary_widths if forward.ranks.collective else []
+        self._captures = torch.cuda.Stream(forward.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._row_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._head_graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -98,7 +76,7 @@ class PassGraphs:
 
     def fields(self, num_rows: int = 0) -> PassFields[Tensor]:
         """The buffer's fields, for a pass of `num_rows` rows."""
-        return PassFields.of(self.buffer, num_rows, self._max_logits)
+        return PassFields.of(self.tensors.buffer, num_rows, self._max_logits)
 
     def replay(self, fields: PassFields[np.ndarray]) -> None:
         """Launch the pass that is in the buffer. fields: the host's view of the same numbers."""
@@ -120,8 +98,8 @@ class PassGraphs:
 
     def gather_logits(self, count: int) -> None:
         """Where GPUs have no memory in common: fetch the other ranks' logits of the first `count` rows into `logits`."""
-        parts = self._forward.ranks.gather(self._own_logits[:count], self._widths)
-        self.logits[:count] = parts
+        parts = self._forward.ranks.gather(self.tensors.own_logits[:count], self._widths)
+        self.tensors.logits[:count] = parts
 
     def _copy_pages(self, rows: int, count: int, list_at: int) -> None:
         """Copy the pages that a pass of `rows` rows has listed at `copies_at`."""
@@ -139,7 +117,7 @@ class PassGraphs:
         place_blocks(
             fields.work[list_at:],
             count,
-            self.picks,
+            self.tensors.picks,
             fields.tokens,
             fields.positions,
             fields.noise_keys,
@@ -152,7 +130,7 @@ class PassGraphs:
         drafts = [(size, divided) for size in self._draft_sizes[::-1] for divided in (True, False)]
         total = len(rows) + len(heads) + len(whole) + len(drafts)
         bar = tqdm(total=total, desc="CUDA graphs", unit="graph", disable=None)
-        with bar, workspace.kept_in_l2(self._results, self._captures):
+        with bar, workspace.kept_in_l2(self.tensors.results, self._captures):
             for size in rows:
                 self._row_graphs[size] = self._capture(partial(self._run_rows, size), bar)
             for size in heads:
@@ -172,7 +150,7 @@ class PassGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph(), which collects garbage before every capture.
-        with torch.cuda.stream(self._captures), workspace.results_in(self._results):
+        with torch.cuda.stream(self._captures), workspace.results_in(self.tensors.results):
             # A thread of NCCL asks about its events meanwhile, which is no part of the capture.
             mode = "thread_local" if self._widths else "global"
             graph.capture_begin(pool=self._pool, capture_error_mode=mode)
@@ -191,7 +169,7 @@ class PassGraphs:
             writes=KVWrites(fields.slots, fields.more_ends, fields.more_slots),
             num_ar=fields.num_ar,
             attention=AttentionPlan(
-                (), self._cache.page_size, self._forward.heads_per_kv, self.buffer.device, work
+                (), self._cache.page_size, self._forward.heads_per_kv, self.tensors.buffer.device, work
             ),
             logit_rows=fields.logit_rows[:rows],
         )
@@ -199,40 +177,40 @@ class PassGraphs:
     @torch.inference_mode()
     def _run_rows(self, rows: int) -> None:
         plan = self._plan(rows)
-        hidden = self._forward.hidden_states(plan, self._cache, self.picks)
-        torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[: plan.logit_rows.shape[0]])
+        hidden = self._forward.hidden_states(plan, self._cache, self.tensors.picks)
+        torch.index_select(hidden, 0, plan.logit_rows, out=self.tensors.hidden[: plan.logit_rows.shape[0]])
 
     @torch.inference_mode()
     def _run_head(self, rows: int) -> None:
-        self._pick(self.hidden[:rows], self._forward.exact)
+        self._pick(self.tensors.hidden[:rows], self._forward.exact)
 
     @torch.inference_mode()
     def _run_whole(self, rows: int, divided: bool) -> None:
-        hidden = self._forward.hidden_states(self._plan(rows, divided), self._cache, self.picks)
+        hidden = self._forward.hidden_states(self._plan(rows, divided), self._cache, self.tensors.picks)
         if self._forward.num_medusa_heads:
-            self.hidden[:rows].copy_(hidden)
+            self.tensors.hidden[:rows].copy_(hidden)
         self._pick(hidden, self._forward.exact)
 
     @torch.inference_mode()
     def _run_draft(self, rows: int, divided: bool) -> None:
         plan, stack = self._plan(rows, divided), self._forward.draft
         assert stack is not None
-        hidden = self._forward.hidden_states(plan, self._cache, self.picks, stack)
-        self._pick(torch.index_select(hidden, 0, plan.logit_rows, out=self.hidden[:rows]), stack)
+        hidden = self._forward.hidden_states(plan, self._cache, self.tensors.picks, stack)
+        self._pick(torch.index_select(hidden, 0, plan.logit_rows, out=self.tensors.hidden[:rows]), stack)
 
     def _pick(self, hidden: Tensor, stack: LayerStack) -> None:
         """Pick from final hidden states [rows, hidden_size], and write their logits if the pass wants them."""
         rows = hidden.shape[0]
         fields = self.fields()
         drafts = stack is self._forward.draft or self._forward.draft is None
-        further = self.further[:rows] if drafts and self._forward.ranks.size == 1 else None
+        further = self.tensors.further[:rows] if drafts and self._forward.ranks.size == 1 else None
         stack.head.linear_gumbel_argmax(
             hidden,
-            self._own_logits[:rows],
+            self.tensors.own_logits[:rows],
             fields.wants_logits,
             fields.temperatures[:rows],
             fields.noise_keys[:rows],
-            self.picks,
+            self.tensors.picks,
             fields.first_pick,
             further=further,
         )

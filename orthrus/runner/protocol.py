@@ -8,6 +8,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
+from orthrus.runner.pass_memory import PassMemory, PassRoom
 from orthrus.runner.sampler import PickRows
 
 
@@ -92,11 +93,12 @@ class RunnerFactory(Protocol):
         """
         ...
 
-    def pass_bytes(
-        self, forward: LayerParallelForward, page_size: int, kv_format: str, *, max_rows: int, max_logits: int
-    ) -> int:
-        """GPU memory that the runner needs besides weights and KV cache, in bytes. May run passes to find out.
+    def pass_memory(
+        self, forward: LayerParallelForward, page_size: int, kv_format: str, room: PassRoom, max_pages: int
+    ) -> PassMemory:
+        """GPU memory that the runner needs besides weights and KV cache. May run passes to find out.
 
-        kv_format: how the cache stores keys and values, by a name in `orthrus.cache.kv_formats`.
+        kv_format: how the cache stores keys and values, by a name in `orthrus.cache.kv_formats`. room: the largest pass.
+        max_pages: see `build`.
         """
         ...

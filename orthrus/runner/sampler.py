@@ -7,6 +7,7 @@ not depend on its neighbours.
 """
 
 import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orthrus.kernels.device import to_device
 from orthrus.kernels.rows.sampling import argmax, best_tokens, gumbel_argmax, noise_keys
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import SamplingParams
+from orthrus.runner.pass_memory import ADJUSTED_ROWS
 from orthrus.text.token_mask import TokenMask
 
 _WHOLE = 1 << 40
@@ -84,6 +87,25 @@ class PickRows:
     def reads_logits(self) -> bool:
         """Whether anything but the model's own pick reads the logits, so that they have to be written."""
         return not self.unadjusted or self.mask is not None or self.params.logprobs is not None
+
+
+def runs(groups: Seq[PickRows]) -> Iterator[tuple[slice, list[PickRows]]]:
+    """`groups` in runs of neighbours that need adjusting or do not, and the place of each run among the rows.
+
+    A run that needs it has at most `ADJUSTED_ROWS` rows, or one group: adjusting takes many copies of its logits.
+    """
+    begin = 0
+    run: list[PickRows] = []
+    count = 0
+    for group in groups:
+        full = not group.unadjusted and count + group.count > ADJUSTED_ROWS
+        if run and (full or group.unadjusted != run[0].unadjusted):
+            yield slice(begin, begin + count), run
+            begin, run, count = begin + count, [], 0
+        run.append(group)
+        count += group.count
+    if run:
+        yield slice(begin, begin + count), run
 
 
 def _penalise(logits: Tensor, rows: PickRows) -> None:
@@ -198,23 +220,31 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
 
     `NO_TOKEN` where a logit that may be picked is NaN or infinite. The masks of drafts are yet to be applied: see `follow_masks`.
     """
-    adjusted, device = adjust(logits, groups), logits.device
+    tokens: list[int] = []
+    further: list[int] = []
+    for place, run in runs(groups):
+        adjusted = adjust(logits[place], run)
+        tokens += pick_adjusted(adjusted, run, row_keys(run)).tolist()
+        for group, span in zip(run, _spans(run), strict=True):
+            if group.ranks > 1:
+                further += further_ranks(adjusted[span], group).tolist()
+    return tokens + further
+
+
+def pick_adjusted(adjusted: Tensor, groups: Seq[PickRows], keys: np.ndarray | Tensor) -> Tensor:
+    """The token picked at every row of adjusted logits [rows, vocab]: int [rows]; see `pick`. keys: the rows' noise keys.
+
+    Does not wait for the device.
+    """
     if all(group.params.greedy for group in groups):
-        picks = argmax(adjusted)
-    else:
-        picks = torch.empty(logits.shape[0], dtype=torch.int32, device=device)
-        gumbel_argmax(
-            adjusted,
-            torch.from_numpy(row_temperatures(groups)).to(device),
-            torch.from_numpy(row_keys(groups)).to(device),
-            picks,
-            torch.zeros(1, dtype=torch.int32, device=device),
-        )
-    tokens: list[int] = picks.tolist()
-    for group, span in zip(groups, _spans(groups), strict=True):
-        if group.ranks > 1:
-            tokens += further_ranks(adjusted[span], group).tolist()
-    return tokens
+        return argmax(adjusted)
+    device = adjusted.device
+    picks = torch.empty(adjusted.shape[0], dtype=torch.int32, device=device)
+    temperatures = to_device(torch.from_numpy(row_temperatures(groups)), device)
+    if not isinstance(keys, Tensor):
+        keys = to_device(torch.from_numpy(keys), device)
+    gumbel_argmax(adjusted, temperatures, keys, picks, torch.zeros(1, dtype=torch.int32, device=device))
+    return picks
 
 
 def further_ranks(logits: Tensor, rows: PickRows) -> Tensor:

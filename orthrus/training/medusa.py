@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from orthrus.kernels.device import to_device
-from orthrus.models.medusa import MOST_HEADS, MedusaConfig
+from orthrus.models.medusa_config import MOST_HEADS, MedusaConfig
 from orthrus.training.batches import TokenStream, mixed_rows
 from orthrus.training.distributed import Processes
 from orthrus.training.loop import autocast, optimise

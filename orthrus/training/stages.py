@@ -17,7 +17,8 @@ from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of, load_config
 from orthrus.models.files import copy_tokenizer
-from orthrus.models.medusa import MedusaConfig, save_medusa
+from orthrus.models.medusa import save_medusa
+from orthrus.models.medusa_config import MedusaConfig
 from orthrus.requests.request import SamplingParams
 from orthrus.text.tokenizer import load_tokenizer
 from orthrus.training import corpus as corpora

@@ -15,6 +15,7 @@ from orthrus.engine.draft_weights import auto_draft_format, copies_bytes
 from orthrus.engine.scheduler import PREFILL, Scheduler
 from orthrus.models.families import family_of, load_config
 from orthrus.models.shapes import QWEN3_SHAPES
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
@@ -189,21 +190,21 @@ def test_the_memory_of_copies_is_counted(checkpoint: Path) -> None:
     forward, shapes = engine(checkpoint).forward, family_of(config).tensor_shapes(config)
     assert forward.draft is not None and config.tie_word_embeddings
     norms = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
-    assert forward.exact.nbytes + forward.draft.nbytes + norms == weight_bytes(config, 4, 4)
+    assert forward.exact.nbytes + forward.draft.nbytes + norms == weight_bytes(Shard(config), 4, 4)
 
 
 def test_auto_takes_copies_where_the_cache_keeps_three_quarters_of_its_size() -> None:
     model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
-    extra = copies_bytes(model, 2, "fp8")
+    extra = copies_bytes(Shard(model), 2, "fp8")
     assert 4.5e9 < extra < 4.6e9, "7.6 GB of copies, less 3.0 GB of projections that they replace"
     config = EngineConfig(model="m", max_model_len=4096)
-    assert auto_draft_format(config, model, 2, 4.1 * extra) == "fp8"
-    assert auto_draft_format(config, model, 2, 3.9 * extra) is None
+    assert auto_draft_format(config, Shard(model), 2, 4.1 * extra) == "fp8"
+    assert auto_draft_format(config, Shard(model), 2, 3.9 * extra) is None
     few = config.model_copy(update={"kv_cache_tokens": 8192})
-    assert auto_draft_format(few, model, 2, 1.3 * extra) == "fp8"
-    assert auto_draft_format(few, model, 2, 1.1 * extra) is None
+    assert auto_draft_format(few, Shard(model), 2, 1.3 * extra) == "fp8"
+    assert auto_draft_format(few, Shard(model), 2, 1.1 * extra) is None
     for other in ({"draft_weights": "same"}, {"schedule": "ar"}, {"draft_lead": True}):
-        assert auto_draft_format(config.model_copy(update=other), model, 2, 100 * extra) is None
+        assert auto_draft_format(config.model_copy(update=other), Shard(model), 2, 100 * extra) is None
 
 
 def test_a_lead_needs_the_same_weights() -> None:

@@ -16,6 +16,7 @@ from orthrus.errors import ConfigError
 from orthrus.models.families import load_config
 from orthrus.models.quantization import read_quantization
 from orthrus.models.shapes import QWEN3_SHAPES
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.requests.request import SamplingParams
 from tests.conftest import ROOT
@@ -75,24 +76,26 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
 @pytest.mark.parametrize(("shape", "least", "most"), [("8B", 0.75, 0.78), ("32B", 0.75, 0.77)])
 def test_the_memory_of_12_bits_is_counted(shape: str, least: float, most: float) -> None:
     model = QWEN3_SHAPES[shape]
-    assert least < weight_bytes(model, 2, lossless=True) / weight_bytes(model, 2) < most
+    assert least < weight_bytes(Shard(model), 2, lossless=True) / weight_bytes(Shard(model), 2) < most
     drafting = replace(model, block_size=32, mask_token_id=151669)
-    packed = weight_bytes(drafting, 2, lossless=True)
-    assert least < packed / weight_bytes(drafting, 2) < most
+    packed = weight_bytes(Shard(drafting), 2, lossless=True)
+    assert least < packed / weight_bytes(Shard(drafting), 2) < most
     assert (
-        copies_bytes(drafting, 2, "fp8", lossless=True)
-        == weight_bytes(drafting, 2, 1.001, lossless=True) - packed
+        copies_bytes(Shard(drafting), 2, "fp8", lossless=True)
+        == weight_bytes(Shard(drafting), 2, 1.001, lossless=True) - packed
     )
     tied = replace(model, tie_word_embeddings=True)
     head = model.vocab_size * model.hidden_size
-    extra = weight_bytes(tied, 2, lossless=True) - (weight_bytes(model, 2, lossless=True) - 2 * head)
+    extra = weight_bytes(Shard(tied), 2, lossless=True) - (
+        weight_bytes(Shard(model), 2, lossless=True) - 2 * head
+    )
     assert 1.9 * head < extra < 2.1 * head, "the embedding in full beside the head in 12 bits"
 
 
 def test_auto_drafts_read_8_bits_and_take_no_copies() -> None:
     model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
     config = EngineConfig(model="m", max_model_len=4096, weights="lossless12")
-    assert reads_one_plane(config, model) and auto_draft_format(config, model, 2, 1e12) is None
+    assert reads_one_plane(config, model) and auto_draft_format(config, Shard(model), 2, 1e12) is None
     for other in ({"draft_weights": "same"}, {"schedule": "ar"}, {"draft_lead": True}):
         assert not reads_one_plane(config.model_copy(update=other), model)
     assert load_config(TINY).has_diffusion

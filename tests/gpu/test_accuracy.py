@@ -48,6 +48,6 @@ def test_hidden_states_are_as_near_float64_as_hugging_faces() -> None:
     forward.use_context(LENGTH)
     runner = CudaGraphRunner(forward, cache(torch.bfloat16), max_rows=LENGTH, max_logits=LENGTH, max_pages=64)
     runner.logits([group])
-    ours = error(runner.graphs.hidden[: LENGTH - 1])
+    ours = error(runner.graphs.tensors.hidden[: LENGTH - 1])
     print(f"relative error of final hidden states: ours {ours:.5f}, Hugging Face's {limit:.5f}")
     assert ours <= limit

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 from orthrus.measure.acceptance import chain_profile
 from orthrus.measure.random_model import shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule
-from orthrus.models.medusa import MedusaConfig
+from orthrus.models.medusa_config import MedusaConfig
 from orthrus.requests.request import SamplingParams
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.medusa import MedusaSchedule

@@ -13,7 +13,7 @@ from orthrus.measure.acceptance import chain_profile
 from orthrus.measure.compare_shape import ShapeCompareOptions, ShapeCompareReport, compare_shape, plot
 from orthrus.measure.random_model import shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule
-from orthrus.models.medusa import MedusaConfig
+from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.requests.request import SamplingParams
 from orthrus.schedules.medusa import MedusaSchedule

@@ -17,6 +17,7 @@ from orthrus.models.checkpoint import load_weights, save_checkpoint
 from orthrus.models.dense import dequantised
 from orthrus.models.families import family_of, load_config
 from orthrus.models.shapes import QWEN3_SHAPES
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.training.model import load_frozen
 from tests.checkpoints import edit_json, make_checkpoint
@@ -163,8 +164,8 @@ def test_memory_is_that_of_the_quantised_weights(settings: dict[str, Any], least
 
     plain = QWEN3_SHAPES["8B"]
     quantised = replace(plain, quantization=read_quantization({"quantization_config": settings}))
-    assert least < weight_bytes(quantised, 2) / weight_bytes(plain, 2) < most
-    assert weight_bytes(quantised, 4) == weight_bytes(plain, 4), "a CPU dequantises them"
+    assert least < weight_bytes(Shard(quantised), 2) / weight_bytes(Shard(plain), 2) < most
+    assert weight_bytes(Shard(quantised), 4) == weight_bytes(Shard(plain), 4), "a CPU dequantises them"
 
 
 @pytest.fixture

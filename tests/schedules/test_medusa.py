@@ -17,7 +17,8 @@ from orthrus.engine.observer import PassRecord
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.kernels.rows.sampling import gumbel_noise, noise_keys
 from orthrus.models.families import load_config
-from orthrus.models.medusa import CONFIG_FILE, WEIGHTS_FILE, MedusaConfig, save_medusa
+from orthrus.models.medusa import WEIGHTS_FILE, save_medusa
+from orthrus.models.medusa_config import CONFIG_FILE, MedusaConfig
 from orthrus.plan import num_right
 from orthrus.requests.request import Completion, Request, SamplingParams, joined_chunks
 from orthrus.runner.eager import EagerRunner

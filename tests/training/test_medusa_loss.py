@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orthrus.models.medusa import MedusaConfig
+from orthrus.models.medusa_config import MedusaConfig
 from orthrus.training import medusa
 from orthrus.training.distributed import Processes
 from orthrus.training.medusa import MedusaLoss, MedusaSettings, initial_heads

@@ -18,6 +18,7 @@ from orthrus.deployments.config.config_file import load_config
 from orthrus.deployments.launch.serve import serve_config
 from orthrus.errors import ConfigError
 from orthrus.models.shapes import QWEN3_SHAPES, published_shape
+from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from tests.conftest import ROOT
 
@@ -373,7 +374,8 @@ def test_published_shapes_have_the_published_sizes() -> None:
     import torch
 
     billions = {
-        size: weight_bytes(shape, torch.bfloat16.itemsize) / 2 / 1e9 for size, shape in QWEN3_SHAPES.items()
+        size: weight_bytes(Shard(shape), torch.bfloat16.itemsize) / 2 / 1e9
+        for size, shape in QWEN3_SHAPES.items()
     }
     expected = {
         "0.6B": 0.596,
@@ -391,7 +393,8 @@ def test_published_shapes_have_the_published_sizes() -> None:
     # The paper: the diffusion view adds 16 to 17 % of parameters.
     assert (
         1.15
-        < weight_bytes(orthrus, torch.bfloat16.itemsize) / weight_bytes(plain, torch.bfloat16.itemsize)
+        < weight_bytes(Shard(orthrus), torch.bfloat16.itemsize)
+        / weight_bytes(Shard(plain), torch.bfloat16.itemsize)
         < 1.19
     )
     assert published_shape("Qwen/Qwen3-3B") is None and published_shape("models/orthrus-tiny") is None

@@ -1,0 +1,128 @@
+"""What one rank of a replica takes of its GPU's memory, as far as settings and the model's config say. Free of torch.
+
+The engine itself measures when it has loaded: `orthrus/engine/sizing.py`. Both count by `weight_bytes` and `PassMemory`.
+"""
+
+from dataclasses import dataclass
+
+from orthrus.cache.kv_formats import kv_bytes_per_token
+from orthrus.engine.config import EngineConfig
+from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, copies_bytes, draft_format
+from orthrus.engine.pass_limits import exchange_sizes, pass_room
+from orthrus.errors import ConfigError
+from orthrus.models.config import DTYPE_SIZES, ModelConfig
+from orthrus.models.medusa_config import MedusaConfig
+from orthrus.models.shard import Shard
+from orthrus.models.sizes import dtype_name, weight_bytes
+from orthrus.runner.pass_memory import PassMemory
+
+GIB = 1 << 30
+GPU_GIB = {
+    "A100": 39,
+    "A100-80G": 79,
+    "A10G": 22,
+    "B200": 178,
+    "H100": 79,
+    "H200": 139,
+    "L4": 22,
+    "L40S": 44,
+}
+"""Memory that a process finds free, by Ray's accelerator type."""
+_FP8_GPUS = {"B200", "H100", "H200", "L4", "L40S"}
+"""Those with FP8 matrix units."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one GPU, or in one process on a CPU. With several ranks, of the last one, whose part is the largest."""
+
+    weights: int
+    """Of the model, with the drafts' copies of them."""
+    kept_as: str
+    """Views and formats of the weights, for people."""
+    medusa: int
+    """Of the Medusa heads' weights."""
+    passes: int
+    """What passes need: see `PassMemory`. 0 on a CPU."""
+    exchange: int
+    """What ranks exchange."""
+    token: int
+    """Of the KV cache, for one token."""
+
+    @property
+    def total(self) -> int:
+        """All but the KV cache."""
+        return self.weights + self.medusa + self.passes + self.exchange
+
+    @staticmethod
+    def of(
+        engine: EngineConfig, whole: ModelConfig, kind: str | None, medusa: MedusaConfig | None
+    ) -> "MemoryPlan":
+        """whole: the model that all ranks share. kind: of the GPU, a key of `GPU_GIB`; None for a CPU. medusa: the heads."""
+        ranks = engine.tensor_parallel_size
+        shard = Shard(engine.with_settings(whole), ranks - 1, ranks)
+        model = shard.config
+        dtype = dtype_name(engine.dtype, model, "cpu" if kind is None else "cuda")
+        item_bytes = DTYPE_SIZES[dtype]
+        lossless = engine.keeps_12_bits(model) and kind is not None and dtype == "bfloat16"
+        weights, views = weight_bytes(shard, item_bytes, lossless=lossless), "AR view"
+        heads = 0 if medusa is None else medusa.num_weights * item_bytes
+        exchange = exchange_sizes(engine, model).layout(ranks)[1] if ranks > 1 else 0
+        passes = 0
+        if kind is not None:
+            room = pass_room(engine, model)
+            num_heads = 0 if medusa is None else medusa.medusa_num_heads
+            passes = PassMemory.of(shard, room, item_bytes, medusa_heads=num_heads, widens=lossless).total
+        copies = draft_format(engine, model)
+        if copies is None and kind in _FP8_GPUS and item_bytes == 2:
+            free = GPU_GIB[kind] * engine.gpu_memory_utilization * GIB - passes - exchange - weights
+            copies = auto_draft_format(engine, shard, item_bytes, free)
+        if copies in COPY_BYTES:
+            views += f", {copies} copies for drafts"
+            weights += copies_bytes(shard, item_bytes, copies, lossless=lossless)
+        elif model.has_diffusion:
+            views = "two views"
+        stored = "bfloat16 in 12 bits" if lossless else dtype
+        if not lossless and model.quantization is not None:
+            stored = f"{model.quantization.method} and {dtype}"
+        token = kv_bytes_per_token(model, item_bytes)
+        return MemoryPlan(weights, f"{views}, {stored}", heads, passes, exchange, token)
+
+
+def describe_memory(
+    engine: EngineConfig, model: ModelConfig, kind: str | None, medusa: MedusaConfig | None
+) -> str:
+    """The plan in words; arguments: see `MemoryPlan.of`. Raises ConfigError when a GPU can't hold all with one full context."""
+    plan, ranks = MemoryPlan.of(engine, model, kind, medusa), engine.tensor_parallel_size
+    said = f"weights {_gib(plan.weights)}{'' if ranks == 1 else f' on each of {ranks}'} ({plan.kept_as})"
+    if medusa is not None:
+        said += f", {_gib(plan.medusa)} for {medusa.medusa_num_heads} Medusa heads"
+    if kind is None:
+        cache = engine.kv_cache_tokens
+        return said + (f", KV cache {_gib(cache * plan.token)} for {cache} tokens" if cache else "")
+    said += f", {_gib(plan.passes)} for passes"
+    said += f", {_gib(plan.exchange)} for what they exchange" if plan.exchange else ""
+    size = GPU_GIB[kind]
+    free = size * engine.gpu_memory_utilization * GIB - plan.total
+    room = max(0, int(free / plan.token))
+    context = engine.max_model_len or model.max_position_embeddings
+    tokens = engine.kv_cache_tokens or min(room, context * engine.max_num_seqs)
+    if tokens > room or tokens < context:
+        needed = max(tokens, context)
+        raise ConfigError(
+            f"args.engine: {said} and {_gib(needed * plan.token)} of KV cache for {needed} tokens don't fit the {size} GiB of "
+            f"one {kind}: "
+            + (
+                f"set max_model_len and kv_cache_tokens to {room} at most"
+                if room
+                else "take a larger GPU (ray_actor_options.accelerator_type) or a smaller model"
+            )
+        )
+    return (
+        f"{said}, KV cache {_gib(tokens * plan.token)} for {tokens} tokens ({tokens / context:.1f} full contexts), "
+        f"of {size} GiB on {'one' if ranks == 1 else 'each'} {kind}"
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"
