@@ -18,7 +18,6 @@ from orthrus.kernels.ranks.shared_memory import (
     Processes,
     SharedBoxes,
     SharedMemoryRanks,
-    run_watched,
 )
 from orthrus.kernels.rows.types import NO_TOKEN
 
@@ -44,14 +43,14 @@ class CollectiveRanks(SharedMemoryRanks):
             torch.cuda.synchronize(device)
 
         self.least(0)
-        run_watched(connect, self.check)
+        self.watched(connect)
 
     def exchange(self, own: Tensor) -> list[Tensor]:
         if self._backend == "nccl" and not own.is_cuda:
             return super().exchange(own)
         if self._group is None:
             super().exchange(torch.zeros(1))  # Only when all are there: then nobody waits for long.
-            self._group = run_watched(self._connect, self.check)
+            self._group = self.watched(self._connect)
         found = own.new_empty(self.size * own.numel())
         try:
             work = self._group._allgather_base(found, own.view(-1))

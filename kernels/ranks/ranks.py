@@ -4,9 +4,11 @@ All ranks run the same passes, and call the same operations in the same order. E
 wait has an end: if a rank has ended or hangs, the others get a `RankError`.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from orthrus.kernels.peer_sizes import PeerSizes
 if TYPE_CHECKING:
     from orthrus.kernels.ranks.peer_memory import PeerMemory
 
+Result = TypeVar("Result")
+CHECK_SECONDS = 0.2
+"""How often a rank that waits for another asks whether it is still there."""
 START_SECONDS = 60
 """How long the ranks, which all have come so far, take at most to find each other."""
 
@@ -52,6 +57,14 @@ class Ranks(ABC):
     @abstractmethod
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
         """Call `on_failure`, from a thread of its own, once a rank has failed. For rank 0, which may be waiting for requests."""
+
+    def watched(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns or raises. Raises what `check` does as soon as a rank has failed, wherever `work` stands then.
+
+        For work that may wait for other ranks without asking whether they are there, as a library or a GPU does. It runs in a
+        thread of its own, which is left behind if a rank fails.
+        """
+        return run_watched(work, self.check)
 
     def share_memory(self, device: torch.device, sizes: PeerSizes) -> None:
         """Make `peers`, or what takes its place, on all ranks at the same time. device: this rank's GPU."""
@@ -100,6 +113,9 @@ class _OneRank(Ranks):
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
         pass
 
+    def watched(self, work: Callable[[], Result]) -> Result:
+        return work()
+
     def gather(self, part: Tensor, widths: Sequence[int]) -> Tensor:
         return part
 
@@ -109,6 +125,22 @@ class _OneRank(Ranks):
 
 ONE_RANK: Ranks = _OneRank()
 """Of every model that one process runs alone."""
+
+
+def run_watched(work: Callable[[], Result], check: Callable[[], None]) -> Result:
+    """What `work` returns or raises. It runs in a thread, which is left behind if `check` raises meanwhile."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="orthrus-watched", daemon=True).start()
+    while not wait([done], CHECK_SECONDS).done:
+        check()
+    return done.result()
 
 
 def add_pairwise(parts: Sequence[Tensor]) -> Tensor:

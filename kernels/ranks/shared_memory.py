@@ -7,26 +7,21 @@ after it has finished the one before it, for which all others have begun that on
 
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Semaphore
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from orthrus.kernels.peer_sizes import PeerSizes
-from orthrus.kernels.ranks.ranks import RankError, Ranks
+from orthrus.kernels.ranks.ranks import CHECK_SECONDS, RankError, Ranks
 
 _BOX_BYTES = 8 << 20
 """A larger tensor is exchanged in several parts."""
-Result = TypeVar("Result")
-_CHECK_SECONDS = 0.2
-"""How often a rank that waits for another asks whether it is still there."""
 _END_SECONDS = 1.0
 """What a process that ends is given to be gone."""
 
@@ -66,25 +61,6 @@ class Processes(Protocol):
         ...
 
 
-def run_watched(work: Callable[[], Result], check: Callable[[], None]) -> Result:
-    """What `work` returns or raises. It runs in a thread, which is left behind if `check` raises meanwhile.
-
-    So nobody waits until a library gives up a rank that has ended.
-    """
-    done: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="orthrus-watched", daemon=True).start()
-    while not wait([done], _CHECK_SECONDS).done:
-        check()
-    return done.result()
-
-
 class SharedMemoryRanks(Ranks):
     """See `Ranks`."""
 
@@ -107,8 +83,8 @@ class SharedMemoryRanks(Ranks):
 
         self.least(0)  # Only when all have loaded: nobody waits for long in there.
         try:
-            self.peers = run_watched(
-                lambda: PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes), self.check
+            self.peers = self.watched(
+                lambda: PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes)
             )
         except RuntimeError as error:
             self._name_failed_rank()
@@ -138,6 +114,6 @@ class SharedMemoryRanks(Ranks):
         for other in others:
             self._shared.filled[self.rank][other].release()
         for other in others:
-            while not self._shared.filled[other][self.rank].acquire(timeout=_CHECK_SECONDS):
+            while not self._shared.filled[other][self.rank].acquire(timeout=CHECK_SECONDS):
                 self._processes.check()
         return boxes

@@ -54,8 +54,18 @@ class LoadedModel:
     ) -> "LoadedModel":
         """model: the whole one. weights: this rank's part of them; the dict is emptied. max_groups: see `make_runner`.
 
-        Raises ConfigError if there is no memory for a cache, or less than the settings ask for.
+        Raises ConfigError if there is no memory for a cache, or less than the settings ask for, and RankError as soon as another
+        rank has failed: GPUs wait for each other in the first passes, and as graphs are captured.
         """
+        loaded = ranks.watched(lambda: LoadedModel._build(config, model, weights, ranks, max_groups))
+        if loaded.forward.device.type == "cuda":
+            torch.cuda.set_device(loaded.forward.device)  # Also in the thread that goes on with it.
+        return loaded
+
+    @staticmethod
+    def _build(
+        config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks, max_groups: int
+    ) -> "LoadedModel":
         forward = make_forward(config, model, weights, ranks)
         if forward.device.type == "cuda":
             torch.cuda.set_device(forward.device)

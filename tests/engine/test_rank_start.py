@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +16,20 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
+from orthrus.cache.kv_cache import KVCache
 from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.rank_processes import HANG_SECONDS, start_ranks
 from orthrus.engine.rank_worker import LoadWeights
 from orthrus.kernels.ranks import RankError, Ranks
-from orthrus.kernels.ranks.shared_memory import run_watched
+from orthrus.kernels.ranks.ranks import run_watched
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
+from orthrus.models.forward import LayerParallelForward
 from orthrus.models.shard import Shard
+from orthrus.runner import registry
+from orthrus.runner.eager import EagerRunner
+from orthrus.runner.registry import RUNNERS, RunnerEntry
 from tests.checkpoints import make_checkpoint
 
 NOT_WAITED = 60
@@ -119,6 +125,57 @@ def test_a_rank_that_fails_while_it_loads_ends_the_start(
         ranks.least(0)
     with pytest.raises(RankError, match=said):
         load_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+
+
+class StuckRunner(EagerRunner):
+    """Fails or waits as it is built, where a runner of GPUs runs the first passes and captures graphs.
+
+    Rank 0 waits as it would for its GPU, without asking whether other ranks are there.
+    """
+
+    fail: Callable[[], object]
+    begun: float
+    """When rank 0 began to wait."""
+
+    @staticmethod
+    def build(
+        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+    ) -> "StuckRunner":
+        if forward.ranks.rank:
+            StuckRunner.fail()
+        StuckRunner.begun = time.monotonic()
+        threading.Event().wait(NOT_WAITED)
+        raise AssertionError("nobody waits for so long")
+
+
+def use_stuck_runner(fail: Callable[[], object]) -> None:
+    """In the process of the rank that fails: see `StuckRunner`."""
+    StuckRunner.fail = staticmethod(fail)
+    RUNNERS.insert(0, STUCK)
+
+
+STUCK = RunnerEntry(f"{__name__}:StuckRunner", fits=lambda device, dtype: True)
+NOTICED = 5
+"""Seconds after which a rank that has failed is known to have failed, at most."""
+
+
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [
+        (end, "rank 1 of the model has ended: killed by signal 9"),
+        (stop, "rank 1 of the model has stopped"),
+    ],
+)
+def test_a_rank_that_fails_while_passes_are_captured_ends_the_start(
+    checkpoint: Path, fail: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 names it within seconds, although it waits for its own GPU then."""
+    monkeypatch.setattr(registry, "RUNNERS", [STUCK])
+    config, model, ranks = started(checkpoint, partial(use_stuck_runner, fail))
+    weights = load_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+    with pytest.raises(RankError, match=said):
+        Engine(config, model, weights, ranks=ranks)
+    assert time.monotonic() - StuckRunner.begun < NOTICED
 
 
 def test_a_rank_that_loads_slowly_is_waited_for(checkpoint: Path) -> None:
