@@ -36,8 +36,8 @@ class EngineConfig(BaseModel):
     """As torch names devices; "auto" is CUDA where there is one."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
     weights: Literal["auto", "bf16", "lossless12"] = "auto"
-    """How a GPU keeps a model of bfloat16: as "bf16", or in 12 bits a weight without losing one, "lossless12". Texts are the
-    same to the last bit. "auto" is what the checkpoint is stored in, and so is "bf16" for most."""
+    """How a GPU keeps the weights of a bfloat16 model: in full ("bf16"), or in 12 bits each, of which no bit is lost
+    ("lossless12"). Texts are the same to the last bit. "auto" is what the checkpoint is stored in: for most, "bf16"."""
     schedule: str = AUTO
     """A name from `orthrus.schedules.registry`. "auto" is "orthrus" where the checkpoint has diffusion weights, else "ngram"."""
     draft_length: int | None = Field(default=None, ge=2, le=512)
@@ -54,9 +54,11 @@ class EngineConfig(BaseModel):
     None for where the cost model says that this pays."""
     draft_weights: Literal["auto", "same", "fp8", "lossless8"] = "auto"
     """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own. Copies halve what such a pass
-    reads, but take memory. With `weights` "lossless12" they may read "lossless8", 8 of the 12 bits, which takes no memory: it
-    is what "auto" means then, if the GPU has FP8 matrix units and `draft_lead` is not true. With other weights "auto" is "fp8"
-    if the GPU has FP8 matrix units, the model has 16 bits, `draft_lead` is not true, and the KV cache keeps three quarters of
+    reads, but take memory. With `weights` "lossless12", drafts may read "lossless8", the first 8 of the 12 bits, which takes no
+    memory.
+
+    "auto" is "lossless8" where weights are in 12 bits, and else "fp8", if the GPU has FP8 matrix units and `draft_lead` is
+    not true. For "fp8" the checkpoint must also be in 16 bits and not quantised, and the KV cache must keep three quarters of
     its size and room for a full context, or else the `kv_cache_tokens` that are set."""
     draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0
     """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. "auto": on
