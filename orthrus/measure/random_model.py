@@ -59,7 +59,9 @@ def random_weights(
         part = name.rpartition(".")[2]
         if part == "weight":
             spread = torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 100.0, generator=generator)
-            return spread.to(torch.float8_e4m3fn)
+            return spread.clamp_(-448.0, 448.0).to(
+                torch.float8_e4m3fn
+            )  # Some versions of torch make NaN of more.
         if part == "g_idx":
             places = torch.arange(shape[0], device=device)
             return (places // (places.numel() if group == -1 else group)).to(torch.int32)
@@ -71,7 +73,9 @@ def random_weights(
             limit = 1 << 31
             return torch.randint(-limit, limit, shape, device=device, dtype=torch.int32, generator=generator)
         numbers = 100.0 if part == "weight_scale_inv" else 2.0**bits / 12**0.5
-        return torch.full(shape, inputs**-0.5 / numbers, device=device, dtype=torch.float16)
+        size = inputs**-0.5 / numbers
+        spread = torch.empty(shape, device=device, dtype=torch.float32)
+        return spread.uniform_(0.5 * size, 1.5 * size, generator=generator).to(torch.float16)
 
     parts = family.stored_parts(model)
     quantised = {name for name, part in parts.items() if not part.in_full}
