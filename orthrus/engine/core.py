@@ -26,7 +26,8 @@ from orthrus.engine.output import (
 )
 from orthrus.engine.pass_limits import SCORE_ROWS, PassLimits
 from orthrus.engine.passes import LoadedModel, time_pass
-from orthrus.engine.scheduler import PlannedTurn, Scheduler
+from orthrus.engine.planned_turn import PlannedTurn
+from orthrus.engine.scheduler import Scheduler
 from orthrus.engine.stats import EngineStats
 from orthrus.errors import RequestError
 from orthrus.kernels.ranks import ONE_RANK, Ranks

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from orthrus.engine.scheduler import PlannedTurn, Scheduler
+from orthrus.engine.planned_turn import PlannedTurn
+from orthrus.engine.scheduler import Scheduler
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows
 from orthrus.schedules.protocol import PassTime

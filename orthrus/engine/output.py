@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orthrus.engine.logprobs import SCORED, prompt_logprobs, token_logprobs
-from orthrus.engine.scheduler import PlannedTurn
+from orthrus.engine.planned_turn import PlannedTurn
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.plan import RowGroup
 from orthrus.requests.request import Chunk, CycleReport, PromptLogprobs

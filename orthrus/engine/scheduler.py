@@ -14,37 +14,17 @@ that it has committed stay, so its text does not change.
 import bisect
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from operator import attrgetter
 
 from orthrus.cache.page_hash import page_hashes
 from orthrus.cache.page_pool import PagePool
+from orthrus.engine.planned_turn import PREFILL, PlannedTurn, RowBudget, Turns, decoding_part, is_draft
 from orthrus.plan import RowGroup, View
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.protocol import Schedule, Turn
 from orthrus.schedules.registry import AR
-
-PREFILL = "prefill"
-"""The kind of turn that computes rows of a prompt, or of a preempted sequence's tokens."""
-
-
-@dataclass(slots=True)
-class PlannedTurn:
-    """One sequence's part of a pass."""
-
-    sequence: SequenceState
-    turn: Turn
-    num_rows: int
-    num_logits: int
-    """Rows that need logits."""
-    decoding: bool
-    """Whether the schedule made the turn; else it is a prefill, with one group."""
-    num_scoring: int = 0
-    """How many of the rows with logits, from the first on, score the prompt token after them."""
-    num_advanced: int = 0
-    """Tokens by which its sequence has gone on with placeholders since the launch."""
 
 
 class Scheduler:
@@ -144,8 +124,6 @@ class Scheduler:
 
     def plan(self) -> list[PlannedTurn]:
         """The next pass, empty when there is nothing to do."""
-        planned: list[PlannedTurn] = []
-        row_budget, decode_budget = self._prefill_chunk, self._decode_rows
         batch = sum(sequence.decoding for sequence in self.running)
         turns = {
             sequence: self.schedule_of(sequence).plan(sequence, batch)
@@ -153,7 +131,19 @@ class Scheduler:
             if sequence.decoding and not sequence.complete  # Else the passes in flight end it.
         }
         self._drafted = drafts = self._plans_drafts(turns)
-        score_budget = self._score_budget(batch)
+        budget = RowBudget(self._decode_rows, self._prefill_chunk, self._score_budget(batch))
+        planned = self._go_on(turns, budget, drafts)
+        if not drafts:
+            planned += self._newcomers(budget)
+        prompt_rows = self._prefill_chunk - budget.prompt_rows
+        if drafts:  # What waits for this pass counts as if it took part.
+            prompt_rows = min(self.rows_to_prefill, self._prefill_chunk)
+        self.row_use = max(len(turns) / self._max_num_seqs, prompt_rows / self._prefill_chunk)
+        return planned
+
+    def _go_on(self, turns: Turns, budget: RowBudget, drafts: bool | None) -> list[PlannedTurn]:
+        """The turns of running sequences in the next pass. turns: of those that decode. drafts: see `_plans_drafts`."""
+        planned: list[PlannedTurn] = []
         preempted = self.num_preempted
         self._rows_running = 0
         for sequence in list(self.running):
@@ -161,46 +151,28 @@ class Scheduler:
                 continue
             if self.num_preempted > preempted and sequence not in self.running:
                 continue  # A sequence before it has taken its pages.
-            if (turn := turns.get(sequence)) is not None:
-                if drafts is not None and drafts != _is_draft(turn):
-                    continue  # It takes part in the next pass.
-                num_rows = sum([len(group.tokens) for group in turn.groups])
-                if num_rows > decode_budget:
-                    continue  # Blocks drafted when there were fewer sequences fill the pass: it takes part in the next.
-                if not self._reserve(sequence, turn.groups):
-                    continue
-                decode_budget -= num_rows
-                num_logits = sum([group.num_logits for group in turn.groups])
-                planned.append(PlannedTurn(sequence, turn, num_rows, num_logits, decoding=True))
-                continue
-            most_rows = 0 if drafts else self._rows_that_fit(sequence, row_budget, score_budget)
-            part = self._prefill(sequence, most_rows)
+            turn, part = turns.get(sequence), None
+            if turn is None:
+                part = None if drafts else self._prefill(sequence, budget)
+            elif drafts is None or drafts == is_draft(turn):  # Else it takes part in the next pass.
+                part = decoding_part(sequence, turn, budget)
+            num_rows = 0
             if part is not None and self._reserve(sequence, part.turn.groups):
-                row_budget -= part.num_rows
-                score_budget -= part.num_scoring
-                self._rows_running -= part.num_rows
+                budget.take(part)
                 planned.append(part)
-            if sequence in self.running:
-                self._rows_running += len(sequence.tokens) - sequence.num_computed
-        for part in [] if drafts else self._newcomers(row_budget, score_budget):
-            row_budget -= part.num_rows
-            self._rows_running += len(part.sequence.tokens) - part.sequence.num_computed - part.num_rows
-            planned.append(part)
-        # What waits for a pass of drafts counts as if it took part.
-        prompt_rows = (
-            min(self.rows_to_prefill, self._prefill_chunk) if drafts else self._prefill_chunk - row_budget
-        )
-        self.row_use = max(len(turns) / self._max_num_seqs, prompt_rows / self._prefill_chunk)
+                num_rows = part.num_rows
+            if turn is None and sequence in self.running:
+                self._rows_running += len(sequence.tokens) - sequence.num_computed - num_rows
         return planned
 
-    def _plans_drafts(self, turns: Mapping[SequenceState, Turn]) -> bool | None:
+    def _plans_drafts(self, turns: Turns) -> bool | None:
         """Whether the next pass is for draft turns alone (True) or for all others (False). None: they may share it.
 
         A pass of drafts is followed by one for what had to wait, if anything had to: so nothing waits for long.
         """
         if self._mixes_views:
             return None
-        drafts = [_is_draft(turn) for turn in turns.values()]
+        drafts = [is_draft(turn) for turn in turns.values()]
         return any(drafts) and not (self._drafted and not all(drafts))
 
     def mark_computed(self, sequence: SequenceState, count: int) -> None:
@@ -236,28 +208,27 @@ class Scheduler:
         self.waiting.remove(sequence)
         self._rows_waiting -= self._queued.pop(sequence)
 
-    def _newcomers(self, row_budget: int, score_budget: int) -> list[PlannedTurn]:
+    def _newcomers(self, budget: RowBudget) -> list[PlannedTurn]:
         """The sequences that begin in this pass, with the rows that the running ones leave."""
         planned: list[PlannedTurn] = []
         for sequence in list(self.waiting):
-            if not row_budget or len(self.running) >= self._max_num_seqs:
+            if not budget.prompt_rows or len(self.running) >= self._max_num_seqs:
                 break
             first = sequence.first_choice
             if first is not None and first.num_generated == 0 and first.finish_reason is None:
                 if first.unscored:
                     continue  # Scoring takes many passes, and leaves room in them.
                 break  # The first choice's pages are about to be shared.
-            if sequence.unscored and score_budget <= 0:
+            if sequence.unscored and budget.score_rows <= 0:
                 continue  # It keeps its place, and lets those pass that score nothing.
-            part = self._admit(sequence, row_budget, score_budget)
+            part = self._admit(sequence, budget)
             if part is None:
                 break
-            row_budget -= part.num_rows
-            score_budget -= part.num_scoring
+            budget.take(part)
             planned.append(part)
         return planned
 
-    def _admit(self, sequence: SequenceState, row_budget: int, score_budget: int) -> PlannedTurn | None:
+    def _admit(self, sequence: SequenceState, budget: RowBudget) -> PlannedTurn | None:
         """Start a waiting sequence if its first chunk fits beside the running ones' next pages."""
         # The newest token is always computed, and so is what is still to be scored: their rows give the logits.
         known = sequence.unscored.start if sequence.unscored else sequence.newest_position
@@ -265,7 +236,7 @@ class Scheduler:
         sequence.block_table = self.pool.match(hashes)
         sequence.num_computed = len(sequence.block_table) * self._page_size
         sequence.page_hashes = hashes[: len(sequence.block_table)]
-        part = self._prefill(sequence, self._rows_that_fit(sequence, row_budget, score_budget))
+        part = self._prefill(sequence, budget)
         pages, missing = None, []
         if part is not None:
             missing = self._missing_pages(part.turn.groups)
@@ -273,7 +244,7 @@ class Scheduler:
             # Each running sequence may need a page next.
             if count + len(self.running) <= self.pool.available:
                 pages = self.pool.allocate(count)
-        if pages is None:
+        if part is None or pages is None:
             self._release(sequence)
             return None
         if sequence.num_generated == 0:
@@ -281,6 +252,8 @@ class Scheduler:
         _append_pages(missing, pages)
         self._unqueue(sequence)
         bisect.insort(self.running, sequence, key=_queue_key)
+        if self._rows_running is not None:
+            self._rows_running += len(sequence.tokens) - sequence.num_computed - part.num_rows
         self.num_admitted += 1
         waited = time.monotonic() - sequence.queued_at
         sequence.queue_seconds += waited
@@ -294,17 +267,14 @@ class Scheduler:
         taken = num_decoding * self.schedule.max_logits
         return max(0, self._decode_rows - taken) + self._score_rows
 
-    def _rows_that_fit(self, sequence: SequenceState, row_budget: int, score_budget: int) -> int:
-        """How many of a prompt's next rows fit the pass. Rows before the first unscored position score nothing."""
-        if not sequence.unscored:
-            return row_budget
-        return min(row_budget, sequence.unscored.start - sequence.num_computed + score_budget)
-
-    def _prefill(self, sequence: SequenceState, most_rows: int) -> PlannedTurn | None:
+    def _prefill(self, sequence: SequenceState, budget: RowBudget) -> PlannedTurn | None:
         """The next rows of a prompt, or of a preempted sequence's tokens; None if there is no room for any.
 
         The newest token's row needs logits. So do all rows from the first unscored position on.
         """
+        most_rows = budget.prompt_rows
+        if sequence.unscored:  # Rows before the first unscored position score nothing.
+            most_rows = min(most_rows, sequence.unscored.start - sequence.num_computed + budget.score_rows)
         if most_rows <= 0:
             return None
         start, unscored = sequence.num_computed, sequence.unscored
@@ -369,11 +339,6 @@ def _append_pages(missing: list[tuple[list[int], int]], pages: list[int]) -> Non
     for block_table, count in missing:
         block_table.extend(pages[start : start + count])
         start += count
-
-
-def _is_draft(turn: Turn) -> bool:
-    """Whether all rows of the turn are of the diffusion view."""
-    return all(group.view is View.DIFFUSION for group in turn.groups)
 
 
 _queue_key = attrgetter("queue_key")

@@ -12,7 +12,8 @@ from orthrus.cache.page_pool import PagePool
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import auto_draft_format, copies_bytes
-from orthrus.engine.scheduler import PREFILL, Scheduler
+from orthrus.engine.planned_turn import PREFILL
+from orthrus.engine.scheduler import Scheduler
 from orthrus.models.families import family_of, load_config
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard

@@ -3,7 +3,8 @@
 from typing import Any
 
 from orthrus.cache.page_pool import PagePool
-from orthrus.engine.scheduler import PREFILL, Scheduler
+from orthrus.engine.planned_turn import PREFILL
+from orthrus.engine.scheduler import Scheduler
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState

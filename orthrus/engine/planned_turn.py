@@ -1,0 +1,68 @@
+"""`PlannedTurn`: one sequence's part of a pass, and `RowBudget`: the rows that are left for further parts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orthrus.plan import View
+from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.protocol import Turn
+
+PREFILL = "prefill"
+"""The kind of turn that computes rows of a prompt, or of a preempted sequence's tokens."""
+
+
+Turns = Mapping[SequenceState, Turn]
+"""Of the sequences that decode."""
+
+
+@dataclass(slots=True)
+class PlannedTurn:
+    """One sequence's part of a pass."""
+
+    sequence: SequenceState
+    turn: Turn
+    num_rows: int
+    num_logits: int
+    """Rows that need logits."""
+    decoding: bool
+    """Whether the schedule made the turn; else it is a prefill, with one group."""
+    num_scoring: int = 0
+    """How many of the rows with logits, from the first on, score the prompt token after them."""
+    num_advanced: int = 0
+    """Tokens by which its sequence has gone on with placeholders since the launch."""
+
+
+@dataclass(slots=True)
+class RowBudget:
+    """The rows that are left of the pass that is being planned."""
+
+    decode_rows: int
+    """For decoding sequences."""
+    prompt_rows: int
+    score_rows: int
+    """Of the prompt rows, those that may score prompt tokens."""
+
+    def take(self, part: PlannedTurn) -> None:
+        """Give rows to a part."""
+        if part.decoding:
+            self.decode_rows -= part.num_rows
+        else:
+            self.prompt_rows -= part.num_rows
+            self.score_rows -= part.num_scoring
+
+
+def decoding_part(sequence: SequenceState, turn: Turn, budget: RowBudget) -> PlannedTurn | None:
+    """A decoding sequence's part of a pass. None if there is no room for it: then it takes part in the next one.
+
+    That happens where blocks were drafted when fewer sequences decoded.
+    """
+    num_rows = sum([len(group.tokens) for group in turn.groups])
+    if num_rows > budget.decode_rows:
+        return None
+    num_logits = sum([group.num_logits for group in turn.groups])
+    return PlannedTurn(sequence, turn, num_rows, num_logits, decoding=True)
+
+
+def is_draft(turn: Turn) -> bool:
+    """Whether all rows of the turn are of the diffusion view."""
+    return all(group.view is View.DIFFUSION for group in turn.groups)
