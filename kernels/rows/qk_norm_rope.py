@@ -23,7 +23,7 @@ def qk_norm_rope(
     """RMS-norm and rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place; write to the cache.
 
     weight [views, heads + kv_heads, dim]: the norm weight of each head, for the first num_ar (int32 [1]) rows and for the
-    others. None: rotate only.
+    others. One view: for all rows, since those that only fill up a pass lie behind the AR rows. None: rotate only.
     cos, sin [rows, 1, dim]: as `apply_rope` takes them.
     writes: where the keys and values of the first num_ar rows go in k_cache and v_cache [kv_heads, slots, dim]. No slot is
     written twice.
@@ -45,7 +45,7 @@ def qk_norm_rope(
             if weight is None:
                 twice = twice.contiguous()
             else:
-                twice = rms_norm(twice, weight[view].unsqueeze(1), eps)
+                twice = rms_norm(twice, weight[min(view, len(weight) - 1)].unsqueeze(1), eps)
             apply_rope(twice, cos[span], sin[span], out=heads)
     qkv.nan_to_num_(0.0, 0.0, 0.0)
     if split:

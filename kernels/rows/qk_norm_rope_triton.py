@@ -32,6 +32,7 @@ def _qk_norm_rope_kernel(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
+    TWO_VIEWS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     unit = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
@@ -52,7 +53,10 @@ def _qk_norm_rope_kernel(
     other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
     turned = inside & (head < normed)[:, None]
     if weight is not None:
-        weight += ((head + tl.where(row < tl.load(num_ar), 0, normed)) * DIM)[:, None]
+        norm = head
+        if TWO_VIEWS:
+            norm += tl.where(row < tl.load(num_ar), 0, normed)
+        weight += (norm * DIM)[:, None]
         own_weight = tl.load(weight + dims, mask=turned, other=0.0)
         other_weight = tl.load(weight + other, mask=turned, other=0.0)
     if CHAINED:
@@ -120,6 +124,7 @@ def qk_norm_rope(
         DIM=dim,
         WIDTH=triton.next_power_of_2(dim),
         HEADS=_HEADS,
+        TWO_VIEWS=weight is not None and weight.shape[0] > 1,
         num_warps=_HEADS,
         **chaining(),
     )
