@@ -27,7 +27,7 @@ from orthrus.measure.replay import replaying
 from orthrus.measure.verify import run
 from orthrus.models.quantization import read_quantization
 from orthrus.requests.request import Request, SamplingParams
-from tests.quantised import FP8
+from tests.quantised import FP8, GPTQ
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODEL = replace(shape_config("8B"), num_hidden_layers=4)
@@ -71,6 +71,7 @@ FORMATS = {
     "bf16": Format((("fp8", 0), ("same", 0), ("fp8", 24)), {"fp8": "fp8", "same": None}),
     "lossless12": Format((("auto", 0), ("auto", 24)), {"auto": "lossless8"}, "lossless12"),
     "fp8": published(FP8),
+    "gptq": published(GPTQ),
 }
 
 
