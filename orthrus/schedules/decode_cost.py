@@ -30,11 +30,6 @@ class CycleCost(Protocol):
         """Seconds of an AR step of `batch` sequences: one token each."""
         ...
 
-    @property
-    def tree(self) -> PassCost | None:
-        """A verify pass of trees; None if there are no trees."""
-        ...
-
     def cycle(
         self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
     ) -> float:

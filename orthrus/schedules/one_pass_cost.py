@@ -17,8 +17,6 @@ class OnePassCost:
     """What a row adds to a pass if its pick is sampled rather than greedy."""
     lead: None = None
     """There are no draft passes, and so no leads."""
-    tree: None = None
-    """Nor are there trees."""
     version: int = 0
     """These costs never change."""
 

@@ -226,14 +226,7 @@ class OrthrusSchedule:
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
         if turn.kind in (DRAFT, LEAD_DRAFT):
-            planned, draft = sequence.schedule_state, _draft(sequence, turn, picks)
-            draft = replace(draft, tokens=_tokens(draft.tokens))
-            if isinstance(planned, Draft):  # The verify turn may have been planned already.
-                draft = replace(
-                    draft, tree=planned.tree, tree_rows=planned.tree_rows, following=planned.following
-                )
-            sequence.schedule_state = draft
-            return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
+            return self._commit_draft(sequence, turn, picks)
         drafted = sequence.schedule_state
         if isinstance(drafted, _InFlight):
             drafted = drafted.draft
@@ -242,32 +235,53 @@ class OrthrusSchedule:
                 sequence.schedule_state = None
             return Commit(picks[0])
         assert isinstance(drafted, Draft), "what a block verifies has been drafted"
+        commit_verified = self._commit_chain if drafted.tree is None else self._commit_tree
+        commit = commit_verified(sequence, drafted, picks)
         sequence.schedule_state = None
-        if drafted.tree is not None:
-            assert self._trees is not None
-            verified = self._trees.commit(sequence, drafted, picks, self._planner)
-            right = verified.tokens[:-1]
-            self._expect(sequence, drafted, len(right))
-            # Of a tree, the path that was accepted, and what the tree had of the chain after it if that is the chain's.
-            chain = drafted.tokens[: drafted.tree.chain_length]
-            if self._shares is not None:
-                self._shares.observe(sequence, len(chain), num_right(chain[: len(right)], right))
-            rest = chain[len(right) :] if chain[: len(right)] == right else []
-            return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
+        if drafted.following is not None:
+            position = (
+                len(sequence.tokens) + commit.num_accepted
+            )  # Of the newest token, when these are committed.
+            sequence.schedule_state = _Choice(position, drafted.following)
+        return commit
+
+    def _commit_draft(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
+        """Keep what a draft turn drafted. Only a lead's pick is committed."""
+        planned, draft = sequence.schedule_state, _draft(sequence, turn, picks)
+        draft = replace(draft, tokens=_tokens(draft.tokens))
+        if isinstance(planned, Draft):  # The verify turn may have been planned already.
+            draft = replace(
+                draft, tree=planned.tree, tree_rows=planned.tree_rows, following=planned.following
+            )
+        sequence.schedule_state = draft
+        return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
+
+    def _commit_chain(self, sequence: SequenceState, drafted: Draft, picks: Sequence[list[int]]) -> Commit:
+        """What came of a turn that verified a draft as one continuation."""
         accepted = num_right(drafted.tokens, picks[0])
         if self._trees is not None:
             self._trees.observe(sequence.params.greedy, drafted, picks[0], accepted)
-        self._planner.observe(sequence.params.greedy, drafted, accepted)
-        if self._shares is not None:
-            self._shares.observe(sequence, len(drafted.tokens), accepted)
-        self._expect(sequence, drafted, accepted)
+        self._learn(sequence, drafted, accepted)
         return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
 
-    def _expect(self, sequence: SequenceState, drafted: Draft, accepted: int) -> None:
-        """Keep the choice of the block behind a draft of which `accepted` tokens are right."""
-        if drafted.following is not None:
-            position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
-            sequence.schedule_state = _Choice(position, drafted.following)
+    def _commit_tree(self, sequence: SequenceState, drafted: Draft, picks: Sequence[list[int]]) -> Commit:
+        """What came of a turn that verified a tree."""
+        assert self._trees is not None and drafted.tree is not None
+        verified = self._trees.commit(sequence, drafted, picks)
+        right = verified.tokens[:-1]
+        # Of the path that was accepted, the part that is the chain's, and what the tree had of the chain after that.
+        chain = drafted.tokens[: drafted.tree.chain_length]
+        accepted = num_right(chain[: len(right)], right)
+        if chain:
+            self._learn(sequence, replace(drafted, tokens=chain), accepted)
+        rest = chain[len(right) :] if accepted == len(right) else []
+        return Commit(verified.tokens, len(right), verified.rows, [*right, *rest])
+
+    def _learn(self, sequence: SequenceState, draft: Draft, accepted: int) -> None:
+        """Count that the first `accepted` tokens of a draft were right, and the next one, if there is one, was wrong."""
+        self._planner.observe(sequence.params.greedy, draft, accepted)
+        if self._shares is not None:
+            self._shares.observe(sequence, len(draft.tokens), accepted)
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
         if turn.kind == VERIFY:

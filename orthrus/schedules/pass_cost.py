@@ -13,8 +13,7 @@ _SPREAD = (2, 4)
 """Passes larger than one sequence are timed with so many sequences, each with the largest number of rows."""
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Passes of so many sequences of one row each are timed."""
-_SEQUENCES = 8
-_SEQUENCE_ROWS = 4
+_SEQUENCES, _SEQUENCE_ROWS = 8, 4
 """The number of sequences, and the rows of each, that are timed to learn what one more sequence costs."""
 _CONTEXT = 256
 """Position, in tokens, up to which the rows of timed passes reach."""
@@ -30,16 +29,16 @@ class PassCost:
     """Sizes that were measured, ascending: rows of one sequence, or sequences of one row."""
     seconds: tuple[float, ...]
     """Seconds at each of `sizes`."""
-    seconds_per_group: float = 0.0
+    seconds_per_sequence: float = 0.0
     """Seconds that each sequence after the first adds to a pass of as many rows."""
     filled_to: tuple[int, ...] = ()
     """Numbers of rows that the runner fills passes up to, ascending. Empty if it runs just the rows that a pass has."""
 
-    def __call__(self, size: float, groups: int = 1) -> float:
-        """Interpolated between measurements; beyond the last in proportion to it."""
+    def __call__(self, size: float, sequences: int = 1) -> float:
+        """Seconds of a pass of `size`, of so many sequences. Interpolated; beyond the last measurement in proportion to it."""
         filled = next((filled for filled in self.filled_to if filled >= size), size)
         size = max(size, min(filled, self.sizes[-1]))  # The last one was measured as it was filled.
-        extra = self.seconds_per_group * (groups - 1)
+        extra = self.seconds_per_sequence * (sequences - 1)
         if size >= self.sizes[-1] or len(self.sizes) == 1:
             return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra
         right = max(1, bisect_left(self.sizes, size))
@@ -170,17 +169,17 @@ def _rows_curve(best: dict[_Size, float], shape: PassShape) -> PassCost:
     """Cost by rows, as if they were all of one sequence, and what further sequences add."""
     found = {(rows, n): seconds for (s, rows, n), seconds in best.items() if s is shape}
     alone = _curve({rows: seconds for (rows, n), seconds in found.items() if n == 1})
-    seconds_per_group = 0.0
+    seconds_per_sequence = 0.0
     for (rows, n), seconds in found.items():
         if n == _SEQUENCES:
-            seconds_per_group = max(0.0, (seconds - alone(rows * n)) / (n - 1))
+            seconds_per_sequence = max(0.0, (seconds - alone(rows * n)) / (n - 1))
     by_rows = {
-        rows * n: seconds - seconds_per_group * (n - 1)
+        rows * n: seconds - seconds_per_sequence * (n - 1)
         for (rows, n), seconds in found.items()
         if n != _SEQUENCES
     }
     together = _curve(by_rows)
-    return PassCost(together.sizes, together.seconds, seconds_per_group)
+    return PassCost(together.sizes, together.seconds, seconds_per_sequence)
 
 
 def _curve(seconds: dict[int, float]) -> PassCost:

@@ -66,8 +66,11 @@ class PassTime:
     kind: str
     """Of its turns."""
     rows: int
+    """Rows of all sequences."""
     groups: int
+    """Groups of all sequences. A tree has several."""
     sequences: int
+    """Sequences that took part."""
     seconds: float
     """From the end of the pass before it, or from its launch if that was later."""
 

@@ -5,11 +5,10 @@ lays the nodes out as groups of rows, gives them pages, and finds the right path
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.draft_tree import BranchPages, DraftTree, Verified, follow, runs_of
-from orthrus.schedules.planner import Draft, DraftPlanner
+from orthrus.schedules.planner import Draft
 from orthrus.schedules.tree_chances import TreeChances
 from orthrus.schedules.tree_planner import TreePlanner
 
@@ -42,23 +41,14 @@ class TreeDrafts:
             pick = picks[accepted]
             chances.observe(accepted, True, others.index(pick) + 1 if pick in others else None)
 
-    def commit(
-        self, sequence: SequenceState, draft: Draft, picks: Sequence[list[int]], planner: DraftPlanner
-    ) -> Verified:
-        """What the picks say of a draft's tree. The pages of the right drafts become the sequence's own.
-
-        planner: it is told how many drafts of the chain were right.
-        """
+    def commit(self, sequence: SequenceState, draft: Draft, picks: Sequence[list[int]]) -> Verified:
+        """What the picks say of a draft's tree. The pages of the right drafts become the sequence's own."""
         tree, greedy = draft.tree, sequence.params.greedy
         assert tree is not None
         verified = follow(tree.runs, draft.candidates, picks)
         self._pages.close(sequence, tree.tables[verified.run])
-        chances, on_chain, accepted = self._chances[greedy], True, 0
+        chances, on_chain = self._chances[greedy], True
         for depth, rank in enumerate(verified.ranks):
             chances.observe(depth, on_chain, rank)
             on_chain = on_chain and rank == 0
-            accepted += on_chain
-        if length := tree.chain_length:
-            chain = replace(draft, tokens=draft.tokens[:length])
-            planner.observe(greedy, chain, min(accepted, length))
         return verified

@@ -16,7 +16,7 @@ from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
 from orthrus.schedules.protocol import PassTime
 from tests.checkpoints import make_checkpoint
 
-FLAT = PassCost((1, 64, 256), (1.0, 1.1, 2.0), seconds_per_group=0.01)
+FLAT = PassCost((1, 64, 256), (1.0, 1.1, 2.0), seconds_per_sequence=0.01)
 
 
 def cost() -> DecodeCost:

@@ -24,9 +24,9 @@ def dear() -> PassCost:
 
 
 def test_pass_cost_interpolates_and_goes_on_in_proportion() -> None:
-    cost = PassCost((2, 4, 8), (1.0, 2.0, 6.0), seconds_per_group=0.5)
+    cost = PassCost((2, 4, 8), (1.0, 2.0, 6.0), seconds_per_sequence=0.5)
     assert [cost(1), cost(2), cost(3), cost(6), cost(8), cost(16)] == [1.0, 1.0, 1.5, 4.0, 6.0, 12.0]
-    assert cost(4, groups=3) == 3.0
+    assert cost(4, sequences=3) == 3.0
     filled = replace(cost, filled_to=(4, 8))
     assert [filled(1), filled(5), filled(8), filled(16)] == [2.0, 6.0, 6.0, 12.0]
 
@@ -90,9 +90,9 @@ def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:
     assert one.plan(True, 1) == BlockPlan(8)
 
 
-def crowded(seconds_per_group: float) -> DraftPlanner:
-    """A planner to whom rows are free for one sequence. Each further one costs a cycle `seconds_per_group` steps more."""
-    passes = replace(flat(), seconds_per_group=seconds_per_group)
+def crowded(seconds_per_sequence: float) -> DraftPlanner:
+    """A planner to whom rows are free for one sequence. Each further one costs a cycle `seconds_per_sequence` steps more."""
+    passes = replace(flat(), seconds_per_sequence=seconds_per_sequence)
     return DraftPlanner(8, DecodeCost(flat(), passes, passes, passes), 512)
 
 
