@@ -250,9 +250,7 @@ class EngineCore:
         taken = sequence.tokens[sequence.num_prompt + before :]
         if records is not None:
             records.append(
-                TurnRecord(
-                    sequence.request_id, sequence.index, turn, tuple(picks), len(taken), commit.num_accepted
-                )
+                TurnRecord(sequence.request_id, sequence.index, turn, tuple(picks), commit.num_accepted)
             )
         if not tokens and sequence.finish_reason is None:
             return None

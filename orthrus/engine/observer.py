@@ -17,8 +17,6 @@ class TurnRecord:
     """The rows and their meaning. `turn.kind` is "prefill" for rows of a prompt."""
     picks: tuple[list[int], ...]
     """The picks, as in `Schedule.commit`."""
-    num_committed: int
-    """Tokens that were appended to the sequence. The schedule may have given more, if these ended the sequence."""
     num_accepted: int
     """How many of the `turn.num_verified` drafts were right."""
 

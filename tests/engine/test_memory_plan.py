@@ -154,14 +154,18 @@ def test_adjusting_takes_what_the_plan_says(rows: int) -> None:
     assert sum(len(run) for _, run in runs(groups)) == len(groups)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "settings"),
+    [*((name, {}) for name in SCHEDULES), ("orthrus", {"draft_tree": 8, "max_num_seqs": 16})],
+)
 def test_passes_of_every_schedule_allocate_no_more_than_the_plan_says(
-    checkpoint: Path, schedule: str
+    checkpoint: Path, schedule: str, settings: dict[str, Any]
 ) -> None:
     """64 sequences that draft, with everything that a request may ask of its logits, and log-probabilities."""
-    ours = engine(checkpoint, schedule)
+    ours = engine(checkpoint, schedule, **settings)
     prompts = [[number % 100, 5, 6, 5, 6, 5] for number in range(ours.config.max_num_seqs)]
-    params = [replace(EVERYTHING, seed=n, logprobs=3 if n % 2 else None) for n in range(len(prompts))]
+    scoring = replace(EVERYTHING, logprobs=3, prompt_logprobs=2)
+    params = [replace(scoring if n % 2 else EVERYTHING, seed=n) for n in range(len(prompts))]
     rows: list[int] = []
     ours.observer = lambda record: rows.append(record.num_rows)
     live = measured(lambda: ours.generate(prompts, params))
