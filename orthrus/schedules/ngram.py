@@ -205,10 +205,19 @@ class OrthrusNgramSchedule(NgramSchedule):
     """Diffusion blocks and n-gram drafts: whichever promises more tokens per second where a cycle begins."""
 
     max_groups = OrthrusSchedule.max_groups
-    _verified = 0
-    """Diffusion blocks that were to be verified so far."""
-    _looked_up_at = 0
-    """The same when the last lookup was to be verified."""
+
+    def __init__(
+        self,
+        cost: NgramCost | None,
+        lengths: range,
+        max_rows: int,
+        pass_rows: int,
+        blocks: OrthrusSchedule | None,
+    ) -> None:
+        """See `NgramSchedule`."""
+        super().__init__(cost, lengths, max_rows, pass_rows, blocks)
+        self._verified = 0  # Diffusion blocks that were to be verified so far.
+        self._looked_up_at = 0  # The same when the last lookup was to be verified.
 
     @classmethod
     def build(cls, context: ScheduleContext) -> Schedule:
