@@ -69,9 +69,7 @@ MAX_FUNCTION_LINES = 60
 # What does not hold yet. Each list may only shrink: an entry that is no longer needed fails its test.
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[str] = set()
-LONG_FILES: set[str] = {
-    "tests/deployments/serving/test_hostile.py",
-}
+LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 
 
