@@ -11,6 +11,8 @@ _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _OWN_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 _INGRESS_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_{}_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_{}_PORT")
 _BLOCK = 50
+_PORTS = range(28_000, 32_700)
+"""Where single ports are looked for. Blocks lie below."""
 
 
 def set_environment() -> None:
@@ -35,16 +37,24 @@ def set_environment() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody listens on, below those that the kernel gives out.
+
+    One of those may be taken before it is used: Ray's processes open dozens as they start.
+    """
+    while True:
+        port = random.randrange(_PORTS.start, _PORTS.stop)
+        try:
+            with socket.socket() as probe:
+                probe.bind(("", port))
+        except OSError:
+            continue
+        return port
 
 
 def free_block() -> int:
     """The first of 50 TCP ports of this machine that nobody listens on, below those that the kernel gives out."""
     while True:
-        first = random.randrange(20_000, 32_000, _BLOCK)
+        first = random.randrange(20_000, _PORTS.start, _BLOCK)
         try:
             for port in range(first, first + _BLOCK):
                 with socket.socket() as probe:
