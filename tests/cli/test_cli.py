@@ -118,6 +118,8 @@ def test_generate_tells_the_seed_it_drew(model: Path, capsys: Output) -> None:
         "cpu",
         "--prompt",
         "x",
+        "--schedule",
+        "ar",
         "--temperature",
         "1",
         "--max-tokens",
@@ -131,7 +133,17 @@ def test_generate_tells_the_seed_it_drew(model: Path, capsys: Output) -> None:
 
 
 def test_generate_reads_stdin(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["generate", "--model", str(model), "--device", "cpu", "--max-tokens", "4"]
+    arguments = [
+        "generate",
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+        "--schedule",
+        "ar",
+        "--max-tokens",
+        "4",
+    ]
     assert main([*arguments, "--prompt", "abc\n"]) == 0
     expected = capsys.readouterr().out
     type_lines(monkeypatch, "abc")

@@ -11,7 +11,6 @@ import torch
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.observer import PassRecord
-from orthrus.errors import RequestError
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
 from orthrus.runner.sampler import PickRows
 from tests.checkpoints import make_checkpoint
@@ -64,6 +63,13 @@ MIXED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def mixed_alone(ar: Engine) -> list[list[Completion]]:
+    """`MIXED` one by one under AR decoding."""
+    texts = prompts(len(MIXED))
+    return [ar.generate([text], params)[0] for text, params in zip(texts, MIXED, strict=True)]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -83,12 +89,10 @@ MIXED = [
     ids=str,
 )
 def test_every_parameter_is_exact_under_every_schedule_and_setting(
-    checkpoint: Path, ar: Engine, settings: dict[str, Any]
+    checkpoint: Path, mixed_alone: list[list[Completion]], settings: dict[str, Any]
 ) -> None:
-    texts = prompts(len(MIXED))
-    alone = [ar.generate([text], params)[0] for text, params in zip(texts, MIXED, strict=True)]
     other = engine(checkpoint, **settings)
-    same(other.generate(texts, MIXED), alone)
+    same(other.generate(prompts(len(MIXED)), MIXED), mixed_alone)
     assert other.stats.kv_pages_used == 0
     if other.schedule_name == "orthrus" and not settings.get("adaptive_draft"):
         assert other.stats.tokens_per_cycle > 1.3, "the drafts are never right: the diffusion view is broken"
@@ -160,6 +164,28 @@ def test_passes_stay_within_the_memory_laid_out_for_them(checkpoint: Path, ar: E
     same(ours.generate([[7] * 400], params), ar.generate([[7] * 400], params))
 
 
+SCORED = {5}
+"""Requests of a crowd that ask for logprobs. No more: they are waited for."""
+
+
+@pytest.fixture(scope="module")
+def crowd(ar: Engine) -> list[tuple[list[int], SamplingParams, Completion]]:
+    """Requests, and what each gives alone under AR decoding."""
+    rng = random.Random(3)
+    texts = prompts(24, seed=4)
+    params = [
+        SamplingParams(
+            temperature=i % 2,
+            seed=i,
+            max_tokens=rng.randint(1, 50),
+            stop_token_ids=(3, 9),
+            logprobs=1 if i in SCORED else None,
+        )
+        for i in range(len(texts))
+    ]
+    return [(text, one, ar.generate([text], one)[0][0]) for text, one in zip(texts, params, strict=True)]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -174,26 +200,14 @@ def test_passes_stay_within_the_memory_laid_out_for_them(checkpoint: Path, ar: E
     ids=str,
 )
 def test_passes_launched_before_the_last_is_read_change_nothing(
-    checkpoint: Path, ar: Engine, settings: dict[str, Any]
+    checkpoint: Path, crowd: list[tuple[list[int], SamplingParams, Completion]], settings: dict[str, Any]
 ) -> None:
     """Tokens that the host doesn't know yet, ends that it learns of late, cancellations and evictions in between."""
     rng = random.Random(3)
-    texts = prompts(24, seed=4)
-    scored = {5}  # No more: it is waited for.
-    params = [
-        SamplingParams(
-            temperature=i % 2,
-            seed=i,
-            max_tokens=rng.randint(1, 50),
-            stop_token_ids=(3, 9),
-            logprobs=1 if i in scored else None,
-        )
-        for i in range(len(texts))
-    ]
     ahead = engine(checkpoint, **settings)
     ahead.use_runner(LimitedRunner(ahead))
-    collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(texts))}
-    waiting = [Request(str(i), t, p) for i, (t, p) in enumerate(zip(texts, params, strict=True))]
+    collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(crowd))}
+    waiting = [Request(str(i), text, params) for i, (text, params, _) in enumerate(crowd)]
     passes: list[PassRecord] = []
     ahead.observer = passes.append
     while waiting or ahead.has_work:
@@ -203,17 +217,17 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for chunk in ahead.step():
             collected[chunk.request_id].append(chunk)
         if rng.random() < 0.05:
-            ahead.cancel(str(rng.randrange(len(texts))))
+            ahead.cancel(str(rng.randrange(len(crowd))))
     assert sum(one.next_launched_ahead for one in passes) > 3, "every pass was waited for"
     assert ahead.stats.kv_pages_used == 0
     finished = [int(i) for i, chunks in collected.items() if chunks and chunks[-1].finish_reason]
-    assert len(finished) > 15 and scored <= set(finished)
+    assert len(finished) > 15 and set(finished) >= SCORED
     for i in finished:
-        [[alone]] = ar.generate([texts[i]], params[i])
+        alone = crowd[i][2]
         whole = joined_chunks(collected[str(i)])
         assert whole.token_ids == alone.token_ids
         assert whole.finish_reason == alone.finish_reason
-        assert (whole.logprobs is None) == (alone.logprobs is None) == (i not in scored)
+        assert (whole.logprobs is None) == (alone.logprobs is None) == (i not in SCORED)
         for got, expected in zip(whole.logprobs or (), alone.logprobs or (), strict=True):
             assert got.logprob == pytest.approx(expected.logprob, abs=1e-5)
     if ahead.schedule_name == "orthrus":
@@ -341,60 +355,3 @@ def test_limits_end_a_text_exactly(checkpoint: Path) -> None:
         assert (len(c.token_ids), c.finish_reason) == (length, "length")
     [[c]] = ours.generate([[1] * 50], replace(GREEDY, max_tokens=None))
     assert (len(c.token_ids), c.finish_reason) == (14, "length")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "params", "said"),
-    [
-        ([], SamplingParams(), "at least one token"),
-        ([1] * 512, SamplingParams(), "512 tokens"),
-        ([128], SamplingParams(), "between 0 and 127"),
-        ([1], SamplingParams(logit_bias={128: 1.0}), "logit_bias"),
-        ([1], SamplingParams(stop=("x",)), "tokenizer"),
-    ],
-)
-def test_requests_that_cannot_be_served_say_why(
-    ar: Engine, prompt: list[int], params: SamplingParams, said: str
-) -> None:
-    with pytest.raises(RequestError, match=said):
-        ar.submit(Request("bad", prompt, params))
-    assert not ar.has_work
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("top_p", -0.1),
-        ("top_k", -1),
-        ("min_p", 1.5),
-        ("presence_penalty", 3.0),
-        ("repetition_penalty", 0.0),
-        ("seed", -1),
-        ("max_tokens", 0),
-        ("logprobs", 21),
-        ("n", 0),
-        ("stop", ("",)),
-        ("logit_bias", {1: 101.0}),
-    ],
-)
-def test_parameters_out_of_range_are_named(field: str, value: object) -> None:
-    with pytest.raises(RequestError) as caught:
-        SamplingParams(**{field: value})  # type: ignore[arg-type]
-    assert caught.value.param == field
-
-
-def test_settings_that_cannot_work_say_what_to_change(checkpoint: Path, tmp_path: Path) -> None:
-    plain = make_checkpoint(tmp_path / "plain", diffusion=False)
-    assert engine(plain, "auto").schedule_name == "ngram"
-    assert engine(plain, "auto", prompt_lookup_max=0).schedule_name == "ar"
-    cases: list[tuple[Path, dict[str, Any], str]] = [
-        (plain, {}, "Orthrus checkpoint"),
-        (checkpoint, {"draft_length": 9}, "block_size 8"),
-        (checkpoint, {"max_model_len": 513}, "YaRN"),
-        (checkpoint, {"max_model_len": 100, "kv_cache_tokens": 64}, "kv_cache_tokens"),
-    ]
-    for path, settings, said in cases:
-        with pytest.raises(ValueError, match=said):
-            engine(path, **settings)

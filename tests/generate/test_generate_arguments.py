@@ -15,6 +15,8 @@ from orthrus.generate.hf_fields import KINDS
 from tests.checkpoints import edit_json, make_checkpoint
 
 PROMPT = torch.tensor([[11, 42, 7, 99]])
+# Nothing here depends on what passes cost, so it is not measured.
+SETTINGS: dict[str, Any] = {"kv_cache_tokens": 1024, "device": "cpu", "adaptive_draft": False}
 ODD: dict[str, Any] = {
     "str": "5",
     "bytes": b"5",
@@ -97,7 +99,7 @@ def reference(path: Path) -> Qwen3ForCausalLM:
 
 @pytest.fixture(scope="module")
 def model(path: Path) -> AcceleratedModel:
-    return orthrus.accelerate(path, kv_cache_tokens=1024, device="cpu")
+    return orthrus.accelerate(path, **SETTINGS)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -217,7 +219,7 @@ def test_what_is_meant_does_what_it_does_there(
 def test_what_a_file_has_set_is_named_with_what_turns_it_off(
     path: Path, name: str, value: Any, off: Any
 ) -> None:
-    model = orthrus.accelerate(path, kv_cache_tokens=512, device="cpu")
+    model = orthrus.accelerate(path, **SETTINGS)
     plain = model.generate(PROMPT, max_new_tokens=3)
     setattr(model.generation_config, name, value)
     with pytest.raises(RequestError) as caught:
@@ -240,7 +242,7 @@ def test_what_a_file_has_set_is_named_with_what_turns_it_off(
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_a_file_has_set_wrongly_is_named(tmp_path: Path, path: Path, name: str) -> None:
-    model = orthrus.accelerate(path, kv_cache_tokens=512, device="cpu")
+    model = orthrus.accelerate(path, **SETTINGS)
     setattr(model.generation_config, name, {"a": 1})
     with pytest.raises(RequestError, match=f"{name} of the model's generation_config must be"):
         model.generate(PROMPT, max_new_tokens=3)
@@ -250,4 +252,4 @@ def test_a_generation_config_that_transformers_rejects(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", diffusion=False, layers=1)
     edit_json(path / "generation_config.json", max_new_tokens=-1)
     with pytest.raises(ConfigError, match=r"generation_config\.json: transformers rejects it"):
-        orthrus.accelerate(path, kv_cache_tokens=512, device="cpu")
+        orthrus.accelerate(path, **SETTINGS)

@@ -23,7 +23,7 @@ from orthrus.kernels.rows import qk_norm_rope_triton
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 from orthrus.kernels.rows.sampling import noise_keys
 from orthrus.kernels.rows.types import KVWrites
-from tests.kernels.interpreted import CPU, DTYPES, assert_near, int32, interpreted, randn
+from tests.kernels.interpreted import CPU, assert_near, int32, interpreted, randn
 from tests.kernels.work_lists import items_of
 
 pytestmark = interpreted
@@ -59,15 +59,16 @@ def with_work(plan: AttentionPlan, tile_rows: int, programs: int) -> AttentionPl
     return replace(plan, work=AttentionWork(torch.from_numpy(numbers), capacity))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("groups", "per_kv"),
+    ("groups", "per_kv", "dtype"),
     [
-        ([(4, 0, False), (2, 37, False), (1, 260, False)], 3),
-        ([(3, 1022, False), (3, 140, True)], 2),
-        ([(4, 0, True), (2, 1, True), (2, 1100, True)], 2),
-        ([(1, 40, False)], 5),
-        ([(3, 2046, False), (2, 4100, True), (1, 2048, True)], 2),
+        ([(4, 0, False), (2, 37, False), (1, 260, False)], 3, torch.float16),
+        ([(4, 0, False), (2, 37, False), (1, 260, False)], 3, torch.float32),
+        ([(3, 1022, False), (3, 140, True)], 2, torch.float16),
+        ([(4, 0, True), (2, 1, True), (2, 1100, True)], 2, torch.float16),
+        ([(3, 140, True)], 2, torch.float32),
+        ([(1, 40, False)], 5, torch.float16),
+        ([(3, 2046, False), (2, 4100, True), (1, 2048, True)], 2, torch.float16),
     ],
 )
 def test_attention_matches_its_reference_however_the_work_is_divided(
@@ -97,40 +98,38 @@ def test_attention_rows_are_the_same_bits_in_any_company() -> None:
         assert torch.equal(out[0], full[at]), (g, row)
 
 
-@pytest.mark.parametrize("missing", [1, 60, 127])
-@pytest.mark.parametrize("programs", [0, 3, 100])
-def test_a_block_that_was_planned_too_far_sees_the_keys_before_it_alone(programs: int, missing: int) -> None:
+@pytest.mark.parametrize(("furthest", "missing"), [(272, 1), (272, 127), (1040, 60)])
+def test_a_block_that_was_planned_too_far_sees_the_keys_before_it_alone(furthest: int, missing: int) -> None:
     """Moved back over the end of a segment, it has the bits of a block that was planned there."""
-    furthest, drafts = 1040, list(range(127))
+    drafts = list(range(127))
     blocks = [(2, 300, True), (3, furthest, True)]
     qkv, keys, values, plan = attention_case(blocks, 2, torch.float16)
     other, block = plan.groups
     known = replace(plan, groups=(other, replace(block, start=furthest - missing)))
     exact = attention_gpu.paged_attention(qkv, keys, values, with_work(known, 4, 3), 0.25)
-    moved = with_work(plan, 4, programs)
-    assert moved.work is not None
     picks = torch.tensor([*drafts[: 127 - missing], *[-5] * (missing + 1)], dtype=torch.int32)
     moving = MovingBlock(2, 3, 1, 2, 0, drafts, 127, noise_keys([3] * 129, range(900, 1029)))
-    outputs: list[torch.Tensor] = []
-    for place in (place_blocks, place_blocks_triton.place_blocks):
-        work = moved.work.numbers.clone()
-        tokens, positions = int32(4, 6, 0, 6, 6), int32(300, 301, *range(furthest, furthest + 3))
-        noise = torch.zeros(5, 2, dtype=torch.int32)
-        place(torch.from_numpy(block_list([moving])), 1, picks, tokens, positions, noise, work)
-        out = attention_gpu.paged_attention(
-            qkv, keys, values, replace(moved, work=replace(moved.work, numbers=work)), 0.25
-        )
-        assert torch.equal(out, exact)
-        outputs.append(torch.cat([tokens, positions, noise.flatten(), work]))
-    assert torch.equal(outputs[0], outputs[1])
-    assert positions.tolist() == [300, 301, *range(furthest - missing, furthest - missing + 3)]
-    assert tokens.tolist() == [4, 6, -1 - (127 - missing), 6, 6]
+    for programs in (0, 3, 100):
+        moved = with_work(plan, 4, programs)
+        assert moved.work is not None
+        outputs: list[torch.Tensor] = []
+        for place in (place_blocks, place_blocks_triton.place_blocks):
+            work = moved.work.numbers.clone()
+            tokens, positions = int32(4, 6, 0, 6, 6), int32(300, 301, *range(furthest, furthest + 3))
+            noise = torch.zeros(5, 2, dtype=torch.int32)
+            place(torch.from_numpy(block_list([moving])), 1, picks, tokens, positions, noise, work)
+            outputs.append(torch.cat([tokens, positions, noise.flatten(), work]))
+        assert torch.equal(outputs[0], outputs[1])
+        placed = replace(moved, work=replace(moved.work, numbers=work))
+        assert torch.equal(attention_gpu.paged_attention(qkv, keys, values, placed, 0.25), exact), programs
+        assert positions.tolist() == [300, 301, *range(furthest - missing, furthest - missing + 3)]
+        assert tokens.tolist() == [4, 6, -1 - (127 - missing), 6, 6]
 
 
 def test_a_block_longer_than_a_segment_leaves_one_record() -> None:
-    qkv, keys, values, plan = attention_case([(2, 90, False), (130, 500, True)], 2, torch.float16)
+    qkv, keys, values, plan = attention_case([(2, 90, False), (130, 140, True)], 1, torch.float16)
     whole, divided = (
-        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 32, programs), 0.25)
+        attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 64, programs), 0.25)
         for programs in (0, 20)
     )
     assert torch.equal(divided, whole)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+import starlette.websockets
 
 from orthrus.errors import ConfigError
 from orthrus.measure.compare import METHODS, CompareOptions, compare
@@ -15,6 +17,8 @@ from tests.imports import ROOT
 from tests.quantised import FP8, make_quantised
 
 TINY = str(ROOT / "models" / "orthrus-tiny")
+TEXT = Path(starlette.websockets.__file__)
+"""Source that the model has not been trained on: a row to read, and some to calibrate on."""
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +28,12 @@ def report() -> CompareReport:
             TINY,
             device="cpu",
             batches=(1,),
-            new_tokens=24,
+            new_tokens=12,
             rounds=1,
+            text=TEXT,
             text_tokens=512,
             answers=6,
-            answer_tokens=16,
+            answer_tokens=8,
         )
     )
 
@@ -50,7 +55,7 @@ def test_schedules_change_nothing_and_fewer_bits_do(report: CompareReport) -> No
     assert methods["pruned"].drift.perplexity > 1.1 * reference.perplexity
     assert 1 < reference.perplexity < 100
     by_position = methods["pruned"].drift.still_equal_by_position
-    assert len(by_position) == 16 and list(by_position) == sorted(by_position, reverse=True)
+    assert len(by_position) == 8 and list(by_position) == sorted(by_position, reverse=True)
 
 
 def test_speeds_memory_and_setup_are_told(report: CompareReport) -> None:
@@ -78,17 +83,36 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     short.write_text("def f(): pass")
     with pytest.raises(ConfigError, match="give one of at least"):
         compare(CompareOptions(TINY, device="cpu", text=short))
-    long = tmp_path / "long.txt"
-    long.write_text("def f(x): return x + 1\n" * 200)
-    options = CompareOptions(
-        TINY, device="cpu", text=long, batches=(1,), new_tokens=2, rounds=1, answers=2, answer_tokens=2
-    )
-    [reason] = compare(options).left_out
-    assert reason.startswith("wanda: the text has no row of 512 tokens to calibrate on")
+    with pytest.raises(ConfigError, match="for 10000 openings: give one of at least 480000"):
+        compare(CompareOptions(TINY, device="cpu", answers=10_000))
     with pytest.raises(ConfigError, match="context of 2048 tokens, and 3049 are needed"):
         compare(CompareOptions(TINY, device="cpu", answer_tokens=3000))
     with pytest.raises(ConfigError, match="can't be read"):
         compare(CompareOptions(TINY, device="cpu", text=tmp_path / "none.txt"))
+
+
+def test_methods_that_a_checkpoint_or_a_text_cannot_have_are_left_out(tmp_path: Path) -> None:
+    path = make_checkpoint(
+        tmp_path / "plain",
+        diffusion=False,
+        vocab_size=8192,
+        hidden_size=128,
+        heads=8,
+        max_position_embeddings=1024,
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINY) / file, path)
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x): return x + 1\n" * 60)
+    options = CompareOptions(
+        str(path), device="cpu", text=text, batches=(1,), new_tokens=2, rounds=1, answers=2, answer_tokens=2
+    )
+    report = compare(options)
+    assert [method.name for method in report.methods] == ["ar", "ngram", "fp8", "int8", "pruned"]
+    diffusion, medusa, wanda = report.left_out
+    assert diffusion == "orthrus: the checkpoint has no diffusion heads"
+    assert medusa == "medusa: the checkpoint has no Medusa heads"
+    assert wanda.startswith("wanda: the text has no row of 512 tokens to calibrate on")
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(tmp_path: Path) -> None:

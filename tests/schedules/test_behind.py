@@ -82,6 +82,19 @@ def test_they_are_the_drafts_of_an_engine_that_waits(checkpoint: Path, settings:
     assert num_blocks_ahead < 1.1 * num_blocks
 
 
+OTHERS = [
+    *PLAIN,
+    replace(PLAIN[0], logprobs=1),
+    replace(PLAIN[1], ignore_eos=False),
+    replace(PLAIN[1], repetition_penalty=1.2),
+]
+
+
+@pytest.fixture(scope="module")
+def by_ar(checkpoint: Path) -> list[Completion]:
+    return decoded(checkpoint, OTHERS, False, schedule="ar")[0]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -92,15 +105,10 @@ def test_they_are_the_drafts_of_an_engine_that_waits(checkpoint: Path, settings:
     ],
     ids=["preempted", "preempted, trees", "adaptive", "lead"],
 )
-def test_the_text_is_that_of_ar_decoding(checkpoint: Path, settings: dict[str, Any]) -> None:
+def test_the_text_is_that_of_ar_decoding(
+    checkpoint: Path, by_ar: list[Completion], settings: dict[str, Any]
+) -> None:
     """Also beside requests whose next pass has to wait for their picks, and where sequences end within a block."""
-    params = [
-        *PLAIN,
-        replace(PLAIN[0], logprobs=1),
-        replace(PLAIN[1], ignore_eos=False),
-        replace(PLAIN[1], repetition_penalty=1.2),
-    ]
-    expected, *_ = decoded(checkpoint, params, False, schedule="ar")
-    found, *_ = decoded(checkpoint, params, True, **settings)
-    for got, right in zip(found, expected, strict=True):
+    found, *_ = decoded(checkpoint, OTHERS, True, **settings)
+    for got, right in zip(found, by_ar, strict=True):
         assert (got.token_ids, got.finish_reason) == (right.token_ids, right.finish_reason)

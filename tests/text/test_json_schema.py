@@ -155,7 +155,7 @@ def test_both_schedules_write_the_same_answers() -> None:
         "nested",
         "any object",
     ]
-    plain, drafted = both_schedules([(name, seed) for name in names for seed in (1, 2)])
+    plain, drafted = both_schedules([(name, 1) for name in names])
     check(plain, drafted)
     assert sum(answer.finish_reason == "stop" for answer in plain) > len(plain) / 2
     assert tokens_per_cycle(drafted) > 1.5
