@@ -1,5 +1,6 @@
 """What Gluon, in which the kernels for Hopper are written, calls differently from one version of Triton to the next."""
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -9,3 +10,14 @@ has renamed it."""
 
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 """Whether `reinterpret` of shared memory has no underscore before its name, as from Triton 3.9 on."""
+
+
+@gluon.jit
+def in_rows(tiles, COUNT: gl.constexpr, LENGTH: gl.constexpr):
+    """Numbers in shared memory, in the order in which they lie there: [COUNT, LENGTH]."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    if HAS_REINTERPRET:
+        rows = tiles.reinterpret(tiles.dtype, [COUNT, LENGTH], FLAT)
+    else:
+        rows = tiles._reinterpret(tiles.dtype, [COUNT, LENGTH], FLAT)
+    return rows

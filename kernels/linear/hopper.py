@@ -23,15 +23,15 @@ from orthrus.kernels.linear.stream import (
     Ring,
     Work,
     advance,
+    count_steps,
     fetch_rows,
     fetch_weights,
     fill_ring,
     leaf_begin,
     make_grid,
-    num_steps,
     unit_of,
 )
-from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, scale_outputs
+from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, output_scales
 from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import DenseLayer
 
@@ -40,15 +40,6 @@ _OUTS = 64
 """Outputs of a tile: as many as one instruction computes."""
 _STEP_BYTES = 256
 """Bytes of the inputs of a step: 128 inputs of 16 bits, or 256 of FP8."""
-
-
-@gluon.jit
-def _count_steps(program, grid):
-    """Steps of all units of a program."""
-    total = 0
-    for number in range(program, grid.units, grid.programs):
-        total += num_steps(number % grid.parts, grid)
-    return total
 
 
 @gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
@@ -101,7 +92,7 @@ def _stream_kernel(
     program = gl.program_id(0)
     total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * units
     if WHOLE == 0:
-        total = _count_steps(program, grid)
+        total = count_steps(program, grid)
     ahead = fill_ring(w, x, ring, grid, total, OUTS, ROWS, DEPTH, CHAINED)
 
     # The matrix unit takes 32 bytes of the inputs at a time.
@@ -115,6 +106,11 @@ def _stream_kernel(
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         # Nodes of the tree that wait for their neighbour: of one leaf, of two, of four.
         one, two, four = acc, acc, acc
+        if SCALED:
+            unit = unit_of(number, grid, OUTS, ROWS)
+            row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+            scale = output_scales(w_scales, unit, num_outs, OUTS, layout)
+            row_scale = gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)
         for leaf in range(TREE):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             for _ in range(leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)):
@@ -141,10 +137,8 @@ def _stream_kernel(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
         if SCALED:
-            unit = unit_of(number, grid, OUTS, ROWS)
-            row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
-            acc = scale_outputs(acc, w_scales, unit, num_outs)
-            acc *= gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)[None, :]
+            acc *= scale[:, None]
+            acc *= row_scale[None, :]
         finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
 
 

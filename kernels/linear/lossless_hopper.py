@@ -1,10 +1,11 @@
 """The linear kernel for few rows of weights in 12 bits on Hopper: three quarters of the bytes, and the bits of `hopper`.
 
-The warps of a program have different tasks: one loads weights, another input rows, into a ring of tiles in shared memory. Four
-take the two planes of a step's weights into registers, widen them there to bfloat16 (see `lossless`), set the exceptions, and
-multiply. The weights are those of the bfloat16 layer times a power of two for each output. The sums are divided by it in the
-end, which changes no bit of their mantissas. They are made in the order of `hopper`, by the same instructions on operands from
-registers.
+The warps of a program have different tasks. One warp loads weights in 12 bits into a ring of places in shared memory, and another
+loads input rows into a ring of slots. Three groups of four warps take turns at the steps: each takes the two planes of a step's
+weights into registers, widens them there to bfloat16 (see `lossless`), writes them to a slot, and sets the exceptions there. Four
+more warps multiply what is in the slots. The weights are those of the bfloat16 layer times a power of two for each output. The
+sums are divided by it in the end, which changes no bit of their mantissas. They are made in the order of `hopper`, by the same
+instructions.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
 """
@@ -16,32 +17,42 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
-from orthrus.kernels.gluon_names import HAS_REINTERPRET
+from orthrus.kernels.gluon_names import in_rows
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.lossless_ring import Ring, load_rows, load_weights
 from orthrus.kernels.linear.stream import (
-    REGISTERS,
-    RING_BYTES,
     Work,
+    count_steps,
     leaf_begin,
     make_grid,
     next_place,
     unit_of,
 )
-from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, scale_outputs
+from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, output_scales
 from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import LosslessLayer
 from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS
+
+_RING_BYTES = 227_000
+"""Bytes of both rings."""
+_WIDENERS = gl.constexpr(3)
+"""Groups of warps that widen."""
+_WIDENER_REGISTERS = gl.constexpr(88)
+"""Of their threads."""
+REGISTERS = 96
+"""Of a thread when a program begins, see `stream.REGISTERS`. These programs have more threads."""
+_ENTRIES, _INS, _OUTS = gl.constexpr(ENTRIES), gl.constexpr(TILE_INS), gl.constexpr(TILE_OUTS)
+WIDE_TILE = gl.NVMMASharedLayout.get_default_for([TILE_OUTS, TILE_INS], gl.bfloat16)
 
 
 @gluon.jit
@@ -102,71 +113,53 @@ def _entry(lists, number):
 
 
 @gluon.jit
-def _put(numbers, lists, first, ends, QUARTER: gl.constexpr):
-    """A quarter's weights with its exceptions in place. first: the number of the step's list."""
-    layout: gl.constexpr = numbers.type.layout
-    out = gl.arange(0, numbers.shape[0], gl.SliceLayout(1, layout))
-    column = gl.arange(0, 32, gl.SliceLayout(0, layout))
-    places = out[:, None] * 128 + column[None, :] + 32 * QUARTER
-    begin = 0 if QUARTER == 0 else ends >> (8 * QUARTER - 8) & 255
-    for number in range(begin, ends >> 8 * QUARTER & 255):
-        entry = _entry(lists, first + number + 1)
-        value = (entry >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
-        numbers = gl.where(places == (entry & 0xFFFF), value, numbers)
-    return numbers
+def _put(tile, entry):
+    """Set an exception in a tile of widened weights."""
+    out, column = (entry & 0xFFFF) // _INS, entry & _INS - 1
+    # The tile lies there in halves of 64 inputs, whose eights are in an order that depends on the output.
+    at = column // 64 * (_OUTS * 64) + out * 64 + (column & 63 ^ (out & 7) * 8)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    value = (entry >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
+    # In two steps, since the compiler takes long to compare places in a long row.
+    row = in_rows(tile, _OUTS, _INS).index(at // _INS)
+    in_rows(row, _INS, 1).index(at % _INS).store(gl.full((1,), value, gl.bfloat16, layout))
 
 
 @gluon.jit
-def _weights(ring, lists, place, phase, layout: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr):
-    """A step's weights as the matrix unit takes them from registers, once they are there: bfloat16 [outs, depth]."""
-    OUTS: gl.constexpr = ring.high.shape[1]
-    ENTRIES: gl.constexpr = ring.exceptions.shape[1]
-    mbarrier.wait(ring.full.index(place), phase)
-    # A byte for each quarter: how many exceptions it and those before it have.
-    ends = _entry(lists, (place + 1) * ENTRIES - 1)
-    one = _quarter(ring, place, 0, HIGH, LOW)
-    two = _quarter(ring, place, 1, HIGH, LOW)
-    three = _quarter(ring, place, 2, HIGH, LOW)
-    four = _quarter(ring, place, 3, HIGH, LOW)
-    if ends != 0:
-        first = place * ENTRIES
-        one = _put(one, lists, first, ends, 0)
-        two = _put(two, lists, first, ends, 1)
-        three = _put(three, lists, first, ends, 2)
-        four = _put(four, lists, first, ends, 3)
-    numbers = gl.join(gl.join(one, two), gl.join(three, four)).permute((0, 3, 2, 1)).reshape((OUTS, 128))
-    return gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2))
+def _own_next(place, phase, PLACES: gl.constexpr):
+    """The place of a group's next step, and its phase."""
+    wraps = place >= PLACES - _WIDENERS
+    return gl.where(wraps, place + _WIDENERS - PLACES, place + _WIDENERS), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def _add_steps(acc, ring, lists, place, phase, steps, HIGH: gl.constexpr, LOW: gl.constexpr):
-    """Add the products of so many steps to acc; also where the ring is afterwards."""
+def _widen_steps(
+    ring, work, FIRST: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr, TWO_VIEWS: gl.constexpr
+):
+    """Widen step `FIRST` of a program, and each that is a multiple of `_WIDENERS` behind it."""
     PLACES: gl.constexpr = ring.full.shape[0]
-    layout: gl.constexpr = acc.type.layout
-    # The weights of a step are widened while those of the step before it are multiplied. They take turns in two sets of
-    # registers, since the matrix unit still reads the other set.
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    even = gl.full((ring.high.shape[1], 128), 0.0, gl.bfloat16, OPERAND)
-    odd = even
-    acc = warpgroup_mma_init(acc)
-    last = place
-    for step in range(0, steps, 2):
-        even = _weights(ring, lists, place, phase, layout, HIGH, LOW)
-        acc, odd = warpgroup_mma_wait(0, deps=(acc, odd))
-        mbarrier.arrive(ring.empty.index(last), count=1, pred=step > 0)
-        acc = warpgroup_mma(even, ring.rows.index(place).permute((1, 0)), acc, is_async=True)
-        last = place
-        place, phase = next_place(place, phase, PLACES)
-        if step + 1 < steps:
-            odd = _weights(ring, lists, place, phase, layout, HIGH, LOW)
-            acc, even = warpgroup_mma_wait(0, deps=(acc, even))
-            mbarrier.arrive(ring.empty.index(last), count=1)
-            acc = warpgroup_mma(odd, ring.rows.index(place).permute((1, 0)), acc, is_async=True)
-            last = place
-            place, phase = next_place(place, phase, PLACES)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(ring.empty.index(last), count=1, pred=steps > 0)
-    return acc, place, phase
+    SLOTS: gl.constexpr = ring.ready.shape[0]
+    grid = make_grid(work, _OUTS, ring.rows.shape[1], TWO_VIEWS)
+    lists = in_rows(ring.exceptions, PLACES * _ENTRIES, 1)
+    place, phase, slot, slot_phase = FIRST, 0, FIRST, 1
+    for _ in range(FIRST, count_steps(gl.program_id(0), grid), _WIDENERS):
+        mbarrier.wait(ring.full.index(place), phase)
+        count = _entry(lists, place * _ENTRIES)
+        one = _quarter(ring, place, 0, HIGH, LOW)
+        two = _quarter(ring, place, 1, HIGH, LOW)
+        three = _quarter(ring, place, 2, HIGH, LOW)
+        four = _quarter(ring, place, 3, HIGH, LOW)
+        joined = gl.join(gl.join(one, two), gl.join(three, four)).permute((0, 3, 2, 1))
+        mbarrier.wait(ring.used.index(slot), slot_phase)
+        # One store, since there is a barrier behind each.
+        ring.wide.index(slot).store(joined.reshape((_OUTS, _INS)))
+        for number in range(1, count + 1):
+            _put(ring.wide.index(slot), _entry(lists, place * _ENTRIES + number))
+        fence_async_shared()
+        mbarrier.arrive(ring.empty.index(place), count=1)
+        mbarrier.arrive(ring.ready.index(slot), count=1)
+        place, phase = _own_next(place, phase, PLACES)
+        slot, slot_phase = _own_next(slot, slot_phase, SLOTS)
 
 
 @gluon.jit
@@ -177,8 +170,6 @@ def _multiply(
     bias,
     out,
     picking,
-    HIGH: gl.constexpr,
-    LOW: gl.constexpr,
     TREE: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
@@ -189,25 +180,32 @@ def _multiply(
     """Sum the units of a program, and store them or pick from them."""
     OUTS: gl.constexpr = ring.high.shape[1]
     ROWS: gl.constexpr = ring.rows.shape[1]
-    COUNT: gl.constexpr = ring.exceptions.shape[0] * ring.exceptions.shape[1]
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    SLOTS: gl.constexpr = ring.ready.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
-    if HAS_REINTERPRET:
-        lists = ring.exceptions.reinterpret(gl.int32, [COUNT, 1], FLAT)
-    else:
-        lists = ring.exceptions._reinterpret(gl.int32, [COUNT, 1], FLAT)
     grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
-    place, phase = 0, 0
+    slot, phase, last = 0, 0, 0
     for number in range(gl.program_id(0), grid.units, grid.programs):
         first = number % grid.parts * TREE
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         one, two, four = acc, acc, acc
+        scale = output_scales(scales, unit_of(number, grid, OUTS, ROWS), work.num_outs, OUTS, layout)
         for leaf in range(TREE):
-            steps = leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
-            acc, place, phase = _add_steps(acc, ring, lists, place, phase, steps, HIGH, LOW)
+            steps = leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)
+            for step in range(steps):
+                mbarrier.wait(ring.ready.index(slot), phase)
+                acc = warpgroup_mma(
+                    ring.wide.index(slot), ring.rows.index(slot).permute((1, 0)), acc, is_async=True
+                )
+                # The product of the step before this one is complete: its slot is free.
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                mbarrier.arrive(ring.used.index(last), count=1, pred=step > 0)
+                last = slot
+                slot, phase = next_place(slot, phase, SLOTS)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(ring.used.index(last), count=1, pred=steps > 0)
             acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
-        acc = scale_outputs(acc, scales, unit_of(number, grid, OUTS, ROWS), work.num_outs)
+        acc *= scale[:, None]
         finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
 
 
@@ -238,6 +236,8 @@ def _lossless_stream_kernel(
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     PLACES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    WIDE_TILE: gl.constexpr,
     HIGH: gl.constexpr,
     LOW: gl.constexpr,
     TREE: gl.constexpr,
@@ -252,13 +252,19 @@ def _lossless_stream_kernel(
         gl.allocate_shared_memory(gl.int32, [PLACES, OUTS, DEPTH // 4], high.layout),
         gl.allocate_shared_memory(gl.int32, [PLACES, OUTS, DEPTH // 8], low.layout),
         gl.allocate_shared_memory(gl.int32, [PLACES, exceptions.block_type.shape[0]], exceptions.layout),
-        gl.allocate_shared_memory(x.dtype, [PLACES, ROWS, DEPTH], x.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [SLOTS, OUTS, DEPTH], WIDE_TILE),
+        gl.allocate_shared_memory(x.dtype, [SLOTS, ROWS, DEPTH], x.layout),
         gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),
     )
     for i in gl.static_range(PLACES):
-        mbarrier.init(ring.full.index(i), count=2)
+        mbarrier.init(ring.full.index(i), count=1)
         mbarrier.init(ring.empty.index(i), count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ring.ready.index(i), count=2)
+        mbarrier.init(ring.used.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
     tree = gl.to_tensor(TREE)
@@ -266,20 +272,24 @@ def _lossless_stream_kernel(
     picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
     gl.warp_specialize(
         [
-            (_multiply, (
-                ring, work, scales, bias, out, picking, HIGH, LOW, TREE, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS,
-            )),
+            (
+                _multiply,
+                (ring, work, scales, bias, out, picking, TREE, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS),
+            ),
+            (_widen_steps, (ring, work, 0, HIGH, LOW, TWO_VIEWS)),
+            (_widen_steps, (ring, work, 1, HIGH, LOW, TWO_VIEWS)),
+            (_widen_steps, (ring, work, 2, HIGH, LOW, TWO_VIEWS)),
             (load_weights, (high, low, exceptions, ring, work, row_steps, ROWS, TWO_VIEWS)),
             (load_rows, (x, ring, work, TWO_VIEWS, CHAINED)),
         ],
-        [1, 1],
-        [24, 24],
-    )  # fmt: skip
+        [4, 4, 4, 1, 1],
+        [_WIDENER_REGISTERS, _WIDENER_REGISTERS, _WIDENER_REGISTERS, 24, 24],
+    )
 
 
 @cache
 def words_layout(columns: int) -> gl.DistributedLinearLayout:
-    """Which words of a quarter of a tile [outs, 4 or 8] a thread has: those whose numbers the matrix unit takes from it."""
+    """Which words of a quarter of a tile [outs, 4 or 8] a thread has: those whose numbers an operand has there."""
     return gl.DistributedLinearLayout(
         reg_bases=[[8, 0]] if columns == 4 else [[8, 0], [0, 4]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
@@ -287,6 +297,25 @@ def words_layout(columns: int) -> gl.DistributedLinearLayout:
         block_bases=[],
         shape=[TILE_OUTS, columns],
     )
+
+
+@cache
+def ring_sizes(row_tile: int) -> tuple[int, int]:
+    """Places and slots of the two rings, for tiles of so many rows.
+
+    With more slots the warps that widen go on while others finish a unit. The place of a group's next step must have been filled
+    before: the barrier of a place tells this filling from the one before, but not from two before. The steps that are not yet
+    multiplied fill all slots at most, and each group waits for one more.
+    """
+    place_bytes = TILE_OUTS * TILE_INS * 3 // 2 + 4 * ENTRIES
+    slot_bytes = 2 * (TILE_OUTS + row_tile) * TILE_INS
+
+    def places(slots: int) -> int:
+        return (_RING_BYTES - slots * slot_bytes) // place_bytes
+
+    slots = max(count for count in range(1, 9) if places(count) >= count + _WIDENERS.value)
+    assert slots >= _WIDENERS.value, (row_tile, slots)
+    return places(slots), slots
 
 
 def streams(x: Tensor) -> bool:
@@ -311,8 +340,7 @@ def launch(
     inputs = inputs or Leaves.whole(ins, TILE_INS, 1)
     assert inputs.unit == TILE_INS and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
-    step_bytes = TILE_OUTS * TILE_INS * 3 // 2 + 4 * ENTRIES + 2 * row_tile * TILE_INS
-
+    places, slots = ring_sizes(row_tile)
     _lossless_stream_kernel[(multiprocessors(x.device),)](
         tiles_of(layer.high, TILE_OUTS, TILE_INS // 4),
         tiles_of(layer.low, TILE_OUTS, TILE_INS // 8),
@@ -334,7 +362,9 @@ def launch(
         OUTS=TILE_OUTS,
         ROWS=row_tile,
         DEPTH=TILE_INS,
-        PLACES=RING_BYTES // step_bytes,
+        PLACES=places,
+        SLOTS=slots,
+        WIDE_TILE=WIDE_TILE,
         HIGH=words_layout(8),
         LOW=words_layout(4),
         TREE=inputs.count // parts,

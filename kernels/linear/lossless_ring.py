@@ -20,9 +20,12 @@ class Ring(NamedTuple):
     high: gl.shared_memory_descriptor  # [places, outs, words]
     low: gl.shared_memory_descriptor  # [places, outs, words]
     exceptions: gl.shared_memory_descriptor  # [places, entries]
-    rows: gl.shared_memory_descriptor  # [places, rows, depth]
-    full: gl.shared_memory_descriptor  # For each place a barrier: both loaders' tiles are there.
-    empty: gl.shared_memory_descriptor  # For each place a barrier: what was there has been multiplied.
+    wide: gl.shared_memory_descriptor  # [slots, outs, depth], bfloat16
+    rows: gl.shared_memory_descriptor  # [slots, rows, depth]
+    full: gl.shared_memory_descriptor  # For each place a barrier: the weights in 12 bits are there.
+    empty: gl.shared_memory_descriptor  # For each place a barrier: they have been widened.
+    ready: gl.shared_memory_descriptor  # For each slot a barrier: widened weights and input rows are there.
+    used: gl.shared_memory_descriptor  # For each slot a barrier: they have been multiplied.
 
 
 @gluon.jit
@@ -59,13 +62,13 @@ def load_rows(x, ring, work, TWO_VIEWS: gl.constexpr, CHAINED: gl.constexpr):
     grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
     if CHAINED:
         gdc_wait()
-    place, phase = 0, 1
+    slot, phase = 0, 1
     for number in range(gl.program_id(0), grid.units, grid.programs):
         unit = unit_of(number, grid, OUTS, ROWS)
         first = leaf_begin(unit.part * grid.leaves, grid)
         for step in range(first, first + num_steps(unit.part, grid)):
-            full = ring.full.index(place)
-            mbarrier.wait(ring.empty.index(place), phase)
-            mbarrier.expect(full, x.block_type.nbytes)
-            async_load(x, [unit.row_at, step * DEPTH], full, ring.rows.index(place))
-            place, phase = next_place(place, phase, ring.full.shape[0])
+            ready = ring.ready.index(slot)
+            mbarrier.wait(ring.used.index(slot), phase)
+            mbarrier.expect(ready, x.block_type.nbytes)
+            async_load(x, [unit.row_at, step * DEPTH], ready, ring.rows.index(slot))
+            slot, phase = next_place(slot, phase, ring.ready.shape[0])

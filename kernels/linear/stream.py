@@ -113,6 +113,15 @@ def num_steps(part, grid):
 
 
 @gluon.jit
+def count_steps(program, grid):
+    """Steps of all units of a program."""
+    total = 0
+    for number in range(program, grid.units, grid.programs):
+        total += num_steps(number % grid.parts, grid)
+    return total
+
+
+@gluon.jit
 def unit_of(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
     """Where a unit lies. Parts change fastest, then row tiles, so that neighbours share a tile of the weight."""
     part = number % grid.parts

@@ -48,11 +48,10 @@ def join_leaf(acc, leaf, one, two, four, TREE: gl.constexpr):
 
 
 @gluon.jit
-def scale_outputs(acc, scales, unit, num_outs):
-    """Multiply each output's sums by its scale."""
-    index = unit.out_at + gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
-    scale = gl.load(scales + unit.weight_at - unit.out_at + index, mask=index < num_outs, other=0.0)
-    return acc * scale[:, None]
+def output_scales(scales, unit, num_outs, OUTS: gl.constexpr, layout: gl.constexpr):
+    """The scale of each output of a unit, for sums of this layout. Asked for before the sums, they are there in time."""
+    index = unit.out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
+    return gl.load(scales + unit.weight_at - unit.out_at + index, mask=index < num_outs, other=0.0)
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ from orthrus.kernels.linear import grouped_hopper as grouped
 from orthrus.kernels.linear import hopper as linear
 from orthrus.kernels.linear import lossless_hopper as lossless
 from orthrus.kernels.linear.descriptors import tile_layout
+from orthrus.kernels.linear.stream import REGISTERS
 
 H100 = GPUTarget("cuda", 90, 32)
 DTYPES = {
@@ -35,8 +36,13 @@ def tile(dtype: str, *block: int) -> str:
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
 
-def build(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
-    """types: of the arguments that are not constants, as Triton writes them. All pointers are aligned to 16 bytes."""
+def build(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], registers: int | None = None
+) -> None:
+    """types: of the arguments that are not constants, as Triton writes them. All pointers are aligned to 16 bytes.
+
+    registers: of a thread when a program begins, where they are not the compiler's choice.
+    """
     begin = time.monotonic()
     names = kernel.arg_names
     aligned = [["tt.divisibility", 16]]
@@ -46,7 +52,7 @@ def build(name: str, kernel: Any, types: dict[str, str], constants: dict[str, An
         constexprs={(names.index(argument),): value for argument, value in constants.items()},
         attrs={(i,): aligned for i, argument in enumerate(names) if types.get(argument, "").startswith("*")},
     )
-    compile(source, target=H100, options={"num_warps": 4, "launch_pdl": True})
+    compile(source, target=H100, options={"num_warps": 4, "launch_pdl": True, "maxnreg": registers})
     print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
 
 
@@ -122,6 +128,7 @@ def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = Fa
             "HAS_BIAS": False,
             "CHAINED": True,
         },
+        REGISTERS,
     )
 
 
@@ -152,7 +159,9 @@ def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool
             "OUTS": 64,
             "ROWS": rows,
             "DEPTH": 128,
-            "PLACES": 6,
+            "PLACES": lossless.ring_sizes(rows)[0],
+            "SLOTS": lossless.ring_sizes(rows)[1],
+            "WIDE_TILE": lossless.WIDE_TILE,
             "HIGH": lossless.words_layout(8),
             "LOW": lossless.words_layout(4),
             "TREE": tree,
@@ -163,6 +172,7 @@ def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool
             "PICKS": picks,
             "CHAINED": True,
         },
+        lossless.REGISTERS,
     )
 
 
@@ -206,5 +216,5 @@ if __name__ == "__main__":
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)
-    build_lossless(32, gated=True, tree=2)
+    build_lossless(64, gated=True, tree=8)
     build_attention()
