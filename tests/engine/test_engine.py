@@ -168,9 +168,8 @@ SCORED = {5}
 """Requests of a crowd that ask for logprobs. No more: they are waited for."""
 
 
-@pytest.fixture(scope="module")
-def crowd(ar: Engine) -> list[tuple[list[int], SamplingParams, Completion]]:
-    """Requests, and what each gives alone under AR decoding."""
+def crowd() -> tuple[list[tuple[list[int], SamplingParams]], random.Random]:
+    """Prompts with their parameters, and what decides when they come and go."""
     rng = random.Random(3)
     texts = prompts(24, seed=4)
     params = [
@@ -183,7 +182,13 @@ def crowd(ar: Engine) -> list[tuple[list[int], SamplingParams, Completion]]:
         )
         for i in range(len(texts))
     ]
-    return [(text, one, ar.generate([text], one)[0][0]) for text, one in zip(texts, params, strict=True)]
+    return list(zip(texts, params, strict=True)), rng
+
+
+@pytest.fixture(scope="module")
+def crowd_alone(ar: Engine) -> list[Completion]:
+    """What each of the crowd gives alone under AR decoding."""
+    return [ar.generate([text], params)[0][0] for text, params in crowd()[0]]
 
 
 @pytest.mark.parametrize(
@@ -200,14 +205,14 @@ def crowd(ar: Engine) -> list[tuple[list[int], SamplingParams, Completion]]:
     ids=str,
 )
 def test_passes_launched_before_the_last_is_read_change_nothing(
-    checkpoint: Path, crowd: list[tuple[list[int], SamplingParams, Completion]], settings: dict[str, Any]
+    checkpoint: Path, crowd_alone: list[Completion], settings: dict[str, Any]
 ) -> None:
     """Tokens that the host doesn't know yet, ends that it learns of late, cancellations and evictions in between."""
-    rng = random.Random(3)
+    asked, rng = crowd()
     ahead = engine(checkpoint, **settings)
     ahead.use_runner(LimitedRunner(ahead))
-    collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(crowd))}
-    waiting = [Request(str(i), text, params) for i, (text, params, _) in enumerate(crowd)]
+    collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(asked))}
+    waiting = [Request(str(i), text, params) for i, (text, params) in enumerate(asked)]
     passes: list[PassRecord] = []
     ahead.observer = passes.append
     while waiting or ahead.has_work:
@@ -217,13 +222,13 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for chunk in ahead.step():
             collected[chunk.request_id].append(chunk)
         if rng.random() < 0.05:
-            ahead.cancel(str(rng.randrange(len(crowd))))
+            ahead.cancel(str(rng.randrange(len(asked))))
     assert sum(one.next_launched_ahead for one in passes) > 3, "every pass was waited for"
     assert ahead.stats.kv_pages_used == 0
     finished = [int(i) for i, chunks in collected.items() if chunks and chunks[-1].finish_reason]
     assert len(finished) > 15 and set(finished) >= SCORED
     for i in finished:
-        alone = crowd[i][2]
+        alone = crowd_alone[i]
         whole = joined_chunks(collected[str(i)])
         assert whole.token_ids == alone.token_ids
         assert whole.finish_reason == alone.finish_reason
