@@ -236,7 +236,9 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for got, expected in zip(whole.logprobs or (), alone.logprobs or (), strict=True):
             assert got.logprob == pytest.approx(expected.logprob, abs=1e-5)
     if ahead.schedule_name == "orthrus":
-        assert ahead.stats.tokens_per_cycle > (1.7 if "draft_lead" in settings else 1.2)
+        # A planner drafts as often as the measured costs let it: on a busy machine, seldom.
+        least = 1.7 if "draft_lead" in settings else 1.02 if "adaptive_draft" in settings else 1.2
+        assert ahead.stats.tokens_per_cycle > least
 
 
 def test_a_lead_brings_two_tokens_a_cycle_at_least(checkpoint: Path) -> None:
