@@ -3,7 +3,7 @@
 TILE_OUTS, TILE_INS = 64, 128
 """Of a tile that has a list of exceptions."""
 ENTRIES = 32
-"""Entries of a tile's list: the number of exceptions, these, and how many are in which quarter."""
+"""Entries of a tile's list: the number of exceptions, and then these."""
 LOSSLESS_BYTES = 1.5 + 4 * ENTRIES / (TILE_OUTS * TILE_INS)
 """Of a weight and its share of the lists of exceptions; each output has a float32 scale besides."""
 

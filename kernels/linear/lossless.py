@@ -25,10 +25,8 @@ from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS, can_pac
 EXPONENT = 112
 """The exponent field of a widened weight whose 4 bits of exponent are 0. Widened weights are below 1."""
 LEAST_BASE, MOST_BASE = EXPONENT - 60, EXPONENT + 60
-MOST_EXCEPTIONS = ENTRIES - 2
+MOST_EXCEPTIONS = ENTRIES - 1
 """Of a tile."""
-QUARTER = 32
-"""Inputs of a tile for whose exceptions a kernel looks at a time."""
 CODES = 15
 """Exponents in a window. The 16th code would make one of the bytes a NaN of e4m3."""
 PLANE_SCALE = 1.04 * 2.0**-8
@@ -167,15 +165,13 @@ class Exceptions:
 
 def lists_of(exceptions: Exceptions, rows: int, ins: int) -> Tensor:
     """The lists of a weight [rows, ins]: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room."""
-    steps, quarters = ins // TILE_INS, TILE_INS // QUARTER
+    steps = ins // TILE_INS
     row, column = exceptions.row, exceptions.column
     tile = row // TILE_OUTS * steps + column // TILE_INS
     place = row % TILE_OUTS * TILE_INS + column % TILE_INS
-    quarter = tile * quarters + column % TILE_INS // QUARTER
-    order = (quarter * (TILE_OUTS * TILE_INS) + place).argsort()
+    order = (tile * (TILE_OUTS * TILE_INS) + place).argsort()
     tiles = rows // TILE_OUTS * steps
-    of_quarters = torch.bincount(quarter, minlength=tiles * quarters).view(tiles, quarters)
-    counts = of_quarters.sum(1)
+    counts = torch.bincount(tile, minlength=tiles)
     most = int(counts.max())
     if most > MOST_EXCEPTIONS:
         raise NotPacked(
@@ -184,8 +180,6 @@ def lists_of(exceptions: Exceptions, rows: int, ins: int) -> Tensor:
         )
     entries = torch.zeros(tiles, ENTRIES, dtype=torch.int64, device=row.device)
     entries[:, 0] = counts
-    ends = of_quarters.cumsum(1)
-    entries[:, ENTRIES - 1] = sum(ends[:, i] << 8 * i for i in range(quarters))
     tile, first = tile[order], counts.cumsum(0) - counts
     number = torch.arange(tile.shape[0], device=row.device) - first[tile]
     entries[tile, number + 1] = exceptions.bits[order] << 16 | place[order]

@@ -62,7 +62,7 @@ def sum_lossless(
             for number in tl.static_range(3, 9):
                 pairs = _put(pairs, index, tl.load(place + number), count >= number)
         if count > 8:
-            for number in tl.static_range(9, 31):
+            for number in tl.static_range(9, 32):
                 pairs = _put(pairs, index, tl.load(place + number), count >= number)
         place = lists + min(k // DEPTH + 1, last) * 32
         count, one, two = tl.load(place), tl.load(place + 1), tl.load(place + 2)

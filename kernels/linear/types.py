@@ -80,8 +80,7 @@ class LosslessLayer:
     # The other 4 bits of mantissa: int32 [views * outs, ins / 8], see `integers.pack_words`.
     low: Tensor
     # Weights that `high` and `low` do not hold: int32 [views * outs / 64, ins / 128, 32]. For each tile of 64 outputs and 128
-    # inputs, their number and then value << 16 | place, sorted by quarters of 32 inputs and then by place. The last entry has a
-    # byte for each quarter: how many exceptions it and those before it have. Unused entries are 0.
+    # inputs, their number and then value << 16 | place, sorted by place. Unused entries are 0.
     exceptions: Tensor
     # What the sums of an output are multiplied by, a power of two: float32 [views, outs].
     scales: Tensor
