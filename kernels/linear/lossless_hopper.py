@@ -303,9 +303,13 @@ def words_layout(columns: int) -> gl.DistributedLinearLayout:
 def ring_sizes(row_tile: int) -> tuple[int, int]:
     """Places and slots of the two rings, for tiles of so many rows.
 
-    With more slots the warps that widen go on while others finish a unit. The place of a group's next step must have been filled
-    before: the barrier of a place tells this filling from the one before, but not from two before. The steps that are not yet
-    multiplied fill all slots at most, and each group waits for one more.
+    With more slots the warps that widen go on while others finish a unit.
+
+    A barrier has a phase of one bit, which tells this turn of a place or slot from the turn before, but not from two turns
+    before. So the turn before must be over when a group of warps waits for its next step i. That group has widened step i -
+    `_WIDENERS`, so all steps up to i - `_WIDENERS` - slots have been multiplied. The turn before is that of step i - places,
+    which must be one of these: so there are at least as many places as slots and groups together. In the same way there are at
+    least as many slots as groups.
     """
     place_bytes = TILE_OUTS * TILE_INS * 3 // 2 + 4 * ENTRIES
     slot_bytes = 2 * (TILE_OUTS + row_tile) * TILE_INS

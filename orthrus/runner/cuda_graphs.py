@@ -87,7 +87,7 @@ class ReceivePicks:
 
 
 def _programs(forward: LayerParallelForward) -> int:
-    """Among how many the work list of one key head is divided."""
+    """Among how many programs the work list of one key head is divided."""
     return max(1, attention_programs(forward.device) // forward.config.num_key_value_heads)
 
 

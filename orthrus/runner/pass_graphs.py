@@ -142,7 +142,7 @@ class PassGraphs:
         # Compiles the kernels. The buffer holds zeros: a block without rows, and a copy of nothing.
         self._place_blocks(rows[0], 1, 0)
         self._copy_pages(rows[0], 1, 0)
-        # Graphs have memory of their own. What the runs before the captures took is planned for logits (`PassMemory`).
+        # Graphs have memory of their own. What the runs before the captures took is for passes that adjust logits: `PassMemory`.
         torch.cuda.empty_cache()
 
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:

@@ -239,9 +239,8 @@ class OrthrusSchedule:
         commit = commit_verified(sequence, drafted, picks)
         sequence.schedule_state = None
         if drafted.following is not None:
-            position = (
-                len(sequence.tokens) + commit.num_accepted
-            )  # Of the newest token, when these are committed.
+            # Of the newest token, when these are committed.
+            position = len(sequence.tokens) + commit.num_accepted
             sequence.schedule_state = _Choice(position, drafted.following)
         return commit
 
