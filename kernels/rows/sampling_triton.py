@@ -15,6 +15,8 @@ PICK_COLUMNS = 4096
 FURTHER_COLUMNS = 1024
 """The same where a few next best blocks give a token each."""
 _RANK_COLUMNS = 128
+_BY_ROW = ["temperatures", "keys", "picks", "further"]
+"""These may begin at any row of a pass. Kernels are compiled for all alignments at once, so that no request waits for that."""
 NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
 
@@ -57,7 +59,7 @@ def _gumbel_kernel(keys, out, vocab, COLUMNS: tl.constexpr):
     tl.store(out + row * vocab + token, _noise(keys, row, token), mask=token < vocab)
 
 
-@triton.jit(do_not_specialize=["first_token"])
+@triton.jit(do_not_specialize=["first_token"], do_not_specialize_on_alignment=_BY_ROW)
 def _block_argmax_kernel(
     logits,
     temperatures,
@@ -85,7 +87,7 @@ def _block_argmax_kernel(
     tl.store(indices + row * blocks + block, first_token + block * COLUMNS + index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_BY_ROW)
 def _scores_kernel(
     logits, temperatures, keys, chosen, scores, vocab, COLUMNS: tl.constexpr, CHAINED: tl.constexpr
 ):
@@ -102,7 +104,7 @@ def _scores_kernel(
     tl.store(scores + at * COLUMNS + tl.arange(0, COLUMNS), nan_to_inf(score))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_BY_ROW)
 def _argmax_kernel(
     values,
     indices,

@@ -154,6 +154,8 @@ class CudaGraphRunner:
         self._forward, self._tensors = forward, self.graphs.tensors
         # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
         self._head = self.graphs.fields()
+        # Compiles the kernels that pick from adjusted logits: the graphs may have none of them.
+        self._pick_from(self._tensors.logits[:1], slice(0, 1), 0)
         if self._shared:
             self._exchange_picks(0, 1)  # Which compiles the kernels for that.
             torch.cuda.synchronize(device)
@@ -332,13 +334,11 @@ class CudaGraphRunner:
 
     def _pick_adjusted(self, rows: Sequence[PickRows], first_pick: int) -> None:
         """Pick once more for the groups whose logits have to be adjusted first. The graphs picked from unadjusted ones."""
-        temperatures, keys = self._head.temperatures, self._head.noise_keys
         for place, run in runs(rows):
             if not run[0].unadjusted:
-                gumbel_argmax(
-                    adjust(self._tensors.logits[place], run),
-                    temperatures[place],
-                    keys[place],
-                    self._tensors.picks[first_pick + place.start :],
-                    self._zero,
-                )
+                self._pick_from(adjust(self._tensors.logits[place], run), place, first_pick)
+
+    def _pick_from(self, logits: Tensor, rows: slice, first_pick: int) -> None:
+        """Pick from the logits of some rows, whose picks begin at place `first_pick` + `rows.start`."""
+        picks = self._tensors.picks[first_pick + rows.start :]
+        gumbel_argmax(logits, self._head.temperatures[rows], self._head.noise_keys[rows], picks, self._zero)

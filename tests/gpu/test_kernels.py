@@ -266,6 +266,24 @@ def test_noise_and_picks_are_those_of_the_cpu() -> None:
     assert picks[1][5] == 70
 
 
+def test_picks_for_any_rows_of_a_pass_take_no_further_kernel() -> None:
+    """A request would wait for its compilation."""
+    kernels = (
+        sampling_triton._block_argmax_kernel,
+        sampling_triton._argmax_kernel,
+        sampling_triton._scores_kernel,
+    )
+    logits, temperatures = torch.randn(9, 20_032, device=DEVICE), torch.full((9,), 0.7, device=DEVICE)
+    keys = torch.from_numpy(noise_keys([5] * 9, range(9))).to(DEVICE)
+    picks, found = torch.zeros(9, dtype=torch.int32, device=DEVICE), []
+    for first in range(8):
+        rows = slice(first, None)
+        gumbel_argmax(logits[rows], temperatures[rows], keys[rows], picks[first:], int32(0))
+        sampling_triton.best_tokens(logits[rows], temperatures[rows], keys[rows], 4)
+        found.append([len(kernel.device_caches[0][0]) for kernel in kernels])
+    assert found == [found[0]] * 8
+
+
 @pytest.mark.parametrize(("rows", "ins"), [(1, 1024), (17, 1024), (33, 200), (64, 1024), (100, 1024)])
 def test_picks_from_a_layer_are_those_from_its_outputs(rows: int, ins: int) -> None:
     """Greedy and sampled rows; a vocabulary and inputs that tiles don't divide; with logits and without."""
