@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, copies_bytes, draft_format
+from orthrus.engine.draft_weights import (
+    COPY_BYTES,
+    auto_draft_format,
+    check_draft_weights,
+    copies_bytes,
+    draft_format,
+)
 from orthrus.engine.pass_limits import exchange_sizes, pass_room
 from orthrus.errors import ConfigError
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
@@ -61,6 +67,7 @@ class MemoryPlan:
         """whole: the model that all ranks share. kind: of the GPU, a key of `GPU_GIB`; None for a CPU. medusa: the heads."""
         ranks = engine.tensor_parallel_size
         shard = Shard(engine.with_settings(whole), ranks - 1, ranks)
+        check_draft_weights(engine, shard)
         model = shard.config
         dtype = dtype_name(engine.dtype, model, "cpu" if kind is None else "cuda")
         item_bytes = DTYPE_SIZES[dtype]

@@ -4,7 +4,16 @@
 is imported: so this package imports each. Formats of quantised checkpoints are found by their tensors: see `stored`.
 """
 
-from orthrus.kernels.linear import awq, fp8, fp8_block, gptq, lossless_format, lossless_stored, plain  # noqa: F401
+from orthrus.kernels.linear import (  # noqa: F401
+    awq,
+    fp8,
+    fp8_block,
+    gptq,
+    int4,
+    lossless_format,
+    lossless_stored,
+    plain,
+)
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.stored import dense
 from orthrus.kernels.linear.weight import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.linear.integer_layers import pack_integers
-from orthrus.kernels.linear.integers import WORD, Integers, pack, unpack
+from orthrus.kernels.linear.integers import WORD, Integers, pack, round_to_integers, unpack
 from orthrus.kernels.linear.stored import stored_format
 from orthrus.kernels.linear.weight import Views, Weight
 
@@ -51,16 +51,10 @@ def quantise_gptq(weight: Tensor, bits: int, group_size: int) -> dict[str, Tenso
 
     No calibration data is used: this is the format of GPTQ without its search. With 8 bits the difference is small.
     """
-    outs, ins = weight.shape
-    groups, middle = ins // group_size, 1 << (bits - 1)
-    parts = weight.float().unflatten(1, (groups, group_size))
-    largest = parts.abs().amax(2)
-    # Stored in float16, so the numbers must be those for the rounded scale.
-    scales = (torch.where(largest > 0, largest, 1.0) / (middle - 1)).clamp(min=2.0**-24).half()
-    numbers = (parts / scales.float()[:, :, None]).round().clamp(-middle, middle - 1) + middle
+    rounded = round_to_integers(weight, bits, group_size)
     return {
-        "qweight": pack(numbers.flatten(1), bits).T.contiguous(),
-        "qzeros": pack(torch.full((groups, outs), middle - 1, device=weight.device), bits),
-        "scales": scales.T.contiguous(),
-        "g_idx": (torch.arange(ins, device=weight.device) // group_size).to(torch.int32),
+        "qweight": pack(rounded.numbers, bits).T.contiguous(),
+        "qzeros": pack(rounded.zeros - 1, bits),
+        "scales": rounded.scales,
+        "g_idx": rounded.group_of.to(torch.int32),
     }

@@ -14,8 +14,7 @@ from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, num_parts
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
-from orthrus.kernels.ranks import Ranks, add_pairwise, collective
-from orthrus.kernels.ranks.peer_memory import PeerMemory
+from orthrus.kernels.ranks import add_pairwise, collective
 from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
 from orthrus.kernels.rows.sampling_triton import (
     FURTHER_COLUMNS,
@@ -35,8 +34,6 @@ class GpuWeight(KernelWeight):
 
     bias: Tensor | None
     """[views, outs], or None."""
-    split: Split | None
-    """Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's."""
 
     @property
     @abstractmethod
@@ -147,16 +144,6 @@ class GpuWeight(KernelWeight):
     def _first_token(self) -> int:
         """The token of an LM head's first output."""
         return 0 if self.split is None else self.split.first_output
-
-    @property
-    def _peers(self) -> PeerMemory | None:
-        """Of the other ranks, if there are any."""
-        return None if self.split is None else self.split.ranks.peers
-
-    @property
-    def _collective(self) -> Ranks | None:
-        """The ranks, if there are several and their GPUs can't reach each other's memory."""
-        return self.split.ranks if self.split is not None and self.split.ranks.collective else None
 
     def linear_gumbel_argmax(
         self,

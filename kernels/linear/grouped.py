@@ -5,6 +5,7 @@ Each has one view. Where the diffusion view's projections are stored in full, dr
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +16,10 @@ from orthrus.kernels.linear.blocks_triton import quantise_inputs
 from orthrus.kernels.linear.integers import Integers, pack_words
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
+from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import num_parts
 from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
+from orthrus.kernels.ranks import add_pairwise
 from orthrus.kernels.workspace import empty
 
 _CHUNK = 1024
@@ -30,6 +33,8 @@ _SHALLOWEST = 32
 class GroupedWeight(GroupedLayer, KernelWeight):
     """Weights with scales for groups of inputs."""
 
+    split: Split | None = None
+
     def linear_add_rms_norm(
         self,
         x: Tensor,
@@ -42,15 +47,17 @@ class GroupedWeight(GroupedLayer, KernelWeight):
     ) -> tuple[Tensor, Tensor]:
         rows, outs = residual.shape
         segments = num_parts(outs, x.shape[1])
-        if segments > 1:
+        apart, peers = self._collective, self._peers
+        if segments > 1 or peers is not None or apart is not None:
             out = empty((segments, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, segments)
-        bias = self.bias[None] if self.bias is not None and segments > 1 else None
-        return add_rms_norm(
-            out, residual, norm_weight, eps, bias, rounded="groups" if self.bits == 0 else None
-        )
+        if apart is not None:
+            out = apart.add(add_pairwise(out.unbind()))[None]
+        bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
+        rounded: Literal["groups"] | None = "groups" if self.bits == 0 else None
+        return add_rms_norm(out, residual, norm_weight, eps, bias, rounded=rounded, peers=peers)
 
     def _run(
         self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1
@@ -81,8 +88,13 @@ def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool)
     return GroupedWeight(numbers.contiguous(), scales.contiguous(), None, bias, 128, 128, 0, gated)
 
 
-def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
-    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run."""
+def integer_layer(
+    parts: list[Integers], bias: Tensor | None, gated: bool, split: Split | None = None
+) -> GroupedWeight:
+    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run.
+
+    split: where they are a part of a layer, which part; None for a whole layer.
+    """
     ins, groups, bits = parts[0].numbers.shape[1], parts[0].scales.shape[0], parts[0].bits
     size = ins // groups
     depth = gcd(size, _DEEPEST)
@@ -104,7 +116,16 @@ def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> Gr
         numbers = torch.cat([pack_words(part) for part in numbers.split(_CHUNK)])
         zeros = zeros.to(torch.uint8)
     return GroupedWeight(
-        numbers.contiguous(), scales.contiguous(), zeros.contiguous(), bias, size, depth, bits, gated, order
+        numbers.contiguous(),
+        scales.contiguous(),
+        zeros.contiguous(),
+        bias,
+        size,
+        depth,
+        bits,
+        gated,
+        order,
+        split,
     )
 
 

@@ -241,7 +241,7 @@ def launch(
     step_bytes = _OUTS * _STEP * (0.5 if integers else 1) + 2 * (
         row_tile * _DEPTH * x.itemsize + _OUTS * scales.itemsize + 256
     )
-    bias = layer.bias if segments == 1 else None
+    bias = layer.bias if out.dim() == 2 else None
     _grouped_stream_kernel[(multiprocessors(x.device),)](
         tiles_of(layer.numbers, _OUTS, _STEP // 8 if integers else _DEPTH),
         tiles_of(x, row_tile, _DEPTH),

@@ -152,7 +152,7 @@ def launch(
     tiles: LinearTiles | None = None,
     x_scales: Tensor | None = None,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or [segments, rows, outs] without the bias where there are several segments.
+    """Compute `layer` into out: [rows, outs], or parts of the sum, [segments, rows, outs], without the bias.
 
     x [rows, ins]: 16-bit or float32 rows, or FP8 ones with x_scales as `quantise_inputs` gives them.
     """
@@ -160,7 +160,7 @@ def launch(
     outs, depth, bits = layer.outs, layer.depth, layer.bits
     cut = tiles or grouped_tiles(rows)
     steps = triton.cdiv(ins, depth)
-    bias = layer.bias if segments == 1 else None
+    bias = layer.bias if out.dim() == 2 else None
     numbers = layer.numbers
     grid = triton.cdiv(outs, cut.outs) * triton.cdiv(rows, cut.rows)
     _grouped_kernel[(grid, segments)](

@@ -9,6 +9,8 @@ from orthrus.kernels.linear.stored import float_type
 
 WORD = 32
 """Bits of the integers that several numbers are packed into."""
+_CHUNK = 1024
+"""Outputs of a weight that are rounded at once: float32 copies of more would need much memory."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,32 @@ class Integers:
         dtype = float_type(self.scales)
         zeros, scales = (t.to(dtype).index_select(0, self.group_of).T for t in (self.zeros, self.scales))
         return self.numbers.to(dtype).sub_(zeros).mul_(scales).contiguous()
+
+
+def round_to_integers(weight: Tensor, bits: int, group_size: int) -> Integers:
+    """weight [outs, ins] rounded to the nearest integers, symmetric around zero, with scales in float16.
+
+    Raises ValueError if ins is not a multiple of `group_size`.
+    """
+    outs, ins = weight.shape
+    if ins % group_size:
+        raise ValueError(
+            f"a weight with {ins} inputs can't be rounded to {bits} bits in groups of {group_size} inputs: the number of inputs "
+            f"must be a multiple of {group_size}"
+        )
+    middle = 1 << (bits - 1)
+    numbers = torch.empty((outs, ins), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((ins // group_size, outs), dtype=torch.float16, device=weight.device)
+    for begin in range(0, outs, _CHUNK):
+        parts = weight[begin : begin + _CHUNK].float().unflatten(1, (-1, group_size))
+        largest = parts.abs().amax(2)
+        # Kept in float16, so the numbers must be those for the rounded scale.
+        own = (torch.where(largest > 0, largest, 1.0) / (middle - 1)).clamp(min=2.0**-24).half()
+        rounded = (parts / own.float()[:, :, None]).round().clamp(-middle, middle - 1) + middle
+        numbers[begin : begin + _CHUNK] = rounded.flatten(1)
+        scales[:, begin : begin + _CHUNK] = own.T
+    zeros = torch.full(scales.shape, middle, dtype=torch.int16, device=weight.device)
+    return Integers(bits, numbers, zeros, scales, torch.arange(ins, device=weight.device) // group_size)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:

@@ -4,13 +4,19 @@ from abc import abstractmethod
 
 from torch import Tensor
 
+from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.types import LinearTiles
 from orthrus.kernels.linear.weight import Weight
+from orthrus.kernels.ranks import Ranks
+from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.workspace import empty
 
 
 class KernelWeight(Weight):
     """A weight whose kernels write to memory that they are given. The argument `tiles` is for tests and measurements."""
+
+    split: Split | None
+    """Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's."""
 
     @property
     @abstractmethod
@@ -25,6 +31,16 @@ class KernelWeight(Weight):
     @abstractmethod
     def _run(self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None) -> None:
         """Compute the layer into out: [rows, outs], or half as many outputs if it is gated."""
+
+    @property
+    def _peers(self) -> PeerMemory | None:
+        """Of the other ranks, if there are any."""
+        return None if self.split is None else self.split.ranks.peers
+
+    @property
+    def _collective(self) -> Ranks | None:
+        """The ranks, if there are several and their GPUs can't reach each other's memory."""
+        return self.split.ranks if self.split is not None and self.split.ranks.collective else None
 
     @property
     def nbytes(self) -> int:

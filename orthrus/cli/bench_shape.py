@@ -58,7 +58,10 @@ def add_parser(commands: Commands) -> None:
         "--weights", choices=("auto", "bf16", "lossless12"), default="auto", help="as the engine's setting"
     )
     parser.add_argument(
-        "--draft-weights", choices=("auto", "same", "fp8"), default="auto", help="as the engine's setting"
+        "--draft-weights",
+        choices=("auto", "same", "fp8", "int4"),
+        default="auto",
+        help="as the engine's setting",
     )
     parser.add_argument(
         "--draft-tree",

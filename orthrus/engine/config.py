@@ -52,14 +52,14 @@ class EngineConfig(BaseModel):
     draft_lead: bool | None = None
     """Whether a draft pass computes the first token after the newest one exactly, beside the block that drafts those after it.
     None for where the cost model says that this pays."""
-    draft_weights: Literal["auto", "same", "fp8", "lossless8"] = "auto"
-    """What draft passes multiply: the "same" weights as AR rows, or "fp8" copies of their own. Copies halve what such a pass
-    reads, but take memory. With `weights` "lossless12", drafts may read "lossless8", the first 8 of the 12 bits, which takes no
-    memory.
+    draft_weights: Literal["auto", "same", "fp8", "int4", "lossless8"] = "auto"
+    """What draft passes multiply: the "same" weights as AR rows, or copies of their own. Copies in "fp8" take half the memory of
+    16-bit weights, and those in "int4" little more than a quarter. With `weights` "lossless12", drafts may read "lossless8", the
+    first 8 of the 12 bits, which takes no memory.
 
     "auto" is "lossless8" where weights are in 12 bits, and else "fp8", if the GPU has FP8 matrix units and `draft_lead` is
     not true. For "fp8" the checkpoint must also be in 16 bits and not quantised, and the KV cache must keep three quarters of
-    its size and room for a full context, or else the `kv_cache_tokens` that are set."""
+    its size and room for a full context, or else the `kv_cache_tokens` that are set. "auto" never chooses "int4"."""
     draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0
     """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. "auto": on
     one GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""

@@ -1,19 +1,21 @@
 """Which weights draft passes multiply: those of the AR rows, or rounded copies of their own.
 
 Only verify passes have to be exact, so drafts may be rough. Where the weights of the AR rows are kept in 12 bits, drafts read 8
-of them and need no copies. Copies halve what a draft pass reads, and take memory from the KV cache. In both cases no pass has
-rows of both views: it would read both sets of weights.
+of them and need no copies. Copies in FP8 halve what a draft pass reads, and those in 4 bits leave a little more than a quarter.
+They take memory from the KV cache. In all these cases no pass has rows of both views: it would read both sets of weights.
 """
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
+from orthrus.kernels.int4_sizes import INT4_BYTES
 from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import CopyBytes, check_groups, weight_bytes
 from orthrus.schedules.registry import SCHEDULES
 
-COPY_BYTES = {"fp8": 1.001}
-"""The formats of copies, with the bytes of one number on a GPU: "fp8" also has a float32 scale for each output of a layer."""
+COPY_BYTES = {"fp8": CopyBytes(1.001, 1.001), "int4": CopyBytes(INT4_BYTES, 1.001)}
+"""The formats of copies, with the bytes of one number on a GPU. "fp8" also has a float32 scale for each output of a layer. The
+LM head of "int4" is in "fp8"."""
 ONE_PLANE = "lossless8"
 """The format of drafts that read 8 of the 12 bits of the AR rows' weights. It needs no memory."""
 _LEAST_CACHE = 0.75
@@ -23,6 +25,12 @@ _LEAST_CACHE = 0.75
 def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
     """Whether the schedule drafts with weights of the model: its entry lists the setting `draft_weights`."""
     return "draft_weights" in SCHEDULES[config.schedule_for(model)].settings
+
+
+def check_draft_weights(config: EngineConfig, shard: Shard) -> None:
+    """Raise ConfigError if the copies that are asked for can't be made of the rank's weights."""
+    if draft_format(config, shard.model) == "int4":
+        check_groups(shard)
 
 
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:

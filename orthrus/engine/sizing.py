@@ -11,6 +11,7 @@ from orthrus.engine.draft_weights import (
     COPY_BYTES,
     ONE_PLANE,
     auto_draft_format,
+    check_draft_weights,
     draft_format,
     reads_one_plane,
     shared_format,
@@ -22,7 +23,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import CopyBytes, weight_bytes
 from orthrus.runner.pass_memory import PassMemory
 from orthrus.runner.registry import load_runner
 
@@ -135,11 +136,13 @@ def check_memory(
 
     shard: the part of the model on `device`. medusa: the Medusa heads that it gets.
     """
+    check_draft_weights(config, shard)
     model = shard.config
     wanted, name = weight_bytes(shard, dtype.itemsize), str(dtype).removeprefix("torch.")
     if (copies := draft_format(config, model)) is not None:
         # On a CPU, copies are as wide as what they are copies of.
-        size_each = dtype.itemsize if device.type == "cpu" else COPY_BYTES.get(copies)
+        full = CopyBytes(dtype.itemsize, dtype.itemsize)
+        size_each = full if device.type == "cpu" else COPY_BYTES.get(copies)
         wanted = max(
             wanted, weight_bytes(shard, dtype.itemsize, size_each, lossless=config.keeps_12_bits(model))
         )

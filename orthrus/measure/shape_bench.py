@@ -28,7 +28,7 @@ from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import CopyBytes, weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.sampler import PickRows
@@ -177,15 +177,15 @@ def _context(options: ShapeBenchOptions) -> int:
     return max(1, round((options.context - options.new_tokens / 2) / _PAGE)) * _PAGE
 
 
-def _copy_bytes(engine: Engine) -> float | None:
+def _copy_bytes(engine: Engine) -> CopyBytes | None:
     """Bytes of a number in the drafts' own weights, None where drafts have none."""
     copies = engine.forward.draft_format  # Not the setting's, which may be "auto".
     return None if copies is None else COPY_BYTES.get(copies)
 
 
-def _draft_bytes(engine: Engine) -> float | None:
+def _draft_bytes(engine: Engine) -> CopyBytes | None:
     """Bytes of a number that a draft pass reads, None for as many as any pass."""
-    return 1.0 if engine.forward.draft_format == ONE_PLANE else _copy_bytes(engine)
+    return CopyBytes(1.0, 1.0) if engine.forward.draft_format == ONE_PLANE else _copy_bytes(engine)
 
 
 def _is_lossless(engine: Engine) -> bool:
@@ -244,7 +244,8 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
         seconds = time_passes(engine, view, rows, batch, options.context, PASSES)
         linear = views - lookup
         if view is View.DIFFUSION and (draft_bytes := _draft_bytes(engine)) is not None:
-            linear = round(linear * draft_bytes / item_bytes)
+            head = model.vocab_size * model.hidden_size
+            linear = round((linear / item_bytes - head) * draft_bytes.layers + head * draft_bytes.head)
         size = linear + batch * options.context * kv_bytes_per_token(model, torch.bfloat16.itemsize)
         milliseconds = statistics.median(seconds) * 1e3
         found.append(PassTime(name, milliseconds, size / read / 1e6 / milliseconds))

@@ -1,23 +1,34 @@
 """How much memory a model's weights take, and in which dtype it runs: known from its config alone, without torch."""
 
 import math
+from typing import NamedTuple
 
 from orthrus.errors import ConfigError
+from orthrus.kernels.int4_sizes import GROUP
 from orthrus.kernels.lossless_sizes import LOSSLESS_BYTES, can_pack
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.shard import Shard
 
 
+class CopyBytes(NamedTuple):
+    """Bytes of one number in the drafts' own weights."""
+
+    layers: float
+    """Of the projections and the MLP."""
+    head: float
+    """Of the LM head."""
+
+
 def weight_bytes(
-    shard: Shard, item_bytes: int, copy_bytes: float | None = None, *, lossless: bool = False
+    shard: Shard, item_bytes: int, copies: CopyBytes | None = None, *, lossless: bool = False
 ) -> int:
     """Bytes that a rank's part of the weights takes, without Medusa heads (`MedusaConfig.num_weights`).
 
     item_bytes: of one number that is stored in full. With numbers of 16 bits, quantised weights take as little as a GPU keeps of
     them. With wider ones they are dequantised.
-    copy_bytes: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of
-    the diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
+    copies: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of the
+    diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
     lossless: whether linear layers are kept in 12 bits, as far as their shapes allow (kernels/linear/lossless).
     """
     config, shapes = shard.model, _shapes(shard)
@@ -28,8 +39,8 @@ def weight_bytes(
         quantised = sum(math.prod(shape) for name, shape in shapes.items() if how.covers(name))
         saved = quantised * (item_bytes - how.number_bytes)
     if lossless:
-        saved += _saved_by_12_bits(shard, shapes, item_bytes, replaced=copy_bytes is not None)
-    if copy_bytes is None:
+        saved += _saved_by_12_bits(shard, shapes, item_bytes, replaced=copies is not None)
+    if copies is None:
         return math.ceil(numbers * item_bytes - saved)
     suffix = config.view_suffixes[1]
     matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
@@ -37,8 +48,20 @@ def weight_bytes(
     of_ar_rows = {name.replace(f"{suffix}.", ".") for name in replaced} | {family.embedding, family.head}
     copied = sum(count for name, count in matrices.items() if name not in of_ar_rows)
     numbers -= sum(matrices[name] for name in replaced)
-    copied += math.prod(_head_shape(shard))
-    return math.ceil(numbers * item_bytes - saved) + math.ceil(copied * copy_bytes)
+    copied_bytes = copied * copies.layers + math.prod(_head_shape(shard)) * copies.head
+    return math.ceil(numbers * item_bytes - saved) + math.ceil(copied_bytes)
+
+
+def check_groups(shard: Shard) -> None:
+    """Raise ConfigError if the rank has a layer whose inputs can't be cut into the groups of the format "int4"."""
+    family = family_of(shard.model)
+    for name, shape in _shapes(shard).items():
+        if len(shape) == 2 and name not in (family.embedding, family.head) and shape[1] % GROUP:
+            ranks = "" if shard.size == 1 else f" on each of {shard.size} ranks"
+            raise ConfigError(
+                f"draft_weights 'int4' rounds weights in groups of {GROUP} inputs, and {name} of {shard.model.name} has "
+                f"{shape[1]} inputs{ranks}: set draft_weights to fp8 or same"
+            )
 
 
 def _shapes(shard: Shard) -> dict[str, tuple[int, ...]]:

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from orthrus.cache.page_pool import PagePool
+from orthrus.cluster.memory import MemoryPlan
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.engine.draft_weights import auto_draft_format, copies_bytes
 from orthrus.engine.planned_turn import PREFILL
 from orthrus.engine.scheduler import Scheduler
+from orthrus.errors import ConfigError
 from orthrus.models.families import family_of, load_config
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import CopyBytes, weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
 from orthrus.requests.sequence import SequenceState
@@ -119,7 +121,19 @@ def test_requests_that_come_and_go_have_the_text_of_ar_decoding(
         assert ours.stats.tokens_per_cycle > 1.3, "the drafts are never right"
 
 
-def test_fp8_drafts_are_as_good_as_drafts_by_the_same_weights() -> None:
+def test_int4_drafts_give_the_text_of_ar_decoding(tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = make_checkpoint(tmp_path, hidden_size=128, intermediate_size=256, heads=8, noise=0.02)
+    ar, ours = engine(path, schedule="ar", draft_weights="auto"), engine(path, draft_weights="int4")
+    counts = watch_views(ours)
+    for prompt, params in zip(prompts, MIXED, strict=True):
+        [expected], [got] = ar.generate([prompt], params), ours.generate([prompt], params)
+        for one, other in zip(expected, got, strict=True):
+            assert (other.token_ids, other.logprobs) == (one.token_ids, one.logprobs)
+    assert ours.forward.draft_format == "int4" and min(counts) > 20
+    assert ours.stats.tokens_per_cycle > 1.3, "the drafts are never right"
+
+
+def test_rough_drafts_are_nearly_as_good_as_drafts_by_the_same_weights() -> None:
     path = ROOT / "models" / "orthrus-tiny"
     beginnings = (
         "def main():\n",
@@ -131,15 +145,16 @@ def test_fp8_drafts_are_as_good_as_drafts_by_the_same_weights() -> None:
     )
     params = [SamplingParams(temperature=t, max_tokens=64, seed=1, ignore_eos=True) for t in (0.0, 0.7)]
     per_cycle = []
-    for drafts in ("same", "fp8"):
+    for drafts in ("same", "fp8", "int4"):
         ours = engine(path, draft_weights=drafts, device="cpu", kv_cache_tokens=4096)
         texts = [ours.tokenizer.encode(text) for text in beginnings]
         for one in params:
             ours.generate(texts, one)
         per_cycle.append(ours.stats.tokens_per_cycle)
-    same, fp8 = per_cycle
+    same, fp8, int4 = per_cycle
     assert same > 2.5
     assert fp8 >= 0.97 * same
+    assert int4 >= 0.90 * same
 
 
 class _DraftsAndSteps:
@@ -191,7 +206,31 @@ def test_the_memory_of_copies_is_counted(checkpoint: Path) -> None:
     forward, shapes = engine(checkpoint).forward, family_of(config).tensor_shapes(config)
     assert forward.draft is not None and config.tie_word_embeddings
     norms = 4 * sum(shape[0] for shape in shapes.values() if len(shape) == 1)
-    assert forward.exact.nbytes + forward.draft.nbytes + norms == weight_bytes(Shard(config), 4, 4)
+    assert forward.exact.nbytes + forward.draft.nbytes + norms == weight_bytes(
+        Shard(config), 4, CopyBytes(4, 4)
+    )
+
+
+def test_int4_copies_take_half_the_memory_of_fp8_copies() -> None:
+    model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
+    replaced = weight_bytes(Shard(model), 2) - weight_bytes(Shard(model), 2, CopyBytes(0, 0))
+    head = model.vocab_size * model.hidden_size
+    layers = {name: copies_bytes(Shard(model), 2, name) + replaced - head for name in ("fp8", "int4")}
+    assert 0.52 < layers["int4"] / layers["fp8"] < 0.53
+    config = EngineConfig(model="m", max_model_len=4096, draft_weights="int4")
+    plan = MemoryPlan.of(config, model, "H100", None)
+    same = MemoryPlan.of(config.model_copy(update={"draft_weights": "same"}), model, "H100", None)
+    assert "int4 copies for drafts" in plan.kept_as
+    assert plan.weights - same.weights == copies_bytes(Shard(model), 2, "int4")
+
+
+def test_int4_copies_need_whole_groups_of_inputs_on_every_rank(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="has 64 inputs: set draft_weights to fp8 or same"):
+        engine(checkpoint, draft_weights="int4")
+    shared = replace(load_config(ROOT / "models" / "orthrus-tiny"), sum_leaves=2)
+    config = EngineConfig(model="m", draft_weights="int4", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="192 inputs on each of 2 ranks: set draft_weights"):
+        MemoryPlan.of(config, shared, "H100", None)
 
 
 def test_auto_takes_copies_where_the_cache_keeps_three_quarters_of_its_size() -> None:

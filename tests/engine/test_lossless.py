@@ -17,7 +17,7 @@ from orthrus.models.families import load_config
 from orthrus.models.quantization import read_quantization
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import CopyBytes, weight_bytes
 from orthrus.requests.request import SamplingParams
 from tests.conftest import ROOT
 from tests.quantised import AWQ
@@ -82,7 +82,7 @@ def test_the_memory_of_12_bits_is_counted(shape: str, least: float, most: float)
     assert least < packed / weight_bytes(Shard(drafting), 2) < most
     assert (
         copies_bytes(Shard(drafting), 2, "fp8", lossless=True)
-        == weight_bytes(Shard(drafting), 2, 1.001, lossless=True) - packed
+        == weight_bytes(Shard(drafting), 2, CopyBytes(1.001, 1.001), lossless=True) - packed
     )
     tied = replace(model, tie_word_embeddings=True)
     head = model.vocab_size * model.hidden_size

@@ -30,7 +30,7 @@ from orthrus.models.medusa import load_medusa, save_medusa
 from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import weight_bytes
+from orthrus.models.sizes import CopyBytes, weight_bytes
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.pass_memory import ADJUSTED_ROWS, PassMemory
 from orthrus.runner.pass_tensors import PassTensors
@@ -97,7 +97,7 @@ def test_copies_and_12_bits_of_a_head_are_those_of_a_rank() -> None:
     part = model.vocab_size * model.hidden_size / 4
     own, shared = Shard(model, 3, 4), Shard(tied, 3, 4)
     assert weight_bytes(own, 2) - weight_bytes(shared, 2) == pytest.approx(2 * part)
-    copied = [weight_bytes(shard, 2, 1.0) - weight_bytes(shard, 2) for shard in (own, shared)]
+    copied = [weight_bytes(shard, 2, CopyBytes(1.0, 1.0)) - weight_bytes(shard, 2) for shard in (own, shared)]
     assert copied[0] == copied[1]
     packed = [weight_bytes(shard, 2, lossless=True) for shard in (own, shared)]
     assert packed == [pytest.approx(packed[1], rel=1e-6), packed[1]], (
