@@ -13,6 +13,7 @@ ROOMS = (
     "kernels/device.py",
     "kernels/gluon_names.py",
     "kernels/leaves.py",
+    "kernels/int4_sizes.py",
     "kernels/lossless_sizes.py",
     "kernels/peer_sizes.py",
     "kernels/workspace.py",

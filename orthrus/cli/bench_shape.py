@@ -57,12 +57,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--weights", choices=("auto", "bf16", "lossless12"), default="auto", help="as the engine's setting"
     )
-    parser.add_argument(
-        "--draft-weights",
-        choices=("auto", "same", "fp8", "int4"),
-        default="auto",
-        help="as the engine's setting",
-    )
+    drafts = ("auto", "same", "fp8", "int4")
+    parser.add_argument("--draft-weights", choices=drafts, default="auto", help="as the engine's setting")
     parser.add_argument(
         "--draft-tree",
         type=_tree_rows,

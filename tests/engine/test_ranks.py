@@ -97,6 +97,24 @@ def test_two_ranks_give_the_bits_of_one(checkpoint: Path, settings: dict[str, ob
         assert tokens_per_cycle == expected
 
 
+def test_two_ranks_round_drafts_to_4_bits_as_one_does(tmp_path: Path) -> None:
+    """The groups of a rank are those of the whole model, so even the drafts are the same."""
+    path = make_checkpoint(
+        tmp_path,
+        vocab_size=600,
+        hidden_size=128,
+        intermediate_size=256,
+        heads=8,
+        kv_heads=2,
+        head_dim=32,
+        bias=True,
+        noise=0.02,
+    )
+    alone, expected = results(load(path, 1, draft_weights="int4", sum_leaves=2))
+    assert results(load(path, 2, draft_weights="int4", sum_leaves=2)) == (alone, expected)
+    assert expected > 1.3
+
+
 @pytest.mark.parametrize("size", [4, 8])
 def test_more_ranks_give_the_bits_of_one(checkpoint: Path, size: int) -> None:
     alone, expected = results(load(checkpoint, 1))

@@ -68,7 +68,9 @@ def published(settings: dict[str, Any]) -> Format:
 
 
 FORMATS = {
-    "bf16": Format((("fp8", 0), ("same", 0), ("fp8", 24)), {"fp8": "fp8", "same": None}),
+    "bf16": Format(
+        (("fp8", 0), ("same", 0), ("fp8", 24), ("int4", 0)), {"fp8": "fp8", "same": None, "int4": "int4"}
+    ),
     "lossless12": Format((("auto", 0), ("auto", 24)), {"auto": "lossless8"}, "lossless12"),
     "fp8": published(FP8),
     "gptq": published(GPTQ),

@@ -112,7 +112,9 @@ def small_model(tmp_path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}, {"draft_weights": "int4"}], ids=str
+)
 def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, object]) -> None:
     fixed = small_model(tmp_path)
     alone, tokens_per_cycle = results(1, PROMPTS, PARAMS, fixed | settings)
@@ -123,7 +125,9 @@ def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, o
         assert tokens_per_cycle > 1.1
 
 
-@pytest.mark.parametrize("settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}, {"draft_weights": "int4"}], ids=str
+)
 def test_gpus_that_exchange_over_nccl_give_the_bits_of_one(
     tmp_path: Path, settings: dict[str, object]
 ) -> None:
