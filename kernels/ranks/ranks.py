@@ -130,17 +130,24 @@ ONE_RANK: Ranks = _OneRank()
 def run_watched(work: Callable[[], Result], check: Callable[[], None]) -> Result:
     """What `work` returns or raises. It runs in a thread, which is left behind if `check` raises meanwhile."""
     done: Future[Result] = Future()
+    threading.Thread(target=_settle, args=(work, done), name="orthrus-watched", daemon=True).start()
+    try:
+        while not wait([done], CHECK_SECONDS).done:
+            check()
+        return done.result()
+    finally:
+        del done  # As in `_settle`.
 
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
 
-    threading.Thread(target=run, name="orthrus-watched", daemon=True).start()
-    while not wait([done], CHECK_SECONDS).done:
-        check()
-    return done.result()
+def _settle(work: Callable[[], Result], done: "Future[Result]") -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)
+    finally:
+        # An error holds this frame by its traceback. If the frame held the error too, all that `work` has made, such as a model
+        # and the processes of its ranks, would stay until a garbage collection.
+        del done
 
 
 def add_pairwise(parts: Sequence[Tensor]) -> Tensor:

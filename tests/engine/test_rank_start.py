@@ -1,10 +1,13 @@
 """While ranks load: one that ends or stops ends the start at once and is named, and one that is only slow does not."""
 
+import contextlib
 import ctypes
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -205,3 +208,24 @@ def test_a_library_that_waits_for_a_rank_is_not_waited_for(tmp_path: Path) -> No
     assert run_watched(lambda: store.get("from rank 1"), check) == b"here"
     with pytest.raises(ValueError, match="what the work raises"):
         run_watched(lambda: exec("raise ValueError('what the work raises')"), check)
+
+
+def test_what_watched_work_made_is_gone_once_its_error_is_handled() -> None:
+    """A model that does not fit takes no memory until the next garbage collection."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def fail() -> None:
+        model = torch.zeros(1)
+        made.append(weakref.ref(model))
+        raise ValueError("it does not fit")
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            run_watched(fail, lambda: None)
+        end = time.monotonic() + NOTICED  # The thread may still be about to end.
+        while made[0]() is not None:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+    finally:
+        gc.enable()
