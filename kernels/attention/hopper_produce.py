@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, item_index, lane_share, move
 from orthrus.kernels.attention.items import item_keys, load_item
-from orthrus.kernels.gluon_names import HAS_REINTERPRET, async_load
+from orthrus.kernels.gluon_names import async_load, reinterpret
 
 
 class Pages(NamedTuple):
@@ -75,10 +75,8 @@ def produce(
     PIECE: gl.constexpr = k_pieces.block_shape[0]
     PART: gl.constexpr = k_pieces.block_shape[1]
     PIECES: gl.constexpr = 2 * PLACES * KEYS * tiles.shape[2] // (PIECE * PART)
-    if HAS_REINTERPRET:
-        pieces = tiles.reinterpret(tiles.dtype, [PIECES, PIECE, PART], k_pieces.layout)
-    else:
-        pieces = tiles._reinterpret(tiles.dtype, [PIECES, PIECE, PART], k_pieces.layout)
+    LAYOUT: gl.constexpr = k_pieces.layout
+    pieces = reinterpret(tiles, [PIECES, PIECE, PART], LAYOUT)
     step_bytes: gl.constexpr = STEP * tiles.shape[2] * tiles.dtype.primitive_bitwidth // 8
     ring = Ring(tiles, full, empty)
     share = lane_share(work, LANE, KV_HEADS, PROGRAMS)
