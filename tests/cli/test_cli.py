@@ -109,22 +109,12 @@ def test_generate_streams_text_to_stdout_and_stats_to_stderr(model: Path, capsys
     assert "seed" not in by_ar.err
 
 
+def generate_by_ar(model: Path) -> list[str]:
+    return ["generate", "--model", str(model), "--device", "cpu", "--schedule", "ar"]
+
+
 def test_generate_tells_the_seed_it_drew(model: Path, capsys: Output) -> None:
-    arguments = [
-        "generate",
-        "--model",
-        str(model),
-        "--device",
-        "cpu",
-        "--prompt",
-        "x",
-        "--schedule",
-        "ar",
-        "--temperature",
-        "1",
-        "--max-tokens",
-        "8",
-    ]
+    arguments = [*generate_by_ar(model), "--prompt", "x", "--temperature", "1", "--max-tokens", "8"]
     assert main(arguments) == 0
     first = capsys.readouterr()
     seed = first.err.split("seed ")[1].strip()
@@ -133,17 +123,7 @@ def test_generate_tells_the_seed_it_drew(model: Path, capsys: Output) -> None:
 
 
 def test_generate_reads_stdin(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [
-        "generate",
-        "--model",
-        str(model),
-        "--device",
-        "cpu",
-        "--schedule",
-        "ar",
-        "--max-tokens",
-        "4",
-    ]
+    arguments = [*generate_by_ar(model), "--max-tokens", "4"]
     assert main([*arguments, "--prompt", "abc\n"]) == 0
     expected = capsys.readouterr().out
     type_lines(monkeypatch, "abc")
