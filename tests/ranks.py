@@ -19,7 +19,7 @@ def engine_over(config: EngineConfig, backend: Backend | None) -> Engine:
     path = Path(config.model)
     model = config.with_settings(load_config(path))
     read = partial(load_weights, path, model)
-    ranks = start_ranks(config, model, read, backend)
-    shard = Shard(model, 0, config.tensor_parallel_size)
-    weights = read(rank_device(config.device, 0), config.dtype, shard=shard, check=ranks.check)
-    return Engine(config, model, weights, ranks=ranks)
+    with start_ranks(config, model, read, backend) as ranks:
+        shard = Shard(model, 0, config.tensor_parallel_size)
+        weights = read(rank_device(config.device, 0), config.dtype, shard=shard, check=ranks.check)
+        return Engine(config, model, weights, ranks=ranks)

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,9 @@ from orthrus.engine.rank_processes import start_ranks
 from orthrus.engine.rank_worker import check_devices, rank_device
 from orthrus.engine.sizing import check_memory, choose_device
 from orthrus.errors import RequestError
-from orthrus.kernels.ranks import ONE_RANK
 from orthrus.loading import stages
 from orthrus.models.checkpoint import compute_dtype, load_weights
+from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
 from orthrus.models.medusa import load_medusa
@@ -46,22 +48,14 @@ class Engine(EngineCore):
         medusa = None if heads_in is None else read_medusa(heads_in, model_config)
         check_memory(config, shard, device, dtype, medusa)
         load = partial(load_weights, path, model_config)
-        ranks = start_ranks(config, model_config, load) if size > 1 else ONE_RANK
-        stages.info("loading the weights of %s", model_config.name)
-        # As soon as another rank has failed, there is nothing to load for.
-        weights = load(device, config.dtype, shard=shard, check=ranks.check)
-        if heads_in is not None:
-            weights |= load_medusa(heads_in, model_config, device, dtype)
-        has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-        if not has_tokenizer:
-            return cls(config, model_config, weights, ranks=ranks)
-        tokenizer = load_tokenizer(path)
-        grammar_masks = None
-        # Logits may have more columns than the tokenizer has tokens.
-        end_token_ids = [token for token in model_config.eos_token_ids if token < len(tokenizer)]
-        if end_token_ids:  # Else no text under a grammar could end.
-            grammar_masks = GrammarMasks(tokenizer, model_config.vocab_size, end_token_ids)
-        return cls(config, model_config, weights, tokenizer, grammar_masks, ranks)
+        tokenizer, grammar_masks = _load_tokenizer(path, model_config)
+        with start_ranks(config, model_config, load) as ranks:
+            stages.info("loading the weights of %s", model_config.name)
+            # As soon as another rank has failed, there is nothing to load for.
+            weights = load(device, config.dtype, shard=shard, check=ranks.check)
+            if heads_in is not None:
+                weights |= load_medusa(heads_in, model_config, device, dtype)
+            return cls(config, model_config, weights, tokenizer, grammar_masks, ranks)
 
     def generate(
         self,
@@ -123,6 +117,18 @@ class Engine(EngineCore):
 
 
 _request_numbers = itertools.count()
+
+
+def _load_tokenizer(path: Path, model: ModelConfig) -> tuple[Any, GrammarMasks | None]:
+    """A checkpoint's tokenizer and what compiles grammars for it; None where the folder has no tokenizer."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None, None
+    tokenizer = load_tokenizer(path)
+    # Logits may have more columns than the tokenizer has tokens.
+    end_token_ids = [token for token in model.eos_token_ids if token < len(tokenizer)]
+    if not end_token_ids:
+        return tokenizer, None  # No text under a grammar could end.
+    return tokenizer, GrammarMasks(tokenizer, model.vocab_size, end_token_ids)
 
 
 def _completion(chunks: list[Chunk]) -> Completion:

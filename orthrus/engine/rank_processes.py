@@ -11,7 +11,8 @@ import pickle
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -31,7 +32,7 @@ from orthrus.engine.rank_worker import (
     run_rank,
 )
 from orthrus.errors import ConfigError
-from orthrus.kernels.ranks import RankError, Ranks
+from orthrus.kernels.ranks import ONE_RANK, RankError, Ranks
 from orthrus.kernels.ranks.collective import Backend
 from orthrus.kernels.ranks.shared_memory import SharedBoxes
 from orthrus.models.config import ModelConfig
@@ -47,17 +48,23 @@ _END_SECONDS = 2.0
 """What a rank is given to end by itself."""
 
 
+@contextmanager
 def start_ranks(
     config: EngineConfig, model: ModelConfig, load: LoadWeights, backend: Backend | None = None
-) -> Ranks:
-    """Start the other ranks of `config.tensor_parallel_size`, and return rank 0.
+) -> Iterator[Ranks]:
+    """Start the other ranks of `config.tensor_parallel_size`, and yield rank 0, with which the caller makes the engine.
 
-    model: the whole one, which can be divided among them. load: see `LoadWeights`. The processes end with the `Ranks`. Each of
-    them makes its part of the engine (`LoadedModel.build`) at the same time as the caller.
+    Each of them makes its part of the engine (`LoadedModel.build`) at the same time as the caller. The processes end with the
+    `Ranks`, or at once if the caller fails to make the engine.
 
+    model: the whole one, which can be divided among them. load: see `LoadWeights`.
     backend: the library that they exchange through; None: that of `choose_backend`, if they need one.
     """
-    size, backend = config.tensor_parallel_size, backend or choose_backend(config)
+    size = config.tensor_parallel_size
+    if size == 1:
+        yield ONE_RANK
+        return
+    backend = backend or choose_backend(config)
     context = multiprocessing.get_context("forkserver")
     # Imported once for all ranks: they are forks of a process that has done nothing else.
     rotary = family_of(model).hugging_face().rotary
@@ -74,7 +81,13 @@ def start_ranks(
         for rank in range(1, size)
     ]
     folder = Path(shared.store_file).parent
-    return make_ranks(0, shared, RankProcesses(processes, signs, folder, before if on_cpu else None), backend)
+    ranks = RankProcesses(processes, signs, folder, before if on_cpu else None)
+    try:
+        yield make_ranks(0, shared, ranks, backend)
+    except BaseException:
+        # Not when they are collected: a thread that the start left behind (see `Ranks.watched`) may still hold them.
+        ranks.end()
+        raise
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,10 @@ class RankProcesses:
 
     def check(self) -> None:
         self._watch.check()
+
+    def end(self) -> None:
+        """End the processes, as happens by itself once nobody uses this object."""
+        self._end()
 
     def tell(self, message: object) -> None:
         data = pickle.dumps(message)

@@ -13,7 +13,6 @@ from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.rank_processes import start_ranks
 from orthrus.engine.rank_worker import check_devices, rank_device
 from orthrus.errors import ConfigError
-from orthrus.kernels.ranks import ONE_RANK
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.medusa_config import MedusaConfig
@@ -99,17 +98,16 @@ def shape_engine(
     config.check_model(model)
     check_devices(config)
     model = config.with_settings(model)
-    ranks = ONE_RANK
     if size > 1:
-        ranks = start_ranks(config, model, partial(_random_weights, model, str(dtype)))
         device = rank_device(str(device), 0)
-    weights = random_weights(model, device, dtype, shard=Shard(model, 0, size))
-    if medusa is not None:
-        weights |= {
-            name: torch.randn(shape, device=device, dtype=dtype) * shape[1] ** -0.5
-            for name, shape in medusa.tensor_shapes().items()
-        }
-    return Engine(config, model, weights, ranks=ranks)
+    with start_ranks(config, model, partial(_random_weights, model, str(dtype))) as ranks:
+        weights = random_weights(model, device, dtype, shard=Shard(model, 0, size))
+        if medusa is not None:
+            weights |= {
+                name: torch.randn(shape, device=device, dtype=dtype) * shape[1] ** -0.5
+                for name, shape in medusa.tensor_shapes().items()
+            }
+        return Engine(config, model, weights, ranks=ranks)
 
 
 def _random_weights(
