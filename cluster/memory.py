@@ -67,7 +67,7 @@ class MemoryPlan:
         """whole: the model that all ranks share. kind: of the GPU, a key of `GPU_GIB`; None for a CPU. medusa: the heads."""
         ranks = engine.tensor_parallel_size
         shard = Shard(engine.with_settings(whole), ranks - 1, ranks)
-        check_draft_weights(engine, shard)
+        check_draft_weights(engine, shard, multiplies_fp8=kind is None or kind in _FP8_GPUS)
         model = shard.config
         dtype = dtype_name(engine.dtype, model, "cpu" if kind is None else "cuda")
         item_bytes = DTYPE_SIZES[dtype]

@@ -30,7 +30,7 @@ from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.weight import Views
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
-FORMATS = ("plain", "lossless12", "fp8", "fp8 blocks", "int8", "int4")
+FORMATS = ("plain", "lossless12", "fp8", "int4", "fp8 blocks", "gptq 8", "gptq 4")
 """Those of weights and of the drafts' copies, then those of published checkpoints, whose LM head is stored in full."""
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 LAYERS = 36
@@ -47,7 +47,7 @@ class Model:
         def pack(name: str, parts: int = 1, head: bool = False) -> Weight:
             outs, ins = SHAPES[name]
             views: Views = [[_parameters(format, outs // parts, ins, head) for _ in range(parts)]]
-            kept = format if format in ("fp8", "lossless12") else "plain"
+            kept = format if format in ("fp8", "int4", "lossless12") else "plain"
             return pack_weight(views, kept, gated=parts > 1, head=head)
 
         names = ("qkv", 1), ("o", 1), ("gate_up", 2), ("down", 1)
@@ -121,12 +121,12 @@ def attention_time(rows: int) -> float:
 def _parameters(format: str, outs: int, ins: int, head: bool) -> Parameters:
     """The tensors of a projection with random weights."""
     weight = randn(outs, ins) * 0.02
-    if head or format in ("plain", "lossless12", "fp8"):
+    if head or format in ("plain", "lossless12", "fp8", "int4"):
         return {"weight": weight}
     if format == "fp8 blocks":
         numbers, scales = quantise_blocks(weight)
         return {"weight": numbers, "weight_scale_inv": scales.bfloat16()}
-    return quantise_gptq(weight, 8 if format == "int8" else 4, 128)
+    return quantise_gptq(weight, int(format.split()[1]), 128)
 
 
 def main() -> None:

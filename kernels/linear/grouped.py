@@ -1,4 +1,6 @@
-"""Layers of stored weights on a GPU: fine-grained FP8, GPTQ and AWQ, in the kernels of `grouped_triton` and `grouped_hopper`.
+"""Layers on a GPU whose weights have scales for groups of inputs, in the kernels of `grouped_triton` and `grouped_hopper`.
+
+They are those of stored weights (fine-grained FP8, GPTQ and AWQ), and of drafts in 4 bits.
 
 Each has one view. Where the diffusion view's projections are stored in full, draft passes have them in layers of their own.
 """
@@ -10,9 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from orthrus.kernels.int4_sizes import GROUP
 from orthrus.kernels.linear import grouped_hopper, grouped_triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.blocks_triton import quantise_inputs
+from orthrus.kernels.linear.codes import Codes, pack_codes
 from orthrus.kernels.linear.integers import Integers, pack_words
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
@@ -56,7 +60,7 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         if apart is not None:
             out = apart.add(add_pairwise(out.unbind()))[None]
         bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
-        rounded: Literal["groups"] | None = "groups" if self.bits == 0 else None
+        rounded: Literal["groups"] | None = "groups" if self.rounds_inputs else None
         return add_rms_norm(out, residual, norm_weight, eps, bias, rounded=rounded, peers=peers)
 
     def _run(
@@ -66,7 +70,7 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         if self.order is not None:
             x = x.index_select(1, self.order)
         x_scales = None
-        if self.bits == 0:
+        if self.rounds_inputs:
             x, x_scales = quantise_inputs(x)
         if x.shape[1] * x.itemsize % 16:
             raise ValueError(
@@ -88,13 +92,23 @@ def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool)
     return GroupedWeight(numbers.contiguous(), scales.contiguous(), None, bias, 128, 128, 0, gated)
 
 
-def integer_layer(
-    parts: list[Integers], bias: Tensor | None, gated: bool, split: Split | None = None
-) -> GroupedWeight:
-    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run.
+def code_layer(parts: list[Codes], bias: Tensor | None, gated: bool, split: Split | None) -> GroupedWeight:
+    """The weights of projections side by side, as codes. bias [outs].
 
     split: where they are a part of a layer, which part; None for a whole layer.
     """
+    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts], 1)
+    if gated:
+        codes, scales = alternate(codes), alternate(scales.T).T
+        bias = None if bias is None else alternate(bias)
+    numbers = torch.cat([pack_codes(part) for part in codes.split(_CHUNK)])
+    return GroupedWeight(
+        numbers, scales.contiguous(), None, bias, GROUP, GROUP, 4, gated, order=None, split=split
+    )
+
+
+def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
+    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run."""
     ins, groups, bits = parts[0].numbers.shape[1], parts[0].scales.shape[0], parts[0].bits
     size = ins // groups
     depth = gcd(size, _DEEPEST)
@@ -125,7 +139,6 @@ def integer_layer(
         bits,
         gated,
         order,
-        split,
     )
 
 

@@ -3,8 +3,8 @@
 The warps of a program have different tasks. One loads weights, another input rows, into a ring of tiles in shared memory; four
 multiply what is there. A place of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other
 are prepared. 4-bit numbers come out of shared memory in the registers in which the matrix unit takes them (see
-`integers.pack_words`), and are widened there. The sums are those of `grouped_triton`, by the same instructions in the same order,
-so a row has the same bits in either.
+`integers.pack_words` and `codes.pack_codes`), and are widened there. The sums are those of `grouped_triton`, by the same
+instructions in the same order, so a row has the same bits in either.
 
 Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
 """
@@ -42,6 +42,47 @@ _BITS = (0, 4)
 
 
 @gluon.jit
+def _widen_codes(words):
+    """Words of 4-bit codes [outs, 16] -> the e4m3 numbers that they stand for [outs, 128]."""
+    OUTS: gl.constexpr = words.shape[0]
+    # The bytes of `codes.LEVELS` in e4m3 are a table of eight, from which prmt takes four at a time.
+    n0, n1, n2, n3, n4, n5, n6, n7 = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, place, number;
+        mov.b32 low, 0x4A464033; mov.b32 high, 0x5552504D;
+        and.b32 place, $8, 0x77777777;
+        prmt.b32 number, low, high, place; lop3.b32 $0, $8, 0x80808080, number, 0xEA;
+        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
+        shl.b32 place, $8, 4; lop3.b32 $1, place, 0x80808080, number, 0xEA;
+        and.b32 place, $9, 0x77777777;
+        prmt.b32 number, low, high, place; lop3.b32 $2, $9, 0x80808080, number, 0xEA;
+        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
+        shl.b32 place, $9, 4; lop3.b32 $3, place, 0x80808080, number, 0xEA;
+        and.b32 place, $10, 0x77777777;
+        prmt.b32 number, low, high, place; lop3.b32 $4, $10, 0x80808080, number, 0xEA;
+        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
+        shl.b32 place, $10, 4; lop3.b32 $5, place, 0x80808080, number, 0xEA;
+        and.b32 place, $11, 0x77777777;
+        prmt.b32 number, low, high, place; lop3.b32 $6, $11, 0x80808080, number, 0xEA;
+        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
+        shl.b32 place, $11, 4; lop3.b32 $7, place, 0x80808080, number, 0xEA;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
+        [words],
+        dtype=[gl.float8e4nv] * 8,
+        is_pure=True,
+        pack=4,
+    )
+    # The four words that a thread has of an output are those of four runs of 32 inputs. To Triton a register has one number of
+    # each of them. Really it has four neighbours of one word, and two registers in turn have its two halves.
+    low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
+    high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
+    # [outs, neighbour, word, half, run's low bit, run's high bit] in the order of the inputs.
+    parts = gl.join(low, high).reshape((OUTS, 4, 4, 2, 2, 2))
+    return parts.permute((0, 5, 4, 3, 2, 1)).reshape((OUTS, 128))
+
+
+@gluon.jit
 def _widen(words, zeros):
     """Words of 4-bit numbers [outs, 16], and bfloat16 zero points [outs, 1] plus 128 -> the numbers less these [outs, 128]."""
     OUTS: gl.constexpr = words.shape[0]
@@ -75,9 +116,9 @@ class Product(NamedTuple):
     """A group that the matrix unit may still be at."""
 
     sums: gl.tensor  # [outs, rows]
-    numbers: gl.tensor  # What it reads from registers, which must stay there so long.
+    numbers: gl.tensor  # What it reads from registers, which must stay there so long; of bfloat16.
     scale: gl.tensor  # [outs]
-    row_scale: gl.tensor  # [rows], of FP8.
+    row_scale: gl.tensor  # [rows], of FP8 rows.
 
 
 @gluon.jit
@@ -89,24 +130,31 @@ def _start(ring, place, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: 
     scale = ring.scales.index(tile).load(gl.SliceLayout(1, layout)).to(gl.float32)
     others = ring.others.index(tile)
     numbers, row_scale = scale, scale
+    ROUNDED: gl.constexpr = rows.dtype == gl.float8e4nv
+    if ROUNDED:
+        row_scale = others.slice(0, rows.shape[1]).load(gl.SliceLayout(0, layout))
     if BITS == 0:
         sums = warpgroup_mma(ring.weights.index(tile), rows, nothing, use_acc=False, is_async=True)
-        row_scale = others.slice(0, rows.shape[1]).load(gl.SliceLayout(0, layout))
     else:
         words = ring.weights.index(place).slice(16 * HALF, 16, dim=1).load(WORDS)
-        zero = others.slice(0, words.shape[0]).load(gl.SliceLayout(1, WORDS)).to(gl.float32)
-        numbers = _widen(words, (zero + 128.0).to(gl.bfloat16)[:, None])
-        numbers = gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2))
-        sums = warpgroup_mma(numbers, rows, nothing, use_acc=False, is_async=True)
+        if ROUNDED:
+            # Triton's wait takes no 8-bit numbers. ptxas leaves the registers alone that the matrix unit reads.
+            widened = gl.convert_layout(_widen_codes(words), gl.DotOperandLayout(0, layout, 4))
+            sums = warpgroup_mma(widened, rows, nothing, use_acc=False, is_async=True)
+        else:
+            zero = others.slice(0, words.shape[0]).load(gl.SliceLayout(1, WORDS)).to(gl.float32)
+            numbers = _widen(words, (zero + 128.0).to(gl.bfloat16)[:, None])
+            numbers = gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2))
+            sums = warpgroup_mma(numbers, rows, nothing, use_acc=False, is_async=True)
     return Product(sums, numbers, scale, row_scale)
 
 
 @gluon.jit
-def _add(acc, product, LATER: gl.constexpr, BITS: gl.constexpr):
+def _add(acc, product, LATER: gl.constexpr, ROUNDED: gl.constexpr):
     """Add a product to acc; LATER: how many later ones may still be under way."""
     sums, _ = warpgroup_mma_wait(LATER, deps=(product.sums, product.numbers))
     sums *= product.scale[:, None]
-    if BITS == 0:
+    if ROUNDED:
         sums *= product.row_scale[None, :]
     return acc + sums
 
@@ -127,6 +175,7 @@ def _multiply(
     """Sum the units of a program, and store them."""
     ROWS: gl.constexpr = ring.rows.shape[1]
     PLACES: gl.constexpr = ring.full.shape[0]
+    ROUNDED: gl.constexpr = ring.rows.dtype == gl.float8e4nv
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], [16, ROWS, 256 // ring.rows.dtype.primitive_bitwidth]
     )
@@ -139,8 +188,8 @@ def _multiply(
             mbarrier.wait(ring.full.index(place), phase)
             first = _start(ring, place, nothing, 0, WORDS, BITS)
             second = _start(ring, place, nothing, 1, WORDS, BITS)
-            acc = _add(acc, first, 1, BITS)
-            acc = _add(acc, second, 0, BITS)
+            acc = _add(acc, first, 1, ROUNDED)
+            acc = _add(acc, second, 0, ROUNDED)
             mbarrier.arrive(ring.empty.index(place), count=1)
             place, phase = next_place(place, phase, PLACES)
         finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
@@ -172,8 +221,9 @@ def _grouped_stream_kernel(
     HAS_BIAS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    # FP8 weights have no zero points, and integers no scales of rows: these rings are one.
-    other = zeros if BITS > 0 else x_scales
+    # Where rows are FP8 numbers with scales, weights have no zero points: these rings are one.
+    ROUNDED: gl.constexpr = x.dtype == gl.float8e4nv
+    other = x_scales if ROUNDED else zeros
     TILES: gl.constexpr = 1 if BITS > 0 else 2
     ring = Ring(
         gl.allocate_shared_memory(w.dtype, [TILES * PLACES, OUTS, w.block_type.shape[1]], w.layout),
@@ -194,8 +244,8 @@ def _grouped_stream_kernel(
     gl.warp_specialize(
         [
             (_multiply, (ring, bias, out, work, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
-            (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS)),
-            (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, BITS, CHAINED)),
+            (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS, ROUNDED)),
+            (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
         ],
         [1, 1],
         [24, 24],
@@ -215,9 +265,13 @@ def _words_layout(warps: int) -> gl.DistributedLinearLayout:
 
 
 def streams(x: Tensor, layer: GroupedLayer, segments: int) -> bool:
-    """Whether `launch` takes these rows x [rows, ins], bfloat16 or FP8."""
+    """Whether `launch` takes these rows x [rows, ins], bfloat16 or FP8.
+
+    Of codes it takes any number, because `grouped_triton` widens them slowly.
+    """
+    codes = layer.bits == 4 and layer.rounds_inputs
     return (
-        x.shape[0] <= MOST_ROWS
+        (codes or x.shape[0] <= MOST_ROWS)
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         and layer.bits in _BITS
         and layer.depth == _DEPTH

@@ -20,7 +20,7 @@ class Ring(NamedTuple):
     weights: gl.shared_memory_descriptor  # [places, outs, bytes or words]
     rows: gl.shared_memory_descriptor  # [places, rows, depth]
     scales: gl.shared_memory_descriptor  # [places, outs]: those of the weights.
-    # [places, at least outs or rows]: zero points of integers, or scales of FP8 rows.
+    # [places, at least outs or rows]: scales of FP8 rows, or else zero points of integers.
     others: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor  # For each place a barrier: both loaders' tiles are there.
     empty: gl.shared_memory_descriptor  # For each place a barrier: what was there has been multiplied.
@@ -37,12 +37,13 @@ def load_weights(
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     BITS: gl.constexpr,
+    ROUNDED: gl.constexpr,
 ):
     """Fill the ring's weights and what belongs to them. They depend on no kernel, so this starts at once."""
     WIDTH: gl.constexpr = w.block_type.shape[1]
     TILES: gl.constexpr = 1 if BITS > 0 else 2
     LOADED: gl.constexpr = TILES * w.block_type.nbytes + 2 * (
-        scales.block_type.nbytes + (zeros.block_type.nbytes if BITS > 0 else 0)
+        scales.block_type.nbytes + (0 if ROUNDED else zeros.block_type.nbytes)
     )
     grid = make_grid(work, OUTS, ROWS, False)
     place, phase = 0, 1
@@ -59,7 +60,7 @@ def load_weights(
             for half in gl.static_range(2):
                 group = [(2 * step + half) // GROUP_DEPTHS * work.num_outs + unit.weight_at]
                 async_load(scales, group, full, ring.scales.index(2 * place + half))
-                if BITS > 0:
+                if not ROUNDED:
                     async_load(zeros, group, full, ring.others.index(2 * place + half))
             place, phase = next_place(place, phase, ring.full.shape[0])
 
@@ -73,11 +74,11 @@ def load_rows(
     x_stride,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
-    BITS: gl.constexpr,
+    ROUNDED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """Fill the ring's input rows and their scales, once the kernels ahead in the stream have finished."""
-    LOADED: gl.constexpr = 2 * (x.block_type.nbytes + (x_scales.block_type.nbytes if BITS == 0 else 0))
+    LOADED: gl.constexpr = 2 * (x.block_type.nbytes + (x_scales.block_type.nbytes if ROUNDED else 0))
     DEPTH: gl.constexpr = x.block_type.shape[1]
     grid = make_grid(work, OUTS, ROWS, False)
     if CHAINED:
@@ -93,7 +94,7 @@ def load_rows(
             for half in gl.static_range(2):
                 group = 2 * step + half
                 async_load(x, [unit.row_at, group * DEPTH], full, ring.rows.index(2 * place + half))
-                if BITS == 0:
+                if ROUNDED:
                     scale = [group * x_stride + unit.row_at]
                     async_load(x_scales, scale, full, ring.others.index(2 * place + half))
             place, phase = next_place(place, phase, ring.full.shape[0])

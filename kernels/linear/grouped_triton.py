@@ -1,4 +1,4 @@
-"""The linear kernel for weights that have a scale for each output of a group of inputs: fine-grained FP8, GPTQ and AWQ.
+"""The linear kernel for weights that have a scale for each output of a group of inputs: fine-grained FP8, GPTQ, AWQ and codes.
 
 A step of the sum covers inputs of one group. Its products are summed by the matrix unit, multiplied by the scales, and added to
 the float32 sum of the steps before it. The steps and their order depend on the weight alone, so a row has the same bits in any
@@ -37,14 +37,27 @@ def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
+def _widen(words, OUTS: tl.constexpr, DEPTH: tl.constexpr):
+    """Words of 4-bit codes (see `codes.pack_codes`) as the e4m3 numbers that they stand for."""
+    n = tl.arange(0, 8)[None, None, :]
+    place = (words[:, :, None] >> (4 * n)) & 7
+    sign = (words[:, :, None] >> tl.where(n < 4, 8 * n + 7, 8 * n - 29)) & 1
+    # The bytes of `codes.LEVELS` in e4m3.
+    byte = tl.where(place < 4, 0x4A464033 >> (8 * place), 0x5552504D >> (8 * (place - 4))) & 127
+    numbers = tl.reshape((byte | sign << 7).to(tl.uint8), (OUTS, DEPTH // 32, 4, 2, 4))
+    # [runs of 32, word, half, number] in the order of the inputs.
+    return tl.reshape(tl.permute(numbers, (0, 1, 3, 2, 4)), (OUTS, DEPTH)).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
 def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows, x_stride, group_steps,
-               OUTS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+               OUTS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """What a step multiplies by and takes off: the scales and the zero points of the outputs, the scales of FP8 rows."""
     index = out_at + tl.arange(0, OUTS)
     place, live = step // group_steps * num_outs + index, index < num_outs
     scale = tl.load(scales + place, mask=live, other=0.0).to(tl.float32)
     zero, x_scale = scale, tl.zeros((ROWS,), tl.float32)
-    if BITS == 0:
+    if tl.float8e4nv == DTYPE:
         row = row_at + tl.arange(0, ROWS)
         x_scale = tl.load(x_scales + step * x_stride + row, mask=row < num_rows, other=0.0)
     else:
@@ -58,6 +71,8 @@ def _products(w, x, zero, k, out_at, row_at,
     """The sum over one step, before it is scaled: float32 [OUTS, ROWS]."""
     if BITS == 0:
         return tl.dot(w.load([out_at, k]), x.load([row_at, k]).T)
+    if tl.float8e4nv == DTYPE:
+        return tl.dot(_widen(w.load([out_at, k // 8]), OUTS, DEPTH), x.load([row_at, k]).T)
     if BITS == 4:
         base = 128.0 if tl.bfloat16 == DTYPE else 1024.0 if tl.float16 == DTYPE else 0.0
         numbers = _unpack(w.load([out_at, k // 8]), OUTS, DEPTH, DTYPE) - (zero + base).to(DTYPE)[:, None]
@@ -91,7 +106,7 @@ def _grouped_kernel(
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """BITS: of the weight's integers; 0 for FP8. DTYPE: what integers are multiplied in."""
+    """BITS: of the weight's integers or codes; 0 for FP8. DTYPE: of the inputs, in which the weights are multiplied."""
     # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
@@ -111,15 +126,15 @@ def _grouped_kernel(
     total = tl.zeros((OUTS, ROWS), tl.float32)
     # Asked for a step ahead: they are used behind the matrix unit, where nothing else hides how long they take.
     scale, zero, x_scale = _scales_of(
-        scales, zeros, x_scales, begin, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, BITS,
+        scales, zeros, x_scales, begin, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, DTYPE,
     )  # fmt: skip
     for step in range(begin, end):
         later = min(step + 1, end - 1)
         scale_ahead, zero_ahead, x_scale_ahead = _scales_of(
-            scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, BITS,
+            scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, DTYPE,
         )  # fmt: skip
         part = _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
-        total += part * x_scale[None, :] if BITS == 0 else part
+        total += part * x_scale[None, :] if tl.float8e4nv == DTYPE else part
         scale, zero, x_scale = scale_ahead, zero_ahead, x_scale_ahead
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)

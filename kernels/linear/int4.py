@@ -1,20 +1,22 @@
-"""The format "int4": weights as 4-bit integers, with a scale and a zero point for each output of 128 inputs.
+"""The format "int4": weights as 4-bit codes with a scale for each output of 128 inputs (`codes`), and inputs in FP8.
 
-It takes a little more than a quarter of the memory of bfloat16. It rounds to the nearest integer and uses no calibration data. So
-only passes whose results may be rough run in it: drafts, which another pass verifies. Inputs are not rounded. On a GPU it runs in
-the kernels of GPTQ and AWQ checkpoints. These do not pick tokens, so an LM head is kept in the format "fp8".
+It takes a little more than a quarter of the memory of bfloat16. It rounds to the nearest value and uses no calibration data. So
+only passes whose results may be rough run in it: drafts, which another pass verifies. Inputs are rounded to e4m3, with a scale
+for each 128 of a row. On a GPU it runs in the kernels of fine-grained FP8 checkpoints. These do not pick tokens, so an LM head is
+kept in the format "fp8".
 """
 
+import torch
 from torch import Tensor
 
-from orthrus.kernels.device import runs_triton
-from orthrus.kernels.int4_sizes import GROUP
+from orthrus.kernels.device import has_fp8_mma, runs_triton
+from orthrus.kernels.linear.codes import round_to_codes
+from orthrus.kernels.linear.dequantised import DequantisedWeight
 from orthrus.kernels.linear.fp8 import Fp8Format
-from orthrus.kernels.linear.integer_layers import integer_weight
-from orthrus.kernels.linear.integers import Integers, round_to_integers
+from orthrus.kernels.linear.fp8_block import round_blocks
 from orthrus.kernels.linear.plain import PlainFormat
 from orthrus.kernels.linear.split import Split
-from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
+from orthrus.kernels.linear.weight import Parameters, SplitViews, Views, Weight, weight_format
 
 
 @weight_format("int4")
@@ -26,22 +28,37 @@ class Int4Format:
         """See `WeightFormat`. Raises ValueError for layers whose inputs can't be cut into groups."""
         if head:
             return Fp8Format.pack(views, gated=gated, head=head)
-        if runs_triton(views[0][0]["weight"]):
-            return integer_weight(views, _integers, gated=gated)
-        return PlainFormat.pack(_rounded(views), gated=gated, head=head)
+        if _has_kernel(views):
+            return _pack_for_gpu(views, gated, None)
+        dtype = views[0][0]["weight"].dtype
+        layer = PlainFormat.pack(_rounded(views), gated=gated, head=head)
+        return DequantisedWeight(layer, dtype, round_blocks)
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
         """See `SplitFormat`. Each rank rounds the part that it has. Raises ValueError as `pack` does."""
         if head:
             return Fp8Format.pack_split(views, split, gated=gated, head=head)
-        if runs_triton(views[0][0]["weight"]):
-            return integer_weight(views, _integers, gated=gated, split=split)
-        return PlainFormat.pack_split(_rounded(views), split, gated=gated, head=head)
+        if _has_kernel(views):
+            return _pack_for_gpu(views, gated, split)
+        dtype = views[0][0]["weight"].dtype
+        layer = PlainFormat.pack_split(_rounded(views), split, gated=gated, head=head)
+        return DequantisedWeight(layer, dtype, round_blocks)
 
 
-def _integers(parameters: Parameters) -> Integers:
-    return round_to_integers(parameters["weight"], 4, GROUP)
+def _has_kernel(views: Views) -> bool:
+    return runs_triton(views[0][0]["weight"]) and has_fp8_mma()
+
+
+def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
+    from orthrus.kernels.linear.grouped import code_layer
+
+    layers: list[Weight] = []
+    for view in views:
+        parts = [round_to_codes(parameters.pop("weight")) for parameters in view]
+        biases = [parameters.pop("bias") for parameters in view if "bias" in parameters]
+        layers.append(code_layer(parts, torch.cat(biases) if biases else None, gated, split))
+    return SplitViews.join(layers)
 
 
 def _rounded(views: Views) -> list[list[Parameters]]:
@@ -50,5 +67,6 @@ def _rounded(views: Views) -> list[list[Parameters]]:
 
 
 def _rounded_projection(parameters: Parameters) -> Parameters:
-    rounded: Tensor = _integers(parameters).dequantised().to(parameters.pop("weight").dtype)
+    weight = parameters.pop("weight")
+    rounded: Tensor = round_to_codes(weight).dequantised().to(weight.dtype)
     return {"weight": rounded} | ({"bias": parameters.pop("bias")} if "bias" in parameters else {})

@@ -7,7 +7,6 @@ import torch
 from orthrus.kernels.device import runs_triton
 from orthrus.kernels.linear.dequantised import pack_dequantised
 from orthrus.kernels.linear.integers import Integers
-from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.weight import Parameters, SplitViews, Views, Weight
 
 Reader = Callable[[Parameters], Integers]
@@ -18,12 +17,12 @@ def pack_integers(views: Views, read: Reader, *, gated: bool, head: bool) -> Wei
     """Lay out the weights of a layer; see `WeightFormat`."""
     first = views[0][0]["scales"]
     if runs_triton(first):
-        return integer_weight(views, read, gated=gated)
+        return _integer_weight(views, read, gated)
     return pack_dequantised(views, first, gated=gated, head=head)
 
 
-def integer_weight(views: Views, read: Reader, *, gated: bool, split: Split | None = None) -> Weight:
-    """A layer on a GPU. split: which part of the layer `views` hold, None for all of it."""
+def _integer_weight(views: Views, read: Reader, gated: bool) -> Weight:
+    """A layer on a GPU."""
     from orthrus.kernels.linear.grouped import integer_layer
 
     layers: list[Weight] = []
@@ -32,5 +31,5 @@ def integer_weight(views: Views, read: Reader, *, gated: bool, split: Split | No
         biases = [parameters["bias"] for parameters in view if "bias" in parameters]
         for parameters in view:
             parameters.clear()
-        layers.append(integer_layer(parts, torch.cat(biases) if biases else None, gated, split))
+        layers.append(integer_layer(parts, torch.cat(biases) if biases else None, gated))
     return SplitViews.join(layers)

@@ -38,7 +38,8 @@ class DenseLayer:
 class GroupedLayer:
     """A linear layer of one view whose weights have a scale for each output of a group of inputs (see `grouped_triton`)."""
 
-    # e4m3 or 8-bit integers [outs, ins]; or 4-bit ones int32 [outs, ins / 8], see `integers.pack_words`.
+    # e4m3 or 8-bit integers [outs, ins]; or in 4 bits int32 [outs, ins / 8]: integers (`integers.pack_words`), or codes without
+    # zero points (`codes.pack_codes`).
     numbers: Tensor
     # float [groups, outs].
     scales: Tensor
@@ -60,6 +61,11 @@ class GroupedLayer:
     @property
     def outs(self) -> int:
         return self.numbers.shape[0]
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs are rounded to FP8, with a scale for each 128 of a row. So it is for FP8 weights and for codes."""
+        return self.zeros is None
 
     @property
     def tensor_bytes(self) -> int:

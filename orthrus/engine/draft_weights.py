@@ -7,6 +7,7 @@ They take memory from the KV cache. In all these cases no pass has rows of both 
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
+from orthrus.errors import ConfigError
 from orthrus.kernels.int4_sizes import INT4_BYTES
 from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
@@ -27,9 +28,18 @@ def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
     return "draft_weights" in SCHEDULES[config.schedule_for(model)].settings
 
 
-def check_draft_weights(config: EngineConfig, shard: Shard) -> None:
-    """Raise ConfigError if the copies that are asked for can't be made of the rank's weights."""
-    if draft_format(config, shard.model) == "int4":
+def check_draft_weights(config: EngineConfig, shard: Shard, *, multiplies_fp8: bool) -> None:
+    """Raise ConfigError if the copies that are asked for can't be made of the rank's weights, or bring nothing on its device.
+
+    multiplies_fp8: whether the device is a GPU with FP8 matrix units, or a CPU, where copies are for tests.
+    """
+    copies = draft_format(config, shard.model)
+    if copies in COPY_BYTES and not multiplies_fp8:
+        raise ConfigError(
+            f"draft_weights {copies!r} needs a GPU with FP8 matrix units, which those of compute capability 8.9 and later have: "
+            "set draft_weights to auto or same"
+        )
+    if copies == "int4":
         check_groups(shard)
 
 

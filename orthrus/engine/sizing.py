@@ -136,7 +136,7 @@ def check_memory(
 
     shard: the part of the model on `device`. medusa: the Medusa heads that it gets.
     """
-    check_draft_weights(config, shard)
+    check_draft_weights(config, shard, multiplies_fp8=device.type != "cuda" or has_fp8_mma())
     model = shard.config
     wanted, name = weight_bytes(shard, dtype.itemsize), str(dtype).removeprefix("torch.")
     if (copies := draft_format(config, model)) is not None:

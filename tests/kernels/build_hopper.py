@@ -96,23 +96,25 @@ def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, p
     )
 
 
-def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = False) -> None:
-    """bits: 4, or 0 for FP8."""
-    inputs = "bf16" if bits else "fp8e4nv"
+def build_grouped(
+    bits: int, rows: int, *, codes: bool = False, gated: bool = False, split: bool = False
+) -> None:
+    """bits: 4, or 0 for FP8. codes: whether the 4 bits are codes."""
+    inputs = "fp8e4nv" if codes or not bits else "bf16"
     scales = "fp16" if bits else "fp32"
     groups = tile(scales, 64)
     types = {
         "w": tile("i32", 64, 32) if bits else tile("fp8e4nv", 64, 128),
         "x": tile(inputs, rows, 128),
         "scales": groups,
-        "zeros": tile("u8", 128) if bits else groups,
-        "x_scales": groups if bits else tile("fp32", max(32, rows)),
+        "zeros": groups if inputs == "fp8e4nv" else tile("u8", 128),
+        "x_scales": groups if inputs == "bf16" else tile("fp32", max(32, rows)),
         "bias": "*bf16",
         "out": "*fp32" if split else "*bf16",
     }
     numbers = ("num_rows", "num_outs", "x_stride", "steps", "segments")
     build(
-        f"grouped, {bits} bits, {rows} rows",
+        f"grouped, {'codes' if codes else f'{bits} bits'}, {rows} rows",
         grouped._grouped_stream_kernel,
         types | dict.fromkeys(numbers, "i32"),
         {
@@ -213,6 +215,7 @@ if __name__ == "__main__":
     build_linear("bf16", 32, gated=True)
     build_linear("fp8e4nv", 32, tree=2)
     build_grouped(4, 8, gated=True)
+    build_grouped(4, 32, codes=True, gated=True)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)
