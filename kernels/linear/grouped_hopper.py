@@ -1,4 +1,4 @@
-"""The layers of `grouped_triton` for few rows on Hopper.
+"""The layers of `grouped_triton` on Hopper: FP8 weights for few rows, and weights in 4 bits for any number of rows.
 
 The warps of a program have different tasks. One loads weights, another input rows, into a ring of tiles in shared memory; four
 multiply what is there. A place of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other
@@ -267,11 +267,10 @@ def _words_layout(warps: int) -> gl.DistributedLinearLayout:
 def streams(x: Tensor, layer: GroupedLayer, segments: int) -> bool:
     """Whether `launch` takes these rows x [rows, ins], bfloat16 or FP8.
 
-    Of codes it takes any number, because `grouped_triton` widens them slowly.
+    Of weights in 4 bits it takes any number, because `grouped_triton` widens them slowly.
     """
-    codes = layer.bits == 4 and layer.rounds_inputs
     return (
-        (codes or x.shape[0] <= MOST_ROWS)
+        (layer.bits == 4 or x.shape[0] <= MOST_ROWS)
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         and layer.bits in _BITS
         and layer.depth == _DEPTH
