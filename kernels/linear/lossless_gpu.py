@@ -17,15 +17,16 @@ from orthrus.kernels.linear.tiles import choose_tiles
 from orthrus.kernels.linear.types import LinearTiles, LosslessLayer
 
 MOST_PACKED_ROWS = 64
-"""Most rows that are multiplied as the weights are widened: those of the stream kernel. `lossless_triton` takes longer than to
-write the layer out in full first (H200, layers of Qwen3-8B, 128 rows: 2.4 times the kernel of weights in full)."""
+"""Most rows that `lossless_triton` multiplies. For more it takes longer than to write the layer out in full first (H200, layers of
+Qwen3-8B, 128 rows: 2.4 times the kernel of weights in full)."""
 
 
 @dataclass(frozen=True)
 class LosslessWeight(LosslessLayer, GpuWeight):
     """Weights in 12 bits. Each operation gives the bits that `TritonWeight` gives with the weights in full.
 
-    With more than `MOST_PACKED_ROWS` rows the layer is written out in full first, to memory that is free again afterwards.
+    With more rows than the stream kernel or `lossless_triton` take, the layer is written out in full first, to memory that is free
+    again afterwards.
     """
 
     split: Split | None = None

@@ -28,7 +28,6 @@ from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from orthrus.kernels.gluon_names import in_rows
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
-from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.lossless_ring import Ring, load_rows, load_weights
 from orthrus.kernels.linear.stream import (
     Work,
@@ -43,6 +42,8 @@ from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import LosslessLayer
 from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS
 
+_MOST_ROWS = 128
+"""Rows that take no longer here, in tiles of 64 that each widen the weights, than to write the layer out in full first."""
 _RING_BYTES = 227_000
 """Bytes of both rings."""
 _WIDENERS = gl.constexpr(3)
@@ -324,7 +325,7 @@ def ring_sizes(row_tile: int) -> tuple[int, int]:
 
 def streams(x: Tensor) -> bool:
     """Whether `launch` takes these rows x [rows, in_features]."""
-    return x.shape[0] <= MOST_ROWS and x.dtype == torch.bfloat16 and has_warpgroup_mma()
+    return x.shape[0] <= _MOST_ROWS and x.dtype == torch.bfloat16 and has_warpgroup_mma()
 
 
 def launch(
