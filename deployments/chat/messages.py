@@ -24,7 +24,7 @@ class ContentPart(StrictModel):
 
 
 def read_arguments(given: Any) -> Any:
-    """A call's arguments out of their JSON text. Raises ValueError."""
+    """A call's arguments, parsed if they are JSON text. Raises ValueError."""
     if not isinstance(given, str):
         return given
     try:
@@ -41,7 +41,7 @@ def _refuse_constant(name: str) -> None:
 
 
 class CalledFunction(StrictModel):
-    """arguments: what the JSON text is, as the API gave it, that they are sent as; chat templates expect an object."""
+    """arguments: clients send JSON text, as the API returned it. It is parsed, because chat templates expect an object."""
 
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)

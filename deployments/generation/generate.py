@@ -1,4 +1,4 @@
-"""One request: its token ids go to a replica, chunks come back and become text."""
+"""Runs one request: sends its token ids to a replica, and turns the chunks that come back into text."""
 
 import asyncio
 import uuid
@@ -48,7 +48,7 @@ async def generate(
 
     call: the request belongs to it, and its tokens are counted there.
     prompt: token ids.
-    splitter: makes a splitter for each choice's text, None where the text is not a chat's.
+    splitter: makes a splitter for each choice's text. None if the answer is not a chat's.
     Raises RequestError, GenerationFailed, QueueFull and ModelUnavailable.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
