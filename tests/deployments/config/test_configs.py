@@ -272,7 +272,7 @@ def test_faults_around_the_args_are_named_too(tmp_path: Path, change: Change, sa
 
 
 @pytest.mark.parametrize("text", ["- 1", "applications: [", "applications: 3"])
-def test_what_is_no_serve_config_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_serve_config_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"serve\.yaml"):
