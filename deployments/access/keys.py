@@ -107,8 +107,8 @@ class KeyRing:
             name = config.keys_env or ""
             if name not in os.environ:
                 raise ConfigError(
-                    f"api.keys_env: the ingress has no environment variable {name}: set it, under "
-                    "ingress.ray_actor_options.runtime_env.env_vars say"
+                    f"api.keys_env: the ingress has no environment variable {name}: set it, for "
+                    "example under ingress.ray_actor_options.runtime_env.env_vars"
                 )
             self._keys = parse_keys(os.environ[name], f"environment variable {name}")
         else:

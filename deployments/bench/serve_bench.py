@@ -251,7 +251,7 @@ def _bare_application() -> Application:
 
 
 def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: None) -> ServeBenchReport:
-    """Measure; `progress` is told one line per round. Raises ConfigError for a config that can't work."""
+    """Measure. `progress` is called with one line per round. Raises ConfigError for a config that can't work."""
     _, apps = load_config(options.config)
     if not apps:
         raise ConfigError(f"{options.config} has no application of orthrus.deployments.app:build to measure")

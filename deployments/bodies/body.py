@@ -117,11 +117,12 @@ class Body(ModelBody):
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if self.return_drafts and not self.stream:
             raise RequestError(
-                "return_drafts needs stream to be true: each event tells of its own cycles", "return_drafts"
+                "return_drafts needs stream to be true: each event has its own cycles", "return_drafts"
             )
         if self.return_drafts and self.schedule == AR:
             raise RequestError(
-                "return_drafts has nothing to tell under schedule ar: remove one of the two", "return_drafts"
+                "return_drafts needs drafts, and schedule ar makes none: remove one of the two",
+                "return_drafts",
             )
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens not in range(-1, 1 << 31):
             raise RequestError(
@@ -129,7 +130,9 @@ class Body(ModelBody):
                 "truncate_prompt_tokens",
             )
         if self.truncate_prompt_tokens == 0:
-            raise RequestError("truncate_prompt_tokens must leave a token", "truncate_prompt_tokens")
+            raise RequestError(
+                "truncate_prompt_tokens must keep at least one token", "truncate_prompt_tokens"
+            )
         return self
 
     @cached_property

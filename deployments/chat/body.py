@@ -85,7 +85,7 @@ class ChatBody(Body):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """The tools that the model is told of."""
+        """The tools that are described to the model."""
         if self.tool_choice == "none":
             return []
         return self.callable_tools if isinstance(self.tool_choice, AllowedToolChoice) else self.tools or []

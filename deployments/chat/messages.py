@@ -30,9 +30,9 @@ def read_arguments(given: Any) -> Any:
     try:
         arguments = json.loads(given, parse_constant=_refuse_constant) if given.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"must be the text of a JSON object, and is no JSON: {error}") from None
+        raise ValueError(f"must be the text of a JSON object, but is not JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise ValueError("must be the text of a JSON object, and is other JSON")
+        raise ValueError("must be the text of a JSON object, but is other JSON")
     return arguments
 
 

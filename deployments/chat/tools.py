@@ -31,7 +31,7 @@ class Tool(StrictModel):
     function: FunctionDefinition
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: what models are told of a function."""
+        """The tool as chat templates expect it. They get all fields but `strict`."""
         return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 

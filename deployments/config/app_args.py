@@ -67,7 +67,7 @@ class DeploymentOptions(DeploymentSchema):
     @field_validator("name")
     @classmethod
     def _named_by_us(cls, name: str) -> str:
-        raise ValueError("deployments have the names that the application gives them: remove it")
+        raise ValueError("the application names its deployments itself: remove it")
 
 
 class AppArgs(BaseModel):

@@ -63,7 +63,7 @@ async def generate_on_replica(
 
 
 async def _watch(stream: Any, receiver: ChunkReceiver, request_id: str, inbox: Inbox) -> None:
-    """Follow the request's call to its end: tell `inbox` when no more chunks will come."""
+    """Follow the request's call to its end, and fail `inbox` if the call ends with an error."""
     try:
         async for link in stream:
             receiver.expect_rest(request_id, link)

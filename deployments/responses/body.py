@@ -141,7 +141,7 @@ class ResponsesBody(Body):
         return self
 
     def offered(self, before: Sequence[Item] = ()) -> list[OfferedTool]:
-        """The tools that the model is told of. before: the items of earlier turns.
+        """The tools that are described to the model. before: the items of earlier turns.
 
         A tool replaces one of the same name in an earlier list.
         """

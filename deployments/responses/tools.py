@@ -1,4 +1,4 @@
-"""`tools` and `tool_choice` of OpenAI's Responses API, and the functions that the model is told of for them."""
+"""`tools` and `tool_choice` of OpenAI's Responses API, and the functions that stand for them in a chat body."""
 
 import json
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class FunctionTool(_NamedTool):
 
 
 class InputFormat(StrictModel):
-    """The format of a custom tool's input. The model is told of it, but it is not enforced."""
+    """The format of a custom tool's input. It is described to the model, but not enforced."""
 
     type: Literal["text", "grammar"]
     syntax: Literal["lark", "regex"] | None = None
@@ -149,7 +149,7 @@ class NamespaceTool(StrictModel):
 
 
 class HostedTool(StrictModel):
-    """A tool that OpenAI runs, or that only its models know how to use: the model here is not told of it."""
+    """A tool that OpenAI runs, or that only its models know how to use. It is left out of the prompt."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -186,7 +186,7 @@ ToolChoice = Annotated[
 
 @dataclass(frozen=True)
 class OfferedTool:
-    """A tool as the model is told of it: `function`, as a chat body has it. path: the tool's path in the body."""
+    """A tool as it is described to the model: `function`, as a chat body has it. path: the tool's path in the body."""
 
     function: dict[str, Any]
     path: str
@@ -196,7 +196,7 @@ class OfferedTool:
 
 
 def offered_tools(tools: Sequence[ResponsesTool], path: str) -> list[OfferedTool]:
-    """The tools that the model is told of, including those in namespaces. A namespace's description goes to its first tool.
+    """The tools that are described to the model, including those in namespaces. A namespace's description goes to its first tool.
 
     path: the path of the list in the body.
     """

@@ -81,7 +81,7 @@ def test_72b_on_four_h100s_leaves_room_for_64_sequences_of_4096_tokens() -> None
     assert room is not None and int(room[1]) >= 64 * 4096
 
 
-def test_demands() -> None:
+def test_resources_that_actors_demand() -> None:
     assert actor_demand({}) == actor_demand({"num_cpus": None}) == {"CPU": 1}
     options = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"rack": 1}}
     assert actor_demand(options) == {"CPU": 2, "GPU": 1, "accelerator_type:H100": 0.001, "rack": 1}

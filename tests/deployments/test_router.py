@@ -129,7 +129,7 @@ def test_requests_wait_in_the_router_and_go_where_a_slot_gets_free_first() -> No
 
 
 def test_a_refused_request_waits_until_the_replica_says_that_it_has_room() -> None:
-    """Another router's requests fill it. Their ends are learned by asking, and nobody asks once nothing waits."""
+    """Another router's requests fill the replica. Their ends are learned by polling, which stops when no request waits."""
 
     async def main() -> None:
         caller = Caller("a")

@@ -81,7 +81,7 @@ def hosts_of_replicas() -> list[str]:
     return [found["node_id"] for found in replicas if found["state"] == ReplicaState.RUNNING]
 
 
-def test_a_replica_of_two_gpus_has_a_host_and_the_next_one_another(cluster: Cluster, tmp_path: Path) -> None:
+def test_replicas_of_two_gpus_are_placed_on_one_host_each(cluster: Cluster, tmp_path: Path) -> None:
     """Refused without hosts of two GPUs, and for four GPUs. Then one replica, and under load a second one on another host."""
     port = free_port()
     needs = "a replica must have 1 CPU, {} GPU on one node, .* Those with GPUs have {}. Ask for less, or add a node"

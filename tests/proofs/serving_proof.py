@@ -115,7 +115,7 @@ def test_no_slot_is_free_while_requests_wait(app: App, ar: Engine) -> None:
     assert most == 24 and longest < 1.0
 
 
-def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(app: App, ar: Engine) -> None:
+def test_a_killed_replica_fails_only_the_streams_that_it_had_begun(app: App, ar: Engine) -> None:
     """32 streams on two replicas of 12 sequences: some have begun, others wait."""
     app.deploy(**fixed(2))
     text = expected(ar, PROMPT, 400)
@@ -132,7 +132,9 @@ def test_a_killed_replica_costs_only_the_streams_that_it_had_begun(app: App, ar:
     check_nothing_stays(app)
 
 
-def test_a_failed_engine_costs_what_a_killed_replica_does(app: App, ar: Engine, tmp_path: Path) -> None:
+def test_a_failed_engine_fails_only_the_streams_that_it_had_begun(
+    app: App, ar: Engine, tmp_path: Path
+) -> None:
     """Either of the two replicas may be the one that fails. Requests that it has accepted but not begun do not fail."""
     order = tmp_path / "fail"
     app.deploy(LoadFailing(order), **fixed(2))

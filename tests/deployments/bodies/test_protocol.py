@@ -312,7 +312,7 @@ def test_messages_reach_the_template_as_text() -> None:
         ({"reasoning_effort": "high", "enable_thinking": False}, False),
     ],
 )
-def test_reasoning_effort_is_whether_to_think(fields: dict[str, Any], thinking: bool | None) -> None:
+def test_reasoning_effort_decides_whether_to_think(fields: dict[str, Any], thinking: bool | None) -> None:
     assert chat(**fields).thinking is thinking
 
 

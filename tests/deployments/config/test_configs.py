@@ -158,7 +158,7 @@ def test_config_check_looks_at_the_keys(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{keys}:1:3: keys[0].sha256: Field required" in capsys.readouterr().err
 
 
-def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     config = copy.deepcopy(TINY)
     config["applications"][0]["args"]["engine"]["dtyp"] = "float32"
     second = copy.deepcopy(config["applications"][0]) | {"name": "second", "route_prefix": "/second"}

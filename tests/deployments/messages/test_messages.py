@@ -116,7 +116,7 @@ def test_an_answer_may_be_begun_by_the_client() -> None:
     assert not messages(messages=asked).chat().continue_final_message
 
 
-def test_thinking_is_only_for_those_who_ask() -> None:
+def test_the_model_thinks_only_if_the_request_asks_for_it() -> None:
     assert messages().chat().thinking is False
     assert messages(thinking={"type": "disabled"}).chat().thinking is False
     assert messages(thinking={"type": "adaptive"}).chat().thinking is True

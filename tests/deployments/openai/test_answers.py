@@ -96,7 +96,7 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
-def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) -> None:
+def test_server_sent_events_equal_the_rendered_events(tokenizer: Any, include_usage: bool) -> None:
     """Events with text alone are put together from rendered parts. They must not differ from other events."""
     call = (ToolCallDelta(0, "{}", "call_1", "f"),)
     deltas = [

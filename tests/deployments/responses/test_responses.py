@@ -251,7 +251,7 @@ def test_logprobs_are_those_of_the_text(tokenizer: Any) -> None:
         assert [s.token for event in deltas for s in event.logprobs] == [score["token"] for score in scores]
 
 
-def test_what_was_asked_for_comes_back() -> None:
+def test_a_response_repeats_the_fields_of_its_request() -> None:
     asked = body(**CODEX, metadata={"k": "v"}, max_output_tokens=9)
     response = whole(chunks(["a"]), asked)
     assert (response["instructions"], response["store"]) == ("You are a coding agent.", False)

@@ -153,7 +153,7 @@ def test_bad_input_gets_errors_in_openais_shape(url: str, case: str, stream: boo
     assert error["message"] and error["type"] == "invalid_request_error" and error["param"] == param
 
 
-def test_bad_input_costs_running_streams_nothing(client: openai.OpenAI, url: str, ar: Engine) -> None:
+def test_bad_input_does_not_disturb_running_streams(client: openai.OpenAI, url: str, ar: Engine) -> None:
     expected = plain(ar, PROMPT, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
     texts: list[str] = []
 

@@ -119,7 +119,7 @@ def test_a_body_without_end_is_cut_off(ports: tuple[int, int]) -> None:
 
 
 def test_slow_clients_hold_nothing_up_and_are_disconnected(ports: tuple[int, int], url: str) -> None:
-    """Half a header, half a body, a whole request whose answer nobody reads: 300 of them, and the service answers."""
+    """204 clients send half a header, half a body, or a request whose answer they do not read. The service still answers."""
     half_body = HEAD + b"Content-Length: 1000\r\n\r\n{"
     unread = post(body=completion(max_tokens=400, ignore_eos=True, stream=True, temperature=0))
     with ExitStack() as stack:
