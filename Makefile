@@ -13,13 +13,13 @@ help:
 	@echo 'make test-clients  openai, LangChain, LlamaIndex, lm-eval, Open WebUI, Codex and others, unchanged, against a server (Node, npm; 10 GB)'
 	@echo 'make test-structured  2,000 structured answers under 45 JSON Schemas, by both schedules: minutes'
 	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
-	@echo 'make test-ranks  replicas that several processes share, one of which is killed or stopped; where Ray places them: minutes'
-	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (root; iproute2 openssh-server rsync)'
-	@echo 'make test-page  the web page in Chromium, driven by Playwright; makes the screenshots in docs/: minutes; says what is missing'
-	@echo 'make test-install  beside other packages named kernels, cluster and deployments: minutes; needs a package index'
-	@echo 'make bench-ranks SIZE=2  how much faster 2, 4 or 8 GPUs of this host are than one, beside the aims'
-	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test says when they are stale'
-	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test says when it is stale'
+	@echo 'make test-ranks  replicas of several processes, of which one is killed or stopped; where Ray places them: minutes'
+	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (needs root, iproute2, openssh-server, rsync)'
+	@echo 'make test-page  the web page in Chromium, driven by Playwright (says if one is missing): minutes; makes the screenshots in docs/'
+	@echo 'make test-install  installs beside other packages named kernels, cluster and deployments: minutes; needs a package index'
+	@echo 'make bench-ranks SIZE=2  how much faster 2, 4 or 8 GPUs of this host are than one, compared with the aims'
+	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test fails when they are stale'
+	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test fails when it is stale'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make format  let ruff fix and format'
 	@echo 'make clean   remove .venv and caches'
@@ -77,7 +77,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo 'Installing about 130 packages into $(VENV): some minutes the first time, most of them for torch and ray'
-	@# The loop ends with the shell, also when Ctrl-C ends that.
+	@# The loop ends with the shell, also if Ctrl-C ends the shell.
 	@(seconds=0; while sleep 10 && kill -0 $$$$ 2> /dev/null; do seconds=$$((seconds + 10)); \
 		echo "  $$(ls -d $(VENV)/lib/python*/site-packages/*.dist-info 2> /dev/null | wc -l) packages so far ($$seconds s)"; \
 	done) & beat=$$!; trap "kill $$beat" EXIT; \

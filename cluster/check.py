@@ -1,4 +1,4 @@
-"""`orthrus config check`: what a Serve config would place where, and whether it fits, before anything is started."""
+"""`orthrus config check`: says where a Serve config would place replicas, and whether they fit, before anything is started."""
 
 import math
 from collections.abc import Iterator, Mapping

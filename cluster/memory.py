@@ -1,4 +1,4 @@
-"""What one rank of a replica takes of its GPU's memory, as far as settings and the model's config say. Free of torch.
+"""Computes the GPU memory of one rank of a replica from the settings and the model's config, without torch.
 
 The engine itself measures when it has loaded: `orthrus/engine/sizing.py`. Both count by `weight_bytes` and `PassMemory`.
 """
@@ -43,17 +43,17 @@ class MemoryPlan:
     """Bytes on one GPU, or in one process on a CPU. With several ranks, of the last one, whose part is the largest."""
 
     weights: int
-    """Of the model, with the drafts' copies of them."""
+    """Weights of the model, and the copies of them for drafts."""
     kept_as: str
     """Views and formats of the weights, for people."""
     medusa: int
-    """Of the Medusa heads' weights."""
+    """Weights of the Medusa heads."""
     passes: int
     """What passes need: see `PassMemory`. 0 on a CPU."""
     exchange: int
-    """What ranks exchange."""
+    """Buffers for what ranks exchange."""
     token: int
-    """Of the KV cache, for one token."""
+    """KV cache of one token."""
 
     @property
     def total(self) -> int:

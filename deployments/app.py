@@ -1,4 +1,4 @@
-"""`build`: from the `args` of a Serve config to the application. `import_path: orthrus.deployments.app:build`."""
+"""Makes the Serve application from the `args` of a config whose `import_path` is `orthrus.deployments.app:build`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,30 +24,31 @@ ROUTER = {
 }
 """The replicas' request router where the config names none."""
 HEALTH_CHECK_SECONDS = 2.0
-"""How soon a replica that is gone is noticed, and replaced."""
+"""Period of Serve's health checks: how soon it notices a lost replica and starts another one."""
 DRAIN_SECONDS = 300.0
-"""A replica that is scaled away or updated may go on answering for this long; it gets nothing new meanwhile."""
+"""How long a replica that is being removed may finish its running requests. It gets no new ones."""
 MAX_QUEUED = 512
-"""Requests that wait, in one ingress for a replica or in one proxy for an ingress; the next is refused."""
+"""Most requests that wait in one ingress for a replica, or in one proxy for an ingress. Further ones are refused."""
 BUSY = {"status_code": 429, "retry_after_s": 1}
-"""How a request is refused that would have to queue behind `MAX_QUEUED`."""
+"""The answer to a request that finds `MAX_QUEUED` requests waiting."""
 
 
 def build(args: dict[str, Any]) -> Application:
     """The application that the args describe.
 
-    Raises ConfigError, naming key and fault, if they or the model can't work, or if no node of the cluster can take a replica.
+    Raises ConfigError if the args are invalid, if the model can't be served with them, or if no node of the cluster can take a
+    replica. The message names the key and says what is wrong.
     """
     return make_application(args, Engine.from_pretrained)
 
 
 def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine]) -> Application:
-    """`build`, whose replicas get their engines from `load`."""
+    """The same as `build`, but `load` makes the engine of each replica."""
     checked = parse_args(args)
     if ray.is_initialized():
         check_placement(checked.replica)
     engine = locate(checked.engine)
-    with suppress(HubUnreachable):  # From the head node; the replicas will see.
+    with suppress(HubUnreachable):  # Not from this node; the replicas find out.
         check_model(engine)
     replica = _deployment(
         OrthrusReplica,
@@ -60,7 +61,7 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
     ).bind(engine, load)
-    # One of each, since it counts or keeps for all: Serve starts another if it is lost.
+    # One replica of each, because it keeps state for all ingress replicas. Serve starts another if it is lost.
     single: dict[str, Any] = {
         "num_replicas": 1,
         "max_ongoing_requests": 4096,
@@ -73,7 +74,7 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         Ingress,
         args.get("ingress", {}),
         max_ongoing_requests=1024,
-        max_surge_percent=100,  # An update starts the new ones first: they need no GPU.
+        max_surge_percent=100,  # An update starts new ones before old ones end.
         health_check_period_s=HEALTH_CHECK_SECONDS,
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
@@ -81,5 +82,5 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
 
 
 def _deployment(deployment: Any, options: Mapping[str, Any], **defaults: Any) -> Deployment:
-    """The deployment with its options; the decorator's type is lost to the type checker, hence Any."""
+    """`deployment` with `options`, else `defaults`. Typed Any, because type checkers don't understand Serve's decorator."""
     return deployment.options(**{**defaults, **options})

@@ -1,8 +1,8 @@
-"""How many replicas: an autoscaling policy of Ray Serve that reads what the engines are really doing.
+"""An autoscaling policy for Ray Serve that goes by the load of the engines.
 
-Replicas export the signals (`engine_load`), `EngineLoadPolicy` turns them into a number, and Serve applies the
-`upscale_delay_s`, `downscale_delay_s`, `min_replicas` and `max_replicas` of the YAML to it. The policy's module is
-pickled to Serve's controller: it imports nothing heavy.
+Replicas export the signals (`engine_load`). `EngineLoadPolicy` computes from them how many replicas are wanted. Serve then
+applies the config's `upscale_delay_s`, `downscale_delay_s`, `min_replicas` and `max_replicas`. The policy is pickled to Serve's
+controller, so this module imports nothing heavy.
 """
 
 import logging
@@ -21,7 +21,7 @@ _WORDS = {"row_use": "rows used", "kv_use": "KV cache used"}
 
 
 class Decision(NamedTuple):
-    """Replicas wanted, before Serve's delays and bounds; which rule said so, and a sentence for the log."""
+    """How many replicas are wanted, before Serve's delays and bounds; by which rule; and the reason in words, for the log."""
 
     replicas: float
     rule: str
@@ -31,8 +31,9 @@ class Decision(NamedTuple):
 class EngineLoadPolicy:
     """Keeps row and KV use near their targets and the queue wait under its limit; idle deployments want no replica.
 
-    target_row_use, target_kv_use: 0 to 1, the use at which a replica is as busy as it should be.
-    max_queue_wait_s: once requests wait longer, for a replica or in the queue of each, there must be another one.
+    target_row_use, target_kv_use: how busy a replica should be, over 0 and at most 1.
+    max_queue_wait_s: if requests wait longer than this, for a replica or in the queue of every replica, one more is wanted.
+    Raises ValueError for a value out of range.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class EngineLoadPolicy:
         )
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Serve's interface: called on every tick of the controller; the policy keeps its state in itself."""
+        """Called by Serve's controller on every tick. The policy keeps its state in its attributes, so it returns no state."""
         decision = self.decide(ctx)
         self._report(ctx, decision)
         return decision.replicas, {}
 
     def decide(self, ctx: AutoscalingContext) -> Decision:
-        """What the signals of the replicas call for, now."""
+        """How many replicas the current signals call for."""
         running = ctx.current_num_replicas
         signals = ctx.aggregated_metrics or {}
         if running == 0:
@@ -83,23 +84,23 @@ class EngineLoadPolicy:
         if ctx.total_num_requests == 0 and not any(signals["row_use"].values()):
             return Decision(0, "idle", "no requests")
 
-        # The work is the sum over replicas, however many share it: what a new one takes over comes off the others.
+        # The sum over all replicas does not change when a new replica takes over some of the work.
         calls = []
         for name, target in self._targets.items():
-            # Replicas of another version may not report a signal. Then nothing follows from it.
+            # Replicas of another version may not report this signal. Then it is ignored.
             if values := list(signals.get(name, {}).values()):
                 use, needed = sum(values) / len(values), sum(values) / target
-                # Rounded up, as the number of replicas is: 1.004 calls for two, and "1.00" would not say why.
+                # Rounded up, like the number of replicas: 1.004 calls for two, and "1.00" would not explain that.
                 shown = math.ceil(round(100 * needed, 6)) / 100
                 reason = f"{_WORDS[name]} {use:.1%}, target {target:.0%}: needs {shown:.2f} replicas"
                 calls.append(Decision(needed, name, reason))
-        # A queue in some replicas only needs no other one: new requests go elsewhere, and those in it stay.
+        # The shortest wait counts: while some replica has no queue, new requests go there, and queued requests can't move.
         wait = min(signals.get("queue_wait", {}).values(), default=0.0)
         if wait > self._max_queue_wait:
             reason = f"requests have waited {wait:.1f} s everywhere, limit {self._max_queue_wait:.1f} s"
             calls.append(Decision(running + 1, "queue_wait", reason))
-        # A mean over time: under 1 it is requests on their way to a replica. By Little's law, its wait is this over the rate
-        # at which requests leave the queue.
+        # The queue's mean length. Below 1 it consists of requests on their way to a replica. By Little's law, the wait is the
+        # length divided by the rate at which requests leave the queue.
         queued, rates = ctx.total_queued_requests, signals.get("admitted_rate", {})
         rate = sum(rates.values())
         wait = queued / rate if rate else math.inf
@@ -112,11 +113,11 @@ class EngineLoadPolicy:
             reason = f"requests wait for a replica, {queued:.0f} of them, {pace}"
             calls.append(Decision(running + 1, "unrouted", reason))
         most = max(calls, key=lambda call: call.replicas)
-        # There is work, however little.
+        # There is some work, so at least one replica.
         return most._replace(replicas=max(1, most.replicas))
 
     def _report(self, ctx: AutoscalingContext, decision: Decision) -> None:
-        """Log a decision when it differs from the one before, and what Serve made of it; export both."""
+        """Export and log the wanted number of replicas and Serve's changes of the actual one. The log has changes only."""
         tags = {"application": ctx.app_name or "", "deployment": ctx.deployment_name}
         low, high = ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas
         wanted = min(max(math.ceil(decision.replicas), low), high)
@@ -153,7 +154,7 @@ class EngineLoadPolicy:
         self._last, self._last_wanted, self._target = decision, wanted, ctx.target_num_replicas
 
     def _note(self, ctx: AutoscalingContext, **decision: Any) -> None:
-        """Keep a decision for who shows it (deployments/page/). The policy goes on without."""
+        """Store a decision for the web page (deployments/page/). If that fails, the policy goes on."""
         try:
             note_decision(ctx.app_name or "", ctx.deployment_name, decision)
         except (RayError, RuntimeError) as error:

@@ -1,7 +1,8 @@
-"""What a Serve config names under `grpc_servicer_functions`: the Orthrus service, its streams safe to cancel.
+"""Registers the Orthrus service with Serve's gRPC servers: Serve configs name `add_to_server` in `grpc_servicer_functions`.
 
-Serve's gRPC proxy passes a cancellation on only if it comes while the proxy waits for the next message. One that comes while a
-message is being sent is lost, and the replica would generate the rest for nobody. Here the proxy always waits.
+Serve's gRPC proxy passes a cancellation on only if it comes while the proxy waits for the next message. A cancellation that comes
+while a message is being sent is lost, and the replica would generate the rest for nobody. So each stream is read here by a task
+that only waits for messages, and the end of the call cancels that task.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ StreamHandler = Callable[[Any, Any], AsyncIterator[Any]]
 
 
 def add_to_server(servicer: Any, server: Any) -> None:
-    """Register the service with one of Serve's gRPC servers, which puts handlers of its own in the servicer's place."""
+    """Register the service with `server`, one of Serve's gRPC servers. Serve calls handlers of its own instead of `servicer`."""
     quiet_client_errors()
     make_handler = server.service_handler_factory
 
@@ -33,7 +34,7 @@ def add_to_server(servicer: Any, server: Any) -> None:
 
 
 class _Context:
-    """A call's context for a handler that may outlive the call. The peer is asked for while there is one: later it crashes."""
+    """A call's context for a handler that may outlive the call. The peer is read at once: after the call, reading it crashes."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
@@ -47,7 +48,7 @@ class _Context:
 
 
 def _cancellable(handler: StreamHandler) -> StreamHandler:
-    """`handler` in a task of its own, which the end of the call ends, whatever it was doing."""
+    """A handler that runs `handler` in a task of its own. The end of the call cancels the task, whatever it is doing."""
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
         messages: asyncio.Queue[Any] = asyncio.Queue()

@@ -1,13 +1,14 @@
-"""Ray Serve's request router, which chooses replicas. It is no FastAPI router: those are in the folders of the APIs.
+"""The request router for Ray Serve: it chooses the replica of each request. FastAPI's routers are in the folders of the APIs.
 
 Requests wait in the queue of a `PrefixBalancer` until a replica has room for them.
 
-Clients may name a session, in the header (over gRPC, the metadata) `x-session-id` or as `prompt_cache_key`; every ingress then
-prefers the same replica for it. Replicas tell what they can hold (`replica_capacity`, once), and how loaded they are and which
-prefixes they hold (`RoutingReport`, every `request_routing_stats_period_s`).
+Clients may name a session, in the header (over gRPC, the metadata) `x-session-id` or as `prompt_cache_key`. Every ingress then
+prefers the same replica for it. Replicas publish their `Capacity` once, and every `request_routing_stats_period_s` a
+`RoutingReport` of their load and their cached prefixes.
 
-What makes room wakes the queue at once: the end of a request of this router, a report, a new replica. The end of another
-router's request does not. So while requests wait, and only then, the router asks the replicas how many they have.
+The queue is served as soon as this router learns of room: when one of its requests ends, with a report, and with a new replica.
+It does not learn when another router's request ends. So while requests wait, and only then, it polls the replicas for their
+number of requests.
 """
 
 import asyncio
@@ -24,12 +25,12 @@ from orthrus.deployments.routing.balancer import PrefixBalancer
 from orthrus.requests.request import Request
 
 _ASK_SECONDS = 0.25
-"""How long from one question to all replicas to the next, while requests wait."""
+"""Time between two polls of all replicas, while requests wait."""
 _ANSWER_SECONDS = 0.5
 
 
 class PrefixRouter(RequestRouter):
-    """Keywords of `PrefixBalancer` are the YAML's `request_router_kwargs`."""
+    """Routes requests by a `PrefixBalancer`. `request_router_kwargs` in a config are the arguments of `initialize_state`."""
 
     def initialize_state(self, load_bound: float = 1.25, affinity_floor: float = 0.1) -> None:
         self._balancer = PrefixBalancer(load_bound, affinity_floor)
@@ -53,7 +54,7 @@ class PrefixRouter(RequestRouter):
 
     @property
     def max_num_routing_tasks(self) -> int:
-        """A task for each request that waits: the queue is the balancer's, and its tasks sleep."""
+        """One task for each waiting request. The balancer has the queue, and these tasks only sleep."""
         return self.num_pending_requests
 
     async def choose_replicas(
@@ -61,7 +62,7 @@ class PrefixRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         if pending_request is None:
             return [candidate_replicas]
-        # Without this, Serve would ask again and again without a pause when no replica is chosen.
+        # Without this, Serve would retry without a pause when no replica is chosen.
         pending_request.routing_context.should_backoff = True
         request = _request(pending_request)
         if request is None or not self._balancer.has_replicas:
@@ -69,12 +70,12 @@ class PrefixRouter(RequestRouter):
         replica_id = await self._wait_for_room(request, pending_request.metadata.session_id)
         if replica_id not in self._replicas:
             return []
-        # Otherwise Serve would ask the replica for its queue length. It counts this request itself when it sends it.
+        # Otherwise Serve would ask the replica for its queue length. Less 1, because Serve adds this request when it sends it.
         self.on_new_queue_len_info(replica_id, self._balancer.requests(replica_id) - 1)
         return [[self._replicas[replica_id]]]
 
     async def _wait_for_room(self, request: Request, session: str) -> ReplicaID:
-        """Wait until a replica has room for a request, and charge the request to it."""
+        """Wait until a replica has room for a request. Its load then counts the request."""
         self._balancer.add(request, session)
         grant = self._grants[request.request_id] = self._event_loop.create_future()
         try:
@@ -92,12 +93,12 @@ class PrefixRouter(RequestRouter):
         for request_id, replica_id in self._balancer.dispatch():
             grant = self._grants.get(request_id)
             if grant is None or grant.done():
-                self._balancer.done(request_id)  # It was cancelled at this very moment.
+                self._balancer.done(request_id)  # It was cancelled meanwhile.
             else:
                 grant.set_result(replica_id)
 
     async def _ask(self) -> None:
-        """Hear from all replicas again and again until nothing waits."""
+        """Poll all replicas until no request waits."""
         while self._balancer.waiting:
             await asyncio.sleep(_ASK_SECONDS)
             await asyncio.gather(*(self._hear(replica) for replica in self._replicas_list))
@@ -132,7 +133,7 @@ class PrefixRouter(RequestRouter):
             return
         reason = self._balancer.confirm(request, replica_id, pending_request.metadata.session_id)
         self._routed.inc(1, {"by": reason})
-        # Serve's own callback, on_request_completed, gives an id that the calls for all prompts of an HTTP request share.
+        # Not Serve's callback on_request_completed: its id is the same for all prompts of an HTTP request.
         ended = partial(self._event_loop.call_soon_threadsafe, self._end, request.request_id)
         result.add_done_callback(lambda _: ended())
 
@@ -143,7 +144,7 @@ class PrefixRouter(RequestRouter):
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: Any = None
     ) -> PendingRequest | None:
-        """The very request that a replica was chosen for. Serve's id is shared by all prompts of an HTTP request."""
+        """The request that a replica was chosen for, by its metadata object: all prompts of an HTTP request share Serve's id."""
         for pending in self._pending_requests_to_fulfill:
             if pending.metadata is request_metadata and not pending.future.done():
                 return pending
@@ -161,5 +162,5 @@ class PrefixRouter(RequestRouter):
 
 
 def _request(pending: PendingRequest) -> Request | None:
-    """The generation request that a call carries; other calls (counters, say) may go anywhere."""
+    """The generation request that a call carries. None for other calls, such as `stats`, which may go to any replica."""
     return pending.args[0] if pending.args and isinstance(pending.args[0], Request) else None

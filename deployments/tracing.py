@@ -6,5 +6,5 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 def otlp() -> list[SpanProcessor]:
-    """Spans to the collector at OTEL_EXPORTER_OTLP_ENDPOINT over OTLP/HTTP, with what else OTEL_* variables say."""
+    """A span processor that sends to OTEL_EXPORTER_OTLP_ENDPOINT over OTLP/HTTP. Other OTEL_* variables apply too."""
     return [BatchSpanProcessor(OTLPSpanExporter())]

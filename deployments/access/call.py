@@ -64,7 +64,7 @@ class Call:
         context.attach(trace.set_span_in_context(self.span))
 
     def read(self, body: Body) -> None:
-        """Note what the body says of the call itself. Names in `sent_as` that the call already has stay."""
+        """Take session, priority, cache salt and field names from the body. Names that are in `sent_as` already stay."""
         self.session = self.session or body.prompt_cache_key or ""
         self.priority, self.cache_salt = body.priority or 0, body.cache_salt or ""
         self.sent_as = {**body.sent_as, **self.sent_as}
@@ -87,7 +87,7 @@ class Call:
         self._spend(tokens)
 
     def _note_tokens(self, choice: tuple[str, int], tokens: int) -> None:
-        """Measure how long a choice's tokens, which have just come, were waited for."""
+        """Measure the latency of a choice's tokens, which have just come."""
         now = time.monotonic()
         if self._first_token_s is None:
             self._first_token_s = now - self._started
@@ -113,7 +113,7 @@ class Call:
             self.quotas.spend(self.key.name, tokens)
 
     def end(self) -> None:
-        """Write what the call did into the log, as fields where the log is JSON, and onto its trace."""
+        """End the call: log what it used (as fields, if the log is JSON), count it in the metrics, and end its span."""
         seconds = time.monotonic() - self._started
         prompt, completion = sum(self._prompt_tokens.values()), self._completion_tokens
         cycles = sum(stats.cycles for stats in self._stats)

@@ -1,4 +1,4 @@
-"""Which calls may go ahead, by their key and its limits."""
+"""Admits calls by their API keys and rate limits."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ _SAFE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class Gate:
-    """Admits calls by their headers alone, before anything else of them is read."""
+    """Admits calls by their headers alone, before their bodies are read."""
 
     def __init__(
         self, config: ApiConfig, limiter: DeploymentHandle | None, metrics: RequestMetrics | None = None
@@ -62,7 +62,10 @@ class Gate:
         return key
 
     async def admit(self, call: Call, metadata: Mapping[str, Any]) -> None:
-        """Let the call go ahead, one request of its key's limits taken. Raises RateLimited, and as `identify` does."""
+        """Admit the call, and take one request from its key's limits. Sets the call's key, session and limits.
+
+        Raises RateLimited, and what `identify` raises.
+        """
         if call.endpoint not in _WITHOUT_TOKENS:
             call.metrics = self._metrics
         call.key = key = self.identify(metadata)

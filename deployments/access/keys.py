@@ -8,8 +8,8 @@ The keys file is a YAML list of entries as `orthrus keys new` prints them:
       requests_per_minute: 600          # optional; else those of the config's `api`
       tokens_per_minute: 200000
 
-A key has 256 random bits, so its plain SHA-256 can't be turned around and needs no salt; that of a chosen password could.
-A change of the file counts within seconds, without a restart.
+A key has 256 random bits, so its SHA-256 can't be reversed and needs no salt. That of a password which a person chose could be.
+A change of the file takes effect within seconds, without a restart.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class _Keys(BaseModel):
 
 
 def hash_key(key: str) -> str:
-    """What the keys file has of `key`: the SHA-256 of its UTF-8, as 64 hexadecimal digits."""
+    """The hash of a key in the keys file: the SHA-256 of its UTF-8, as 64 hexadecimal digits."""
     return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
@@ -107,8 +107,8 @@ class KeyRing:
             name = config.keys_env or ""
             if name not in os.environ:
                 raise ConfigError(
-                    f"api.keys_env: the ingress has no environment variable {name}: set it, under "
-                    "ingress.ray_actor_options.runtime_env.env_vars say"
+                    f"api.keys_env: the ingress has no environment variable {name}: set it, for "
+                    "example under ingress.ray_actor_options.runtime_env.env_vars"
                 )
             self._keys = parse_keys(os.environ[name], f"environment variable {name}")
         else:
@@ -121,7 +121,7 @@ class KeyRing:
         return self._keys.get(hash_key(key))
 
     def _update(self) -> None:
-        """Read a file that has changed. What can't be read leaves the keys as they were, and says so in the log."""
+        """Read the file again if it has changed. If it can't be read, the keys stay as they were, and the log has an error."""
         if self._file is None or self._clock() - self._checked < _CHECK_SECONDS:
             return
         self._checked = self._clock()
@@ -146,7 +146,7 @@ def read_keys(path: Path) -> dict[str, ApiKey]:
 
 
 def _version(path: Path) -> Any:
-    """Changes when the file does, or when a link to it does, as with mounted secrets."""
+    """A value that changes when the file changes, or a symbolic link to it, as with mounted secrets."""
     try:
         stat = path.stat()
     except OSError:

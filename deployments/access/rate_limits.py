@@ -1,13 +1,13 @@
-"""How much a key may use: requests and tokens a minute, counted in one place for all ingress replicas.
+"""Rate limits of keys: requests and tokens a minute, counted in one place for all ingress replicas.
 
-Each limit is a bucket that holds a minute's worth and fills steadily. A request is admitted, before its body is read, if there
-is a request left and the token bucket is not empty. Its tokens are not known then: they are taken as they come, prompt and
-answer, and may overdraw the bucket, which has to fill again before the next request. So no answer is cut, a key
-never gets more than its rate in the long run, and `max_tokens` need not be guessed.
+Each limit is a token bucket, which holds a minute's worth and refills steadily. A request is admitted, before its body is read,
+if one request is left and the bucket of tokens is not empty. How many tokens it will use is not known then. Prompt and generated
+tokens are taken as they come. They may overdraw the bucket, which then has to refill before the next request. So no answer is
+cut, a key never gets more than its rate in the long run, and nobody has to guess `max_tokens`.
 
-One `RateLimiter` keeps the buckets of an application. Ingress replicas ask it for every request of a key with limits, which
-makes the request limit exact, and send it the tokens they have served with that and every `SETTLE_SECONDS`. While it can't
-be reached, they admit: a lost counter must not stop the service. It starts with full buckets.
+One `RateLimiter` keeps the buckets of an application. Ingress replicas ask it about every request of a key with limits, so the
+limit of requests is exact. They report served tokens in these calls, and every `SETTLE_SECONDS`. While the limiter can't be
+reached, they admit all requests: a lost counter must not stop the service. A new limiter starts with full buckets.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _ANSWER_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one key; None is unlimited."""
+    """The limits of one key. None is unlimited."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -38,7 +38,7 @@ class Limits:
 
 
 class Bucket:
-    """Fills steadily with `per_minute` a minute up to as much. Its level may be below zero."""
+    """Holds up to `per_minute`, and refills at that rate. Its level may be below zero. Times (`now`) are in seconds."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.per_minute = per_minute
@@ -54,9 +54,9 @@ class Bucket:
         self._level = self.level(now) - amount
 
     def seconds_to(self, level: float, now: float) -> float:
-        """Until it holds `level`; 0 if it does."""
+        """Seconds until it holds `level`, 0 if it does."""
         missing = level - self.level(now)
-        # What a sum of many small parts is short by is not waited for.
+        # A rounding error of many small additions is not missing.
         return missing * 60 / self.per_minute if missing > 1e-6 else 0.0
 
 
@@ -67,7 +67,7 @@ class Quota:
     limit: int
     remaining: int
     reset: float
-    """Seconds until all of the limit is there again."""
+    """Seconds until the bucket is full again."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class Standing:
     """Where a key stands with its limits."""
 
     quotas: Mapping[str, Quota]
-    """By what is counted: "requests", "tokens"."""
+    """By what the limit counts: "requests" or "tokens"."""
     retry_after: float = 0.0
     """Seconds until the next request is admitted, 0 if this one was."""
     exhausted: str = ""
-    """The limit that refused this request, if one did."""
+    """The key in `quotas` of the limit that refused this request, "" if none did."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """OpenAI's, named after the quotas: "requests", "tokens"."""
+        """OpenAI's rate limit headers."""
         headers = {}
         for what, quota in self.quotas.items():
             headers[f"x-ratelimit-limit-{what}"] = str(quota.limit)
@@ -93,7 +93,7 @@ class Standing:
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: 6m0s, 1.5s."""
+    """Seconds as OpenAI writes them: 6m0s, 1.5s."""
     minutes, rest = divmod(math.ceil(seconds * 1000), 60_000)
     return f"{minutes}m{rest // 1000}s" if minutes else f"{rest / 1000:g}s"
 
@@ -106,13 +106,13 @@ class RateLimiter:
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     async def admit(self, key: str, limits: Limits, spent: Mapping[str, int]) -> Standing:
-        """Take one request from the key's limits, unless they are exhausted; `spent` as `spend` has it."""
+        """Take one request from the key's limits, unless one of them is exhausted. spent: as in `spend`, and taken first."""
         await self.spend(spent)
         now = self._clock()
         requests = self._bucket(key, "requests", limits.requests_per_minute, now)
         tokens = self._bucket(key, "tokens", limits.tokens_per_minute, now)
         buckets = {what: b for what, b in (("requests", requests), ("tokens", tokens)) if b is not None}
-        # One token, for what a request costs is not known yet.
+        # One token must be left. How many the request will use is not known yet.
         waits = {what: bucket.seconds_to(1, now) for what, bucket in buckets.items()}
         exhausted = max(waits, key=lambda what: waits[what])
         if waits[exhausted] == 0 and requests is not None:
@@ -134,7 +134,7 @@ class RateLimiter:
                 bucket.take(amount, self._clock())
 
     def _bucket(self, key: str, what: str, per_minute: int | None, now: float) -> Bucket | None:
-        """The key's bucket; a fresh one, full, where its limit has changed."""
+        """The key's bucket, None without a limit. Where the limit has changed, it is a new one, which is full."""
         if per_minute is None:
             self._buckets.pop((key, what), None)
             return None
@@ -145,7 +145,7 @@ class RateLimiter:
 
 
 class Quotas:
-    """An ingress replica's side: asks the limiter for each request, and tells it of tokens in batches."""
+    """An ingress replica's client of the limiter: asks about each request, and reports tokens in batches."""
 
     def __init__(self, limiter: Any) -> None:
         """limiter: handle of a `RateLimiter` deployment."""
@@ -154,7 +154,7 @@ class Quotas:
         self._settling: asyncio.Task[None] | None = None
 
     async def admit(self, key: str, limits: Limits) -> Standing:
-        """Where the key stands, with one request taken unless it has to wait."""
+        """Take one request from the key's limits, unless one of them is exhausted. If the limiter can't be asked, admit."""
         try:
             answer = self._limiter.admit.remote(key, limits, self._take_spent())
             return await asyncio.wait_for(answer, _ANSWER_SECONDS)

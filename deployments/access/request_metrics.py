@@ -1,4 +1,4 @@
-"""What callers wait for and ask for, as Prometheus histograms by model: HTTP and gRPC alike (docs/operations.md lists them)."""
+"""Latencies and token counts of requests over HTTP and gRPC, as Prometheus metrics by model (listed in docs/operations.md)."""
 
 from ray.serve.metrics import Counter, Histogram
 

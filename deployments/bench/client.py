@@ -96,7 +96,7 @@ def total_seconds(
 ) -> float:
     """Seconds that the requests take when each of `streams` sends its own one after the other.
 
-    viewers: how many pages show the cluster meanwhile.
+    viewers: how many open pages show the cluster meanwhile.
     """
 
     async def run() -> float:
@@ -121,7 +121,7 @@ def total_seconds(
 
 
 async def _watch(host: str, port: int) -> asyncio.Task[None]:
-    """Read the cluster's events, as an open page does, until the task is cancelled. The first has come. Raises StreamFailed."""
+    """Read the cluster's events as an open page does, in the returned task. The first has come already. Raises StreamFailed."""
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(f"GET /page/cluster HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
     head = await reader.readuntil(b"\r\n\r\n")

@@ -1,7 +1,7 @@
 """`orthrus bench serve`: what Ray Serve costs, side by side in one run.
 
-The contestants take turns, and none works while another is measured. Every round measures each once; what is reported
-is the median over rounds of the ratio within a round, so that a machine that slows down half way slows all of them down.
+The contestants take turns, and none works while another is measured. Every round measures each of them once. The report has the
+median over all rounds of the ratio within a round. So if the machine becomes slower half way, the ratios stay right.
 
 - *Time to first token*, one request at a time: through Serve, against the engine's own (from `submit` to the first chunk)
   plus that of a bare Serve application: an ingress and one deployment that streams constants, through the same proxy.
@@ -11,9 +11,9 @@ is the median over rounds of the ratio within a round, so that a machine that sl
 The engine, driven directly, and the clients have a process each. Prompts never repeat, so that nothing comes from the prefix
 cache. The schedule is `ar`: with a chunk for every token Serve has most to carry.
 
-On a CPU, the model and what serves it share the cores; a GPU leaves them idle while it computes. `pass_ms` stands in for one:
-the forward pass becomes a wait of that many milliseconds in both contestants, everything around it stays as it is, and the
-report says so.
+On a CPU, the model and the code that serves it share the cores. A GPU leaves the cores idle while it computes. `pass_ms` imitates
+that: in both contestants, each forward pass becomes a wait of that many milliseconds. All else stays as it is. The report says if
+this was done.
 """
 
 import itertools
@@ -72,9 +72,9 @@ class ServeBenchOptions:
     """A request generates between half and one and a half times as many tokens."""
     rounds: int = 5
     pass_ms: float | None = None
-    """Milliseconds that each pass waits in the model's place; None for the model itself."""
+    """Milliseconds that each pass waits instead of running the model. None: run the model."""
     viewers: int = 0
-    """Pages that show the cluster, in a third contestant: what they cost. 0 leaves it out."""
+    """Open pages that show the cluster, in a third contestant, which measures what they cost. 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class EngineLoader:
 
 
 class _WaitingRunner:
-    """Passes on a device of its own, one after the other: this CPU plans them and waits. Tokens vary with their position."""
+    """Imitates a device that runs one pass after the other, while the CPU waits. Tokens depend on their position only."""
 
     feeds_tokens = True
     picks_ranks = False
@@ -251,7 +251,7 @@ def _bare_application() -> Application:
 
 
 def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: None) -> ServeBenchReport:
-    """Measure; `progress` is told one line per round. Raises ConfigError for a config that can't work."""
+    """Measure. `progress` is called with one line per round. Raises ConfigError for a config that can't work."""
     _, apps = load_config(options.config)
     if not apps:
         raise ConfigError(f"{options.config} has no application of orthrus.deployments.app:build to measure")
@@ -312,7 +312,7 @@ def serve_bench(options: ServeBenchOptions, progress: Progress = lambda line: No
 
 @contextmanager
 def _serving(args: dict[str, Any], load: EngineLoader) -> Iterator[int]:
-    """Both applications on a Serve instance that is started here, and its port."""
+    """Run both applications on a Serve instance that is started here. Gives its port."""
     set_environment()
     port = free_port()
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
@@ -327,7 +327,7 @@ def _serving(args: dict[str, Any], load: EngineLoader) -> Iterator[int]:
 
 
 def _prompts() -> Iterator[str]:
-    """Prompts without end, no two of which begin alike."""
+    """An endless sequence of prompts, no two of which begin alike."""
     for number in itertools.count():
         yield f"# {number * 7919 % 1_000_003}\n{PROMPTS[number % len(PROMPTS)]}"
 

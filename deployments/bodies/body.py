@@ -1,4 +1,4 @@
-"""What OpenAI's request bodies have in common, checked and turned into sampling parameters.
+"""The common part of OpenAI's request bodies: its checks, and its conversion to sampling parameters.
 
 Names and defaults are OpenAI's, with vLLM's extra sampling parameters. An unknown field is refused by name: a misspelt parameter
 that is silently ignored costs its user more than an error does.
@@ -92,7 +92,7 @@ class Body(ModelBody):
     priority: int | None = 0
     cache_salt: str | None = None
     request_id: str | None = Field(default=None, pattern=_REQUEST_ID)
-    # Accepted because clients send them as a matter of course; they change nothing about the answer.
+    # Accepted because clients send them by default. They change nothing in the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -117,11 +117,12 @@ class Body(ModelBody):
             raise RequestError("stream_options needs stream to be true", "stream_options")
         if self.return_drafts and not self.stream:
             raise RequestError(
-                "return_drafts needs stream to be true: each event tells of its own cycles", "return_drafts"
+                "return_drafts needs stream to be true: each event has its own cycles", "return_drafts"
             )
         if self.return_drafts and self.schedule == AR:
             raise RequestError(
-                "return_drafts has nothing to tell under schedule ar: remove one of the two", "return_drafts"
+                "return_drafts needs drafts, and schedule ar makes none: remove one of the two",
+                "return_drafts",
             )
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens not in range(-1, 1 << 31):
             raise RequestError(
@@ -129,7 +130,9 @@ class Body(ModelBody):
                 "truncate_prompt_tokens",
             )
         if self.truncate_prompt_tokens == 0:
-            raise RequestError("truncate_prompt_tokens must leave a token", "truncate_prompt_tokens")
+            raise RequestError(
+                "truncate_prompt_tokens must keep at least one token", "truncate_prompt_tokens"
+            )
         return self
 
     @cached_property
@@ -152,11 +155,11 @@ class Body(ModelBody):
 
     @property
     def sent_as(self) -> dict[str, str]:
-        """The request's own names of what errors name otherwise."""
+        """Maps names of fields, as errors have them, to the names in this request."""
         return {"response_format": self.constraint.param} if self.constraint is not None else {}
 
     def truncated(self, tokens: list[int], context: int, max_tokens: int | None) -> list[int]:
-        """The prompt's end, where truncate_prompt_tokens asks for it. context: the model's limit, in tokens."""
+        """The last tokens of a prompt, as many as truncate_prompt_tokens says, else all. context: the model's limit of tokens."""
         keep = self.truncate_prompt_tokens
         if keep == -1:
             keep = max(1, context - max(1, max_tokens or 1))
@@ -165,7 +168,7 @@ class Body(ModelBody):
     def sampling_with(
         self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
-        """Raises RequestError."""
+        """The body's sampling parameters, with these values. Raises RequestError."""
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError(
                 "prompt_logprobs can't be streamed: leave out stream, or ask /v1/completions for echo with logprobs",
@@ -203,9 +206,9 @@ class Body(ModelBody):
 
 
 def sampling_params(**given: Any) -> SamplingParams:
-    """Sampling parameters as both protocols have them; None is the default. Raises RequestError.
+    """Sampling parameters from values as both protocols have them. None stands for the default. Raises RequestError.
 
-    top_k -1 keeps all tokens, as in vLLM. A negative seed, down to -2**63 as OpenAI allows, is 2**63 more of it.
+    top_k -1 keeps all tokens, as in vLLM. To a negative seed, which may be as low as -2**63 as in OpenAI's API, 2**63 is added.
     """
     if given.get("top_k") == -1:
         given["top_k"] = 0

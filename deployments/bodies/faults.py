@@ -1,4 +1,4 @@
-"""pydantic's complaints about a request body, as errors of ours that say what to change."""
+"""Turns pydantic's errors about a request body into a RequestError that says what to change."""
 
 import difflib
 import re
@@ -11,14 +11,13 @@ from pydantic import BaseModel, ValidationError
 from orthrus.deployments.bodies.unsupported_fields import UNSUPPORTED
 from orthrus.errors import RequestError
 
-# pydantic names the branch of a union in an error's path ("str", "list[ContentPart]", "NamedToolChoice"); the caller knows
-# no such field.
+# pydantic's paths name the branch of a union ("str", "list[ContentPart]", "NamedToolChoice"), which is no field of the body.
 _BRANCH = re.compile(r".*\[|(str|int|float|bool|dict|none)$|[A-Z]")
 
 
 def describe(error: ValidationError, body: type[BaseModel] | None = None) -> RequestError:
-    """One of the complaints, its field by path ("messages[0].content"). body: whose fields may have been meant."""
-    # Every branch of a union complains; the one that got furthest into the value is what the caller meant.
+    """One of the errors, with the path of its field ("messages[0].content"). body: its fields are suggested for unknown ones."""
+    # Every branch of a union has an error. The one that got furthest into the value is what the caller meant.
     first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):

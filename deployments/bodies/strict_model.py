@@ -6,20 +6,20 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class StrictModel(BaseModel):
-    """Unknown fields are refused, and "0.5" is not 0.5. A field that is null is as good as not given."""
+    """Unknown fields are refused, and types are not converted: "0.5" is not 0.5. A null field counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, data: Any) -> Any:
-        """Clients that dump their own models send null for what they leave out, fields that we lack included."""
+        """Drop null fields, known or not: clients that serialise their own models send null for what they leave out."""
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None}
 
 
 class ModelBody(StrictModel):
-    """A body that names the model which it asks for. Most bodies have to."""
+    """A body that may name the model. Most subclasses require the name."""
 
     model: str | None = None

@@ -92,7 +92,7 @@ UNSUPPORTED: dict[str, str] = {
     "transforms": "to shorten a prompt that is too long, send truncate_prompt_tokens",
     "typical_p": "send top_p or min_p",
 }
-# Values that ask only for what the server does anyway, besides false and empty ones.
+# Values that ask only for what the server does anyway. So do null, false and empty values of most fields.
 _DEFAULTS: dict[str, Any] = {
     "best_of": 1,
     "detokenize": True,

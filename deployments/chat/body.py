@@ -75,7 +75,7 @@ class ChatBody(Body):
 
     @property
     def _chosen_names(self) -> list[str] | None:
-        """Names of the tools that tool_choice leaves, None if it leaves all."""
+        """Names of the tools that tool_choice allows, None if it allows all."""
         match self.tool_choice:
             case NamedToolChoice() as named:
                 return [named.function.name]
@@ -85,7 +85,7 @@ class ChatBody(Body):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """The tools that the model is told of."""
+        """The tools that are described to the model."""
         if self.tool_choice == "none":
             return []
         return self.callable_tools if isinstance(self.tool_choice, AllowedToolChoice) else self.tools or []
@@ -109,7 +109,7 @@ class ChatBody(Body):
 
     @property
     def thinking(self) -> bool | None:
-        """Whether the model is to think before it answers, None if that is left to its template."""
+        """Whether the model should think before it answers. None: the chat template decides."""
         reasoning = self.reasoning or Reasoning()
         for switch in (self.enable_thinking, reasoning.enabled):
             if switch is not None:
@@ -143,5 +143,5 @@ class ChatBody(Body):
 
     @property
     def alternatives(self) -> int | None:
-        """Log-probabilities of how many tokens to tell beside each one's own, None for none at all."""
+        """How many alternatives to report for each token, None to report no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,7 +1,7 @@
 """Tool calls in a model's text, in the format of Qwen3's template: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
 
-Models get it wrong in many ways. What can only be meant as a call is read as one, with the arguments as they were written; all
-else stays text.
+Models get this format wrong in many ways. Text that can only be meant as a call is read as one, and its arguments are passed on
+as they were written. All else stays text.
 """
 
 import re
@@ -14,10 +14,10 @@ from typing import Any
 from orthrus.deployments.chat.json_object import ObjectText, elements, members
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
-# What is held back is looked at again with each piece, so it is bounded.
+# Text that is held back is read again with each new piece, so its length is bounded.
 _MOST_BLANKS = 999
 _BLANKS = rf"\s{{0,{_MOST_BLANKS}}}"
-# Plain names only: a call that is put otherwise is read when it is complete.
+# A name without escapes. A call in any other form is read when it is complete.
 _NAME = r'"([^"\\\x00-\x1f]{1,999})"'
 _HEAD = (r"\{", '"name"', ":", _NAME, ",", '"(?:arguments|parameters)"', ":", r"(?=\{)")
 _CALL_HEAD = re.compile(_BLANKS + _BLANKS.join(_HEAD))
@@ -35,7 +35,7 @@ class ToolCallDelta:
 
 
 class TrimmedText:
-    """Text without the blanks beside its markers, except between two pieces of text."""
+    """Drops blanks next to markers at either end of a text. Blanks between two pieces of text are kept."""
 
     def __init__(self, *, after_marker: bool = False) -> None:
         self._blanks = ""
@@ -43,7 +43,7 @@ class TrimmedText:
         self._begun = False
 
     def add(self, text: str) -> str:
-        """What is certain with `text`: blanks at its end are not, for a marker may follow."""
+        """Add a piece of text. Returns what is certain now: blanks at the end are held back, because a marker may follow."""
         body = text.rstrip()
         if not body:
             self._blanks += text
@@ -55,19 +55,20 @@ class TrimmedText:
         return certain
 
     def mark(self) -> None:
-        """A marker stands here."""
+        """Note that there is a marker at this point of the text."""
         self._at_marker = True
 
     def end(self) -> str:
-        """What was held back, where no marker follows."""
+        """End the text. Returns the blanks that were held back, unless there is a marker next to them."""
         blanks, self._blanks = self._blanks, ""
         return "" if self._at_marker else blanks
 
 
 def cut(text: str, markers: Sequence[str], final: bool) -> tuple[str, str | None, str]:
-    """`text` up to the first of `markers`, that marker, and the rest. What may yet become a marker is rest, unless `final`.
+    """Cut `text` at the first of `markers`. Returns the text before it, the marker (None if there is none), and the rest.
 
-    Markers begin with `<`, and have no other.
+    Without a marker, the rest is an end of `text` that may still become one, unless `final`. A marker begins with `<`, and has no
+    other `<`.
     """
     last = text.rfind("<")
     if last < 0:
@@ -97,10 +98,11 @@ class _State(Enum):
 
 
 class CallSplitter:
-    """Takes calls out of a text. What comes out does not depend on how the text was cut into pieces.
+    """Separates the calls of a text from the rest. The result does not depend on how the text is cut into pieces.
 
-    one_call: calls after the first are dropped. until: a marker that ends the text, where it stands outside of calls; then a
-    text that begins with the marker of a call, but with no call, ends there too.
+    one_call: calls after the first are dropped. until: a marker that ends the text, if it is outside of calls; with it, the text
+    also ends at the marker of a call that turns out to be none, if no call came before. after_marker: whether the text follows
+    a marker.
     """
 
     def __init__(
@@ -109,9 +111,9 @@ class CallSplitter:
         self.calls = 0
         self.ended = False
         self.came_to_until = False
-        # Whether the text's end has come inside a call's object.
+        # Whether the text ended inside a call's object.
         self.cut_short = False
-        # What is not decided yet, and once `ended`, what follows.
+        # Text that is not decided yet. Once `ended`, the text after the end.
         self.held = ""
         self._one_call = one_call
         self._until = until
@@ -126,7 +128,7 @@ class CallSplitter:
         self._pieces: dict[int, ToolCallDelta] = {}
 
     def push(self, text: str, final: bool = False) -> tuple[str, tuple[ToolCallDelta, ...]]:
-        """The text and the pieces of calls, one at most of each, that are certain with `text`; all of them if it is the last."""
+        """Add a piece of text. Returns the text, and at most one piece of each call, that are certain now; with `final`, all."""
         self.held += text
         self._out, self._pieces = [], {}
         before = None
@@ -156,7 +158,7 @@ class CallSplitter:
             self.ended = self.came_to_until = True
 
     def _no_call(self, text: str) -> None:
-        """`text` began as a call and is none."""
+        """`text` began like a call but is not one, so it is text."""
         self._out.append(self._text.add(text))
         self._state = _State.TEXT
         self.ended = self._until is not None and not self.calls
@@ -166,7 +168,7 @@ class CallSplitter:
         self._object, self._scanned = ObjectText(), 0
 
     def _read_call(self, final: bool) -> None:
-        """Wait for the call's name and arguments; what is put otherwise is read when it is complete."""
+        """Read a call up to its arguments. A call that begins in another way is read when it is complete."""
         if head := _CALL_HEAD.match(self.held):
             self.held = self.held[head.end() :]
             self._open(head[1])
@@ -187,7 +189,7 @@ class CallSplitter:
             self._state = _State.BLOCK
 
     def _scan(self, final: bool) -> str | None:
-        """Take the held object's text off, None while it goes on."""
+        """Take the object's text off what is held. None while the object is not complete."""
         self._scanned += self._object.push(self.held[self._scanned :])[1]
         if not self._object.over:
             if not final:
@@ -207,12 +209,12 @@ class CallSplitter:
             self._add(self._object.rest())
         if self._object.over:
             self._state = _State.TAIL if self._object.complete else _State.BLOCK
-            # What follows is read as an object that has been opened.
+            # The rest of the call's object is read as an object that is open already.
             self._object, self._scanned = ObjectText(), 0
             self._object.push("{")
 
     def _read_tail(self, final: bool) -> None:
-        """Leave out the call's closing bracket, and other keys before it."""
+        """Drop the rest of the call's object: other keys, and the closing bracket."""
         first = _first(self.held)
         if first and first not in ",}":
             self._state = _State.BLOCK

@@ -9,7 +9,7 @@ from orthrus.deployments.chat.output import END_THINK, THINK
 from orthrus.deployments.chat.tools import NamedToolChoice, Tool
 from orthrus.text.grammar import json_rule
 
-# Keywords by which a schema says more of an object's properties than `properties` does.
+# Keywords besides `properties` that describe an object's properties.
 _OTHER_PROPERTIES = {
     *("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"),
     *("allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies", "minProperties"),
@@ -35,7 +35,7 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
             rules |= _calls(body, tokenizer, many=many)
             start = "(constrained | calls)"
     elif any(tool.function.strict for tool in tools) and TOOL_CALL in tokenizer.get_added_vocab():
-        # A marker that is a token of its own is no text.
+        # The marker is a token of its own, so TEXT does not match it.
         rules |= _calls(body, tokenizer, many=many, only_strict=True)
         rules["TEXT"] = r"/(.|\n)+/"
         start = "TEXT? (call TEXT?)*" if many else "TEXT? (call TEXT?)?"
@@ -43,14 +43,14 @@ def answer_grammar(body: ChatBody, tokenizer: Any, *, thinks: bool, inside_reaso
         return None
     if thinks or inside_reasoning:
         rules |= _reasoning(tokenizer, inside_reasoning)
-        # Models leave a line empty between their thoughts and the answer.
+        # Models leave an empty line between their reasoning and the answer.
         rules["LINES"] = r"/\n{1,2}/"
         start = f"reasoning LINES? {start}" if inside_reasoning else f"(reasoning LINES?)? {start}"
     return "\n".join(f"{name}: {rule}" for name, rule in {"start": start, **rules}.items())
 
 
 def _calls(body: ChatBody, tokenizer: Any, *, many: bool, only_strict: bool = False) -> dict[str, str]:
-    """Rules for one call, or one after the other, of any of the callable tools.
+    """Rules for a call of any of the callable tools. many: for one or more calls in a row.
 
     only_strict: arguments of tools that are not `strict` may be any object. Raises RequestError naming the parameters.
     """
@@ -79,7 +79,7 @@ def _arguments_schema(tool: Tool) -> dict[str, Any] | None:
     schema: dict[str, Any] = {**(_object_part(given) if isinstance(given, dict) else {}), "type": "object"}
     parts = schema.get("allOf", [])
     if "$ref" in schema and isinstance(parts, list):
-        # Up to JSON Schema's draft 7 it hides what stands beside it.
+        # Up to JSON Schema's draft 7, keywords beside $ref have no effect.
         schema["allOf"] = [*parts, {"$ref": schema.pop("$ref")}]
     if "properties" in schema and not _OTHER_PROPERTIES & schema.keys():
         schema["additionalProperties"] = False
@@ -87,7 +87,7 @@ def _arguments_schema(tool: Tool) -> dict[str, Any] | None:
 
 
 def _object_part(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema without the choices that no object can be."""
+    """A schema without its alternatives that match no object."""
     kept = dict(schema)
     for name in ("anyOf", "oneOf", "enum"):
         if isinstance(options := schema.get(name), list):
@@ -111,10 +111,10 @@ def _reasoning(tokenizer: Any, inside: bool) -> dict[str, str]:
     end = _marker(tokenizer, END_THINK)
     if end == END_THINK:
         return {"reasoning": rf"{opening}/(.|\n)*/ {end}"}
-    # Spelled with ordinary tokens, the end must be looked for in the text.
+    # The marker is several ordinary tokens, so it has to be found in the text.
     return {"reasoning": f"{opening}thoughts", f"thoughts[suffix={end}]": r"/(.|\n)*/"}
 
 
 def _marker(tokenizer: Any, marker: str) -> str:
-    """A marker in a grammar: by its name where it is a token of its own, else as the text that it is."""
+    """A marker as a grammar has it: its name if it is a token of its own, else a string."""
     return marker if marker in tokenizer.get_added_vocab() else json.dumps(marker)

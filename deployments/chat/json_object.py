@@ -1,4 +1,4 @@
-"""JSON objects in a model's text: where one ends, without keys that come twice; and the members of a whole one."""
+"""JSON objects in a model's text: streams one to its end without keys that come twice, and reads the members of a whole one."""
 
 import json
 import re
@@ -11,15 +11,14 @@ _decoder = json.JSONDecoder(strict=False)
 
 
 class ObjectText:
-    """One JSON object or array, passed on as it comes.
+    """Passes one JSON object or array on as it comes.
 
-    Of a key that comes twice in one object the first value counts and later ones are left out, since JSON's readers disagree
-    about such objects. Control characters inside strings, which JSON forbids and models write, come out escaped. What else is
-    wrong is passed on as it is.
+    If a key comes twice in an object, only the first is passed on, since JSON parsers disagree about such objects. Control
+    characters in strings, which JSON forbids but models write, are escaped. Other faults are passed on as they are.
     """
 
     def __init__(self) -> None:
-        # Past the closing bracket, or at a `<`, which JSON has in strings only.
+        # Whether it has ended: after the closing bracket, or at a `<`, which JSON has in strings only.
         self.over = False
         self.complete = False
         # The keys of each object that is open, None for an array.
@@ -34,7 +33,7 @@ class ObjectText:
         self._left_out = 0
 
     def push(self, text: str) -> tuple[str, int]:
-        """What comes out for `text`, and how many of its characters belong to the object."""
+        """Add a piece of text. Returns what to pass on, and how many characters of the piece belong to the object."""
         out: list[str] = []
         position = 0
         while position < len(text) and not self.over:
@@ -55,7 +54,7 @@ class ObjectText:
         return "".join(out), position
 
     def rest(self) -> str:
-        """What still waits, where the text ends early."""
+        """What still waits. For a text that ends before the object does."""
         waiting, self._waiting = self._waiting, ""
         return waiting
 
@@ -150,7 +149,7 @@ def elements(text: str) -> list[str]:
 
 
 def _sign(text: str, position: int, expected: str) -> tuple[str, int]:
-    """The sign at `position` and where what follows it begins, blanks left out."""
+    """The sign at `position`, and the position after it, blanks skipped. Raises ValueError for a sign that is not `expected`."""
     match = _SIGN.match(text, position)
     if match is None or match[1] not in expected:
         raise ValueError(f"one of {expected} is missing")

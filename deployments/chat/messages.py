@@ -24,15 +24,15 @@ class ContentPart(StrictModel):
 
 
 def read_arguments(given: Any) -> Any:
-    """A call's arguments out of their JSON text. Raises ValueError."""
+    """A call's arguments, parsed if they are JSON text. Raises ValueError."""
     if not isinstance(given, str):
         return given
     try:
         arguments = json.loads(given, parse_constant=_refuse_constant) if given.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"must be the text of a JSON object, and is no JSON: {error}") from None
+        raise ValueError(f"must be the text of a JSON object, but is not JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise ValueError("must be the text of a JSON object, and is other JSON")
+        raise ValueError("must be the text of a JSON object, but is other JSON")
     return arguments
 
 
@@ -41,7 +41,7 @@ def _refuse_constant(name: str) -> None:
 
 
 class CalledFunction(StrictModel):
-    """arguments: what the JSON text is, as the API gave it, that they are sent as; chat templates expect an object."""
+    """arguments: clients send JSON text, as the API returned it. It is parsed, because chat templates expect an object."""
 
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)

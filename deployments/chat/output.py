@@ -1,7 +1,7 @@
-"""A chat answer's text taken apart while it streams: reasoning, content, and tool calls.
+"""Splits a chat answer's text, while it streams, into reasoning, content and tool calls.
 
-If Qwen3 thinks, it writes `<think>...</think>` first. Its calls have the form that deployments/chat/call_text.py reads. What
-comes out does not depend on how the text was cut into pieces: text that may still become a marker is held back.
+If Qwen3 thinks, it writes `<think>...</think>` first. Its calls have the form that deployments/chat/call_text.py reads. The
+result does not depend on how the text is cut into pieces: text that may still become a marker is held back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ THINK, END_THINK = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class ChatDelta:
-    """What one more piece of text adds to the message: of each tool call one piece at most."""
+    """What a piece of text adds to the message: at most one piece of each tool call."""
 
     content: str = ""
     reasoning: str = ""
@@ -34,7 +34,7 @@ class ChatDelta:
 
 
 def joined(deltas: Iterable[ChatDelta]) -> ChatDelta:
-    """All of a message: texts joined, the pieces of each tool call put together."""
+    """A whole message: all texts joined, and the pieces of each tool call."""
     content, reasoning = "", ""
     calls: dict[int, ToolCallDelta] = {}
     for delta in deltas:
@@ -73,7 +73,7 @@ class ChatSplitter:
         self.markers = frozenset(
             ((THINK, END_THINK) if thinks else ()) + ((TOOL_CALL, END_TOOL_CALL) if calls else ())
         )
-        """The markers that are looked for: tokens that must reach the text, special or not."""
+        """The markers that are looked for. Their tokens must be part of the text, even if they are special tokens."""
         self._state = _State.REASONING if inside_reasoning else _State.START if thinks else _State.CONTENT
         self._calls = calls
         self._one_call = one_call
@@ -81,13 +81,13 @@ class ChatSplitter:
         self._reasoning = TrimmedText(after_marker=True)
         self._content = TrimmedText()
         self._call_splitter = CallSplitter(one_call=one_call)
-        # A call inside <think> is one only if </think> never comes: until then this has what it would be, and its text.
+        # A call inside <think> counts only if </think> never comes. Until that is known, these hold the call and its text.
         self._reasoned = self._call_splitter
         self._reasoned_text = ""
         self._reasoned_parts: list[ChatDelta] = []
 
     def push(self, text: str, final: bool = False) -> ChatDelta:
-        """The parts that are certain after `text`; with `final`, the last, all of what was held back."""
+        """Add a piece of text. Returns the parts that are certain now; with `final`, also all that was held back."""
         self._held += text
         delta = ChatDelta()
         before = None
@@ -110,7 +110,7 @@ class ChatSplitter:
     def reasoning_span(self, pieces: Sequence[str]) -> range:
         """Which of the next tokens, each given as the text that it made certain, begin inside the reasoning.
 
-        Its end marker counts, its beginning does not. Call it before the same text is pushed.
+        The end marker counts as reasoning, the opening one does not. Call this before the same text is pushed.
         """
         if self._state is _State.CONTENT:
             return range(0)
@@ -176,7 +176,7 @@ class ChatSplitter:
         return replace(found, reasoning=self._reasoning.add(found.reasoning))
 
     def _give_back(self, rest: str, *, ended: bool) -> ChatDelta:
-        """All that was held back is reasoning, but for `rest`, which is yet to be read."""
+        """Treat what was held back as reasoning, except `rest`, which is read next."""
         held = self._reasoned_text[: len(self._reasoned_text) - len(rest)]
         self._held = rest
         if not ended:

@@ -22,11 +22,11 @@ class Part:
     index: int
     kind: Kind
     text: str = ""
-    """What there is of it so far. Of a call: of its arguments' JSON."""
+    """Its text so far. For a call, the JSON of its arguments."""
     id: str = ""
-    """Of a call."""
+    """The id of a call."""
     name: str = ""
-    """Of a call: the function's."""
+    """The name of the function that a call calls."""
 
 
 class PartStream:
@@ -38,10 +38,10 @@ class PartStream:
         self._call = -1
 
     def push(self, delta: ChatDelta) -> Iterator[tuple[Step, Part, str]]:
-        """What happens to which part, and for "more" the text that is added to it."""
+        """Add a delta. Yields what happens, to which part, and for "more" the text that is added to it."""
         calls = list(delta.tool_calls)
         if calls and calls[0].index == self._call:
-            # It was under way: text beside it follows it.
+            # More of the call that is open. Text in the same delta comes after it.
             yield from self._add_call(calls.pop(0))
         if delta.reasoning:
             yield from self._add("reasoning", delta.reasoning)
@@ -51,11 +51,11 @@ class PartStream:
             yield from self._add_call(call)
 
     def push_empty_text(self) -> Iterator[tuple[Step, Part, str]]:
-        """Begin a text that nothing is added to."""
+        """Begin an empty text. Yields as `push` does."""
         yield from self._begin(Part(len(self.parts), "text"))
 
     def finish(self) -> Iterator[tuple[Step, Part, str]]:
-        """The end of the part that is open; call once, when the answer is over."""
+        """End the open part. Call this once, when the answer is over. Yields as `push` does."""
         if self._open is not None:
             yield "end", self._open, ""
         self._open = None

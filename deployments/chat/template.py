@@ -1,4 +1,4 @@
-"""From a conversation to a prompt, by the model's own chat template, and what to expect of the answer."""
+"""Makes a conversation's prompt with the model's chat template, and what reads the answer: a splitter and a grammar."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from orthrus.text.chat_limits import render_chat
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation's token ids, what makes the splitter of an answer's text, and the grammar that the answer must follow."""
+    """A conversation's token ids, a function that makes a splitter for each choice's text, and the answer's grammar, if any."""
 
     tokens: list[int]
     splitter: Callable[[], ChatSplitter]
@@ -30,7 +30,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # What chat_template_kwargs can't set, since it is not the template's.
+        # What chat_template_kwargs can't set: arguments of apply_chat_template, and the messages.
         reserved = signature(tokenizer.apply_chat_template).parameters
         self._reserved = frozenset({*reserved, "messages", "self"})
 
@@ -46,7 +46,7 @@ class ChatTemplate:
         continued = body.messages[-1].text if body.continue_final_message else ""
         opened = text.rstrip().endswith(THINK) or continued.rfind(THINK) > continued.rfind(END_THINK)
         inside = thinks and opened
-        # What goes on with an answer's text has no thoughts before it.
+        # No reasoning comes if the prompt has ended it, or if the answer continues the text of a message.
         thought = text.rstrip().endswith(END_THINK) or bool(continued)
         return ChatPrompt(
             list(self._tokenizer.encode(text, add_special_tokens=False)),
@@ -61,7 +61,10 @@ class ChatTemplate:
         )
 
     def _choose(self, tools: list[dict[str, Any]]) -> str:
-        """Of several named templates the one that Hugging Face takes: "tool_use" for tools, or "default"."""
+        """The template that Hugging Face takes: of several named ones, "tool_use" if there are tools, else "default".
+
+        Raises RequestError if there is none.
+        """
         if self._tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: use /v1/completions", "messages")
         try:
@@ -94,7 +97,7 @@ class ChatTemplate:
             try:
                 return render(messages)
             except TypeError:
-                # It may put arguments together with other texts.
+                # The template may join arguments with other texts, so it gets them as text.
                 return render([_with_texts_as_arguments(message) for message in messages])
         except Exception as error:
             raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error

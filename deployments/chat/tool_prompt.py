@@ -1,4 +1,4 @@
-"""Tools for a model whose chat template knows none: told of in the system message, calls and results as ordinary text."""
+"""Tools for a model whose chat template knows none: the system message describes them, and calls and results are plain text."""
 
 import json
 from typing import Any

@@ -14,8 +14,8 @@ ToolName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_.-]{{1,{LONGEST_NAME}}}$"
 class FunctionDefinition(StrictModel):
     """A function of a tool.
 
-    parameters: the JSON Schema of the arguments, which are an object whatever it says; none or an empty one: `{}`.
-    strict: calls that the model makes of its own accord follow it too.
+    parameters: the JSON Schema of the arguments, which are always an object. Without a schema, or with an empty one, it is `{}`.
+    strict: whether calls that are not forced follow the schema too.
     """
 
     name: ToolName
@@ -31,7 +31,7 @@ class Tool(StrictModel):
     function: FunctionDefinition
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: what models are told of a function."""
+        """The tool as chat templates expect it. They get all fields but `strict`."""
         return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 

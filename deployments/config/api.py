@@ -1,4 +1,4 @@
-"""Settings of the API: who may call it and how much, what `deployments/` YAML calls `api:`."""
+"""Settings of the API, which are `args.api` in a config: who may call it, and how much."""
 
 import re
 from pathlib import Path

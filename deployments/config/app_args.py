@@ -1,4 +1,4 @@
-"""The `args` of a Serve config, typed: what can't work is an error that says where and what to change instead."""
+"""The typed `args` of a Serve config. For a setting that can't work, the error says where it is and what to change."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +67,7 @@ class DeploymentOptions(DeploymentSchema):
     @field_validator("name")
     @classmethod
     def _named_by_us(cls, name: str) -> str:
-        raise ValueError("deployments have the names that the application gives them: remove it")
+        raise ValueError("the application names its deployments itself: remove it")
 
 
 class AppArgs(BaseModel):
@@ -109,7 +109,7 @@ class AppArgs(BaseModel):
 def parse_args(args: Mapping[str, Any], where: Keys = ("args",), file: YamlFile | None = None) -> AppArgs:
     """The checked args. Raises ConfigError with a line for each fault: its path, beginning with `where`, and the fix.
 
-    file: what the args are from, for the places of the faults.
+    file: the file that the args come from; each line then begins with file, line and column.
     """
     try:
         return AppArgs.model_validate(args)

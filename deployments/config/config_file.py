@@ -1,4 +1,4 @@
-"""Read a Serve config: the file that `serve deploy` takes, with every fault told at its place before anything starts."""
+"""Reads a Serve config, the file that `serve deploy` takes. Every fault is reported with its place before anything starts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ class _Application(ServeApplicationSchema):
 
 
 class _Config(ServeDeploySchema):
-    """Serve's schema, which for its own reasons lets unknown keys pass, without that leniency."""
+    """Serve's schema, which itself ignores unknown keys. Here they are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +48,7 @@ class _Config(ServeDeploySchema):
 
 
 def load_config(path: Path) -> tuple[ServeDeploySchema, dict[str, AppArgs]]:
-    """A Serve config file and the args of our applications in it by application name, all checked but for the models.
+    """A Serve config file, and the args of our applications in it by application name. All is checked except the models.
 
     Raises ConfigError with a line for each fault: file, line, column, the path of keys and what to change.
     """
@@ -84,7 +84,7 @@ def load_config(path: Path) -> tuple[ServeDeploySchema, dict[str, AppArgs]]:
 
 
 def serves_grpc(config: ServeDeploySchema) -> bool:
-    """Whether Serve opens the gRPC port: without servicers it doesn't."""
+    """Whether Serve opens the gRPC port, which it does only if the config names servicer functions."""
     return bool(config.grpc_options.grpc_servicer_functions)
 
 

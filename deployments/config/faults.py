@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a config, as lines that say where and what to change."""
+"""Turns pydantic's errors about a config into lines that say where the fault is and what to change."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from orthrus.yaml_file import Keys, YamlFile, reading, spell_path
 def describe_faults(
     error: ValidationError, model: type[BaseModel], where: Keys = (), file: YamlFile | None = None
 ) -> str:
-    """A line for each fault that validation by `model` found: the path from `where` on, and what to do about it.
+    """A line for each fault that validation by `model` found: its path, beginning with `where`, and what to change.
 
-    file: what was validated, whose places the lines begin with.
+    file: the validated file; each line then begins with file, line and column.
     """
     return "\n".join(_describe(dict(fault), model, where, file) for fault in error.errors(include_url=False))
 
@@ -28,7 +28,7 @@ def _describe(fault: Mapping[str, Any], model: Any, where: Keys, file: YamlFile 
         plain = file.plain.get(keys) if file is not None else None
         if fault["type"] == "string_type" and plain is not None:
             said += f": {reading(plain)}"
-        # Faults of a combination begin with their own path.
+        # The messages of validators of whole models begin with a path of their own.
         between = "." if keys == where else ": "
         return f"{place}{path}{between if path else ''}{said}"
     *parents, unknown = (part for part in fault["loc"] if isinstance(part, str))

@@ -1,4 +1,4 @@
-"""Look at a model before replicas start: what is wrong with it shows in seconds, not after they have failed in turn."""
+"""Checks a model before replicas start, so that a fault shows in seconds, and not after several replicas have failed."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def locate(engine: EngineConfig) -> EngineConfig:
-    """The settings with paths that exist below the project taken from there: a config works from any directory."""
+    """The settings, with paths that exist below the repository's root made absolute. So a config works from any directory."""
     changes: dict[str, str] = {}
     if (local := _ROOT / engine.model).is_dir():
         changes = {"model": str(local), "served_model_name": engine.served_model_name or local.name}
@@ -24,11 +24,11 @@ def locate(engine: EngineConfig) -> EngineConfig:
 
 
 def check_model(engine: EngineConfig, *, load: bool = True) -> ModelConfig:
-    """The config of the model that the settings name, which can be served with them.
+    """Check that the model which the settings name can be served with them. Returns the model's config.
 
-    Of a directory everything is checked but the weights' values; of a hub id its config.json. load: load the tokenizer,
-    for which torch and transformers are imported; else only its tokenizer.json is looked at. Raises HubUnreachable, and
-    ConfigError naming what is wrong, the setting or the file.
+    Of a directory, everything is checked except the values of the weights. Of a hub id, only its config.json is. load: load the
+    tokenizer, which imports torch and transformers; without it, only tokenizer.json is checked. Raises HubUnreachable, and
+    ConfigError naming the setting or the file that is wrong.
     """
     path = resolve(engine.model, CONFIG_FILES, (Path(), _ROOT))
     model = load_config(path)

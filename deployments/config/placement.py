@@ -1,4 +1,4 @@
-"""Whether a running Ray cluster has a node that a replica fits on: else it would wait for ever, and say nothing."""
+"""Checks that a running Ray cluster has a node for a replica. Without one, the replica would wait for ever, without an error."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,8 +16,8 @@ Resources = Mapping[str, float]
 def check_placement(options: DeploymentOptions) -> None:
     """Raise ConfigError if no node of the cluster that this process belongs to can ever take a replica with these options.
 
-    Of GPU nodes only. A cluster that has none yet may still get some, and so may one whose autoscaler has a kind of node that
-    fits: nothing is said of these.
+    Only replicas with GPUs are checked. Nothing is raised if the cluster has no GPU node yet, since it may still get one, or if
+    its autoscaler may add a kind of node that fits.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     config = state.get_cluster_config()
@@ -26,7 +26,9 @@ def check_placement(options: DeploymentOptions) -> None:
 
 
 def check_room(demand: Resources, nodes: Iterable[Resources], groups: Iterable[Resources]) -> None:
-    """As `check_placement`. nodes: what each node has in all. groups: the same of each kind of node that may be added."""
+    """The check of `check_placement`. demand: a replica's. nodes: of each node, all that it has. groups: of each kind of node
+    that may be added, the same.
+    """
     with_gpus = [node for node in nodes if node.get("GPU")]
     if "GPU" not in demand or not with_gpus or any(fits(demand, node) for node in (*with_gpus, *groups)):
         return
@@ -60,13 +62,13 @@ def actor_demand(options: Mapping[str, Any]) -> dict[str, float]:
     if options.get("num_gpus"):
         demand["GPU"] = options["num_gpus"]
     if options.get("accelerator_type"):
-        # Ray's own way of tying an actor to a kind of accelerator: a sliver of a resource that each such node has.
+        # Ray's own way to bind an actor to a kind of accelerator: it asks for a tiny part of a resource that such nodes have.
         demand[f"accelerator_type:{options['accelerator_type']}"] = 0.001
     return demand
 
 
 def describe_resources(resources: Resources) -> str:
-    """ "4 CPU, 1 GPU, H100"."""
+    """The resources in words, such as "4 CPU, 1 GPU, H100"."""
     return ", ".join(
         name.partition(":")[2] if _is_kind(name) else f"{amount:g} {name}"
         for name, amount in resources.items()

@@ -32,7 +32,7 @@ class UnsupportedBody(Exception):
 
 
 class InvalidKey(Exception):
-    """The call has no API key, or not one that may call now."""
+    """The call has no API key, or one that is unknown or has expired."""
 
 
 class RateLimited(Exception):

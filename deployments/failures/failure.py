@@ -1,4 +1,4 @@
-"""How an error is told to a client, over HTTP and over gRPC."""
+"""Turns errors into answers for clients, over HTTP and over gRPC."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in the words of both protocols."""
+    """What a client is told of an error, for both protocols."""
 
     status: int
     """HTTP's status."""

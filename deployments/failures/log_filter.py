@@ -1,4 +1,4 @@
-"""Serve logs every call that raises with its stack: here the answers that are no faults of ours become one line each."""
+"""Serve logs a stack trace for every call that raises. This filter makes one line of errors that are no fault of the server."""
 
 import logging
 
@@ -30,7 +30,7 @@ class QuietClientErrors(logging.Filter):
 
 
 def quiet_client_errors() -> None:
-    """For this process, once."""
+    """Add the filter to the logger of Serve in this process, unless it is there already."""
     serve_logger = logging.getLogger("ray.serve")
     if not any(isinstance(known, QuietClientErrors) for known in serve_logger.filters):
         serve_logger.addFilter(QuietClientErrors())

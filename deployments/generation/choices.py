@@ -57,7 +57,7 @@ async def collect(merged: AsyncGenerator[tuple[int, TextChunk]], count: int) -> 
 
 
 async def merge(streams: list[AsyncGenerator[TextChunk]], n: int) -> AsyncGenerator[tuple[int, TextChunk]]:
-    """The chunks of several prompts' streams as they come, each with its choice's index among all of them."""
+    """The chunks of several prompts' streams as they come, each with the index of its choice. n: choices of each prompt."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as items:
             async for item in items:

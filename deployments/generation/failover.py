@@ -1,4 +1,4 @@
-"""A request's chunks from whichever replica can give them: one that dies is replaced as long as nothing has come from it."""
+"""Runs a request on a replica, and on another one if that replica is lost before the first chunk."""
 
 import asyncio
 import logging
@@ -17,23 +17,23 @@ from orthrus.requests.request import Chunk, Request
 logger = logging.getLogger("ray.serve")
 
 _ATTEMPTS = 3
-"""A request that has seen this many replicas die is more likely their killer than their victim."""
+"""How many replicas a request is tried on. If all of them are lost, the request itself is the likely cause."""
 
 
 async def generate_on_replica(
     replica: DeploymentHandle, receiver: ChunkReceiver, request: Request
 ) -> AsyncGenerator[list[Chunk]]:
-    """Chunks of `request` from one replica, as many at a time as have come; closing the iterator cancels it there.
+    """Run `request` on a replica and yield its chunks, as many at a time as have come. Closing the iterator cancels it.
 
-    Raises GenerationFailed when the replica dies after its first chunk, and what Serve raises when no replica is left.
+    Raises GenerationFailed if the replica is lost after the first chunk, and what Serve raises if no replica is left.
     """
     address = await receiver.address()
     for attempt in range(1, _ATTEMPTS + 1):
-        # An id of its own: an attempt that was given up may still send.
+        # Each attempt has an id of its own, because one that was given up may still send chunks.
         tried = replace(request, request_id=f"{request.request_id}-{attempt}")
         inbox = receiver.open(tried.request_id)
-        # As plain gRPC, whatever the cluster's default: a call between actors costs three times as much, and one whose
-        # caller has died blocks the replica's event loop for a second.
+        # Over plain gRPC, whatever the cluster's default. An actor call costs three times as much, and if its caller has died,
+        # it blocks the replica's event loop for a second.
         stream = replica.options(stream=True, _by_reference=False).generate.remote(tried, address)
         call = asyncio.create_task(_watch(stream, receiver, tried.request_id, inbox))
         unfinished, begun = request.params.n, False
@@ -63,7 +63,7 @@ async def generate_on_replica(
 
 
 async def _watch(stream: Any, receiver: ChunkReceiver, request_id: str, inbox: Inbox) -> None:
-    """Follow the request's call to its end: tell `inbox` when no more chunks will come."""
+    """Follow the request's call to its end, and fail `inbox` if the call ends with an error."""
     try:
         async for link in stream:
             receiver.expect_rest(request_id, link)

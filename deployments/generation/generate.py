@@ -1,4 +1,4 @@
-"""One request: its token ids go to a replica, chunks come back and become text."""
+"""Runs one request: sends its token ids to a replica, and turns the chunks that come back into text."""
 
 import asyncio
 import uuid
@@ -29,7 +29,7 @@ def check_scores(prompts: Sequence[Sequence[int]], params: SamplingParams) -> No
     scores = sum(map(len, prompts)) * (params.prompt_logprobs + 1)
     if scores > MAX_SCORES:
         raise RequestError(
-            f"prompt tokens times alternatives + 1 may be {MAX_SCORES} in one request, and are {scores}: ask for fewer "
+            f"prompt tokens times (alternatives + 1) may be at most {MAX_SCORES} in one request, got {scores}: ask for fewer "
             "log-probabilities or send fewer prompts",
             "prompt_logprobs",
         )
@@ -48,12 +48,12 @@ async def generate(
 
     call: the request belongs to it, and its tokens are counted there.
     prompt: token ids.
-    splitter: makes a splitter for each choice's text, None where the text is not a chat's.
+    splitter: makes a splitter for each choice's text. None if the answer is not a chat's.
     Raises RequestError, GenerationFailed, QueueFull and ModelUnavailable.
     """
     if sum(map(len, params.stop)) > MAX_STOP_CHARACTERS:
         raise RequestError(
-            f"stop strings may have {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
+            f"stop strings may have at most {MAX_STOP_CHARACTERS} characters in all: send fewer", "stop"
         )
     request = Request(uuid.uuid4().hex, prompt, params, call.priority, call.cache_salt)
     splitters = [splitter() if splitter is not None else None for _ in range(params.n)]

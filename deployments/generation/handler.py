@@ -1,6 +1,6 @@
-"""Generates answers, whatever the protocol: the adapters for HTTP and gRPC are thin, and both stand on `Handler`.
+"""Generates answers for any protocol. The adapters for HTTP and gRPC are thin layers on top of `Handler`.
 
-An adapter admits the call (`Gate`), reads the request's body and writes the answer. What lies between is here.
+An adapter admits the call (`Gate`), reads the request's body and writes the answer. `Handler` does what lies between.
 """
 
 import asyncio
@@ -68,13 +68,13 @@ class Handler:
         params: the body's, or those that came beside it.
         """
         prompts = [await self._encode(body, prompt, params.max_tokens) for prompt in body.prompts()]
-        # Before anything else is done with them: a client's number may be one that no integer type holds.
+        # Checked before anything else, because a client's number may be too large for any integer type.
         vocab = self.model.vocab_size
         if any(tokens and (min(tokens) < 0 or max(tokens) >= vocab) for tokens in prompts):
             raise RequestError(f"prompt token ids must be between 0 and {vocab - 1}", "prompt")
         # An echo repeats a prompt's log-probabilities with each choice.
         check_scores(prompts * params.n if body.echo else prompts, params)
-        # One seed for all prompts and choices: with it, the answer can be asked for again.
+        # One seed for all prompts and choices. The same seed gives the same answer again.
         params = params.with_seed()
         streams = [
             generate(self._replica, self._receiver, self.model.tokenizer, call, prompt, params)

@@ -45,7 +45,7 @@ class ServedModel:
 
     @property
     def card(self) -> dict[str, Any]:
-        """OpenAI's description of a model, and what of it is ours."""
+        """OpenAI's description of a model, with the fields `max_model_len` and `schedules` besides OpenAI's."""
         return {
             "id": self.name,
             "object": "model",
@@ -57,7 +57,7 @@ class ServedModel:
 
     @property
     def is_assistant(self) -> bool:
-        """Whether it has been trained to answer, as far as its chat template tells: that of an assistant offers tools."""
+        """Whether it seems to be an assistant, judged by its chat template: an assistant's template supports tools."""
         return "tools" in str(getattr(self.tokenizer, "chat_template", None) or "")
 
     def check_name(self, name: str | None) -> None:

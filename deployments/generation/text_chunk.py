@@ -9,12 +9,12 @@ from orthrus.text.stream import TextStream
 
 @dataclass(frozen=True)
 class TextChunk:
-    """What an answer has got since the chunk before, with its text."""
+    """A chunk of one choice, with the text that it adds."""
 
     index: int
     """Which choice of its prompt it belongs to."""
     text: str
-    """The text that has become certain."""
+    """Text that this chunk made certain. Parts of characters, and text that may be a stop string, are held back."""
     chunk: Chunk
     """The engine's chunk: tokens, log-probabilities, and at the end the statistics."""
     delta: ChatDelta | None = None
@@ -26,7 +26,7 @@ class TextChunk:
 
     @property
     def says_nothing(self) -> bool:
-        """Whether there is nothing to tell a client: the text is held back, and nothing else has happened."""
+        """Whether there is nothing to send to a client: no text is certain, and nothing else has happened."""
         said = self.text if self.delta is None else self.delta
         return not (said or self.chunk.logprobs or self.finish_reason)
 
@@ -34,9 +34,9 @@ class TextChunk:
 def text_chunk(
     chunk: Chunk, params: SamplingParams, text: TextStream, splitter: ChatSplitter | None
 ) -> TextChunk:
-    """A chunk of a choice with the text that has become certain.
+    """A chunk of a choice with the text that is certain now.
 
-    text, splitter: those of the chunk's choice. They keep what is not certain yet.
+    text, splitter: those of the chunk's choice. They hold the text that is not certain yet.
     """
     tokens = chunk.token_ids
     # A stop token ends the text and is no part of it, even if it is an ordinary word.

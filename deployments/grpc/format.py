@@ -1,4 +1,4 @@
-"""Between the gRPC messages of orthrus.proto and the engine's types."""
+"""Converts the gRPC messages of orthrus.proto to the types of bodies and of the engine, and back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}
                 if request.json_schema
                 else None,
-                # What truncate_prompt_tokens leaves room for.
+                # So that truncate_prompt_tokens leaves room for the answer.
                 "max_tokens": request.sampling.max_tokens
                 if request.sampling.HasField("max_tokens")
                 else None,
@@ -111,7 +111,7 @@ def _optional(request: pb.GenerateRequest | pb.ChatRequest, field: str) -> Any:
 
 
 def _message(message: pb.ChatMessage) -> dict[str, Any]:
-    """What is empty is left out: templates ask whether a key is there."""
+    """A message as the HTTP API has it. Empty fields are left out, because templates test whether a key is there."""
     calls = [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in message.tool_calls
@@ -143,7 +143,7 @@ def _json(field: str, text: str) -> Any:
 
 
 def generate_chunk(index: int, items: Sequence[TextChunk], prompt: Sequence[int] = ()) -> pb.GenerateChunk:
-    """One message for `items`, which belong to one choice. prompt: token ids that it tells."""
+    """One message for `items`, which belong to one choice. prompt: the prompt's token ids, if the message has them."""
     text = "".join([item.text for item in items])
     message = pb.GenerateChunk(index=index, text=text, prompt_token_ids=prompt)
     _add_tokens(message, items)
@@ -153,7 +153,7 @@ def generate_chunk(index: int, items: Sequence[TextChunk], prompt: Sequence[int]
 def chat_chunk(
     index: int, items: Sequence[TextChunk], prompt: Sequence[int] = (), include_reasoning: bool = True
 ) -> pb.ChatChunk:
-    """One message for `items`, which belong to one choice of a chat. prompt: token ids that it tells."""
+    """One message for `items`, which belong to one choice of a chat. prompt: the prompt's token ids, if the message has them."""
     delta = items[0].delta if len(items) == 1 else joined(item.delta for item in items if item.delta)
     assert delta is not None, "a chat's chunks have deltas"
     message = pb.ChatChunk(
@@ -189,7 +189,7 @@ def _token_logprob(scored: TokenLogprob) -> pb.TokenLogprob:
 
 
 def with_status(error: Exception, context: RayServegRPCContext, sent_as: Mapping[str, str]) -> Exception:
-    """Give the call the status that fits the error, and return the error to raise: a stream has no other way to tell Serve."""
+    """Set the call's gRPC status for an error. Returns the error to raise: a stream can't tell Serve otherwise."""
     failure = describe_failure(error, sent_as)
     context.set_code(failure.grpc_code)
     context.set_details(failure.message)

@@ -1,6 +1,6 @@
 """The Orthrus service over gRPC (deployments/proto/orthrus.proto).
 
-Serve ends a call's coroutine when the call's deadline has passed or its client has gone.
+Serve cancels a call's coroutine when the call's deadline has passed or its client has gone.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ class _Messages(Generic[Message]):
     answer: Answer
     build: Callable[[int, Sequence[TextChunk], Sequence[int]], Message]
     """Makes a message of a choice's index, some of its chunks, and the prompt's token ids or none."""
-    told_prompt: Sequence[int]
+    prompt_ids: Sequence[int]
     """The prompt's token ids if the client wants them: they come with each choice's first message."""
-    _told: set[int] = field(default_factory=set)
+    _begun: set[int] = field(default_factory=set)
     """Choices that have had their first message."""
 
     async def whole(self) -> list[Message]:
@@ -53,11 +53,11 @@ class _Messages(Generic[Message]):
                 yield await self._message(index, [item])
 
     async def _message(self, index: int, items: Sequence[TextChunk]) -> Message:
-        prompt = () if index in self._told else self.told_prompt
-        self._told.add(index)
+        prompt = () if index in self._begun else self.prompt_ids
+        self._begun.add(index)
         if items[0].chunk.prompt_logprobs is None:
             return self.build(index, items, prompt)
-        # A prompt's log-probabilities are many: in a thread, they do not hold up other streams.
+        # In a thread, because a prompt has many log-probabilities: other streams must not wait for them.
         return await asyncio.to_thread(self.build, index, items, prompt)
 
 

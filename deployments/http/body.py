@@ -22,17 +22,16 @@ Body = TypeVar("Body", bound=ModelBody)
 _IGNORED = "x-orthrus-ignored-fields"
 _MOST_IGNORED, _LONGEST_IGNORED = 20, 64
 _READ_TO_THE_END = 16
-"""Times the limit. So far a body is read and dropped: a client that is still sending may lose the answer that it is too large."""
+"""Times the limit. A body over the limit is read to here and dropped: a client that is still sending may miss the error."""
 
 
 async def read_body(request: Request, body: type[Body], handler: Handler) -> Body:
-    """The checked body, which asks for the handler's model.
+    """Read a request's body and check it. A model that it names must be the handler's.
 
+    Where unknown fields are ignored, a header of the answer names them.
     Raises RequestError, ModelNotFound, UnsupportedBody, BodyTooLarge and BodyTooSlow.
-
-    Where unknown fields are ignored, a header of the answer names those that were.
     """
-    # Browsers send other types, which need no preflight, for any page that asks them to.
+    # Other types are refused because any web page can make a browser send them without a CORS preflight request.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedBody("the body must be JSON: send Content-Type: application/json")
     if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
@@ -59,7 +58,7 @@ async def read_body(request: Request, body: type[Body], handler: Handler) -> Bod
 
 
 def name_ignored(call: Call, paths: Sequence[str]) -> None:
-    """Have a header of the answer name fields that were ignored, after those that it names already."""
+    """Add fields that were ignored to the header of the answer that names them."""
     if paths:
         before = [call.headers[_IGNORED]] if _IGNORED in call.headers else []
         call.headers = {
@@ -84,9 +83,9 @@ def parse_body(raw: bytes, body: type[Body], *, ignore_unknown: bool = False) ->
 
 
 def _json(raw: bytes) -> Any:
-    """The value that JSON text stands for; of equal keys the last one counts. Raises RequestError."""
+    """The value of JSON text. If a key comes twice, the last value counts. Raises RequestError."""
     try:
-        # pydantic's own parsing takes NaN, which is no JSON and would go on into schemas and templates.
+        # Not pydantic's parser: it accepts NaN, which is not JSON and would get into schemas and templates.
         return from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         fault = RequestError(f"the body is not JSON: {error}")
@@ -101,7 +100,7 @@ def _json(raw: bytes) -> Any:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether all numbers in it are finite. JSON that could be read is nested no deeper than can be followed."""
+    """Whether all numbers in a JSON value are finite. The parser limits the nesting, so recursion is safe."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict | list):
@@ -110,5 +109,5 @@ def _is_finite(value: Any) -> bool:
 
 
 def _header_text(path: str) -> str:
-    """A field's path as a header may have it."""
+    """A field's path, shortened and quoted for a header."""
     return quote(path[:_LONGEST_IGNORED].encode(errors="replace"), safe="[].-_")

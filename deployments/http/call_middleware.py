@@ -23,7 +23,7 @@ class CallMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except (ClientDisconnect, TaskCancelledError):
-            pass  # The client has gone, and Serve with it: there is nobody to tell.
+            pass  # The client has gone, so nobody reads an answer.
         except Exception as error:
             if "call" in state:
                 state["call"].outcome = type(error).__name__

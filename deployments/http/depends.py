@@ -1,4 +1,4 @@
-"""What endpoints ask for by the types of their parameters: the handler, and an admitted call."""
+"""Dependencies of the endpoints, which their parameters name by type: the handler, and an admitted call."""
 
 from typing import Annotated, Any
 
@@ -18,9 +18,9 @@ HandlerDep = Annotated[Handler, Depends(_handler)]
 
 
 def admitted(endpoint: str) -> Any:
-    """A dependency: the call of a request, admitted. `CallMiddleware` ends it.
+    """A dependency that admits a request and gives its `Call`. `CallMiddleware` ends the call.
 
-    endpoint: what logs and metrics call it.
+    endpoint: the call's name in logs and metrics.
     """
 
     async def admit(request: Request, handler: HandlerDep) -> Call:
@@ -36,4 +36,4 @@ async def _identify(request: Request, handler: HandlerDep) -> None:
 
 
 Identified = Depends(_identify)
-"""A dependency: the caller has a key, where keys are needed. For endpoints that are no calls: they cost nothing."""
+"""A dependency that checks the caller's key, where keys are needed. For endpoints that cost nothing, and so are no calls."""

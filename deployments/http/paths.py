@@ -1,4 +1,4 @@
-"""How every path answers to other spellings and other methods."""
+"""Trailing slashes, HEAD and OPTIONS for every route, and the answer where no route matches."""
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -21,7 +21,7 @@ class NormalizePaths:
             await self._app(scope, receive, send)
             return
         root = scope.get("root_path", "")
-        # A redirect would lose the body of some clients.
+        # Not by a redirect, after which some clients would not send the body again.
         path = scope["path"].rstrip("/")
         if path != root:
             scope["path"] = path
@@ -42,7 +42,7 @@ class NormalizePaths:
 
 
 def no_route(request: HTTPRequest, status: int) -> Failure | Response:
-    """The answer to a request that no route takes. It names the methods of the path, if there are any."""
+    """The answer to a request that no route takes. If other methods of the path are served, the answer names them."""
     allowed = _methods(request.app, request.scope)
     path = request.url.path
     if not allowed:

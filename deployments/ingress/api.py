@@ -33,7 +33,7 @@ def create_api(
 ) -> FastAPI:
     """The API in front of a model. Endpoints find the arguments in the application's state (`deployments.http.depends`).
 
-    feed: for the page, None to serve none.
+    feed: the data of the page's cluster view. None: do not serve the page.
     """
     # Traces are Serve's and ours (deployments/access/call.py).
     api = FastAPI(title="Orthrus", openapi_url=None, redirect_slashes=False, telemetry={"tracing": False})
@@ -43,7 +43,7 @@ def create_api(
     if feed is not None:
         api.state.feed = feed
         api.include_router(page.router)
-    # A request meets the last one first.
+    # A request goes through the last one first.
     api.add_middleware(CallMiddleware)
     api.add_middleware(with_cors, handler.config.cors_origins)
     api.add_middleware(NormalizePaths)

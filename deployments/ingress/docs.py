@@ -1,4 +1,4 @@
-"""What the HTTP API tells of itself: `/openapi.json`, and `/docs`, a page that needs no script and no other host."""
+"""The descriptions of the HTTP API: `/openapi.json`, and `/docs`, a page that needs no script and no other host."""
 
 import json
 from html import escape
@@ -65,7 +65,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "/tokenize": _object(count=_COUNT, max_model_len=_COUNT, tokens=_IDS),
     "/detokenize": _object(prompt=_TEXT),
 }
-"""What the answers to them are, in the main."""
+"""JSON Schemas of the answers to these requests, with the main fields only."""
 _ERROR = _object(
     error=_object(
         message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}

@@ -1,4 +1,4 @@
-"""The application's front door: the HTTP APIs, and the Orthrus service over gRPC, in front of the same replicas."""
+"""The ingress deployment: the HTTP APIs and the gRPC service, in front of the same replicas."""
 
 import os
 
@@ -44,7 +44,7 @@ class Ingress(OrthrusService):
         responses: DeploymentHandle | None = None,
     ) -> None:
         """limiter: a `RateLimiter`, None if there are no keys. responses: a `ResponseStore`, None if responses are not stored."""
-        # Where cores are few, a replica's next pass goes before the text of its last one.
+        # On few cores, a replica's next pass should run before the text of its last pass is made.
         os.nice(_NICENESS)
         quiet_client_errors()
         model = ServedModel.load(config)

@@ -1,4 +1,4 @@
-"""The environment variables of `serve.env` for a Ray cluster that this process starts: its processes inherit them."""
+"""Sets the variables of `serve.env` for a Ray cluster that this process starts. The cluster's processes inherit them."""
 
 import os
 import random
@@ -12,14 +12,14 @@ _OWN_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 _INGRESS_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_{}_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_{}_PORT")
 _BLOCK = 50
 _PORTS = range(28_000, 32_700)
-"""Where single ports are looked for. Blocks lie below."""
+"""Single ports are taken from this range, and blocks from below it."""
 
 
 def set_environment() -> None:
-    """Set what is not set already. HAProxy stays out where there is none.
+    """Set the variables that are not set yet. HAProxy is turned off if it is not installed.
 
-    The ports are such that no other cluster on this machine has. For gRPC to ingress replicas that is a must: Ray 2.60
-    means to forbid that two processes listen on a port and does not, and the kernel would then deal out calls to both.
+    The ports are ones that no other cluster on this machine uses. gRPC to ingress replicas depends on that: Ray 2.60 fails to
+    prevent two processes from listening on one port, and the kernel would then distribute calls over both.
     """
     variables = dict(
         line.split("=", 1) for line in _FILE.read_text().splitlines() if line and not line.startswith("#")
@@ -37,9 +37,9 @@ def set_environment() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on, below those that the kernel gives out.
+    """A TCP port of this machine that nobody listens on, below the kernel's ephemeral ports.
 
-    One of those may be taken before it is used: Ray's processes open dozens as they start.
+    An ephemeral port may be taken before it is used: Ray's processes open dozens of them as they start.
     """
     while True:
         port = random.randrange(_PORTS.start, _PORTS.stop)
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 
 def free_block() -> int:
-    """The first of 50 TCP ports of this machine that nobody listens on, below those that the kernel gives out."""
+    """The first of 50 consecutive TCP ports of this machine that nobody listens on, below the kernel's ephemeral ports."""
     while True:
         first = random.randrange(20_000, _PORTS.start, _BLOCK)
         try:

@@ -1,4 +1,4 @@
-"""Try the ports of a Serve config on this machine: Serve itself would look for a minute, and then not say which it was."""
+"""Tries the ports of a Serve config on this machine. Serve itself would fail only after a minute, and not name the port."""
 
 import errno
 import socket
@@ -36,14 +36,14 @@ def _check_port(host: str, port: int, setting: str) -> None:
     for family, kind, protocol, _, address in found:
         try:
             with socket.socket(family, kind, protocol) as listener:
-                # As servers do: connections that have just ended keep no port. One that others share (SO_REUSEPORT) is taken.
+                # As servers do: a port is free if its connections have just ended, and taken if others share it (SO_REUSEPORT).
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
                 listener.listen()
         except OSError as error:
             failed.append(error)
     in_the_way = [error for error in failed if error.errno in (errno.EADDRINUSE, errno.EACCES)]
-    # A name may stand for addresses of which this machine has some only.
+    # A host name may have several addresses, of which this machine has only some.
     if in_the_way or len(failed) == len(found):
         cause = (in_the_way or failed)[0]
         raise ConfigError(_advice(cause, host, port, setting)) from cause

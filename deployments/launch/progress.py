@@ -1,4 +1,4 @@
-"""What a long start is waiting for: a line when that changes, and one every few seconds in between."""
+"""Prints what a long start is waiting for: a line when that changes, and one every few seconds in between."""
 
 import sys
 import threading
@@ -10,7 +10,7 @@ PERIOD_SECONDS = 10.0
 
 
 class Progress:
-    """While entered, says on `out` what `now` was given last, and how long that has taken. Any thread may call `now`."""
+    """A context that prints to `out` what `now` was given last, and how long that has taken. Any thread may call `now`."""
 
     def __init__(self, out: TextIO = sys.stderr, period: float = PERIOD_SECONDS) -> None:
         self._out, self._period = out, period
@@ -20,7 +20,7 @@ class Progress:
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def now(self, what: str) -> None:
-        """Say what is under way, if it is something new."""
+        """Print what is under way, if it is something new."""
         with self._changed:
             if what == self._what:
                 return

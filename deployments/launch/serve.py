@@ -21,7 +21,7 @@ from orthrus.deployments.replica.stages import read_stages
 from orthrus.errors import ConfigError
 
 Tell = Callable[[str], object]
-"""Takes what is under way, in a few words."""
+"""A function that is given what is under way, in a few words."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,13 +29,13 @@ _ROOT = Path(__file__).resolve().parents[2]
 def serve_config(path: Path, *, address: str | None = None, tell: Tell = lambda what: None) -> None:
     """Deploy `path` on the Ray cluster at `address`, or on one started here, and wait until it answers.
 
-    tell: is told what is waited for, again and again. What was started here ends with this process, or with Ray's own
-    shutdown. Raises ConfigError for a config that can't work, its deployment's error included.
+    tell: called again and again with what is waited for. What was started here ends with this process, or with Ray's own
+    shutdown. Raises ConfigError for a config that can't work, and if its deployment fails.
     """
     tell(f"Reading {path}")
     config, apps = load_config(path)
     if address is None:
-        # Before anything is started; elsewhere, `build` does it on the cluster.
+        # Checked before anything starts. On another cluster, `build` checks the models.
         check_ports(config)
         _check_models(path, apps, tell)
     _start_ray(address, tell)
@@ -60,7 +60,7 @@ def _check_models(path: Path, apps: dict[str, AppArgs], tell: Tell) -> None:
 
 
 def _start_ray(address: str | None, tell: Tell) -> None:
-    """Connect to Ray, started here unless there is an address. Its advice on itself stays out of the terminal, not its errors."""
+    """Connect to the Ray at `address`, or start Ray here. Of Ray's messages, only errors are shown in the terminal."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)

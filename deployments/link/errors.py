@@ -6,4 +6,4 @@ class LinkLost(Exception):
 
 
 class ReplicaFailed(LinkLost):
-    """The replica has said why it ends, and the connection ends with it."""
+    """The replica's engine has failed, and the connection ends with the replica. The message says why."""

@@ -1,10 +1,10 @@
-"""What goes over a link: a greeting, then messages of chunks.
+"""The format of the data on a link: a greeting, then messages of chunks.
 
 A replica opens a connection to an ingress and greets it with the secret of the ingress and a random name for the link. Then each
 message is its length (uint32, little endian) and a pickle: the names of a chunk's fields, and a list with the values of each
 chunk, as tuples. During a rolling update the two ends may be of different versions. The names tell the receiver which fields the
-sender knows: what it does not send has its default, and what the receiver does not know is left out. The receiver unpickles
-nothing from a connection that has not sent the secret, and only calls through Ray carry the secret.
+sender knows. A field that is not sent has its default, and a field that the receiver does not know is dropped. The receiver
+unpickles nothing from a connection that has not sent the secret, and only calls through Ray carry the secret.
 """
 
 import pickle

@@ -18,7 +18,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class ChunkReceiver:
-    """Where an ingress takes the chunks of its requests, from all replicas. Used on one event loop."""
+    """Receives the chunks of an ingress's requests from all replicas. All calls must be on one event loop."""
 
     def __init__(self) -> None:
         self._secret = new_secret()
@@ -44,25 +44,28 @@ class ChunkReceiver:
         return Address(self._host, server.sockets[0].getsockname()[1], self._secret)
 
     def close(self) -> None:
-        """Listen no more, and end the connections there are."""
+        """Stop listening, and end all connections."""
         if self._listening is not None and self._listening.done():
             self._listening.result().close()
         for incoming in list(self._links.values()):
             incoming.close()
 
     def open(self, request_id: str) -> Inbox:
-        """Begin to take a request's chunks, until `forget`."""
+        """Collect a request's chunks in an inbox, from now on until `forget`."""
         inbox = self._inboxes[request_id] = Inbox()
         return inbox
 
     def forget(self, request_id: str) -> None:
-        """Drop what may still come for a request."""
+        """Drop all further chunks of a request."""
         self._inboxes.pop(request_id, None)
         for incoming in self._links.values():
             incoming.expected.discard(request_id)
 
     def expect_rest(self, request_id: str, link: bytes) -> None:
-        """The replica has sent all chunks of a request over `link`. If that link is lost, so are those that have not come yet."""
+        """Note that the replica has sent all chunks of a request over `link`.
+
+        If that link is lost, so are chunks that have not come yet, and the inbox fails.
+        """
         inbox = self._inboxes.get(request_id)
         if inbox is None:
             return
@@ -75,14 +78,14 @@ class ChunkReceiver:
     # Called by the connections.
 
     def admit(self, secret: bytes, name: bytes, incoming: "_Incoming") -> bool:
-        """Take a connection into account, unless its secret is wrong."""
+        """Register a connection. False if its secret is wrong."""
         if not hmac.compare_digest(secret, self._secret):
             return False
         self._links[name] = incoming
         return True
 
     def deliver(self, chunk: Chunk) -> None:
-        """Put a chunk into its request's inbox, if anybody still waits for it; or fail the inbox, if the engine has failed."""
+        """Put a chunk into its request's inbox, or fail the inbox if the engine has failed. Without an inbox, drop the chunk."""
         inbox = self._inboxes.get(chunk.request_id)
         if inbox is None:
             return
@@ -92,7 +95,7 @@ class ChunkReceiver:
             inbox.put(chunk)
 
     def lose(self, name: bytes, expected: set[str]) -> None:
-        """A connection has ended that still had the rest of the requests `expected`."""
+        """Note that a connection has ended. The inboxes of `expected` fail, since the rest of their chunks is lost."""
         self._links.pop(name, None)
         for request_id in expected:
             inbox = self._inboxes.get(request_id)
@@ -104,7 +107,7 @@ class _Incoming(asyncio.Protocol):
     """A replica's connection as the ingress sees it."""
 
     expected: set[str]
-    """Requests that the replica has sent to their end over this connection, and whose inbox is still open."""
+    """Requests all of whose chunks the replica has sent over this connection, and whose inbox is still open."""
 
     def __init__(self, receiver: ChunkReceiver) -> None:
         self.expected = set()

@@ -5,7 +5,7 @@ import ssl
 
 
 def tls_context(purpose: ssl.Purpose) -> ssl.SSLContext | None:
-    """Ray's own certificates if `RAY_USE_TLS` asks for them, else None.
+    """A context with Ray's own certificates if `RAY_USE_TLS` is set, else None: no encryption.
 
     Both ends must have a certificate that Ray's authority has signed.
     """

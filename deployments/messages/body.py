@@ -1,4 +1,4 @@
-"""The bodies of POST /v1/messages and /v1/messages/count_tokens, Anthropic's, and the chat that they stand for."""
+"""Anthropic's bodies of POST /v1/messages and /v1/messages/count_tokens, and their conversion to a chat body."""
 
 from typing import Annotated, Any, Literal
 
@@ -91,7 +91,7 @@ class Turn(StrictModel):
                         "tool_call_id": block.tool_use_id,
                         "content": _text(block.content),
                     }
-                    # Templates that know it can tell the model.
+                    # Some chat templates pass it on to the model.
                     messages.append({**result, "is_error": True} if block.is_error else result)
                 case TextBlock() if messages and messages[-1]["role"] == self.role:
                     messages[-1]["content"] += f"\n{block.text}"
@@ -135,7 +135,7 @@ def _text(content: str | list[TextBlock] | None) -> str:
 
 
 class ClientTool(_Block):
-    """A tool that the client runs. What follows `strict` changes nothing."""
+    """A tool that the client runs. The fields after `strict` have no effect."""
 
     type: Literal["custom"] | None = None
     name: ToolName
@@ -185,7 +185,7 @@ class ToolChoice(StrictModel):
 
 
 class Thinking(StrictModel):
-    """budget_tokens is not kept to: thinking ends where the model ends it, and counts towards max_tokens."""
+    """budget_tokens is not enforced: thinking ends where the model ends it, and counts towards max_tokens."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
@@ -211,7 +211,7 @@ class Metadata(StrictModel):
 class CountTokensBody(ModelBody):
     """POST /v1/messages/count_tokens: what makes up the prompt.
 
-    Fields without effect are those that Anthropic's clients send as a matter of course, and that change nothing here.
+    Fields without effect are accepted, because Anthropic's clients send them by default.
     """
 
     model: str
@@ -221,7 +221,7 @@ class CountTokensBody(ModelBody):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # Its older place.
+    output_format: OutputFormat | None = None  # The older name of output_config.format.
     # Without effect.
     cache_control: dict[str, Any] | None = None
     context_management: dict[str, Any] | None = None
@@ -230,7 +230,7 @@ class CountTokensBody(ModelBody):
     workspace_id: str | None = None
 
     def chat(self) -> ChatBody:
-        """The same as a chat. Raises RequestError."""
+        """The chat body that this body stands for. Raises RequestError."""
         try:
             return ChatBody.model_validate(self._chat_fields())
         except ValidationError as error:
@@ -251,7 +251,7 @@ class CountTokensBody(ModelBody):
             "continue_final_message": messages[-1]["role"] == "assistant"
             and bool(messages[-1]["content"])
             and "tool_calls" not in messages[-1],
-            # A client that has not asked for thinking expects the text in the first block.
+            # A client that did not ask for thinking expects text in the first block.
             "enable_thinking": self.thinking is not None and self.thinking.type != "disabled",
         }
         wanted = self.output_config.format if self.output_config is not None else None
@@ -262,7 +262,7 @@ class CountTokensBody(ModelBody):
 
 
 class MessagesBody(CountTokensBody):
-    """POST /v1/messages. `seed` and `schedule` are ours. With its seed an answer can be asked for again."""
+    """POST /v1/messages. `seed` and `schedule` are extensions. The same seed gives the same answer."""
 
     max_tokens: int = Field(ge=1)
     stream: bool = False

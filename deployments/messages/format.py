@@ -49,7 +49,7 @@ def error_body(failure: Failure) -> dict[str, Any]:
 class MessageFormat:
     """One answer. What it streams adds up to `whole`.
 
-    prompt_tokens: of the prompt, cached ones among them. max_tokens: the client's limit.
+    prompt_tokens: tokens of the prompt, including cached ones. max_tokens: the client's limit.
     """
 
     def __init__(self, model: str, prompt_tokens: int, max_tokens: int) -> None:
@@ -184,10 +184,10 @@ def _signature(thinking: str) -> str:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """A call's arguments. Those that the token limit has cut are what was there so far, as in a stream."""
+    """A call's arguments. If the token limit has cut them, they are what had come until then, as in a stream."""
     try:
         arguments = from_json(text, allow_partial=True) if text else {}
     except ValueError:
         arguments = text
-    # A model that calls freely may write what is no JSON object; it must not be lost.
+    # In a call that was not forced, the model may write something else than a JSON object. It must not be lost.
     return arguments if isinstance(arguments, dict) else {"arguments": text}

@@ -16,7 +16,7 @@ from orthrus.deployments.openai.logprobs import Echo, TextLogprobs, chat_logprob
 from orthrus.requests.request import DRAWN_SEED_BITS, SEED_BITS, CycleReport, PromptLogprobs, RequestStats
 
 _PADDED_TO = 64
-"""Characters: the lengths of padded events are multiples of it, plus what every one has."""
+"""Characters. The length of a padded event is a multiple of it, plus a constant."""
 
 
 def usage(stats: Sequence[RequestStats], n: int, reasoning_tokens: int = 0) -> dict[str, Any]:
@@ -46,12 +46,12 @@ def cost(stats: RequestStats) -> dict[str, Any]:
         "tokens_per_cycle": round(stats.tokens_per_cycle, 3),
         "cycles": stats.cycles,
         "passes": stats.passes,
-        "seed": _told_seed(stats.seed),
+        "seed": _json_seed(stats.seed),
     }
 
 
-def _told_seed(seed: int) -> int:
-    """A seed as a JSON number. Those near 2**63 are told as the negative ones that they stand for: doubles hold these."""
+def _json_seed(seed: int) -> int:
+    """A seed as a JSON number. A seed near 2**63 becomes the negative seed that it stands for, which a double holds exactly."""
     negative = seed - (1 << SEED_BITS)
     return negative if -negative < 1 << DRAWN_SEED_BITS else seed
 
@@ -61,7 +61,7 @@ class CompletionFormat:
     """One response, in JSON: whole, or event by event."""
 
     chat: bool
-    """Whether it is a chat completion's; else a completion's."""
+    """Whether the answer is a chat completion. If not, it is a completion."""
     model: str
     tokenizer: Any
     """Spells tokens for log-probabilities."""
@@ -82,16 +82,16 @@ class CompletionFormat:
     """Token ids of the prompts."""
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    # By choice: of those that have begun.
+    # By choice, for choices that have begun.
     _text_logprobs: dict[int, TextLogprobs] = field(default_factory=dict)
-    # By prompt: a request's first chunk has them.
+    # By prompt. The first chunk of its request has them.
     _scores: dict[int, PromptLogprobs | None] = field(default_factory=dict)
     # What stands before and after the text in events that carry nothing else, by choice and by the text's key.
     _around: dict[tuple[int, str], list[str]] = field(default_factory=dict)
-    # Tokens streamed so far, and choices whose prompt has been told.
+    # Tokens streamed so far, and choices whose prompt's token ids have been sent.
     _tokens: int = 0
     _reasoning_tokens: int = 0
-    _told_prompts: set[int] = field(default_factory=set)
+    _sent_prompts: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         kind = "chatcmpl" if self.chat else "cmpl"
@@ -148,7 +148,7 @@ class CompletionFormat:
         return event
 
     def take(self, item: TextChunk) -> TextChunk | None:
-        """Count the next chunk of a stream; what of it the client is told, None for nothing."""
+        """Count the next chunk of a stream. Returns what the client gets of it, None for nothing."""
         self._tokens += len(item.chunk.token_ids)
         self._reasoning_tokens += len(item.reasoning)
         if item.delta is not None:
@@ -183,13 +183,13 @@ class CompletionFormat:
             entry["cycles"] = [self._cycle(cycle) for cycle in chunk.cycles]
         if self.options.return_token_ids:
             entry["token_ids"] = list(chunk.token_ids)
-            if not self.chat and index not in self._told_prompts:
-                self._told_prompts.add(index)
+            if not self.chat and index not in self._sent_prompts:
+                self._sent_prompts.add(index)
                 entry["prompt_token_ids"] = self.prompts[index // self.n]
         return {**self._event_head(), "choices": [entry]}
 
     def stream(self, item: TextChunk, index: int) -> str:
-        """`event` as a server-sent event. Most carry text alone, and of those the rest is rendered once."""
+        """`event` as a server-sent event. Most have only text, and what is around the text is rendered once and then reused."""
         options = self.options
         if (
             options.return_token_ids
@@ -227,7 +227,7 @@ class CompletionFormat:
         }
 
     def sse(self, event: dict[str, Any]) -> str:
-        """A server-sent event, padded where the length of its text is not to show."""
+        """A server-sent event. With the option `obfuscation` it is padded, to hide the length of its text."""
         if self.options.obfuscation:
             missing = -len(encode_json(event)) % _PADDED_TO
             event = {**event, "obfuscation": secrets.token_urlsafe(_PADDED_TO)[:missing]}
@@ -263,7 +263,7 @@ class CompletionFormat:
 
     def _prompt_logprobs(self, index: int, first: TextChunk) -> list[dict[str, Any] | None] | None:
         scores, top = self._prompt_scores(index, first), self.prompt_logprobs
-        assert top is not None, "nobody asks else"
+        assert top is not None, "called only if prompt_logprobs is set"
         return prompt_logprobs(self.tokenizer, scores, top) if scores is not None else None
 
     def _prompt_scores(self, index: int, first: TextChunk) -> PromptLogprobs | None:
@@ -304,7 +304,7 @@ def _message(message: ChatDelta) -> dict[str, Any]:
 
 
 def _delta(delta: ChatDelta) -> dict[str, Any]:
-    """A piece of a chat answer: only what it has, and empty content where it has nothing, since clients trip over `{}`."""
+    """A piece of a chat answer, with the fields that it has. If it has none, content is empty, since clients fail on `{}`."""
     rendered: dict[str, Any] = {}
     if delta.content or not delta:
         rendered["content"] = delta.content

@@ -1,7 +1,7 @@
 """Log-probabilities in OpenAI's and vLLM's JSON: a chat's, a completion's with places in its text, a prompt's.
 
-A completion's alternatives are keys of an object, so each token needs a spelling of its own there: bytes that are no whole
-characters are `bytes:\\xe6`, as OpenAI spells them, and a token whose spelling is taken is `token_id:123`, as vLLM does.
+A completion's alternatives are keys of an object, so each token needs a different spelling there. Bytes that are no whole
+characters are `bytes:\\xe6`, as OpenAI spells them. A token whose spelling is taken is `token_id:123`, as in vLLM.
 """
 
 from collections import deque
@@ -79,13 +79,13 @@ class Echo:
                 offsets.append(len(text))
                 text += stream.push(token)
             return Echo(text + stream.finish(), tokens, offsets)
-        # The text as it came, which the tokenizer may have normalised: it says where in it each token begins.
+        # The text as the client sent it. The tokenizer may normalise it, but its offsets are places in the original.
         offsets, before = [], 0
         for start, end in tokenizer.backend_tokenizer.encode(prompt).offsets:
             # Some tokenizers leave a token's leading blank out of its span.
             offsets.append(start if prompt[before:start].strip() else min(start, before))
             before = end
-        # The model may have been given the end of it alone.
+        # The model may have been given only the end of the prompt.
         return Echo(prompt, tokens, offsets[-len(tokens) :])
 
 
@@ -121,28 +121,28 @@ class TextLogprobs:
         echo: Echo | None = None,
         prompt: PromptLogprobs | None = None,
     ) -> dict[str, Any]:
-        """What comes with `text`, the answer's next. last: no more will come.
+        """The `logprobs` that come with `text`, the next text of the answer. last: whether it is the last one.
 
-        echo: goes before it. prompt: log-probabilities of what is echoed, from its second token on.
+        echo: a prompt that goes before it. prompt: log-probabilities of that prompt, from its second token on.
         """
-        told = _Columns()
+        columns = _Columns()
         if echo is not None:
             self._spelt = self._returned = len(echo.text)
             if prompt is not None:
-                told.add(self._spell(echo.tokens[0]), None, None, echo.offsets[0])
+                columns.add(self._spell(echo.tokens[0]), None, None, echo.offsets[0])
                 for item, offset in zip(prompt.tokens(), echo.offsets[1:], strict=True):
-                    self._tell(told, item, offset)
+                    self._add(columns, item, offset)
         self._returned += len(text)
         for item in items:
             self._held.append((item, self._spelt))
             self._spelt += len(self._stream.push(item.token_id))
         while self._held and (last or self._held[0][1] <= self._returned):
             item, offset = self._held.popleft()
-            self._tell(told, item, min(offset, self._returned))
-        return vars(told)
+            self._add(columns, item, min(offset, self._returned))
+        return vars(columns)
 
-    def _tell(self, told: "_Columns", item: TokenLogprob, offset: int) -> None:
-        """The token that was picked is always among those reported, which may be one more than were asked for."""
+    def _add(self, columns: "_Columns", item: TokenLogprob, offset: int) -> None:
+        """Add a token. Its alternatives always include the token itself, so they may be one more than was asked for."""
         spelling = self._spell(item.token_id)
         taken = {spelling: item.token_id}
         top: dict[str, float] = {}
@@ -151,7 +151,7 @@ class TextLogprobs:
             if taken.setdefault(key, token_id) != token_id:
                 key = _by_id(token_id)
             top[key] = _finite(logprob)
-        told.add(spelling, _finite(item.logprob), top, offset)
+        columns.add(spelling, _finite(item.logprob), top, offset)
 
     def _spell(self, token_id: int) -> str:
         if self.by_id:

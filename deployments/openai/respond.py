@@ -27,8 +27,8 @@ async def respond(call: Call, answer: Answer, out: CompletionFormat, *, stream: 
     call.outcome = "ok"
     if answer.params.prompt_logprobs is None:
         return JSONResponse(out.whole(choices))
-    # With a prompt's log-probabilities it may be long. It is made in a thread, so that other streams go on meanwhile, and encoded
-    # by to_json, which holds up the event loop for a seventh of the time that JSONResponse would.
+    # With a prompt's log-probabilities the answer may be long. It is made in a thread, so that other streams go on meanwhile, and
+    # encoded by to_json, which blocks the event loop for a seventh of the time that JSONResponse would.
     encoded = await asyncio.to_thread(lambda: to_json(out.whole(choices)))
     return Response(encoded, media_type="application/json")
 
@@ -40,7 +40,7 @@ async def _events(
     stats: dict[int, RequestStats] = {}
 
     async def event(index: int, item: TextChunk) -> str:
-        """The event of a chunk, "" if there is nothing to tell."""
+        """The event of a chunk, "" if there is none."""
         if item.chunk.stats is not None:
             stats[index] = item.chunk.stats
         told = out.take(item)

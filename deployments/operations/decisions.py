@@ -1,7 +1,7 @@
-"""What the autoscaling policy decided lately, for whoever shows it: kept in the cluster's key-value store.
+"""The last decisions of the autoscaling policy, kept in the cluster's key-value store for the web page.
 
 The policy runs in Serve's controller, and ingresses may be on any node. A decision is written when it differs from the one
-before, and read only when somebody looks.
+before, and read only while somebody views the page.
 """
 
 import json
@@ -12,15 +12,15 @@ from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_initiali
 
 _PREFIX = "orthrus/decisions"
 _KEPT = 20
-"""Of each kind."""
+"""How many decisions of each kind are kept."""
 
 
 def note_decision(application: str, deployment: str, decision: dict[str, Any]) -> None:
-    """Add a decision, a dict of JSON values with its `kind`, and the time. Where no Ray runs, nobody is told."""
+    """Store a decision, a dict of JSON values with its `kind`, together with the time. Does nothing if no Ray runs."""
     if not _internal_kv_initialized():
         return
     known = [*read_decisions(application, deployment), {"at": time.time(), **decision}]
-    # A policy that wavers between two numbers must not push out what was really scaled.
+    # Counted by kind: a policy that wavers between two numbers must not push out the actual scalings.
     kept: list[dict[str, Any]] = []
     for one in reversed(known):
         if sum(other["kind"] == one["kind"] for other in kept) < _KEPT:

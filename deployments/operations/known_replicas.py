@@ -1,6 +1,6 @@
-"""What the request routers of this process have been told of the replicas, for whoever shows it.
+"""What the request routers of this process know of the replicas, for the web page.
 
-Serve brings the replicas' reports to every router once a second, whether or not anybody looks. So looking costs no message.
+Serve sends the replicas' reports to every router once a second in any case. So reading them here costs no message.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,11 +33,11 @@ _routers: WeakValueDictionary[tuple[str, str], KnowsReplicas] = WeakValueDiction
 
 
 def show_router(application: str, deployment: str, router: KnowsReplicas) -> None:
-    """Ask `router` from now on. It is forgotten when it ends."""
+    """Register a router, which `known_replicas` then asks, until the router is garbage collected."""
     _routers[application, deployment] = router
 
 
 def known_replicas(application: str, deployment: str) -> Sequence[KnownReplica] | None:
-    """The replicas of a deployment that run. None: no router of ours in this process knows them."""
+    """The running replicas of a deployment. None if this process has no router of ours for it."""
     router = _routers.get((application, deployment))
     return router.known_replicas() if router is not None else None

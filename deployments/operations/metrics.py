@@ -1,8 +1,8 @@
-"""The cluster's Prometheus metrics behind one address.
+"""The cluster's Prometheus metrics at one address.
 
-Ray keeps an agent on every node that exports what the node's processes record, some hundreds of kilobytes. A Prometheus that
-finds Ray's nodes scrapes the agents directly; `scrape` is for one that only knows the service, and has our metrics and those of
-Serve's that say how the service does.
+Ray runs an agent on every node, which exports the metrics of the node's processes: some hundreds of kilobytes. A Prometheus that
+finds Ray's nodes scrapes the agents directly. `scrape` is for one that knows only the service. It has our metrics, and those of
+Serve's that show the state of the service.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ _SERVES = {
         "replica_processing_queries",
     )
 }
-# The same in all samples, or without a meaning outside Ray.
+# Labels that are left out, because they are the same in all samples or mean nothing outside Ray.
 _NO_LABELS = {
     "Component",
     "JobId",
@@ -48,7 +48,7 @@ _NO_LABELS = {
 }
 _PROCESS = "WorkerId"
 _WANTED = tuple(start + name for start in ("", "# HELP ", "# TYPE ") for name in (_OURS, *_SERVES))
-"""How the lines begin that say anything about the families above, and few others."""
+"""Prefixes of lines. All lines about the families above have one of them, and few other lines do."""
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 
 
@@ -74,7 +74,7 @@ def merge(exports: Iterable[str]) -> list[Metric]:
     merged: dict[str, Metric] = {}
     samples: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], Sample]] = {}
     for export in exports:
-        # Parsing Ray's own families, nine lines of ten, would take half a second of a core.
+        # Nine of ten lines are of Ray's own families. Parsing those too would take half a second of a core.
         lines = [line for line in export.split("\n") if line.startswith(_WANTED)]
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             if not family.name.startswith(_OURS) and family.name not in _SERVES:
@@ -82,7 +82,7 @@ def merge(exports: Iterable[str]) -> list[Metric]:
             merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             seen = samples.setdefault(family.name, {})
             for sample in _plain(family):
-                # No parser takes a sample twice.
+                # A sample may come twice, which parsers refuse.
                 seen[sample.name, frozenset(sample.labels.items())] = sample
     for name, family in merged.items():
         family.samples = list(samples[name].values())
@@ -90,7 +90,7 @@ def merge(exports: Iterable[str]) -> list[Metric]:
 
 
 def _plain(family: Metric) -> Iterator[Sample]:
-    """The samples without labels that nobody asks for."""
+    """The samples without `_NO_LABELS`, and without the process if they name a replica."""
     for sample in family.samples:
         dropped = _NO_LABELS | {_PROCESS} if "replica" in sample.labels else _NO_LABELS
         labels = {label: value for label, value in sample.labels.items() if label not in dropped}
@@ -104,7 +104,7 @@ def spell(metrics: list[Metric], accept: str) -> tuple[bytes, str]:
 
 
 class _Collected:
-    """What prometheus_client's encoders ask a registry for."""
+    """Stands in for the registry that prometheus_client's encoders take."""
 
     def __init__(self, metrics: list[Metric]) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""Answers that cost others work, and that anyone may ask for: given to all who ask within a second."""
+"""A cache for answers that are costly and that anyone may ask for: each is made at most once a second."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ _SECONDS = 1.0
 
 
 class Recent(Generic[Answer]):
-    """What `ask` said at most a second ago. It is asked once at a time, however many wait; its errors are not kept."""
+    """Caches the result of `ask` for a second. Concurrent callers share one call of `ask`. Errors are not cached."""
 
     def __init__(
         self, ask: Callable[[], Awaitable[Answer]], clock: Callable[[], float] = time.monotonic

@@ -19,18 +19,18 @@ async def _status(request: Request) -> ModelStatus:
 
 
 recent_scrape = Recent(scrape)
-"""What `scrape` gives, to all who ask within a second."""
+"""`scrape`, at most once a second."""
 
 
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """This ingress is alive; says nothing of the model."""
+    """Whether this ingress is alive. This says nothing about the model."""
     return {"status": "ok"}
 
 
 @router.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
 async def ping() -> dict[str, str]:
-    """This ingress is alive, as `/health`."""
+    """Whether this ingress is alive, as `/health`."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""The parts of an event of the cluster's feed: replicas, the deployment's state with autoscaling decisions, request metrics."""
+"""The parts of the events for the page's cluster view: replicas, autoscaling decisions, the deployment's state, metrics."""
 
 import asyncio
 from collections import Counter, defaultdict
@@ -32,16 +32,16 @@ class Cluster:
 
     @property
     def parts(self) -> list[tuple[Part, int]]:
-        """What a feed tells, and how many events apart.
+        """The parts of a feed. Each comes with every event, or with every second, fifth or tenth one, by what it costs.
 
-        Replicas: the router in this process has their reports anyway. Decisions: one look into a store. State: Serve takes 50 ms
-        of a core for it. Metrics: all nodes are asked.
+        Replicas cost nothing, since the router in this process has their reports. Decisions: one read of a key-value store.
+        State: 50 ms of a core, in Serve. Metrics: a request to every node.
         """
         return [(self.replicas, 1), (self.decisions, 2), (self.state, 5), (self.metrics, 10)]
 
     async def replicas(self) -> dict[str, Any]:
-        """`replicas`: of each its capacity and its engine's counters. Null: the config names a router that is not ours."""
-        self._replica.options()  # Makes the handle's router, if no request has.
+        """`replicas`: the capacity and the engine's counters of each. Null if the config names a router that is not ours."""
+        self._replica.options()  # Creates the handle's router, if no request has done so yet.
         known = known_replicas(self._status.application, self._status.deployment)
         if known is None:
             return {"replicas": None}
@@ -58,7 +58,7 @@ class Cluster:
         return {"decisions": await asyncio.to_thread(read_decisions, *name)}
 
     async def state(self) -> dict[str, Any]:
-        """`deployment`: its state, and how many replicas are in each state of theirs."""
+        """`deployment`: its status, and how many replicas are in each state."""
         told = await self._status.deployment_status()
         states = {ReplicaState(state).value: count for state, count in told.replica_states.items()}
         deployment = {
@@ -74,9 +74,9 @@ class Cluster:
 
 
 def request_metrics(families: Iterable[Metric], application: str) -> dict[str, Any]:
-    """Counts by `outcome`, and for each of `_LATENCIES` pairs of an upper bound in seconds and a cumulative count.
+    """Counts by outcome under `outcomes`, and a histogram for each of `_LATENCIES`.
 
-    The last bound is null: it has none.
+    A histogram is pairs of an upper bound in seconds and a cumulative count. The last bound is null, for infinity.
     """
     outcomes: Counter[str] = Counter()
     latencies: dict[str, defaultdict[float, float]] = {name: defaultdict(float) for name in _LATENCIES}

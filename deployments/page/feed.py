@@ -1,7 +1,7 @@
-"""What the page shows of the cluster, as one stream of events that all its viewers share.
+"""The data of the page's cluster view, as one stream of events that all viewers share.
 
-While nobody looks, nothing is asked and nothing is computed. While somebody does, each second has one event. What costs more to
-ask for comes in fewer events (`Cluster.parts`).
+Without viewers, nothing is collected. With viewers, there is one event each second. Parts that cost more come in fewer events
+(`Cluster.parts`).
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from orthrus.deployments.http.sse import sse
 
 PERIOD_S = 1.0
 MAX_STREAM_S = 600.0
-"""A stream ends after it, and the page opens another: so a page that is left open does not hold up an update for long."""
+"""A stream ends after this time, and the page opens another. So an open page does not hold up an update for long."""
 
 Part = Callable[[], Awaitable[dict[str, Any]]]
 """Gives fields of an event. If it fails, the event lacks them."""
@@ -23,7 +23,7 @@ class ClusterFeed:
     """One producer of events for any number of viewers. It runs while there are viewers."""
 
     def __init__(self, parts: Sequence[tuple[Part, int]], period_s: float = PERIOD_S) -> None:
-        """parts: each with how many events apart it is asked."""
+        """parts: each with how many events apart it is collected."""
         self._parts = parts
         self._period = period_s
         self._viewers = 0
@@ -31,11 +31,11 @@ class ClusterFeed:
         self._changed = asyncio.Condition()
         self._number = 0
         self._event = ""
-        # The last value of each field: who comes later is told all of it at once.
+        # The last value of each field: a new viewer's first event has all of them.
         self._known: dict[str, Any] = {}
 
     async def events(self, seconds: float = MAX_STREAM_S) -> AsyncIterator[str]:
-        """Server-sent events for one viewer, for so long. A viewer that is slow misses some."""
+        """Server-sent events for one viewer, for so many seconds. A slow viewer misses some."""
         self._viewers += 1
         if self._producer is None:
             self._known, self._event = {}, ""

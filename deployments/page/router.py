@@ -1,4 +1,4 @@
-"""The page: a playground, a race against AR decoding, and the cluster. It calls the public API and two routes of this file."""
+"""The page: a playground, a race against AR decoding, and the cluster. Its scripts call the public API and two routes here."""
 
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
@@ -19,7 +19,7 @@ HEADERS = {
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Asked for again each time, and answered with 304: after an update no old module meets a new one.
+    # Browsers ask each time, and get 304 if nothing changed: so after an update, old and new modules never mix.
     "Cache-Control": "no-cache",
 }
 

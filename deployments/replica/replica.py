@@ -30,22 +30,22 @@ logger = logging.getLogger("ray.serve")
 
 @serve.deployment
 class OrthrusReplica:
-    """Runs requests. A RequestError reaches the caller; a cancelled call cancels its request."""
+    """Owns one engine and runs requests on it. A RequestError reaches the caller. Cancelling a call cancels its request."""
 
     def __init__(self, config: EngineConfig, load: Callable[[EngineConfig], Engine]) -> None:
         quiet_client_errors()
         publish_stages()
-        disable_progress_bar()  # A log has no use for one.
+        disable_progress_bar()  # It would only fill the log.
         self._engine = AsyncEngine(load(config), on_failure=_end_process)
         engine = self._engine.engine
         if engine.takes_grammars:
             stages.info("preparing structured output")
-            # The first grammar of a large vocabulary takes seconds, in which all streams would stand still.
+            # The first grammar for a large vocabulary takes seconds, and all streams would wait for it.
             engine.check(Request("first-grammar", [0], SamplingParams(grammar=json_grammar({}))))
         self._links = ChunkLinks()
         self._load_since = time.monotonic(), engine.stats
         self._metrics = MetricsExporter(engine)
-        # What has been loaded stays: no pass shall wait for a search through all of it.
+        # Loaded objects stay for good: keep the garbage collector from scanning them, since passes would wait for that.
         gc.collect()
         gc.freeze()
         clear_stages()
@@ -56,7 +56,8 @@ class OrthrusReplica:
     async def generate(self, request: Request, address: Address) -> AsyncGenerator[bytes]:
         """Run a request. Its chunks go over the link to `address`.
 
-        Yields the link's name once, after the last chunk has been handed to it.
+        Yields the link's name once, after the last chunk has been handed to it. Raises RequestError, and LinkLost if the
+        connection to the ingress ends.
         """
         link = await self._links.to(address)
         run = asyncio.ensure_future(self._engine.run(request, link.send))
@@ -85,7 +86,7 @@ class OrthrusReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every `request_routing_stats_period_s`: load and cached prefixes, for the request router."""
-        # Not asked of the engine's thread: a pass may take long, or hang, and the router has to know of the load then too.
+        # Read without waiting for the engine's thread: a pass may take long or hang, and the router needs the load then too.
         return RoutingReport.of(self._engine.engine)
 
     def __del__(self) -> None:
@@ -97,9 +98,9 @@ class OrthrusReplica:
 
 
 def _end_process(error: Exception) -> None:
-    """End as a killed process does: a failed engine can't be mended, nor may this process use its GPU again.
+    """End this process at once, as if it were killed: it can't repair a failed engine, and may not be able to use its GPU again.
 
-    Serve starts another replica at once, and the ingress sends the requests that have got nothing yet elsewhere.
+    Serve starts another replica at once. The ingress sends requests that have no chunk yet to other replicas.
     """
     logger.critical("the engine has failed, and this replica ends with it", exc_info=error)
     logging.shutdown()

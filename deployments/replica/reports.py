@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from orthrus.engine.stats import EngineStats
 
 NAME_BYTES = 8
-"""Bytes that are kept of the hash of a page or a request id. A collision costs one wrong preference, no more."""
+"""How many bytes of the hash of a page or a request id are kept. A collision costs one poor choice of a replica, no more."""
 MAX_REPORTED_PAGES = 2048
 
 
@@ -65,7 +65,7 @@ class Load(NamedTuple):
         )
 
     def use(self, capacity: Capacity) -> float:
-        """The part of the capacity that is taken, of the scarcest resource. It is over 1 when sequences wait."""
+        """The used share of the scarcer resource, rows or pages. It is over 1 when sequences wait."""
         rows = self.sequences + self.prompts
         return max(0.0, rows / capacity.max_num_seqs, self.pages / capacity.pages)
 
@@ -107,7 +107,7 @@ class RoutingReport(NamedTuple):
 
 
 def counters(stats: "EngineStats") -> dict[str, Any]:
-    """An engine's statistics as numbers. The oldest wait is in seconds, since this process's clock means nothing elsewhere."""
+    """An engine's statistics as numbers. `oldest_wait` is a duration in seconds: other processes have another clock."""
     named = asdict(stats)
     del named["oldest_queued_at"]
     return named | {"oldest_wait": stats.oldest_wait}
@@ -133,7 +133,7 @@ def engine_load(before: "EngineStats", now: "EngineStats", seconds: float) -> di
     """
     cycles = now.cycles - before.cycles
     return {
-        # A pass counts when it ends, including the part of it before the window.
+        # A pass counts in full when it ends, even if it began before the window.
         "row_use": min(1.0, (now.row_use_seconds - before.row_use_seconds) / seconds),
         "queue_wait": now.oldest_wait,
         "kv_use": now.kv_pages_used / now.kv_pages_total,

@@ -1,4 +1,4 @@
-"""How far a starting replica has come, for whoever waits for it: kept in the cluster's key-value store while it loads."""
+"""What each starting replica is doing, for `orthrus serve` to show: kept in the cluster's key-value store while it loads."""
 
 from ray import serve
 from ray.experimental.internal_kv import (
@@ -14,18 +14,18 @@ _PREFIX = "orthrus/stage"
 
 
 def publish_stages() -> None:
-    """From now on, in this replica's process: publish what its model's loading is busy with, until `clear_stages`."""
+    """Publish each stage of loading the model in this replica's process, from now on until `clear_stages`."""
     key = _own_key()
     tell_stages(lambda stage: _internal_kv_put(key, stage.encode()))
 
 
 def clear_stages() -> None:
-    """This replica has been loaded."""
+    """Remove this replica's stage: it has been loaded."""
     _internal_kv_del(_own_key())
 
 
 def read_stages(application: str) -> list[str]:
-    """What the application's starting replicas are busy with."""
+    """The stages of the application's starting replicas, sorted."""
     values = [_internal_kv_get(key) for key in _internal_kv_list(f"{_PREFIX}/{application}/")]
     return sorted(value.decode() for value in values if value is not None)
 

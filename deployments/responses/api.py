@@ -117,7 +117,7 @@ class ResponsesApi:
         return stored
 
     async def _before(self, call: Call, body: ResponsesBody) -> Sequence[Item]:
-        """The items of the turns that this one goes on from."""
+        """The items of the earlier turns that this one continues."""
         if body.previous_response_id is None:
             return ()
         if self._store is None:

@@ -1,4 +1,4 @@
-"""The body of POST /v1/responses, OpenAI's, and the chat that it stands for."""
+"""OpenAI's body of POST /v1/responses, and its conversion to a chat body."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -34,7 +34,7 @@ _SENT_AS = {
     "prompt": "input",
     "response_format": "text.format",
 }
-# What clients ask to be included of tools that there are none of here: nothing.
+# Values of `include` about tools that do not exist here. They are accepted, and nothing is included.
 _NOTHING_TO_INCLUDE = (
     "file_search_call.results",
     "web_search_call.results",
@@ -73,7 +73,7 @@ class TextConfig(StrictModel):
 
 
 class Reasoning(StrictModel):
-    """summary, and its older name: reasoning comes as the item's summary, whole, instead of as its content."""
+    """summary, generate_summary (its older name): reasoning is the item's summary, whole, instead of its content."""
 
     effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -83,7 +83,7 @@ class Reasoning(StrictModel):
 
 
 def _refuse(instead: str) -> AfterValidator:
-    """Of a field that OpenAI has: null and false ask for nothing, anything else is refused with what to do instead."""
+    """A validator for a field that is not supported: null and false are accepted, else the error says what to do instead."""
 
     def check(value: Any) -> Any:
         if value:
@@ -141,9 +141,9 @@ class ResponsesBody(Body):
         return self
 
     def offered(self, before: Sequence[Item] = ()) -> list[OfferedTool]:
-        """The tools that the model is told of. before: the items of earlier turns.
+        """The tools that are described to the model. before: the items of earlier turns.
 
-        A list of tools takes the place of tools of the same names in earlier lists.
+        A tool replaces one of the same name in an earlier list.
         """
         offered: list[OfferedTool] = []
         for path, tools in [*_tools_in(before, "previous_response_id"), *self._tools]:
@@ -154,12 +154,12 @@ class ResponsesBody(Body):
 
     @property
     def _tools(self) -> list[tuple[str, Sequence[ResponsesTool]]]:
-        """The lists of tools in this body, each with where it is."""
+        """The lists of tools in this body, each with its path."""
         return [("tools", self.tools or ()), *_tools_in(self.items, "input")]
 
     @property
     def left_out(self) -> list[str]:
-        """Where in the body the tools are that the model is not told of."""
+        """The paths of tools in the body that are left out, because they do not run here."""
         return [
             f"{path}[{i}]"
             for path, tools in self._tools
@@ -168,7 +168,7 @@ class ResponsesBody(Body):
         ]
 
     def field_names(self, before: Sequence[Item] = ()) -> dict[str, str]:
-        """Names here of what errors name as chats do. before: the items of earlier turns."""
+        """Maps names of fields in a chat body, which errors have, to those in this body. before: the items of earlier turns."""
         offered = enumerate(self.offered(before))
         parameters = {f"tools[{i}].function.parameters": f"{tool.path}.parameters" for i, tool in offered}
         return {**_SENT_AS, **parameters}
@@ -179,7 +179,7 @@ class ResponsesBody(Body):
 
     @property
     def items(self) -> list[Item]:
-        """This turn's input; a text is what the user says."""
+        """This turn's input. A text is a message of the user."""
         if isinstance(self.input, str):
             return [MessageItem(role="user", content=self.input)]
         return self.input
@@ -190,7 +190,7 @@ class ResponsesBody(Body):
         return self.reasoning is not None and bool(self.reasoning.summary or self.reasoning.generate_summary)
 
     def chat(self, before: Sequence[Item] = ()) -> ChatBody:
-        """The same as a chat. before: the items of earlier turns. Raises RequestError."""
+        """The chat body that this body stands for. before: the items of earlier turns. Raises RequestError."""
         messages = chat_messages([*before, *self.items])
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
@@ -225,7 +225,7 @@ class ResponsesBody(Body):
 
 
 def _tools_in(items: Sequence[Item], path: str) -> list[tuple[str, Sequence[ResponsesTool]]]:
-    """The lists of tools that the items bring, each with where it is. path: where the items are."""
+    """The lists of tools in the items, each with its path. path: that of the items."""
     return [
         (f"{path}[{i}].tools", item.tools)
         for i, item in enumerate(items)

@@ -33,7 +33,7 @@ class ResponsesFormat:
     ) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.response: dict[str, Any] = {}
-        """The finished response, once it is."""
+        """The finished response, empty until then."""
         self._body = body
         self._tokenizer = tokenizer
         self._asked = {
@@ -48,11 +48,11 @@ class ResponsesFormat:
         self._output: list[dict[str, Any]] = []
         self._reasoning_tokens = 0
         self._next_event = 0
-        # What events have told of the open call's input, where it is of a custom tool.
+        # The part of the open call's input that events have had, if the call is of a custom tool.
         self._input = ""
-        # Of the text's tokens, and how many of them events have told of.
+        # Log-probabilities of the text's tokens, and how many of them events have had.
         self._logprobs: list[dict[str, Any]] = []
-        self._told = 0
+        self._sent = 0
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The unstreamed response."""
@@ -101,18 +101,18 @@ class ResponsesFormat:
         if item.chunk.logprobs is None or any(part.kind == "call" for part in self._parts.parts):
             return
         if item.reasoning:
-            self._logprobs.clear()  # What came before it was its marker.
+            self._logprobs.clear()  # Tokens before the reasoning are its opening marker.
         of_text = item.chunk.logprobs[item.reasoning.stop :]
         self._logprobs += chat_logprobs(self._tokenizer, of_text)["content"]
 
     def _end_parts(self, last: TextChunk) -> Iterator[tuple[Step, Part, str]]:
-        # A whole answer says something, if only "".
+        # An answer that is not cut has at least one text, if only an empty one.
         if last.finish_reason == "stop" and all(part.kind == "reasoning" for part in self._parts.parts):
             yield from self._parts.push_empty_text()
         yield from self._parts.finish()
 
     def _part_events(self, step: Step, part: Part, text: str, item: TextChunk) -> Iterator[Event]:
-        """What a step means to clients. item: the chunk that it came with."""
+        """The events of a step. item: the chunk that it came with."""
         if step == "start":
             self._ids.append(f"{_PREFIXES[self._kind(part)]}_{uuid.uuid4().hex}")
             self._input = ""
@@ -142,7 +142,7 @@ class ResponsesFormat:
                 yield self._event("response.output_item.done", output_index=part.index, item=self._output[-1])
 
     def _place(self, part: Part) -> tuple[str, dict[str, int]]:
-        """What a part's events are called, and where in the item they say they belong."""
+        """The name of a part's events, and the fields that give its place within the item."""
         match self._kind(part):
             case "text":
                 return "output_text", {"content_index": 0}
@@ -185,7 +185,7 @@ class ResponsesFormat:
         }
 
     def _item(self, part: Part, status: str) -> dict[str, Any]:
-        """The item that a part is, with what there is of its text."""
+        """The item of a part, with the part's text so far."""
         item = {"id": self._ids[part.index], "status": status}
         match self._kind(part):
             case "call":
@@ -211,16 +211,16 @@ class ResponsesFormat:
         return "custom" if tool is not None and tool.custom else part.kind
 
     def _called(self, part: Part) -> dict[str, str]:
-        """What a call calls, by the client's names."""
+        """The name and namespace of the tool that is called, as the client gave them."""
         tool = self._tools.get(part.name)
         if tool is None:
-            return {"name": part.name}  # The model has made it up.
+            return {"name": part.name}  # The model has made the name up.
         return {"name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})}
 
     def _new_logprobs(self) -> list[dict[str, Any]]:
-        """Log-probabilities of the text's tokens since the event before."""
-        told, self._told = self._told, len(self._logprobs)
-        return self._logprobs[told:]
+        """Log-probabilities of the text's tokens that no event has had yet."""
+        sent, self._sent = self._sent, len(self._logprobs)
+        return self._logprobs[sent:]
 
     def _finish(self, last: TextChunk) -> dict[str, Any]:
         stats = last.chunk.stats
@@ -254,11 +254,11 @@ _EMPTY: dict[str, dict[str, Any]] = {
     "custom": {"input": ""},
     "reasoning": {"summary": [], "content": []},
 }
-"""What an item that has just begun has, whatever it will have."""
+"""Fields of an item that has just begun, by the kind of its part."""
 
 
 def _asked(body: ResponsesBody, stored: bool) -> dict[str, Any]:
-    """What was asked for, as a response repeats it, defaults filled in."""
+    """The request's fields as a response repeats them, with defaults filled in."""
     reasoning, text = body.reasoning, body.text
     format_ = text.format if text is not None else None
     tools = [

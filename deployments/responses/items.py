@@ -13,7 +13,7 @@ from orthrus.deployments.chat.messages import read_arguments
 from orthrus.deployments.responses.tools import ResponsesTool, custom_arguments, qualified
 
 _OWN = "orthrus:"
-"""How `encrypted_content` begins that this server has made."""
+"""The beginning of each `encrypted_content` that this server has made."""
 _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -23,7 +23,7 @@ _PREFIXES = {
     "reasoning": "rs",
     "additional_tools": "at",
 }
-"""How the ids of items begin."""
+"""The beginnings of the ids of items, by type."""
 
 
 class _Item(StrictModel):
@@ -151,12 +151,12 @@ Item = Annotated[
 
 
 def seal(reasoning: str) -> str:
-    """Reasoning as `encrypted_content`. The client has read it already: there is nothing to hide, only to hand on."""
+    """Reasoning as `encrypted_content`. It is only encoded: the client has the text already, so there is nothing to hide."""
     return _OWN + base64.b64encode(reasoning.encode(errors="replace")).decode()
 
 
 def unseal(content: str | None) -> str:
-    """The reasoning behind `encrypted_content`, "" where another server has made it."""
+    """The reasoning in `encrypted_content`, "" if another server has made it."""
     if content is None or not content.startswith(_OWN):
         return ""
     try:
@@ -166,7 +166,7 @@ def unseal(content: str | None) -> str:
 
 
 def chat_messages(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """The items as chat messages: what an assistant thought, said and called in one go is one message."""
+    """The items as chat messages. Consecutive reasoning, text and calls of the assistant are one message."""
     messages: list[dict[str, Any]] = []
     turn: dict[str, Any] = {}
 

@@ -1,8 +1,8 @@
-"""Responses that can be asked for again and gone on from, kept in one place for all ingress replicas.
+"""Stores responses, which can be read again and continued, in one place for all ingress replicas.
 
-They are kept in memory, within bounds of number, bytes and age. When there are too many, the oldest go of the key that has the
-most bytes, so that nobody's responses push out those of somebody who keeps less. A store that is lost takes its
-responses with it; Serve starts another.
+They are kept in memory, within bounds of number, bytes and age. Beyond a bound, the key with the most bytes loses its oldest
+responses, so that no key's responses push out those of a key that stores less. When a store is lost, so are its responses, and
+Serve starts another store.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response that can be asked for again and continued."""
+    """A response that can be read again and continued."""
 
     response: dict[str, Any]
     """As the client got it."""
@@ -51,7 +51,7 @@ class ResponseStore:
         self._bytes: dict[str, int] = {}
 
     async def put(self, owner: str, id: str, text: bytes) -> bool:
-        """Keep a text, and let go of others until all are within the bounds. False if it is over them by itself."""
+        """Store a text, and delete old ones until all are within the bounds. Returns whether the text is stored."""
         if len(text) > self._config.max_bytes:
             return False
         self._forget_old()
@@ -72,7 +72,7 @@ class ResponseStore:
         return owners[id].text if owners is not None and id in owners else None
 
     async def delete(self, owner: str, id: str) -> bool:
-        """Whether there was one."""
+        """Delete a text of this owner's. Returns whether there was one."""
         self._forget_old()
         if id not in self._kept.get(owner, ()):
             return False
@@ -95,14 +95,14 @@ class ResponseStore:
 
 
 class Responses:
-    """An ingress replica's side of the store."""
+    """An ingress replica's client of the store."""
 
     def __init__(self, store: Any) -> None:
         """store: handle of a `ResponseStore` deployment."""
         self._store = store
 
     async def keep(self, owner: str, stored: StoredResponse) -> None:
-        """Failing that, say so in the log: the client has its answer all the same."""
+        """Store a response. A failure is only logged, since the client has its answer all the same."""
         text = json.dumps(vars(stored), ensure_ascii=False).encode(errors="replace")
         try:
             kept = await self._ask("put", owner, stored.response["id"], text)
@@ -114,12 +114,12 @@ class Responses:
             logger.warning("response %s is not stored: %s", stored.response["id"], reason)
 
     async def find(self, owner: str, id: str) -> StoredResponse | None:
-        """Raises ModelUnavailable if the store can't be reached."""
+        """The response, None if there is none of this owner's. Raises ModelUnavailable if the store can't be reached."""
         text = await self._ask("get", owner, id)
         return StoredResponse(**json.loads(text)) if text is not None else None
 
     async def delete(self, owner: str, id: str) -> bool:
-        """As `find`."""
+        """Delete a response. Returns whether there was one of this owner's. Raises ModelUnavailable as `find` does."""
         return bool(await self._ask("delete", owner, id))
 
     async def _ask(self, method: str, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`tools` and `tool_choice` of OpenAI's Responses API, and the functions that the model is told of for them."""
+"""`tools` and `tool_choice` of OpenAI's Responses API, and the functions that stand for them in a chat body."""
 
 import json
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ HostedKind = Literal[
 
 
 class _NamedTool(StrictModel):
-    """defer_loading, allowed_callers: change nothing."""
+    """defer_loading, allowed_callers: without effect."""
 
     name: ToolName
     description: str | None = None
@@ -41,7 +41,7 @@ class _NamedTool(StrictModel):
 
 
 class FunctionTool(_NamedTool):
-    """A function that the model may call. output_schema: changes nothing."""
+    """A function that the model may call. output_schema: without effect."""
 
     type: Literal["function"]
     parameters: dict[str, Any] | None = None
@@ -58,7 +58,7 @@ class FunctionTool(_NamedTool):
 
 
 class InputFormat(StrictModel):
-    """How the text given to a custom tool must look: the model is told, not held to it."""
+    """The format of a custom tool's input. It is described to the model, but not enforced."""
 
     type: Literal["text", "grammar"]
     syntax: Literal["lark", "regex"] | None = None
@@ -75,7 +75,7 @@ class InputFormat(StrictModel):
 
 
 class CustomTool(_NamedTool):
-    """A tool that takes a text. Models know functions, so to the model it is one with the text as its argument `input`."""
+    """A tool that takes a text. To the model it is a function with the text as its only argument, `input`."""
 
     type: Literal["custom"]
     format: InputFormat | None = None
@@ -98,7 +98,7 @@ class CustomTool(_NamedTool):
 
 
 def qualified(name: str, namespace: str | None) -> str:
-    """What the model knows a tool as, wherever it belongs."""
+    """A tool's name for the model, which includes its namespace."""
     return f"{namespace}.{name}" if namespace else name
 
 
@@ -107,12 +107,12 @@ _BRANCHES = {"custom": "CustomTool", "namespace": "NamespaceTool", **dict.fromke
 
 
 def _branch(tool: Any) -> str:
-    """Which of the union's models a tool is: a name that the paths of errors leave out."""
+    """The tag of a tool's class in a union. Paths in errors leave it out."""
     return _BRANCHES.get(tool.get("type"), "FunctionTool") if isinstance(tool, dict) else "FunctionTool"
 
 
 def _of_type(*types: str) -> BeforeValidator:
-    """Refuses objects of other types, by name."""
+    """A validator that refuses objects of other types. The error names the types."""
 
     def check(given: Any) -> Any:
         kind = given.get("type", types[0]) if isinstance(given, dict) else types[0]
@@ -130,7 +130,7 @@ _Nested = Annotated[_Function | _Custom, Discriminator(_branch)]
 
 
 class NamespaceTool(StrictModel):
-    """Tools under a common name, which their calls come with."""
+    """Tools under a common name, which is the `namespace` of their calls."""
 
     type: Literal["namespace"]
     name: ToolName
@@ -149,7 +149,7 @@ class NamespaceTool(StrictModel):
 
 
 class HostedTool(StrictModel):
-    """A tool that OpenAI runs, or that only its models know how to use: the model here is not told of it."""
+    """A tool that OpenAI runs, or that only its models know how to use. It is left out of the prompt."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -186,7 +186,7 @@ ToolChoice = Annotated[
 
 @dataclass(frozen=True)
 class OfferedTool:
-    """A tool as the model is told of it: `function`, in the terms of a chat. path: where in the body it is."""
+    """A tool as it is described to the model: `function`, as a chat body has it. path: the tool's path in the body."""
 
     function: dict[str, Any]
     path: str
@@ -196,9 +196,9 @@ class OfferedTool:
 
 
 def offered_tools(tools: Sequence[ResponsesTool], path: str) -> list[OfferedTool]:
-    """The tools that the model is told of, those in namespaces among them. What a namespace is for stands at its first tool.
+    """The tools that are described to the model, including those in namespaces. A namespace's description goes to its first tool.
 
-    path: where in the body the list of tools is.
+    path: the path of the list in the body.
     """
     offered = []
     for i, tool in enumerate(tools):
@@ -234,7 +234,7 @@ def chat_choice(choice: ToolChoice | None) -> Any:
 
 
 def custom_arguments(text: str) -> str:
-    """The arguments of the function that a custom tool is to the model."""
+    """A custom tool's input as the JSON arguments of the function that the tool is to the model."""
     return json.dumps({"input": text})
 
 

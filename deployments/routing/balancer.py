@@ -1,21 +1,22 @@
-"""Which replica gets a request, and when. It knows nothing of Ray Serve: deployments/router.py connects the two.
+"""Chooses which replica gets a request, and when. It knows nothing of Ray Serve: deployments/router.py connects the two.
 
-**Late binding.** A request waits here until a replica has room, and is then bound to it. Room is a free slot (one of the engine's
-`max_num_seqs` sequences) and pages for the prompt: a request that is sent starts at once. So no slot of any replica is idle while
-requests wait. A request of several choices needs one free slot. Its other choices wait in that engine for the next ones.
+**Late binding.** A request waits in this queue until a replica has room for it. Room is a free slot (one of the engine's
+`max_num_seqs` sequences) and KV pages for the prompt. So a request that is sent starts at once, and no slot of any replica is
+idle while requests wait. A request of several choices needs one free slot. Its other choices wait in that engine for slots.
 
-**What is known of a replica.** Its last report, which names the requests that it counts, and what this router has sent it. A
-request of ours that the report does not name is added; one that it names and that has ended since is taken off. So the age of a
-report doesn't matter. A router learns of other routers' requests by reports alone, so it may be wrong about room. The replica
-then refuses (`max_ongoing_requests`), and the request is back at its place in the queue.
+**What is known of a replica.** Its last report, which names the requests that it counts, and the requests that this router has
+sent. The router adds its requests that the report does not name, and subtracts those that the report names but that have ended
+since. So the age of a report doesn't matter. Of other routers' requests it knows only what reports and polls (`hear`) say, so it
+may be wrong about room. Then the replica refuses (`max_ongoing_requests`), and the request gets its place in the queue back.
 
-**Which replica.** Of the replicas with room, a request gets the one whose cache holds the longest prefix of its prompt, and else
-its session's own, both as far as the load allows. Else it gets the less used of two that are drawn at random.
+**Which replica.** Among the replicas with room, a request goes to the one whose cache holds the longest prefix of its prompt. If
+there is none, it goes to the replica of its session. A replica with too much load is not chosen for these reasons. If neither
+applies, the request goes to the less used of two random replicas.
 
-**Which request.** Requests are served by priority, and then first come, first served, except in two cases. A freed slot goes to
-the request of the priority that is due whose prompt has the longest cached prefix on that replica. And a prompt whose pages fit
-nowhere lets others pass. A request that `_MOST_PASSED` others have passed gets the next slot, whatever is cached or used there.
-No slot is left free for the sake of a prefix.
+**Which request.** Requests are served by priority, and then first come, first served, with two exceptions. Among requests of
+the same priority, a freed slot goes to the one whose prompt has the longest cached prefix on that replica. And a prompt whose
+pages fit nowhere lets others pass. A request that `_MOST_PASSED` others have passed gets the next slot, whatever is cached or
+used there. No slot is kept free to wait for a prefix.
 """
 
 import bisect
@@ -33,17 +34,18 @@ from orthrus.deployments.routing.load import request_load
 from orthrus.requests.request import Request
 
 Replica = Any
-"""Whatever names a replica, hashable: Serve's ReplicaID."""
+"""A hashable identifier of a replica, such as Serve's ReplicaID."""
 _MAX_SENT_PAGES = 8192
 _SENT_SECONDS = 30.0
 """How long a prompt counts as cached on the replica that it was sent to. After that, the replica's reports must show it."""
 _UNCONFIRMED_SECONDS = 2.0
-"""How long a choice counts as load until Serve says that the request was taken; it may have been cancelled."""
+"""How long a dispatched request counts as load before Serve confirms it. It may have been cancelled."""
 _REPORT_SECONDS = 10.0
-"""A report that comes later than this after it was made may count a request of ours twice."""
+"""How long an ended request is remembered. A report that arrives later than this after it was made may still count one."""
 _MOST_PASSED = 8
+"""How many later requests may get a slot before a waiting one."""
 _LOOK_AHEAD = 16
-"""Waiting requests, from the first, that may get a free slot before others."""
+"""How many requests, from the first in the queue, are considered for a free slot."""
 
 
 @dataclass(eq=False)
@@ -83,12 +85,12 @@ class _ReplicaState:
         self._report: Mapping[str, Any] = {}
         self._reported = Load()
         self._counted: frozenset[bytes] = frozenset()
-        # Names of this router's requests: those that are there, and those that have ended and since when.
+        # This router's requests by name: those that the replica has, and those that have ended, with the time of the end.
         self._mine: dict[bytes, Load] = {}
         self._ended: dict[bytes, tuple[Load, float]] = {}
-        # The load of this router's requests that the report does not count, less that of those it counts and that have ended.
+        # A correction of the report: this router's requests that it does not count, less ended ones that it counts.
         self._sent = Load()
-        # Requests of other routers that the replica has now, less those that the report counts.
+        # A second correction: requests of other routers that the replica has now, less those that the report counts.
         self._others = 0
         self._held: frozenset[PageHash] = frozenset()
         self._sent_names: dict[PageHash, float] = {}
@@ -111,13 +113,13 @@ class _ReplicaState:
         return len(self._mine)
 
     def has_pages(self, waiting: _Waiting) -> bool:
-        """Whether the prompt fits beside the rest. An empty replica takes any prompt: it will never have more room."""
+        """Whether the replica has pages for the prompt. An empty replica takes any prompt, since it will never have more room."""
         load, cached = self.load, self.matching_pages(waiting.names)
         needed = len(waiting.request.prompt) / self.capacity.page_size - cached
         return load.sequences < 1 or load.pages + needed <= self.capacity.pages
 
     def report(self, report: Mapping[str, Any], now: float) -> None:
-        """Take over a report that is new."""
+        """Apply a report, unless it is the one that is known already."""
         if not report or report == self._report:
             return
         self._report, self.refused, self._others = report, False, 0
@@ -132,13 +134,13 @@ class _ReplicaState:
         self._sent_names = {n: at for n, at in self._sent_names.items() if now - at < _SENT_SECONDS}
 
     def hear(self, ongoing: int) -> None:
-        """The replica has `ongoing` requests at this moment, of all routers."""
+        """Note that the replica has `ongoing` requests now, from all routers."""
         self.refused = False
         counted = len(self._counted - self._mine.keys() - self._ended.keys())
         self._others = max(0, ongoing - len(self._mine)) - counted
 
     def add(self, name: bytes, load: Load) -> None:
-        self._ended.pop(name, None)  # It may have been taken back before.
+        self._ended.pop(name, None)  # It may have been here before.
         self._mine[name] = load
         self._sent = self._sent.plus(load)
 
@@ -147,17 +149,18 @@ class _ReplicaState:
         while self._ended and now - next(iter(self._ended.values()))[1] > _REPORT_SECONDS:
             del self._ended[next(iter(self._ended))]
         self._ended[name] = load, now
-        # Whether the report counts it or not.
+        # This is right whether or not the report counts the request.
         self._sent = self._sent.plus(load, -1)
 
     def matching_pages(self, names: Sequence[PageHash]) -> int:
-        """Pages of the longest prefix held. A page's name stands for all before it, which outlive it in the cache."""
+        """Pages of the longest cached prefix. A page's name identifies all pages before it too, and these outlive it."""
         for count in range(len(names), 0, -1):
             if names[count - 1] in self._held or names[count - 1] in self._sent_names:
                 return count
         return 0
 
     def will_hold(self, names: Iterable[PageHash], now: float) -> None:
+        """Count these pages as cached for `_SENT_SECONDS`."""
         for name in names:
             self._sent_names.pop(name, None)
             self._sent_names[name] = now
@@ -168,9 +171,9 @@ class _ReplicaState:
 class PrefixBalancer:
     """The queue of one router, and what it knows of the replicas. See above.
 
-    load_bound: a replica is given requests for its cache's or a session's sake while its use stays below this multiple of
-    the mean. affinity_floor: or below this use, where balance does not matter yet. Both are about use as in `Load.use`.
-    clock, rng: for tests.
+    load_bound: a cached prefix or a session attracts requests to a replica while its use is at most this multiple of the mean.
+    affinity_floor: up to this use it always does, because balance does not matter yet. Use is `Load.use`. clock (in seconds),
+    rng: for tests. Raises ValueError for a setting out of range.
     """
 
     def __init__(
@@ -191,7 +194,7 @@ class PrefixBalancer:
         self._arrivals = 0
         # By request id.
         self._placed: dict[str, _Placement] = {}
-        # Request ids of choices that Serve has not confirmed, oldest first.
+        # Requests that Serve has not confirmed: when they were dispatched, by id, oldest first.
         self._unconfirmed: dict[str, float] = {}
 
     @property
@@ -204,7 +207,7 @@ class PrefixBalancer:
         return len(self._queue)
 
     def use(self, replica: Replica) -> float:
-        """Part of a replica's capacity that is taken, as far as this router knows."""
+        """The share of a replica's capacity that is used (`Load.use`), as far as this router knows."""
         return self._replicas[replica].use
 
     def requests(self, replica: Replica) -> int:
@@ -214,7 +217,7 @@ class PrefixBalancer:
     # --- what happens to replicas
 
     def update(self, replicas: Mapping[Replica, tuple[Capacity, Mapping[str, Any]]]) -> None:
-        """Take over the set of replicas with what they published and last reported."""
+        """Set the replicas: for each, its capacity and its last report (see `RoutingReport.of`)."""
         self._replicas = {
             replica: self._replicas.get(replica) or _ReplicaState(capacity)
             for replica, (capacity, _) in replicas.items()
@@ -225,21 +228,21 @@ class PrefixBalancer:
             self._take_back(request_id)
 
     def hear(self, replica: Replica, ongoing: int) -> None:
-        """A replica says how many requests it has, of all routers."""
+        """Note how many requests a replica has now, from all routers."""
         if replica in self._replicas:
             self._replicas[replica].hear(ongoing)
 
     def refuse(self, replica: Replica) -> None:
-        """A replica has refused a request: it counts as full until it is heard of again."""
+        """Note that a replica has refused a request. It counts as full until its next report or answer to a poll."""
         if replica in self._replicas:
             self._replicas[replica].refused = True
 
     # --- what happens to requests
 
     def add(self, request: Request, session: str = "") -> None:
-        """Let a request wait; `dispatch` gives it a replica. There must be replicas. session: "" for none.
+        """Queue a request; `dispatch` gives it a replica. There must be replicas. session: "" for none.
 
-        One that has a replica already was refused there: it gets its place in the queue back.
+        A request that has a replica already was refused there. It gets its place in the queue back.
         """
         before = self._placed.get(request.request_id)
         if before is not None:
@@ -249,7 +252,7 @@ class PrefixBalancer:
         bisect.insort(self._queue, waiting, key=_queue_key)
 
     def dispatch(self) -> list[tuple[str, Replica]]:
-        """Give replicas to the waiting as far as there is room: request ids, each with its replica, charged for it."""
+        """Assign replicas to waiting requests as far as there is room. Returns request ids, each with its replica."""
         self._expire()
         placed = []
         while (found := self._next()) is not None:
@@ -261,25 +264,25 @@ class PrefixBalancer:
         return placed
 
     def confirm(self, request: Request, replica: Replica, session: str = "") -> str:
-        """The request has been taken by `replica`.
+        """Note that `replica` has accepted the request.
 
-        Returns what spoke for that replica: a "prefix" in its cache, the "session", or "load" alone.
+        Returns why that replica was chosen: "prefix" (one of the prompt is cached there), "session" or "load".
         """
         self._unconfirmed.pop(request.request_id, None)
         placement = self._placed.get(request.request_id)
-        if placement is None and replica in self._replicas:  # It took long.
+        if placement is None and replica in self._replicas:  # It took longer than _UNCONFIRMED_SECONDS.
             placement = self._place(self._make_waiting(request, session), replica)
         return "load" if placement is None else placement.reason
 
     def done(self, request_id: str) -> None:
-        """The request has ended or waits no more, whatever its end; unknown ones are ignored."""
+        """Forget a request that has ended or was cancelled. Unknown ids are ignored."""
         self._take_back(request_id)
         self._queue = [waiting for waiting in self._queue if waiting.request.request_id != request_id]
 
-    # --- how
+    # --- internals
 
     def _take_back(self, request_id: str) -> None:
-        """Take a request off its replica, if it has one."""
+        """Remove a request from its replica's load, if it has a replica."""
         self._unconfirmed.pop(request_id, None)
         placement = self._placed.pop(request_id, None)
         if placement is not None and placement.replica in self._replicas:
@@ -287,7 +290,7 @@ class PrefixBalancer:
 
     def _make_waiting(self, request: Request, session: str) -> _Waiting:
         page_size = next(iter(self._replicas.values())).capacity.page_size
-        # The newest token is computed in any case, so its page is never taken from the cache.
+        # The last token is always computed, so a page that it completes is never taken from the cache.
         hashes = page_hashes(request.prompt[:-1], page_size, salt=request.cache_salt)
         names = [page_hash[:NAME_BYTES] for page_hash in hashes]
         self._arrivals += 1
@@ -314,9 +317,9 @@ class PrefixBalancer:
         return waiting.passed >= _MOST_PASSED or self._replicas[replica].has_pages(waiting)
 
     def _most_cached(self, window: Sequence[_Waiting], first: int, replica: Replica) -> int:
-        """The place in `window`, from `first` on, of the request whose prompt has the longest prefix on the replica.
+        """The index in `window`, from `first` on, of the request with the longest cached prefix on the replica.
 
-        Of equals, it is the first.
+        Only requests of the same priority that fit there are considered. Ties go to the first.
         """
         if first == len(window) - 1:
             return first
@@ -328,7 +331,7 @@ class PrefixBalancer:
 
     def _best(self, waiting: _Waiting, replicas: Sequence[Replica]) -> Replica:
         """The best of `replicas` for a request."""
-        # Without this request: so a replica with nothing to do takes even the largest one.
+        # Use without this request, so that an idle replica takes even the largest one.
         use = {replica: state.use for replica, state in self._replicas.items()}
         bound = max(self._affinity_floor, self._load_bound * sum(use.values()) / len(use))
         preferred = self._home(waiting.session)
@@ -342,6 +345,7 @@ class PrefixBalancer:
         return min(replicas, key=rank)
 
     def _home(self, session: str) -> Replica | None:
+        """The replica that a session prefers."""
         return max(self._replicas, key=lambda replica: _weight(session, replica)) if session else None
 
     def _place(self, waiting: _Waiting, replica: Replica) -> _Placement:
@@ -367,5 +371,5 @@ _queue_key = attrgetter("queue_key")
 
 
 def _weight(session: str, replica: Replica) -> bytes:
-    """Rendezvous hashing: all routers agree, and a replica that comes or goes moves its own sessions only."""
+    """Rendezvous hashing: all routers choose the same replica, and adding or removing one moves no other replica's sessions."""
     return hashlib.blake2b(f"{session}\0{replica}".encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""What `GET /tokenizer_info` says of the tokenizer: its `tokenizer_config.json`, as vLLM answers, for clients that have none."""
+"""The answer to `GET /tokenizer_info`, as in vLLM: the `tokenizer_config.json`, for clients that do not have it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
-# Where this machine keeps it is nobody's business.
+# Left out, because they are paths on this machine.
 _PLACES = {
     "auto_map",
     "merges_file",
@@ -51,7 +51,7 @@ def _details(token: AddedToken) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON of a setting, null for what has no JSON and for an integer that a double doesn't hold."""
+    """A setting as JSON. Null if JSON has no such value, or for an integer that a double can't hold exactly."""
     match value:
         case AddedToken():
             return value.content

@@ -44,7 +44,7 @@ def test_what_the_gpu_config_asks_for_fits(cluster: ClusterConfig) -> None:
 
 
 def test_a_replica_of_several_gpus_is_placed_on_one_node(cluster: ClusterConfig, tmp_path: Path) -> None:
-    """Two GPUs on each of two nodes are no place for four."""
+    """A replica of four GPUs does not fit on two nodes with two GPUs each."""
     path = ROOT / "configs" / "qwen3-72b-4xh100.yaml"
     replica = actor_demand(
         yaml.safe_load(path.read_text())["applications"][0]["args"]["replica"]["ray_actor_options"]
@@ -60,7 +60,7 @@ def test_a_replica_of_several_gpus_is_placed_on_one_node(cluster: ClusterConfig,
 
 
 def test_config_check_counts_what_gpus_exchange() -> None:
-    """Of the 72B shape on two GPUs: 2,560 rows of 8,192 sums, and 768 rows of logits."""
+    """For the 72B shape on two GPUs: 2,560 rows of 8,192 sums, and 768 rows of logits."""
     path = ROOT / "configs" / "qwen3-72b-2xh200.yaml"
     engine = EngineConfig.model_validate(
         yaml.safe_load(path.read_text())["applications"][0]["args"]["engine"]
@@ -81,7 +81,7 @@ def test_72b_on_four_h100s_leaves_room_for_64_sequences_of_4096_tokens() -> None
     assert room is not None and int(room[1]) >= 64 * 4096
 
 
-def test_demands() -> None:
+def test_resources_that_actors_demand() -> None:
     assert actor_demand({}) == actor_demand({"num_cpus": None}) == {"CPU": 1}
     options = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"rack": 1}}
     assert actor_demand(options) == {"CPU": 2, "GPU": 1, "accelerator_type:H100": 0.001, "rack": 1}

@@ -35,7 +35,7 @@ def chunk(index: int, tokens: tuple[int, ...], last: bool, logprobs: bool) -> Ch
 
 
 def prompt_scores() -> PromptLogprobs:
-    """Of the second and third token of a prompt."""
+    """Scores of the second and third token of a prompt."""
     return PromptLogprobs(
         token_ids=np.array([66, 67]),
         logprobs=np.array([-0.5, -2.0], np.float32),

@@ -60,13 +60,13 @@ POLICY = EngineLoadPolicy(target_row_use=0.5, target_kv_use=0.8, max_queue_wait_
     [
         (context({"row_use": 0.5}), 1, "row_use"),
         (context({"row_use": 1.0}), 2, "row_use"),
-        # The same work on two replicas, one of them new: it stays at two, and goes back when half of it is gone.
+        # The same work on two replicas, one of them new: two stay. One is enough when half of the work is gone.
         (context({"row_use": 1.0}, {}), 2, "row_use"),
         (context({"row_use": 0.25}, {"row_use": 0.25}), 1, "row_use"),
         (context({"row_use": 0.1, "kv_use": 1.0}, {"kv_use": 1.0}), 2.5, "kv_use"),
         (context({"row_use": 0.1, "queue_wait": 2.1}), 2, "queue_wait"),
         (context({"row_use": 0.1, "queue_wait": 1.9}), 1, "row_use"),
-        # What waits on one replica stays there: another one would not help it.
+        # Requests that wait on one replica stay there, so another replica would not help them.
         (context({"row_use": 0.2, "queue_wait": 9.0}, {"row_use": 0.1}), 1, "row_use"),
         (context({"row_use": 0.2, "queue_wait": 9.0}, {"row_use": 0.1, "queue_wait": 2.5}), 3, "queue_wait"),
         # Three wait for a replica; four in ten seconds get one, or two a second of each of two replicas.

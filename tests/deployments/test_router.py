@@ -1,4 +1,4 @@
-"""The request router in Serve's own machinery, over replicas that only count: no cluster, no network."""
+"""The request router with Serve's own base class, over replicas that only count requests: no cluster, no network."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -42,7 +42,7 @@ class CountingReplica(RunningReplica):
 
 
 class Call:
-    """What a router gets for a request that it has sent, and that has a slot of `replica` until it ends."""
+    """The handle of a sent request, as a router gets it. The request has a slot of `replica` until it ends."""
 
     def __init__(self, replica: CountingReplica) -> None:
         self._replica = replica
@@ -72,7 +72,7 @@ class Caller:
         self.where: dict[str, str] = {}
 
     def ask(self, number: int, http_request: str = "") -> "asyncio.Task[str]":
-        """The replica of request `number`, once it is there."""
+        """Send request `number`. The task gives the request's replica, once it is there."""
         request = Request(f"{number}", [1] * 100, SamplingParams(max_tokens=16))
         metadata = RequestMetadata(f"{number}", http_request or f"{number}")
         return asyncio.create_task(self._send(PendingRequest([request], {}, metadata)))
@@ -91,7 +91,7 @@ class Caller:
 
 
 async def settle() -> None:
-    """Let everything happen that needs no time."""
+    """Let all tasks run until they wait for a timer."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -129,7 +129,7 @@ def test_requests_wait_in_the_router_and_go_where_a_slot_gets_free_first() -> No
 
 
 def test_a_refused_request_waits_until_the_replica_says_that_it_has_room() -> None:
-    """Another router's requests fill it. Their ends are learned by asking, and nobody asks once nothing waits."""
+    """Another router's requests fill the replica. Their ends are learned by polling, which stops when no request waits."""
 
     async def main() -> None:
         caller = Caller("a")

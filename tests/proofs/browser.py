@@ -1,4 +1,4 @@
-"""Chromium for the proof of the page: what is missing is said, and what a page may never do is noted."""
+"""Chromium for the proof of the page. Fails with what to install, and if a page logs an error or calls another host."""
 
 import importlib
 import shutil
@@ -30,7 +30,7 @@ def chromium() -> Iterator[Any]:
     except ImportError:
         pytest.fail("Playwright is missing: .venv/bin/pip install 'playwright>=1.50'", pytrace=False)
     with api.sync_playwright() as playwright:
-        # Without a sandbox, which root may not have: it shows our own page alone.
+        # Without a sandbox, which does not work for root. Only our own page is shown.
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -49,14 +49,14 @@ class Tab:
     page: Any
     url: str
     complaints: list[str] = field(default_factory=list)
-    """Of the console, and errors that no code caught."""
+    """Errors and warnings of the console, and uncaught errors."""
     hosts: set[str] = field(default_factory=set)
-    """Asked for anything."""
+    """Hosts that the page sent requests to."""
 
     @classmethod
     @contextmanager
     def opened(cls, browser: Any, url: str, **options: Any) -> Iterator["Tab"]:
-        """A tab without a history. At its end, whatever it complained of, or asked of another host, fails the test."""
+        """A tab without a history. At the end the test fails if there were complaints, or requests to another host."""
         context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         context.set_default_timeout(WAIT_MS)
         tab = cls(context.new_page(), url)
@@ -75,7 +75,7 @@ class Tab:
             self.complaints.append(text)
 
     def expect_failed_loads(self) -> None:
-        """Chromium writes a line for each request that fails or is refused: forget those, where that was the point."""
+        """Chromium logs a line for each failed or refused request. Forget these, if the test is about such requests."""
         self.complaints = [text for text in self.complaints if "Failed to load resource" not in text]
 
     def open(self, view: str = "playground") -> Any:

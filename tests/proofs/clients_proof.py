@@ -28,9 +28,9 @@ from tests.qwen3_tokenizer import FILES, fetch
 
 SCRIPTS = ROOT / "tests" / "clients"
 ENVIRONMENTS = ROOT / ".cache" / "clients"
-# Besides the two that are Qwen3's, 1 token in 50: else a random model would hardly end an answer.
+# Besides Qwen3's two end tokens, 1 token in 50. Otherwise a random model would hardly end an answer.
 ENDS = [151645, 151643, *range(100_000, 103_000)]
-# Nor its thoughts.
+# Nor would it end its reasoning, so it has none unless it is asked for.
 NO_THINKING = "{%- set enable_thinking = enable_thinking is defined and enable_thinking %}"
 INSTALL_SECONDS, RUN_SECONDS = 1200, 420
 # Codex' instructions alone are longer than the embedded model's context.

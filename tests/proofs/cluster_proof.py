@@ -1,7 +1,7 @@
 """`ray up` on given hosts, for real: three hosts in network namespaces, deploy, traffic, one host killed, `ray down`.
 
-`make test-cluster` runs it: minutes, and root. What differs from cluster/local.yaml: this environment stands in for the
-one that its setup commands would install, and the workers' GPUs are fake.
+`make test-cluster` runs it. It takes minutes and needs root. Two things differ from cluster/local.yaml: the hosts use this Python
+environment instead of the one that the setup commands would install, and the workers' GPUs are fake.
 """
 
 import json
@@ -40,7 +40,7 @@ def serve_config() -> dict[str, Any]:
 
 
 def cluster_file(hosts: NetworkHosts) -> Path:
-    """cluster/local.yaml for the hosts; `NetworkHosts.state` holds what it mounts."""
+    """cluster/local.yaml, changed for these hosts. The files that it mounts are in `NetworkHosts.state`."""
     given: dict[str, Any] = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     head, *workers = hosts.addresses.values()
     given["provider"] |= {"head_ip": head, "worker_ips": workers}
@@ -82,7 +82,7 @@ def ray(*arguments: str, seconds: float = 300) -> str:
 
 
 def complete(address: str, seconds: float = 20) -> str:
-    """The text of one answer. Raises OSError, as urllib's errors are, where there is none."""
+    """The text of one answer. Raises OSError if there is none: urllib's errors are of that class."""
     body = {"model": "orthrus-tiny", "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
     request = urllib.request.Request(
         f"http://{address}:8000/v1/completions",
@@ -94,7 +94,7 @@ def complete(address: str, seconds: float = 20) -> str:
 
 
 def answers_in_a_row(address: str, count: int, seconds: float) -> set[str]:
-    """The texts of `count` requests of which none failed, once that happens. Requests that hang count as failed."""
+    """Send requests until `count` in a row succeed, and return their texts. A request that hangs counts as failed."""
     deadline, texts = time.monotonic() + seconds, list[str]()
     while len(texts) < count:
         assert time.monotonic() < deadline, f"{len(texts)} answers in a row from {address} when time was over"
@@ -142,7 +142,7 @@ def test_ray_up_serve_lose_a_host_ray_down(hosts: NetworkHosts) -> None:
         assert answers_in_a_row(head, 12, 120) == {text}
     finally:
         print(ray("down", "--yes", file, seconds=120))
-    # `ray down` stops the head; a worker ends itself when it has not reached the head for a minute, all but Ray's log
+    # `ray down` stops the head. A worker ends itself when it has not reached the head for a minute, except for Ray's log
     # monitor and HAProxy, which stay until the next `ray up` stops them.
     deadline = time.monotonic() + 150
     stay = {"head": ("log_monitor",), "worker1": ("log_monitor", "haproxy-serve")}

@@ -1,7 +1,7 @@
 """Where replicas of several GPUs are placed, on a Ray cluster whose hosts say that they have GPUs: `make test-ranks` runs it.
 
-The hosts are this machine. Their GPUs are numbers that Ray counts, so with `device: auto` the ranks run on the CPU. All that
-places and scales replicas is as with real GPUs.
+All hosts are this machine. Their GPUs exist only as numbers in Ray, so with `device: auto` the ranks run on the CPU. Placing and
+scaling of replicas work as with real GPUs.
 """
 
 import asyncio
@@ -81,8 +81,8 @@ def hosts_of_replicas() -> list[str]:
     return [found["node_id"] for found in replicas if found["state"] == ReplicaState.RUNNING]
 
 
-def test_a_replica_of_two_gpus_has_a_host_and_the_next_one_another(cluster: Cluster, tmp_path: Path) -> None:
-    """No place, then no place for four; then one replica, and under load a second one."""
+def test_replicas_of_two_gpus_are_placed_on_one_host_each(cluster: Cluster, tmp_path: Path) -> None:
+    """Refused without hosts of two GPUs, and for four GPUs. Then one replica, and under load a second one on another host."""
     port = free_port()
     needs = "a replica must have 1 CPU, {} GPU on one node, .* Those with GPUs have {}. Ask for less, or add a node"
     with pytest.raises(ConfigError, match=needs.format(2, "4 CPU, 1 GPU")):

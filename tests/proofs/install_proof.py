@@ -1,7 +1,7 @@
 """Installing beside other packages, in virtual environments: `make test-install` runs it. Minutes; needs a package index.
 
-Hugging Face's `kernels` is the real one. Packages named `cluster` and `deployments` are made here. What else Orthrus needs is
-borrowed from the environment that runs the tests.
+Hugging Face's `kernels` is the real package. Packages named `cluster` and `deployments` are made here. All other packages that
+Orthrus needs are linked from the environment that runs the tests.
 """
 
 import itertools
@@ -69,7 +69,7 @@ class Environment:
 
 
 def environment() -> dict[str, str]:
-    """Ours, without what would put this repository on a path."""
+    """This process's environment variables, without those that would put this repository on a path."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
@@ -92,7 +92,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(
     request: pytest.FixtureRequest, packages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Environment:
-    """An environment with both, installed in this order."""
+    """An environment with Orthrus and the packages of `THEIRS`, installed in this order."""
     kind, order = request.param
     made = Environment(tmp_path_factory.mktemp("environment"))
     ours = ("-e", ROOT) if kind == "editable" else (ROOT,)
@@ -153,7 +153,7 @@ def test_it_serves(installed: Environment, tmp_path: Path) -> None:
 
 
 def config_file(folder: Path) -> Path:
-    """configs/tiny-cpu.yaml with ports of its own and the model by its whole path."""
+    """configs/tiny-cpu.yaml with free ports and the absolute path of the model."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
     config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
     config["grpc_options"]["port"] = free_port()

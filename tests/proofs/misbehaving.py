@@ -28,10 +28,10 @@ class MisbehavingClients:
     app: App
     prompt: str
     text: str
-    """What 40 greedy tokens after the prompt are."""
+    """The text of 40 greedy tokens after the prompt."""
 
     def misbehave(self) -> None:
-        """140 clients that read nothing, send half a request or go away, while another one gets its answer."""
+        """240 clients that read nothing, send half a request or go away, while another one gets its answer."""
         asked = {"model": MODEL, "max_tokens": 400, "ignore_eos": True, "stream": True}
         text_body = json.dumps({**asked, "prompt": self.prompt})
         chat = {"messages": [{"role": "user", "content": self.prompt}], "logprobs": True, "top_logprobs": 20}
@@ -42,7 +42,7 @@ class MisbehavingClients:
         wait_for(lambda: not self.app.running()[0].free, 20, "work")
         for connection in gone:
             connection.close()
-        # Nobody reads the answers of the slow, and others get theirs meanwhile.
+        # The slow clients read nothing. Another client gets its answer meanwhile.
         [stream] = asyncio.run(answers(self.app.completions, [Stream(self.prompt, 40)]))
         assert (stream.text, stream.error) == (self.text, "")
         wait_for(lambda: self.app.running()[0].free, 90, "the answers that nobody reads are finished")

@@ -228,7 +228,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, app: App, tmp_path
         tab.expect_failed_loads()
 
 
-def test_a_server_that_is_away_is_said_to_be(tab: Tab) -> None:
+def test_a_server_that_does_not_answer_is_reported(tab: Tab) -> None:
     tab.open()
     tab.page.context.set_offline(True)
     tab.page.click("#run")

@@ -1,6 +1,6 @@
 """Replicas whose model several ranks share, behind Ray Serve: `make test-ranks` runs it, in minutes.
 
-A rank that is killed, and one that hangs, while both replicas answer. Every text must be the one that a single rank gives.
+A rank is killed, or stopped, while both replicas answer. Every text must be the one that a single rank gives.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from tests.serving import plain
 PROMPT = "def add(a, b):\n    return a + b\n\n\n"
 TOKENS = 120
 ERROR_SECONDS = 5
-"""How soon after a rank's end or stop its requests have to be told."""
+"""How soon after a rank has ended or stopped its requests must get an error."""
 TWO_RANKS = {"tensor_parallel_size": 2, "sum_leaves": 2}
 
 

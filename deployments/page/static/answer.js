@@ -88,7 +88,7 @@ export class Answer {
     }
   }
 
-  /** Find the cycles of pieces. One after the last cycle that has ended belongs to the cycle under way, as far as is known. */
+  /** Find the cycles of pieces. A piece after the last ended cycle belongs to the cycle under way, as far as is known. */
   #settle() {
     let cycle = this.pieces[this.settled - 1]?.cycle ?? 0;
     for (let i = this.settled; i < this.pieces.length; i++) {

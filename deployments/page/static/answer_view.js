@@ -9,7 +9,7 @@ export class AnswerView {
     this.clear("");
     if (!choose) return;
     const piece = (event) => this.places.get(event.target.closest?.(".token"));
-    // Not pointerover: that one comes too when text scrolls under a pointer that rests.
+    // Not pointerover, which also comes when text scrolls under a resting pointer.
     box.addEventListener("pointermove", (event) => {
       if (piece(event) !== this.chosen) this.#go(piece(event));
     });

@@ -1,7 +1,7 @@
 // Calls of the server: with the key, with errors that say what happened, and streams as events.
 import { askForKey, key } from "./key.js";
 
-/** What the server, or the lack of one, said. */
+/** An error that the server sent, or that it does not answer. */
 export class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);

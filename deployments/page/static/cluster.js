@@ -1,4 +1,4 @@
-// The cluster as it breathes: one stream of events while the view is open, and nothing else.
+// The cluster view: it shows one stream of events, which is read only while the view is open.
 import { call, events } from "./api.js";
 import { byId, el } from "./dom.js";
 import { number, plural, roughly } from "./format.js";
@@ -211,7 +211,7 @@ function figures(capacity, stats, grown) {
   };
 }
 
-/** Decisions in groups: each that scaled is one, and so are all between two of them, where the policy only wavered. */
+/** Decisions in groups. Each scaling is a group. All decisions between two scalings are one group: the policy only wavered. */
 function runs(decisions) {
   const groups = [];
   for (const decision of decisions) {

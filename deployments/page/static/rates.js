@@ -10,7 +10,7 @@ export class Rates {
   grown(name, at, stats) {
     const history = this.#history.get(name) ?? [];
     this.#history.set(name, history);
-    // Counters that fell are those of another engine.
+    // If a counter fell, it is that of another engine.
     if (history.length && history.at(-1).stats.passes > stats.passes) history.length = 0;
     history.push({ at, stats });
     if (history.length > WINDOW + 1) history.shift();

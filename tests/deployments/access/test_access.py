@@ -1,4 +1,4 @@
-"""API keys, rate limits, and answers to anyone, without a server."""
+"""API keys, rate limits and the cache `Recent`, without a server."""
 
 import asyncio
 import hashlib
@@ -23,7 +23,7 @@ class Clock:
         return self.now
 
 
-def test_a_crowd_that_asks_at_once_costs_one_question() -> None:
+def test_concurrent_callers_share_one_call() -> None:
     clock, asked = Clock(), 0
 
     async def ask() -> int:
@@ -93,13 +93,13 @@ HASH = "0" * 64
         (f"- {{name: a, sha256: '{HASH}'}}\n- {{name: b, sha256: '{HASH}'}}", "two entries have the sha256"),
     ],
 )  # fmt: skip
-def test_keys_that_cannot_be_read_say_where_and_why(text: str, said: str) -> None:
+def test_faults_of_a_keys_file_name_place_and_reason(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_keys(text, "f")
     assert said in str(caught.value)
 
 
-def test_a_change_of_the_file_counts_and_a_broken_one_does_not(tmp_path: Path) -> None:
+def test_a_changed_file_is_read_and_a_broken_one_is_not(tmp_path: Path) -> None:
     file, clock = tmp_path / "keys.yaml", Clock()
     old, entry = new_key("old")
     new, other = new_key("new")
@@ -155,7 +155,7 @@ def test_tokens_may_be_overdrawn_and_are_paid_back() -> None:
     assert not admit(limiter, limits).exhausted
     refused = admit(limiter, limits, spent=100)
     assert refused.exhausted == "tokens"
-    # 40 under, and one token must be there: at one a second.
+    # The bucket is at -40 and one token must be left: 41 seconds at one a second.
     assert refused.retry_after == pytest.approx(41)
     assert refused.quotas["tokens"].remaining == 0 and refused.quotas["tokens"].reset == pytest.approx(100)
     clock.now += 40.5

@@ -1,4 +1,4 @@
-"""What answers must look like, as both protocols ask for it."""
+"""Constraints on answers, in the fields of both protocols."""
 
 from typing import Any
 

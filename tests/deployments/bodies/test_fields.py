@@ -1,4 +1,4 @@
-"""The fields that clients of other servers send: each is honoured, or refused with what does it here."""
+"""The fields that clients of other servers send: each is honoured, or refused with what to send instead."""
 
 import json
 from typing import Any
@@ -64,13 +64,13 @@ CHATS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_what_others_send_by_default_is_taken() -> None:
+def test_what_clients_of_other_servers_send_by_default_is_accepted() -> None:
     assert completion(**OTHERS).sampling().allowed_token_ids == (1, 2)
     assert chat(**CHATS).sampling().bad_words == ("a",)
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_what_is_not_served_is_refused_with_what_does_it_here(name: str) -> None:
+def test_unsupported_fields_are_refused_with_what_to_send_instead(name: str) -> None:
     top, _, nested = name.partition(".")
     wanted = {nested: 1} if nested else "5" if name in ("messages", "prompt") else {"a": 1}
     body = completion if name in ("messages", "tools", "top_logprobs", "max_completion_tokens") else chat
@@ -78,7 +78,7 @@ def test_what_is_not_served_is_refused_with_what_does_it_here(name: str) -> None
         body = chat
     error = refused(body, **{top: wanted})
     assert error.param == name and error.message.startswith(f"{name} is not supported: {UNSUPPORTED[name]}")
-    # Patience is for fields that nobody knows: these would change the answer.
+    # Only unknown fields may be ignored. These are known, and would change the answer.
     raw = {"model": "m", "prompt": "p"} if body is completion else {"model": "m", "messages": MESSAGES}
     given = json.dumps({**raw, top: wanted}).encode()
     with pytest.raises(RequestError):
@@ -96,12 +96,12 @@ def test_what_is_not_served_is_refused_with_what_does_it_here(name: str) -> None
         ({"stream": True, "stream_options": {"includeusage": True}}, "stream_options.includeusage", "'include_usage'"),
     ],
 )  # fmt: skip
-def test_a_misspelt_field_is_told_the_nearest_name(fields: dict[str, Any], param: str, meant: str) -> None:
+def test_a_misspelt_field_suggests_the_nearest_name(fields: dict[str, Any], param: str, meant: str) -> None:
     error = refused(chat, **fields)
     assert error.param == param and meant in error.message
 
 
-def test_the_patient_are_told_what_was_ignored() -> None:
+def test_ignored_fields_are_named() -> None:
     raw = json.dumps(
         {
             "model": "m",
@@ -116,7 +116,7 @@ def test_the_patient_are_told_what_was_ignored() -> None:
         "tools[0].function.x",
     ]
     assert body.temperature == 1.0 and body.tools is not None and body.tools[0].function.name == "f"
-    # Other faults are faults.
+    # Other faults are still errors.
     with pytest.raises(RequestError, match="max_tokens"):
         parse_body(
             b'{"model": "m", "prompt": "p", "x": 1, "max_tokens": "5"}', CompletionBody, ignore_unknown=True
@@ -137,20 +137,20 @@ def test_the_patient_are_told_what_was_ignored() -> None:
         (b"null", None, "must be a JSON object"),
     ],
 )
-def test_json_that_is_none(raw: bytes, param: str | None, said: str) -> None:
+def test_invalid_json_is_refused(raw: bytes, param: str | None, said: str) -> None:
     with pytest.raises(RequestError) as caught:
         parse_body(raw, CompletionBody)
     assert caught.value.param == param and said in caught.value.message
 
 
-def test_null_is_not_given_at_any_depth() -> None:
+def test_null_fields_are_absent_at_any_depth() -> None:
     tool = {"type": "function", "function": {"name": "f", "description": None, "extra": None}}
     body = chat(tools=[tool], stream=True, stream_options={"include_usage": True, "other": None}, messages=[
         {"role": "user", "content": [{"type": "text", "text": "a", "annotations": None}]}])  # fmt: skip
     assert body.messages[0].text == "a"
 
 
-def test_paths() -> None:
+def test_paths_of_fields_leave_out_branches_of_unions() -> None:
     assert (
         field_path(("messages", 0, "content", "list[ContentPart]", 1, "text", "str"))
         == "messages[0].content[1].text"
@@ -214,7 +214,7 @@ def masks(tokenizer: Any) -> GrammarMasks:
         ({"stream_options": {"continuous_usage_stats": True}}, "stream_options"),
     ],
 )
-def test_what_can_not_be_followed_is_refused(fields: dict[str, Any], param: str) -> None:
+def test_constraints_that_cannot_be_followed_are_refused(fields: dict[str, Any], param: str) -> None:
     assert refused(completion, **fields).param == param
 
 
@@ -271,7 +271,7 @@ STATS = RequestStats(prompt_tokens=3, cached_tokens=1, completion_tokens=3, cycl
 
 
 def pieces(is_chat: bool) -> list[TextChunk]:
-    """A thought, text that is held back, and the rest."""
+    """The chunks of an answer: reasoning, then one whose text is held back, then the rest."""
     chunks = [
         Chunk("r", 0, (11,)),
         Chunk("r", 0, (12,)),
@@ -305,7 +305,7 @@ def response(body: CompletionBody | ChatBody, tokenizer: Any) -> CompletionForma
     return CompletionFormat(is_chat, "m", tokenizer, usage, options=body.options, prompts=[[5, 6, 7]])
 
 
-def test_token_ids_are_told(tokenizer: Any) -> None:
+def test_token_ids_are_returned(tokenizer: Any) -> None:
     text, talk = (make(return_token_ids=True, stream=True) for make in (completion, chat))
     events = streamed(response(text, tokenizer), pieces(False))
     assert [event["choices"][0]["token_ids"] for event in events] == [[11], [12], [13]]
@@ -349,7 +349,7 @@ def test_reasoning_can_be_left_out(tokenizer: Any) -> None:
     assert "hm" in json.dumps(streamed(response(chat(stream=True), tokenizer), pieces(True)))
 
 
-def test_request_ids_are_told(tokenizer: Any) -> None:
+def test_request_ids_are_returned(tokenizer: Any) -> None:
     assert response(chat(request_id="mine-1"), tokenizer).id == "chatcmpl-mine-1"
 
 
@@ -382,7 +382,7 @@ def test_grpc_has_the_same_fields() -> None:
         completion_body(pb.GenerateRequest(prompt="p", structured_outputs=pb.StructuredOutputs()))
 
 
-def test_pydantic_never_answers_itself() -> None:
+def test_errors_of_pydantic_become_request_errors() -> None:
     with pytest.raises(ValidationError) as caught:
         ChatBody.model_validate({"model": "m", "messages": MESSAGES, "n": "x"})
     assert describe(caught.value, ChatBody).param == "n"

@@ -153,7 +153,7 @@ def test_null_means_not_given_and_harmless_fields_change_nothing() -> None:
         ({"logprobs": True}, {"logprobs": 0}),
     ],
 )
-def test_spellings(fields: dict[str, Any], params: dict[str, Any]) -> None:
+def test_equivalent_fields_give_the_same_parameters(fields: dict[str, Any], params: dict[str, Any]) -> None:
     assert chat(**fields).sampling() == SamplingParams(**params)
 
 
@@ -312,7 +312,7 @@ def test_messages_reach_the_template_as_text() -> None:
         ({"reasoning_effort": "high", "enable_thinking": False}, False),
     ],
 )
-def test_reasoning_effort_is_whether_to_think(fields: dict[str, Any], thinking: bool | None) -> None:
+def test_reasoning_effort_decides_whether_to_think(fields: dict[str, Any], thinking: bool | None) -> None:
     assert chat(**fields).thinking is thinking
 
 

@@ -1,4 +1,4 @@
-"""JSON objects as they stream: their end is found, keys that come twice are left out, all else comes out as it was."""
+"""JSON objects as they stream: their end is found, repeated keys are left out, and all else is passed on unchanged."""
 
 import json
 import random
@@ -12,7 +12,7 @@ KEYS = ["a", "b", "", '"', "\\", "}", "é", "\ud83c\udf27", "</tool_call>"]
 
 
 def written(rng: random.Random, depth: int = 0) -> str:
-    """The text of a random value, an object at depth 0, in which keys come twice."""
+    """The text of a random value in which keys come twice. At depth 0 it is an object."""
     blank = rng.choice(["", "", " ", "\n  "])
     kind = "object" if depth == 0 else rng.choice(["object", "array", "string", "number", "true", "null"])
     if depth > 3 and kind in ("object", "array"):
@@ -59,7 +59,7 @@ def test_random_objects_come_out_without_keys_that_come_twice() -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"a"}', '{"a": 1,}', "{a: 1}", '{"a": 1 "b": 2}', "[" * 10**5]
 )
-def test_what_is_no_object_has_no_members(text: str) -> None:
+def test_members_of_something_else_than_an_object_are_an_error(text: str) -> None:
     with pytest.raises((ValueError, RecursionError)):
         members(text)
 

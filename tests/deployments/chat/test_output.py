@@ -1,4 +1,4 @@
-"""Reasoning, content and tool calls out of a chat answer's text, however it is cut."""
+"""Splitting a chat answer's text into reasoning, content and tool calls, however the text is cut into pieces."""
 
 import json
 import random
@@ -133,7 +133,7 @@ CASES: list[tuple[str, dict[str, bool], Parts]] = [
         TOOLS,
         one("f", "{}", "</tool_call>"),
     ),
-    # Text between calls keeps its blanks; those beside a marker at either end are none of it.
+    # Blanks between texts are kept. Blanks between a marker and either end of the text are dropped.
     (f" a \n{CALL}\n\n b{CALL} ", TOOLS, (" a \n\n\n b", "", [("f", ARGUMENTS)] * 2)),
     # Keys that come twice, and control characters in strings.
     (
@@ -143,7 +143,7 @@ CASES: list[tuple[str, dict[str, bool], Parts]] = [
     ),
     ('<tool_call>{"name": "f", "arguments": {"a": "1\n2"}}', TOOLS, one("f", '{"a": "1\\n2"}')),
     ('<tool_call>{"arguments": {"a": "1\n2"}, "name": "f"}', TOOLS, one("f", '{"a": "1\\n2"}')),
-    # A call inside reasoning is one if the reasoning never ends.
+    # A call inside reasoning counts if the reasoning never ends.
     (f"<think>\nHm. \n{CALL}\n", THINKER, ("", "Hm.", [("f", ARGUMENTS)])),
     (f"<think>\nHm. {CALL}\nSo.", THINKER, ("", "Hm. So.", [("f", ARGUMENTS)])),
     (f"<think>{CALL}{CALL}", THINKER, ("", "", [("f", ARGUMENTS)] * 2)),

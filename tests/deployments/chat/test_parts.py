@@ -10,7 +10,7 @@ TEXT = 'Hm.<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>After.<too
 
 @pytest.mark.parametrize("size", [1, 5, 20, 45, 60, 63])
 def test_text_after_a_call_is_a_part_of_its_own(size: int) -> None:
-    """Whatever came in one piece with the call's end."""
+    """Even if it comes in the same delta as the end of the call."""
     splitter, stream = ChatSplitter(calls=True), PartStream()
     for at in range(0, len(TEXT), size):
         list(stream.push(splitter.push(TEXT[at : at + size], final=at + size >= len(TEXT))))

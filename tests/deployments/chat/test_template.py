@@ -30,7 +30,7 @@ WEATHER: dict[str, Any] = {
 
 @pytest.fixture
 def tiny_tokenizer() -> Any:
-    """One of its own for each test, whose template knows neither tools nor thinking."""
+    """A new tokenizer for each test. Its template knows neither tools nor thinking."""
     return load_tokenizer(ROOT / "models" / "orthrus-tiny")
 
 
@@ -111,7 +111,7 @@ def test_a_prompt_that_opens_the_reasoning(qwen3_tokenizer: Any) -> None:
     assert (answer.reasoning, answer.content) == ("Hm.", "Hello!")
 
 
-def test_what_is_not_the_templates_is_refused(tiny_tokenizer: Any) -> None:
+def test_chat_template_kwargs_that_are_not_the_templates_are_refused(tiny_tokenizer: Any) -> None:
     template = ChatTemplate(tiny_tokenizer)
     with pytest.raises(RequestError, match="tokenize") as caught:
         template.apply(chat(user("hi"), chat_template_kwargs={"tokenize": True}))
@@ -178,7 +178,7 @@ def test_tools_are_spelled_out_for_a_template_that_knows_none(tiny_tokenizer: An
         ("{{ '-' + messages[0].tool_calls[0].function.arguments }}", '-{"city": "Łódź"}'),
     ],
 )
-def test_arguments_reach_a_template_as_it_wants_them(
+def test_arguments_reach_a_template_as_the_type_that_it_expects(
     tiny_tokenizer: Any, template: str, expected: str
 ) -> None:
     tiny_tokenizer.chat_template = template + "{# tools <tool_call> #}"

@@ -158,7 +158,7 @@ def test_config_check_looks_at_the_keys(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{keys}:1:3: keys[0].sha256: Field required" in capsys.readouterr().err
 
 
-def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     config = copy.deepcopy(TINY)
     config["applications"][0]["args"]["engine"]["dtyp"] = "float32"
     second = copy.deepcopy(config["applications"][0]) | {"name": "second", "route_prefix": "/second"}
@@ -272,7 +272,7 @@ def test_faults_around_the_args_are_named_too(tmp_path: Path, change: Change, sa
 
 
 @pytest.mark.parametrize("text", ["- 1", "applications: [", "applications: 3"])
-def test_what_is_no_serve_config_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_no_serve_config_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"serve\.yaml"):

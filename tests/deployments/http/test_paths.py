@@ -1,4 +1,4 @@
-"""What every route has in common: methods, paths, other sites' pages; and what the API tells of itself."""
+"""Handling of methods, paths and other origins, which is the same for all routes, and the API's description of itself."""
 
 import json
 from typing import Any
@@ -54,7 +54,7 @@ def web(app: FastAPI) -> TestClient:
     return TestClient(app, follow_redirects=False)
 
 
-def test_the_wrong_method_is_told_the_right_one(web: TestClient) -> None:
+def test_a_wrong_method_gets_405_and_the_right_ones(web: TestClient) -> None:
     answer = web.get("/v1/chat/completions")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.json()["error"]["message"] == "GET is not served at /v1/chat/completions: use POST"

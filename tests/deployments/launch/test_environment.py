@@ -8,7 +8,7 @@ from orthrus.deployments.launch import environment
 
 
 def test_a_block_of_ports_has_no_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also none that is taken in a way that lets others share it, as gRPC's servers do."""
+    """Nor one whose owner lets others share it, as gRPC's servers do."""
     first = environment.free_block()
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

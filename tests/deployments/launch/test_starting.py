@@ -1,4 +1,4 @@
-"""Starting and ending a server: ports that are taken, a word now and then, and nothing left behind."""
+"""Starting and ending a server: ports in use, messages of progress, and no processes left behind."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def written(path: Path, **options: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("setting", ["http_options", "grpc_options"])
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
 def test_a_taken_port_is_named_with_its_setting(tmp_path: Path, setting: str, shared: bool) -> None:
-    """Also one that others may listen on too, as gRPC servers let them."""
+    """Even if its owner lets others listen on it too, as gRPC servers do."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         taken.bind(("127.0.0.1", 0))
@@ -95,7 +95,7 @@ def test_a_second_server_ends_before_ray_starts(tmp_path: Path) -> None:
     assert f"port {port} is in use" in done.stdout and done.stdout.endswith("False False\n")
 
 
-def test_progress_speaks_when_something_changes_and_in_between() -> None:
+def test_progress_is_printed_when_it_changes_and_in_between() -> None:
     out = io.StringIO()
     with Progress(out, period=0.05) as progress:
         progress.now("loading")
@@ -153,7 +153,7 @@ def test_no_process_is_left_behind(end: signal.Signals | None, status: int) -> N
         assert started.stderr.read() == ("" if end is None else "\nStopping.\n")
 
 
-def test_a_work_that_is_killed_is_an_error() -> None:
+def test_work_that_is_killed_is_an_error() -> None:
     program = "import os, sys\nfrom orthrus.deployments.launch.supervisor import run_supervised\n"
     program += "sys.exit(run_supervised(lambda: os.kill(os.getpid(), 9)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

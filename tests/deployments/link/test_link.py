@@ -25,7 +25,7 @@ STATS = RequestStats(prompt_tokens=5, cached_tokens=2, completion_tokens=3, cycl
 
 @contextmanager
 def ends() -> Iterator[tuple[ChunkReceiver, ChunkLinks]]:
-    """An ingress' end and a replica's."""
+    """The receiver of an ingress and the links of a replica."""
     receiver, links = ChunkReceiver(), ChunkLinks()
     try:
         yield receiver, links
@@ -75,8 +75,8 @@ def test_everything_in_a_chunk_crosses() -> None:
     assert asyncio.run(main()) == last
 
 
-def test_what_a_slow_ingress_does_not_take_is_joined() -> None:
-    """An ingress that reads nothing for a while: its chunks wait together, and none is lost."""
+def test_chunks_for_a_slow_ingress_are_joined() -> None:
+    """While the ingress reads nothing, its chunks wait and are sent together. None is lost."""
     chunks = [chunk("a", *range(1000), 10_000 + number) for number in range(8000)]
 
     async def main() -> list[list[tuple[Any, ...]]]:
@@ -112,7 +112,7 @@ def test_ends_of_different_versions_understand_each_other() -> None:
     assert list(decoder.chunks()) == [Chunk("a", 0, (1, 2), finish_reason="stop")]
 
 
-def test_a_stranger_is_not_listened_to() -> None:
+def test_a_connection_with_a_wrong_secret_is_refused() -> None:
     async def main() -> None:
         with ends() as (receiver, links), ends() as (_, others):
             address = await receiver.address()
@@ -136,8 +136,8 @@ async def begun(receiver: ChunkReceiver, links: ChunkLinks) -> tuple[ChunkLink, 
     return link, inbox
 
 
-def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
-    """What has come can still be taken; then the loss shows, and at once where the link is gone already."""
+def test_a_request_fails_if_its_last_chunks_are_lost_with_the_link() -> None:
+    """Chunks that have come can still be taken, and then there is an error. Without a link the request fails at once."""
 
     async def main() -> None:
         with ends() as (receiver, links):
@@ -154,7 +154,7 @@ def test_a_request_whose_rest_is_lost_with_its_link_fails() -> None:
 
 
 def test_a_replica_that_fails_says_why() -> None:
-    """What it had sent before can still be taken."""
+    """Chunks that it had sent before can still be taken."""
 
     async def main() -> None:
         with ends() as (receiver, links):
@@ -197,7 +197,7 @@ def test_a_lost_link_is_opened_again_for_the_next_request() -> None:
     asyncio.run(main())
 
 
-def test_an_ingress_that_is_gone_is_told() -> None:
+def test_an_ingress_that_is_gone_is_an_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

@@ -32,7 +32,7 @@ def messages(**fields: Any) -> MessagesBody:
 
 
 def streamed(items: list[TextChunk], max_tokens: int = 40) -> tuple[list[dict[str, Any]], Message]:
-    """The events, each of them Anthropic's to the letter, and the message that Anthropic's client makes of them."""
+    """The events, each checked against Anthropic's types, and the message that Anthropic's client makes of them."""
     out = MessageFormat("m", 50, max_tokens)
     events = [*out.opening(), *(event for item in items for event in out.events(item))]
     snapshot: Any = None
@@ -116,7 +116,7 @@ def test_an_answer_may_be_begun_by_the_client() -> None:
     assert not messages(messages=asked).chat().continue_final_message
 
 
-def test_thinking_is_only_for_those_who_ask() -> None:
+def test_the_model_thinks_only_if_the_request_asks_for_it() -> None:
     assert messages().chat().thinking is False
     assert messages(thinking={"type": "disabled"}).chat().thinking is False
     assert messages(thinking={"type": "adaptive"}).chat().thinking is True
@@ -234,7 +234,7 @@ def test_a_stream_adds_up_to_the_whole_message(seed: int) -> None:
         ("length", None, 99, ("model_context_window_exceeded", None)),
     ],
 )
-def test_why_it_stopped(
+def test_stop_reasons(
     reason: str, stop_reason: str | None, limit: int, expected: tuple[str, str | None]
 ) -> None:
     items = chunks(["a", "b"], reason, stop_reason)
@@ -248,7 +248,7 @@ def test_an_empty_answer_has_no_blocks() -> None:
     assert whole(items).content == streamed(items)[1].content == []
 
 
-def test_a_call_that_was_cut_is_what_there_is_of_it() -> None:
+def test_a_call_that_was_cut_has_the_arguments_that_had_come() -> None:
     items = chunks(['<tool_call>\n{"name": "f", "arguments": {"a": [1, 2], "b": "xy'], "length")
     for message in (whole(items), streamed(items)[1]):
         [call] = message.content

@@ -58,7 +58,7 @@ def test_whole_answers_are_openais_types(tokenizer: Any, logprobs: bool) -> None
 
 
 @pytest.mark.parametrize("sent", [0, 7, 2**53 - 1, -1, -5, 1 - 2**53, 2**60, -(2**63)])
-def test_a_seed_is_told_so_that_it_can_be_sent_again(sent: int) -> None:
+def test_a_returned_seed_can_be_sent_again(sent: int) -> None:
     seed = completion(seed=sent).sampling().seed
     assert seed is not None
     told = cost(replace(STATS, seed=seed))["seed"]
@@ -96,8 +96,8 @@ def test_streamed_events_are_openais_types(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
-def test_server_sent_events_are_the_events(tokenizer: Any, include_usage: bool) -> None:
-    """Those that carry only text are put together from parts: nothing may show of it."""
+def test_server_sent_events_equal_the_rendered_events(tokenizer: Any, include_usage: bool) -> None:
+    """Events with text alone are put together from rendered parts. They must not differ from other events."""
     call = (ToolCallDelta(0, "{}", "call_1", "f"),)
     deltas = [
         None,

@@ -1,4 +1,4 @@
-"""`return_drafts`: what a stream tells of its cycles, and where that is refused."""
+"""`return_drafts`: the cycles in a stream's events, and requests for which they are refused."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from orthrus.requests.request import Chunk, CycleReport
 from tests.deployments.bodies.test_fields import chat, completion, refused, response, streamed
 
 
-def test_drafts_are_told(tokenizer: Any) -> None:
+def test_drafts_are_returned(tokenizer: Any) -> None:
     text = completion(return_drafts=True, stream=True)
     assert text.sampling().return_drafts and not completion().sampling().return_drafts
     chunks = [
@@ -23,7 +23,7 @@ def test_drafts_are_told(tokenizer: Any) -> None:
     assert "cycles" not in streamed(response(completion(stream=True), tokenizer), items)[-1]["choices"][0]
 
 
-def test_drafts_are_refused_where_there_are_none_to_tell() -> None:
+def test_return_drafts_is_refused_without_stream_or_drafts() -> None:
     for make in (completion, chat):
         assert refused(make, return_drafts=True).param == "return_drafts"
         assert refused(make, return_drafts=True, stream=True, schedule="ar").param == "return_drafts"

@@ -1,4 +1,4 @@
-"""Log-probabilities in answers: every alternative has a key, every offset is a place in the text that is returned."""
+"""Log-probabilities in answers: every alternative has its own key, and every offset is a place in the returned text."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ STATS = RequestStats(prompt_tokens=5, cached_tokens=0, completion_tokens=3, cycl
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token per byte, its id the byte; a special token, one that is plain text again, and ids behind them for nothing."""
+    """A token for each byte, whose id is the byte. Then a special token, and a second token for a blank."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     vocabulary = {chr(byte): byte for byte in printable} | {
@@ -45,7 +45,7 @@ def tokenizer() -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken("<|end|>", special=True)])
-    bpe.add_tokens([AddedToken(" ", normalized=False)])  # As the byte's own token reads.
+    bpe.add_tokens([AddedToken(" ", normalized=False)])  # The same text as the byte's own token.
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
 
 
@@ -73,7 +73,7 @@ def answer(
 
 
 def streamed(out: CompletionFormat, items: list[TextChunk]) -> tuple[str, dict[str, list[Any]]]:
-    """What the events of an answer add up to; in none of them may a token begin behind the text so far."""
+    """What the events of an answer add up to. Checks that no token in an event begins after the end of the text so far."""
     text, whole = "", dict[str, list[Any]]()
     for item in items:
         [choice] = json.loads(out.stream(item, 0).removeprefix("data: "))["choices"]
@@ -174,7 +174,7 @@ def test_every_alternative_has_a_key(tokenizer: Any) -> None:
     assert alone["top_logprobs"] == [{"a": -9999.0}]
 
 
-def test_a_chat_tells_the_best_and_no_more(tokenizer: Any) -> None:
+def test_a_chat_has_the_best_alternatives_alone(tokenizer: Any) -> None:
     [told] = chat_logprobs(tokenizer, [TokenLogprob(0xE6, -3.0, ((97, -0.5), (98, -1.0)))])["content"]
     assert (told["bytes"], told["logprob"]) == ([0xE6], -3.0)
     assert [alternative["token"] for alternative in told["top_logprobs"]] == ["a", "b"]

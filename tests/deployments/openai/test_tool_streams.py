@@ -47,7 +47,7 @@ def events(tokenizer: Any, pieces: list[str]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 40, 100, 1000])
 def test_openais_package_puts_streamed_calls_together(tokenizer: Any, size: int) -> None:
-    """It loses what it finds beside another piece of the same call in one event."""
+    """The package loses text if one event has two pieces of the same call."""
     state = ChatCompletionStreamState()
     pieces = [CALLS[at : at + size] for at in range(0, len(CALLS), size)]
     for event in events(tokenizer, [*pieces, ""]):

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for metrics that exist, and leaves none of the engine's out."""
+"""The Grafana dashboard uses only metrics that exist, and uses all of the engine's."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The autoscaling decisions that are kept for who shows them."""
+"""The autoscaling decisions that are kept for the page."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from orthrus.deployments.operations.decisions import note_decision, read_decisio
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Ray's key-value store as a dict: what it does beyond that is Ray's."""
+    """A dict in place of Ray's key-value store."""
     kept: dict[str, bytes] = {}
     monkeypatch.setattr(decisions, "_internal_kv_initialized", lambda: True)
     monkeypatch.setattr(decisions, "_internal_kv_get", kept.get)
@@ -16,7 +16,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return kept
 
 
-def test_wavering_does_not_push_out_what_was_scaled(store: dict[str, bytes]) -> None:
+def test_changes_of_the_wanted_number_do_not_push_out_scalings(store: dict[str, bytes]) -> None:
     note_decision("app", "d", {"kind": "scaled", "replicas": 2})
     for number in range(50):
         note_decision("app", "d", {"kind": "wanted", "replicas": number})

@@ -51,7 +51,7 @@ def test_a_family_comes_once_with_the_samples_of_all_nodes(accept: str, parse: A
         "ray_orthrus_z_seconds",
     }
     requests = families["ray_serve_num_http_requests"].samples
-    # What says which process it was stays where nothing else does.
+    # The label of the process stays if there is no other label that tells processes apart.
     assert [(s.labels["WorkerId"], s.labels["node"], s.value) for s in requests] == [
         ("1", "a", 1.0),
         ("2", "a", 2.0),
@@ -65,5 +65,5 @@ def test_a_family_comes_once_with_the_samples_of_all_nodes(accept: str, parse: A
     assert text.endswith(b"# EOF\n") == (parse is openmetrics)
 
 
-def test_no_node_no_metrics() -> None:
+def test_without_nodes_there_are_no_metrics() -> None:
     assert spell(merge([]), "")[0] == b""

@@ -1,4 +1,4 @@
-"""The cluster's feed: one producer for all viewers, and none for nobody; and what it makes of the metrics."""
+"""The cluster's feed: one producer for all viewers, none without viewers; and its summary of the metrics."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from orthrus.deployments.page.feed import ClusterFeed
 
 
 class Asked:
-    """A part of the events that counts how often it is asked."""
+    """A part of the feed that counts how often it is collected."""
 
     def __init__(self, name: str, fails: bool = False) -> None:
         self.name, self.fails, self.count = name, fails, 0
@@ -34,7 +34,7 @@ async def take(feed: ClusterFeed, count: int) -> list[dict[str, Any]]:
     return told
 
 
-def test_viewers_share_one_producer_and_nobody_has_none() -> None:
+def test_viewers_share_one_producer_and_without_viewers_there_is_none() -> None:
     parts = replicas, state, requests = Asked("replicas"), Asked("state"), Asked("requests")
 
     async def watch() -> None:
@@ -44,7 +44,7 @@ def test_viewers_share_one_producer_and_nobody_has_none() -> None:
         many = await asyncio.gather(*(take(feed, 11) for _ in range(5)))
         assert all(len(told) == 11 for told in many)
         asked = [part.count for part in parts]
-        # A viewer may have missed an event and waited for another one; five producers would have asked five times as often.
+        # 11, or a few more if a viewer missed an event. Five producers would have made five times as many.
         assert 11 <= asked[0] < 20
         assert asked[1] == -(-asked[0] // 2) and asked[2] == -(-asked[0] // 10)
         await asyncio.sleep(0.02)
@@ -53,7 +53,7 @@ def test_viewers_share_one_producer_and_nobody_has_none() -> None:
     asyncio.run(watch())
 
 
-def test_who_comes_later_is_told_everything_at_once() -> None:
+def test_a_later_viewer_gets_all_fields_at_once() -> None:
     async def watch() -> None:
         feed = ClusterFeed(
             [(Asked("replicas"), 1), (Asked("state"), 2), (Asked("requests", fails=True), 10)], period_s=0.001

@@ -75,7 +75,7 @@ def test_every_file_is_reached_from_the_page() -> None:
     assert reached == set(FILES)
 
 
-def test_what_the_page_asks_of_the_document_is_there() -> None:
+def test_ids_that_scripts_and_labels_refer_to_exist() -> None:
     ids = re.findall(r'\bid="([^"]+)"', HTML)
     assert len(ids) == len(set(ids))
     for name, file in FILES.items():

@@ -31,7 +31,7 @@ def test_a_report_is_read_as_it_was_made() -> None:
 
 @pytest.mark.parametrize("missing", WHOLE)
 def test_a_report_without_a_key_still_routes(missing: str) -> None:
-    """And a key that nobody knows yet changes nothing."""
+    """A report with an unknown key does too."""
     report = {name: value for name, value in WHOLE.items() if name != missing} | {"of_tomorrow": 1}
     balancer = PrefixBalancer(rng=random.Random(0))
     balancer.update({"old": (CAPACITY, report), "new": (CAPACITY, WHOLE)})
@@ -43,7 +43,7 @@ def test_a_report_without_a_key_still_routes(missing: str) -> None:
     assert balancer.requests("old") + balancer.requests("new") == 2
 
 
-def test_a_replica_that_does_not_tell_its_capacity_is_unknown() -> None:
+def test_a_replica_that_publishes_no_capacity_is_unknown() -> None:
     published: dict[str, Any] = CAPACITY._asdict()
     assert Capacity.read({}) is None
     assert Capacity.read({name: published[name] for name in ("max_num_seqs", "pages")}) is None
@@ -51,7 +51,7 @@ def test_a_replica_that_does_not_tell_its_capacity_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("missing", ["queue_wait", "kv_use", "admitted_rate"])
-def test_the_policy_goes_by_the_signals_that_there_are(missing: str) -> None:
+def test_the_policy_uses_the_signals_that_there_are(missing: str) -> None:
     policy = EngineLoadPolicy(target_row_use=0.5, max_queue_wait_s=1.0)
     ctx = context(BUSY, queued=5)
     signals = {name: values for name, values in ctx.aggregated_metrics.items() if name != missing}

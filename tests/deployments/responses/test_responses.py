@@ -21,7 +21,7 @@ LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
 
 
 def test_a_conversation_becomes_a_chat() -> None:
-    """All kinds of items, as an agent sends them back: one assistant message for what was thought, said and called."""
+    """All kinds of items, as an agent sends them back. Consecutive reasoning, text and calls become one assistant message."""
     asked = body(
         instructions="Be brief.",
         input=[
@@ -209,8 +209,8 @@ def test_a_stream_adds_up_to_the_whole_response(seed: int, summary: str | None) 
     ]  # fmt: skip
 
 
-def test_reasoning_can_be_carried_by_the_client() -> None:
-    """An agent that stores nothing here sends back what it was given, without the text that it may not show."""
+def test_clients_can_send_encrypted_reasoning_back() -> None:
+    """Agents with `store: false` send back the encrypted content, without the text."""
     asked = body(include=["reasoning.encrypted_content"])
     thought, *_ = whole(chunks(cut(ANSWER, 1)), asked)["output"]
     back = body(input=[{key: thought[key] for key in ("id", "type", "summary", "encrypted_content")}])
@@ -251,7 +251,7 @@ def test_logprobs_are_those_of_the_text(tokenizer: Any) -> None:
         assert [s.token for event in deltas for s in event.logprobs] == [score["token"] for score in scores]
 
 
-def test_what_was_asked_for_comes_back() -> None:
+def test_a_response_repeats_the_fields_of_its_request() -> None:
     asked = body(**CODEX, metadata={"k": "v"}, max_output_tokens=9)
     response = whole(chunks(["a"]), asked)
     assert (response["instructions"], response["store"]) == ("You are a coding agent.", False)

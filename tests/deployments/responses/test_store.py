@@ -37,7 +37,7 @@ class Handle:
 
 
 def held(store: ResponseStore, **ids: str) -> dict[str, str]:
-    """Which of `ids`, separated by blanks, the store has of each owner."""
+    """Which of `ids`, separated by blanks, the store has, for each owner."""
     return {
         owner: " ".join(id for id in names.split() if asyncio.run(store.get(owner, id)))
         for owner, names in ids.items()
@@ -62,7 +62,7 @@ def test_the_oldest_go_when_there_are_too_many() -> None:
     assert held(store, a="1 2 3 4 5") == {"a": "3 4 5"}
 
 
-def test_who_keeps_most_gives_way() -> None:
+def test_the_owner_with_the_most_bytes_loses_responses() -> None:
     store = store_of(max_bytes=100)
     fill(store, "small", "1 2")
     fill(store, "large", "1 2 3 4 5 6 7 8 9 10 11 12")
@@ -72,14 +72,14 @@ def test_who_keeps_most_gives_way() -> None:
     }
 
 
-def test_what_can_never_fit_pushes_nothing_out() -> None:
+def test_a_response_that_can_never_fit_pushes_nothing_out() -> None:
     store = store_of(max_bytes=100)
     fill(store, "a", "1 2")
     assert asyncio.run(store.put("b", "huge", b"x" * 101)) is False
     assert held(store, a="1 2", b="huge") == {"a": "1 2", "b": ""}
 
 
-def test_responses_end_with_their_time() -> None:
+def test_responses_expire() -> None:
     now = 0.0
     store = store_of(lambda: now, lifetime_s=60)
     fill(store, "a", "1")
@@ -110,14 +110,14 @@ def call_of(name: str) -> Call:
 
 @pytest.fixture
 def api() -> ResponsesApi:
-    """With a response of alice's, r1, whose prompt had seven items."""
+    """The API with a stored response, alice's r1, whose prompt had seven items."""
     responses = Responses(Handle(store_of()))
     items = [{"id": f"i{i}", "type": "message", "role": "user", "content": str(i)} for i in range(8)]
     asyncio.run(responses.keep("alice", StoredResponse({"id": "r1", "output": items[7:]}, items, 7)))
     return ResponsesApi(None, responses)  # type: ignore[arg-type]
 
 
-def test_a_response_is_its_keys_alone(api: ResponsesApi) -> None:
+def test_only_its_key_finds_a_response(api: ResponsesApi) -> None:
     alice, bob = call_of("alice"), call_of("bob")
     assert asyncio.run(api.get(alice, "r1", {}))["id"] == "r1"
     for ask in (api.get(bob, "r1", {}), api.delete(bob, "r1"), api.input_items(bob, "r1", {})):
@@ -170,7 +170,7 @@ def test_a_store_that_is_lost_does_not_cost_the_answer() -> None:
         asyncio.run(responses.find("a", "r"))
 
 
-def test_what_is_kept_comes_back() -> None:
+def test_a_stored_response_is_found_unchanged() -> None:
     responses = Responses(Handle(store_of()))
     stored = StoredResponse({"id": "r", "text": "Łódź"}, [{"id": "i"}], 1)
     asyncio.run(responses.keep("a", stored))
@@ -178,7 +178,7 @@ def test_what_is_kept_comes_back() -> None:
 
 
 def test_errors_name_what_the_client_sent(tokenizer: Any) -> None:
-    """The chat behind a response has other names for it."""
+    """The chat body that a response becomes has other names for the fields."""
     model = ServedModel("m", tokenizer, 256, 100)
     handler = Handler(model, None, None, None, ApiConfig())  # type: ignore[arg-type]
     call = call_of("alice")

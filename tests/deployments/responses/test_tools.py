@@ -135,7 +135,7 @@ def test_calls_name_what_the_client_offered(seed: int) -> None:
 
 
 def test_the_input_of_a_custom_tool_comes_as_it_is_written() -> None:
-    """However its JSON is cut, escapes and pairs of surrogates among it."""
+    """However its JSON is cut, even within an escape or a pair of surrogates."""
     for ascii_only in (True, False):
         pieces = list(json.dumps({"input": PATCH}, ensure_ascii=ascii_only))
         head, tail = '<tool_call>\n{"name": "apply_patch", "arguments": ', "}\n</tool_call>"
@@ -147,7 +147,7 @@ def test_the_input_of_a_custom_tool_comes_as_it_is_written() -> None:
 
 
 def test_calls_are_read_back() -> None:
-    """Codex' history: what it was answered, the calls' outputs, and null for what there is not."""
+    """Codex' history: earlier answers, the outputs of calls, and null for absent fields."""
     answered = whole(chunks(cut(ANSWER, 3)), body(tools=CODEX))["output"]
     outputs = [
         {"type": "function_call_output", "id": "fco_1", "call_id": answered[1]["call_id"], "output": "done"},

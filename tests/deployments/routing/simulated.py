@@ -15,7 +15,7 @@ CAPACITY = Capacity(max_num_seqs=16, prefill_chunk=256, page_size=16, pages=512)
 
 
 class Replica:
-    """A cache and the requests that hold its pages: what the engine does with them, without a model."""
+    """A page pool and the requests that hold its pages, as in the engine, but without a model."""
 
     def __init__(self) -> None:
         self.pool = PagePool(CAPACITY.pages + 1)
@@ -45,7 +45,7 @@ def report(
     prefixes: Iterable[bytes] = (),
     sequences: float | None = None,
 ) -> dict[str, Any]:
-    """What a replica reports that has these requests and prefixes. sequences: one a request where not given."""
+    """The report of a replica with these requests and prefixes. sequences: by default, one for each request."""
     names = [request_name(request_id) for request_id in requests]
     load = Load(len(names) if sequences is None else sequences, 0, pages)
     return {
@@ -56,7 +56,7 @@ def report(
 
 
 def place(balancer: PrefixBalancer, request: Request, session: str = "") -> str:
-    """Send a request to where there is room for it: there must be."""
+    """Queue and dispatch a request. There must be room for it. Returns its replica."""
     balancer.add(request, session)
     [(request_id, replica)] = balancer.dispatch()
     assert request_id == request.request_id
@@ -64,7 +64,7 @@ def place(balancer: PrefixBalancer, request: Request, session: str = "") -> str:
 
 
 class Cluster:
-    """`routers` balancers over `replicas`, with reports every `report_every` requests; time moves with each request."""
+    """Several balancers over several replicas. Replicas report every `report_every` requests. Each request advances time."""
 
     def __init__(self, replicas: int, *, routers: int = 1, report_every: int = 16) -> None:
         self.now = 0.0
@@ -81,7 +81,7 @@ class Cluster:
             router.update({name: (CAPACITY, r.report()) for name, r in self.replicas.items()})
 
     def run(self, prompts: Iterable[list[int]], concurrent: int) -> None:
-        """Send the prompts in order, `concurrent` of them in flight; the oldest one ends when another comes."""
+        """Send the prompts in order, with `concurrent` of them in flight. The oldest one ends when another comes."""
         for number, prompt in enumerate(prompts):
             self.now += 0.05
             if number % self.report_every == 0:

@@ -24,7 +24,7 @@ def test_shared_prefixes_hit_as_often_as_on_one_replica(routers: int) -> None:
     assert max(three.served.values()) <= 1.5 * 400, three.served
 
 
-def test_one_hot_prefix_is_shared_out() -> None:
+def test_requests_of_one_hot_prefix_go_to_several_replicas() -> None:
     prompts = shared_prefix_traffic(1, 900)
     cluster = Cluster(3)
     cluster.run(prompts, concurrent=24)
@@ -52,7 +52,7 @@ def test_load_counts_rows_and_pages_not_requests() -> None:
     assert balancer.use("a") == pytest.approx(0) and balancer.use("b") == pytest.approx(0)
 
 
-def test_a_report_counts_for_the_requests_that_it_names_however_old_it_is() -> None:
+def test_an_old_report_counts_only_the_requests_that_it_names() -> None:
     balancer = PrefixBalancer()
     balancer.update({"a": (CAPACITY, report())})
     ours = [Request(f"ours-{i}", [i] * 16, SamplingParams(max_tokens=16)) for i in range(8)]
@@ -72,7 +72,7 @@ def test_a_report_counts_for_the_requests_that_it_names_however_old_it_is() -> N
     assert balancer.use("a") == pytest.approx((5 + 3 / 16) / 16)
 
 
-def test_the_queue_is_kept_until_there_is_room_and_then_in_order() -> None:
+def test_requests_wait_for_room_and_are_served_in_order() -> None:
     """32 equal requests at once on two replicas of 12 slots. A report from before they came changes nothing."""
     balancer = PrefixBalancer()
     twelve = CAPACITY._replace(max_num_seqs=12)
@@ -91,7 +91,7 @@ def test_the_queue_is_kept_until_there_is_room_and_then_in_order() -> None:
         balancer.done(ended)
         assert balancer.dispatch() == [(then, where[ended])]
     assert balancer.waiting == 4
-    # A replica more takes the rest.
+    # Another replica takes the rest.
     balancer.update(dict.fromkeys("abc", (twelve, report(prefixes=[b"seen before"]))))
     assert balancer.dispatch() == [(f"{i}", "c") for i in (27, 28, 29, 31)]
 
@@ -111,7 +111,7 @@ def test_a_request_of_many_choices_needs_one_slot_and_keeps_others_out() -> None
     assert balancer.dispatch() == [("later", "a")]
 
 
-def test_a_prompt_whose_pages_fit_nowhere_waits_for_them_but_not_for_ever() -> None:
+def test_a_prompt_whose_pages_fit_nowhere_lets_at_most_eight_pass() -> None:
     balancer = PrefixBalancer()
     balancer.update({"a": (CAPACITY, report(["theirs"], pages=500))})
     large = Request("large", [1] * 800, SamplingParams(max_tokens=1))
@@ -124,7 +124,7 @@ def test_a_prompt_whose_pages_fit_nowhere_waits_for_them_but_not_for_ever() -> N
         assert balancer.dispatch() == [(small.request_id, "a"), *now_too]
         balancer.done(small.request_id)
     balancer.done("large")
-    # Where nothing else is, there is no more room to wait for.
+    # An empty replica takes it, since it will never have more room.
     balancer.update({"a": (CAPACITY, report(pages=500))})
     balancer.add(large)
     assert balancer.dispatch() == [("large", "a")]
@@ -139,7 +139,7 @@ def test_what_a_replica_holds_of_a_prompt_needs_no_pages() -> None:
         assert place(balancer, Request(f"{number}", [*prompt, number], SamplingParams(max_tokens=16))) == "a"
 
 
-def test_a_freed_slot_goes_to_whose_prefix_is_there_as_far_as_is_fair() -> None:
+def test_a_freed_slot_goes_to_a_cached_prefix_but_at_most_eight_pass() -> None:
     balancer = PrefixBalancer()
     two = CAPACITY._replace(max_num_seqs=2)
     prompts = {"x": [1] * 200, "y": [2] * 200}
@@ -174,7 +174,7 @@ def test_a_freed_slot_goes_to_whose_prefix_is_there_as_far_as_is_fair() -> None:
     assert balancer.dispatch() == [("late", "b")]
 
 
-def test_the_more_important_come_first_and_salts_share_no_prefix() -> None:
+def test_priority_comes_before_prefixes_and_salts_share_none() -> None:
     balancer = PrefixBalancer()
     one = CAPACITY._replace(max_num_seqs=1)
     prompt = [1] * 100
@@ -183,7 +183,7 @@ def test_the_more_important_come_first_and_salts_share_no_prefix() -> None:
     params = SamplingParams(max_tokens=16)
     salted = Request("salted", prompt, params, cache_salt="mine")
     assert place(balancer, salted) == "a" and balancer.confirm(salted, "a") == "load"
-    # Of the two that matter less, one is cached; it gets the slot after the one that matters more, and before its equal.
+    # Of the two of lower priority, one is cached. It gets a slot after the urgent one, and before the other.
     for name, tokens, priority in (("other", [2] * 100, 1), ("cached", prompt, 1), ("urgent", [3] * 100, -1)):
         balancer.add(Request(name, tokens, params, priority=priority))
     running = "salted"
@@ -193,7 +193,7 @@ def test_the_more_important_come_first_and_salts_share_no_prefix() -> None:
         running = expected
 
 
-def test_who_is_refused_keeps_its_place_and_nothing_goes_there_until_it_is_heard_of() -> None:
+def test_a_refused_request_keeps_its_place_and_its_replica_counts_as_full() -> None:
     balancer = PrefixBalancer()
     two = CAPACITY._replace(max_num_seqs=2)
     balancer.update({"a": (two, report())})
@@ -202,7 +202,7 @@ def test_who_is_refused_keeps_its_place_and_nothing_goes_there_until_it_is_heard
     balancer.add(Request("later", [2] * 20, SamplingParams(max_tokens=16)))
     balancer.add(refused)
     balancer.add(also)
-    # It was another router's requests that were in the way: so many of them run.
+    # Another router's requests had the slots, and one or two of those still run.
     assert balancer.dispatch() == []
     balancer.hear("a", 2)
     assert balancer.dispatch() == []
@@ -231,7 +231,7 @@ def test_a_request_that_was_taken_back_and_sent_again_counts_once() -> None:
     assert [name for name, _ in balancer.dispatch()] == ["second"]
 
 
-def test_a_dead_replica_gets_nothing_and_a_choice_that_came_to_nothing_is_forgotten() -> None:
+def test_a_dead_replica_gets_nothing_and_an_unconfirmed_choice_expires() -> None:
     now = 0.0
     balancer = PrefixBalancer(clock=lambda: now)
     replicas = dict.fromkeys("abc", (CAPACITY, report()))
@@ -255,7 +255,7 @@ def test_a_dead_replica_gets_nothing_and_a_choice_that_came_to_nothing_is_forgot
     assert not balancer.has_replicas and balancer.dispatch() == []
 
 
-def test_a_request_whose_replica_has_died_before_it_took_it_waits_on() -> None:
+def test_a_request_waits_again_if_its_replica_dies_before_accepting_it() -> None:
     now = 0.0
     balancer = PrefixBalancer(clock=lambda: now)
     one = CAPACITY._replace(max_num_seqs=1)
@@ -292,7 +292,7 @@ def test_a_session_stays_with_its_replica_for_every_router_as_far_as_load_allows
     gone = next(name for name in "abc" if name != first)
     routers[0].update({name: known for name, known in replicas.items() if name != gone})
     assert home("s0", 101, routers[0]) == first
-    # Too much to do at home: elsewhere. A cached prefix elsewhere counts for more, too.
+    # If the session's replica is busy, another one is chosen. A cached prefix elsewhere comes first, too.
     busy = report([f"{i}" for i in range(12)], pages=300)
     routers[1].update({**replicas, first: (CAPACITY, busy)})
     assert place(routers[1], Request("x", [1] * 5), "s0") != first

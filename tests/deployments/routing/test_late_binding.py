@@ -17,7 +17,7 @@ from tests.deployments.routing.simulated import (
 
 
 class Timeline:
-    """Routers and replicas in simulated time: messages take a while, reports come late, and replicas refuse what is too much."""
+    """Routers and replicas in simulated time. Messages take time, reports come late, and full replicas refuse requests."""
 
     SLOTS = 12
 
@@ -48,7 +48,7 @@ class Timeline:
         self.at(seconds, again)
 
     def publish(self) -> None:
-        """Reports as the replicas are now; they arrive when they are old."""
+        """Send reports of the replicas as they are now. They arrive 0.7 s later."""
         reports = {name: (self.capacity, report(running)) for name, running in self.replicas.items()}
         for router in self.routers:
             self.at(0.7, partial(self.hear_reports, router, reports))
@@ -92,7 +92,7 @@ class Timeline:
         self.dispatch(router)
 
     def run(self, requests: int) -> None:
-        """Until so many have ended. `idle`: the longest time that a slot was free while some waited."""
+        """Run until so many requests have ended. Sets `idle`: the longest time that a slot was free while requests waited."""
         while self.ended < requests:
             self.now, _, action = heapq.heappop(self._events)
             action()

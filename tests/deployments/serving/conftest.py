@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="package")
 def collector() -> Iterator[Collector]:
-    """Where the traces of the running application go, of those requests that ask to be traced."""
+    """Collects the traces of the running application. Only requests that ask for it are traced."""
     with running_collector() as collector:
         yield collector
 
@@ -40,9 +40,9 @@ def told() -> list[str]:
 def ports(
     tmp_path_factory: pytest.TempPathFactory, serve_logs: Path, collector: Collector, told: list[str]
 ) -> Iterator[tuple[int, int]]:
-    """configs/tiny-cpu.yaml on free ports; HTTP's and gRPC's.
+    """Serve configs/tiny-cpu.yaml. Gives the ports of HTTP and gRPC.
 
-    It drafts whatever a pass costs: on a busy machine the cost model would rather not, and the tests assert on drafting.
+    Drafts are made whatever they cost: tests assert on drafts, and on a busy machine the planner might choose none.
     """
     config = yaml.safe_load((ROOT / "configs" / "tiny-cpu.yaml").read_text())
     web, rpc = free_port(), free_port()

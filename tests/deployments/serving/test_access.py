@@ -36,7 +36,7 @@ ONE_TOKEN: dict[str, Any] = {"model": MODEL, "prompt": "x", "max_tokens": 1}
 
 @dataclass
 class Access:
-    """An application with keys: its address, its keys by name, the file with their hashes, and its logs."""
+    """A running application with keys: its address, keys by name, the keys file, and logs."""
 
     url: str
     keys: dict[str, str]
@@ -132,7 +132,7 @@ def test_a_call_needs_a_key_that_is_known_and_has_not_expired(access: Access, st
 
 
 def test_a_key_is_asked_for_before_the_body(access: Access) -> None:
-    """A stranger can't hold a place by sending slowly, nor make the server read much."""
+    """A client without a key can't hold a slot by sending slowly, nor make the server read much."""
     request = urllib.request.Request(
         f"{access.url}/v1/completions", b"", {"Content-Length": "4000000", "Content-Type": "application/json"}
     )
@@ -154,7 +154,7 @@ def test_a_revoked_key_is_refused_soon(access: Access) -> None:
 
 
 def test_the_request_limit_holds_over_all_ingress_replicas(access: Access, stub: OrthrusStub) -> None:
-    """One a 15 s, after 4 at once."""
+    """4 requests at once, and then one every 15 s."""
     begin = time.monotonic()
     answers = [access.post("few-requests") for _ in range(12)]
     statuses = [status for status, _, _ in answers]
@@ -275,7 +275,7 @@ def test_the_log_has_no_prompts_and_no_stacks_of_bad_requests(access: Access, st
 def test_prompts_are_in_the_log_where_that_is_wanted(
     client: openai.OpenAI, stub: OrthrusStub, serve_logs: Path
 ) -> None:
-    """As the other tests' application has it."""
+    """The application of the other tests is configured so."""
     prompts = ["print('wanted')", "print('this too')"]
     client.completions.create(
         model=MODEL, prompt=prompts, max_tokens=1, extra_headers={"X-Request-Id": "shown"}
@@ -305,7 +305,7 @@ def way_up(collector: Collector, trace: str) -> list[Span]:
 def test_a_trace_runs_from_the_client_through_every_process(
     client: openai.OpenAI, stub: OrthrusStub, collector: Collector
 ) -> None:
-    """Of the other tests' application, since tracing is set for all of Serve."""
+    """In the application of the other tests, since tracing is a setting of the whole Serve instance."""
     wanted = {"http": "0af7651916cd43dd8448eb211c80319c", "grpc": "1af7651916cd43dd8448eb211c80319c"}
     parent = {name: f"00-{trace}-{CLIENT_SPAN}-01" for name, trace in wanted.items()}
     client.completions.create(
@@ -324,7 +324,7 @@ def test_a_trace_runs_from_the_client_through_every_process(
 # --- keys of the further APIs
 
 
-def test_stored_responses_are_gone_on_from_by_their_key_alone(access: Access) -> None:
+def test_only_its_key_can_continue_a_stored_response(access: Access) -> None:
     """Whichever ingress replica is asked, and streamed or not."""
     free, other = access.client("free"), access.client("other")
     asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 8}

@@ -52,7 +52,7 @@ def said(client: openai.OpenAI) -> str:
 # --- /v1/responses
 
 
-def test_a_response_says_what_a_chat_says(client: openai.OpenAI, said: str) -> None:
+def test_a_response_has_the_same_text_as_a_chat(client: openai.OpenAI, said: str) -> None:
     answer = client.responses.create(**SAID)
     Response.model_validate_json(answer.model_dump_json(by_alias=True), strict=True)
     assert answer.output_text == said
@@ -115,7 +115,7 @@ def test_refusals_of_a_response_are_openais(client: openai.OpenAI) -> None:
 # --- /v1/messages
 
 
-def test_a_message_says_what_a_chat_says(claude: anthropic.Anthropic, said: str) -> None:
+def test_a_message_has_the_same_text_as_a_chat(claude: anthropic.Anthropic, said: str) -> None:
     answer = claude.messages.create(**TOLD, **GREEDY)
     anthropic.types.Message.model_validate_json(answer.model_dump_json(), strict=True)
     [block] = answer.content

@@ -56,7 +56,7 @@ def test_methods_and_paths(url: str) -> None:
     assert (status, headers["allow"]) == (204, "POST") and "access-control-allow-origin" not in headers
 
 
-def test_bad_words_and_allowed_tokens_are_the_engines(url: str, ar: "Engine") -> None:
+def test_bad_words_and_allowed_tokens_reach_the_engine(url: str, ar: "Engine") -> None:
     prompt = ar.tokenizer.encode(PROMPT)
     [[free]] = ar.generate([prompt], SamplingParams(temperature=0.0, max_tokens=12))
     word = ar.tokenizer.decode(free.token_ids[:6]).split()[0]
@@ -71,7 +71,7 @@ def test_bad_words_and_allowed_tokens_are_the_engines(url: str, ar: "Engine") ->
     assert set(only) <= {40, 41}
 
 
-def test_a_salt_hides_the_cache(url: str) -> None:
+def test_requests_with_different_salts_share_no_prefix(url: str) -> None:
     prompt = list(range(100, 200))
     cached = [
         complete(url, prompt=prompt, cache_salt=salt)["usage"]["prompt_tokens_details"]["cached_tokens"]

@@ -46,7 +46,7 @@ def test_scores_of_a_prompt_are_those_of_decoding_it(url: str, ar: Engine) -> No
         assert pieces == logprobs["tokens"]
     ours = told[0]["logprobs"]["token_logprobs"][len(prompt) :]
     assert ours == pytest.approx([item.logprob for item in plain.logprobs], abs=1e-5)
-    # As lm-eval tells whether a continuation is greedy.
+    # How lm-eval finds out whether a continuation is greedy.
     best = [max(top.values()) for top in told[0]["logprobs"]["top_logprobs"][len(prompt) :]]
     assert best == ours
     assert told[3]["logprobs"] == told[0]["logprobs"]

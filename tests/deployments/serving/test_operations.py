@@ -1,6 +1,6 @@
 """What operators rely on, on a running Serve instance: scaling with the load, and a replica killed under streams.
 
-`make test-serving` does it all at length (proofs/serving_proof.py).
+`make test-serving` tests all of this at length (proofs/serving_proof.py).
 """
 
 import asyncio
@@ -52,7 +52,7 @@ def app(url: str) -> Iterator[App]:
         serve.delete("ops")
 
 
-def test_a_load_step_adds_a_replica_whose_death_costs_what_it_had_begun(app: App, ar: Engine) -> None:
+def test_a_load_step_adds_a_replica_and_a_kill_fails_only_begun_streams(app: App, ar: Engine) -> None:
     """1 client, then 12: a second replica. One of the two is killed under 16 more. Then no client, and one replica."""
     params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
     text = plain(ar, PROMPT, params)

@@ -37,13 +37,13 @@ def test_completion_is_plain_ar_text_in_fewer_passes(client: openai.OpenAI, ar: 
 
 
 def test_a_request_chooses_its_schedule(client: openai.OpenAI, stub: OrthrusStub, url: str) -> None:
-    """Over every door. The text stays the same."""
+    """Over every API. The text stays the same."""
     asked: dict[str, Any] = {"model": MODEL, "max_tokens": 32, "temperature": 0}
     texts = {}
     for name in ("orthrus", "ngram", "ar"):
         answer = client.completions.create(**asked, prompt=PROMPT, extra_body={"schedule": name})
         cost = (answer.choices[0].model_extra or {})["orthrus"]
-        if name != "ngram":  # Whose lookups may find nothing.
+        if name != "ngram":  # Its lookups may find nothing.
             assert (cost["tokens_per_cycle"] == 1.0) is (name == "ar")
         texts[name] = answer.choices[0].text
     assert texts["ar"] == texts["orthrus"] == texts["ngram"]
@@ -144,7 +144,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
 
 @pytest.mark.parametrize("case", BAD, ids=str)
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_input_is_told_in_openais_shape(url: str, case: str, stream: bool) -> None:
+def test_bad_input_gets_errors_in_openais_shape(url: str, case: str, stream: bool) -> None:
     body, status, param = BAD[case]
     raw = body if isinstance(body, bytes) else json.dumps({"model": MODEL, "stream": stream, **body}).encode()
     got, answer = http(f"{url}/v1/completions", raw)
@@ -153,7 +153,7 @@ def test_bad_input_is_told_in_openais_shape(url: str, case: str, stream: bool) -
     assert error["message"] and error["type"] == "invalid_request_error" and error["param"] == param
 
 
-def test_bad_input_costs_running_streams_nothing(client: openai.OpenAI, url: str, ar: Engine) -> None:
+def test_bad_input_does_not_disturb_running_streams(client: openai.OpenAI, url: str, ar: Engine) -> None:
     expected = plain(ar, PROMPT, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True))
     texts: list[str] = []
 
@@ -241,7 +241,7 @@ def test_echo(client: openai.OpenAI) -> None:
     assert streamed == expected
 
 
-def test_usage_tells_cached_tokens(client: openai.OpenAI) -> None:
+def test_usage_counts_cached_tokens(client: openai.OpenAI) -> None:
     prompt = "# " + "shared prefix " * 40
     client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
     usage = client.completions.create(model=MODEL, prompt=prompt, max_tokens=1).usage
@@ -295,7 +295,7 @@ def test_the_start_says_what_it_waits_for(url: str, told: list[str]) -> None:
 
 
 def scraped(url: str, parse: Any, accept: str) -> tuple[dict[str, list[Any]], int]:
-    """The samples of each family that a scrape has, read strictly, and its size in bytes."""
+    """The samples of each family in a scrape, read by a strict parser, and the size of the scrape in bytes."""
     request = urllib.request.Request(f"{url}/metrics", headers={"Accept": accept})
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert answer.headers["Content-Type"].startswith(accept)
@@ -370,7 +370,7 @@ def test_answers_under_a_schema_are_valid_and_drafted(client: openai.OpenAI) -> 
         {"type": "yaml"},
     ],
 )
-def test_schemas_that_cannot_be_used_are_told(url: str, wanted: dict[str, Any]) -> None:
+def test_schemas_that_cannot_be_used_are_refused(url: str, wanted: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": "x"}]
     body = {"model": MODEL, "messages": messages, "response_format": wanted, "max_tokens": 5}
     status, answer = http(f"{url}/v1/chat/completions", json.dumps(body).encode())

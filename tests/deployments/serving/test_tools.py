@@ -69,7 +69,7 @@ def chat(tools: str) -> Any:
 
 
 def calls_of(answer: ChatCompletion) -> list[tuple[str, Any]]:
-    """Names and arguments of the calls of an answer that is OpenAI's to the letter."""
+    """Names and arguments of an answer's calls. Checks the answer against OpenAI's types."""
     ChatCompletion.model_validate_json(answer.model_dump_json(), strict=True)
     [choice] = answer.choices
     assert choice.finish_reason == "tool_calls"

@@ -1,4 +1,4 @@
-"""Bodies of requests that are right but for what a test puts in."""
+"""Bodies of requests that are valid except for what a test puts in."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ def chat(**fields: Any) -> bytes:
 
 
 def with_raw(raw: str) -> bytes:
-    """A completion with a field spelled out."""
+    """A completion body with a field whose JSON is given as text."""
     return completion(it=0).replace(b'"it": 0', raw.encode())
 
 

@@ -1,6 +1,6 @@
-"""Clients that send anything but what they should: the right answer or the right error, and the streams of others go on.
+"""Clients that send wrong or odd requests must get the right answer or error, and the streams of others must go on.
 
-All tests of this folder run beside two clients that stream, and whose texts must stay those of plain decoding.
+All tests of this folder run beside two clients that stream. The texts of those must stay those of plain decoding.
 """
 
 import threading
@@ -20,8 +20,8 @@ from tests.serving import MODEL, PROMPT, plain, wait_until_free
 def bystanders(client: openai.OpenAI, ar: Engine, serve_logs: Path) -> Iterator[None]:
     """Two clients that stream the same answer over and over.
 
-    When all is over, no page is left in use, and ingress and replica have logged no stack: a client that could make them do
-    that has found a bug, or a way to fill the disk.
+    At the end, no page is in use, and ingress and replica have logged no stack trace. A client that can cause stack traces has
+    found a bug, or a way to fill the disk.
     """
     asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 100, "temperature": 0}
     expected = plain(ar, PROMPT, SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))

@@ -107,5 +107,5 @@ def test_metadata_that_is_refused(
         [("traceparent", "not-one"), ("tracestate", "=,=")],
     ],
 )
-def test_metadata_that_says_nothing(stub: OrthrusStub, metadata: Any) -> None:
+def test_metadata_that_is_ignored(stub: OrthrusStub, metadata: Any) -> None:
     assert stub.Generate(generate(), metadata=metadata).choices

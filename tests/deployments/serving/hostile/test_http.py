@@ -11,7 +11,7 @@ from tests.serving import http
 
 
 def exchange(port: int, sent: bytes, seconds: float = 30) -> bytes:
-    """What comes back for raw bytes until the server closes or has sent a whole answer."""
+    """Send raw bytes. Returns what comes back until the server closes the connection or has sent a whole answer."""
     got = b""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         try:
@@ -96,7 +96,7 @@ def test_a_connection_is_good_for_the_next_request_after_a_refusal(ports: tuple[
 
 
 def test_a_body_without_end_is_cut_off(ports: tuple[int, int]) -> None:
-    """A client that never stops sending is told so as soon as it has sent too much."""
+    """A client that never stops sending gets the error as soon as it has sent too much."""
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     with socket.create_connection(("127.0.0.1", ports[0]), timeout=30) as connection:
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -118,8 +118,8 @@ def test_a_body_without_end_is_cut_off(ports: tuple[int, int]) -> None:
     assert b" 413 " in got.split(b"\r\n")[0]
 
 
-def test_slow_clients_hold_nothing_up_and_are_let_go(ports: tuple[int, int], url: str) -> None:
-    """Half a header, half a body, a whole request whose answer nobody reads: 300 of them, and the service answers."""
+def test_slow_clients_hold_nothing_up_and_are_disconnected(ports: tuple[int, int], url: str) -> None:
+    """204 clients send half a header, half a body, or a request whose answer they do not read. The service still answers."""
     half_body = HEAD + b"Content-Length: 1000\r\n\r\n{"
     unread = post(body=completion(max_tokens=400, ignore_eos=True, stream=True, temperature=0))
     with ExitStack() as stack:
