@@ -73,7 +73,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPlan:
-    """The plan with a work list. programs: how many the work is divided among, for each KV head; 0: no tile is divided."""
+    """The plan with a work list. programs: how many share the work of each KV head. With 0 no tile is divided."""
     if programs is None:
         programs = attention_programs(plan.device) // KV_HEADS
     capacity = 1 << 15 if programs else 0
@@ -89,7 +89,7 @@ def device_plan(plan: AttentionPlan, programs: int | None = None) -> AttentionPl
 
 @cache
 def _first_graph() -> torch.cuda.CUDAGraph:
-    """An empty graph. The others share its memory pool: each is gone when the next is captured."""
+    """An empty graph, whose memory pool all measured graphs use. Only one of them exists at a time."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin()
@@ -99,7 +99,7 @@ def _first_graph() -> torch.cuda.CUDAGraph:
 
 
 def microseconds(launch: Callable[[int], object], launches: int, replays: int = 7) -> float:
-    """Median time of launch(0), launch(1), ... in a CUDA graph."""
+    """Median time of one launch, where launch(0), launch(1), ... run in one CUDA graph."""
     launch(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -122,7 +122,7 @@ def microseconds(launch: Callable[[int], object], launches: int, replays: int = 
 
 
 def bandwidths() -> tuple[float, float]:
-    """GB/s of a large device copy, reads and writes counted, and of reading alone (a sum)."""
+    """GB/s of a large device copy, reads and writes counted, and of reading alone (a maximum norm)."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() / microseconds(lambda i: target.copy_(source), 2) / 1e3
@@ -179,7 +179,7 @@ class LinearCase:
 
 
 def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> list[dict[str, Any]]:
-    """One row of figures per row count: cuBLAS, the usual tiles, and the best of each segment count."""
+    """Figures for each number of rows: cuBLAS, the usual tiles, and with `sweep` all other tiles and segment counts."""
     found = []
     for rows in row_counts:
         case = LinearCase(name, rows)
@@ -218,7 +218,7 @@ def _name(tiles: LinearTiles | None) -> str:
 
 
 class AttentionCase:
-    """`rows` rows at positions from `start` on, for each of `groups` sequences. Each call has other pages, by its number."""
+    """`rows` rows at positions from `start` on, for each of `groups` sequences. Calls take turns over the pages of the cache."""
 
     def __init__(self, groups: int, rows: int, start: int, diffusion: bool) -> None:
         each = triton.cdiv(start + rows, PAGE)
@@ -276,7 +276,7 @@ def bench_attention(read: float) -> list[dict[str, Any]]:
 class LayerStack:
     """`depth` layers as a pass runs them, each with weights of its own, for AR rows or for one diffusion block.
 
-    Their results are in memory of their own, not kept in the L2 cache as a pass keeps them (`kernels.workspace`).
+    Their results are not kept in the L2 cache, as a pass keeps them (`kernels.workspace`).
     """
 
     def __init__(self, depth: int, rows: int, start: int, groups: int = 1, diffusion: bool = False) -> None:

@@ -1,8 +1,8 @@
 """`python -m orthrus.kernels.bench_formats`: the linear layers of Qwen3-8B in each weight format, as a pass runs them.
 
-All 36 layers and the LM head, one behind the other in a CUDA graph, with the norms and the picks that belong to them but without
-attention. For each number of rows: milliseconds, and the bytes of the weights over that time as a share of the read bandwidth.
-Then, for the numbers of rows that `hopper` takes, the microseconds of each part of a layer, in a graph of that part alone.
+It runs all 36 layers and the LM head in a CUDA graph, with norms and picks, but without attention. For each number of rows, it
+prints milliseconds, and the bytes of the weights over that time as a share of the read bandwidth. For the numbers of rows that
+`hopper` takes, it then prints the microseconds of each part of a layer, measured in a graph of that part alone.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from orthrus.kernels.linear.weight import Views
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
 FORMATS = ("plain", "lossless12", "fp8", "int4", "fp8 blocks", "gptq 8", "gptq 4")
-"""Those of weights and of the drafts' copies, then those of published checkpoints, whose LM head is stored in full."""
+"""Our formats for weights and drafts, then formats of published checkpoints, whose LM head is not quantised."""
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 LAYERS = 36
 CONTEXT = 1024
-"""Positions that the draft block of `attention_time` sees, its own included."""
+"""Positions that the draft block of `attention_time` sees, including its own."""
 _DISTINCT = 8
-"""Layers with weights of their own: more than the L2 cache holds."""
+"""Layers with different weights: more than fit into the L2 cache."""
 
 
 class Model:
@@ -59,7 +59,7 @@ class Model:
         self.nbytes = LAYERS * layer_bytes + self.head.nbytes
 
     def microseconds(self, rows: int) -> float:
-        """Time of a pass of so many rows."""
+        """Time of a pass of so many rows, in microseconds."""
         x = randn(rows, HIDDEN)
         logits = torch.empty(rows, SHAPES["lm_head"][0], device="cuda")
         none = torch.zeros(1, device="cuda", dtype=torch.int32)
@@ -83,7 +83,7 @@ class Model:
             return microseconds(run, 1)
 
     def part_times(self, rows: int) -> dict[str, float]:
-        """Microseconds of each part of a layer, of so many rows. FP8 layers are given rows that are rounded already."""
+        """Microseconds of each part of a layer, for so many rows. The inputs of FP8 layers are rounded before."""
         x, inner, residual = randn(rows, HIDDEN), randn(rows, INNER), randn(rows, HIDDEN)
         times = {}
         if self.format == "fp8":
@@ -101,7 +101,7 @@ class Model:
 
 
 def part_time(part: Callable[[int], object]) -> float:
-    """Microseconds of part(i) over the layers i, one behind the other."""
+    """Microseconds of one part(i), where those of all layers i run one after the other."""
 
     def run(_: int) -> None:
         for i in range(_DISTINCT):
@@ -113,7 +113,7 @@ def part_time(part: Callable[[int], object]) -> float:
 
 
 def attention_time(rows: int) -> float:
-    """Microseconds of the attention of one block of `rows` rows at the end of `CONTEXT` positions, merging included."""
+    """Microseconds of attention, with merging, of one block of `rows` rows at the end of `CONTEXT` positions."""
     case = AttentionCase(1, rows, CONTEXT - rows, diffusion=True)
     return part_time(lambda i: paged_attention(case.qkv, *case.cache, case.plans[0], HEAD_DIM**-0.5))
 

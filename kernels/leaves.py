@@ -1,4 +1,4 @@
-"""`Leaves`: how a dimension of a layer is cut into parts whose boundaries the number of GPUs does not change. Free of torch."""
+"""`Leaves`: a dimension of a layer, cut into parts that do not depend on the number of GPUs. Does not import torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,22 +7,22 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Leaves:
-    """Consecutive parts of a dimension, and which of them are here. They differ by one unit at most."""
+    """A dimension, cut into consecutive leaves, and which of these one rank has. Their sizes differ by one unit at most."""
 
     width: int
-    """The whole dimension."""
+    """Size of the whole dimension."""
     unit: int
     """Every leaf but the last ends at a multiple of this."""
     total: int
-    """Leaves of the whole dimension."""
+    """Number of leaves of the whole dimension."""
     first: int
-    """The first leaf that is here."""
+    """The rank's first leaf."""
     count: int
-    """How many are here."""
+    """Number of the rank's leaves."""
 
     @staticmethod
     def whole(width: int, unit: int, total: int) -> "Leaves":
-        """All leaves of a dimension."""
+        """All leaves of a dimension, on one rank."""
         return Leaves(width, unit, total, 0, total)
 
     @property
@@ -32,17 +32,17 @@ class Leaves:
 
     @property
     def begin(self) -> int:
-        """Where the leaves that are here begin."""
+        """Where the rank's leaves begin."""
         return self._bound(self.first)
 
     @property
     def end(self) -> int:
-        """Where the leaves that are here end."""
+        """Where the rank's leaves end."""
         return self._bound(self.first + self.count)
 
     @cached_property
     def spans(self) -> list[slice]:
-        """Each leaf that is here, counted from `begin`."""
+        """Each of the rank's leaves, counted from `begin`."""
         bounds = [self._bound(self.first + leaf) - self.begin for leaf in range(self.count + 1)]
         return [slice(*pair) for pair in pairwise(bounds)]
 

@@ -1,11 +1,11 @@
-"""Sizes of weights in 12 bits, see `linear.lossless`. Free of torch."""
+"""Sizes of weights in 12 bits, see `linear.lossless`. Does not import torch."""
 
 TILE_OUTS, TILE_INS = 64, 128
-"""Of a tile that has a list of exceptions."""
+"""Outputs and inputs of a tile. Each tile has a list of exceptions."""
 ENTRIES = 32
-"""Entries of a tile's list: the number of exceptions, and then these."""
+"""int32 entries of a tile's list: the number of exceptions, and then the exceptions."""
 LOSSLESS_BYTES = 1.5 + 4 * ENTRIES / (TILE_OUTS * TILE_INS)
-"""Of a weight and its share of the lists of exceptions; each output has a float32 scale besides."""
+"""Bytes of a weight, with its share of the lists of exceptions. In addition, each output has a float32 scale."""
 
 
 def can_pack(outs: int, ins: int) -> bool:

@@ -1,4 +1,4 @@
-"""`PeerSizes`: how much the GPUs of a model exchange in a pass, and the memory that this takes on each of them. Free of torch."""
+"""`PeerSizes`: how much the GPUs of a model exchange in a pass, and the memory for that on each GPU. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class PeerSizes:
     vocabulary: int
     """Logits of such a row."""
     picks: int
-    """Most tokens that are sent at once."""
+    """The most tokens that are sent at once."""
 
     def layout(self, ranks: int) -> tuple[dict[str, int], int]:
         """Where each part of a rank's memory begins, in bytes, and how many bytes there are in all."""

@@ -1,8 +1,8 @@
-"""Where kernels put a layer's results: in the memory of the layer before, which the GPU keeps in its L2 cache.
+"""Memory for a layer's results. Every layer reuses that of the previous one, and the GPU keeps it in its L2 cache.
 
 With 64 rows, a layer of Qwen3-8B makes 9 MB of results, and each is soon read once or twice. Meanwhile hundreds of megabytes of
-weights, keys and values are read, which would push the results out of the L2 cache. Writing them to memory then takes time
-that is needed for reading. So a part of the L2 cache is set aside for them (CUDA C++ Programming Guide, "L2 Set-Aside Cache for
+weights, keys and values are read, which would evict the results from the L2 cache. Writing them back to memory would take
+bandwidth that reading needs. So a part of the L2 cache is set aside for them (CUDA C++ Programming Guide, "L2 Set-Aside Cache for
 Persisting Accesses").
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 BYTES = 16 << 20
-"""Enough for 64 rows of any Qwen3, a third of the L2 cache of an H100."""
+"""Enough for 64 rows of any Qwen3. This is a third of the L2 cache of an H100."""
 _ALIGNMENT = 256
 
 
@@ -33,7 +33,7 @@ _active: _Workspace | None = None
 
 @contextmanager
 def results_in(memory: Tensor) -> Iterator[None]:
-    """Inside it, kernels take room for their results from `memory` (uint8) until it is full. For one thread at a time."""
+    """Context in which `empty` allocates from `memory` (uint8) while there is room. Only one thread may be in it at a time."""
     global _active
     _active = _Workspace(memory)
     try:
@@ -43,16 +43,16 @@ def results_in(memory: Tensor) -> Iterator[None]:
 
 
 def start_layer() -> None:
-    """A layer begins: its results take the places of the last layer's results.
+    """Begin a layer, whose results overwrite those of the previous layer.
 
-    Every layer makes the same results in the same order. So each may be read until the next layer makes its own.
+    Every layer makes the same results in the same order. So a result is valid until the next layer makes the same one.
     """
     if _active is not None:
         _active.used = 0
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty` for a kernel's result."""
+    """`torch.empty` for a kernel's result. Inside `results_in` its memory is used, if the result fits."""
     if _active is not None:
         end = _active.used + math.prod(shape) * dtype.itemsize
         if end <= _active.memory.numel():
@@ -64,9 +64,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 @contextmanager
 def kept_in_l2(memory: Tensor, stream: torch.cuda.Stream) -> Iterator[None]:
-    """Inside it, what kernels of `stream` keep in `memory` stays in the L2 cache.
+    """Context in which the L2 cache keeps what kernels of `stream` write to `memory`.
 
-    That also holds later, for the graphs that are captured inside it. If a GPU can't do that, nothing changes.
+    Graphs that are captured in it do the same when they run later. On a GPU that can't do this, it has no effect.
     """
     from cuda.bindings import driver  # Comes with torch for CUDA.
 
@@ -80,7 +80,7 @@ def kept_in_l2(memory: Tensor, stream: torch.cuda.Stream) -> Iterator[None]:
         (result,) = driver.cuStreamSetAttribute(stream.cuda_stream, attribute, value)
         return result
 
-    # Stays set: graphs need it when they run.
+    # The limit is not reset, because graphs need it when they run.
     (limited,) = driver.cuCtxSetLimit(driver.CUlimit.CU_LIMIT_PERSISTING_L2_CACHE_SIZE, memory.nbytes)
     set_up = window(memory.nbytes, driver.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING)
     if (limited, set_up) != 2 * (driver.CUresult.CUDA_SUCCESS,):

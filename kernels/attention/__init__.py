@@ -14,11 +14,12 @@ def paged_attention(
 ) -> Tensor:
     """softmax(q k^T * scale) v for every row of the pass: [rows, heads * dim] in q's dtype; sums are float32 or wider.
 
-    qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, keys, values. A diffusion row sees the keys and values of
-    its own block here. Every other key that a row sees is in the cache.
-    k_cache, v_cache [kv_heads, pages, page_size, dim]. They must be finite: a key that a row does not see may still take part,
-    and its value is then multiplied by 0.
-    The results of rows of no group are undefined.
+    qkv [rows, heads + 2 * kv_heads, dim] from `qk_norm_rope`: queries, keys, values. A diffusion row reads the keys and values of
+    its own block from it. All other keys and values are read from the cache.
+    k_cache, v_cache [kv_heads, pages, page_size, dim]. They must be finite: values of masked keys may be multiplied by a weight
+    of 0, and 0 times infinity is NaN.
+    The results of rows that belong to no group are undefined.
+    Raises ValueError on a GPU if page_size is not a multiple of the kernels' key tile: 64, or 32 in float32.
     """
     if runs_triton(qkv):
         from orthrus.kernels.attention import gpu

@@ -1,4 +1,4 @@
-"""Paged attention on a GPU, with one order of sums for each row: what is launched, and where results go."""
+"""Paged attention on a GPU: chooses the kernel, allocates the partial results, and merges those of divided tiles."""
 
 import torch
 import triton
@@ -19,7 +19,7 @@ def paged_attention(
 ) -> Tensor:
     """`paged_attention` (kernels/attention/__init__.py) for contiguous tensors in float16, bfloat16 or float32.
 
-    The plan needs its `work`. Raises ValueError if a page of the cache is not a whole number of the kernels' key tiles.
+    `plan.work` must be set. Raises ValueError if page_size is not a multiple of the kernels' key tile.
     """
     work = plan.work
     assert work is not None, "a plan for a GPU has a work list"
@@ -34,13 +34,13 @@ def paged_attention(
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
     out = empty((rows, heads * dim), qkv.dtype, qkv.device)
-    # Records of divided tiles, then a place for each program.
+    # Records of divided tiles, then scratch records of each program, one for each of its queries.
     spare = work.capacity * heads
     places = spare + programs * queries
     accs = torch.empty(places, dim, device=qkv.device, dtype=torch.float32)
     tops, norms = torch.empty(2, places, device=qkv.device, dtype=torch.float32)
     records = accs, tops, norms
-    # Scores are to base 2: exp2 is one instruction.
+    # The softmax is to base 2, because exp2 is one instruction.
     shape = {"spare": spare, "queries": queries, "keys": keys, "width": width}
     if shares_tiles(qkv.dtype, dim):
         launch, programs_launched = hopper.launch, programs // 2
@@ -57,15 +57,15 @@ def _queries(dtype: torch.dtype) -> int:
 
 
 def attention_programs(device: torch.device) -> int:
-    """Among how many the work list is divided: two on a multiprocessor, programs or lanes of one program."""
+    """How many workers share the work list: two per SM. They are two programs, or the two lanes of one program of `hopper`."""
     return 2 * multiprocessors(device)
 
 
 def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:
-    """Rows of a tile of the work list: as many as their queries have room for."""
+    """Rows of a tile of the work list: as many as fit into a kernel's query tile with `heads_per_kv` queries each."""
     return max(1, _queries(dtype) // heads_per_kv)
 
 
 def shares_tiles(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the work list is for `hopper`, which takes shared tiles; its rings have no room for wider heads."""
+    """Whether `hopper` runs the pass, so that its work list has shared tiles. Wider heads would not fit its ring buffer."""
     return has_warpgroup_mma() and dtype.itemsize == 2 and head_dim <= 128

@@ -1,15 +1,17 @@
-"""Paged attention on Hopper (compute capability 9.0), whose copy engine fills shared memory by itself.
+"""Paged attention on Hopper (compute capability 9.0), warp-specialized: producers load by TMA, consumers multiply.
 
-A multiprocessor's program has two consumers of 64 queries each, and two producers. A consumer, a producer and every other place
-of a ring in shared memory make a *lane*. A place holds the keys or the values of a step. The rows of a shared item go to both
-consumers, which read the same places, so that keys and values cross the L2 cache once for 128 queries: one producer brings
-the keys, the other the values. Afterwards each lane goes through items of its own. What a row goes through, and in which
-order, is the same either way.
+One program runs on each SM. It has two consumer warpgroups of 64 queries each, and two producer warps that fill a ring buffer in
+shared memory. A *place* of the ring is a pipeline stage: it holds the keys or the values of a step of 128 keys. A consumer, a
+producer and every other place make a *lane*.
 
-A diffusion block's own keys are further tiles. All that is read is finite, see `qk_norm_rope`, so hidden keys take part as
-0 x something.
+The rows of a shared item are divided between both consumers, which read the same places. One producer then loads the keys and the
+other the values, so each is read from the L2 cache once for 128 queries. After the shared items, each lane works through items of
+its own. The steps of a row, and their order, are the same either way.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+A diffusion block's own keys are further tiles. Values of masked keys are multiplied by a weight of 0. That gives 0, because
+everything that is read is finite: see `qk_norm_rope`.
+
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 import torch
@@ -26,11 +28,11 @@ from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import chaining
 
 _SHARED_BYTES = 227 * 1024
-"""Shared memory of a multiprocessor."""
+"""Shared memory of an SM that a program can use."""
 _OTHER_BYTES = 2048
-"""Of it for barriers and what the warps hand each other."""
+"""The part of it that is kept for mbarriers and for data that warps exchange."""
 _PIECE = 16
-"""Keys that are fetched at once where cached keys end."""
+"""Keys of one TMA load in a last step that is not full: see `TRIMS_END`."""
 
 
 @gluon.jit
@@ -71,7 +73,7 @@ def _attention_kernel(
         mbarrier.init(empty.index(i), count=2)
     if CHAINED:
         gdc_launch_dependents()
-    # The work list is uploaded before the pass: no kernel writes it.
+    # The work list is uploaded before the pass, so it may be read before `gdc_wait`.
     gl.warp_specialize(
         [
             (consume, (
@@ -111,7 +113,7 @@ def launch(
     width: int,
     programs: int,
 ) -> None:
-    """As `triton.launch`; programs: one multiprocessor each."""
+    """See `triton.launch`. programs: one per SM."""
     work = plan.work
     assert work is not None
     kv_heads, pages, page_size, dim = k_cache.shape
@@ -145,12 +147,12 @@ def launch(
         WIDTH=width,
         QUERIES=queries,
         KEYS=keys,
-        # The same number for each lane, two tiles each.
+        # The same number for each lane. A place has two tiles.
         PLACES=2 * min(8, room // (2 * 2 * keys * width * 2)),
         PROGRAMS=programs,
         QUERY_TILE=gl.NVMMASharedLayout.get_default_for([queries, width], dtype),
-        # Where sequences are many and no row is divided, what is not there costs bandwidth. A divided row is read by many
-        # programs at once, whose time is that of its last step: more instructions there take longer than the bytes.
+        # Whether to load only the existing keys of a last step. With many sequences no row is divided, and the missing keys would
+        # cost bandwidth. The programs of a divided row take as long as its last step: there the instructions would cost more.
         TRIMS_END=work.capacity == 0,
         num_warps=4,
         **chaining(),

@@ -1,8 +1,8 @@
-"""The consumers of the Hopper kernel: each attends with up to 64 queries to the keys and values that a producer brings.
+"""The consumer warpgroups of the Hopper attention kernel. Each computes the attention of up to 64 queries.
 
 The arithmetic is that of `triton`, in steps of 128 keys.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from triton.experimental import gluon
@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, give_back, item_index, lane_share, move
+from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, advance, item_index, lane_share, release
 from orthrus.kernels.attention.items import (
     ends_record,
     item_keys,
@@ -29,29 +29,29 @@ from orthrus.kernels.attention.softmax import Records, Softmax
 
 @gluon.jit
 def _exp2(x):
-    """2 to the power of x, zero where that would be subnormal: one instruction."""
+    """2 ** x in one instruction. Subnormal results become zero."""
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
     )
 
 
 @gluon.jit
-def _places(base, first, inside, DIM: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """Pointers to base[first], base[first + 1], ... [queries, WIDTH / 8, 8] in `layout`, and which of these are a query's.
+def _pointers(base, first, inside, DIM: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Pointers to the WIDTH numbers from base[first] on of each query, and their mask: both [queries, WIDTH / 8, 8] in `layout`.
 
-    In eights, so that a thread's places differ by constants, which are part of its instructions.
+    The last dimension is 8, so that the addresses of a thread differ by constants, which are encoded in its instructions.
     """
     of_query: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
     eights = 8 * gl.arange(0, WIDTH // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     ones = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    place = (base + gl.convert_layout(first, of_query))[:, None, None] + ones[None, None, :]
+    pointers = (base + gl.convert_layout(first, of_query))[:, None, None] + ones[None, None, :]
     mask = gl.convert_layout(inside, of_query)[:, None, None] & (eights < DIM)[None, :, None]
-    return place + eights[None, :, None], mask
+    return pointers + eights[None, :, None], mask
 
 
 @gluon.jit
 def _merge(first, second):
-    """`softmax.merge`."""
+    """`softmax.merge` in Gluon."""
     layout: gl.constexpr = second.acc.type.layout
     wide: gl.constexpr = gl.SliceLayout(1, layout)
     top = gl.maximum(first.top, second.top)
@@ -67,7 +67,7 @@ def _merge(first, second):
 def _load_queries(
     qkv, query_tile, row, rows, kv_head, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr
 ):
-    """Put the queries of one KV head into shared memory: those of rows `row`, `row` + 1, ..., `rows` in all; zeros behind."""
+    """Copy one KV head's queries of `rows` rows, from row `row` on, to shared memory. The rest of the tile becomes zero."""
     QUERIES: gl.constexpr = query_tile.shape[0]
     WIDTH: gl.constexpr = query_tile.shape[1]
     LANES: gl.constexpr = min(32, WIDTH // 8)
@@ -83,7 +83,7 @@ def _load_queries(
 
 @gluon.jit
 def _scores(query_tile, ring, cursor, layout: gl.constexpr):
-    """Products of the queries with a step's two tiles of keys, once these are there."""
+    """Wait for a step's two key tiles, and multiply the queries by each: two float32 [QUERIES, KEYS]."""
     QUERIES: gl.constexpr = query_tile.shape[0]
     KEYS: gl.constexpr = ring.tiles.shape[1]
     none = gl.zeros((QUERIES, KEYS), gl.float32, layout)
@@ -99,11 +99,11 @@ def _scores(query_tile, ring, cursor, layout: gl.constexpr):
 
 
 @gluon.jit
-def _hide(first, second, bound, seen_by_last, seen_by_all):
-    """Scores of which those of keys that a query does not see are -inf.
+def _mask(first, second, bound, seen_by_last, seen_by_all):
+    """The scores of both tiles, with -inf for keys that a query does not see.
 
-    bound: how many of the step's keys each query sees. seen_by_last: the most, seen_by_all: the fewest. This runs once or twice
-    in an item, and its instructions come from afar: as few as will do.
+    bound: how many of the step's keys each query sees. seen_by_last: the largest of these. seen_by_all: the smallest.
+    This runs once or twice per item, so its instructions are rarely in the instruction cache. It is kept short for that reason.
     """
     KEYS: gl.constexpr = first.shape[1]
     keys = gl.arange(0, KEYS, gl.SliceLayout(0, first.type.layout))
@@ -118,18 +118,21 @@ def _hide(first, second, bound, seen_by_last, seen_by_all):
 
 @gluon.jit
 def _weigh(soft, first, second, scale, operand_dtype: gl.constexpr):
-    """The softmax with the step's keys, but not yet its values; and the weights of these, as operands of the matrix unit."""
+    """Update the online softmax by a step's scores, without its values: acc is only rescaled.
+
+    Also returns the weights of both tiles, in registers as the tensor cores take them.
+    """
     wide: gl.constexpr = gl.SliceLayout(1, soft.acc.type.layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, soft.acc.type.layout, 2)
     top = gl.maximum(soft.top, gl.max(gl.maximum(first, second), 1) * scale)
-    # A row that has seen nothing yet: any finite value will do, its weights are zero.
+    # The maximum of a row that has seen no key is -inf. Any finite base works for it, since all its weights are zero.
     base = gl.where(top == float("-inf"), 0.0, top)
     shift = gl.zeros_like(first) - base[:, None]
     weights = _exp2(gl.fma(first, gl.zeros_like(first) + scale, shift))
     weights2 = _exp2(gl.fma(second, gl.zeros_like(first) + scale, shift))
-    fade = _exp2(soft.top - base)
-    norm = gl.fma(soft.norm, fade, gl.sum(weights + weights2, 1))
-    acc = soft.acc * gl.convert_layout(fade, wide)[:, None]
+    rescale = _exp2(soft.top - base)
+    norm = gl.fma(soft.norm, rescale, gl.sum(weights + weights2, 1))
+    acc = soft.acc * gl.convert_layout(rescale, wide)[:, None]
     weights = gl.convert_layout(weights.to(operand_dtype), operand)
     weights2 = gl.convert_layout(weights2.to(operand_dtype), operand)
     return Softmax(top, norm, acc), weights, weights2
@@ -137,7 +140,7 @@ def _weigh(soft, first, second, scale, operand_dtype: gl.constexpr):
 
 @gluon.jit
 def _add_values(acc, ring, cursor, weights, weights2):
-    """acc with a step's two tiles of values by their weights, once the values are there."""
+    """Wait for a step's two value tiles, and add their products with the weights to acc."""
     place = cursor.place
     mbarrier.wait(ring.full.index(place), cursor.phase)
     acc = warpgroup_mma(weights, ring.tiles.index(2 * place), acc, is_async=True)
@@ -146,13 +149,13 @@ def _add_values(acc, ring, cursor, weights, weights2):
 
 
 @gluon.jit
-def _load_left(records, at, acc_at, inside, mask, acc):
-    """The softmax that was left at these places; acc: of the shape and layout that is wanted."""
-    left = gl.load(acc_at, mask=mask, other=0.0).reshape((acc.shape[0], acc.shape[1]))
+def _load_partial(records, at, acc_at, inside, mask, acc):
+    """Load the softmax states that were stored to the records `at`. acc: a tensor with the shape and layout of the result's."""
+    partial = gl.load(acc_at, mask=mask, other=0.0).reshape((acc.shape[0], acc.shape[1]))
     return Softmax(
         gl.load(records.tops + at, mask=inside, other=0.0),
         gl.load(records.norms + at, mask=inside, other=0.0),
-        gl.convert_layout(left, acc.type.layout),
+        gl.convert_layout(partial, acc.type.layout),
     )
 
 
@@ -162,7 +165,7 @@ def consume(
     LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PROGRAMS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):  # fmt: skip
-    """Attend with a lane's queries: its half of the rows of shared items, then all rows of its own items."""
+    """Run a lane's consumer: its half of the rows of each shared item, then all rows of its own items."""
     QUERIES: gl.constexpr = query_tile.shape[0]
     PLACES: gl.constexpr = full.shape[0]
     KEYS: gl.constexpr = tiles.shape[1]
@@ -179,21 +182,21 @@ def consume(
     no_norm = gl.zeros((QUERIES,), gl.float32, by_query)
     no_acc = gl.zeros((QUERIES, WIDTH), gl.float32, acc_layout)
     eights_layout: gl.constexpr = no_acc.reshape((QUERIES, WIDTH // 8, 8)).type.layout
-    # With this as its highest score a running softmax begins anew: whatever it has summed counts nothing.
+    # A softmax state whose maximum is set to this starts anew: its old sums get a weight of 0.
     unseen = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
     ring, records = Ring(tiles, full, empty), Records(accs, tops, norms)
     share = lane_share(work, LANE, KV_HEADS, PROGRAMS)
     cursor = Cursor(gl.to_tensor(0), gl.to_tensor(0))
-    for turn in range(share.together + share.alone):
-        shared = turn < share.together
+    for turn in range(share.num_shared + share.num_own):
+        shared = turn < share.num_shared
         stride = gl.where(shared, 1, 2)
-        if (turn == share.together) & (LANE == 1):
-            cursor = move(cursor, 1, PLACES)
+        if (turn == share.num_shared) & (LANE == 1):
+            cursor = advance(cursor, 1, PLACES)
         index = item_index(share, turn, PROGRAMS)
         item, kv_head = load_item(work, index // KV_HEADS), index % KV_HEADS
         keys = item_keys(item, STEP)
         divided = item.record >= 0
-        # This lane's rows of the tile. A KV head's queries: all its query heads of a row, then the next row's.
+        # This lane's rows of the tile. Queries are ordered by row, and within a row by query head.
         skipped = gl.where(shared, LANE * ROWS, 0)
         row = skipped + query // PER_KV
         head = kv_head * PER_KV + query % PER_KV
@@ -201,8 +204,8 @@ def consume(
         seen = item.num_keys - item.unseen
         limit = seen - (item.num_rows - 1 - row) * item.causal
         common = seen - (item.num_rows - 1 - skipped) * item.causal  # Keys that all rows see.
-        # Where partial results go: records, or the lane's own place.
-        left_at = gl.where(
+        # Where partial results are stored: in records, or in the lane's scratch records.
+        partial_at = gl.where(
             divided,
             (item.record + row * item.num_records) * HEADS + head,
             spare + (2 * gl.program_id(0) + LANE) * QUERIES + query,
@@ -215,44 +218,44 @@ def consume(
 
         span, segment = Softmax(unseen, no_norm, no_acc), Softmax(unseen, no_norm, no_acc)
         walk = start_walk(item, keys)
-        left = False  # Whether a span has been left in the lane's own place.
+        stored = False  # Whether the scratch records hold the merged spans so far.
         for step in range(keys.steps):
             scores, scores2 = _scores(query_tile, ring, cursor, scores_layout)
-            give_back(ring, cursor, shared)
-            cursor = move(cursor, stride, PLACES)
+            release(ring, cursor, shared)
+            cursor = advance(cursor, stride, PLACES)
             in_block = step >= keys.cached_steps
             own = item.block_rows - (step - keys.cached_steps) * STEP
             seen_by_all = gl.where(in_block, own, common - walk.here)
             if seen_by_all < STEP:
                 bound = gl.where(in_block, own, limit - walk.here)
                 seen_by_last = gl.where(in_block, own, seen - walk.here)
-                scores, scores2 = _hide(scores, scores2, bound, seen_by_last, seen_by_all)
+                scores, scores2 = _mask(scores, scores2, bound, seen_by_last, seen_by_all)
             segment, weights, weights2 = _weigh(segment, scores, scores2, scale, tiles.dtype)
             acc = _add_values(segment.acc, ring, cursor, weights, weights2)
             segment = Softmax(segment.top, segment.norm, acc)
-            give_back(ring, cursor, shared)
-            cursor = move(cursor, stride, PLACES)
+            release(ring, cursor, shared)
+            cursor = advance(cursor, stride, PLACES)
             walk, ends_segment = take_step(walk, keys, step, STEP)
             if ends_segment:
                 span = _merge(span, segment)
                 segment = Softmax(unseen, segment.norm, segment.acc)
                 if ends_record(walk, keys, step):
                     last = step + 1 == keys.steps
-                    acc_at, mask = _places(accs, left_at * DIM, inside, DIM, WIDTH, eights_layout)
-                    if left & (divided == 0):
-                        span = _merge(_load_left(records, left_at, acc_at, inside, mask, no_acc), span)
+                    acc_at, mask = _pointers(accs, partial_at * DIM, inside, DIM, WIDTH, eights_layout)
+                    if stored & (divided == 0):
+                        span = _merge(_load_partial(records, partial_at, acc_at, inside, mask, no_acc), span)
                     if divided | (last == 0):
-                        gl.store(tops + left_at, span.top, mask=inside)
-                        gl.store(norms + left_at, span.norm, mask=inside)
+                        gl.store(tops + partial_at, span.top, mask=inside)
+                        gl.store(norms + partial_at, span.norm, mask=inside)
                         gl.store(acc_at, span.acc.reshape((QUERIES, WIDTH // 8, 8)), mask=mask)
                         span = Softmax(unseen, span.norm, span.acc)
-                        left_at += gl.where(divided, HEADS, 0)
-                        left = True
+                        partial_at += gl.where(divided, HEADS, 0)
+                        stored = True
                 walk = next_segment(walk, keys, step)
         if divided == 0:
             result = span.acc * gl.convert_layout(1.0 / gl.where(inside, span.norm, 1.0), wide)[:, None]
             goal = ((item.first_row + row) * HEADS + head).to(gl.int64) * DIM
-            out_at, mask = _places(out, goal, inside, DIM, WIDTH, eights_layout)
+            out_at, mask = _pointers(out, goal, inside, DIM, WIDTH, eights_layout)
             gl.store(out_at, result.to(out.dtype.element_ty).reshape((QUERIES, WIDTH // 8, 8)), mask=mask)
     if CHAINED:
-        gdc_wait()  # Programs without an item wait too: this launch must not be over before the one ahead of it.
+        gdc_wait()  # Programs without an item wait too: this launch must not finish before the previous one.

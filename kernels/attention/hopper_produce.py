@@ -1,6 +1,6 @@
-"""The producers of the Hopper kernel: warps that only ask for keys and values, ahead of the consumers.
+"""The producer warps of the Hopper attention kernel. They only issue the TMA loads of keys and values, ahead of the consumers.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
-from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, item_index, lane_share, move
+from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, advance, item_index, lane_share
 from orthrus.kernels.attention.items import item_keys, load_item
 from orthrus.kernels.gluon_names import async_load, reinterpret
 
 
 class Pages(NamedTuple):
-    """The pages of a step's two tiles."""
+    """The cache pages of a step's two tiles."""
 
     first: gl.tensor
     second: gl.tensor
@@ -24,7 +24,7 @@ class Pages(NamedTuple):
 
 @gluon.jit
 def _look_up(table, at, end, KEYS: gl.constexpr, PAGE: gl.constexpr):
-    """The pages of the step from position `at` on; behind `end` page 0, which is nobody's."""
+    """The pages of the step that begins at position `at`. From `end` on it is page 0, which belongs to no sequence."""
     first = gl.load(table + at // PAGE, mask=at < end, other=0)
     second = gl.load(table + (at + KEYS) // PAGE, mask=at + KEYS < end, other=0)
     return Pages(first, second)
@@ -32,16 +32,16 @@ def _look_up(table, at, end, KEYS: gl.constexpr, PAGE: gl.constexpr):
 
 @gluon.jit
 def _fetch(source, row, row2, column, ring, place):
-    """Ask for a step's two tiles, from `row` and from `row2` of the source on."""
+    """Issue the loads of a step's two tiles, which begin at `row` and at `row2` of the source."""
     async_load(source, [row, column], ring.full.index(place), ring.tiles.index(2 * place))
     async_load(source, [row2, column], ring.full.index(place), ring.tiles.index(2 * place + 1))
 
 
 @gluon.jit
 def _fetch_end(source, slot, slot2, count, pieces, full, place, KEYS: gl.constexpr):
-    """Ask for a step's two tiles of which `count` keys are there, piece by piece; pieces past the end repeat the last one.
+    """Issue the loads of a step that has only `count` keys, piece by piece. Pieces past the end repeat the last one.
 
-    pieces: the ring as pieces of some keys and up to 64 dimensions, as the tiles lie in memory.
+    pieces: the ring in pieces of a few keys and up to 64 dimensions, in the order in which they lie in a tile.
     """
     PIECE: gl.constexpr = source.block_shape[0]
     PARTS: gl.constexpr = pieces.shape[0] * PIECE // (2 * full.shape[0] * KEYS)
@@ -65,9 +65,9 @@ def produce(
     LANE: gl.constexpr, KV_HEADS: gl.constexpr, PER_KV: gl.constexpr, PAGE: gl.constexpr, DIM: gl.constexpr,
     PROGRAMS: gl.constexpr, TRIMS_END: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
-    """Fill the lane's places: with keys or with values of shared items, with both in turn of the lane's own items.
+    """Fill the lane's places. Of shared items lane 0 loads the keys and lane 1 the values. Of its own a lane loads both in turn.
 
-    Keys that this pass does not write are fetched before the kernels ahead in the stream have finished.
+    Keys that this pass does not write are loaded before `gdc_wait`, while earlier kernels of the stream still run.
     """
     PLACES: gl.constexpr = full.shape[0]
     KEYS: gl.constexpr = tiles.shape[1]
@@ -81,14 +81,14 @@ def produce(
     ring = Ring(tiles, full, empty)
     share = lane_share(work, LANE, KV_HEADS, PROGRAMS)
     cursor = Cursor(gl.to_tensor(LANE), gl.to_tensor(0))
-    waits = CHAINED  # Whether the kernels ahead in the stream may still be running.
-    for turn in range(share.together + share.alone):
+    waits = CHAINED  # Whether earlier kernels of the stream may still be running.
+    for turn in range(share.num_shared + share.num_own):
         index = item_index(share, turn, PROGRAMS)
         item, kv_head = load_item(work, index // KV_HEADS), index % KV_HEADS
         keys = item_keys(item, STEP)
         table = work + item.table_at
-        kinds = gl.where(turn < share.together, 1, 2)
-        # Pages are looked up a step ahead, while the one before it waits for room.
+        kinds = gl.where(turn < share.num_shared, 1, 2)
+        # Pages are looked up one step ahead: the load overlaps the wait for an empty place.
         pages = _look_up(table, keys.begin, keys.end, KEYS, PAGE)
         for step in range(keys.steps):
             at = keys.begin + step * STEP
@@ -120,5 +120,5 @@ def produce(
                     _fetch(k_pages, slot, slot2, 0, ring, cursor.place)
                 else:
                     _fetch(v_pages, slot, slot2, 0, ring, cursor.place)
-                cursor = move(cursor, 2, PLACES)
+                cursor = advance(cursor, 2, PLACES)
             pages = next_pages

@@ -1,4 +1,4 @@
-"""How kernels read the work list and walk over an item's keys: the same for those in Triton and those in Gluon."""
+"""Reading the work list and walking over an item's keys, for kernels in Triton and in Gluon."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,18 @@ class Keys(NamedTuple):
     """The keys of an item: first those in the cache, then those of its diffusion block."""
 
     begin: tl.tensor  # First position in the cache.
-    end: tl.tensor  # The position behind the last.
-    cached_steps: tl.tensor  # Steps that the keys in the cache take.
-    steps: tl.tensor  # All steps.
-    first_span: tl.tensor  # Where the first span begins that the item has from its beginning.
+    end: tl.tensor  # End position in the cache, exclusive.
+    cached_steps: tl.tensor  # Steps for the keys in the cache.
+    steps: tl.tensor  # Steps for all keys.
+    first_span: tl.tensor  # The first position at or after `begin` where a span begins.
 
 
 class Walk(NamedTuple):
-    """How far a kernel has come with an item's keys."""
+    """How far a kernel has come in an item's keys."""
 
-    here: tl.tensor  # Position of the next step's first key; behind the cache it goes on counting.
-    segment: tl.tensor  # The segment that this key is in.
-    # Where that segment ends; 0 for the last one in the cache, and for a block, which is one segment.
-    segment_end: tl.tensor
+    here: tl.tensor  # Position of the next step's first key. It also advances over the keys of a block.
+    segment: tl.tensor  # The segment of this key.
+    segment_end: tl.tensor  # Where that segment ends; 0 for a block, which is one segment.
 
 
 SPAN = tl.constexpr(work_list.SPAN)
@@ -57,7 +56,7 @@ _SPAN_ENDS_AT = tl.constexpr(offset(DIVIDED_ROW, "span_ends_at"))
 
 @triton.jit
 def load_item(work, index):
-    """The list's item number `index`: an `Item` of scalar tensors."""
+    """Item number `index` of the list, as an `Item` of scalar tensors."""
     item = work + _HEADER_SIZE + index * _ITEM_SIZE
     return Item(
         tl.load(item + _FIRST_ROW),
@@ -98,7 +97,7 @@ def segment_start(index):
 
 @triton.jit
 def item_keys(item, STEP: tl.constexpr):
-    """The item's keys in steps of STEP."""
+    """The keys of the item, in steps of STEP keys."""
     begin, end = segment_start(item.first_segment), tl.minimum(segment_start(item.end_segment), item.num_keys)
     cached = tl.cdiv(tl.maximum(end - begin, 0), STEP)
     return Keys(begin, end, cached, cached + tl.cdiv(item.block_rows, STEP), tl.cdiv(begin, SPAN) * SPAN)
@@ -106,7 +105,7 @@ def item_keys(item, STEP: tl.constexpr):
 
 @triton.jit
 def start_walk(item, keys):
-    """Before an item's first step."""
+    """The walk before an item's first step."""
     segment_end = tl.where(keys.cached_steps > 0, segment_start(item.first_segment + 1), 0)
     return Walk(keys.begin, item.first_segment, segment_end)
 
@@ -129,10 +128,10 @@ def take_step(walk, keys, step, STEP: tl.constexpr):
 
 @triton.jit
 def ends_record(walk, keys, step):
-    """Whether a record ends with the segment that ends with step number `step`; walk: after that step.
+    """Whether the segment that ends at step number `step` also ends a record. walk: the walk after that step.
 
-    A record ends with every segment until the first whole span, and then with every span. A diffusion block belongs to the
-    last span in the cache.
+    Up to `first_span` every segment ends a record. From there on every span does. A diffusion block belongs to the last span in
+    the cache.
     """
     ends_span = (walk.here % SPAN == 0) & (step + 1 != keys.cached_steps)
     return (step + 1 == keys.steps) | (walk.here <= keys.first_span) | ends_span

@@ -1,4 +1,4 @@
-"""The kernel that merges the records of divided tiles."""
+"""The kernel that merges the records of divided tiles, as split-KV attention needs it."""
 
 import triton
 import triton.language as tl
@@ -6,17 +6,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.attention.items import DIVIDED_AT, NUM_DIVIDED, load_divided_row
-from orthrus.kernels.attention.softmax import Records, load, merge, nothing, result
+from orthrus.kernels.attention.softmax import Records, initial, load, merge, result
 from orthrus.kernels.attention.types import AttentionWork
 from orthrus.kernels.device import chaining
 
 _HEADS = 4
-"""Heads of a program, a warp for each."""
+"""Heads of a program. Each has a warp."""
 
 
 @triton.jit
 def _load_record(records, divided, i, heads, head, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """A divided row's i-th record for some of its heads, as a tuple of one; nothing past the row's last record."""
+    """The i-th record of a divided row for some heads, in a tuple of one. Past its last record: the state before any key."""
     inside = head < tl.where(i < divided.num_records, heads, 0)
     return (load(records, (divided.record + i) * heads + head, inside, WIDTH, DIM),)
 
@@ -46,12 +46,12 @@ def _merge_kernel(
         divided = load_divided_row(work + rows_at, unit // groups)
         span_ends = work + divided.span_ends_at
         head = unit % groups * HEADS + tl.arange(0, HEADS)
-        span, total = nothing(HEADS, WIDTH), nothing(HEADS, WIDTH)
+        span, total = initial(HEADS, WIDTH), initial(HEADS, WIDTH)
         if CHAINED:
             gdc_wait()
         for start in range(0, divided.num_records, BATCH):
             ends = tl.load(span_ends + start // 32) >> start % 32
-            # Many reads in flight; merging stays in order.
+            # The loads of a batch are in flight together. The records are merged in order.
             parts = _load_record(records, divided, start, heads, head, WIDTH, DIM)
             for i in tl.static_range(1, BATCH):
                 parts = parts + _load_record(records, divided, start + i, heads, head, WIDTH, DIM)
@@ -59,13 +59,13 @@ def _merge_kernel(
                 span = merge(span, parts[i])
                 if (ends >> i) & 1:
                     total = merge(total, span)
-                    span = nothing(HEADS, WIDTH)
+                    span = initial(HEADS, WIDTH)
         goal = (out + (divided.row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
         inside = head < heads
         value = result(total, inside, out.dtype.element_ty)
         tl.store(goal, value, mask=inside[:, None] & (dims < DIM)[None, :])
     if CHAINED:
-        gdc_wait()  # Programs without a row wait too.
+        gdc_wait()  # Programs without a row wait too: this launch must not finish before the previous one.
 
 
 def merge_records(
@@ -77,7 +77,10 @@ def merge_records(
     width: int,
     programs: int,
 ) -> None:
-    """Write the divided rows of out [rows, heads * dim]. programs: most that are worth launching."""
+    """Merge the records of divided rows, and write the results to out [rows, heads * dim].
+
+    records: accs [records, dim], tops [records] and norms [records], as in `Records`. programs: the most to launch.
+    """
     rows, heads = out.shape[0], out.shape[1] // dim
     _merge_kernel[(min(programs, rows * triton.cdiv(heads, _HEADS)),)](
         work.numbers,
@@ -87,7 +90,7 @@ def merge_records(
         DIM=dim,
         WIDTH=width,
         HEADS=_HEADS,
-        # A warp for a head goes through its records alone: with few rows their reads, not the registers, are the limit.
+        # A warp merges all records of a head. With few rows, the latency of their loads is the limit, and not the registers.
         BATCH=16 if rows <= 16 else 8,
         num_warps=_HEADS,
         **chaining(),

@@ -1,4 +1,7 @@
-"""The list of draft blocks of a pass that `place_blocks` moves."""
+"""The draft blocks that `place_blocks` moves, as a list for the device.
+
+A draft is *right* if the previous pass picked it after its parent, and the parent is the newest token or itself right.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +10,32 @@ from typing import NamedTuple
 import numpy as np
 
 MOST_NODES = 128
-"""Most drafts of a tree. A chain may have any number."""
+"""The most drafts that a tree may have. A chain may have any number."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedTree:
-    """What a block has to know of the tree of drafts that it comes behind."""
+    """The tree of drafts before a block, which the previous pass verifies."""
 
     parents: Sequence[int]
-    """For each draft the one before it, by its place; -1 for those behind the newest token. A draft comes after its parent."""
+    """For each draft the index of its parent; -1 if that is the newest token. A draft comes after its parent."""
     groups: Sequence[int]
     """For each draft, its group. The newest token is in group 0."""
     first_page: int
-    """Place in the block tables from which on those of the groups may differ."""
+    """Index in the block tables of the first page that may differ between the groups."""
     pages: Sequence[Sequence[int]]
-    """For each group, what its block table has from there on: as many pages as the block's own table."""
+    """For each group, the pages of its block table from `first_page` on. They are as many as in the block's own table."""
 
 
 def last_right(drafts: Sequence[int], parents: Sequence[int] | None, picks: Sequence[int]) -> tuple[int, int]:
-    """The place of the last right draft, -1 if none is right, and how many are right.
+    """The index of the last right draft, -1 if none is right; and how many are right.
 
-    parents: as in `VerifiedTree`; None for a chain. picks: behind the newest token, and then behind each draft.
+    parents: as in `VerifiedTree`; None for a chain. picks: the pick after the newest token, then the pick after each draft.
     """
     last, right = -1, 0
     for place, draft in enumerate(drafts):
         parent = place - 1 if parents is None else parents[place]
-        # No two drafts behind the same one are alike, and none comes before its parent.
+        # Drafts with the same parent differ, and a draft comes after its parent. So one loop finds the path of right drafts.
         if parent == last and draft == picks[parent + 1]:
             last, right = place, right + 1
     return last, right
@@ -40,28 +43,29 @@ def last_right(drafts: Sequence[int], parents: Sequence[int] | None, picks: Sequ
 
 @dataclass(frozen=True, slots=True)
 class MovingBlock:
-    """A draft block whose place depends on the picks of the pass before it."""
+    """A draft block whose position depends on the picks of the previous pass."""
 
     first_row: int
     """The block's first row in the pass."""
     num_rows: int
     first_logit: int
-    """Place of its first row with logits among all rows that need them."""
+    """Index of its first row with logits among all rows of the pass with logits."""
     num_logits: int
     first_pick: int
-    """Place, among the runner's picks, of the pick behind the newest token. Those behind the drafts follow."""
+    """Index, among the runner's picks, of the pick after the newest token. The picks after the drafts follow it."""
     drafts: Sequence[int]
-    """The drafts that the pass before verifies."""
+    """The drafts that the previous pass verifies."""
     furthest: int
-    """Most drafts that can be right: the place that the block is planned for."""
+    """The most drafts that can be right. The block is planned for the position behind so many."""
     noise_keys: np.ndarray
-    """int32 [furthest + num_logits, 2]: of the rows with logits if no draft is right, then of a position for each right draft."""
+    """int32 [furthest + num_logits, 2]: noise keys of consecutive positions. If no draft is right, the rows with logits use the
+    first `num_logits` of them. For each right draft they use those one position later."""
     tree: VerifiedTree | None = None
     """None for a chain, where each draft follows the one before it."""
 
 
 class Fields(NamedTuple):
-    """A block in the list. The places are in the list."""
+    """The fields of a block in the list. Those that end in `_at` are indices in the list."""
 
     first_row: int
     num_rows: int
@@ -69,18 +73,17 @@ class Fields(NamedTuple):
     num_logits: int
     first_pick: int
     num_drafts: int
-    drafts_at: (
-        int  # The drafts; of a tree, their parents and their groups follow, and then the pages of the groups.
-    )
+    # The drafts. For a tree, their parents, their groups, and the pages of the groups follow.
+    drafts_at: int
     furthest: int
-    keys_at: int
+    keys_at: int  # The noise keys.
     first_page: int
     num_pages: int  # Pages of each group; 0 for a chain.
     unused: int = 0
 
 
 FIELDS = len(Fields._fields)
-"""Numbers of a block in the list. Behind those of all blocks comes what belongs to each of them."""
+"""Number of fields. The list begins with the fields of all blocks. What their indices point to follows."""
 
 
 def block_list(blocks: Sequence[MovingBlock]) -> np.ndarray:

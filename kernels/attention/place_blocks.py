@@ -1,9 +1,9 @@
-"""Moving draft blocks to where they belong, once the device knows how many drafts before them are right.
+"""Moving draft blocks to their positions, once the device knows how many of the drafts before them are right.
 
-A block may be launched before the host knows what the pass before it picked. That pass verifies drafts, and the block begins
-with its pick behind the last right draft. The host plans the block for the furthest place: as if as many drafts as possible were
-right. Before the pass begins, its numbers are corrected on the device, by as many positions as drafts were not right. Behind a
-tree of drafts the block also gets the pages of the group in which the last right draft is.
+A block may be launched before the host knows the picks of the previous pass. That pass verifies drafts, and the block begins with
+the pick after the last right draft. The host plans the block as if as many drafts as possible were right. Before the block's pass
+begins, the device moves the block back by one position for each draft that was not right. Behind a tree of drafts, the block also
+gets the pages of the group of the last right draft.
 """
 
 import torch
@@ -23,10 +23,11 @@ def place_blocks(
     noise_keys: Tensor,
     work: Tensor,
 ) -> None:
-    """Correct a pass for the drafts that were right. All tensors are int32.
+    """Move the draft blocks of a pass. All tensors are int32.
 
-    blocks: `block_list` of `count` blocks. picks: the runner's. tokens, positions: of the pass, [rows]. noise_keys: of its rows
-    that need logits, [rows, 2]. work: its work list, whose items get their `unseen`, and whose block tables are corrected.
+    blocks: `block_list` of `count` blocks. picks: the runner's picks.
+    The other tensors are those of the pass, and are changed in place. tokens, positions [rows]. noise_keys [rows with logits, 2].
+    work: its work list, of which the items' `unseen` and the block tables change.
     """
     if runs_triton(blocks):
         from orthrus.kernels.attention import place_blocks_triton

@@ -19,7 +19,7 @@ _BLOCK = MOST_NODES
 
 @triton.jit
 def _last_of_chain(drafts, num_drafts, picks, BLOCK: tl.constexpr):
-    """The place of the last right draft of a chain; -1 if the first is wrong."""
+    """The index of the last right draft of a chain; -1 if the first is wrong."""
     right = num_drafts
     for at in range(0, num_drafts, BLOCK):
         place = at + tl.arange(0, BLOCK)
@@ -32,13 +32,13 @@ def _last_of_chain(drafts, num_drafts, picks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _last_of_tree(drafts, num_drafts, picks, BLOCK: tl.constexpr):
-    """The place of the last right draft of a tree, -1 if there is none, and how many are right."""
+    """The index of the last right draft of a tree, -1 if there is none; and how many are right."""
     place = tl.arange(0, BLOCK)
     inside = place < num_drafts
     draft = tl.load(drafts + place, mask=inside, other=0)
     parent = tl.load(drafts + num_drafts + place, mask=inside, other=-2)
     pick = tl.load(picks + 1 + parent, mask=inside, other=0)
-    # Those that are not what was picked behind their parents follow nothing.
+    # A draft that differs from the pick after its parent can't be right.
     parent = tl.where(draft == pick, parent, -2)
     last, right = -1, 0
     found = tl.max(tl.where(parent == -1, place, -1))

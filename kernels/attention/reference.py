@@ -1,8 +1,8 @@
 """Attention in plain PyTorch.
 
 A row sees the keys in the cache below its limit: p + 1 for an AR row at position p, and n for the rows of a diffusion block
-anchored at n. A row of a block also sees every row of its own block. Keys are added up in segments of fixed length that are
-aligned to position 0, and then the segments in order. So a row's result does not depend on the longest context of the batch.
+anchored at n. A row of a block also sees every row of its own block. Keys are summed in segments of fixed length, aligned to
+position 0. The sums of the segments are added in order. So a row's result does not depend on the longest context of the batch.
 """
 
 from collections import defaultdict
@@ -19,23 +19,23 @@ SEGMENT = 128
 """Keys of a segment: the unit of the reduction over keys."""
 
 _QUERY_TILE = 8
-"""Queries are padded to a multiple of this: a library multiplies few rows by other code, which rounds differently."""
+"""Queries are padded to a multiple of this. For fewer rows, a library may use other code, which rounds differently."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Groups of one view and one number of rows. They are multiplied together, a product for each group and KV head."""
+    """Groups of one view and one number of rows. They run as a batched product, with one product for each group and KV head."""
 
-    # Number of products, by group and then by KV head.
+    # Number of products. They are ordered by group, and within a group by KV head.
     products: int
-    # int64 [products * queries]: places of the queries among the rows' heads. The last is repeated to fill a query tile.
+    # int64 [products * queries]: indices of the queries in qkv.flatten(0, 1). The last is repeated to fill a query tile.
     queries: Tensor
-    # int64 [products * rows]: places of a diffusion block's own keys and values; None for AR rows.
+    # int64 [products * rows]: such indices of a diffusion block's own keys and values; None for AR rows.
     own_keys: Tensor | None
     own_values: Tensor | None
-    # int64 [products * pages]: the groups' pages in the cache, padded to whole segments.
+    # int64 [products * pages]: the groups' pages in cache.flatten(0, 1), padded to whole segments.
     pages: Tensor
-    # The same pages as a slice of the cache, if there is one group and its pages follow one another.
+    # The same pages as a slice of the cache, if there is one group and its pages are consecutive.
     in_place: slice | None
     # [products, queries, own keys + cached keys]: -inf where a query does not see a key, else 0.
     mask: Tensor
@@ -44,21 +44,21 @@ class _Batch:
         """The groups' keys or values [products, keys, dim] in a cache [kv_heads, pages, page_size, dim]."""
         if self.in_place is not None:
             return cache[:, self.in_place].flatten(1, 2)
-        # Whole pages along the first axis: along the second, index_select takes them apart.
+        # Along the first axis index_select copies whole pages. Along the second it would copy them in parts.
         return cache.flatten(0, 1).index_select(0, self.pages).view(self.products, -1, cache.shape[-1])
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A pass in batches."""
+    """A pass as batches."""
 
     batches: list[_Batch]
-    # int64 [rows * heads]: where each head of each row lies among the results of all batches.
+    # int64 [rows * heads]: index of each row's heads in the concatenated results of the batches.
     results: Tensor
 
 
 def _layout_of(plan: AttentionPlan, num_rows: int, cache: Tensor) -> _Layout:
-    """Where everything lies in a pass of `num_rows` rows and a cache [kv_heads, pages, ...]: the same in all layers."""
+    """The layout of a pass of `num_rows` rows with a cache [kv_heads, pages, ...]. All layers have the same: it is made once."""
     key = num_rows, cache.shape[0], cache.shape[1], torch.promote_types(cache.dtype, torch.float32)
     if key not in plan.layouts:
         plan.layouts[key] = _layout(plan, *key)
@@ -87,7 +87,7 @@ def _layout(plan: AttentionPlan, num_rows: int, kv_heads: int, num_pages: int, d
 
 
 def _rows(groups: Sequence[AttentionGroup]) -> np.ndarray:
-    """The rows of groups of one row count: int64 [groups, rows]."""
+    """The rows of groups that have the same number of rows: int64 [groups, rows]."""
     return np.array([group.first_row for group in groups])[:, None] + np.arange(groups[0].num_rows)
 
 
@@ -124,9 +124,9 @@ def _batch(
 
 
 def _run(pages: Sequence[int], width: int, num_pages: int) -> slice | None:
-    """A slice of `width` pages of the cache that begins with `pages`, if these follow one another and the cache is long enough.
+    """A slice of `width` pages of the cache that begins with `pages`; None if these are not consecutive or it would not fit.
 
-    The slice may end with pages of other sequences. Their keys are hidden like those behind a row's limit.
+    The slice may end with pages of other sequences. Their keys are masked, as all keys past a row's limit are.
     """
     if (
         not pages
@@ -164,7 +164,7 @@ def paged_attention(
 
 
 def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scale: float) -> Tensor:
-    """What the queries of a batch see, in their order: [products * queries, dim], float32 or wider.
+    """The attention of a batch's queries, in their order: [products * queries, dim], float32 or wider.
 
     heads [rows * (heads + 2 * kv_heads), dim].
     """
@@ -177,7 +177,7 @@ def _attend(heads: Tensor, k_cache: Tensor, v_cache: Tensor, batch: _Batch, scal
     keys, values = (batch.cached(cache).to(wide).split(SEGMENT, 1) for cache in (k_cache, v_cache))
     if batch.own_keys is not None and batch.own_values is not None:
         keys, values = (take(batch.own_keys), *keys), (take(batch.own_values), *values)
-    # One product for each segment, all of the cache's of one size: a library may add up other numbers of keys in another order.
+    # One product for each segment. All cached segments have one size: a library may sum another number of keys in another order.
     scores = [torch.bmm(queries, segment.transpose(1, 2)) for segment in keys]
     weights = (torch.cat(scores, 2) if len(scores) > 1 else scores[0]).add_(batch.mask).softmax(-1)
     shares = weights.split([segment.shape[1] for segment in keys], 2)

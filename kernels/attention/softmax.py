@@ -1,4 +1,4 @@
-"""Running softmax over keys, to base 2 (Milakov and Gimelshein, 2018), and where partial ones are kept in memory."""
+"""Online softmax over keys, to base 2 (Milakov and Gimelshein, 2018), and its states in memory."""
 
 from typing import NamedTuple
 
@@ -7,49 +7,49 @@ import triton.language as tl
 
 
 class Softmax(NamedTuple):
-    """What some queries have made of the keys that they have seen so far."""
+    """The state of an online softmax over the keys so far, for some queries."""
 
-    top: tl.tensor  # Highest score [queries]; -inf before the first key.
-    norm: tl.tensor  # Sum of the keys' weights, 2 ** (score - top) [queries].
-    acc: tl.tensor  # Sum of the values by these weights [queries, width].
+    top: tl.tensor  # Maximum of the scores [queries]; -inf before the first key.
+    norm: tl.tensor  # Sum of the weights, 2 ** (score - top) [queries].
+    acc: tl.tensor  # Sum of the values times their weights [queries, width].
 
 
 class Records(NamedTuple):
-    """Memory for softmaxes, each of one row and query head."""
+    """States in memory. A record is the state of one row and query head."""
 
-    accs: tl.tensor  # Pointer to float32 [places, dim].
-    tops: tl.tensor  # Pointer to float32 [places].
-    norms: tl.tensor  # Pointer to float32 [places].
+    accs: tl.tensor  # Pointer to float32 [records, dim].
+    tops: tl.tensor  # Pointer to float32 [records].
+    norms: tl.tensor  # Pointer to float32 [records].
 
 
 @triton.jit
-def nothing(QUERIES: tl.constexpr, WIDTH: tl.constexpr):
-    """The softmax of queries that have seen no key."""
+def initial(QUERIES: tl.constexpr, WIDTH: tl.constexpr):
+    """The state before any key."""
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     return Softmax(top, tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES, WIDTH), tl.float32))
 
 
 @triton.jit
-def see(soft, query, keys, values, scale, visible):
-    """The softmax after `visible` [queries, keys] of these keys.
+def update(soft, query, keys, values, scale, visible):
+    """The state after these keys [keys, width], as far as they are `visible` [queries, keys].
 
-    Multiply-adds are spelt out, so that every place that inlines this rounds alike.
+    Multiply-adds are explicit, so that this rounds alike wherever the compiler inlines it.
     """
     scores = tl.dot(query, keys.T, input_precision="ieee")
     scores = tl.where(visible, scores, float("-inf"))
     top = tl.maximum(soft.top, tl.max(scores, 1) * scale)
-    # A row that has seen nothing yet: any finite value will do, its weights are zero.
+    # The maximum of a row that has seen no key is -inf. Any finite base works for it, since all its weights are zero.
     base = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + scale, tl.zeros_like(scores) - base[:, None]))
-    fade = tl.exp2(soft.top - base)
-    norm = tl.fma(soft.norm, fade, tl.sum(weights, 1))
-    acc = tl.dot(weights.to(values.dtype), values, soft.acc * fade[:, None], input_precision="ieee")
+    rescale = tl.exp2(soft.top - base)
+    norm = tl.fma(soft.norm, rescale, tl.sum(weights, 1))
+    acc = tl.dot(weights.to(values.dtype), values, soft.acc * rescale[:, None], input_precision="ieee")
     return Softmax(top, norm, acc)
 
 
 @triton.jit
 def merge(first, second):
-    """The softmax over both's keys. One that has seen nothing changes no bit of the other."""
+    """The state over the keys of both. The initial state changes no bit of the other."""
     top = tl.maximum(first.top, second.top)
     base = tl.where(top == float("-inf"), 0.0, top)
     old, new = tl.exp2(first.top - base), tl.exp2(second.top - base)
@@ -60,13 +60,13 @@ def merge(first, second):
 
 @triton.jit
 def result(soft, inside, dtype: tl.constexpr):
-    """The weighted mean of the values [queries, width]; where not `inside`, anything finite."""
+    """The weighted mean of the values, acc / norm [queries, width]. Where not `inside`, it is any finite number."""
     return (soft.acc * (1.0 / tl.where(inside, soft.norm, 1.0))[:, None]).to(dtype)
 
 
 @triton.jit
 def load(records, at, inside, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """The softmaxes at these places [queries]; where not `inside`, nothing."""
+    """Load the states of the records `at` [queries]. Where not `inside`, it is the initial state."""
     dims = tl.arange(0, WIDTH)
     mask = inside[:, None] & (dims < DIM)[None, :]
     top = tl.load(records.tops + at, mask=inside, other=float("-inf"))
@@ -77,7 +77,7 @@ def load(records, at, inside, WIDTH: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def store(records, at, inside, soft, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Put softmaxes at these places [queries], where `inside`."""
+    """Store the states to the records `at` [queries], where `inside`."""
     dims = tl.arange(0, WIDTH)
     mask = inside[:, None] & (dims < DIM)[None, :]
     tl.store(records.tops + at, soft.top, mask=inside)

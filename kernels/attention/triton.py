@@ -1,11 +1,13 @@
-"""The attention kernel for any GPU; on Hopper, in 16-bit types, `hopper` takes its place.
+"""The attention kernel for any GPU. On Hopper, `hopper` replaces it for 16-bit types and heads of up to 128 dimensions.
 
-A launch has a fixed number of programs, which go through the work list of the pass: its shape depends on nothing but the number
-of rows, so a CUDA graph can hold it. Inside a segment a running softmax goes over tiles of keys in order. The segments of a
-span are merged in order, and then the spans. A row's own diffusion block is merged with its last span. It is the same
-arithmetic whether one program walks over all segments of its rows, or several take some each and `merge_records` merges them.
+The kernel is persistent: a fixed number of programs goes through the work list of the pass. So its launch depends only on the
+number of rows, and a CUDA graph can hold it. Inside a segment, an online softmax goes over tiles of keys in order. The segments
+of a span are merged in order, and then the spans. A row's own diffusion block is merged with its last span. The arithmetic is the
+same if one program walks over all segments of its rows, and if several programs take some each (split-KV) and `merge_records`
+merges them.
 
-The queries of one KV head fill 64 rows of the matrix unit, side by side: one instruction for any number of rows.
+All query heads of a KV head, and several rows, are packed into the M dimension of one query tile: 64 queries, or 16 in float32.
+So any number of rows uses the same instruction.
 """
 
 import triton
@@ -22,7 +24,7 @@ from orthrus.kernels.attention.items import (
     start_walk,
     take_step,
 )
-from orthrus.kernels.attention.softmax import Records, load, merge, nothing, result, see, store
+from orthrus.kernels.attention.softmax import Records, initial, load, merge, result, store, update
 from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import chaining
 
@@ -40,7 +42,7 @@ def _load_cached(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Keys and values of positions at .. at + KEYS - 1 [keys, width], which lie in one page."""
+    """Keys and values of positions at .. at + KEYS - 1, which lie in one page: both [keys, width]."""
     key, dims = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     spot = (kv_head * slots + page * PAGE + at % PAGE + key).to(tl.int64)[:, None] * DIM + dims[None, :]
     mask = (dims < DIM)[None, :]
@@ -51,7 +53,7 @@ def _load_cached(
 def _load_block(
     qkv, item, kv_head, own, heads, kv_heads, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Keys and values [keys, width] of the item's diffusion block from its row `own` on; zeros behind its last row."""
+    """Keys and values [keys, width] of the item's diffusion block from its row `own` on. Past its last row they are zeros."""
     key, dims = tl.arange(0, KEYS), tl.arange(0, WIDTH)
     there = (own + key < item.block_rows)[:, None] & (dims < DIM)[None, :]
     head = (item.block_row + own + key) * (heads + 2 * kv_heads) + heads + kv_head
@@ -84,10 +86,10 @@ def _attention_kernel(
     PROGRAMS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """slots: places of a KV head in the cache. spare: first of the programs' own places among the records."""
+    """slots: positions of a KV head in the cache, pages * page_size. spare: index of the first scratch record of the programs."""
     if CHAINED:
         gdc_launch_dependents()
-    # The work list is uploaded before the pass: no kernel writes it.
+    # The work list is uploaded before the pass, so it may be read before `gdc_wait`.
     count = tl.load(work + NUM_ITEMS) * kv_heads
     records = Records(accs, tops, norms)
     query_index = tl.arange(0, QUERIES)
@@ -95,14 +97,14 @@ def _attention_kernel(
     for index in range(tl.program_id(0), count, PROGRAMS):
         item, kv_head = load_item(work, index // kv_heads), index % kv_heads
         divided = item.record >= 0
-        # A KV head's queries: all its query heads of a row, then the next row's.
+        # Queries are ordered by row, and within a row by query head.
         row = query_index // PER_KV
         head = kv_head * PER_KV + query_index % PER_KV
         inside = row < item.num_rows
         mask = inside[:, None] & (dims < DIM)[None, :]
         limit = item.num_keys - item.unseen - (item.num_rows - 1 - row) * item.causal
-        # Where partial results go: records, or the program's own place.
-        left_at = tl.where(
+        # Where partial results are stored: in records, or in the program's scratch records.
+        partial_at = tl.where(
             divided,
             (item.record + row * item.num_records) * heads + head,
             spare + tl.program_id(0) * QUERIES + query_index,
@@ -112,9 +114,9 @@ def _attention_kernel(
             gdc_wait()
         place = ((item.first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
         query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
-        span, segment = nothing(QUERIES, WIDTH), nothing(QUERIES, WIDTH)
+        span, segment = initial(QUERIES, WIDTH), initial(QUERIES, WIDTH)
         walk = start_walk(item, keys)
-        left = False  # Whether a span has been left in the program's own place.
+        stored = False  # Whether the scratch records hold the merged spans so far.
         for step in range(keys.steps):
             at = walk.here
             key = tl.arange(0, KEYS)
@@ -126,28 +128,28 @@ def _attention_kernel(
                 own = (step - keys.cached_steps) * KEYS
                 k, v = _load_block(qkv, item, kv_head, own, heads, kv_heads, KEYS, DIM, WIDTH)
                 bound = tl.zeros_like(limit) + (item.block_rows - own)
-            segment = see(segment, query, k, v, scale, key[None, :] < bound[:, None])
+            segment = update(segment, query, k, v, scale, key[None, :] < bound[:, None])
             walk, ends_segment = take_step(walk, keys, step, KEYS)
             if ends_segment:
                 span = merge(span, segment)
-                segment = nothing(QUERIES, WIDTH)
+                segment = initial(QUERIES, WIDTH)
                 if ends_record(walk, keys, step):
                     last = step + 1 == keys.steps
-                    if left & (divided == 0):
+                    if stored & (divided == 0):
                         tl.debug_barrier()  # Other threads may have stored it.
-                        span = merge(load(records, left_at, inside, WIDTH, DIM), span)
+                        span = merge(load(records, partial_at, inside, WIDTH, DIM), span)
                     if divided | (last == 0):
-                        store(records, left_at, inside, span, WIDTH, DIM)
-                        span = nothing(QUERIES, WIDTH)
-                        left_at += tl.where(divided, heads, 0)
-                        left = True
+                        store(records, partial_at, inside, span, WIDTH, DIM)
+                        span = initial(QUERIES, WIDTH)
+                        partial_at += tl.where(divided, heads, 0)
+                        stored = True
                 walk = next_segment(walk, keys, step)
         if divided == 0:
             goal = ((item.first_row + row) * heads + head).to(tl.int64) * DIM
             value = result(span, inside, out.dtype.element_ty)
             tl.store(out + goal[:, None] + dims[None, :], value, mask=mask)
     if CHAINED:
-        gdc_wait()  # Programs without an item wait too: this launch must not be over before the one ahead of it.
+        gdc_wait()  # Programs without an item wait too: this launch must not finish before the previous one.
 
 
 def launch(
@@ -165,7 +167,11 @@ def launch(
     width: int,
     programs: int,
 ) -> None:
-    """Attend, and leave the records of divided tiles; for the arguments see `gpu.paged_attention`, which prepares them."""
+    """Write the results of whole tiles to out [rows, heads * dim], and the partial results of divided tiles to `records`.
+
+    scale: of the scores to base 2. records: as `merge_records` takes them. spare: see the kernel. queries, keys: of a tile.
+    width: head dimensions, padded to a power of two.
+    """
     work = plan.work
     assert work is not None
     kv_heads, pages, page_size, dim = k_cache.shape

@@ -1,4 +1,4 @@
-"""What attention is told about a pass: which rows see which keys."""
+"""Which rows of a pass see which keys: the input of the attention kernels beside tensors."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-# Not frozen: a pass makes one for every sequence, and freezing would take half of flattening it.
+# Not frozen: a pass makes one for every sequence. Making frozen ones would be half of the time that flattening a pass takes.
 @dataclass(slots=True)
 class AttentionGroup:
     """Consecutive rows of a pass that hold consecutive positions of one sequence in one view."""
@@ -20,14 +20,14 @@ class AttentionGroup:
     start: int
     # The sequence's block table: the pages, in order, of every key in the cache that the rows see.
     pages: Sequence[int]
-    # Whether the rows are a diffusion block, which sees the keys before `start` and all of itself, or else causal AR rows.
+    # Whether the rows are a diffusion block. Its rows see the keys before `start` and the whole block. Other rows are causal.
     diffusion: bool
-    # The lowest position whose key the group sees and this pass itself writes. None means `start`: an AR group sees the keys of
-    # its own rows, and a diffusion block sees no key of the pass. Where a block follows AR rows of the same pass, it must give
-    # the lowest of those rows' positions, or it may read the cache before they have been written.
+    # The lowest position whose key this pass writes and the group sees. None means `start`: the group sees no key that another
+    # group of the pass writes. A group behind AR rows of the same pass must give the lowest position of those rows. Otherwise the
+    # kernels may read the cache before it is written.
     writes_from: int | None = None
-    # How many keys, from the first on, it sees in the same pages as the group before it. Its rows come right behind the rows of
-    # that group.
+    # How many of the first keys lie in the same pages as those of the previous group. If it is not 0, the group's rows follow the
+    # rows of the previous group directly.
     shared: int = 0
 
     @property
@@ -44,13 +44,13 @@ class AttentionWork:
 
     # int32, see `plan_work`.
     numbers: Tensor
-    # Number of partial results that there is room for. 0: no tile is divided, and nothing is merged.
+    # How many records (partial results) of each query head there is room for. With 0 no tile is divided, and nothing is merged.
     capacity: int
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What the rows of a pass see. Rows of no group may see anything."""
+    """Which keys the rows of a pass see. The results of rows that belong to no group are undefined."""
 
     groups: tuple[AttentionGroup, ...]
     # Keys of a page of the cache.
@@ -58,7 +58,7 @@ class AttentionPlan:
     # Query heads for each KV head.
     heads_per_kv: int
     device: torch.device
-    # The same groups for the Triton kernels, which need nothing else.
+    # The same groups as a work list. The GPU kernels need it, and do not read `groups`.
     work: AttentionWork | None = None
-    # What the plain version has worked out for the first layer, kept for the others.
+    # Index tensors of the reference implementation, made in the first layer and kept for the others.
     layouts: dict[Hashable, Any] = field(default_factory=dict, init=False, compare=False)

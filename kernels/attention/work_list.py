@@ -1,20 +1,20 @@
-"""Attention of one pass as a work list for a GPU: which rows meet which keys, in pieces of similar cost.
+"""Attention of one pass as a work list for a GPU: which rows attend to which keys, in pieces of similar cost.
 
 A *tile* is up to `tile_rows` rows of one group. A *shared* tile has up to twice as many, for a kernel that loads keys once
 for two consumers. Keys are cut into *segments* at fixed positions: short ones first, so that a short context still fills the
 GPU, and longer ones further on. A *span* is 2,048 keys. The segments of a span are merged in order, and then the spans. A
-row's diffusion block is merged behind the last segment of its last span.
+row's diffusion block is merged after the last segment of its last span.
 
-An *item* is a tile and a run of segments, and every KV head takes it. A tile that is one item is finished by it. If a tile is
-*divided* into several items, these leave partial results, *records*, which are merged afterwards. An item leaves one record for
-each span that it has from the span's beginning. Of a span that it enters midway, it leaves one record for each segment. How a
-tile is divided changes no bit of the result.
+An *item* is a tile and a run of segments. It is processed once for each KV head. If a tile is one item, that item writes the
+result. If it is *divided* into several (split-KV), they write partial results, *records*, which are merged afterwards. Of a span
+that an item has from its beginning, it writes one record. Of a span that it enters midway, it writes one record per segment. So
+the order of merging is fixed, and no bit of the result depends on how a tile is divided.
 
 A tree of drafts is several groups that see their first keys in the same pages. The segments in these pages are its *trunk*. There
 the rows of all its groups make tiles together, so that a key is read once for many rows. Behind it, each group has its own tiles.
 
-The list is one array of int32: a `HEADER`, then the `ITEM`s, then the `DIVIDED_ROW`s, then a bit for each record of these rows
-that says whether the record is the last of its span, then the block tables.
+The list is one array of int32: a `HEADER`, the `ITEM`s, the `DIVIDED_ROW`s, a bit for each record of these rows (whether it is
+the last of its span), and the block tables. Indices in it count int32 numbers.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,20 @@ import numpy as np
 from orthrus.kernels.attention.types import AttentionGroup
 
 SPAN = 2048
-"""Keys whose segments are merged with one another before anything else."""
+"""Keys of a span."""
 _SHORTEST = 128
-"""Keys of an item, at least: the shortest segment."""
+"""The fewest keys of an item: those of the shortest segment."""
 _LONG_SHARE = 1024
-"""An item with at least this many keys takes its tile's diffusion block along. Otherwise the block is an item of its own."""
+"""If a tile's items have this many keys or more, the last one also takes its diffusion block. Else the block is an item."""
 
 
 class Header(NamedTuple):
-    """What the list begins with."""
+    """The beginning of the list."""
 
     num_items: int
     num_shared: int  # Items with a shared tile; they come first.
     num_divided: int  # Divided rows.
-    divided_at: int  # Place of the first divided row in the list.
+    divided_at: int  # Index of the first divided row in the list.
 
 
 class Item(NamedTuple):
@@ -47,19 +47,19 @@ class Item(NamedTuple):
 
     first_row: int  # The tile's first row in the pass.
     num_rows: int  # Rows of the tile.
-    table_at: int  # Place of the block table in the list.
+    table_at: int  # Index of the block table in the list.
     first_segment: int
-    end_segment: int  # The segment behind the item's last.
+    end_segment: int  # Exclusive.
     num_keys: int  # Keys in the cache that the tile's last row sees.
     writes_from: int  # `AttentionGroup.writes_from`.
     block_row: int  # First row of the tile's diffusion block.
     block_rows: int  # Rows of that block; 0 unless this item adds it.
-    # How many keys each row sees more than the row before: 1 for AR rows, 0 for a diffusion block.
+    # How many more keys each row sees than the previous row: 1 for AR rows, 0 for a diffusion block.
     causal: int
     record: int  # First record of the tile's first row; -1 if the tile is not divided.
     num_records: int  # Records of each row.
-    # How many of `num_keys`, the last ones, no row sees after all. A pass that does not know yet where a block begins is planned
-    # for the furthest place, and `place_blocks` counts here what is too many.
+    # Number of keys at the end of `num_keys` that no row sees. A block whose position is not known yet is planned for the
+    # furthest one, and `place_blocks` sets this.
     unseen: int = 0
 
     def part(self, begin: int, end: int, block_rows: int, record: int, num_records: int) -> "Item":
@@ -73,7 +73,7 @@ class DividedRow(NamedTuple):
     row: int
     record: int  # The row's first record.
     num_records: int
-    # Place of the row's bits in the list, 32 to a number: whether a record is the last of its span.
+    # Index of the row's bits in the list, 32 to a number: whether each record is the last of its span.
     span_ends_at: int
 
 
@@ -92,7 +92,7 @@ DIVIDED_ROW = _as_dtype(DividedRow, 4)
 
 
 def offset(record: np.dtype, field: str) -> int:
-    """Which number of a record a field is."""
+    """Index of a field among the int32 numbers of a record."""
     fields = record.fields
     assert fields is not None
     return fields[field][1] // 4
@@ -122,9 +122,9 @@ class _Part(NamedTuple):
     """An item of a divided tile."""
 
     begin: int  # First segment.
-    end: int  # The segment behind the last.
+    end: int  # End segment, exclusive.
     block_rows: int  # Rows of the diffusion block if the item adds it, else 0.
-    span_ends: list[bool]  # For each record that it leaves: whether that is the last of its span.
+    span_ends: list[bool]  # For each record that it writes: whether that is the last of its span.
 
 
 def plan_work(
@@ -134,8 +134,8 @@ def plan_work(
 
     tile_rows: most rows of a tile that is not shared.
     shared: whether to make shared tiles, each for two programs.
-    programs: number of programs for each KV head. Work is divided so that each gets about as many keys.
-    capacity: most records. A tile that would need more than are left is not divided.
+    programs: number of programs for each KV head. Work is divided so that each gets about the same number of keys.
+    capacity: the most records. A tile that would need more than are left is not divided.
     """
     tiles, trees, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
     keys = sum(tile.num_keys for tile in tiles) + sum(tree.num_keys for tree in trees)
@@ -174,7 +174,7 @@ def plan_work(
 
 
 def _as_numbers(bits: Sequence[bool]) -> list[int]:
-    """32 bits to a number."""
+    """The bits as numbers of 32 bits each, the first bit lowest."""
     return [sum(bit << i for i, bit in enumerate(bits[at : at + 32])) for at in range(0, len(bits), 32)]
 
 
@@ -190,7 +190,7 @@ def _as_list(
     span_ends: list[int],
     tables: list[int],
 ) -> np.ndarray:
-    """Put the parts of the list side by side. The places in `items` and `divided` are counted from the part they refer to."""
+    """Concatenate the parts of the list. In `items` and `divided`, indices are relative to the part that they point into."""
     divided_at = (HEADER.itemsize + len(items) * ITEM.itemsize) // 4
     span_ends_at = divided_at + len(divided) * DIVIDED_ROW.itemsize // 4
     tables_at = span_ends_at + len(span_ends)
@@ -207,9 +207,9 @@ def _as_list(
 def _fill(
     numbers: np.ndarray, rows: Sequence[tuple[int, ...]], record: np.dtype, place: str, start: int
 ) -> None:
-    """Write rows, each the fields of a record, into this part of the list. Their field `place` counts from `start`.
+    """Write records, given as rows of their fields, to this part of the list. `start` is added to their field `place`.
 
-    As plain numbers: numpy takes far longer to assign tuples to a structured array.
+    They are written as plain numbers, because numpy takes far longer to assign tuples to a structured array.
     """
     if rows:
         table = numbers.reshape(len(rows), record.itemsize // 4)
@@ -218,31 +218,31 @@ def _fill(
 
 
 class _Tree(NamedTuple):
-    """The tiles of a tree of drafts. All of its rows are divided: where the trunk ends, and within it."""
+    """The tiles of a tree of drafts. All of its rows are divided where the trunk ends. The trunk may be divided further."""
 
-    tiles: list[Item]  # Of its groups, each as if it stood alone.
-    trunk: list[Item]  # Of the rows of all groups, and the trunk's keys.
+    tiles: list[Item]  # The tiles of each group with all its keys, as without a tree.
+    trunk: list[Item]  # Tiles of the rows of all groups, with the keys of the trunk.
 
     @property
     def num_keys(self) -> int:
-        """Keys of all tiles, those of the trunk apart."""
+        """Keys of all tiles. The trunk's keys count once for each tile of the trunk."""
         within = self.trunk[0].num_keys
         return sum(tile.num_keys - within for tile in self.tiles) + within * len(self.trunk)
 
     def _span_ends(self, tile: Item, runs: Sequence[tuple[int, int]]) -> list[bool]:
-        """For each record of a row of `tile`: whether it is the last of its span. runs: of the trunk's segments."""
+        """For each record of a row of `tile`: whether it is the last of its span. runs: runs of the trunk's segments."""
         behind = self.trunk[0].end_segment, tile.end_segment
         return [end for run in (*runs, behind) for end in _span_ends(tile.num_keys, *run)]
 
     def _stride(self, runs: Sequence[tuple[int, int]]) -> int:
-        """Records from those of a row to those of the next."""
+        """How many records are kept for each row: the most that a row of the tree needs."""
         return max(len(self._span_ends(tile, runs)) for tile in self.tiles)
 
     def num_records(self, runs: Sequence[tuple[int, int]]) -> int:
         return self._stride(runs) * sum(tile.num_rows for tile in self.tiles)
 
     def items(self, runs: Sequence[tuple[int, int]], record: int) -> list[Item]:
-        """record: the first one of its first row."""
+        """The tree as items. record: the first record of the tree's first row."""
         items: list[Item] = []
         stride, first_row = self._stride(runs), self.tiles[0].first_row
 
@@ -260,7 +260,7 @@ class _Tree(NamedTuple):
     def divided_rows(
         self, runs: Sequence[tuple[int, int]], record: int, span_ends: list[int]
     ) -> list[tuple[int, int, int, int]]:
-        """By the fields of `DividedRow`. Appends their bits to `span_ends`."""
+        """The tree's rows as the fields of `DividedRow`. Appends their bits to `span_ends`."""
         rows: list[tuple[int, int, int, int]] = []
         stride, first_row = self._stride(runs), self.tiles[0].first_row
         for tile in self.tiles:
@@ -274,7 +274,7 @@ class _Tree(NamedTuple):
 
 
 def _tiles(groups: Sequence[AttentionGroup], most_rows: int) -> tuple[list[Item], list[_Tree], list[int]]:
-    """The groups in tiles of up to `most_rows` rows, each as one item; those of trees; and all block tables in a row."""
+    """The tiles of up to `most_rows` rows that are in no tree, as one item each; the trees; and all block tables concatenated."""
     tiles: list[Item] = []
     trees: list[_Tree] = []
     tables: list[int] = []
@@ -349,16 +349,16 @@ def _divide(tile: Item, share: int) -> list[_Part]:
         return parts
     last = parts.pop()
     begin, end, ends = last.begin, last.end, last.span_ends
-    if share < _LONG_SHARE:  # The block is an item of its own, at the same time.
+    if share < _LONG_SHARE:  # The block is an item of its own, so it runs in parallel.
         return [*parts, _Part(begin, end, 0, [*ends[:-1], False]), _Part(end, end, tile.block_rows, [True])]
     if segment_start(end) <= _spans_from(begin):
-        # The last segment leaves a record of its own, and so does the block.
+        # The last segment has a record of its own, and so has the block.
         ends = [*ends[:-1], False, True]
     return [*parts, _Part(begin, end, tile.block_rows, ends)]
 
 
 def work_size(*, rows: int, programs: int, capacity: int, pages: int) -> int:
-    """Length of the longest list for `rows` rows and `pages` pages: every row is a tile, has a block, and is divided."""
+    """Length of the longest list for so many rows and pages, where every row is a tile, has a block, and is divided."""
     items, divided = 2 * (rows + programs) * ITEM.itemsize // 4, rows * DIVIDED_ROW.itemsize // 4
     return HEADER.itemsize // 4 + items + divided + rows + capacity // 32 + pages
 
@@ -367,7 +367,7 @@ def _runs(keys: int, share: int) -> list[tuple[int, int]]:
     """The segments of `keys` keys in runs of about `share` keys."""
     segments, parts = num_segments(keys), round(keys / share)
     if share == _SHORTEST and parts > 1:
-        # Programs to spare: one for every segment, since two would take one twice as long.
+        # There are enough programs for an item per segment. An item of two segments would take twice as long.
         return list(pairwise(range(segments + 1)))
     cuts = [_nearest_segment(keys * part // parts) for part in range(1, parts)]
     return [(begin, end) for begin, end in pairwise([0, *cuts, segments]) if end > begin]
@@ -382,14 +382,14 @@ def _nearest_segment(keys: int) -> int:
 
 
 def _spans_from(begin: int) -> int:
-    """The first key from which on an item whose first segment is `begin` leaves records of spans or their beginnings."""
+    """The first key from which on an item whose first segment is `begin` writes one record per span: where a span begins."""
     return -(-segment_start(begin) // SPAN) * SPAN
 
 
 def _span_ends(keys: int, begin: int, end: int) -> list[bool]:
-    """For each record that a run of the segments of `keys` keys leaves: whether it is the last of its span.
+    """For each record that segments begin .. end - 1 of `keys` keys write: whether it is the last of its span.
 
-    A record for each segment as far as the run's first span isn't there from its beginning, then one for each span.
+    There is one record per segment up to the first key at which a span begins, and one per span from there on.
     """
     ends: list[bool] = []
     for behind in range(begin + 1, end + 1):

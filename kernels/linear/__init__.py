@@ -1,7 +1,7 @@
 """Linear layers, and the formats that their weights are kept in.
 
-`Weight` is what a format must offer, and `pack_weight` makes one by the name of its format. A format is registered when its file
-is imported: so this package imports each. Formats of quantised checkpoints are found by their tensors: see `stored`.
+`Weight` is the interface of a format. `pack_weight` packs a layer in the format with a given name. A format is registered when
+its file is imported, so this package imports them all. Formats of quantised checkpoints are found by their tensors: see `stored`.
 """
 
 from orthrus.kernels.linear import (  # noqa: F401

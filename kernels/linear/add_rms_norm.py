@@ -1,4 +1,4 @@
-"""The kernel behind a layer whose result goes into the residual stream: sum of parts and of ranks, residual, RMS norm."""
+"""The kernel after a layer whose result goes into the residual stream: sum of split-K parts and ranks, residual, RMS norm."""
 
 from typing import Literal
 
@@ -47,7 +47,7 @@ def _add_rms_norm_kernel(
 ):
     """Add the parts of a layer's sum (PARTS 1: its finished result) and the residual, then norm the sum; one program per row.
 
-    Where there are several ranks, theirs are added behind their own parts.
+    With several ranks, each first adds its own parts. Then the sums of the ranks are added.
     """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, WIDTH)
@@ -55,8 +55,8 @@ def _add_rms_norm_kernel(
     scale = tl.load(weight + place, mask=inside, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
-        # The residual has left the L2 cache since it was written. It is fetched while the layer ahead still runs, before the
-        # weights of the next one queue for memory. It goes into the L2 cache only: other kernels may still be writing it.
+        # The residual was evicted from the L2 cache since it was written. It is prefetched while the layer before still runs, and
+        # before the loads of the next layer's weights. It is not loaded yet, because other kernels may still be writing it.
         sector = tl.minimum(tl.arange(0, WIDTH // 16) * 16, width - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [residual + row * width + sector],
@@ -85,7 +85,7 @@ def _add_rms_norm_kernel(
     tl.store(hidden + row * width + place, value, mask=inside)
     value = value.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
-    # Rounded before the weight, as Qwen3's own code does.
+    # Rounded before the product with the weight, as in Qwen3's own code.
     value = value.to(dtype) * scale
     tl.store(normed + row * width + place, value, mask=inside)
     if ROUNDED:
@@ -112,9 +112,10 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """hidden = residual + x + bias, and its RMS norm: both [rows, width].
 
-    x [rows, width], or float32 [parts, rows, width]: one, two or four nodes of a tree of sums. bias [views, width]. rounded:
-    whether the norm is to be `RoundedRows` or `RoundedGroups`. peers: of the ranks that have the rest of the sum, x being
-    float32; None if it is whole.
+    x [rows, width], or float32 [parts, rows, width]: one, two or four nodes of a tree of sums.
+    bias [views, width]. num_ar: see `Weight.linear`, for a bias of two views.
+    rounded: return the norm as `RoundedRows` ("rows") or `RoundedGroups` ("groups").
+    peers: the memory of the ranks that have the rest of the sum; x is float32 then. None if the sum is complete.
     """
     parts = x.shape[0] if x.dim() == 3 else 1
     assert parts in (1, 2, 4), "other numbers of parts are not added in the order of the tree"
@@ -152,9 +153,9 @@ def add_rms_norm(
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
         ROUNDED=rounded == "rows",
         GROUPED=rounded == "groups",
-        # With so many warps a thread reads little enough to ask for all of it at once. With more to read, the compiler would
-        # save registers and wait for one part after the other. The number depends on the width alone, because it decides the
-        # order of the norm's sum.
+        # With so many warps, all loads of a thread are in flight at once. With more loads per thread, the compiler would save
+        # registers and wait for one after the other. The number depends on the width alone, because it decides the order of the
+        # norm's sum.
         num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
         **chaining(),
     )

@@ -16,7 +16,7 @@ _GROUPS = 16
 
 @triton.jit
 def round_groups(value):
-    """Groups [groups, 128] as e4m3 numbers, and the scale of each by which they must be multiplied."""
+    """Groups [groups, 128] as e4m3 numbers, and the scale of each group. A value is about its number times the scale."""
     largest = tl.max(tl.abs(value), 1)
     full = tl.maximum(tl.where(largest > 0, largest, 448.0), 2.0**-100)  # Its inverse is finite.
     return (value * tl.div_rn(448.0, full)[:, None]).to(tl.float8e4nv), full * (1.0 / 448.0)
@@ -52,7 +52,7 @@ def empty_groups(rows: int, ins: int, device: torch.device) -> tuple[Tensor, Ten
 def quantise_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as e4m3 numbers [rows, ins], and their scales as float32 [ins / 128, at least rows]: see `fp8_block.quantise_inputs`.
 
-    The scales of a group lie side by side, and begin at multiples of 16 bytes. Nothing is left to do for `RoundedGroups`.
+    The scales of a group are contiguous, and begin at multiples of 16 bytes. `RoundedGroups` have both already.
     """
     if isinstance(x, RoundedGroups):
         return x.numbers, x.scales

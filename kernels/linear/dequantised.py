@@ -1,4 +1,4 @@
-"""Layers of stored weights on devices that multiply them in full: the reference of all stored formats, and what CPUs run."""
+"""Layers whose stored weights are dequantised once, when they are packed: the reference of all stored formats. CPUs run it."""
 
 from collections.abc import Callable
 
@@ -16,14 +16,14 @@ Prepare = Callable[[Tensor], Tensor]
 def pack_dequantised(
     views: Views, scales: Tensor, prepare: Prepare = lambda x: x, *, gated: bool, head: bool
 ) -> Weight:
-    """Lay out the weights of a layer dequantised; see `WeightFormat`. scales: of one of its weights."""
+    """Dequantise and lay out the weights of a layer; see `WeightFormat`. scales: those of one weight, which give the dtype."""
     dtype = float_type(scales)
     layer = PlainFormat.pack([[dense(p) for p in view] for view in views], gated=gated, head=head)
     return DequantisedWeight(layer, dtype, prepare)
 
 
 class DequantisedWeight(Weight):
-    """The numbers of a stored format, multiplied in float32. It needs the memory of weights that are not quantised."""
+    """A layer of dequantised weights, multiplied in float32 or wider. It needs the memory of weights that are not quantised."""
 
     def __init__(self, weight: Weight, dtype: torch.dtype, prepare: Prepare) -> None:
         """weight: the layer dequantised, in `dtype`."""

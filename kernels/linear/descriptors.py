@@ -1,4 +1,4 @@
-"""Tensors as the copy engine of Hopper fetches them, tile by tile."""
+"""TMA descriptors of tensors that the Hopper kernels load tile by tile."""
 
 from functools import cache
 
@@ -17,14 +17,14 @@ _DTYPES = {
 
 @cache
 def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a tile lies in shared memory for the copy engine, and for the matrix unit where it takes it from there."""
+    """The shared memory layout of a tile that TMA writes and the tensor cores can read."""
     if len(block) == 1:
         return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=dtype.itemsize * 8, rank=1)
     return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 
 def tiles_of(tensor: Tensor, *block: int, rows: int | None = None) -> TensorDescriptor:
-    """A tensor [n] or [rows, n] in tiles of the shape `block`. rows: more than its own, where others lie behind it in memory."""
+    """The descriptor of a tensor [n] or [rows, n] with tiles of shape `block`. rows: with those that follow it in memory."""
     layout = tile_layout(block, tensor.dtype)
     if tensor.dim() == 1:
         return TensorDescriptor(tensor, list(tensor.shape), [1], list(block), layout)

@@ -1,4 +1,4 @@
-"""What the linear kernels in Triton do with a finished tile of sums."""
+"""The epilogue of the linear kernels in Triton: a tile of sums is stored."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ def store_tile(
 ):  # fmt: skip
     """Write the sums total [OUTS, ROWS], which begin at output out_at and row row_at, to out [rows, outs].
 
-    GATED: to half as many outputs, silu(gate) * up. SPLIT: to the plane of the program's part, [parts, rows, outs].
+    GATED: store silu(gate) * up, which has half as many outputs. SPLIT: out is [parts, rows, outs]; program_id(1) is the part.
     """
     width = num_outs
     if GATED:

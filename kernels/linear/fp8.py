@@ -1,9 +1,9 @@
 """The format "fp8": weights and inputs as 8-bit floating-point numbers (e4m3) with float32 scales, half the bytes of bfloat16.
 
-It rounds, so only passes whose results may be rough run in it: drafts, which another pass verifies. Each output of a weight has
-a scale, and so has each row of inputs. Serving engines know this format as FP8 with a scale per channel and per token. Scales of
-blocks of 128 x 128 weights would be finer, but then a sum must leave the matrix unit every 128 inputs to be multiplied by them.
-A row's result has the same bits whatever other rows are in the pass.
+It rounds, so only drafts use it, which another pass verifies. Each output of a weight has a scale, and so has each row of inputs.
+Serving engines know this format as FP8 with a scale per channel and per token. Scales of blocks of 128 x 128 weights would be
+finer, but then sums must leave the tensor cores every 128 inputs to be scaled. A row's result has the same bits whatever other
+rows are in the pass.
 """
 
 import torch
@@ -35,9 +35,9 @@ class Fp8Format:
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
-        """See `SplitFormat`. Weights and inputs that a rank has are scaled by the largest of its own, not of the whole row.
+        """See `SplitFormat`. A rank's scales are those of its own part of a row, and not of the whole row.
 
-        So drafts may differ with the number of ranks, and no text does: another pass verifies them.
+        So drafts may differ with the number of ranks. The text does not differ, since another pass verifies drafts.
         """
         if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
             return _pack_for_gpu(views, gated, split)
@@ -53,7 +53,7 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
 
 
 class RoundedWeight(Weight):
-    """The reference: the numbers of the FP8 format in the dtype of the model, for devices that do not multiply FP8.
+    """The reference: weights and inputs are rounded to FP8, but multiplied in the model's dtype. For devices without FP8.
 
     It computes what the FP8 kernels compute, but needs the memory of the unrounded weights.
     """
@@ -82,7 +82,7 @@ def quantise_layer(views: Views, gated: bool) -> DenseLayer:
     if gated:
         weights = [alternate(weight) for weight in weights]
         bias = None if bias is None else torch.stack([alternate(own) for own in bias])
-    # As bytes, which every operation on tensors takes.
+    # As bytes, because some operations do not take FP8 tensors.
     parts = [[quantise_rows(part) for part in weight.split(_CHUNK)] for weight in weights]
     numbers = torch.stack([torch.cat([n.view(torch.uint8) for n, _ in view]) for view in parts])
     return DenseLayer(
@@ -94,7 +94,7 @@ def quantise_layer(views: Views, gated: bool) -> DenseLayer:
 
 
 def _rounded(projection: Parameters) -> Parameters:
-    """The tensors of a projection, taken out of it, with the weight rounded to what FP8 holds."""
+    """Remove the tensors of a projection, and return them with the weight rounded to FP8 numbers, in its dtype."""
     weight = projection.pop("weight")
     rounded = {"weight": torch.cat([round_rows(part) for part in weight.split(_CHUNK)])}
     return rounded | ({"bias": projection.pop("bias")} if "bias" in projection else {})
@@ -116,6 +116,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """x [rows, ins] with each number rounded to what FP8 holds, in x's dtype."""
+    """x [rows, ins] with its numbers rounded as `quantise_rows` does, in x's dtype."""
     numbers, scales = quantise_rows(x)
     return (numbers.float() * scales[:, None]).to(x.dtype)

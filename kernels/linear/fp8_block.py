@@ -1,7 +1,7 @@
 """The stored format "fp8" of checkpoints: e4m3 numbers with a scale for each block of 128 x 128 weights (fine-grained FP8).
 
-The inputs of a layer are rounded to e4m3 too, with a scale for each 128 inputs of a row. So the sum over 128 inputs is one of FP8
-products. It is multiplied by both scales and then added to the others.
+The inputs of a layer are rounded to e4m3 too, with a scale for each 128 inputs of a row. FP8 products are summed over 128 inputs.
+This sum is multiplied by both scales, and then added to the total.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def _pack_for_gpu(views: Views, gated: bool) -> Weight:
 
     def one_view(view: Sequence[Parameters]) -> Weight:
         scales = [p.pop("weight_scale_inv").repeat_interleave(BLOCK, 0)[: len(p["weight"])] for p in view]
-        # As bytes, which every operation on tensors takes.
+        # As bytes, because some operations do not take FP8 tensors.
         numbers, bias = join_projections([p | {"weight": p["weight"].view(torch.uint8)} for p in view])
         for parameters in view:
             parameters.clear()

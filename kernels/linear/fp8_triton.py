@@ -1,4 +1,4 @@
-"""FP8 on a GPU: rows as e4m3 numbers with a scale each. The numbers are those of `fp8`."""
+"""Rounding rows to FP8 on a GPU: e4m3 numbers, and a scale for each row. The numbers are those of `fp8`."""
 
 from typing import Self
 
@@ -14,7 +14,7 @@ from orthrus.kernels.workspace import empty
 
 @triton.jit
 def round_row(x):
-    """A row x as e4m3 numbers, and the scale by which they must be multiplied."""
+    """A row x as e4m3 numbers, and their scale. A value is about its number times the scale."""
     largest = tl.max(tl.abs(x), 0)
     full = tl.maximum(tl.where(largest > 0, largest, 448.0), 2.0**-100)  # Its inverse is finite.
     return (x * tl.div_rn(448.0, full)).to(tl.float8e4nv), full * (1.0 / 448.0)
@@ -29,7 +29,7 @@ def _quantise_kernel(
     inside = place < width
     source = place
     if IN_WORDS:
-        # Of 16 inputs, word q has 8 + 2q, 2q, 9 + 2q, 2q + 1.
+        # Of each 16 inputs, word q has the inputs 8 + 2q, 2q, 9 + 2q and 2q + 1.
         source = place // 16 * 16 + 8 * (1 - place % 2) + place % 16 // 4 * 2 + place % 4 // 2
     if CHAINED:
         gdc_launch_dependents()
@@ -40,7 +40,7 @@ def _quantise_kernel(
 
 
 class RoundedRows(Tensor):
-    """Rows [rows, width] that were rounded to FP8 by the kernel that made them. To other operations they are plain rows."""
+    """Rows [rows, width], and the same rows in FP8, which the same kernel has made. To other operations they are plain rows."""
 
     numbers: Tensor
     """e4m3 [rows, width]."""
@@ -58,12 +58,12 @@ class RoundedRows(Tensor):
 
 
 def empty_rounded(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the numbers and scales of rows."""
+    """Empty tensors for the numbers [rows, width] and the scales [rows]."""
     return empty((rows, width), torch.float8_e4m3fn, device), empty((rows,), torch.float32, device)
 
 
 def quantise_rows(x: Tensor, *, in_words: bool = False) -> tuple[Tensor, Tensor]:
-    """See `fp8.quantise_rows`. Nothing is left to do for `RoundedRows`.
+    """See `fp8.quantise_rows`. `RoundedRows` have both already, unless they are to be in the order of words.
 
     in_words: put the numbers into the order of the first plane of `LosslessLayer`. The row's width is a multiple of 16 then.
     """

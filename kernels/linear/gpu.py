@@ -26,10 +26,10 @@ from orthrus.kernels.workspace import empty
 
 
 class GpuWeight(KernelWeight):
-    """What weights have in common whose layers may have several views, and may be divided among ranks.
+    """The base class of weights whose kernels support several views, and leaves that are divided among ranks.
 
-    Every operation raises ValueError if a row of the inputs is not a multiple of 16 bytes, which the GPU's copy engine needs. The
-    arguments `tiles` and `segments` are for tests and measurements.
+    Every operation raises ValueError if a row of the inputs is not a multiple of 16 bytes, as TMA requires. The arguments `tiles`
+    and `segments` are for tests and measurements.
     """
 
     bias: Tensor | None
@@ -43,7 +43,7 @@ class GpuWeight(KernelWeight):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """What the matrix unit multiplies."""
+        """The dtype that the tensor cores multiply."""
 
     @abstractmethod
     def _streams(self, x: Tensor) -> bool:
@@ -75,11 +75,11 @@ class GpuWeight(KernelWeight):
 
     @property
     def _rounds_next(self) -> bool:
-        """Whether the normed rows behind a residual add are rounded to FP8 by the kernel that makes them."""
+        """Whether the kernel that adds the residual and norms also rounds the normed rows to FP8, for the next layer."""
         return self.dtype == torch.float8_e4m3fn
 
     def _choose_tiles(self, rows: int, leaves: int) -> LinearTiles:
-        """The usual tiles of a layer whose sum has so many leaves."""
+        """The usual tiles of a layer whose sum has this number of leaves."""
         return choose_tiles(rows, self.outs, leaves, self.dtype)
 
     def linear_add_rms_norm(
@@ -93,7 +93,7 @@ class GpuWeight(KernelWeight):
         tiles: LinearTiles | None = None,
         segments: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Weight`. segments: leaves of the tree, where the model has none."""
+        """See `Weight`. segments: number of leaves, if the model does not give them."""
         rows, outs = residual.shape
         inputs = self._leaves(outs, x.shape[1], segments)
         if tiles is None and not self._streams(x):
@@ -104,29 +104,29 @@ class GpuWeight(KernelWeight):
         elif tiles.split:
             parts = min(inputs.count, MOST_PARTS)
         peers = self._peers
-        apart = self._collective
-        if parts > 1 or peers is not None or apart is not None:
+        ranks = self._collective
+        if parts > 1 or peers is not None or ranks is not None:
             out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, parts, inputs)
-        if apart is not None:
-            out = apart.add(add_pairwise(out.unbind()))[None]
+        if ranks is not None:
+            out = ranks.add(add_pairwise(out.unbind()))[None]
         return add_rms_norm(
             out,
             residual,
             norm_weight,
             eps,
             self.bias if out.dim() == 3 else None,
-            self._split(num_ar),
+            self._kernel_num_ar(num_ar),
             rounded="rows" if self._rounds_next else None,
             peers=peers,
         )
 
     def _leaves(self, outs: int, ins: int, segments: int | None) -> Leaves:
-        """The leaves of the inputs: the model's, and more where one row would leave the GPU idle. Drafts in FP8 have their own.
+        """The leaves of the inputs: those of the model, divided further if one row would leave the GPU idle.
 
-        Raises ValueError for leaves that the kernels can't take.
+        FP8 layers, which only drafts use, have leaves of their own. Raises ValueError for leaves that the kernels can't take.
         """
         unit, split = leaf_unit(self.dtype), self.split
         if split is None or split.inputs is None or self.dtype == torch.float8_e4m3fn:
@@ -157,7 +157,7 @@ class GpuWeight(KernelWeight):
         num_ar: Tensor | None = None,
         further: Tensor | None = None,
     ) -> None:
-        """See `Weight`; with few rows, each tile of outputs is picked from before it is stored, if it is stored at all."""
+        """See `Weight`. With few rows, the kernel's epilogue picks from each tile of outputs, and stores it only if `wanted`."""
         if self._streams(x):
             best = self.best_of_tiles(x, logits, wanted, temperatures, keys, num_ar)
         else:
@@ -187,7 +187,7 @@ class GpuWeight(KernelWeight):
         values = torch.empty(shape, device=x.device, dtype=torch.float32)
         indices = torch.empty(shape, device=x.device, dtype=torch.int32)
         picking = temperatures, keys, wanted, values, indices
-        self._stream(x, logits, self._split(num_ar), 1, picking, None)
+        self._stream(x, logits, self._kernel_num_ar(num_ar), 1, picking, None)
         return values, indices
 
     def _run(
@@ -199,26 +199,26 @@ class GpuWeight(KernelWeight):
         parts: int = 1,
         inputs: Leaves | None = None,
     ) -> None:
-        """Compute the layer into out: [rows, outs], or nodes of its tree [parts, rows, outs] without the bias."""
+        """Write the layer's result to out: [rows, outs], or nodes of its tree [parts, rows, outs] without the bias."""
         if x.shape[1] * self.dtype.itemsize % 16:
             raise ValueError(
                 f"a linear layer with {x.shape[1]} inputs of {self.dtype} can't run on a GPU: "
                 "its rows must be multiples of 16 bytes"
             )
-        num_ar = self._split(num_ar)
+        num_ar = self._kernel_num_ar(num_ar)
         if tiles is None and self._streams(x):
             self._stream(x, out, num_ar, parts, (), inputs)
         else:
             self._tile(x, out, num_ar, parts, tiles, inputs)
 
-    def _split(self, num_ar: Tensor | None) -> Tensor | None:
-        """What the kernels are given: None for a layer of one view, whose kernels never read it."""
+    def _kernel_num_ar(self, num_ar: Tensor | None) -> Tensor | None:
+        """The argument num_ar of the kernels: None for a layer of one view, whose kernels never read it."""
         return num_ar if self.views > 1 else None
 
 
 @dataclass(frozen=True)
 class TritonWeight(DenseLayer, GpuWeight):
-    """Weights as plain tensors, for the Triton kernels: float16, bfloat16, float32, and FP8 with scales.
+    """Weights as plain tensors, for the kernels of `triton` and `hopper`: float16, bfloat16, float32, and FP8 with scales.
 
     The inputs of FP8 weights are rounded to FP8 first.
     """

@@ -18,8 +18,8 @@ _CHECKED_ROWS = 4096
 """Rows of a weight that are converted at once, so that the conversion needs little memory besides the result."""
 
 _LONGEST_SUM, _LONGEST_HEAD_SUM = 512, 192
-"""How many products are added to one float32 sum before it is added to the others. A longer sum rounds more away: so the LM
-head, which no norm follows, has shorter ones."""
+"""The most products that are added to one float32 sum, before it is added to the others. A longer sum rounds more. The LM head
+has shorter ones, because no norm follows it."""
 
 _HALF_EXPONENT = 15
 """Numbers below 2 to this power are finite in float16."""
@@ -29,7 +29,7 @@ class HalfWeight(OneViewWeight):
     """A weight as float16 numbers times one power of two."""
 
     def __init__(self, halves: Tensor, scale: float, bias: Tensor | None, *, head: bool = False) -> None:
-        """halves: float16 [out_features, in_features]; the weight is halves * scale. head: see `pack_weight`."""
+        """halves, scale: from `as_halves`. The weight is halves [out_features, in_features] * scale. head: see `pack_weight`."""
         row_tile = _row_tile()
         assert row_tile is not None, "as_halves() has checked it"
         self.bias = bias
@@ -43,7 +43,7 @@ class HalfWeight(OneViewWeight):
 
     @classmethod
     def pack_view(cls, projections: Sequence[Parameters]) -> "HalfWeight":
-        """Raises ValueError if float16 does not hold the weight exactly, or FBGEMM is not there."""
+        """Raises ValueError if float16 does not hold the weight exactly, or if FBGEMM is not available."""
         weight, bias = join_projections(projections)
         halves = as_halves(weight)
         if halves is None:
@@ -82,7 +82,7 @@ def _pack_segments(halves: Tensor, longest_sum: int) -> list[tuple[int, int, Any
 def as_halves(weight: Tensor) -> tuple[Tensor, float] | None:
     """A float32 weight as float16 and the power of two to multiply it by, which puts the largest number just below 2**15.
 
-    None if bits would be lost, and None if FBGEMM is not there or its results depend on the number of rows.
+    None if bits would be lost, if FBGEMM is not available, or if its results depend on the number of rows.
     """
     if _row_tile() is None:
         return None
@@ -101,9 +101,10 @@ def as_halves(weight: Tensor) -> tuple[Tensor, float] | None:
 
 @cache
 def _row_tile() -> int | None:
-    """The number of rows to pad to a multiple of, so that FBGEMM gives a row the same bits among any number of others.
+    """Rows must be padded to a multiple of this, so that FBGEMM gives a row the same bits for any number of rows.
 
-    With AVX-512 that is 1. With AVX2 it is 6. FBGEMM chooses its instructions by itself, so both are tried. None: neither holds.
+    It is 1 with AVX-512 and 6 with AVX2. FBGEMM chooses its instructions by itself, so both are tried. None if both fail, or if
+    FBGEMM is not available.
     """
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return None

@@ -1,12 +1,14 @@
-"""The linear kernel for few rows on Hopper. It takes as long as reading the weights, so the reading never stops.
+"""The linear kernel for few rows on Hopper. It takes as long as reading the weights, so it always keeps loads in flight.
 
-There is one program for each multiprocessor, and each goes through its share of the weight's tiles. A ring of tiles in shared
-memory is always being filled: while the sum of one tile ends and the next begins, and before the kernels ahead in the stream
-have finished, because weights depend on no kernel. Only then does a program wait for its input rows. The sums are those of
-`triton`, by the same instructions in the same order. So a row has the same bits in a decode pass and in a prefill chunk.
-What a program goes through, and the ring, are in `stream`.
+The kernel is persistent: one program runs on each SM, and goes through its share of the weight's tiles. It loads tiles by TMA
+into a ring buffer in shared memory, ahead of their multiplication. The loads continue while the sum of one tile ends and the next
+begins. They begin before earlier kernels of the stream have finished (programmatic dependent launch), because weights depend on
+no kernel. Only the loads of input rows wait for those kernels. The sums are those of `triton`, by the same instructions in the
+same order. So a row has the same bits in a decode pass and in a prefill chunk.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+`stream` divides the work among programs, and has the ring. Pipeline stages of the ring are called *places*.
+
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from torch import Tensor
@@ -37,7 +39,7 @@ from orthrus.kernels.linear.types import DenseLayer
 
 MOST_ROWS = 64
 _OUTS = 64
-"""Outputs of a tile: as many as one instruction computes."""
+"""Outputs of a tile: M of one instruction of the tensor cores."""
 _STEP_BYTES = 256
 """Bytes of the inputs of a step: 128 inputs of 16 bits, or 256 of FP8."""
 
@@ -95,7 +97,7 @@ def _stream_kernel(
         total = count_steps(program, grid)
     ahead = fill_ring(w, x, ring, grid, total, OUTS, ROWS, DEPTH, CHAINED)
 
-    # The matrix unit takes 32 bytes of the inputs at a time.
+    # One instruction of the tensor cores takes 32 bytes of the inputs.
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [num_warps, 1], [16, ROWS, 256 // w.dtype.primitive_bitwidth]
     )
@@ -117,12 +119,12 @@ def _stream_kernel(
                 mbarrier.wait(full.index(place), phase)
                 weights, rows = w_ring.index(place), x_ring.index(place).permute((1, 0))
                 if SCALED:
-                    # The matrix unit adds FP8 products with few bits: so each step's are added to the others outside it.
+                    # The tensor cores sum FP8 products with few bits. So the sum of each step is added to acc outside of them.
                     product = warpgroup_mma(weights, rows, acc, use_acc=False, is_async=True)
                     acc += warpgroup_mma_wait(0, deps=(product,))
                 else:
                     acc = warpgroup_mma(weights, rows, acc, is_async=True)
-                    # The product of the step before this one is complete: its place in the ring is free.
+                    # Now the product of the previous step is complete, and its place in the ring is free.
                     acc = warpgroup_mma_wait(1, deps=(acc,))
                 if (done > 0) & (done + RING - 1 < total):
                     fetch_weights(w, ring, free, ahead, True)
@@ -163,13 +165,13 @@ def launch(
     inputs: Leaves | None = None,
     first_token: int = 0,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or nodes of the tree [parts, rows, outs] without the bias where there are several.
+    """Write the result of `layer` to out: [rows, outs], or nodes of the tree [parts, rows, outs] without bias if parts > 1.
 
-    picking: empty, or what is needed to pick from the outputs. First come the temperatures, the noise keys, and whether `out` is
-    wanted at all, as `Weight.linear_gumbel_argmax` takes them; then where the best score of each tile and its token go, which
-    are float32 and int32 [rows, num_tiles].
-    x_scales: those of FP8 rows, as `quantise_rows` gives them. inputs: the leaves of the inputs, in steps of this kernel; None
-    for one. first_token: the token of the first output, where picks are made.
+    picking: empty, or five tensors for picking from the outputs. The temperatures, the noise keys, and whether `out` is wanted
+    are those of `Weight.linear_gumbel_argmax`. The best score of each tile (float32) and its token (int32) are written to the
+    other two, both [rows, num_tiles].
+    x_scales: the scales of FP8 rows, from `quantise_rows`. inputs: the leaves of the inputs, whose unit is this kernel's step;
+    None for one leaf. first_token: the token of the first output, if tokens are picked.
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)

@@ -1,4 +1,4 @@
-"""`KernelWeight`: what the weights of our own GPU kernels have in common."""
+"""`KernelWeight`: the base class of weights that our own GPU kernels multiply."""
 
 from abc import abstractmethod
 
@@ -13,10 +13,10 @@ from orthrus.kernels.workspace import empty
 
 
 class KernelWeight(Weight):
-    """A weight whose kernels write to memory that they are given. The argument `tiles` is for tests and measurements."""
+    """A weight whose kernels write to a given tensor. The argument `tiles` is for tests and measurements."""
 
     split: Split | None
-    """Where the layer is a part of one, which part; None for a whole layer whose sum needs no tree of the model's."""
+    """Which part of a layer this is. None for a whole layer whose sum does not use the model's leaves."""
 
     @property
     @abstractmethod
@@ -34,7 +34,7 @@ class KernelWeight(Weight):
 
     @property
     def _peers(self) -> PeerMemory | None:
-        """Of the other ranks, if there are any."""
+        """The GPU memory that the ranks share, if there are several and they can."""
         return None if self.split is None else self.split.ranks.peers
 
     @property
@@ -62,7 +62,7 @@ class KernelWeight(Weight):
     def linear_silu_mul(
         self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
     ) -> Tensor:
-        """See `Weight`; gate and up are rounded only after they have met."""
+        """See `Weight`. Gate and up are not rounded before they are multiplied."""
         out = empty((x.shape[0], self.outs // 2), x.dtype, x.device)
         self._run(x, out, num_ar, tiles)
         return out

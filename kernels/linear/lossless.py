@@ -1,16 +1,17 @@
-"""bfloat16 weights in 12 bits, every bit of them: packing, unpacking, and which weights can be packed.
+"""Lossless packing of bfloat16 weights in 12 bits: packing, unpacking, and which weights can be packed.
 
 A trained weight uses few exponents. Each row of a weight (the inputs of one output) has a window of 15 exponents that begins at
-its base. A weight in the window is kept as its sign, 4 bits of exponent less the base, and 7 bits of mantissa. The first 8 of
-these 12 bits are one plane and the last 4 another, so a draft pass may read the first plane alone: it is an e4m3 number.
+its base. A weight in the window is kept as its sign, its exponent minus the base in 4 bits, and 7 bits of mantissa. The first 8
+of these 12 bits are stored in one plane, and the last 4 in another. The first plane alone is an e4m3 number, so a draft pass can
+read only that.
 
-Kernels multiply by numbers whose exponent is the sum of `EXPONENT` and the 4 bits. They multiply the float32 sums of a row by
-2 ** (base - EXPONENT) in the end. A power of two only moves exponents: the sums have the bits that the weights themselves give,
+Kernels widen a weight to a number whose exponent is `EXPONENT` plus the 4 bits. At the end, they multiply the float32 sums of a
+row by 2 ** (base - EXPONENT). A power of two only changes exponents, so the sums have the bits that the weights themselves give,
 as long as no product and no sum leaves the exponents of float32. With bases from `LEAST_BASE` to `MOST_BASE` that can only happen
 where products or sums are below 2 ** -66, or above 2 ** 67.
 
-Weights outside their row's window are exceptions: a kernel sets them to the value that is kept for them, in the scale of the
-sums. A weight with many of them, or with an infinite value, is not packed.
+Weights outside their row's window are exceptions. Their values are kept in lists, in the scale of the sums, and kernels put them
+in place. A weight with many exceptions, or with an infinite value, is not packed.
 """
 
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ EXPONENT = 112
 """The exponent field of a widened weight whose 4 bits of exponent are 0. Widened weights are below 1."""
 LEAST_BASE, MOST_BASE = EXPONENT - 60, EXPONENT + 60
 MOST_EXCEPTIONS = ENTRIES - 1
-"""Of a tile."""
+"""The most exceptions of a tile."""
 CODES = 15
 """Exponents in a window. The 16th code would make one of the bytes a NaN of e4m3."""
 PLANE_SCALE = 1.04 * 2.0**-8
-"""The first plane as e4m3 numbers, times this, is about the widened weights. These have smaller exponents by 8, and the bits of
-mantissa that the plane lacks are 4 % of a weight on average."""
+"""The numbers of the first plane times this are about the widened weights. These have exponents that are smaller by 8. The bits
+of mantissa that the plane lacks are 4 % of a weight on average."""
 _CHUNK = 16 * TILE_OUTS
-"""Rows that are packed or unpacked at once, to bound the memory for it."""
+"""Rows that are packed or unpacked at once. This bounds the memory that packing needs."""
 
 
 class NotPacked(ValueError):
@@ -58,7 +59,7 @@ def _check_shape(outs: int, ins: int) -> None:
 
 
 def pack_lossless(layer: DenseLayer) -> LosslessLayer:
-    """A layer with bfloat16 weights in 12 bits, on their device. Raises NotPacked if one view's can't be packed."""
+    """Pack a layer of bfloat16 weights in 12 bits, on their device. Raises NotPacked if a view's weight can't be packed."""
     outs, ins = layer.weights[0].shape
     for weight in layer.weights:
         if weight.dtype != torch.bfloat16:
@@ -97,13 +98,13 @@ def unpack_lossless(layer: LosslessLayer) -> DenseLayer:
 
 def high_bytes(high: Tensor) -> Tensor:
     """The words of the first plane, int32 [rows, ins / 4], as bytes in the order of the inputs: uint8 [rows, ins]."""
-    # [rows, runs of 16, word, neighbour, eighth from behind], in the order of the memory.
+    # In the order of the memory: [rows, runs of 16, word, neighbour, run of 8, of which the second comes first].
     parts = high.contiguous().view(torch.uint8).view(high.shape[0], -1, 4, 2, 2)
     return parts.flip(4).permute(0, 1, 4, 2, 3).flatten(1)
 
 
 def first_plane(layer: LosslessLayer) -> Tensor:
-    """What a draft pass takes for the weights: float32 [views, outs, ins]."""
+    """The approximation of the weights that a draft pass multiplies by: float32 [views, outs, ins]."""
     numbers = high_bytes(layer.high).view(torch.float8_e4m3fn).float()
     return numbers.view(*layer.scales.shape, -1) * (layer.scales * PLANE_SCALE)[..., None]
 
@@ -122,7 +123,7 @@ def _pack_rows(weight: Tensor) -> _Rows:
     bases = _bases(exponents)
     codes = exponents - bases[:, None]
     outside = (codes < 0) | (codes >= CODES)
-    # What a draft pass sees of an exception: the nearest number that the first plane holds.
+    # A draft pass reads no exceptions. In the first plane each is the nearest number that it can hold.
     mantissas = torch.where(codes >= CODES, 127, torch.where(codes < 0, 0, bits & 127))
     codes = codes.clamp(0, CODES - 1)
     high = bits >> 15 << 7 | codes << 3 | mantissas >> 4
@@ -131,7 +132,7 @@ def _pack_rows(weight: Tensor) -> _Rows:
 
 
 def _bases(exponents: Tensor) -> Tensor:
-    """For each row the base whose window holds most of the exponents, the least of such: int32 [rows]."""
+    """For each row, the base whose window holds the most exponents; the smallest of equal ones: int32 [rows]."""
     counts = exponents.new_zeros(exponents.shape[0], 257)
     counts.scatter_add_(1, exponents.long() + 1, torch.ones_like(exponents))
     below = counts.cumsum(1)
@@ -141,7 +142,7 @@ def _bases(exponents: Tensor) -> Tensor:
 
 
 def _exceptions(weight: Tensor, outside: Tensor, bases: Tensor) -> Tensor:
-    """The lists of exceptions: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room or can't be kept."""
+    """The lists of exceptions: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if a list is full or can't hold a value."""
     row, column = outside.nonzero(as_tuple=True)
     exact = weight[row, column].double()
     scaled = exact * _power_of_two(EXPONENT - bases[row])
@@ -164,7 +165,7 @@ class Exceptions:
 
 
 def lists_of(exceptions: Exceptions, rows: int, ins: int) -> Tensor:
-    """The lists of a weight [rows, ins]: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if one has no room."""
+    """The lists of a weight [rows, ins]: int32 [rows / 64, ins / 128, 32]. Raises NotPacked if a list is full."""
     steps = ins // TILE_INS
     row, column = exceptions.row, exceptions.column
     tile = row // TILE_OUTS * steps + column // TILE_INS
@@ -199,7 +200,7 @@ def exceptions_in(lists: Tensor) -> Exceptions:
 def _unpack_rows(rows: _Rows) -> Tensor:
     """The weights of the rows: bfloat16 [rows, ins]."""
     numbers = high_bytes(rows.high).int()
-    # [rows, runs of 32, word, neighbour, eighth] in the order of the memory.
+    # In the order of the memory: [rows, runs of 32, word, neighbour, run of 8].
     nibbles = unpack(rows.low, 4).view(rows.low.shape[0], -1, 4, 2, 4).permute(0, 1, 4, 2, 3).flatten(1)
     exponents = (numbers >> 3 & 15) + rows.bases[:, None].int()
     bits = numbers >> 7 << 15 | exponents << 7 | (numbers & 7) << 4 | nibbles

@@ -1,4 +1,4 @@
-"""The format "lossless12": bfloat16 weights in 12 bits, every bit of them (see `lossless`), where a GPU multiplies them."""
+"""The formats "lossless12", bfloat16 weights in 12 bits on a GPU (see `lossless`), and "lossless8", the first 8 of these bits."""
 
 import logging
 from contextlib import suppress
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 @weight_format("lossless12")
 class LosslessFormat:
-    """Packs a layer where it can be packed. One that can't be stays in full, which changes no bit of a result.
+    """Packs a layer if it can be packed. Otherwise the layer stays in bfloat16, which changes no bit of a result.
 
-    A CPU gains nothing from it: the weights are those of the format "plain" there. What a checkpoint stores in 12 bits is
-    joined into layers, and not packed again.
+    On a CPU, packing would gain nothing, so the format is "plain". Weights that a checkpoint stores in 12 bits are concatenated
+    to layers, and not packed again.
     """
 
     @staticmethod
@@ -44,9 +44,9 @@ class LosslessFormat:
 
 @weight_format("lossless8")
 class PlaneFormat:
-    """The first 8 of the 12 bits, and inputs in FP8: rough, for drafts. A layer that can't be packed stays in full.
+    """The first 8 of the 12 bits, and inputs in FP8: rough, for drafts. A layer that can't be packed stays in bfloat16.
 
-    Layers of the format "lossless12" need no second packing for it: see `Weight.rough`.
+    A layer of the format "lossless12" can be read in this format without packing it again: see `Weight.rough`.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class PlaneFormat:
 
 
 def _first_plane(projection: Parameters) -> Parameters:
-    """The tensors of a projection, taken out of it, with the weight rounded to its first plane, if it can be packed."""
+    """Remove the tensors of a projection and return them, with the weight rounded to its first plane if it can be packed."""
     weight = projection.pop("weight")
     others = {"bias": projection.pop("bias")} if "bias" in projection else {}
     return {"weight": _rounded(weight)} | others
@@ -85,7 +85,7 @@ def _rounded(weight: Tensor) -> Tensor:
 
 
 def _on_gpu(views: Views) -> bool:
-    """Whether the kernels can run these weights; those that a checkpoint stores in other formats have kernels of their own."""
+    """Whether the kernels can run these weights. Weights that a checkpoint stores in other formats have kernels of their own."""
 
     def can_run(parameters: Parameters) -> bool:
         if is_stored(parameters):
@@ -116,7 +116,7 @@ def _pack_for_gpu(views: Views, gated: bool, head: bool, split: Split | None) ->
 
 
 def _packed(views: Views, gated: bool) -> LosslessLayer | DenseLayer:
-    """The layer in 12 bits; in full if it can't be packed. Its tensors are taken out of `views`."""
+    """The layer in 12 bits, or in bfloat16 if it can't be packed. Its tensors are removed from `views`."""
     if all(is_stored(parameters) for view in views for parameters in view):
         with suppress(NotPacked):
             joined = join_stored(views, gated)
@@ -135,6 +135,6 @@ def _packed(views: Views, gated: bool) -> LosslessLayer | DenseLayer:
 
 
 def _in_full(parameters: Parameters) -> Parameters:
-    """The tensors of a projection, taken out of it, with the weight in bfloat16."""
+    """Remove the tensors of a projection, and return them with the weight in bfloat16."""
     found = dense(parameters)
     return found | {"weight": found["weight"].bfloat16()}

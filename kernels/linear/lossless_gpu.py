@@ -17,20 +17,20 @@ from orthrus.kernels.linear.tiles import choose_tiles
 from orthrus.kernels.linear.types import LinearTiles, LosslessLayer
 
 MOST_PACKED_ROWS = 64
-"""Most rows that `lossless_triton` multiplies. For more it takes longer than to write the layer out in full first (H200, layers of
-Qwen3-8B, 128 rows: 2.4 times the kernel of weights in full)."""
+"""The most rows for which `lossless_triton` widens the weights itself. For more rows that takes longer than writing the layer out
+in bfloat16 first. (H200, layers of Qwen3-8B, 128 rows: 2.4 times the time of the kernel for bfloat16 weights.)"""
 
 
 @dataclass(frozen=True)
 class LosslessWeight(LosslessLayer, GpuWeight):
-    """Weights in 12 bits. Each operation gives the bits that `TritonWeight` gives with the weights in full.
+    """Weights in 12 bits. Each operation gives the bits that `TritonWeight` gives with the same weights in bfloat16.
 
-    With more rows than the stream kernel or `lossless_triton` take, the layer is written out in full first, to memory that is free
-    again afterwards.
+    With more rows than the stream kernel or `lossless_triton` takes, the layer is first written out in bfloat16, to memory that is
+    freed afterwards.
     """
 
     split: Split | None = None
-    # Whether it is the LM head, which is never written out in full: a pass has few rows for it, and it is large.
+    # Whether it is the LM head. It is never written out in bfloat16, because it is large and has few rows in a pass.
     head: bool = False
 
     @property
@@ -84,16 +84,16 @@ class LosslessWeight(LosslessLayer, GpuWeight):
         )
 
     def _is_widened(self, rows: int) -> bool:
-        """Whether the layer is written out in full for so many rows."""
+        """Whether the layer is written out in bfloat16 for this number of rows."""
         return rows > MOST_PACKED_ROWS and not self.head
 
 
 class PlaneWeight(TritonWeight):
-    """The first plane of weights in 12 bits, as the FP8 numbers that it is. Its inputs are put into the order of its words."""
+    """The first plane of weights in 12 bits, whose numbers are FP8. Its inputs are put into the order of the plane's words."""
 
     @property
     def _rounds_next(self) -> bool:
-        return False  # The next layer's inputs are in the order of words too.
+        return False  # That kernel would not write the order of words, which the next layer needs too.
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return quantise_rows(x, in_words=True)

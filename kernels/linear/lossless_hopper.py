@@ -1,13 +1,15 @@
 """The linear kernel for few rows of weights in 12 bits on Hopper: three quarters of the bytes, and the bits of `hopper`.
 
-The warps of a program have different tasks. One warp loads weights in 12 bits into a ring of places in shared memory, and another
-loads input rows into a ring of slots. Three groups of four warps take turns at the steps: each takes the two planes of a step's
-weights into registers, widens them there to bfloat16 (see `lossless`), writes them to a slot, and sets the exceptions there. Four
-more warps multiply what is in the slots. The weights are those of the bfloat16 layer times a power of two for each output. The
-sums are divided by it in the end, which changes no bit of their mantissas. They are made in the order of `hopper`, by the same
-instructions.
+The kernel is persistent and warp-specialized, with two ring buffers in shared memory. The pipeline stages of the first are called
+*places*, and hold weights in 12 bits. Those of the second are called *slots*, and hold bfloat16 weights and input rows. One
+producer warp loads the places, and another loads the input rows of the slots. Three warpgroups widen, and take turns at the
+steps: each loads the two planes of a step's weights into registers, widens them to bfloat16 (see `lossless`), stores them to a
+slot, and puts the exceptions in place. A consumer warpgroup multiplies the slots.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+The weights in the slots are those of the bfloat16 layer times a power of two for each output. At the end the sums are divided by
+it, which changes no bit of their mantissas. They are summed in the order of `hopper`, by the same instructions.
+
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from functools import cache
@@ -47,11 +49,11 @@ _MOST_ROWS = 128
 _RING_BYTES = 227_000
 """Bytes of both rings."""
 _WIDENERS = gl.constexpr(3)
-"""Groups of warps that widen."""
+"""Warpgroups that widen."""
 _WIDENER_REGISTERS = gl.constexpr(88)
-"""Of their threads."""
+"""Registers per thread of these warpgroups."""
 REGISTERS = 96
-"""Of a thread when a program begins, see `stream.REGISTERS`. These programs have more threads."""
+"""Registers per thread when a program begins, see `stream.REGISTERS`. These programs have more threads."""
 _ENTRIES, _INS, _OUTS = gl.constexpr(ENTRIES), gl.constexpr(TILE_INS), gl.constexpr(TILE_OUTS)
 WIDE_TILE = gl.NVMMASharedLayout.get_default_for([TILE_OUTS, TILE_INS], gl.bfloat16)
 
@@ -61,7 +63,7 @@ def _widen(even, odd, low):
     """A quarter of a step, 32 inputs: words of the first plane [outs, 4] for the first and the last 16, and of the second plane
     [outs, 4] -> bfloat16 [outs, 32]."""
     OUTS: gl.constexpr = low.shape[0]
-    # s, m and n are the places of sign, exponent with upper mantissa, and lower mantissa (see `lossless`), and e is exponent 112.
+    # s, m and n mask the sign, the exponent with the upper mantissa, and the lower mantissa (see `lossless`). e is `EXPONENT`.
     # 0xea stands for "(first and second) or third".
     n0, n1, n2, n3, n4, n5, n6, n7 = gl.inline_asm_elementwise(
         """{
@@ -109,26 +111,26 @@ def _quarter(ring, place, QUARTER: gl.constexpr, HIGH: gl.constexpr, LOW: gl.con
 
 @gluon.jit
 def _entry(lists, number):
-    """An entry of the lists of exceptions, as every thread reads it."""
+    """An entry of the lists of exceptions, which every thread gets."""
     return gl.max(lists.index(number).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
 def _put(tile, entry):
-    """Set an exception in a tile of widened weights."""
+    """Put an exception in place in a tile of widened weights."""
     out, column = (entry & 0xFFFF) // _INS, entry & _INS - 1
-    # The tile lies there in halves of 64 inputs, whose eights are in an order that depends on the output.
+    # The tile is stored in halves of 64 inputs. In each, runs of 8 inputs are swizzled by the output.
     at = column // 64 * (_OUTS * 64) + out * 64 + (column & 63 ^ (out & 7) * 8)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     value = (entry >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
-    # In two steps, since the compiler takes long to compare places in a long row.
+    # Indexed in two steps: with one long row, compiling the comparison of indices takes long.
     row = in_rows(tile, _OUTS, _INS).index(at // _INS)
     in_rows(row, _INS, 1).index(at % _INS).store(gl.full((1,), value, gl.bfloat16, layout))
 
 
 @gluon.jit
 def _own_next(place, phase, PLACES: gl.constexpr):
-    """The place of a group's next step, and its phase."""
+    """The place (or slot) of a widener's next step, and its phase."""
     wraps = place >= PLACES - _WIDENERS
     return gl.where(wraps, place + _WIDENERS - PLACES, place + _WIDENERS), gl.where(wraps, phase ^ 1, phase)
 
@@ -137,7 +139,7 @@ def _own_next(place, phase, PLACES: gl.constexpr):
 def _widen_steps(
     ring, work, FIRST: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr, TWO_VIEWS: gl.constexpr
 ):
-    """Widen step `FIRST` of a program, and each that is a multiple of `_WIDENERS` behind it."""
+    """Run a widener: every `_WIDENERS`-th step of a program, from step `FIRST` on."""
     PLACES: gl.constexpr = ring.full.shape[0]
     SLOTS: gl.constexpr = ring.ready.shape[0]
     grid = make_grid(work, _OUTS, ring.rows.shape[1], TWO_VIEWS)
@@ -152,7 +154,7 @@ def _widen_steps(
         four = _quarter(ring, place, 3, HIGH, LOW)
         joined = gl.join(gl.join(one, two), gl.join(three, four)).permute((0, 3, 2, 1))
         mbarrier.wait(ring.used.index(slot), slot_phase)
-        # One store, since there is a barrier behind each.
+        # One store, since a barrier follows each.
         ring.wide.index(slot).store(joined.reshape((_OUTS, _INS)))
         for number in range(1, count + 1):
             _put(ring.wide.index(slot), _entry(lists, place * _ENTRIES + number))
@@ -178,7 +180,7 @@ def _multiply(
     HAS_BIAS: gl.constexpr,
     PICKS: gl.constexpr,
 ):
-    """Sum the units of a program, and store them or pick from them."""
+    """Run the consumer: sum the units of a program, and store the sums or pick from them."""
     OUTS: gl.constexpr = ring.high.shape[1]
     ROWS: gl.constexpr = ring.rows.shape[1]
     SLOTS: gl.constexpr = ring.ready.shape[0]
@@ -198,7 +200,7 @@ def _multiply(
                 acc = warpgroup_mma(
                     ring.wide.index(slot), ring.rows.index(slot).permute((1, 0)), acc, is_async=True
                 )
-                # The product of the step before this one is complete: its slot is free.
+                # Now the product of the previous step is complete, and its slot is free.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 mbarrier.arrive(ring.used.index(last), count=1, pred=step > 0)
                 last = slot
@@ -290,7 +292,7 @@ def _lossless_stream_kernel(
 
 @cache
 def words_layout(columns: int) -> gl.DistributedLinearLayout:
-    """Which words of a quarter of a tile [outs, 4 or 8] a thread has: those whose numbers an operand has there."""
+    """The words of a quarter of a tile [outs, 4 or 8] that a thread holds: those of its numbers in an operand of wgmma."""
     return gl.DistributedLinearLayout(
         reg_bases=[[8, 0]] if columns == 4 else [[8, 0], [0, 4]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
@@ -302,15 +304,14 @@ def words_layout(columns: int) -> gl.DistributedLinearLayout:
 
 @cache
 def ring_sizes(row_tile: int) -> tuple[int, int]:
-    """Places and slots of the two rings, for tiles of so many rows.
+    """Number of places and of slots, for tiles of `row_tile` rows.
 
-    With more slots the warps that widen go on while others finish a unit.
+    With more slots, the wideners can go on while the consumer finishes a unit.
 
-    A barrier has a phase of one bit, which tells this turn of a place or slot from the turn before, but not from two turns
-    before. So the turn before must be over when a group of warps waits for its next step i. That group has widened step i -
-    `_WIDENERS`, so all steps up to i - `_WIDENERS` - slots have been multiplied. The turn before is that of step i - places,
-    which must be one of these: so there are at least as many places as slots and groups together. In the same way there are at
-    least as many slots as groups.
+    The phase of an mbarrier has one bit. It tells a round of a place or slot from the previous round, but not from the one before
+    that. So the previous round must be over when a widener waits for its next step i. This widener has done step i - `_WIDENERS`,
+    so all steps up to i - `_WIDENERS` - slots have been multiplied. The previous round of the place was step i - places. It must
+    be one of these steps, so places >= slots + `_WIDENERS`. In the same way, slots >= `_WIDENERS`.
     """
     place_bytes = TILE_OUTS * TILE_INS * 3 // 2 + 4 * ENTRIES
     slot_bytes = 2 * (TILE_OUTS + row_tile) * TILE_INS
@@ -338,7 +339,7 @@ def launch(
     inputs: Leaves | None = None,
     first_token: int = 0,
 ) -> None:
-    """Compute `layer` into out; the arguments are those of `hopper.launch`."""
+    """Write the result of `layer` to out. The arguments are those of `hopper.launch`."""
     rows, ins = x.shape
     outs, views = layer.outs, layer.scales.shape[0]
     row_tile = rows_of_tile(rows, 8, 16, 32, 64)

@@ -1,6 +1,6 @@
-"""The ring of `lossless_hopper`, and the warps that fill it.
+"""The ring buffers of `lossless_hopper`, and the producer warps that fill them.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
@@ -15,24 +15,24 @@ from orthrus.kernels.linear.stream import leaf_begin, make_grid, next_place, num
 
 
 class Ring(NamedTuple):
-    """Tiles in shared memory, filled in turn."""
+    """Two ring buffers in shared memory. Each place of the first, and each slot of the second, holds a step."""
 
     high: gl.shared_memory_descriptor  # [places, outs, words]
     low: gl.shared_memory_descriptor  # [places, outs, words]
     exceptions: gl.shared_memory_descriptor  # [places, entries]
     wide: gl.shared_memory_descriptor  # [slots, outs, depth], bfloat16
     rows: gl.shared_memory_descriptor  # [slots, rows, depth]
-    full: gl.shared_memory_descriptor  # For each place a barrier: the weights in 12 bits are there.
-    empty: gl.shared_memory_descriptor  # For each place a barrier: they have been widened.
-    ready: gl.shared_memory_descriptor  # For each slot a barrier: widened weights and input rows are there.
-    used: gl.shared_memory_descriptor  # For each slot a barrier: they have been multiplied.
+    full: gl.shared_memory_descriptor  # An mbarrier per place: the weights in 12 bits have arrived.
+    empty: gl.shared_memory_descriptor  # An mbarrier per place: its weights have been widened.
+    ready: gl.shared_memory_descriptor  # An mbarrier per slot: it has widened weights and input rows.
+    used: gl.shared_memory_descriptor  # An mbarrier per slot: these have been multiplied.
 
 
 @gluon.jit
 def load_weights(high, low, exceptions, ring, work, row_steps, ROWS: gl.constexpr, TWO_VIEWS: gl.constexpr):
-    """Fill the ring's weights. They depend on no kernel, so this starts at once.
+    """Load weights into the places. They depend on no kernel, so there is no `gdc_wait`.
 
-    row_steps: steps of the inputs that are here.
+    row_steps: steps of all inputs that the rank has.
     """
     OUTS: gl.constexpr = ring.high.shape[1]
     LOADED: gl.constexpr = high.block_type.nbytes + low.block_type.nbytes + exceptions.block_type.nbytes
@@ -55,7 +55,7 @@ def load_weights(high, low, exceptions, ring, work, row_steps, ROWS: gl.constexp
 
 @gluon.jit
 def load_rows(x, ring, work, TWO_VIEWS: gl.constexpr, CHAINED: gl.constexpr):
-    """Fill the ring's input rows, once the kernels ahead in the stream have finished."""
+    """Load input rows into the slots, once earlier kernels of the stream have finished."""
     OUTS: gl.constexpr = ring.high.shape[1]
     ROWS: gl.constexpr = ring.rows.shape[1]
     DEPTH: gl.constexpr = ring.rows.shape[2]

@@ -1,7 +1,8 @@
 """Weights in 12 bits as a checkpoint with `quant_method: lossless12` stores them: what `LosslessLayer` has of one projection.
 
 A weight [outs, ins] is stored as weight_high [outs, ins / 4], weight_low [outs, ins / 8], weight_exceptions
-[outs / 64, ins / 128, 32] and weight_scales [outs]. What is read is checked, since a kernel would write where a wrong list says.
+[outs / 64, ins / 128, 32] and weight_scales [outs]. These tensors are checked when they are read, because a kernel would write
+wherever a wrong list of exceptions tells it to.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ PARTS = ("weight_high", "weight_low", "weight_exceptions", "weight_scales")
 
 @stored_format
 class StoredLossless:
-    """What runs these weights where no kernel does: in full, in float32."""
+    """Runs these weights where there is no kernel for them: dequantised, in float32."""
 
     stored_as: ClassVar[frozenset[str]] = frozenset(PARTS)
 
@@ -54,12 +55,12 @@ def store(weight: Tensor) -> dict[str, Tensor]:
 
 
 def is_stored(parameters: Mapping[str, Tensor]) -> bool:
-    """Whether a projection is stored so."""
+    """Whether a projection is stored in 12 bits."""
     return StoredLossless.stored_as <= set(parameters)
 
 
 def join_stored(views: Views, gated: bool) -> LosslessLayer:
-    """The projections of a layer as one layer. They stay in `views`.
+    """Concatenate the projections of a layer. Their tensors stay in `views`.
 
     Raises ValueError for tensors that can't be used, and NotPacked if the weights of a gated layer can't be packed side by side.
     """
@@ -77,7 +78,7 @@ def join_stored(views: Views, gated: bool) -> LosslessLayer:
 
 
 def _layer(views: Views) -> LosslessLayer:
-    """The projections side by side, and the views one after the other, without biases."""
+    """The projections of each view, and then the views, concatenated along the outputs, without biases."""
     high, low, lists, scales = (torch.cat([p[part] for view in views for p in view]) for part in PARTS)
     scales = scales.float()
     exponents = (scales.view(torch.int32) >> 23) - 127
@@ -87,6 +88,6 @@ def _layer(views: Views) -> LosslessLayer:
             f"weight_scales must be powers of two from 2**{LEAST_BASE - EXPONENT} to 2**{MOST_BASE - EXPONENT}: "
             "download or save the checkpoint again"
         )
-    # Made anew: then a list has no place outside its tile.
+    # The lists are made anew, so that no entry points outside its tile.
     lists = lists_of(exceptions_in(lists), high.shape[0], high.shape[1] * 4)
     return LosslessLayer(high, low, lists, scales.view(len(views), -1))

@@ -14,18 +14,18 @@ from orthrus.kernels.linear.types import DenseLayer, LinearTiles, LosslessLayer
 def _widen(high, low, OUTS: tl.constexpr, DEPTH: tl.constexpr):
     """The words of both planes as bfloat16 weights, two neighbouring inputs in an int32: [OUTS, DEPTH / 2]."""
     half = tl.arange(0, 2)
-    # [outs, runs of 32, half of the run, eighth of the half, word]: with the neighbours, the order of the inputs.
+    # [outs, runs of 32, half of the run, run of 8 in the half, word]: with the neighbours, this is the order of the inputs.
     upper = tl.reshape(high, (OUTS, DEPTH // 32, 2, 1, 4)) >> tl.reshape(8 - 8 * half, (1, 1, 1, 2, 1))
     shifts = tl.reshape(8 * half, (1, 1, 2, 1, 1)) + tl.reshape(4 * half, (1, 1, 1, 2, 1))
     nibbles = (tl.reshape(low, (OUTS, DEPTH // 32, 1, 1, 4)) >> shifts) & 0x000F000F
-    # The sign is moved by 8 bits; exponent and mantissa by 4, and the exponent begins at that of `lossless.EXPONENT`.
+    # The sign is shifted by 8 bits, and exponent and upper mantissa by 4. `lossless.EXPONENT` is added to the exponent.
     pairs = ((upper & 0x00800080) << 8) | (((upper & 0x007F007F) << 4) + 0x38003800) | nibbles
     return tl.reshape(pairs, (OUTS, DEPTH // 2))
 
 
 @triton.jit
 def _put(pairs, index, entry, live):
-    """The pairs with one exception in place, if it is live. index: the number of each pair in the tile."""
+    """Put one exception in place in `pairs`, if it is `live`. index: the index of each pair in the tile."""
     place = entry & 0xFFFF
     odd = place & 1
     others = tl.where(odd == 1, 0xFFFF, -0x10000)
@@ -39,17 +39,17 @@ def sum_lossless(
     high, low, lists, x, out_at, row_at, begin, end, steps,
     OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """As `triton._sum`, of weights that are 2 ** (EXPONENT - base) times those of the layer.
+    """See `triton._sum`. The weights are 2 ** (EXPONENT - base) times those of the layer.
 
-    lists: the exceptions of all tiles. steps: tiles in a row of tiles. A tile is one of those that have a list.
+    lists: the lists of exceptions. steps: number of tiles along the inputs. A tile [OUTS, DEPTH] is one that has a list.
     """
     tl.static_assert(OUTS == 64 and DEPTH == 128)
     total = tl.zeros((OUTS, ROWS), tl.float32)
     index = tl.arange(0, OUTS)[:, None] * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :]
     lists += out_at // OUTS * steps * 32
     last = steps - 1
-    # Asked for a step ahead, since nothing would hide how long they take. Few tiles have more than two exceptions. These are
-    # not a loop: Triton loads nothing ahead in a loop that has another one in it.
+    # The number of exceptions and the first two are loaded one step ahead, to hide the latency. Few tiles have more. Exceptions
+    # are unrolled, because Triton does not pipeline a loop that contains another loop.
     place = lists + min(begin // DEPTH, last) * 32
     count, one, two = tl.load(place), tl.load(place + 1), tl.load(place + 2)
     for k in range(begin, end, DEPTH):
@@ -77,7 +77,7 @@ def sum_lossless(
 
 
 def lossless_tiles(rows: int, leaves: int) -> LinearTiles:
-    """The usual tiles. Other outputs or another depth would not fit the lists of exceptions. leaves: of the layer's sum."""
+    """The usual tiles. Outputs and depth are those of the lists of exceptions. leaves: number of leaves of the layer's sum."""
     return LinearTiles(64, rows_of_tile(rows, 16, 32, 64, 128), 128, leaves > 1 and rows <= 128)
 
 

@@ -10,9 +10,9 @@ from orthrus.kernels.linear.reference import pad_rows
 from orthrus.kernels.linear.weight import OneViewWeight, Parameters, join_projections
 
 _ROW_TILE = 4
-"""Rows are padded to a multiple of this: fewer would reach matrix-vector code, which rounds differently."""
+"""Rows are padded to a multiple of this. With fewer rows oneDNN may use matrix-vector code, which rounds differently."""
 _PACK_ROWS = 8
-"""The number of rows that the layout is best for. Decode passes have few rows, and they are the ones short of bandwidth."""
+"""The layout is made for this number of rows. Decode passes, which the memory bandwidth limits, have few rows."""
 
 
 class OneDnnWeight(OneViewWeight):

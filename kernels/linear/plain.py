@@ -1,4 +1,4 @@
-"""The format "plain": the weights of the checkpoint, every bit of them, as the device multiplies them fastest."""
+"""The format "plain": the weights of the checkpoint without rounding, in the layout that the device multiplies fastest."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -31,7 +31,7 @@ class PlainFormat:
 
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
-        """See `WeightFormat`. Weights that a checkpoint stores in few bits stay so, each view in its own format."""
+        """See `WeightFormat`. Weights that a checkpoint stores quantised stay so, each view in its own format."""
         stored = [_stored_format(view) for view in views]
         if any(stored):
             return SplitViews.join(
@@ -44,10 +44,7 @@ class PlainFormat:
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
-        """See `SplitFormat`. Weights that a checkpoint stores in few bits are not divided.
-
-        Raises ValueError if they should be.
-        """
+        """See `SplitFormat`. Raises ValueError for weights that a checkpoint stores quantised, if there are several ranks."""
         if any(_stored_format(view) for view in views):
             if split.ranks.size > 1:
                 raise ValueError(
@@ -62,7 +59,7 @@ class PlainFormat:
 
 
 def _pack(views: Views, gated: bool, head: bool, ranks: Ranks) -> Weight:
-    """ranks: those that choose a layout together, since they have parts of one layer."""
+    """ranks: those that have parts of the layer, and so must choose the same layout."""
     first = views[0][0]["weight"]
     if runs_triton(first):
         return _pack_for_gpu(views, gated, None)
@@ -81,9 +78,9 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
 
 
 def _stored_format(view: Sequence[Parameters]) -> StoredFormat | None:
-    """The format in which a checkpoint stores all projections of a view; None if it stores them in full.
+    """The format in which a checkpoint stores all projections of a view; None if they are not quantised.
 
-    Raises ValueError if they differ: they are one layer.
+    Raises ValueError if their formats differ, since they are one layer.
     """
     formats = {stored_format_of(parameters) for parameters in view}
     if len(formats) > 1:
@@ -95,7 +92,7 @@ def _stored_format(view: Sequence[Parameters]) -> StoredFormat | None:
 
 
 def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool, ranks: Ranks) -> Weight:
-    """A float32 weight as float16 if that loses nothing, since it takes half as long to read."""
+    """A float32 weight as float16 if no rank loses a bit by that, since it takes half as long to read."""
     halves = as_halves(weight)
     if not ranks.all_agree(halves is not None) or halves is None:
         return OneDnnWeight(weight, bias)
@@ -103,7 +100,7 @@ def _for_cpu(weight: Tensor, bias: Tensor | None, head: bool, ranks: Ranks) -> W
 
 
 def stack_views(views: Views) -> DenseLayer:
-    """The views' weights as neighbours in memory. Raises ValueError if only one of two views has biases."""
+    """The views' weights, contiguous in memory. Raises ValueError if only one of two views has biases."""
     weights, bias = join_views(views)
     if len(weights) == 1:
         return DenseLayer((weights[0].contiguous(),), bias)
@@ -123,12 +120,14 @@ def join_views(views: Views) -> tuple[list[Tensor], Tensor | None]:
 
 
 def interleave(projections: Sequence[Parameters]) -> DenseLayer:
-    """A gate and up [width, in_features] each as one layer [2 * width, in_features] whose outputs alternate in blocks of
-    `GATE_BLOCK`, so that one tile of the layer holds what belongs together. Their biases alternate in the same way."""
+    """Fuse gate and up, each [width, in_features], into one layer [2 * width, in_features].
+
+    Its outputs and biases alternate in blocks of `GATE_BLOCK`, so that an output of the gate and that of up are in one tile.
+    """
     weight, bias = join_projections(projections)
     return DenseLayer((alternate(weight),), None if bias is None else alternate(bias)[None], interleaved=True)
 
 
 def alternate(joined: Tensor) -> Tensor:
-    """The first dimension, all of the gate and then all of up, in blocks of `GATE_BLOCK` of each in turn."""
+    """Reorder the first dimension, which is all of the gate and then all of up, to blocks of `GATE_BLOCK` of each in turn."""
     return joined.unflatten(0, (2, -1, GATE_BLOCK)).transpose(0, 1).flatten(0, 2)

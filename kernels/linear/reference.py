@@ -12,7 +12,7 @@ from orthrus.kernels.linear.weight import Weight, apply_views
 from orthrus.kernels.rows.activation import silu_mul
 
 _ROW_TILE = 16
-"""Rows of every product: a library may choose the order of its sums by the number of rows."""
+"""Every product has this number of rows, because a library may choose the order of its sums by the number of rows."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ class Split:
     """One rank's part of a layer."""
 
     ranks: Ranks
-    """Those that have the other parts."""
+    """The ranks among which the layer is divided."""
     inputs: Leaves | None = None
-    """The leaves of the inputs, of a layer whose inputs are divided. None for one whose outputs are."""
+    """The rank's leaves of the inputs, if the inputs are divided (row parallel). None if the outputs are (column parallel)."""
 
     first_output: int = 0
-    """The output of the whole layer that is the first one here: in an LM head, a token."""
+    """Index, in the whole layer, of the rank's first output. In an LM head it is a token."""
 
     @property
     def has_tree(self) -> bool:

@@ -1,7 +1,7 @@
 """Weights that a checkpoint stores in few bits, in one of the formats that are published.
 
-Such a format is registered by the tensors that it stores a weight as, so the tensors themselves tell how they are to be read.
-The format "plain" keeps these weights as they are stored. Other formats are given them dequantised.
+Each of these formats is registered under the names of the tensors that it stores a weight as. So the format of a weight follows
+from its tensors. The weight format "plain" keeps these weights as they are stored. Other weight formats get them dequantised.
 """
 
 from collections.abc import Mapping
@@ -31,18 +31,18 @@ _Format = TypeVar("_Format", bound=StoredFormat)
 
 
 def stored_format(format: _Format) -> _Format:
-    """Decorator of a class: weights that are stored in its way are found from now on."""
+    """Decorator of a class: `stored_format_of` finds it by its `stored_as` from now on."""
     _STORED[format.stored_as] = format
     return format
 
 
 def stored_format_of(parameters: Mapping[str, Tensor]) -> StoredFormat | None:
-    """The format that a projection is stored in; None if its weight is stored in full."""
+    """The format that a projection is stored in; None if its weight is not quantised."""
     return _STORED.get(frozenset(parameters) - {"bias"})
 
 
 def dense(parameters: Parameters) -> Parameters:
-    """The tensors of a projection, taken out of it, with the weight in full."""
+    """Remove the tensors of a projection and return them. A quantised weight is dequantised."""
     found = stored_format_of(parameters)
     taken = dict(parameters)
     parameters.clear()
@@ -52,5 +52,5 @@ def dense(parameters: Parameters) -> Parameters:
 
 
 def float_type(scales: Tensor) -> torch.dtype:
-    """What a weight with these scales is dequantised to: 16 bits would not hold it."""
+    """The dtype to which a weight with these scales is dequantised: at least float32, since 16 bits would round it."""
     return torch.promote_types(scales.dtype, torch.float32)

@@ -1,4 +1,7 @@
-"""What a stream kernel goes through: its share of the weight's tiles, and the ring of shared memory that they pass through."""
+"""How the stream kernels divide a layer among programs, and the ring buffer through which they stream the weights.
+
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
+"""
 
 from typing import NamedTuple
 
@@ -10,19 +13,18 @@ from triton.language.extra.cuda import gdc_wait
 from orthrus.kernels.gluon_names import async_load
 
 RING_BYTES = 200_000
-"""Bytes of the ring. A multiprocessor has 227 KB of shared memory."""
+"""Bytes of the ring. A program can use 227 KB of an SM's shared memory."""
 REGISTERS = 128
-"""Of a thread when a program begins whose warps have different tasks. Those that load hand most of theirs to those that
-multiply."""
+"""Registers per thread when a warp-specialized program begins. The producer warps then give most of theirs to the consumers."""
 
 
 class Work(NamedTuple):
-    """What a launch has to do. Every warp makes its `Grid` from this."""
+    """The arguments of a launch that describe the work. Every warp makes its `Grid` from this."""
 
     num_ar: gl.tensor  # Pointer to the number of AR rows; read only where there are two views.
     num_rows: gl.tensor
     num_outs: gl.tensor  # Outputs of one view.
-    parts: gl.tensor  # Programs among which the inputs of an output are divided.
+    parts: gl.tensor  # Split-K parts: programs among which the inputs of an output are divided.
     leaves: gl.tensor  # Leaves of a part.
     all_steps: gl.tensor  # These three are `units`, `total` and `first` of `Leaves`, whose units are steps.
     all_leaves: gl.tensor
@@ -35,7 +37,7 @@ class Grid(NamedTuple):
     split: gl.tensor  # Number of AR rows.
     ar_tiles: gl.tensor  # Row tiles of these.
     row_tiles: gl.tensor  # All row tiles; none has rows of both views.
-    parts: gl.tensor  # Programs among which the inputs of an output are divided.
+    parts: gl.tensor  # Split-K parts: programs among which the inputs of an output are divided.
     leaves: gl.tensor  # Leaves of a part.
     all_steps: gl.tensor  # These three are `units`, `total` and `first` of `Leaves`, whose units are steps.
     all_leaves: gl.tensor
@@ -49,15 +51,15 @@ class Grid(NamedTuple):
 class Unit(NamedTuple):
     """Where a unit of work lies."""
 
-    weight_at: gl.tensor  # First row of the weight, which has the views one behind the other.
+    weight_at: gl.tensor  # First row of the weight, in which the views are concatenated.
     out_at: gl.tensor  # First output.
     row_at: gl.tensor  # First input row.
-    row_end: gl.tensor  # The row behind the view's last.
+    row_end: gl.tensor  # End of the view's rows, exclusive.
     part: gl.tensor
 
 
 class Cursor(NamedTuple):
-    """A step of a program: a tile of the weight and one of the input rows, which meet."""
+    """A step of a program's K-loop: a tile of the weight is multiplied by a tile of the input rows."""
 
     unit: gl.tensor
     left: gl.tensor  # Steps of the unit, this one included.
@@ -67,19 +69,19 @@ class Cursor(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Tiles in shared memory, filled in turn."""
+    """A ring buffer in shared memory. A place (pipeline stage) holds the two tiles of a step."""
 
     weights: gl.shared_memory_descriptor  # [places, outs, depth]
     rows: gl.shared_memory_descriptor  # [places, rows, depth]
-    full: gl.shared_memory_descriptor  # For each place a barrier: both tiles have arrived.
+    full: gl.shared_memory_descriptor  # An mbarrier per place: both tiles have arrived.
 
 
 @gluon.jit
 def make_grid(work, OUTS: gl.constexpr, ROWS: gl.constexpr, TWO_VIEWS: gl.constexpr):
-    """How the work is divided."""
+    """The division of `work` into units."""
     split = work.num_rows
     if TWO_VIEWS:
-        split = gl.load(work.num_ar)  # Uploaded before the pass: no kernel writes it.
+        split = gl.load(work.num_ar)  # Uploaded before the pass, so it may be read before `gdc_wait`.
     ar_tiles = gl.cdiv(split, ROWS)
     row_tiles = ar_tiles + gl.cdiv(work.num_rows - split, ROWS)
     units = row_tiles * gl.cdiv(work.num_outs, OUTS) * work.parts
@@ -101,7 +103,7 @@ def make_grid(work, OUTS: gl.constexpr, ROWS: gl.constexpr, TWO_VIEWS: gl.conste
 
 @gluon.jit
 def leaf_begin(leaf, grid):
-    """The first step of a leaf, counted from the first leaf that is here."""
+    """The first step of a leaf, counted from the rank's first leaf."""
     first = grid.first_leaf * grid.all_steps // grid.all_leaves
     return (grid.first_leaf + leaf) * grid.all_steps // grid.all_leaves - first
 
@@ -123,7 +125,7 @@ def count_steps(program, grid):
 
 @gluon.jit
 def unit_of(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
-    """Where a unit lies. Parts change fastest, then row tiles, so that neighbours share a tile of the weight."""
+    """Where a unit lies. Parts change fastest, then row tiles, so that neighbouring programs share a tile of the weight."""
     part = number % grid.parts
     tile = number // grid.parts
     row_tile = tile % grid.row_tiles
@@ -155,14 +157,14 @@ def advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.cons
 
 @gluon.jit
 def next_place(place, phase, PLACES: gl.constexpr):
-    """The place of a ring behind this one, and its phase."""
+    """The next place of a ring, and the phase of its mbarriers."""
     wraps = place == PLACES - 1
     return gl.where(wraps, 0, place + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
 def fetch_weights(w, ring, place, cursor, wanted):
-    """Ask for a step's tile of the weight, and let the place's barrier wait for it and for the rows."""
+    """Issue the load of a step's weight tile. The place's mbarrier is set to expect the bytes of this tile and the rows' tile."""
     LOADED: gl.constexpr = (
         (ring.weights.shape[1] + ring.rows.shape[1]) * ring.rows.shape[2] * w.dtype.primitive_bitwidth // 8
     )
@@ -173,7 +175,7 @@ def fetch_weights(w, ring, place, cursor, wanted):
 
 @gluon.jit
 def fetch_rows(x, ring, place, cursor, wanted):
-    """Ask for a step's tile of the input rows."""
+    """Issue the load of a step's tile of the input rows."""
     async_load(x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted)
 
 
@@ -189,9 +191,9 @@ def fill_ring(
     DEPTH: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    """Ask for the tiles of the program's first steps, and for the weights before the input rows are there.
+    """Issue the loads of the program's first steps, one step for each place. Those of the weights come before `gdc_wait`.
 
-    Returns the step behind these.
+    Returns the step after these.
     """
     RING: gl.constexpr = ring.full.shape[0]
     first = first_step(gl.program_id(0), grid, OUTS, ROWS, DEPTH)
@@ -210,7 +212,7 @@ def fill_ring(
 
 @gluon.jit
 def silu_mul(acc, OUTS: gl.constexpr, ROWS: gl.constexpr):
-    """Gates and ups [OUTS, ROWS], in blocks of 8 in turn (see `alternate`), as silu(gate) * up [OUTS / 2, ROWS].
+    """silu(gate) * up [OUTS / 2, ROWS] of sums [OUTS, ROWS] that are blocks of 8 of the gate and of up in turn (see `alternate`).
 
     A thread holds both of a pair. The result has the layout of `acc`.
     """

@@ -1,6 +1,6 @@
-"""What the stream kernels do with sums: the tree of leaves, scales, biases, SiLU, picks, and where results go.
+"""The epilogue of the stream kernels: the tree of leaves, scales, biases, SiLU, picks, and storing the results.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
@@ -13,21 +13,21 @@ from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
 
 class Picking(NamedTuple):
-    """What picks from the outputs of an LM head need: pointers, and the token of the first output. See `hopper.launch`."""
+    """The arguments for picking from the outputs of an LM head: five pointers, and a token. See `hopper.launch`."""
 
     temperatures: gl.tensor
     keys: gl.tensor
     out_wanted: gl.tensor
-    best: gl.tensor  # Of each tile and row: the best score,
-    best_tokens: gl.tensor  # and its token.
+    best: gl.tensor  # The best score of each row and tile.
+    best_tokens: gl.tensor  # The token of that score.
     first_token: gl.tensor
 
 
 @gluon.jit
 def join_leaf(acc, leaf, one, two, four, TREE: gl.constexpr):
-    """Add the sum of a leaf to the tree of `TREE` leaves. one, two, four: nodes that wait for their neighbour, by their leaves.
+    """Add the sum of a leaf to the tree of `TREE` leaves. one, two, four: nodes of so many leaves that wait for their neighbour.
 
-    Returns the node that is complete with this leaf, and the nodes that wait. After the last leaf that node is the tree's sum.
+    Returns the largest node that this leaf completes, and the nodes that wait. After the last leaf it is the tree's sum.
     """
     if TREE > 1:
         if leaf % 2 == 0:
@@ -49,7 +49,7 @@ def join_leaf(acc, leaf, one, two, four, TREE: gl.constexpr):
 
 @gluon.jit
 def output_scales(scales, unit, num_outs, OUTS: gl.constexpr, layout: gl.constexpr):
-    """The scale of each output of a unit, for sums of this layout. Asked for before the sums, they are there in time."""
+    """The scale of each output of a unit, for sums of this layout. Loaded before the K-loop, which hides the latency."""
     index = unit.out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
     return gl.load(scales + unit.weight_at - unit.out_at + index, mask=index < num_outs, other=0.0)
 
@@ -58,7 +58,7 @@ def output_scales(scales, unit, num_outs, OUTS: gl.constexpr, layout: gl.constex
 def _best(logits, index, first_token, row, live, temperatures, keys, vocab):
     """For each row, the highest score among a tile's tokens and that token, as in `gumbel_argmax`. logits [tokens, rows].
 
-    index, vocab: of the tokens that the layer has, which are those from first_token on.
+    index: indices of the tile's outputs. vocab: number of the layer's outputs. Output 0 is the token `first_token`.
     """
     token = first_token + index
     score = logits

@@ -1,4 +1,4 @@
-"""How launches of the linear layers are cut up on a GPU. Only `leaf_unit`, with the leaves of a layer, decides bits."""
+"""The tiles of the linear layers on a GPU. Only `leaf_unit`, with the leaves of a layer, and `_fp8_tiles` decide bits."""
 
 from functools import cache
 
@@ -7,16 +7,15 @@ import torch
 from orthrus.kernels.linear.types import LinearTiles
 
 MOST_PARTS = 4
-"""Parts of the inputs of a layer that programs of their own add up. The kernel behind adds no more parts than these."""
+"""The most split-K parts of a layer. `add_rms_norm`, which adds the parts, takes no more."""
 _SHORTEST_PART = 1024
 _FULL_GRID = 128
-"""Programs that keep the memory of a GPU with 132 multiprocessors busy."""
+"""Programs that keep the memory of a GPU with 132 SMs busy."""
 
 
 @cache
 def num_parts(out_features: int, in_features: int) -> int:
-    """Parts of the inputs of a layer whose result goes into the residual stream, each with programs of its own: enough to fill a
-    GPU when there is one row."""
+    """Split-K parts of a layer whose result goes into the residual stream: enough to fill a GPU when there is one row."""
     parts = 1
     while (
         parts < MOST_PARTS
@@ -28,7 +27,7 @@ def num_parts(out_features: int, in_features: int) -> int:
 
 
 def rows_of_tile(rows: int, *sizes: int) -> int:
-    """The first of these ascending sizes that holds so many rows; the last if none does."""
+    """The first of these ascending sizes that is at least `rows`; the last if none is."""
     return next((size for size in sizes if rows <= size), sizes[-1])
 
 
@@ -38,7 +37,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
     segments: leaves of the inputs.
     """
     if dtype == torch.float32:
-        # float32 is for checks only and does not use the matrix unit: the tile is small enough for registers.
+        # float32 is for checks only, and does not use the tensor cores. The tile is small enough for registers.
         return LinearTiles(64, 16, 32, segments > 1, 4, 2)
     few = segments > 1
     if dtype == torch.float8_e4m3fn:
@@ -50,7 +49,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
             return (
                 LinearTiles(64, 128, 64, True, 4, 6) if few else LinearTiles(64, 128, 128, warps=4, stages=4)
             )
-        # So many programs fit a multiprocessor that all tiles of a gated layer run at once. The LM head has enough tiles anyway.
+        # So many programs fit on an SM that all tiles of a gated layer run in one wave. The LM head has enough tiles anyway.
         return LinearTiles(64 if out_features <= 65536 else 128, 128, 64, few, 4, 3)
     if rows <= 256:
         if few:
@@ -64,7 +63,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
 
 
 def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
-    """Tiles for FP8. All steps are as deep as those of `hopper`, and each segment has programs of its own: both decide bits."""
+    """Tiles for FP8. All have the depth of `hopper`'s steps, and programs of their own for each segment: both decide bits."""
     if rows <= 64:
         return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 256, few, 4, 4)
     if rows <= 128:
@@ -73,5 +72,5 @@ def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
 
 
 def leaf_unit(dtype: torch.dtype) -> int:
-    """Leaves begin at multiples of so many inputs. The depth of every tile divides it; it is that of `hopper`'s steps."""
+    """Leaves begin at multiples of this number of inputs: the depth of `hopper`'s steps. The depth of every tile divides it."""
     return 256 if dtype == torch.float8_e4m3fn else 128

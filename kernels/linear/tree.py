@@ -1,9 +1,9 @@
-"""Layers whose inputs are divided among ranks, those that go into the residual stream, and the tree in which they are summed.
+"""Row-parallel layers, whose inputs are divided among ranks, and the tree in which their sums are added.
 
 The inputs are cut into leaves. Each leaf has a sum of its own, in float32 or wider. Then neighbours are added, and so on up a
-binary tree (`add_pairwise`). A rank has the weights of an aligned run of leaves, so its sum is a node of that tree, and the
-ranks' sums are added in the same way. How many leaves there are depends on the model's shape alone. So the number of ranks
-changes no bit.
+binary tree (`add_pairwise`). A rank has the weights of an aligned run of leaves, so its sum is a node of that tree. The ranks'
+sums are added in the same way. The number of leaves depends on the model's shape alone. So the number of ranks changes no bit.
+These are the layers whose results go into the residual stream.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from orthrus.kernels.ranks import Ranks, add_pairwise
 
 
 class TreeWeight(Weight):
-    """A layer as a weight for each leaf, in any format. It is the reference of the tree, and what CPUs run."""
+    """A layer with a weight for each leaf, in any format. It is the reference of the tree, and what CPUs run."""
 
     def __init__(
         self, leaves: Sequence[Weight], spans: Sequence[slice], biases: Sequence[Tensor], ranks: Ranks
     ) -> None:
-        """leaves: without biases. spans: the inputs of each. biases: for each view [out_features], added to the whole sum; empty
-        if there are none."""
+        """leaves: the weight of each leaf, without biases. spans: the inputs of each leaf. biases: for each view [out_features],
+        added to the whole sum; empty if there are none."""
         self._leaves, self._spans, self._biases, self._ranks = leaves, spans, biases, ranks
 
     @staticmethod
     def pack(views: Views, split: Split, pack_leaf: Callable[[Views], Weight]) -> "TreeWeight":
-        """views: as `pack_weight` takes them, of layers with one projection. pack_leaf: packs those of one leaf.
+        """Cut a layer of one projection into leaves. views: as `pack_weight` takes them. pack_leaf: packs the views of one leaf.
 
         Raises ValueError if only one of two views has biases.
         """

@@ -1,13 +1,13 @@
 """The linear kernel for any GPU and any number of rows.
 
 Each output is one float32 sum over the inputs in order. If the result goes into the residual stream, the inputs are cut into
-leaves: each has a sum of its own, and these are added in a binary tree (see `tree`). There are few outputs, which would leave a
-GPU idle: so several programs may take a part of the leaves each, and another kernel adds the nodes of the tree that they leave.
-The order is the same for every tile shape here, and for every number of parts. So a row has the same bits alone, in a decode
-batch and in a prefill chunk.
+leaves: each has a sum of its own, and these are added in a binary tree (see `tree`). Such a layer has few outputs, which would
+leave a GPU idle. So several programs may take some of its leaves each (split-K), and write nodes of the tree, which
+`add_rms_norm` adds. The order of the sums is the same for every tile shape, and for every number of parts. So a row has the same
+bits alone, in a decode batch and in a prefill chunk.
 
-The operands are swapped. The matrix unit's M side has 64 places, which few rows would leave empty: so the weight is on that side,
-and the rows are on its N side, which goes down to 8. All row counts use one instruction.
+The operands are swapped. A tensor core instruction has M = 64, which few rows would not fill, but N can be as small as 8. So the
+weight is on the M side, and the rows are on the N side. All numbers of rows use the same kind of instruction.
 """
 
 import torch
@@ -44,7 +44,7 @@ def _sum(
         weights = w.load([out_at, k])
         rows = x.load([row_at, k])
         if SCALED:
-            # The matrix unit adds FP8 products with few bits: so each step's are added to the others outside it.
+            # The tensor cores sum FP8 products with few bits. So the sum of each step is added to the total outside of them.
             total += tl.dot(weights, rows.T)
         else:
             total = tl.dot(weights, rows.T, total, input_precision="ieee")
@@ -53,7 +53,7 @@ def _sum(
 
 @triton.jit
 def _leaf_begin(leaf, units, leaves, first_leaf, UNIT: tl.constexpr):
-    """The first input of a leaf, counted from the first leaf that is here: see `Leaves`."""
+    """The first input of a leaf, counted from the rank's first leaf: see `Leaves`."""
     return ((first_leaf + leaf) * units // leaves - first_leaf * units // leaves) * UNIT
 
 
@@ -88,14 +88,14 @@ def _linear_kernel(
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """SCALED: whether weights and rows are FP8 numbers with scales. LOSSLESS: whether the weights are in 12 bits: `w` has their
-    first plane then, and `w_low` the second."""
-    # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
+    """SCALED: whether weights and rows are FP8 numbers with scales. LOSSLESS: whether the weights are in 12 bits. Then `w` has
+    their first plane, and `w_low` the second."""
+    # Neighbouring programs share a weight tile, over a band of row tiles. Both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
     split = num_rows
     if TWO_VIEWS:
-        split = tl.load(num_ar)  # Uploaded before the pass: no kernel writes it.
+        split = tl.load(num_ar)  # Uploaded before the pass, so it may be read before `gdc_wait`.
     # Tiles never straddle the views. The grid has room for one row tile more than may be needed.
     ar_tiles = tl.cdiv(split, ROWS)
     row_tiles = ar_tiles + tl.cdiv(num_rows - split, ROWS)
@@ -117,8 +117,8 @@ def _linear_kernel(
         gdc_wait()
     if not live:
         return
-    # Nodes of the tree of leaves that wait for their neighbour: of one leaf, and of two. One of four waits in memory, since
-    # there are registers for three tiles.
+    # Nodes of the tree that wait for their neighbour: of one leaf, and of two leaves. A node of four leaves waits in memory,
+    # since there are registers for three tiles.
     total = tl.zeros((OUTS, ROWS), tl.float32)
     one, two = total, total
     held = tl.arange(0, OUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -171,15 +171,15 @@ def launch(
     x_scales: Tensor | None = None,
     inputs: Leaves | None = None,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or nodes of the tree [parts, rows, outs] without the bias.
+    """Write the result of `layer` to out: [rows, outs], or nodes of the tree [parts, rows, outs] without the bias.
 
-    x_scales: those of FP8 rows, as `quantise_rows` gives them. inputs: the leaves of the inputs, None for one.
+    x_scales: the scales of FP8 rows, from `quantise_rows`. inputs: the leaves of the inputs; None for one leaf.
     """
     rows, ins = x.shape
     outs, scales = layer.outs, layer.scales
     lossless = isinstance(layer, LosslessLayer)
     views = layer.high.shape[0] // outs if isinstance(layer, LosslessLayer) else len(layer.weights)
-    # The views' weights are neighbours in memory. A tile that reads into the next view's does not store it.
+    # The views' weights are contiguous in memory. A tile may read into the next view's weight, but does not store that.
     if isinstance(layer, LosslessLayer):
         weights = _tiles_of(layer.high, views * outs, ins // 4, tiles.outs, tiles.depth // 4)
         low = _tiles_of(layer.low, views * outs, ins // 8, tiles.outs, tiles.depth // 8)
@@ -233,5 +233,5 @@ def launch(
 
 
 def _tiles_of(tensor: Tensor, outs: int, ins: int, tile_outs: int, tile_ins: int) -> TensorDescriptor:
-    """Tiles of memory that holds [outs, ins] and begins where `tensor` does."""
+    """A descriptor of memory [outs, ins] that begins where `tensor` does."""
     return TensorDescriptor(tensor, [outs, ins], [ins, 1], [tile_outs, tile_ins])

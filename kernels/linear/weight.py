@@ -1,9 +1,9 @@
-"""`Weight`: what a linear layer's weight can do, in whatever format it is kept.
+"""`Weight`: the interface of a linear layer's weight, which is the same for all formats.
 
 A format is one class in one file. It packs a checkpoint's tensors, knows how many bytes a pass reads of them, keeps its scales
 if it has any, and runs the layer. `weight_format` registers it under a name, and `pack_weight` finds it by that name.
 
-Every format keeps the rule of this package: a row's result has the same bits whatever other rows are in the pass.
+Every format must be batch-invariant: a row's result has the same bits whatever other rows are in the pass.
 """
 
 from abc import ABC, abstractmethod
@@ -23,17 +23,17 @@ Parameters = dict[str, Tensor]
 "bias" [out_features] if it has one, and what else a checkpoint's format stores, such as scales."""
 
 Views = Sequence[Sequence[Parameters]]
-"""For each view (AR, diffusion): the projections whose outputs lie side by side in one layer, for example q, k and v."""
+"""For each view (AR, diffusion): the projections that are concatenated to one layer, for example q, k and v."""
 
 
 ROUGH_FORMATS = {"lossless12": "lossless8"}
-"""Formats whose memory another format reads roughly, see `Weight.rough`, and the names of these."""
+"""For each format whose memory another format can read at lower precision (see `Weight.rough`): the name of that format."""
 
 
 class Weight(ABC):
     """The weight of a linear layer, one for each of its views, and the layer's bias.
 
-    A format must define `nbytes` and `linear`. It may replace the other operations by kernels that do more at once.
+    A format must define `nbytes` and `linear`. It may override the other operations with fused kernels.
     """
 
     @property
@@ -46,7 +46,7 @@ class Weight(ABC):
         """x [rows, in_features] times the weight, plus the bias: [rows, out_features] in x's dtype.
 
         num_ar: int32 [1], required by every operation if the layer has two views, and ignored if it has one. The first num_ar
-        rows use the AR view's weight, the others the diffusion view's. out: where the result goes, in the dtype of `out`.
+        rows use the AR view's weight, the others the diffusion view's. out: a tensor for the result, of any floating dtype.
         """
 
     def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
@@ -76,8 +76,8 @@ class Weight(ABC):
 
         logits: float32 or wider [rows, out_features]. It holds the outputs afterwards if `wanted` (int32 [1]) is not 0. Otherwise
         its contents are undefined, because writing them takes a GPU longer than picking from them.
-        further: int32 [rows, ranks]. The tokens with the next best scores go there, the best first, and `NO_TOKEN` where there is
-        none. On a GPU a token may be passed over for a better one beside it in the vocabulary.
+        further: int32 [rows, ranks]. The tokens with the next best scores are written to it, the best first, and `NO_TOKEN` where
+        there is none. A GPU considers only the best token of each block of the vocabulary, so it may miss a next best one.
         """
         self.linear(x, num_ar, logits)
         gumbel_argmax(logits, temperatures, keys, picks, first_pick)
@@ -85,7 +85,7 @@ class Weight(ABC):
             further.copy_(best_tokens(logits, temperatures, keys, 1 + further.shape[1])[:, 1:])
 
     def rough(self) -> "Weight":
-        """The weight for results that may be rough. It reads less of the same memory where the format allows that."""
+        """The weight for draft passes, whose results may be rough. If the format allows it, less of the same memory is read."""
         return self
 
 
@@ -101,7 +101,7 @@ class OneViewWeight(Weight):
     @classmethod
     @abstractmethod
     def pack_view(cls, projections: Sequence[Parameters]) -> Self:
-        """Lay out the weight of one view; the tensors are taken out of `projections`."""
+        """Lay out the weight of one view. The tensors are removed from `projections`."""
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class SplitViews(Weight):
 
 
 def apply_views(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, num_ar: Tensor | None) -> Tensor:
-    """Give each view's rows of x to its product; the results in the order of the rows. num_ar: see `Weight.linear`."""
+    """Apply each view's product to its rows of x. The results are in the order of the rows. num_ar: see `Weight.linear`."""
     if len(products) == 1:
         return products[0](x)
     if num_ar is None:
@@ -158,7 +158,7 @@ def apply_views(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, num_a
 
 
 def join_projections(projections: Sequence[Parameters]) -> tuple[Tensor, Tensor | None]:
-    """Take weight and bias out of `projections`, and put those of all of them side by side along the outputs.
+    """Concatenate the weights and the biases of `projections` along the outputs. The tensors are removed from `projections`.
 
     Raises ValueError if only some of them have a bias.
     """
@@ -212,11 +212,12 @@ def pack_weight(
 ) -> Weight:
     """Lay out the weights of a layer in a format.
 
-    views: the tensors are taken out of these dictionaries, so that only a part of a layer is in memory twice.
+    views: the tensors are removed from these dictionaries, so that only a part of a layer is in memory twice.
     format: a name that `weight_format` registered; ValueError for any other, and for tensors that the format does not use.
     gated: whether the layer's two projections are a gate and up, for `linear_silu_mul`.
-    head: whether the layer is the LM head, behind which no norm makes up for what is rounded away.
-    split: which part of the layer `views` hold. None, and a format that can't be divided: all of it, without a tree of sums.
+    head: whether the layer is the LM head. No norm follows it, so rounding matters more.
+    split: which part of the layer `views` hold. If it is None or the format can't be divided, they hold the whole layer, and its
+    sums have no tree.
     Raises ValueError if there are several ranks and the format can't be divided.
     """
     if format not in _FORMATS:

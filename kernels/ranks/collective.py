@@ -1,7 +1,7 @@
 """Ranks that exchange tensors through a library: NCCL, between GPUs that can't reach each other's memory.
 
-The sums are the same: every rank gets all partial sums, and adds them in the order of the tree. With gloo, the same code runs on
-CPUs, for tests.
+Sums have the same bits as over peer memory: every rank gathers all partial sums, and adds them in the order of the tree. With
+gloo, the same code runs on CPUs, for tests.
 """
 
 import os
@@ -27,7 +27,7 @@ _LARGEST = torch.iinfo(torch.int32).max
 
 
 class CollectiveRanks(SharedMemoryRanks):
-    """See `Ranks`. With NCCL, what is on the host still goes through shared memory."""
+    """See `Ranks`. With NCCL, tensors on the host are still exchanged through shared memory."""
 
     def __init__(self, rank: int, shared: SharedBoxes, processes: Processes, backend: Backend) -> None:
         super().__init__(rank, shared, processes)
@@ -49,7 +49,9 @@ class CollectiveRanks(SharedMemoryRanks):
         if self._backend == "nccl" and not own.is_cuda:
             return super().exchange(own)
         if self._group is None:
-            super().exchange(torch.zeros(1))  # Only when all are there: then nobody waits for long.
+            super().exchange(
+                torch.zeros(1)
+            )  # Wait for all ranks first, so that connecting takes none of them long.
             self._group = self.watched(self._connect)
         found = own.new_empty(self.size * own.numel())
         try:
@@ -58,7 +60,7 @@ class CollectiveRanks(SharedMemoryRanks):
                 while not work.is_completed():
                     self.check()
                     time.sleep(_POLL_SECONDS)
-            work.wait()  # With NCCL it is the GPU that waits.
+            work.wait()  # With NCCL the GPU's stream waits, and not the host.
         except RuntimeError as error:
             self._name_failed_rank()
             raise RankError(f"a rank of the model did not take part in an exchange: {error}") from error
@@ -83,19 +85,19 @@ def pick_best_of_ranks(
     """`pick_best` (kernels/rows/sampling_triton) over the tokens of all ranks. Every rank gets the picks.
 
     values, indices: the best score, float32, and its token, int32, of each block of this rank's tokens: both [rows, blocks].
-    picks: int32. Those of the rows are written from place `first_pick`, int32 [1], on.
+    picks: int32. The rows' picks are written to it, from index `first_pick` (int32 [1]) on.
     """
     best, token = _first_best(values, indices, 1)
     found = ranks.exchange(torch.stack([best.view(torch.int32), token], 1))
     scores = torch.stack([part[:, 0].contiguous().view(torch.float32) for part in found])
     best, token = _first_best(scores, torch.stack([part[:, 1] for part in found]), 0)
-    # Infinity stands for scores that are no numbers.
+    # Infinity stands for a score of NaN or infinity.
     token = torch.where(best < float("inf"), token, NO_TOKEN)
     places = first_pick.long() + torch.arange(token.shape[0], device=picks.device)
     picks.index_copy_(0, places, token)
 
 
 def _first_best(scores: Tensor, tokens: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest score along a dimension, and its token; the lowest one among equals."""
+    """The largest score along a dimension, and its token. Of equal scores the lowest token wins."""
     best = scores.amax(dim, keepdim=True)
     return best.squeeze(dim), torch.where(scores == best, tokens, _LARGEST).amin(dim).to(torch.int32)

@@ -1,9 +1,9 @@
 """`PeerMemory`: memory of each rank's GPU that the GPUs of all ranks read and write, over NVLink or PCIe.
 
-PyTorch's symmetric memory allocates it. What ranks exchange in a pass are one-shot writes by our own kernels
-(`peer_triton`): each rank writes to the boxes of all ranks and raises a flag there, for each row. Every row has two sets of
-boxes, used in turn, and counts its exchanges. A rank begins one only after it has finished the one before it, for which all
-others have begun that one. So nobody still reads what it overwrites.
+PyTorch's symmetric memory allocates it. In a pass, ranks exchange data by one-shot writes of our own kernels (`peer_triton`): for
+each row, a rank writes to its box on every rank, and then raises a flag there. Every row has two sets of boxes, which are used in
+turn (double buffering), and a count of its exchanges. A rank begins an exchange only after it has finished the previous one. By
+then all others have begun the previous one, so they have finished reading the boxes that are overwritten now.
 """
 
 import math
@@ -19,7 +19,7 @@ from orthrus.kernels.peer_sizes import PeerSizes
 from orthrus.kernels.ranks.ranks import START_SECONDS
 
 _FIRST_WAIT, _WAIT = 120_000_000_000, 3_000_000_000
-"""For how many nanoseconds a rank is waited for, until all kernels have been compiled and after that."""
+"""Timeouts of a wait for another rank, in nanoseconds: until all kernels have been compiled, and after that."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Mailbox:
 
 
 class PeerMemory:
-    """What one rank knows of the ranks' memory. To make one, all ranks have to do so at the same time."""
+    """The memory of all ranks, as one rank sees it. All ranks must create theirs at the same time."""
 
     sums: Mailbox
     """For partial sums, float32."""
@@ -46,11 +46,10 @@ class PeerMemory:
     logits: Tensor
     """float32 [logit_rows, vocabulary] on this rank. Those of rank 0 hold all ranks' logits after a pass."""
     status: Tensor
-    """int64 [2] on this rank: 0, or 1 + a rank that has been waited for in vain; and for how many nanoseconds ranks are waited
-    for."""
+    """int64 [2] on this rank: 0, or 1 + the rank for which a wait has timed out; and the timeout in nanoseconds."""
 
     def __init__(self, rank: int, size: int, device: torch.device, store_file: str, sizes: PeerSizes) -> None:
-        """store_file: through it the ranks find each other; no file may be there at first."""
+        """store_file: path of a file through which the ranks find each other. It must not exist at first."""
         from torch._C import _distributed_c10d as c10d
 
         # Programs that use NVLink multicast can put a host's GPUs out of service.
@@ -58,7 +57,7 @@ class PeerMemory:
         self.rank, self.size, self.sizes = rank, size, sizes
         places, end = sizes.layout(size)
         torch.cuda.set_device(device)
-        # PyTorch holds no reference to a group that it finds by its name. Each engine has a file, and so a name, of its own.
+        # PyTorch finds the group by its name, but holds no reference to it. The name is the path, which differs between engines.
         group: Any = store_file
         store = c10d.FileStore(store_file, size)
         store.set_timeout(timedelta(seconds=START_SECONDS))
@@ -87,12 +86,12 @@ class PeerMemory:
         self.logits = own("logits", torch.float32, sizes.logit_rows, sizes.vocabulary)
         self.logits_at, self.picks_box, self.picks_flag = at("logits"), at("picks_box"), at("picks_flag")
         self.picks_sent = torch.zeros(1, dtype=torch.int32, device=device)
-        # Kernels are compiled when they are first launched, which may take one rank longer than another.
+        # The long timeout: kernels are compiled at their first launch, which may take one rank longer than another.
         self.status = torch.tensor([0, _FIRST_WAIT], device=device)
-        # Nobody writes to a rank's memory before it is zero and all ranks have it.
+        # No rank writes to another's memory before this is zero and mapped by all ranks.
         handle.barrier(timeout_ms=1000 * START_SECONDS)
         torch.cuda.synchronize(device)
 
     def start(self) -> None:
-        """All kernels have run once: from now on a rank is not waited for any longer than it takes to tell that it has failed."""
+        """Shorten the timeout of waits. To be called once all kernels have been compiled."""
         self.status[1] = _WAIT

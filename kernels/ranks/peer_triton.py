@@ -1,4 +1,4 @@
-"""What the kernels of several GPUs have in common: writing to the boxes of all ranks, raising flags, and waiting for them."""
+"""Exchanges between GPUs inside kernels: writing to the boxes of all ranks, raising flags, and waiting for them."""
 
 import triton
 import triton.language as tl
@@ -15,10 +15,10 @@ _NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
 @triton.jit
 def raise_flags(flags, place, number, rank, late, SIZE: tl.constexpr):
-    """Tell every other rank, at `place` of its flags, that what this program has written there is complete.
+    """Set flag `place` of every other rank to `number`: what this program has written to that rank is complete.
 
-    late: the first number of `PeerMemory.status`. A rank that has waited in vain computes nonsense, so it raises no more flags:
-    the others then wait for it in vain, and all know.
+    late: the first number of `PeerMemory.status`. After a timeout this rank's results are wrong, so it raises no more flags. The
+    other ranks then time out too.
     """
     tl.debug_barrier()
     if late == 0:
@@ -30,7 +30,7 @@ def raise_flags(flags, place, number, rank, late, SIZE: tl.constexpr):
 
 @triton.jit
 def _acquire(flag):
-    """Read a flag. What its rank has written before it raised the flag may be read from then on."""
+    """Read a flag with acquire semantics: what was written before the flag was raised may be read afterwards."""
     return tl.inline_asm_elementwise(
         "ld.acquire.sys.global.s32 $0, [$1];", "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -38,12 +38,12 @@ def _acquire(flag):
 
 @triton.jit
 def wait_for(flag, number, status, sender):
-    """Wait until a flag of this rank is up. status: see `PeerMemory.status`.
+    """Wait until rank `sender` has set this rank's `flag` to `number`. status: see `PeerMemory.status`.
 
-    After the first wait in vain there are no more: the pass ends, and its results are wrong.
+    After the first timeout, further waits return at once: the pass ends, and its results are wrong.
     """
     seen = _acquire(flag)
-    # Differences, because the numbers of exchanges wrap.
+    # Differences are compared, because the numbers of exchanges wrap around.
     if number - seen > 0:
         begin = globaltimer()
         limit = tl.where(tl.load(status, volatile=True) == 0, tl.load(status + 1), 0)
@@ -71,14 +71,15 @@ def exchange_row(
 ):
     """Write a row's partial sums to all ranks, wait for theirs, and return the sum over the tree of ranks: see `add_pairwise`.
 
-    node: this rank's, float32 at `place`, where `inside`. rows, width: of the mailbox. Every program has a row of its own.
+    node: this rank's partial sums, float32 at the indices `place`, where `inside`. rows, width: of the mailbox. Every program
+    must have another row.
     """
     late = tl.load(status, volatile=True)
     number = tl.load(counts + row) + 1
     turn = (number & 1).to(tl.int64) * SIZE
     goal = ((turn + rank) * rows + row) * width + place
     for peer in tl.static_range(SIZE):
-        # Aligned, so that a thread writes and reads several numbers at once.
+        # The alignment lets a thread write and read several numbers at once.
         box = tl.multiple_of(tl.load(boxes + peer).to(tl.pointer_type(tl.float32)), 16)
         tl.store(box + goal, node, mask=inside & (peer != rank))
     _meet(flags, counts, status, row, rows, number, rank, late, SIZE)
@@ -95,13 +96,13 @@ def exchange_row(
 
 @triton.jit
 def _pair(box, step, first: tl.constexpr, node, inside, rank):
-    """The sum of the nodes of ranks `first` and `first` + 1. That of this rank is in no box."""
+    """The sum of the nodes of ranks `first` and `first` + 1. This rank's own node is `node`, and in no box."""
     return _node(box, step, first, node, inside, rank) + _node(box, step, first + 1, node, inside, rank)
 
 
 @triton.jit
 def _node(box, step, peer: tl.constexpr, node, inside, rank):
-    # Not from the L1 cache, which does not see what a peer writes.
+    # Not through the L1 cache, which does not see what other GPUs write.
     there = tl.load(box + peer * step, mask=inside & (peer != rank), other=0.0, cache_modifier=".cg")
     return tl.where(rank == peer, node, there)
 
@@ -204,7 +205,7 @@ def pick_best_of_ranks(
 ) -> None:
     """`pick_best` (kernels/rows/sampling_triton) over the tokens of all ranks. Every rank gets the picks.
 
-    values, indices: of this rank's tokens.
+    values, indices: `best_of_blocks` of this rank's tokens. picks, first_pick: see `gumbel_argmax` (kernels/rows/sampling).
     """
     rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)
@@ -218,7 +219,7 @@ def pick_best_of_ranks(
 def send_logits(peers: PeerMemory, logits: Tensor, wanted: Tensor, first_token: int) -> None:
     """Write this rank's logits [rows, tokens], which begin at `first_token`, to rank 0's `PeerMemory.logits`, if `wanted`.
 
-    They are there once rank 0 has finished the next exchange of picks.
+    They have arrived once rank 0 has finished the next exchange of picks.
     """
     rows, width = logits.shape
     _send_logits_kernel[(rows, triton.cdiv(width, _COLUMNS))](
@@ -227,9 +228,9 @@ def send_logits(peers: PeerMemory, logits: Tensor, wanted: Tensor, first_token: 
 
 
 def send_picks(peers: PeerMemory, picks: Tensor, first: int, count: int) -> None:
-    """Rank 0 gives the other ranks `count` of its picks, from place `first` on. Each of them calls `receive_picks`.
+    """On rank 0: send `count` picks, from index `first` on, to the other ranks. Each of them calls `receive_picks`.
 
-    Between two calls there must be a pass, which all ranks take part in.
+    All ranks must run a pass between two calls.
     """
     _send_picks_kernel[(1,)](
         picks, peers.picks_box, peers.picks_flag, peers.picks_sent, peers.status, first, count, BLOCK=1024, SIZE=peers.size
@@ -237,7 +238,7 @@ def send_picks(peers: PeerMemory, picks: Tensor, first: int, count: int) -> None
 
 
 def receive_picks(peers: PeerMemory, picks: Tensor, first: int, count: int) -> None:
-    """Wait for what rank 0 sends, and write it to the same places of `picks`."""
+    """On the other ranks: wait for what rank 0 sends, and write it to the same indices of `picks`."""
     _receive_picks_kernel[(1,)](
         picks, peers.picks_box, peers.picks_flag, peers.picks_sent, peers.status, peers.rank, first, count, BLOCK=1024
     )  # fmt: skip

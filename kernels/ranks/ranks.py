@@ -1,7 +1,7 @@
-"""`Ranks`: what one rank of a model asks of the others. Each rank is a process, on a GPU of its own or on a share of the CPU.
+"""`Ranks`: how the ranks of a model communicate. Each rank is a process, on a GPU of its own or on a share of the CPU.
 
-All ranks run the same passes, and call the same operations in the same order. Every operation waits for the others, and every
-wait has an end: if a rank has ended or hangs, the others get a `RankError`.
+All ranks run the same passes, and call the same operations in the same order. An operation waits for the other ranks. If one of
+them has ended or hangs, the wait ends with a `RankError`.
 """
 
 import threading
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 CHECK_SECONDS = 0.2
-"""How often a rank that waits for another asks whether it is still there."""
+"""Interval at which a waiting rank checks whether the others are still there."""
 START_SECONDS = 60
-"""How long the ranks, which all have come so far, take at most to find each other."""
+"""Timeout for connecting the ranks, which begins once all have come that far."""
 
 
 class RankError(RuntimeError):
@@ -37,42 +37,45 @@ class Ranks(ABC):
     size: int
     """Number of ranks."""
     peers: "PeerMemory | None" = None
-    """What their GPUs share; None on CPUs, and where GPUs can't reach each other's memory."""
+    """The memory that their GPUs share. None on CPUs, and where GPUs can't reach each other's memory."""
 
     @abstractmethod
     def exchange(self, own: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in the order of the ranks. All have the shape and dtype of `own`, which is contiguous.
+        """Gather every rank's `own`, in the order of the ranks. All are contiguous and have one shape and dtype.
 
-        The results may be read until the next exchange.
+        The results are valid until the next exchange.
         """
 
     @abstractmethod
     def tell(self, message: object) -> None:
-        """Rank 0 tells the others what to do next. It does not wait for them. On other ranks it does nothing."""
+        """On rank 0: send the others a message, what to do next, without waiting for them. On other ranks: do nothing."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `RankError` if a rank has ended or hangs, or ConfigError if one could not be made as the settings say."""
+        """Raise `RankError` if a rank has ended or hangs, or ConfigError if one could not be made with its settings."""
 
     @abstractmethod
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
-        """Call `on_failure`, from a thread of its own, once a rank has failed. For rank 0, which may be waiting for requests."""
+        """Call `on_failure` from another thread once a rank has failed. For rank 0, which may be waiting for requests."""
 
     def watched(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns or raises. Raises what `check` does as soon as a rank has failed, wherever `work` stands then.
+        """Run `work` in a thread, and return or raise what it does. If a rank fails before that, raise what `check` raises.
 
-        For work that may wait for other ranks without asking whether they are there, as a library or a GPU does. It runs in a
-        thread of its own, which is left behind if a rank fails.
+        For work that may wait for other ranks without calling `check`, as a library or a GPU does. If a rank fails, the thread is
+        left behind.
         """
         return run_watched(work, self.check)
 
     def share_memory(self, device: torch.device, sizes: PeerSizes) -> None:
-        """Make `peers`, or what takes its place, on all ranks at the same time. device: this rank's GPU."""
+        """Connect the GPUs: create `peers`, or what replaces it. All ranks must call this at the same time.
+
+        device: this rank's GPU. sizes: how much is exchanged at most. Raises RankError if a rank fails meanwhile.
+        """
         raise NotImplementedError
 
     @property
     def collective(self) -> bool:
-        """Whether GPUs exchange by `exchange`, since they have no `peers`. On CPUs, whether there are several ranks."""
+        """Whether sums are made by `exchange`: there are several ranks without `peers`."""
         return self.size > 1 and self.peers is None
 
     def add(self, partial: Tensor) -> Tensor:
@@ -88,11 +91,11 @@ class Ranks(ABC):
         return torch.cat([found[:, :width] for found, width in zip(parts, widths, strict=True)], 1)
 
     def least(self, own: int) -> int:
-        """The smallest of the numbers that the ranks give."""
+        """The smallest of all ranks' `own`."""
         return int(min(found.item() for found in self.exchange(torch.tensor([own]))))
 
     def all_agree(self, own: bool) -> bool:
-        """Whether every rank says yes."""
+        """Whether `own` is true on every rank."""
         return bool(self.least(int(own)))
 
 
@@ -124,11 +127,11 @@ class _OneRank(Ranks):
 
 
 ONE_RANK: Ranks = _OneRank()
-"""Of every model that one process runs alone."""
+"""The `Ranks` of a model that is not shared."""
 
 
 def run_watched(work: Callable[[], Result], check: Callable[[], None]) -> Result:
-    """What `work` returns or raises. It runs in a thread, which is left behind if `check` raises meanwhile."""
+    """Run `work` in a thread, and return or raise what it does. If `check` raises before that, the thread is left behind."""
     done: Future[Result] = Future()
     threading.Thread(target=_settle, args=(work, done), name="orthrus-watched", daemon=True).start()
     try:
@@ -145,15 +148,15 @@ def _settle(work: Callable[[], Result], done: "Future[Result]") -> None:
     except BaseException as error:
         done.set_exception(error)
     finally:
-        # An error holds this frame by its traceback. If the frame held the error too, all that `work` has made, such as a model
-        # and the processes of its ranks, would stay until a garbage collection.
+        # The error's traceback refers to this frame. If the frame referred to the error through `done`, this cycle would keep all
+        # that `work` has made until a garbage collection, such as a model and the processes of its ranks.
         del done
 
 
 def add_pairwise(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of a power of two of tensors: neighbours are added, then the sums of neighbours, and so on.
+    """The sum of tensors in a binary tree: neighbours are added, then neighbouring sums, and so on.
 
-    So the sum of an aligned run of parts, such as those of one rank, is a part of the whole sum.
+    The number of tensors is a power of two. The sum of an aligned run of parts, such as those of one rank, is a node of the tree.
     """
     while len(parts) > 1:
         parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]

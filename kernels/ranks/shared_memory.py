@@ -1,8 +1,9 @@
-"""Ranks on one host that exchange tensors through shared memory: those of a CPU.
+"""Ranks on one host that exchange tensors of the host through shared memory.
 
-Each rank has a box for its tensor, and a semaphore from each rank to each other one. To exchange, a rank fills its box, raises
-the semaphores to the others, and waits for theirs. There are two sets of boxes, used in turn. A rank begins an exchange only
-after it has finished the one before it, for which all others have begun that one. So nobody still reads what it overwrites.
+Each rank has a box for its tensor, and a semaphore from each rank to each other one. To exchange, a rank fills its box, releases
+its semaphores to the others, and waits for theirs. There are two sets of boxes, used in turn (double buffering). A rank begins
+an exchange only after it has finished the previous one. By then all others have begun the previous one, so they have finished
+reading the boxes that are overwritten now.
 """
 
 import os
@@ -21,21 +22,21 @@ from orthrus.kernels.peer_sizes import PeerSizes
 from orthrus.kernels.ranks.ranks import CHECK_SECONDS, RankError, Ranks
 
 _BOX_BYTES = 8 << 20
-"""A larger tensor is exchanged in several parts."""
+"""Bytes of a box. A larger tensor is exchanged in several parts."""
 _END_SECONDS = 1.0
-"""What a process that ends is given to be gone."""
+"""Time within which a process that ends is gone."""
 
 
 @dataclass(frozen=True)
 class SharedBoxes:
-    """What the ranks of a model share. A process that is started may be given it."""
+    """What the ranks of a model share on the host. It can be an argument of a process that is started."""
 
     boxes: Tensor
     """uint8 [2, ranks, bytes]."""
     filled: Sequence[Sequence[Semaphore]]
-    """By the rank that has filled its box, and the rank that may read it."""
+    """filled[a][b]: rank a has filled its box, and rank b may read it."""
     store_file: str
-    """Through it GPUs find each other's memory; no such file is there at first."""
+    """Path of a file through which the GPUs find each other's memory. It does not exist at first."""
 
     @staticmethod
     def make(context: BaseContext, size: int) -> "SharedBoxes":
@@ -81,7 +82,7 @@ class SharedMemoryRanks(Ranks):
     def share_memory(self, device: torch.device, sizes: PeerSizes) -> None:
         from orthrus.kernels.ranks.peer_memory import PeerMemory
 
-        self.least(0)  # Only when all have loaded: nobody waits for long in there.
+        self.least(0)  # Wait until all ranks have loaded, so that connecting takes none of them long.
         try:
             self.peers = self.watched(
                 lambda: PeerMemory(self.rank, self.size, device, self._shared.store_file, sizes)
@@ -91,7 +92,7 @@ class SharedMemoryRanks(Ranks):
             raise RankError(f"the GPUs of the model can't share memory: {error}") from error
 
     def _name_failed_rank(self) -> None:
-        """Raise what `check` does, if it does so soon. A library may notice that a rank has ended before its process is gone."""
+        """Call `check` until it raises, for `_END_SECONDS` at most: libraries may notice a failure before the process ends."""
         end = time.monotonic() + _END_SECONDS
         while time.monotonic() < end:
             self.check()
@@ -101,12 +102,12 @@ class SharedMemoryRanks(Ranks):
         parts = own.view(-1).split(_BOX_BYTES // own.itemsize)
         if len(parts) == 1:
             return [found.view(own.shape) for found in self._exchange(parts[0]).unbind()]
-        # Copied out of the boxes, which the parts behind will use again.
+        # Copied out of the boxes, because later parts use them again.
         found = torch.cat([self._exchange(part).clone() for part in parts], 1)
         return [every.view(own.shape) for every in found.unbind()]
 
     def _exchange(self, own: Tensor) -> Tensor:
-        """`exchange` of one dimension that fits a box: [ranks, numbers]."""
+        """`exchange` of a one-dimensional tensor that fits a box: [ranks, numbers], a view of the boxes."""
         self._turn ^= 1
         boxes = self._shared.boxes[self._turn, :, : own.nbytes].view(own.dtype)
         boxes[self.rank].copy_(own)

@@ -1,1 +1,1 @@
-"""What runs row by row: embedding, norms, rotary angles, picks, and the upload of a pass."""
+"""Kernels that work row by row: embedding, norms, rotary angles, picks, and the upload of a pass."""

@@ -1,4 +1,4 @@
-"""The gate of SwiGLU (Shazeer, 2020). On a GPU it is part of the linear layer before it."""
+"""The gate of SwiGLU (Shazeer, 2020). On a GPU it is fused into the epilogue of the linear layer before it."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch import Tensor
 _SERIAL = 32767
 """Up to this number of elements, PyTorch runs an operation on one thread.
 
-With several threads, where a thread's share begins and ends decides which elements run as vectors and which as scalars, and
-scalar code rounds exponentials differently. On one thread a row is always computed in the same way.
+With several threads, the bounds of their shares decide which elements run in vector code and which in scalar code. Scalar code
+rounds exponentials differently. On one thread a row is always computed in the same way.
 """
 
 

@@ -9,10 +9,10 @@ from orthrus.kernels.device import runs_triton
 
 
 def copy_pages(caches: Sequence[Tensor], addresses: Tensor, copies: Tensor, count: int) -> None:
-    """Copy the first positions of pages, in each of `caches`: [kv_heads, pages, page_size, head_dim], contiguous and alike.
+    """Copy the first positions of pages, in each of `caches`: [kv_heads, pages, page_size, head_dim], contiguous, of one shape.
 
-    addresses: int64 [caches], from `addresses_of`. copies: int32 [at least 3 * count]: the page that is copied, the page that it
-    is copied to, and how many positions. No page is both. A position of a head must be a multiple of 16 bytes on a GPU.
+    addresses: int64 [caches], from `addresses_of`. copies: int32 [at least 3 * count]: source page, target page and number of
+    positions of each copy. No page is both source and target. On a GPU, head_dim numbers must be a multiple of 16 bytes.
     """
     if runs_triton(caches[0]):
         from orthrus.kernels.rows import copy_pages_triton
@@ -25,5 +25,5 @@ def copy_pages(caches: Sequence[Tensor], addresses: Tensor, copies: Tensor, coun
 
 
 def addresses_of(caches: Sequence[Tensor]) -> Tensor:
-    """Where each of them begins in memory: int64 [caches], on their device."""
+    """The memory address of each cache: int64 [caches], on their device."""
     return torch.tensor([cache.data_ptr() for cache in caches], device=caches[0].device)

@@ -9,7 +9,7 @@ _BLOCK = 2048
 
 @triton.jit(do_not_specialize=["pages"])
 def _copy_kernel(addresses, copies, heads, pages, page_size, POSITION: tl.constexpr, BLOCK: tl.constexpr):
-    """All sizes are counted in numbers of 4 bytes. POSITION: of one position of a head."""
+    """Sizes are in units of 4 bytes. POSITION: size of one position of one head."""
     copy, part = copies + tl.program_id(0) * 3, tl.program_id(1)
     source, target, positions = tl.load(copy), tl.load(copy + 1), tl.load(copy + 2)
     cache = tl.load(addresses + part // heads).to(tl.pointer_type(tl.int32))
@@ -25,7 +25,7 @@ def _copy_kernel(addresses, copies, heads, pages, page_size, POSITION: tl.conste
 
 
 def copy_pages(cache: Tensor, addresses: Tensor, copies: Tensor, count: int) -> None:
-    """See `copy_pages` (kernels/rows/copy_pages). cache: one of them."""
+    """See `copy_pages` (kernels/rows/copy_pages). cache: any of the caches."""
     heads, pages, page_size, dim = cache.shape
     grid = (count, addresses.numel() * heads)
     position = dim * cache.itemsize // 4

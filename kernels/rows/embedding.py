@@ -21,8 +21,8 @@ def embed(
 ) -> EmbeddedRows:
     """Look up `tokens` [rows] in table [vocab_size, hidden_size] and norm them; look up `positions` [rows] in cos and sin.
 
-    picks, int32: what earlier passes picked. A token -1 - i stands for picks[i], which the host need not know. `NO_TOKEN` among
-    the picks is looked up as token 0, since nobody reads what follows from it.
+    picks, int32: the picks of earlier passes. A token -1 - i stands for picks[i], so the host need not know it. The pick
+    `NO_TOKEN` is looked up as token 0: the results of that row are not used.
     cos, sin [positions, head_dim / 2]: cosine and sine of the rotary angles.
     """
     if runs_triton(table):

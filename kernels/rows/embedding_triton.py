@@ -44,7 +44,7 @@ def _embed_kernel(
     scale = tl.load(weight + place, mask=inside, other=0.0)
     value = value.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
-    # Rounded before the weight, as Qwen3's own code does.
+    # Rounded before the product with the weight, as in Qwen3's own code.
     tl.store(normed + row * width + place, value.to(hidden.dtype.element_ty) * scale, mask=inside)
     position = tl.load(positions + row).to(tl.int64)
     dims = tl.arange(0, HALF)

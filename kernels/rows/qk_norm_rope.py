@@ -1,4 +1,4 @@
-"""What comes between a projection and attention: queries and keys are normed and rotated, and AR keys and values are cached."""
+"""QK norm, rotary embedding and KV cache write: what comes between the qkv projection and attention."""
 
 import torch
 from torch import Tensor
@@ -20,16 +20,16 @@ def qk_norm_rope(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> None:
-    """RMS-norm and rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place; write to the cache.
+    """RMS-norm and rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place; write AR rows to the cache.
 
-    weight [views, heads + kv_heads, dim]: the norm weight of each head, for the first num_ar (int32 [1]) rows and for the
-    others. One view: for all rows, since those that only fill up a pass lie behind the AR rows. None: rotate only.
+    weight [views, heads + kv_heads, dim]: the norm weights of each head. With two views, the first num_ar (int32 [1]) rows use
+    the first, and the others the second. With one view all rows use it: rows behind the AR rows are padding then. None: no norm.
     cos, sin [rows, 1, dim]: as `apply_rope` takes them.
-    writes: where the keys and values of the first num_ar rows go in k_cache and v_cache [kv_heads, slots, dim]. No slot is
-    written twice.
+    writes: the slots of k_cache and v_cache [kv_heads, slots, dim] to which the keys and values of the first num_ar rows are
+    written. No slot is written twice.
 
-    Numbers that are not finite are replaced by zeros. Attention multiplies values that a row does not see by zero, and zero times
-    infinity would carry what one sequence broke into another.
+    Numbers in qkv that are not finite are replaced by zeros. Attention multiplies masked values by zero, and zero times infinity
+    is NaN: infinities of one sequence would spoil the results of others.
     """
     if runs_triton(qkv):
         from orthrus.kernels.rows import qk_norm_rope_triton

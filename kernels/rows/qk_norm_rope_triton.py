@@ -9,7 +9,7 @@ from orthrus.kernels.device import chaining
 from orthrus.kernels.rows.types import KVWrites
 
 _HEADS = 32
-"""Heads of a program, a warp for each. With few programs, most multiprocessors are free for the kernel behind this one."""
+"""Heads of a program. Each has a warp. Few large programs leave most SMs free for the next kernel."""
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _qk_norm_rope_kernel(
     end_more = tl.load(more_ends + last_row, mask=last_row >= first_row, other=0)
     dims = tl.arange(0, WIDTH)[None, :]
     inside = (unit < count)[:, None] & (dims < DIM)
-    # The other half of the head, for the rotation. It is read again, not moved between threads.
+    # The other half of the head, for the rotation. It is loaded again rather than exchanged between threads.
     other = tl.where(dims < DIM // 2, dims + DIM // 2, dims - DIM // 2)
     turned = inside & (head < normed)[:, None]
     if weight is not None:

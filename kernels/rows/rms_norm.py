@@ -1,4 +1,4 @@
-"""Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019). On a GPU it is part of the kernel before it."""
+"""Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019). On a GPU it is fused into the kernel before it."""
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.dtype not in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
-    # A pass on a CPU norms few rows but does it 25 times and more: the number of operations is what costs time.
+    # A pass on a CPU norms few rows, but 25 times or more. So the time depends on the number of operations.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = torch.addcmul(_constant(eps, x.dtype, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return (x * scale).mul_(weight)

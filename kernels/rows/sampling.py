@@ -1,8 +1,8 @@
 """Gumbel noise from a counter-based generator, and the picks that are made with it.
 
 The noise is a pure function of seed, position and token id. argmax(logits / T + noise) is a draw from softmax(logits / T):
-the Gumbel-max trick. Both views use the same noise at a position. So a good draft is the very token that AR decoding
-with that seed picks, and sampled text needs no rejection sampler.
+the Gumbel-max trick. Both views use the same noise at a position. So a good draft is the same token that AR decoding with that
+seed picks, and sampled text needs no rejection sampler.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 
 
 def noise_keys(seeds: ArrayLike, positions: ArrayLike) -> np.ndarray:
-    """The keys of each row's noise, from its seed below 2**64 and its position: int32 [rows, 2] that hold 32 bits each."""
+    """A 64-bit key for each row's noise, from its seed below 2**64 and its position: int32 [rows, 2], 32 bits in each."""
     golden = np.uint64(_GOLDEN)
     seeds, positions = np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64)
     mixed = _mix64(_mix64(np.atleast_1d(seeds) + golden) + np.atleast_1d(positions) * golden)
@@ -49,7 +49,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     wide = keys.long() & _MASK32
     token = torch.arange(vocab_size, device=keys.device).mul_(0x9E3779B1)
     bits = _mix32((token + wide[:, :1]) & _MASK32).bitwise_xor_(wide[:, 1:])
-    # A small u makes large noise, which decides picks, and floats are finely spaced there. The clamp keeps the noise finite.
+    # A small u makes large noise, which decides picks. Near 0 floats are finely spaced. The clamp keeps the noise finite.
     u = (_mix32(bits).to(torch.float32) + 0.5) * 2.0**-32
     return torch.log1p(-u.clamp_(max=1 - 2.0**-24)).neg_().log_().neg_()
 
@@ -57,15 +57,15 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 def argmax(scores: Tensor) -> Tensor:
     """The best token of every row of scores [rows, vocab_size]: int64 [rows]; `NO_TOKEN` for a row with NaN or infinity."""
     best = scores.argmax(-1)
-    # argmax takes NaN for the best.
+    # Tensor.argmax treats NaN as the largest number.
     return best.masked_fill_(~(scores.gather(1, best[:, None]).squeeze(1) < float("inf")), NO_TOKEN)
 
 
 def best_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor, ranks: int) -> Tensor:
     """The `ranks` tokens with the highest scores of every row, the best first: int32 [rows, ranks].
 
-    `NO_TOKEN` where there is none.
-    logits, temperatures, keys: see `gumbel_argmax`. Scores that are NaN or infinite count as no token.
+    A score that is NaN or infinite gives `NO_TOKEN`.
+    logits, temperatures, keys: see `gumbel_argmax`.
     """
     if runs_triton(logits):
         from orthrus.kernels.rows import sampling_triton
@@ -89,7 +89,7 @@ def gumbel_argmax(
     logits: float32 or wider [rows, vocab_size].
     temperatures: float32 [rows].
     keys: int32 [rows, 2] from `noise_keys`.
-    picks: int32. The rows' picks go there, from place `first_pick` (int32 [1]) on.
+    picks: int32. The rows' picks are written to it, from index `first_pick` (int32 [1]) on.
     """
     if runs_triton(logits):
         from orthrus.kernels.rows import sampling_triton

@@ -11,12 +11,13 @@ from orthrus.kernels.rows import types
 
 _COLUMNS = 1024
 PICK_COLUMNS = 4096
-"""Tokens of a block where one token of a row is picked."""
+"""Tokens of a block, if only the best token of a row is picked."""
 FURTHER_COLUMNS = 1024
-"""The same where a few next best blocks give a token each."""
+"""Tokens of a block, if the best tokens of a few further blocks are picked too."""
 _RANK_COLUMNS = 128
 _BY_ROW = ["temperatures", "keys", "picks", "further"]
-"""These may begin at any row of a pass. Kernels are compiled for all alignments at once, so that no request waits for that."""
+"""Arguments that may point to any row of a pass. Kernels are not specialized on their alignment, which would compile them again
+during a request."""
 NO_TOKEN: tl.constexpr = tl.constexpr(types.NO_TOKEN)
 
 
@@ -42,13 +43,13 @@ def _noise(keys, row, token):
 
 @triton.jit
 def perturb(logits, temperature, keys, row, token):
-    """The scores that are compared if the temperature is not 0."""
+    """logits / temperature + noise: the scores that are compared if the temperature is not 0."""
     return tl.div_rn(logits, temperature) + _noise(keys, row, token)
 
 
 @triton.jit
 def nan_to_inf(score):
-    """The scores with infinity for NaN, which a maximum would pass over: `pick_best` gives such a row no token."""
+    """The scores with NaN replaced by infinity. A maximum would ignore NaN. `pick_best` gives a row with infinity `NO_TOKEN`."""
     return tl.where(score == score, score, float("inf"))
 
 
@@ -145,7 +146,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 def gumbel_argmax(
     logits: Tensor, temperatures: Tensor, keys: Tensor, picks: Tensor, first_pick: Tensor
 ) -> None:
-    """See `gumbel_argmax` (kernels/rows/sampling). First the best of every block of tokens is found, then the best block."""
+    """See `gumbel_argmax` (kernels/rows/sampling). One kernel finds the best token of every block, and another the best block."""
     pick_best(*best_of_blocks(logits, temperatures, keys), picks, first_pick)
 
 
@@ -154,8 +155,8 @@ def best_of_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The highest score of every block of tokens, noise included, and its token: float32 and int32 [rows, blocks].
 
-    columns: tokens of a block, a power of two. first_token: the token of the first logit. The score is infinite if one of the
-    block's scores is NaN.
+    columns: tokens of a block, a power of two. first_token: the token of the first logit. A block with a score of NaN gets
+    infinity.
     """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, columns)
@@ -169,7 +170,7 @@ def best_of_blocks(
 
 
 def best_tokens(logits: Tensor, temperatures: Tensor, keys: Tensor, ranks: int) -> Tensor:
-    """See `best_tokens` (kernels/rows/sampling). The best `ranks` tokens are in the `ranks` blocks with the best ones."""
+    """See `best_tokens` (kernels/rows/sampling). Only the `ranks` blocks with the highest best scores are searched."""
     rows, vocab = logits.shape
     values, _ = best_of_blocks(logits, temperatures, keys, _RANK_COLUMNS)
     chosen = values.topk(min(ranks, values.shape[1])).indices
@@ -190,7 +191,7 @@ def pick_best(
     values: float32 [rows, blocks]. A row whose highest value is infinite gets `NO_TOKEN`.
     indices: int32 [rows, blocks].
     picks, first_pick: see `gumbel_argmax` (kernels/rows/sampling).
-    further: int32 [rows, ranks], contiguous. The indices with the next highest values go there.
+    further: int32 [rows, ranks], contiguous. The indices with the next highest values are written to it.
     """
     rows, blocks = values.shape
     width = triton.next_power_of_2(blocks)

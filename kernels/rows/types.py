@@ -1,4 +1,4 @@
-"""What the row kernels take and give back."""
+"""Arguments and results of the row kernels."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class KVWrites:
-    """Where the AR rows of a pass write their keys and values: each to a slot of its own, and some to further slots.
+    """The cache slots to which the AR rows of a pass write their keys and values. Each row has one slot, and some have more.
 
     Several continuations of a sequence in one pass have pages of their own for the same positions. A row that they share is
     computed once, and written to all of these pages.
@@ -19,8 +19,7 @@ class KVWrites:
 
     # int32 or int64 [rows]: page * page_size + offset in the page.
     slots: Tensor
-    # int32 or int64 [rows]: row r also writes to the places from more_ends[r - 1] (0 for the first row) up to more_ends[r] of
-    # `more_slots`.
+    # int32 or int64 [rows]: row r also writes to the slots more_slots[more_ends[r - 1] : more_ends[r]], from 0 for the first row.
     more_ends: Tensor
     # int32 or int64, at least as many as the highest of `more_ends`: slots, as in `slots`.
     more_slots: Tensor

@@ -1,10 +1,11 @@
-"""How much faster SIZE GPUs of this host are than one, beside the aims: `make bench-ranks SIZE=2`.
+"""How much faster SIZE GPUs of this host are than one, compared with the targets: `make bench-ranks SIZE=2`.
 
-Each part runs in a process of its own, so that it finds the memory of the GPUs free:
+Each part runs in a process of its own, so that the memory of the GPUs is free when it starts:
 
 - the exchange of partial sums, with residual and norm, in a CUDA graph;
-- an AR step of the 8B and the 32B shape, on one GPU and on SIZE of them;
-- `orthrus bench shape` of the 72B shape on SIZE GPUs, and of the 8B shape on one, whose ratio 72B is to reach.
+- an AR step of the 8B and the 32B shape, on one GPU and on SIZE GPUs;
+- `orthrus bench shape` of the 72B shape on SIZE GPUs, and of the 8B shape on one GPU. The ratio of the first should reach that of
+  the second.
 """
 
 import argparse
@@ -38,7 +39,7 @@ BATCHES = (1, 4)
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, and the aims for it."""
+    """One measured number, and the targets for it."""
 
     name: str
     value: float
@@ -178,7 +179,7 @@ def _time_exchange(rank: int, size: int, folder: str) -> None:
 
 
 def parts(size: int) -> dict[str, Callable[[], list[Figure]]]:
-    """What there is to measure, by name."""
+    """The parts, by name. Each measures some figures."""
     return {
         "exchange": partial(_exchange, size),
         "8B": partial(_steps, "8B", size, 1.4, 1.65),
@@ -189,10 +190,10 @@ def parts(size: int) -> dict[str, Callable[[], list[Figure]]]:
 
 
 def measure(size: int, names: Sequence[str]) -> list[Figure]:
-    """The figures of the parts with these names, each of which is printed as soon as it is there."""
+    """Run the parts with these names, and print the figures of each as soon as they are measured."""
     found: list[Figure] = []
     for name in names:
-        # A process for each part: what a graph or a frozen heap holds ends with it.
+        # A process for each part: memory that a graph or a frozen heap holds is freed with it.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             figures = process.submit(parts(size)[name]).result()
         print(*figures, sep="\n", flush=True)

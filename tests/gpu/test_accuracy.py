@@ -32,7 +32,7 @@ def prompt(seed: int) -> list[int]:
 
 
 def group(tokens: list[int]) -> RowGroup:
-    # Not the first row's logits: the runner keeps hidden states only where it runs layers and head apart.
+    # No logits of the first row: the runner keeps hidden states only if it runs the layers and the LM head separately.
     return RowGroup(View.AR, tokens, 0, list(range(1, 6)), 1, LENGTH)
 
 
@@ -85,8 +85,9 @@ class TheirFp8Linear(nn.Module):
     """The arithmetic of transformers' `FP8Linear` in plain torch: its kernels come from a hub that a test can't rely on.
 
     Each 128 inputs of a row are divided by their largest over 448, and rounded to e4m3. Their products with the weight's numbers
-    are summed in float32, multiplied by both scales, and added to the float32 sum of the blocks before them. The products are
-    exact here, where the matrix units that the kernels use drop bits: so this is no less exact than transformers.
+    are summed in float32, multiplied by both scales, and added to the float32 sum of the blocks before them. The tensor cores
+    that transformers' kernels use drop bits of the products. Here the products are exact, so this is no less exact than
+    transformers.
     """
 
     def __init__(self, numbers: Tensor, scales: Tensor) -> None:
@@ -106,7 +107,7 @@ class TheirFp8Linear(nn.Module):
 
 @pytest.mark.skipif(not has_fp8_mma(), reason="this GPU does not multiply FP8")
 def test_fp8_hidden_states_are_as_near_float64_as_hugging_faces() -> None:
-    """Against float64 arithmetic on the dequantised weights, with the inputs of layers rounded as the format says and without."""
+    """Against float64 arithmetic on the dequantised weights, with the inputs of layers rounded as in the format and unrounded."""
     model = replace(MODEL, quantization=read_quantization({"quantization_config": FP8}))
     prompts = [prompt(seed) for seed in range(32)]
     theirs = hugging_face_model(MODEL, DEVICE, torch.bfloat16)

@@ -1,8 +1,9 @@
-"""Zero drift on a GPU, bit for bit, for every way of keeping weights: four layers of random ones at Qwen3-8B's widths.
+"""Zero drift on a GPU, bit for bit, for every format of weights: four layers with random weights at Qwen3-8B's widths.
 
-The reference decodes plainly, in mixtures of 1 to 64 requests. Against it: the same with other chunks and another order, and
-Orthrus with replayed drafts in other mixtures, by draft weights of their own and by the same ones, in chains and in trees, with
-a cache too small for them and prefixes that are found in it. The reference of weights in 12 bits has them in 16.
+The reference is AR decoding in batches of 1 to 64 requests. AR decoding with another prefill chunk and another order of requests
+is compared with it. So is Orthrus with replayed drafts in other batches. Drafts have weights of their own or share those of the
+AR rows. They are chains or trees. The cache is too small for all requests, and prefixes are found in it. For weights in 12 bits,
+the reference has weights in 16 bits.
 """
 
 import itertools
@@ -37,27 +38,27 @@ SIZES = (1, 2, 5, 16, 40, 64)
 
 @dataclass(frozen=True)
 class Format:
-    """How the weights are kept, and what is compared."""
+    """A format of the weights, and what is compared."""
 
     drafts: tuple[tuple[str, int], ...]
     """For each run of Orthrus: `draft_weights` and `draft_tree`."""
     drafted_in: dict[str, str | None]
     """The weight format of the drafts for each of these `draft_weights`; None if they share the weights of the AR rows."""
     weights: str = "bf16"
-    """What the runs that are compared with the reference have."""
+    """The setting `weights` of the runs that are compared with the reference."""
     stored: dict[str, Any] | None = None
     """The `quantization_config` of a model that is stored quantised, for the reference too."""
     with_logprobs: int = 30_000
-    """Tokens to compare with their logprobs."""
+    """Number of tokens to compare with their logprobs."""
     launched_ahead: int = 170_000
-    """Tokens to compare without logprobs: then passes are launched before the picks of the last one are read."""
+    """Number of tokens to compare without logprobs. Then a pass is launched before the picks of the previous one are read."""
 
 
 def published(settings: dict[str, Any]) -> Format:
     """A format in which checkpoints are published."""
     if "group_size" in settings:
         settings = settings | {"group_size": 128}
-    # The diffusion view is not quantised, and a kernel takes one format: so drafts have layers of their own.
+    # The diffusion view is not quantised, and a kernel takes only one format. So drafts have layers of their own.
     return Format(
         drafts=(("auto", 0), ("auto", 24)),
         drafted_in={"auto": "plain"},
@@ -97,11 +98,11 @@ def requests(ahead: bool) -> Iterator[Request]:
 
 
 def limits(seed: int) -> Iterator[int]:
-    """How many requests are in flight, for some time the same: batches that last, of every size from one to full."""
+    """How many requests to keep in flight. Each number lasts for some time, so that there are batches of every size."""
     rng = random.Random(seed)
     while True:
         for size in rng.sample(SIZES, len(SIZES)):
-            # As many passes at each size, about: a batch of 64 ends 64 requests in the time in which a single one ends.
+            # About as many passes with each size: a batch of 64 ends 64 requests in the time in which a batch of 1 ends one.
             yield from [size] * (size + 4)
 
 
@@ -160,7 +161,7 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
     del other
     torch.cuda.empty_cache()
 
-    # The right token is often the second best: trees have a use.
+    # The right token is often the second best draft, so that trees are useful.
     ranks = AcceptanceProfile(((0.7, 0.15, 0.05),), "constant").scaled(4.0, 32)
     for drafts, tree in format.drafts:
         orthrus = engine(

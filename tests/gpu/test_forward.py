@@ -34,11 +34,11 @@ CONFIG = ModelConfig(
 )
 PAGE, LENGTH = 64, 640
 PAGES = LENGTH // PAGE
-"""Of a sequence."""
+"""Pages of a sequence."""
 
 
 def weights(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Matrices that keep a row's size about one, and norms of one, the same numbers in every dtype."""
+    """Random matrices that keep the numbers of a row near 1, and norm weights of 1. They are the same numbers in every dtype."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def tensor(shape: tuple[int, ...]) -> Tensor:
@@ -51,7 +51,7 @@ def weights(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 class Model:
-    """A cache and what runs passes over it: in float64 plain PyTorch, else the Triton kernels."""
+    """A cache, and a runner of passes: with plain PyTorch in float64, else with the Triton kernels."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         forward = LayerParallelForward(CONFIG, weights(dtype))
@@ -94,7 +94,7 @@ def test_logits_keep_their_bits_in_every_plan() -> None:
     expected = model.run(rows(tokens, 0, LENGTH, 0))
     keys = model.keys(0)
 
-    # In chunks, beside the same sequence on other pages, with a draft in the same pass.
+    # In chunks, together with the same sequence on other pages, and with a draft in the same pass.
     mixed = []
     for begin, end in pairwise([0, 3, 100, 500, 504, 520, LENGTH]):
         other = rows(tokens, begin, max(1, (end - begin) // 2), 1)
@@ -106,15 +106,15 @@ def test_logits_keep_their_bits_in_every_plan() -> None:
     assert not differing, f"rows {differing[:20]} of {len(differing)}"
     assert torch.equal(model.keys(2), keys)
 
-    # Layers and head in graphs of their own, where not all rows need logits.
+    # Layers and LM head in separate graphs, since not all rows need logits.
     last = RowGroup(View.AR, tokens[:100], 0, pages_of(3), 99, 100)
     assert torch.equal(model.run(last, draft(tokens[100], 100, 3))[0], expected[99])
 
-    # One pass behind the other, none waited for.
+    # Passes that are launched one after the other without waiting.
     chunks = [model.run(rows(tokens, at, 32, 3)) for at in range(0, LENGTH, 32)]
     assert torch.equal(torch.cat(chunks), expected)
 
-    # One by one, many sequences at once.
+    # A row alone, and in 64 sequences at once.
     for position in (1, 127, 128, 129, 511, 639):
         alone = model.run(rows(tokens, position, 1, 0))
         assert torch.equal(alone[0], expected[position]), position

@@ -1,4 +1,4 @@
-"""The FP8 kernels on a GPU at Qwen3-8B's shapes: near their reference, and the same bits for a row in any launch."""
+"""The FP8 kernels on a GPU at Qwen3-8B's shapes: near their reference, and batch-invariant."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def views_of(*outs: int, ins: int, views: int = 1, bias: bool = False) -> list[l
 def layer_of(
     *outs: int, ins: int, views: int = 1, bias: bool = False, gated: bool = False
 ) -> tuple[TritonWeight, DenseWeight]:
-    """A layer in FP8, and one of its very weights in float64, gate and up one behind the other."""
+    """A layer in FP8, and the same rounded weights in float64. Of a gated layer, these are gate and up concatenated."""
     parameters = views_of(*outs, ins=ins, views=views, bias=bias)
     rounded = [torch.cat([fp8.round_rows(p["weight"].double()) for p in view]) for view in parameters]
     biases = [torch.cat([p["bias"] for p in view]) for view in parameters] if bias else None
@@ -48,7 +48,7 @@ def rows_of(rows: int, ins: int) -> Tensor:
 
 
 def exact_rows(x: Tensor) -> Tensor:
-    """What the kernels multiply."""
+    """The inputs as the kernels multiply them: rounded, in float64."""
     return fp8.round_rows(x.double())
 
 
@@ -71,7 +71,7 @@ def test_rows_are_rounded_to_the_numbers_of_the_reference(ins: int) -> None:
         ((200, 72), 304, 1, True),
     ],
 )
-def test_linear_rows_are_near_the_reference_with_the_same_bits_in_any_launch(
+def test_linear_is_near_the_reference_and_batch_invariant(
     outs: tuple[int, ...], ins: int, views: int, bias: bool
 ) -> None:
     layer, exact = layer_of(*outs, ins=ins, views=views, bias=bias)
@@ -90,7 +90,7 @@ def test_linear_rows_are_near_the_reference_with_the_same_bits_in_any_launch(
 
 
 @pytest.mark.parametrize("width", [12288, 200])
-def test_gated_rows_are_near_the_reference_with_the_same_bits_in_any_launch(width: int) -> None:
+def test_gated_linear_is_near_the_reference_and_batch_invariant(width: int) -> None:
     layer, exact = layer_of(width, width, ins=4096, gated=True)
     x = randn(600, 4096, seed=1)
     full = layer.linear_silu_mul(x)
@@ -101,7 +101,7 @@ def test_gated_rows_are_near_the_reference_with_the_same_bits_in_any_launch(widt
 
 
 @pytest.mark.parametrize(("outs", "ins"), [(4096, 4096), (4096, 12288)])
-def test_residual_rows_are_near_the_reference_with_the_same_bits_in_any_launch(outs: int, ins: int) -> None:
+def test_residual_linear_is_near_the_reference_and_batch_invariant(outs: int, ins: int) -> None:
     layer, exact = layer_of(outs, ins=ins)
     x, residual, norm = rows_of(600, ins), randn(600, outs, seed=2), randn(outs, seed=3)
     full = layer.linear_add_rms_norm(x, residual, norm, 1e-6)

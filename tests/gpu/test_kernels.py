@@ -1,4 +1,4 @@
-"""Triton kernels on a GPU at Qwen3-8B's shapes in bfloat16: near float64, and the same bits for a row in any launch."""
+"""Triton kernels on a GPU at Qwen3-8B's shapes in bfloat16: near float64, and batch-invariant."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,12 +47,12 @@ def double(layer: TritonWeight) -> DenseWeight:
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """Relative Frobenius norm; NaN where got has one."""
+    """Relative Frobenius norm of the error; NaN if got has a NaN."""
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 @pytest.mark.parametrize(("outs", "ins", "views"), [(6144, 4096, 1), (6144, 4096, 2), (152_000, 1024, 1)])
-def test_linear_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views: int) -> None:
+def test_linear_is_batch_invariant(outs: int, ins: int, views: int) -> None:
     layer, x = layer_of(outs, ins, views), randn(2048, ins, seed=1)
     num_ar = int32(700)
     full = layer.linear(x, num_ar)
@@ -66,7 +66,7 @@ def test_linear_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views:
             assert torch.equal(got, full[start : start + rows]), (rows, start)
 
 
-def test_gated_rows_are_the_same_bits_in_any_launch() -> None:
+def test_gated_linear_is_batch_invariant() -> None:
     layer, x = replace(layer_of(24576, 4096), interleaved=True), randn(2048, 4096, seed=1)
     full = layer.linear_silu_mul(x)
     assert error(full[:64], double(layer).linear_silu_mul(x[:64].double())) < 4e-3
@@ -76,7 +76,7 @@ def test_gated_rows_are_the_same_bits_in_any_launch() -> None:
 
 
 @pytest.mark.parametrize(("outs", "ins", "views"), [(4096, 4096, 2), (4096, 12288, 1)])
-def test_residual_rows_are_the_same_bits_in_any_launch(outs: int, ins: int, views: int) -> None:
+def test_residual_linear_is_batch_invariant(outs: int, ins: int, views: int) -> None:
     layer, x, residual = layer_of(outs, ins, views), randn(2048, ins, seed=1), randn(2048, outs, seed=2)
     norm, num_ar = randn(outs, seed=3), int32(700)
     full = layer.linear_add_rms_norm(x, residual, norm, 1e-6, num_ar)
@@ -162,7 +162,7 @@ MIXED: tuple[Shape, ...] = (
         ([(32, 32_736, True)], 4, 128),
     ],
 )
-def test_attention_rows_are_the_same_bits_in_any_company_however_the_work_is_divided(
+def test_attention_is_batch_invariant_however_the_work_is_divided(
     shapes: Sequence[Shape], per_kv: int, dim: int
 ) -> None:
     qkv, keys, values, plan = attention_inputs(shapes, per_kv, dim)
@@ -192,9 +192,7 @@ def test_attention_rows_are_the_same_bits_in_any_company_however_the_work_is_div
 
 @pytest.mark.parametrize("missing", [1, 60, 127])
 @pytest.mark.parametrize("programs", [0, 4, 64])
-def test_a_block_that_was_planned_too_far_has_the_bits_of_one_that_was_not(
-    programs: int, missing: int
-) -> None:
+def test_a_block_that_is_moved_back_has_the_bits_of_one_planned_there(programs: int, missing: int) -> None:
     furthest, drafts = 1040, list(range(127))
     qkv, keys, values, plan = attention_inputs([(8, 300, True), (32, furthest, True)], 4, 128)
     other, block = plan.groups
@@ -234,7 +232,7 @@ def test_row_kernels_match_their_references() -> None:
         assert error(value, getattr(exact, name)) < 5e-3, name
     qkv, heads = randn(33, 48, HEAD_DIM, seed=2), randn(2, 40, HEAD_DIM, seed=3)
     slots = torch.randperm(64, device=DEVICE).int()
-    # Row 3 writes to three slots, row 19 to two; rows behind the AR rows have no more.
+    # Row 3 writes to three slots, and row 19 to two. Rows behind the AR rows have no further slots.
     ends = int32(*[0] * 3, *[2] * 16, *[3] * 14)
     writes = KVWrites(slots[:33], ends, slots[40:])
     keys, values = (torch.zeros(8, 64, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -266,8 +264,8 @@ def test_noise_and_picks_are_those_of_the_cpu() -> None:
     assert picks[1][5] == 70
 
 
-def test_picks_for_any_rows_of_a_pass_take_no_further_kernel() -> None:
-    """A request would wait for its compilation."""
+def test_picks_for_any_rows_of_a_pass_need_no_recompilation() -> None:
+    """A request would wait for the compilation of another kernel."""
     kernels = (
         sampling_triton._block_argmax_kernel,
         sampling_triton._argmax_kernel,
@@ -299,11 +297,11 @@ def test_picks_from_a_layer_are_those_from_its_outputs(rows: int, ins: int) -> N
         layer.linear_gumbel_argmax(x, out, int32(seed % 2), temperatures, keys, got, int32(2))
         assert torch.equal(got, expected), seed
         assert torch.equal(out, logits if seed % 2 or not streamed else torch.zeros_like(out))
-        if streamed:  # Not the picks alone: their scores have the same bits, however they were computed.
+        if streamed:  # The scores of the picks have the same bits too.
             tiles, _ = layer.best_of_tiles(x, out, int32(0), temperatures, keys)
             blocks, _ = sampling_triton.best_of_blocks(logits, temperatures, keys)
             assert torch.equal(tiles.amax(1), blocks.amax(1)), seed
-    # Of equals the lowest: here all of a tile's, and tiles.
+    # Of equal scores the lowest token wins. Here all are equal, within tiles and between tiles.
     same = torch.zeros_like(x)
     layer.linear_gumbel_argmax(same, out, int32(0), torch.zeros(rows, device=DEVICE), keys, got, int32(2))
     assert not got.any()
@@ -324,7 +322,7 @@ def test_a_row_of_nan_has_no_pick(rows: int, temperature: float) -> None:
     layer.linear_gumbel_argmax(x, out, int32(0), none, keys, picks, int32(0))
     assert torch.equal(picks[:-1], expected[:-1])
     assert int(picks[-1]) == NO_TOKEN
-    # So has one with a single token of NaN, in whichever tile; the embedding of such a pick can be looked up.
+    # A row with a single NaN, in any tile, has no pick either. The embedding of such a pick can be looked up.
     x[rows - 1] = 1.0
     layer.weights[0][20_003] = float("nan")
     layer.linear_gumbel_argmax(x, out, int32(0), none, keys, picks, int32(0))
@@ -339,7 +337,7 @@ def test_a_row_of_nan_has_no_pick(rows: int, temperature: float) -> None:
 
 @pytest.mark.parametrize("start", [1, 100, 2000])
 def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(start: int) -> None:
-    """A draft block behind verify rows of its own pass, in a graph, where each kernel starts before the one ahead has ended."""
+    """A draft block behind verify rows of its own pass, in a graph whose kernels start before the previous one has ended."""
     rows, block, heads, per_kv = 32, 16, 32, 4
     qkv, pages = (
         randn(rows + block, heads + 2 * KV_HEADS, HEAD_DIM),
@@ -371,7 +369,7 @@ def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(start: int) -> N
     mine, graph = qkv.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run(mine, cache, work)
-    for _ in range(20):  # Before each replay the cache holds something else where the rows write.
+    for _ in range(20):  # Before each replay, the slots to which the rows write hold other numbers.
         mine.copy_(qkv)
         for part, other in zip(cache, (keys, values), strict=True):
             part.copy_(other)

@@ -1,4 +1,4 @@
-"""Weights in 12 bits on a GPU: the bits of the kernels that have the weights in full, for any number of rows."""
+"""Weights in 12 bits on a GPU: the same bits as with the weights in bfloat16, for any number of rows."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def weights_of(outs: int, ins: int, views: int) -> Tensor:
 @pytest.mark.parametrize("counts", ROWS)
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize(("outs", "ins"), SHAPES)
-def test_every_operation_has_the_bits_of_the_weights_in_full(
+def test_every_operation_has_the_bits_of_bfloat16_weights(
     outs: int, ins: int, views: int, counts: tuple[int, ...]
 ) -> None:
     weights, bias = weights_of(outs, ins, views), randn(views, outs, seed=5).bfloat16()
@@ -56,7 +56,7 @@ def test_every_operation_has_the_bits_of_the_weights_in_full(
         assert torch.equal(one, other), rows
 
 
-def test_a_layer_written_out_in_full_has_every_bit() -> None:
+def test_a_layer_written_out_in_bfloat16_has_every_bit() -> None:
     from orthrus.kernels.linear.lossless import pack_lossless, unpack_lossless
     from orthrus.kernels.linear.lossless_triton import widen_layer
     from orthrus.kernels.linear.types import DenseLayer

@@ -55,7 +55,7 @@ def test_no_bit_differs_and_drafts_are_accepted(own: bool) -> None:
         assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
     cycles = sum(c.stats.cycles for [c] in found)
     assert sum(c.stats.completion_tokens - 1 for [c] in found) / cycles > 2.0
-    # Their own drafts, which are hardly ever right here, change no bit either.
+    # The heads' own drafts are hardly ever right here. They change no bit either.
     engine.use_schedule(MedusaSchedule(planner, HEADS))
     assert [c.token_ids for [c] in engine.generate(prompts, params)] == [c.token_ids for [c] in expected]
     engine.use_schedule(ARSchedule())

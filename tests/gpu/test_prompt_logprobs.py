@@ -1,7 +1,7 @@
 """Log-probabilities of prompts on a GPU, at Qwen3-8B's widths: the bits that decoding the same text gave.
 
-Texts are decoded in mixtures first. Then they are scored, beside requests that decode, under both schedules: in chunks of
-several lengths, with as many rows as have logits, with a cache too small for all.
+Texts are first decoded in batches. Then they are scored together with requests that decode, under both schedules: in chunks of
+several lengths, up to the most rows that can have logits, and with a cache that is too small for all.
 """
 
 import itertools
@@ -48,7 +48,7 @@ def decoding(logprobs: int | None) -> list[Request]:
 def score_beside(
     engine: Engine, texts: dict[str, list[int]], others: list[Request]
 ) -> dict[str, PromptLogprobs]:
-    """Score `texts` while `others` decode; what was told of each."""
+    """Score `texts` while `others` decode. Returns the log-probabilities of each text."""
     rng = random.Random(7)
     params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=TOP)
     waiting = [*others, *(Request(f"score {name}", text, params) for name, text in texts.items())]
@@ -68,7 +68,7 @@ def score_beside(
 
 @pytest.fixture(scope="module")
 def decoded() -> dict[str, Result]:
-    """Each text as it was decoded, with its log-probabilities from the second token on."""
+    """Each text as it was decoded, with log-probabilities from its second token on."""
     result = run(engine("ar", prefill_chunk=2048), decoding(TOP), limits(1))
     torch.cuda.empty_cache()
     return result

@@ -1,4 +1,4 @@
-"""Tensor parallelism on 2, 4 or 8 GPUs, as many as there are: the exchange against its reference, and the bits of one GPU."""
+"""Tensor parallelism on 2, 4 and 8 GPUs, as far as available: the exchange against its reference, and the bits of one GPU."""
 
 import gc
 from pathlib import Path
@@ -39,7 +39,7 @@ PARAMS = [
 MANY = 256
 """Requests of the long comparison."""
 MANY_TOKENS = 800
-"""Of each of them."""
+"""Tokens of each of these requests."""
 
 
 def _exchange(rank: int, size: int, store_file: str) -> None:
@@ -51,10 +51,10 @@ def _exchange(rank: int, size: int, store_file: str) -> None:
             sums = torch.randn(size, parts, rows, WIDTH, device=device, generator=generator)
             residual = torch.randn(rows, WIDTH, device=device, generator=generator).bfloat16()
             norm = torch.randn(WIDTH, device=device, generator=generator).bfloat16()
-            # Each rank's parts are added first, and then those of the ranks.
+            # First the parts of each rank are added, and then the sums of the ranks.
             whole = add_pairwise([add_pairwise(own.unbind()) for own in sums])
             expected = add_rms_norm(whole[None], residual, norm, 1e-6)
-            for _ in range(3):  # Both sets of boxes, and the first one again.
+            for _ in range(3):  # This uses both sets of boxes, and the first one again.
                 found = add_rms_norm(sums[rank], residual, norm, 1e-6, peers=peers)
                 assert all(map(torch.equal, found, expected)), (rows, parts)
     assert int(peers.status[0]) == 0
@@ -72,7 +72,7 @@ def results(
     settings: dict[str, object],
     backend: Backend | None = None,
 ) -> tuple[list[Result], float]:
-    """What `size` GPUs give: tokens and logprobs of each prompt, and tokens per cycle. backend: see `start_ranks`."""
+    """Tokens and logprobs of each prompt on `size` GPUs, and tokens per cycle. backend: see `start_ranks`."""
     config = {
         "device": "cuda",
         "tensor_parallel_size": size,
@@ -131,7 +131,7 @@ def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, o
 def test_gpus_that_exchange_over_nccl_give_the_bits_of_one(
     tmp_path: Path, settings: dict[str, object]
 ) -> None:
-    """As where they can't reach each other's memory."""
+    """NCCL is for GPUs that can't reach each other's memory."""
     fixed = small_model(tmp_path) | settings
     alone, _ = results(1, PROMPTS, PARAMS, fixed)
     shared, tokens_per_cycle = results(2, PROMPTS, PARAMS, fixed, "nccl")
@@ -140,7 +140,7 @@ def test_gpus_that_exchange_over_nccl_give_the_bits_of_one(
 
 
 def test_200000_tokens_at_the_widths_of_8b_have_the_bits_of_one_gpu(tmp_path: Path) -> None:
-    """Prompts of all lengths and answers, greedy and sampled, in one batch whose members come and go."""
+    """Prompts and answers of many lengths, greedy and sampled, in a batch that requests join and leave."""
     path = make_checkpoint(
         tmp_path,
         vocab_size=151936,

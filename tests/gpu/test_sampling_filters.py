@@ -1,4 +1,4 @@
-"""Filters on a GPU keep the tokens that they keep on a CPU, inside ties too."""
+"""Sampling filters keep the same tokens on a GPU as on a CPU, also among equal logits."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Layers with scales for groups of inputs on a GPU, at Qwen3-8B's shapes: near float64, and the same bits in any launch.
+"""Layers with scales for groups of inputs on a GPU, at Qwen3-8B's shapes: near float64, and batch-invariant.
 
 Their formats are those of published checkpoints, and "codes": drafts in 4 bits.
 """
@@ -42,7 +42,7 @@ def projection(format: str, outs: int, ins: int, seed: int, bias: bool = False) 
         return {"weight": weight} | extra
     bits = 8 if format == "int8" else 4
     stored = quantise_gptq(weight, bits, 128)
-    if format == "int4":  # Zero points of all kinds.
+    if format == "int4":  # Random zero points.
         stored["qzeros"] = torch.randint_like(stored["qzeros"], -(1 << 31), 1 << 31)
     return stored | extra
 
@@ -65,7 +65,7 @@ def layer_of(
 
 
 def exact_inputs(format: str, x: Tensor) -> Tensor:
-    """What the kernels multiply."""
+    """The inputs as the kernels multiply them: rounded if the format rounds them, in float64."""
     return fp8_block.round_blocks(x).double() if format in ("fp8", "codes") else x.double()
 
 
@@ -84,9 +84,7 @@ def test_inputs_are_rounded_to_the_numbers_of_the_reference() -> None:
     ("outs", "ins", "bias"),
     [((4096, 1024, 1024), 4096, False), ((4096,), 12288, True), ((200, 72), 384, True)],
 )
-def test_linear_rows_have_the_same_bits_in_any_launch(
-    format: str, outs: tuple[int, ...], ins: int, bias: bool
-) -> None:
+def test_linear_is_batch_invariant(format: str, outs: tuple[int, ...], ins: int, bias: bool) -> None:
     layer, weight, biases = layer_of(format, *outs, ins=ins, bias=bias)
     x = randn(1024, ins, seed=9)
     full = layer.linear(x)
@@ -100,7 +98,7 @@ def test_linear_rows_have_the_same_bits_in_any_launch(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_gated_rows_have_the_same_bits_in_any_launch(format: str) -> None:
+def test_gated_linear_is_batch_invariant(format: str) -> None:
     layer, weight, _ = layer_of(format, 12288, 12288, ins=4096, gated=True)
     x = randn(600, 4096, seed=9)
     full = layer.linear_silu_mul(x)
@@ -112,7 +110,7 @@ def test_gated_rows_have_the_same_bits_in_any_launch(format: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("outs", "ins"), [(4096, 4096), (4096, 12288)])
-def test_residual_rows_have_the_same_bits_in_any_launch(format: str, outs: int, ins: int) -> None:
+def test_residual_linear_is_batch_invariant(format: str, outs: int, ins: int) -> None:
     layer, weight, _ = layer_of(format, outs, ins=ins)
     x, residual, norm = randn(600, ins, seed=9), randn(600, outs, seed=2), randn(outs, seed=3)
     full = layer.linear_add_rms_norm(x, residual, norm, 1e-6)
@@ -123,7 +121,7 @@ def test_residual_rows_have_the_same_bits_in_any_launch(format: str, outs: int, 
         assert torch.equal(got[0], full[0][:rows]) and torch.equal(got[1], full[1][:rows]), rows
 
 
-def test_a_norm_rounds_groups_as_the_layer_behind_it_would() -> None:
+def test_a_norm_rounds_groups_as_the_next_layer_would() -> None:
     layer, _, _ = layer_of("fp8", 4096, ins=4096)
     for rows in (1, 33):
         _, normed = layer.linear_add_rms_norm(

@@ -1,7 +1,7 @@
 """For tests of Triton kernels in Triton's interpreter on the CPU, each against its plain PyTorch version.
 
-The interpreter multiplies tiles with numpy, so bits are compared between launches whose tiles have one shape. All shapes, in
-bfloat16 on the matrix units, are compared in tests/gpu.
+The interpreter multiplies tiles with numpy, so bits are only compared between launches whose tiles have the same shape. tests/gpu
+compares all shapes, in bfloat16 on tensor cores.
 """
 
 import pytest

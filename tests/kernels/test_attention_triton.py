@@ -1,4 +1,4 @@
-"""The Triton kernels of attention in the interpreter: near float64, and a row against its company."""
+"""The Triton kernels of attention in the interpreter: near float64, and batch-invariant."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ PAGE, KV_HEADS = 64, 2
 def attention_case(
     groups: list[tuple[int, int, bool]], per_kv: int, dtype: torch.dtype, dim: int = 16, padding: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan]:
-    """qkv, the caches, and a plan for groups (rows, start, diffusion); a group's numbers depend on its start alone."""
+    """qkv, the caches, and a plan for groups (rows, start, diffusion). A group's numbers depend on its start alone."""
     heads = KV_HEADS * (per_kv + 2)
     rows: list[torch.Tensor] = []
     plan: list[AttentionGroup] = []
@@ -51,7 +51,7 @@ def attention_case(
 
 
 def with_work(plan: AttentionPlan, tile_rows: int, programs: int) -> AttentionPlan:
-    """More programs: items of fewer segments. With 0, every tile is one item."""
+    """The plan with a work list. With more programs, items have fewer segments. With 0 programs, every tile is one item."""
     capacity = 1000 if programs else 0
     numbers = plan_work(
         plan.groups, tile_rows=tile_rows, shared=False, programs=max(1, programs), capacity=capacity
@@ -86,8 +86,8 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
     assert_near(results[0][: num_rows - 3], exact)
 
 
-def test_attention_rows_are_the_same_bits_in_any_company() -> None:
-    """Alone, on either side of a segment's end within a group, and beside other groups."""
+def test_attention_is_batch_invariant() -> None:
+    """Rows alone, on both sides of a segment's end within a group, and together with other groups."""
     qkv, keys, values, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
     full = attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
     for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
@@ -99,8 +99,8 @@ def test_attention_rows_are_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.parametrize(("furthest", "missing"), [(272, 1), (272, 127), (1040, 60)])
-def test_a_block_that_was_planned_too_far_sees_the_keys_before_it_alone(furthest: int, missing: int) -> None:
-    """Moved back over the end of a segment, it has the bits of a block that was planned there."""
+def test_a_block_that_is_moved_back_has_the_bits_of_one_planned_there(furthest: int, missing: int) -> None:
+    """Also if it is moved back over the end of a segment."""
     drafts = list(range(127))
     blocks = [(2, 300, True), (3, furthest, True)]
     qkv, keys, values, plan = attention_case(blocks, 2, torch.float16)
@@ -126,7 +126,7 @@ def test_a_block_that_was_planned_too_far_sees_the_keys_before_it_alone(furthest
         assert tokens.tolist() == [4, 6, -1 - (127 - missing), 6, 6]
 
 
-def test_a_block_longer_than_a_segment_leaves_one_record() -> None:
+def test_a_block_longer_than_a_segment_has_one_record() -> None:
     qkv, keys, values, plan = attention_case([(2, 90, False), (130, 140, True)], 1, torch.float16)
     whole, divided = (
         attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 64, programs), 0.25)
@@ -185,5 +185,5 @@ def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(programs: int) -
     assert (items["writes_from"] == start).all()
     together = run(attention_gpu.paged_attention, qk_norm_rope_triton.qk_norm_rope, work)
     assert_near(together, run(paged_attention, qk_norm_rope, plan))
-    # The cache as it was before the pass would have given something else.
+    # With the cache from before the pass, the result would differ.
     assert (together[rows:] - run(paged_attention, qk_norm_rope, plan, stale=True)[rows:]).abs().max() > 0.05

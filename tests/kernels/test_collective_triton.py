@@ -1,4 +1,4 @@
-"""Layers on GPUs that exchange through a library, in Triton's interpreter: the bits of one GPU."""
+"""Layers of ranks that exchange tensors through a library have the bits of one rank. Kernels run in Triton's interpreter."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ SIZE, LEAVES, INS, TOKENS = 2, 4, 1024, 704
 
 
 class InTurn(Ranks):
-    """A rank of several that run one after the other, and twice: only the second time does it have what the others give."""
+    """One of several ranks that run one after the other. All run twice: only in the second run are all ranks' tensors known."""
 
     def __init__(self, rank: int, given: dict[int, Tensor]) -> None:
         self.rank, self.size, self._given = rank, SIZE, given
@@ -61,7 +61,7 @@ def test_sums_of_ranks_are_added_in_the_order_of_the_tree() -> None:
             assert torch.equal(hidden, expected[0]) and torch.equal(normed, expected[1])
 
 
-def test_the_best_token_of_all_ranks_is_that_of_one() -> None:
+def test_picks_over_all_ranks_are_those_of_one_rank() -> None:
     weight, x = randn(TOKENS, 48) * 2, randn(6, 48, seed=1)
     temperatures, keys = torch.tensor([0.0, 0.7, 1.3] * 2), keys_of([*range(6)], [*range(5, 11)])
     given: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The FP8 format: what it rounds to, how near a layer comes to the unrounded one, and a row against its company."""
+"""The FP8 format: its rounding, how near a layer is to the unrounded one, and batch invariance."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_every_row_has_a_scale_that_brings_its_largest_number_to_448() -> None:
     assert torch.equal(round_rows(x[1:2]), round_rows(x)[1:2])
 
 
-def test_a_row_of_next_to_nothing_gives_no_nan() -> None:
+def test_a_row_of_tiny_numbers_gives_no_nan() -> None:
     x = torch.zeros(2, 256)
     x[0, 3], x[1, 200] = 1e-37, 1e-44
     for numbers, scales in (quantise_rows(x), fp8_block.quantise_inputs(x)):
@@ -55,7 +55,7 @@ def test_a_layer_is_near_the_unrounded_one(dtype: torch.dtype) -> None:
         assert torch.equal(layer.linear(x[rows]), got[rows])
 
 
-def test_gate_and_up_meet_after_rounding() -> None:
+def test_a_gated_layer_is_near_the_unrounded_one() -> None:
     gate, up = (projection(72, 300, seed) for seed in (1, 2))
     x = randn(20, 300, seed=7) / 8
     gates, ups = (x @ p["weight"].T + p["bias"] for p in (gate, up))
@@ -65,7 +65,7 @@ def test_gate_and_up_meet_after_rounding() -> None:
 
 @interpreted
 def test_the_kernels_round_rows_as_the_reference_does() -> None:
-    """Their scales, and what the norm rounds. The interpreter loses carries when it rounds numbers: tests/gpu compares these."""
+    """Scales, and rounding in the norm. The interpreter loses carries when it rounds numbers, so tests/gpu compares those."""
     from orthrus.kernels.linear import fp8_triton
     from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 

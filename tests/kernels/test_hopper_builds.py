@@ -11,7 +11,7 @@ from tests.imports import ROOT
 
 
 def test_kernels_for_hopper_compile() -> None:
-    """In a process of its own: this one may have asked for the interpreter, which is for all kernels or none."""
+    """In another process, because this one may use Triton's interpreter, and then it uses it for all kernels."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.build_hopper"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The Triton kernels of the linear layers in the interpreter: near float64, and a row against its company."""
+"""The Triton kernels of the linear layers in the interpreter: near float64, and batch-invariant."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ pytestmark = interpreted
 def layer_of(
     outs: int, ins: int, views: int = 1, bias: bool = False, dtype: torch.dtype = torch.float32
 ) -> tuple[TritonWeight, DenseWeight]:
-    """A layer in dtype, its views one behind the other, and the same numbers in float64."""
+    """A layer in dtype, whose views are contiguous in memory, and the same numbers in float64."""
     weights = torch.stack([randn(outs, ins, seed=100 + v, dtype=dtype) for v in range(views)])
     offsets = randn(views, outs, seed=200, dtype=dtype) if bias else None
     exact = DenseWeight(weights.double().unbind(), None if offsets is None else offsets.double())
@@ -29,7 +29,7 @@ def layer_of(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outs", "ins", "bias"), [(72, 296, True), (200, 136, False)])
 def test_linear_is_the_product(outs: int, ins: int, bias: bool, dtype: torch.dtype) -> None:
-    """Edges that no tile divides, a bias, more row tiles than a band."""
+    """Sizes that no tile divides, a bias, and more row tiles than a band has."""
     layer, exact = layer_of(outs, ins, bias=bias, dtype=dtype)
     x = randn(260, ins, seed=2, dtype=dtype)
     expected = exact.linear(x.double())
@@ -70,7 +70,7 @@ def test_linear_silu_mul_matches_its_reference(dtype: torch.dtype) -> None:
 def test_linear_add_rms_norm_has_one_tree(
     ins: int, segments: int, views: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    """Segments split and walked: equal bits; near the reference."""
+    """The bits are the same if programs share the segments, and if one program sums them all."""
     layer, exact = layer_of(72, ins, views, bias, dtype)
     x, residual, norm = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(20, ins), (20, 72), (72,)]))
     num_ar = int32(7)
@@ -93,7 +93,7 @@ def test_parts_fill_the_gpu() -> None:
     assert [num_parts(*shape) for shape in shapes] == [2, 2, 2, 2, 1]
 
 
-def test_linear_refuses_rows_that_the_copy_engine_cannot_read() -> None:
+def test_linear_refuses_rows_that_tma_cannot_load() -> None:
     with pytest.raises(ValueError, match="50 inputs"):
         layer_of(8, 50)[0].linear(randn(4, 50))
 

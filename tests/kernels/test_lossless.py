@@ -1,4 +1,4 @@
-"""bfloat16 weights in 12 bits: each comes back with every bit, or its tensor is refused."""
+"""Packing bfloat16 weights in 12 bits: unpacking gives every bit of them, or packing is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ MODEL = Path(__file__).parents[2] / "models" / "orthrus-tiny"
 
 
 def trained(outs: int, ins: int, seed: int = 0) -> Tensor:
-    """Weights as those of a trained layer: normally distributed, each output with a width of its own."""
+    """Weights like those of a trained layer: normally distributed, with a different standard deviation for each output."""
     return (randn(outs, ins, seed=seed) * torch.logspace(-2, 0, outs)[:, None]).bfloat16()
 
 
@@ -33,7 +33,7 @@ def pack(*weights: Tensor) -> LosslessLayer:
     return pack_lossless(DenseLayer(torch.stack(weights).unbind()))
 
 
-def assert_comes_back(*weights: Tensor) -> LosslessLayer:
+def assert_round_trip(*weights: Tensor) -> LosslessLayer:
     packed = pack(*weights)
     for found, weight in zip(unpack_lossless(packed).weights, weights, strict=True):
         assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
@@ -47,13 +47,13 @@ def can_be_kept(bits: int, base: int) -> bool:
         return False
     if base <= exponent < base + 15 or (exponent, mantissa) == (0, 0):
         return True
-    if exponent == 0:  # Subnormal: how far its first bit is from that of a normal number's.
+    if exponent == 0:  # Subnormal: the exponent that it would have as a normal number.
         exponent = mantissa.bit_length() - 7
     return 1 <= exponent + EXPONENT - base <= 254
 
 
 @pytest.mark.parametrize("base", [LEAST_BASE, 105, MOST_BASE])
-def test_every_pattern_comes_back_or_is_refused(base: int) -> None:
+def test_every_bit_pattern_is_kept_or_refused(base: int) -> None:
     generator = torch.Generator().manual_seed(base)
     kept = [bits for bits in range(1 << 16) if can_be_kept(bits, base)]
     assert len(kept) > 49_000
@@ -67,7 +67,7 @@ def test_every_pattern_comes_back_or_is_refused(base: int) -> None:
     number = torch.arange(len(kept))
     row = torch.randint(0, 64, number.shape, generator=generator)
     weight[row, number // (MOST_EXCEPTIONS), number % (MOST_EXCEPTIONS)] = torch.tensor(kept)
-    packed = assert_comes_back(weight.flatten(1).short().view(torch.bfloat16))
+    packed = assert_round_trip(weight.flatten(1).short().view(torch.bfloat16))
     assert torch.equal(packed.scales, torch.full((1, 64), 2.0 ** (base - EXPONENT)))
     refused = sorted(set(range(1 << 16)) - set(kept))
     for bits in refused[:: max(1, len(refused) // 40)]:
@@ -78,26 +78,26 @@ def test_every_pattern_comes_back_or_is_refused(base: int) -> None:
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_weights_like_those_of_a_trained_layer_come_back_in_three_quarters_of_the_bytes(views: int) -> None:
+def test_typical_weights_take_three_quarters_of_the_bytes(views: int) -> None:
     weights = [trained(1088, 384, seed) for seed in range(views)]
-    packed = assert_comes_back(*weights)
+    packed = assert_round_trip(*weights)
     assert packed.outs == 1088 and packed.scales.shape == (views, 1088)
     assert packed.tensor_bytes < 0.77 * sum(weight.nbytes for weight in weights)
     assert 0 < int(packed.exceptions[..., 0].sum()) < 1e-3 * packed.high.numel() * 4
 
 
-def test_the_weights_of_a_trained_model_come_back() -> None:
+def test_the_weights_of_a_trained_model_are_kept() -> None:
     weights = [tensor for file in MODEL.glob("model-*.safetensors") for tensor in load_file(file).values()]
     layers = [w for w in weights if w.dim() == 2 and w.shape[0] % 64 == 0 and w.shape[1] % 128 == 0]
     assert len(layers) == 1 + 10 * 11
     for weight in layers:
-        assert_comes_back(weight)
+        assert_round_trip(weight)
 
 
-def test_words_and_lists_are_as_the_kernels_read_them() -> None:
+def test_words_and_lists_have_the_layout_that_kernels_read() -> None:
     weight = trained(128, 256, seed=5)
     weight[70, 200], weight[65, 130], weight[1, 2] = 0.0, -3e4, 1e-30
-    packed = assert_comes_back(weight)
+    packed = assert_round_trip(weight)
     bits = weight.view(torch.int16).int() & 0xFFFF
     for row in (0, 70, 127):
         base = EXPONENT + int(packed.scales[0, row].log2())
@@ -140,7 +140,7 @@ def test_the_first_plane_alone_is_an_e4m3_number_near_the_weight() -> None:
         (lambda w: w * 1e30, "outside the 15 exponents"),
     ],
 )
-def test_what_can_not_be_packed_is_refused_with_a_reason(
+def test_weights_that_can_not_be_packed_are_refused_with_a_reason(
     change: Callable[[Tensor], Tensor], words: str
 ) -> None:
     with pytest.raises(NotPacked, match=words):

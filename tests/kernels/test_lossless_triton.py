@@ -1,4 +1,4 @@
-"""The kernel of weights in 12 bits in Triton's interpreter: the bits of the kernel of the same weights in full."""
+"""The Triton kernels of weights in 12 bits, in the interpreter: they give the bits of the same weights in bfloat16."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ TILES = LinearTiles(64, 16, 128, warps=4, stages=2)
 
 
 def layer_of(outs: int, ins: int, views: int = 1, gated: bool = False, exceptions: int = 0) -> DenseLayer:
-    """A layer of bfloat16 weights; in its first tile so many of them are far from the others."""
+    """A layer of bfloat16 weights. In its first tile, `exceptions` of them are far from the others."""
     weights = (randn(views, outs, ins, seed=3) * 0.02).bfloat16()
     for number in range(exceptions):
         weights[0, number * 2 % 64, number * 37 % 128] = [3e-9, -700.0, 0.0, -0.0][number % 4]
@@ -35,7 +35,7 @@ def _bias(layer: DenseLayer) -> Tensor:
 
 
 def run(layer: DenseLayer, x: Tensor, parts: int = 1, num_ar: Tensor | None = None) -> list[Tensor]:
-    """What the kernel gives for the layer in full and in 12 bits, in the dtype of x."""
+    """The kernel's results for the layer with weights in the dtype of x, and with weights in 12 bits."""
     full = DenseLayer(
         torch.stack([w.to(x.dtype) for w in layer.weights]).unbind(), layer.bias, layer.interleaved
     )
@@ -52,7 +52,7 @@ def run(layer: DenseLayer, x: Tensor, parts: int = 1, num_ar: Tensor | None = No
 
 
 @pytest.mark.parametrize("exceptions", [0, 1, 2, 3, 8, 9, 31])
-def test_a_layer_has_the_bits_of_its_weights_in_full(exceptions: int) -> None:
+def test_a_packed_layer_has_the_bits_of_the_unpacked_layer(exceptions: int) -> None:
     layer = layer_of(192, 640, exceptions=exceptions)
     full, packed = run(layer, randn(20, 640, seed=2))
     assert int(pack_lossless(layer).exceptions[0, 0, 0]) >= exceptions
@@ -61,7 +61,7 @@ def test_a_layer_has_the_bits_of_its_weights_in_full(exceptions: int) -> None:
     assert float((packed - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_gated_layers_layers_of_two_views_and_parts_of_a_tree() -> None:
+def test_gated_layers_two_views_and_split_k_have_the_same_bits() -> None:
     x = randn(20, 512, seed=2)
     for layer, parts in ((layer_of(128, 512, 1, True, 5), 1), (layer_of(64, 512, 2, False, 5), 1)):
         full, packed = run(layer, x, parts, int32(7))
@@ -70,7 +70,7 @@ def test_gated_layers_layers_of_two_views_and_parts_of_a_tree() -> None:
     assert full.shape == (2, 20, 64) and torch.equal(packed, full)
 
 
-def test_widening_a_layer_gives_the_layer() -> None:
+def test_widening_a_packed_layer_gives_its_weights() -> None:
     layer = layer_of(128, 384, views=2, exceptions=9)
     layer.weights[1][3, 7] = 2.0**-128  # A subnormal number.
     for found, weight in zip(widen_layer(pack_lossless(layer)).weights, layer.weights, strict=True):
@@ -78,7 +78,7 @@ def test_widening_a_layer_gives_the_layer() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 20, 60])
-def test_the_operations_are_those_of_the_weights_in_full(rows: int) -> None:
+def test_operations_match_the_reference(rows: int) -> None:
     x, residual = randn(rows, 512, seed=2) / 8, randn(rows, 64, seed=4)
     layer = layer_of(64, 512, views=2, exceptions=5)
     packed = pack_lossless(layer)

@@ -1,4 +1,4 @@
-"""Every kernel's reference against plain arithmetic, and the rule they all obey: a row never notices its neighbours."""
+"""Every kernel's reference against plain arithmetic, and the rule that all obey: they are batch-invariant."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from orthrus.kernels.rows.sampling import gumbel_argmax, gumbel_noise, noise_key
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """However a kernel's work is shared out, a row's bits stay."""
+    """A row's bits must not depend on how work is divided among threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -43,10 +43,8 @@ def packed(*weights: torch.Tensor, bias: torch.Tensor | None = None) -> Weight:
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 48), (640, 384), (384, 1152), (1000, 200), (256, 4096)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_linear_rows_are_the_same_bits_in_any_company(
-    outputs: int, inputs: int, bias: bool, saved: torch.dtype
-) -> None:
-    """However the weights were saved: what 16 bits hold is packed by one library, the rest by another or not at all."""
+def test_linear_is_batch_invariant(outputs: int, inputs: int, bias: bool, saved: torch.dtype) -> None:
+    """For weights of every dtype: FBGEMM packs those that float16 holds, oneDNN other float32 weights. float64 is not packed."""
     compute = torch.promote_types(saved, torch.float32)
     weight = randn(outputs, inputs).to(saved).to(compute)
     offset = randn(outputs, seed=1).to(compute) if bias else None
@@ -61,8 +59,8 @@ def test_linear_rows_are_the_same_bits_in_any_company(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="FBGEMM's choice of instructions is of x86-64")
-def test_linear_rows_are_the_same_bits_in_any_company_without_avx512() -> None:
-    """FBGEMM, which chooses once in a process, then has a kernel of its own for every number of rows up to six."""
+def test_linear_is_batch_invariant_without_avx512() -> None:
+    """FBGEMM chooses its instructions once in a process. With AVX2 it has different kernels for each number of rows up to six."""
     code = """
 import torch
 from orthrus.kernels.linear import pack_weight
@@ -85,7 +83,7 @@ def test_a_weight_that_is_not_finite_stays_so() -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**-60, 2.0**60])
 def test_weights_that_16_bits_hold_are_multiplied_exactly(factor: float) -> None:
-    """Small ones too, beside the largest that a checkpoint may have: every product here is a power of two or zero."""
+    """Also small weights together with large ones. Every product here is a power of two or zero."""
     weight = torch.diag(2.0 ** -torch.arange(32.0)) * factor
     assert torch.equal(packed(weight).linear(torch.eye(32)), weight.T)
 
@@ -98,7 +96,7 @@ def test_rms_norm_and_silu_mul_match_their_formulas() -> None:
     torch.testing.assert_close(silu_mul(torch.cat([gate, up], -1)), gate * torch.sigmoid(gate) * up)
 
 
-def test_rms_norm_rows_are_the_same_bits_in_any_company() -> None:
+def test_rms_norm_is_batch_invariant() -> None:
     x, weight = randn(64, 384), randn(384, seed=1)
     full = rms_norm(x, weight, 1e-6)
     for rows in (1, 4, 7, 32):
@@ -106,7 +104,7 @@ def test_rms_norm_rows_are_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.parametrize("width", [200, 1152, 40_000])
-def test_silu_mul_rows_are_the_same_bits_in_any_company_on_many_threads(width: int) -> None:
+def test_silu_mul_is_batch_invariant_on_many_threads(width: int) -> None:
     gate_up = randn(61, 2 * width)
     full = silu_mul(gate_up)
     torch.set_num_threads(5)
@@ -127,7 +125,7 @@ def test_rope_rotates_pairs_of_halves() -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_rows_use_the_weights_of_their_view_and_what_follows_a_layer_is_its_parts() -> None:
+def test_rows_use_the_weight_of_their_view_in_fused_operations() -> None:
     weights, x, residual, norm = (
         [randn(24, 16, seed=s) for s in (1, 2)],
         randn(12, 16),
@@ -152,7 +150,7 @@ def test_rows_use_the_weights_of_their_view_and_what_follows_a_layer_is_its_part
 def attention_case(
     groups: list[tuple[int, int]], diffusion: bool, table: int = 48, page: int = 16, per_kv: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan]:
-    """qkv, caches and plan of groups (rows, start); what a group holds depends on its place alone, not on the others."""
+    """qkv, caches and plan of groups (rows, start). The numbers of a group depend on its index alone, not on the other groups."""
     kv_heads, dim, total = 2, 16, 256
     heads = kv_heads * (per_kv + 2)
     qkv = torch.cat([randn(64, heads, dim, seed=100 + g)[:rows] for g, (rows, _) in enumerate(groups)])
@@ -184,8 +182,8 @@ def test_paged_attention_matches_a_loop_over_rows(diffusion: bool, per_kv: int) 
 
 
 @pytest.mark.parametrize("per_kv", [1, 3, 4])
-def test_attention_rows_are_the_same_bits_in_any_company(per_kv: int) -> None:
-    """Alone or among others, as one row or within a block, beside longer contexts."""
+def test_attention_is_batch_invariant(per_kv: int) -> None:
+    """Rows alone or among others, as one row or in a longer group, and together with longer contexts."""
     starts = [300 + 11 * g for g in range(6)]
     whole = attention_case([(32, start) for start in starts], False, per_kv=per_kv)
     full = paged_attention(*whole, 0.25).unflatten(0, (6, 32))
@@ -199,8 +197,8 @@ def test_attention_rows_are_the_same_bits_in_any_company(per_kv: int) -> None:
 
 
 @pytest.mark.parametrize("start", [236, 748])
-def test_pages_in_a_row_are_read_in_place_with_the_same_bits(start: int) -> None:
-    """Reading where they lie also puts other pages behind the table's end: hidden keys, whatever they hold."""
+def test_consecutive_pages_are_read_in_place_with_the_same_bits(start: int) -> None:
+    """A slice of the cache may end with pages that are not in the table. Their keys are masked, whatever they hold."""
     qkv, keys, values, plan = attention_case([(8, start)], False)
     gathered = paged_attention(qkv, keys, values, plan, 0.25)
     count = -(-(start + 8) // 16)

@@ -48,7 +48,7 @@ def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(
     rows, heads, kv_heads, dim = 3, 4, 2, 16
     qkv = randn(rows, heads + 2 * kv_heads, dim, dtype=dtype)
     weights = randn(2, heads + kv_heads, dim, seed=1, dtype=dtype)
-    weights[views:] = float("nan")  # What lies behind the weights in memory must not be read.
+    weights[views:] = float("nan")  # The memory behind the weights must not be read.
     weight = weights[:views] if views else None
     cos, sin = randn(rows, 1, dim, seed=2, dtype=dtype), randn(rows, 1, dim, seed=3, dtype=dtype)
     # The second row writes to three slots.
@@ -68,14 +68,14 @@ def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(
         assert torch.equal(cache == 0, other == 0)
 
 
-def test_gumbel_noise_has_the_counters_of_the_cpu() -> None:
+def test_gumbel_noise_matches_that_of_the_cpu() -> None:
     keys = keys_of([5, 5, 2**63 - 1], [9, 10, 0])
     got, expected = sampling_triton.gumbel_noise(keys, 3000), gumbel_noise(keys, 3000)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=5e-6)
 
 
-def test_gumbel_argmax_picks_what_its_reference_picks() -> None:
-    """Greedy rows, sampled rows, equal logits, a vocabulary that no block divides, places in the middle of the picks."""
+def test_gumbel_argmax_matches_its_reference() -> None:
+    """Greedy rows, sampled rows, equal logits, a vocabulary that no block divides, and picks in the middle of their tensor."""
     logits = randn(4, 9000) * 3
     logits[1, [40, 8999]] = 50.0
     temperatures, keys = torch.tensor([0.0, 0.0, 0.7, 1.3]), keys_of([1, 2, 3, 4], [5, 6, 7, 8])
@@ -88,8 +88,8 @@ def test_gumbel_argmax_picks_what_its_reference_picks() -> None:
 
 
 @pytest.mark.parametrize("vocab", [200, 9000])
-def test_the_best_tokens_are_those_of_the_reference(vocab: int) -> None:
-    """Also where several are in one run of tokens that is searched as one, and where a row has fewer."""
+def test_best_tokens_match_their_reference(vocab: int) -> None:
+    """Also if several of them are in one block of tokens, and if a row has fewer."""
     logits = randn(5, vocab) * 3
     logits[0, 130:134] = torch.tensor([50.0, 52.0, 51.0, 53.0])
     logits[1, 2:] = float("-inf")
@@ -101,7 +101,7 @@ def test_the_best_tokens_are_those_of_the_reference(vocab: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_with_a_score_that_is_no_number_has_no_pick(bad: float) -> None:
+def test_a_row_with_nan_or_infinity_has_no_pick(bad: float) -> None:
     logits = randn(4, 9000) * 3
     logits[2, :] = float("-inf")
     temperatures, keys = torch.tensor([0.0, 0.7, 0.0, 0.7]), keys_of([1, 2, 3, 4], [5, 6, 7, 8])

@@ -1,4 +1,4 @@
-"""Weights as published checkpoints store them: what they stand for, and layers of them against float64 arithmetic."""
+"""Weights in the formats of published checkpoints: their dequantised values, and layers of them against float64 arithmetic."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def projection(settings: dict[str, Any], outs: int, ins: int, seed: int = 0) -> 
 
 
 def in_full(settings: dict[str, Any], outs: int, ins: int, seed: int = 0) -> Tensor:
-    """The weight that `projection` stores, in float64, by the formats' own formulas."""
+    """The weight that `projection` stores, dequantised in float64 by the definition of its format."""
     weight = random(outs, ins, seed=seed) * 0.1
     if settings["quant_method"] == "fp8":
         stored = projection(settings, outs, ins, seed)
@@ -38,7 +38,7 @@ def in_full(settings: dict[str, Any], outs: int, ins: int, seed: int = 0) -> Ten
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stored_weights_stand_for_what_their_format_says(name: str) -> None:
+def test_dequantised_weights_match_the_definition_of_their_format(name: str) -> None:
     settings = SETTINGS[name]
     exact = in_full(settings, 192, 256)
     found = dense(projection(settings, 192, 256) | {"bias": torch.ones(192)})
@@ -50,7 +50,7 @@ def test_stored_weights_stand_for_what_their_format_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_layers_are_those_of_float64_arithmetic_on_the_same_numbers(name: str) -> None:
+def test_layers_match_float64_arithmetic_on_the_same_numbers(name: str) -> None:
     settings = SETTINGS[name]
     outs, ins = (64, 128, 64), 256
     exact = torch.cat([in_full(settings, n, ins, seed) for seed, n in enumerate(outs)])
@@ -63,7 +63,7 @@ def test_layers_are_those_of_float64_arithmetic_on_the_same_numbers(name: str) -
     expected = inputs @ exact.T
     full = layer.linear(x)
     assert float((full - expected).norm() / expected.norm()) < 1e-6
-    # The same bits alone, and in 16 bits the rounded result.
+    # A row alone has the same bits. With bfloat16 inputs, the result is rounded.
     for row in range(9):
         assert torch.equal(layer.linear(x[row : row + 1]), full[row : row + 1])
     halves = layer.linear(x.bfloat16())
@@ -88,7 +88,7 @@ def test_each_view_may_be_stored_in_its_own_way() -> None:
     assert both.nbytes == quantised.nbytes + plain.nbytes
 
 
-def test_projections_of_a_layer_are_stored_in_one_way() -> None:
+def test_projections_of_a_layer_must_have_one_format() -> None:
     mixed = [projection(GPTQ, 64, 128), {"weight": random(64, 128)}]
     with pytest.raises(ValueError, match="stored in different formats: quantise all of q, k and v"):
         pack_weight([mixed])

@@ -1,4 +1,4 @@
-"""Layers whose inputs are divided among ranks: one tree of sums, whoever has its leaves."""
+"""Layers whose inputs are divided among ranks: the tree of sums is the same, whichever ranks have its leaves."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def layer(leaves: Leaves, weights: Sequence[Tensor], biases: Sequence[Tensor] = 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exact_in_half", [True, False])
-def test_nodes_of_ranks_make_up_the_sum(dtype: torch.dtype, exact_in_half: bool) -> None:
+def test_sums_of_ranks_add_up_to_the_same_bits(dtype: torch.dtype, exact_in_half: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, INS, generator=generator) for rows in (OUTS, 9))
     if exact_in_half:

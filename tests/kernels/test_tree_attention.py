@@ -1,4 +1,4 @@
-"""Trees of drafts in attention: the trunk that their groups share, and blocks that come behind them."""
+"""Attention of trees of drafts: the trunk that their groups share, and draft blocks that follow a tree."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -49,7 +49,7 @@ def tree(start: int, first_row: int = 0, longest: int = 40) -> list[AttentionGro
 
 @pytest.mark.parametrize("start", [20, 130, 1000, 1090, 2044, 5000, 40_000])
 @pytest.mark.parametrize(("programs", "capacity"), [(1, 1 << 15), (33, 1 << 15), (500, 1 << 15), (33, 10)])
-def test_every_row_of_a_tree_meets_every_key_once(start: int, programs: int, capacity: int) -> None:
+def test_every_row_of_a_tree_attends_to_every_key_once(start: int, programs: int, capacity: int) -> None:
     groups = [*tree(start), AttentionGroup(53, 4, 300, [9] * 6, False), *tree(start + 3, 57)]
     rows = 57 + 53
     work = plan_work(groups, tile_rows=16, shared=True, programs=programs, capacity=capacity)
@@ -117,14 +117,14 @@ def test_a_row_of_a_tree_has_the_bits_of_a_row_alone(start: int, programs: int) 
     whole = attend(groups, qkv, programs)
     plan = AttentionPlan(tuple(groups), PAGE, PER_KV, CPU)
     assert_near(whole, paged_attention(qkv.double(), keys.double(), values.double(), plan, 0.25))
-    # Of each run the last row, which sees all of the run's pages.
+    # The last row of each run, which sees all of the run's pages.
     for group in groups:
         alone = AttentionGroup(0, 1, group.start + group.num_rows - 1, group.pages, False)
         at = group.first_row + group.num_rows - 1
         assert torch.equal(attend([alone], qkv[at : at + 1], 3)[0], whole[at]), group
 
 
-# Behind the newest token: 0 - 1 - 2, behind 0 also 3 - 4, and behind 4 also 5.
+# The newest token is followed by drafts 0 - 1 - 2. Draft 0 is also followed by 3 - 4, and 4 by 5.
 TREE = VerifiedTree([-1, 0, 1, 0, 3, 4], [0, 0, 0, 1, 1, 2], 3, [[31, 32], [33, 34], [35, 36]])
 DRAFTS = [10, 11, 12, 13, 14, 15]
 
@@ -140,7 +140,7 @@ DRAFTS = [10, 11, 12, 13, 14, 15]
         ([10, 13, 0, 0, 14, 15, 7], 5, 4, 2),
     ],
 )
-def test_a_block_behind_a_tree_begins_behind_its_last_right_draft(
+def test_a_block_after_a_tree_begins_after_the_last_right_draft(
     picks: list[int], last: int, right: int, group: int
 ) -> None:
     """It has the position, the noise and the pages of a block that was planned there."""

@@ -1,4 +1,4 @@
-"""The seam of weight formats: one class and one registration make a format that a whole model runs in."""
+"""Weight formats: one class, which is registered under a name, is a format that a whole model can run in."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @weight_format("negated")
 class NegatedWeight(OneViewWeight):
-    """A weight that is stored with its signs turned round. Turning the result round gives the same bits again."""
+    """A weight that is stored with the opposite sign. Negating the result gives the same bits."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.bias = bias
@@ -73,7 +73,7 @@ def test_a_format_is_one_class_and_one_registration(tiny_orthrus: Path) -> None:
     assert torch.equal(logits(tiny_orthrus, "negated"), expected)
 
 
-def test_an_unknown_format_is_refused_with_those_that_there_are() -> None:
+def test_an_unknown_format_is_refused_and_known_ones_are_listed() -> None:
     with pytest.raises(ValueError, match=r"no weight format 'int3'; choose one of .*plain"):
         pack_weight([[{"weight": torch.eye(8)}]], "int3")
 
@@ -83,8 +83,8 @@ def views_of(*weights: Tensor) -> list[list[Parameters]]:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_bytes_are_those_of_the_layout_and_each_view_has_its_own() -> None:
-    """float16 holds the first weight exactly, but not the second."""
+def test_each_view_has_its_own_layout_and_nbytes() -> None:
+    """float16 holds the AR view's weight exactly, but not the diffusion view's."""
     halves, others = torch.eye(64), torch.full((64, 64), 1 / 3)
     x, num_ar = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([2])
     both = pack_weight(views_of(halves, others))
@@ -102,7 +102,7 @@ def test_half_weights_refuse_what_float16_does_not_hold() -> None:
 
 
 @pytest.mark.parametrize("format", ["plain", "negated"])
-def test_projections_lie_side_by_side_with_their_biases_in_every_view(format: str) -> None:
+def test_projections_and_biases_are_concatenated_in_every_view(format: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def projection(outs: int) -> Parameters:
@@ -151,7 +151,7 @@ def test_a_bias_on_only_some_projections_is_refused(format: str, dtype: torch.dt
         pack_weight([[with_bias, {"weight": torch.eye(8, dtype=dtype)}]], format)
 
 
-def test_neighbouring_views_have_biases_both_or_neither() -> None:
+def test_a_bias_on_only_one_view_is_refused() -> None:
     views: list[list[Parameters]] = [
         [{"weight": torch.eye(8).double(), "bias": torch.ones(8).double()}],
         [{"weight": torch.eye(8).double()}],

@@ -1,4 +1,4 @@
-"""The work list of attention: every row meets every key once, in pieces of similar cost."""
+"""The work list of attention: every row attends to every key once, in pieces of similar cost."""
 
 from itertools import pairwise
 
@@ -31,8 +31,8 @@ WORK_GROUPS = [
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("programs", "capacity"), [(1, 0), (33, 1 << 15), (33, 900), (500, 1 << 15)])
-def test_every_row_meets_every_key_once(shared: bool, programs: int, capacity: int) -> None:
-    """Whatever the tiles; and the records of a divided tile are as many as its items leave, in no other row's way."""
+def test_every_row_attends_to_every_key_once(shared: bool, programs: int, capacity: int) -> None:
+    """With any tiles. A divided tile has as many records as its items write, and records of different rows do not overlap."""
     groups: list[AttentionGroup] = []
     rows = 0
     for count, start, diffusion in WORK_GROUPS:
@@ -68,7 +68,7 @@ def test_every_row_meets_every_key_once(shared: bool, programs: int, capacity: i
         for row, limit in enumerate(group.limits, group.first_row):
             assert (seen[row, :limit] == 1).all()
             assert own[row].sum() == (group.num_rows if group.diffusion else 0)
-    # Shared items come first, and of either kind the longest.
+    # Shared items come first. Both kinds are sorted by length, the longest first.
     big = int((items["num_rows"] > 16).sum())
     assert header_of(work)["num_shared"] == big
     assert (big > 0) == shared
@@ -82,7 +82,7 @@ def test_every_row_meets_every_key_once(shared: bool, programs: int, capacity: i
         assert work[bits + (count - 1) // 32] >> (count - 1) % 32 & 1
 
 
-def test_work_is_shared_out_evenly_and_whole_spans_leave_one_record() -> None:
+def test_work_is_divided_evenly_and_a_whole_span_has_one_record() -> None:
     group = AttentionGroup(0, 32, 32_736, range(512), False)
     work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
     runs = items_of(work)[["first_segment", "end_segment"]].tolist()

@@ -1,4 +1,4 @@
-"""A layer's results over those of the layer before, as a captured pass has them, with the Triton kernels in their interpreter."""
+"""Layers whose results overwrite those of the previous layer, as in a captured pass. Kernels run in Triton's interpreter."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def inside(tensor: Tensor, memory: Tensor) -> bool:
     return 0 <= offset <= memory.numel() - tensor.nbytes
 
 
-def test_results_take_room_one_behind_the_other_and_anew_in_every_layer() -> None:
+def test_every_layer_allocates_its_results_in_order_from_the_start() -> None:
     memory = torch.empty(4096, dtype=torch.uint8)
     with results_in(memory):
         first, second = (empty((3, 50), torch.float32, CPU) for _ in range(2))
@@ -39,7 +39,7 @@ def test_results_take_room_one_behind_the_other_and_anew_in_every_layer() -> Non
 
 @pytest.mark.parametrize("bytes", [16, 1500, 1 << 16])
 def test_layers_whose_results_share_memory_compute_the_same(bytes: int) -> None:
-    """However much of it there is: none, room for some of a layer's results, room for all."""
+    """With room for none, for some, and for all of a layer's results."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:

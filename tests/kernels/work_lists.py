@@ -1,4 +1,4 @@
-"""The parts of a work list, to look at."""
+"""Views of the parts of a work list."""
 
 import numpy as np
 
