@@ -25,8 +25,8 @@ in bfloat16 first. (H200, layers of Qwen3-8B, 128 rows: 2.4 times the time of th
 class LosslessWeight(LosslessLayer, GpuWeight):
     """Weights in 12 bits. Each operation gives the bits that `TritonWeight` gives with the same weights in bfloat16.
 
-    With more rows than the stream kernel or `lossless_triton` takes, the layer is first written out in bfloat16, to memory that is
-    freed afterwards.
+    With more rows than the stream kernel or `lossless_triton` takes, the layer is first written out in bfloat16, to memory that
+    is freed afterwards.
     """
 
     split: Split | None = None
