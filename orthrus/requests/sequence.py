@@ -58,7 +58,7 @@ class SequenceState:
     # --- decoding
 
     placeholders: list[int] = field(default_factory=list)
-    """Stand for tokens after tokens[-1] that passes in flight will commit, as `RowGroup.tokens` refers to them."""
+    """They stand for the tokens after tokens[-1] that passes in flight will commit, as in `RowGroup.tokens`."""
     schedule_state: Any = None
     """What the schedule keeps of this sequence between passes."""
     unscored: range = range(0)
@@ -83,7 +83,7 @@ class SequenceState:
     queued_at: float = 0.0
     """Since when it has been waiting, in monotonic seconds."""
     queue_seconds: float = 0.0
-    """How long it waited, all waits that are over together."""
+    """How long it has waited in all, without a wait that still goes on."""
 
     @property
     def queue_key(self) -> tuple[int, int]:
@@ -144,7 +144,7 @@ class SequenceState:
         )
 
     def append(self, token: int) -> None:
-        """Commit one token, and decide from it alone whether the sequence ends: pass boundaries must not matter."""
+        """Commit one token. Whether it ends the sequence must not depend on the pass that it came from."""
         self.tokens.append(token)
         if self.mask is not None:
             self.mask.commit(token)
