@@ -1,4 +1,4 @@
-"""`orthrus config check`: whether a Serve config can work, before it is deployed."""
+"""`orthrus config check`: checks whether a Serve config can work, before it is deployed."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Print what goes where; 1 if the config can't work."""
+    """Print what the config would place on which node. Returns 1 if it can't work."""
     from orthrus.cluster.check import check_config
 
     try:

@@ -1,4 +1,4 @@
-"""`orthrus quantize`: a copy of a checkpoint in few bits, or one in full of a copy that lost nothing."""
+"""`orthrus quantize`: writes a copy of a checkpoint in few bits, or restores the original from a lossless copy."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`orthrus serve`: a Serve config on this machine."""
+"""`orthrus serve`: runs a Serve config on this machine."""
 
 import argparse
 import threading

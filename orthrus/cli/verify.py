@@ -1,4 +1,4 @@
-"""`orthrus verify`: whether a model's text depends on schedule or batch."""
+"""`orthrus verify`: checks that a model's text does not depend on schedule or batch."""
 
 import argparse
 
@@ -39,7 +39,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was compared; 1 if something differs."""
+    """Print what was compared. Returns 1 if something differs."""
     from orthrus.measure.verify import VerifyOptions, verify
 
     options = VerifyOptions(

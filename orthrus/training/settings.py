@@ -28,7 +28,7 @@ class TrainingSettings(Settings):
     rows: int
     # Rows in one forward and backward pass of one process. None: all rows of its share.
     micro_batch: int | None = None
-    # In tokens.
+    # Tokens of a row.
     row_length: int
     # "adamw"; or "muon" for the matrices inside the layers, and AdamW for the rest.
     optimizer: str
@@ -46,7 +46,7 @@ class TrainingSettings(Settings):
     clip: float = 1.0
     # Whether torch.compile is used.
     compile: bool = True
-    # In steps, as is save_every.
+    # Steps between two lines of metrics, and between two saved states.
     log_every: int
     save_every: int
     seed: int = 0
