@@ -28,7 +28,7 @@ def add_parser(commands: Commands) -> None:
         "--max-batch", type=positive, default=16, help="most requests in flight (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the prompts, batches and samples (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the prompts, batches and samples (default: %(default)s)"
     )
     parser.add_argument(
         "--no-hf", action="store_true", help="skip the comparison with Hugging Face's forward"
