@@ -34,7 +34,7 @@ class _Listener:
 
     request: Request
     masks: list[TokenMask | None]
-    """What `Engine.prepare` gave for the request."""
+    """What `Engine.prepare` returned for the request."""
     sink: Sink
     """Where the chunks go."""
     loop: asyncio.AbstractEventLoop

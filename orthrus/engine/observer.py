@@ -30,7 +30,7 @@ class PassRecord:
     num_rows: int
     """Rows of the pass, those of other sequences included."""
     seconds: float
-    """From its launch, or from the end of the pass before it if that was later, until its picks were read."""
+    """Time from its launch, or from the end of the pass before it if that was later, until its picks were read."""
     next_launched_ahead: bool
     """Whether the next pass could be launched before the picks of this one were read."""
 

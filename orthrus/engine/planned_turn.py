@@ -37,7 +37,7 @@ class RowBudget:
     """The rows that are left of the pass that is being planned."""
 
     decode_rows: int
-    """For decoding sequences."""
+    """Rows for decoding sequences."""
     prompt_rows: int
     score_rows: int
     """Of the prompt rows, those that may score prompt tokens."""

@@ -98,7 +98,7 @@ class _Rank:
     number: int
     process: ForkServerProcess
     pipe: Connection
-    """Takes messages to the process, and brings the reason if it fails."""
+    """Sends messages to the process, and receives the reason if it fails."""
 
 
 def _start(context: ForkServerContext, setup: RankSetup) -> _Rank:

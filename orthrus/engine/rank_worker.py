@@ -61,7 +61,7 @@ class SignsOfLife:
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What the process of a rank is given."""
+    """The arguments of the process of a rank."""
 
     rank: int
     config: EngineConfig
@@ -128,7 +128,7 @@ def make_ranks(rank: int, shared: SharedBoxes, processes: Processes, backend: Ba
 
 
 class _Rank0:
-    """What the other ranks see of rank 0's process. See `Processes`. They don't watch it: they end when their pipe is closed."""
+    """Rank 0's process, as the other ranks see it. See `Processes`. They don't watch it: they end when their pipe is closed."""
 
     def check(self) -> None:
         # Not os.getppid(): that is the fork server, which does not end with rank 0.

@@ -58,7 +58,7 @@ class ModelConfig:
     rope_parameters: Mapping[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 1_000_000.0}, hash=False
     )
-    # Those of generation_config.json, or of config.json where that file names none.
+    # The end-of-sequence ids of generation_config.json, or of config.json if that file names none.
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None

@@ -88,7 +88,7 @@ def _hub_answers(repo: str) -> bool:
         HfApi().model_info(repo, timeout=_HUB_SECONDS)
     except (HfHubHTTPError, HFValidationError):
         return True  # The download reports what the answer means.
-    except Exception:  # Of the HTTP library, which differs between versions of the hub's client.
+    except Exception:  # The HTTP library, and so its errors, differ between versions of the hub's client.
         return False
     return True
 

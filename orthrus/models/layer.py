@@ -19,11 +19,11 @@ class LayerSplit:
     """How the linear layers are divided among ranks, the same in all decoder layers."""
 
     outputs: Split
-    """Of the layers whose outputs are divided: queries, keys and values, gate and up, and the LM head."""
+    """The split of layers whose outputs are divided: queries, keys and values, gate and up, and the LM head."""
     out: Split
-    """Of the attention's output projection, whose inputs are divided."""
+    """The split of the attention's output projection, whose inputs are divided."""
     down: Split
-    """Of the MLP's last layer, whose inputs are divided."""
+    """The split of the MLP's last layer, whose inputs are divided."""
 
     @staticmethod
     def of(shard: Shard, ranks: Ranks) -> "LayerSplit":

@@ -15,9 +15,9 @@ class CopyBytes(NamedTuple):
     """Bytes of one number in the drafts' own weights."""
 
     layers: float
-    """Of the projections and the MLP."""
+    """In the projections and the MLP."""
     head: float
-    """Of the LM head."""
+    """In the LM head."""
 
 
 def weight_bytes(

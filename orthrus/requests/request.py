@@ -260,8 +260,8 @@ class CycleReport(NamedTuple):
     num_tokens: int
     """Tokens that the cycle committed, a lead's included."""
     drafts: tuple[int, ...]
-    """The drafted token ids as one sequence; empty in an AR step. Of a block, all drafts that were verified. Of a tree, the right
-    drafts, and then the rest of the chain if the right ones are its beginning."""
+    """The drafted token ids as one sequence; empty in an AR step. For a block, these are all drafts that were verified. For a
+    tree, they are the right drafts, and then the rest of its chain, if the chain begins with the right ones."""
     num_accepted: int
     """How many of the drafts, from the front, agreed with the AR view's picks. If the text ends within them, it has fewer."""
 

@@ -20,7 +20,7 @@ class SequenceState:
     """Which of the request's choices it is."""
     params: SamplingParams
     seed: int
-    """Of this choice."""
+    """The seed of this choice."""
     tokens: list[int]
     """Token ids of the prompt and then the committed ones."""
     num_prompt: int
@@ -64,7 +64,7 @@ class SequenceState:
     unscored: range = range(0)
     """Positions that are still to be computed because their logits score the prompt token after them."""
     prompt_scores: list[PromptLogprobs] = field(default_factory=list)
-    """Of the prompt tokens scored so far."""
+    """The scores of the prompt tokens so far."""
     cycles: int = 0
     """As in `RequestStats`."""
     cycle_tokens: int = 0
@@ -132,7 +132,7 @@ class SequenceState:
         return 0 if self.decoding else len(self.tokens) - self.num_computed
 
     def stats(self) -> RequestStats:
-        """What it has cost so far."""
+        """Its costs so far."""
         return RequestStats(
             prompt_tokens=self.num_prompt,
             cached_tokens=self.num_cached,

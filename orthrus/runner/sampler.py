@@ -32,7 +32,7 @@ class PickRows:
 
     params: SamplingParams
     seed: int
-    """Of the sampling noise."""
+    """Seed of the sampling noise."""
     position: int
     """The position that the first row predicts."""
     count: int

@@ -86,7 +86,7 @@ class DecodeCost:
     tree: PassCost | None = None
     """A verify pass of trees, by rows and sequences. None: there are no trees."""
     sampled_row: float = 0.0
-    """What a row adds to a pass if its pick is sampled rather than greedy."""
+    """Seconds that a row adds to a pass if its pick is sampled rather than greedy."""
 
     @cached_property
     def factors(self) -> PassFactors:

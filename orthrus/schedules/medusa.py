@@ -134,7 +134,7 @@ class MedusaSchedule:
             else None
         )
         known = list(itertools.takewhile(lambda token: token != NO_TOKEN, of_heads))
-        position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
+        position = len(sequence.tokens) + accepted  # The newest token's, once these are committed.
         sequence.schedule_state = _Next(position, known, asked)
         return Commit(rows[: accepted + 1], accepted, drafts=drafts)
 

@@ -51,7 +51,7 @@ class _Choice(NamedTuple):
     """The result of the lookup at a position. It is kept as long as the turn waits for a pass."""
 
     position: int
-    """Of the newest token."""
+    """Position of the newest token."""
     drafts: Sequence[int] = ()
     """Empty where the schedule below is to make the turn."""
     planner: DraftPlanner | None = None
@@ -151,7 +151,7 @@ class NgramSchedule:
                 lookups.choice = self._choose(sequence, lookups, batch)
             if drafts := lookups.choice.drafts:
                 groups = ar_rows([sequence.newest_token, *drafts], n, sequence.block_table)
-                # Where the next cycle begins is known only when this one is verified.
+                # Where the next cycle begins depends on the picks of this turn.
                 return Turn(NGRAM_VERIFY, groups, (False,), num_verified=len(drafts), can_advance=False)
         return self._below(sequence).plan(sequence, batch)
 

@@ -55,8 +55,8 @@ class Commit(NamedTuple):
     rows: Sequence[int] | None = None
     """For each token, the row that picked it: its index among the rows with logits of all groups. None: the first rows."""
     drafts: Sequence[int] = ()
-    """What `return_drafts` reports, as one sequence. Of a block, all drafts that were verified. Of a tree, the right drafts, and
-    then the rest of the chain (rank 0 throughout) that it had, if the right ones are the chain's beginning."""
+    """The drafts that `return_drafts` reports, as one sequence. For a block, these are all drafts that were verified. For a tree,
+    they are the right drafts, and then the rest of its chain (rank 0 throughout), if the chain begins with the right ones."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PassTime:
     sequences: int
     """Sequences that took part."""
     seconds: float
-    """From the end of the pass before it, or from its launch if that was later."""
+    """Seconds from the end of the pass before it, or from its launch if that was later."""
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class KeyTokens:
             if b"\\" not in before:
                 self._ending.setdefault(before, []).append(token)
         self._quoted, self._unclear = np.array(quoted, np.int64), np.array(unclear, np.int64)
-        # Where both of these tokens are allowed, any text is: JSON allows no raw line end in a string, and no z outside of one.
+        # If both of these tokens are allowed, any text is: JSON allows no line end inside a string, and no z outside of one.
         self._anything = np.array(
             [self._whole[text][0] for text in (b"\n", b"z") if text in self._whole], np.int64
         )

@@ -21,7 +21,7 @@ class _Counts:
     tried: list[int] = field(default_factory=list)
     """Blocks whose drafts were all right before this depth."""
     hits: list[list[int]] = field(default_factory=list)
-    """In how many of these the right token had rank 1, 2, ..."""
+    """By rank, from 0 for the likeliest: in how many of these blocks the right token had this rank."""
 
 
 def measure_profile(

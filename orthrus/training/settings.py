@@ -16,7 +16,7 @@ class Settings(BaseModel):
 
 
 class TrainingSettings(Settings):
-    """What every kind of training has in common. Exactly one of `steps`, `epochs` and `seconds` sets how long it lasts."""
+    """Settings of every kind of training. Exactly one of `steps`, `epochs` and `seconds` sets how long it lasts."""
 
     # Optimiser steps.
     steps: int | None = None
@@ -61,7 +61,7 @@ class TrainingSettings(Settings):
 
 
 class FrozenBaseSettings(TrainingSettings):
-    """What heads for a frozen base have in common. `epochs` are passes over the model's own answers."""
+    """Settings of all heads for a frozen base. `epochs` are passes over the model's own answers."""
 
     rows: int = 24
     row_length: int = 1024
