@@ -18,6 +18,6 @@ class StageHandler(logging.Handler):
 
 
 def tell_stages(tell: Callable[[str], object]) -> None:
-    """From now on, call `tell` with the name of each stage in this process."""
+    """Call `tell` with each stage in this process, from now on."""
     stages.setLevel(logging.INFO)
     stages.handlers = [StageHandler(tell)]

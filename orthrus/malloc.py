@@ -6,10 +6,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep what it frees, up to 256 MiB: from now on, for all of it; without effect where there is no glibc.
+    """Let the whole process keep up to 256 MiB of freed memory from now on. Has no effect without glibc.
 
-    Every layer of a pass takes megabytes and gives them back. glibc would return them to the kernel each time, and have them
-    cleared and mapped anew: an eighth of a decode step. What loading the weights has left behind goes back first.
+    Every layer of a pass allocates and frees megabytes. glibc would return them to the kernel each time, which would clear and
+    map them again: an eighth of a decode step. Memory that was freed before this call is returned first.
     """
     libc = ctypes.CDLL(None)
     mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)

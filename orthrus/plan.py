@@ -1,9 +1,9 @@
-"""What one forward pass computes: groups of rows, and how they lie in the pass.
+"""What one forward pass computes: groups of rows, and their order in the pass.
 
 A row is one token at one position of one sequence. A `RowGroup` is a run of rows, and all that a schedule has to produce: the
 forward pass, the cache and the sampler are the same for all schedules. `flatten` puts the groups of all sequences into one
-list of rows, AR rows before diffusion rows. A runner may add rows that belong to no group, to fill a pass up to a size that it
-is prepared for. Their keys and values go to page 0, which no sequence owns, and nobody reads their results.
+list of rows, AR rows before diffusion rows. A runner may pad a pass with rows that belong to no group. Their keys and values go
+to page 0, which no sequence owns, and their results are not read.
 """
 
 from collections import defaultdict
@@ -62,7 +62,7 @@ class Verifying:
 
 
 def num_right(drafts: Sequence[int], picks: Sequence[int]) -> int:
-    """How many drafts, from the first on, are what was picked. picks: at least one for each draft."""
+    """How many drafts, from the first on, equal the picks. picks: at least one for each draft."""
     return next((i for i, draft in enumerate(drafts) if draft != picks[i]), len(drafts))
 
 
@@ -89,13 +89,13 @@ class RowGroup:
     positions are in the page are written to both copies. What the page holds from before the pass is copied as the pass begins.
     A group comes right behind its parent, or behind other groups that branch off from the same tree."""
     behind: Verifying | None = None
-    """Drafts of the pass before this one: these rows, a diffusion block, come behind those that are right. `start` is where the
-    block begins if as many as possible are right. For each one that is not, the runner moves it back by a position. It gives the
-    first row the pick behind the last right draft, whatever `tokens` has. Behind a tree, the block table becomes that of the
-    group with this draft."""
+    """Drafts that the pass before this one verifies. This group is then a diffusion block, which follows those that are right.
+    `start` is where the block begins if as many as possible are right. For each one that is not, the runner moves the block back
+    by a position. The first row gets the pick behind the last right draft, whatever `tokens` has. Behind a tree, the block table
+    becomes that of the group with the last right draft."""
     heads: int = 0
-    """How many Medusa heads draft behind these rows: they read the hidden state of the row whose pick follows the last right
-    token. All groups of a pass that have heads have as many."""
+    """How many Medusa heads draft behind these rows. They read the hidden state of the row whose pick follows the last right
+    token. All groups of a pass that have heads have the same number."""
 
     @property
     def end(self) -> int:
@@ -135,7 +135,7 @@ class FlatRows:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What the forward pass reads: the fields of `FlatRows` as tensors on its device."""
+    """The input of the forward pass: the fields of `FlatRows` as tensors on its device."""
 
     tokens: Tensor
     """int32 or int64 [rows]."""
@@ -177,7 +177,7 @@ class PassPlan:
 
 
 def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
-    """The rows of `groups` (none empty): those of AR groups first, else in their order. page_size: positions of a cache page."""
+    """The rows of `groups` (none empty): AR groups first, otherwise in their order. page_size: positions of a cache page."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -203,7 +203,7 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
             groups[index].block_table,
             groups[index].view is View.DIFFUSION,
             _writes_from(groups[index], written, page_size),
-            # A branch has pages of its own from that of its trunk's first row on at the earliest.
+            # A branch's own pages begin no earlier than the page of its trunk's first row.
             trunks[index].start // page_size * page_size if index in trunks else 0,
         )
         for index in order
@@ -233,9 +233,9 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
 
 
 def _append_slots(slots: list[int], written: dict[int, int], group: RowGroup, page_size: int) -> None:
-    """Append the cache slot of every row of an AR group, page by page, and note the first position that a page is written at.
+    """Append the cache slot of every row of an AR group, and add the group's pages to `written`.
 
-    written: that position for each page that the pass writes to.
+    written: for each page that the pass writes to, the first position in it that is written.
     """
     start, num_rows = group.start, len(group.tokens)
     while num_rows > 0:

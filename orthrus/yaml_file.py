@@ -1,4 +1,4 @@
-"""YAML that people write: what two readers would read differently is an error with its place in the file.
+"""Reads YAML that people write. A value that YAML readers understand differently is an error, with its place in the file.
 
 PyYAML reads YAML 1.1, in which 0755 is 493, 1:30 is 90 and a key that comes twice silently counts once.
 """
@@ -26,27 +26,27 @@ class YamlFile:
 
     name: str
     data: Any = None
-    """None where the text has nothing in it."""
+    """None if the document is empty."""
     marks: dict[Keys, tuple[int, int]] = field(default_factory=dict)
     """Line and column, from 1, of the key or item at each path."""
     plain: dict[Keys, str] = field(default_factory=dict)
-    """How values without quotes are spelled."""
+    """The text of each value without quotes, as it is spelled in the file."""
 
     def place(self, path: Keys) -> str:
-        """ "FILE:LINE:COLUMN" of what stands at `path`, or of what it would stand in."""
+        """ "FILE:LINE:COLUMN" of the value at `path`, or of the nearest value around it if there is none."""
         while path not in self.marks and path:
             path = path[:-1]
         return ":".join(map(str, (self.name, *self.marks.get(path, (1, 1)))))
 
     def below(self, key: str) -> "YamlFile":
-        """The same places, for one who has the document under `key`."""
+        """A document in which this one is the value of `key`, with the same places in the file."""
         marks = {(key, *path): mark for path, mark in self.marks.items()}
         plain = {(key, *path): text for path, text in self.plain.items()}
         return YamlFile(self.name, {key: self.data}, marks, plain)
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """The document in a file. Raises ConfigError with file, line and column, as `parse_yaml`, or that it can't be read."""
+    """The document in a file. Raises ConfigError as `parse_yaml` does, and if the file can't be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> YamlFile:
 
 
 def parse_yaml(text: str, name: str) -> YamlFile:
-    """The document in a text. Raises ConfigError with a line for each fault: `name`, line, column and the fix."""
+    """The document in `text`. Raises ConfigError with a line for each fault: `name`, line, column and the fix."""
     try:
         # PyYAML's own SafeLoader, taken in two steps, since positions are known only in between.
         loader = yaml.SafeLoader(text)
@@ -82,7 +82,7 @@ def parse_yaml(text: str, name: str) -> YamlFile:
 
 
 class _Reader:
-    """Looks at a document's nodes, each once, however many aliases it has."""
+    """Checks each node of a document once, however many aliases it has."""
 
     def __init__(self, loader: yaml.SafeLoader, file: YamlFile) -> None:
         self.file = file
@@ -94,7 +94,7 @@ class _Reader:
     def walk(self, node: yaml.Node, path: Keys) -> None:
         self._mark(node, path)
         if id(node) in self._above:
-            self._fault(node, path, "an alias stands for what it is in itself: remove it")
+            self._fault(node, path, "an alias refers to a value that contains it: remove it")
         if id(node) in self._seen:
             return
         self._seen.add(id(node))
@@ -129,7 +129,7 @@ class _Reader:
                 continue
             lines[key] = key_node.start_mark.line + 1
             self.walk(value_node, (*path, key))
-            # A value is found by its key: an empty one has no place of its own.
+            # The place of a value is that of its key, because an empty value has none.
             self._mark(key_node, (*path, key), again=True)
 
     def _check_scalar(self, node: yaml.ScalarNode, path: Keys) -> None:

@@ -43,7 +43,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports left stays to the end: garbage collections need not look through it again and again."""
+    """Objects from the imports stay to the end, so garbage collection need not scan them again and again."""
     gc.collect()
     gc.freeze()
 
@@ -81,7 +81,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """The models here are too small to share out: threads would mostly wait for each other."""
+    """The models here are too small for several threads, which would mostly wait for each other."""
     torch.set_num_threads(1)
 
 

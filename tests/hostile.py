@@ -1,4 +1,4 @@
-"""Values and files that nobody means well with, and bounds on what looking at them may cost."""
+"""Hostile values and files, and bounds on the time and memory of reading them."""
 
 import contextlib
 import resource
@@ -42,7 +42,7 @@ VALUES: dict[str, Any] = {
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Fail where the block takes more than 2 s of a CPU or 1 GiB, or waits for 20 s."""
+    """Fail if the block takes more than 2 s of CPU time or 1 GiB, or waits for 20 s."""
 
     def give_up(*_: object) -> None:
         raise TimeoutError("blocked for 20 s")

@@ -11,7 +11,7 @@ PACKAGES = ("kernels", "orthrus", "deployments", "cluster")
 
 
 class Import(NamedTuple):
-    """One name that a file imports: all of its dots, whether it is needed for annotations only."""
+    """One dotted name that a file imports, and whether only annotations need it."""
 
     name: str
     for_types: bool

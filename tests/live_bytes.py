@@ -1,4 +1,4 @@
-"""Counts the memory of tensors that PyTorch makes: how much of it is alive at a time, at most."""
+"""Counts the memory of tensors that PyTorch makes, and the most that is alive at a time."""
 
 import weakref
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    """Those with memory of their own: not the weights that oneDNN keeps."""
+    """The tensors that have memory of their own, without the weights that oneDNN keeps."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
 
 

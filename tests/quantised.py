@@ -75,7 +75,7 @@ def copy_in_full(path: Path, to: Path, weights: dict[str, Tensor]) -> Path:
 
 
 def quantised_weight(name: str, weight: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
-    """What the weight [outs, ins] called `name` is stored as."""
+    """The tensors that the weight [outs, ins] called `name` is stored as."""
     if settings["quant_method"] == "fp8":
         config = SimpleNamespace(weight_block_size=settings["weight_block_size"], scale_fmt="float")
         whole = [-side % 128 for side in weight.shape]

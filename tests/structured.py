@@ -1,4 +1,4 @@
-"""Structured answers of the small model: what the proof and the suite ask of them."""
+"""Structured answers of the small model, for `make test-structured` and the tests."""
 
 import json
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Answer:
 
 
 def engine(schedule: Literal["ar", "orthrus"]) -> Engine:
-    """The served model. It drafts whatever a pass costs: on a busy machine the cost model would rather not."""
+    """The served model. It always drafts: on a busy machine, the cost model might choose not to."""
     config = EngineConfig(
         model=str(Path(__file__).resolve().parent.parent / "models" / "orthrus-tiny"),
         schedule=schedule,
@@ -90,7 +90,7 @@ def tokens_per_cycle(drafted: Sequence[Answer]) -> float:
 
 
 def strict_json(text: str) -> Any:
-    """What RFC 8259 calls JSON, as it should be: keys come once, texts are Unicode, numbers finite."""
+    """JSON as RFC 8259 recommends it: keys come once, texts are Unicode, and numbers are finite."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         assert len({key for key, _ in pairs}) == len(pairs), pairs

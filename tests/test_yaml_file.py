@@ -21,7 +21,7 @@ FAULTS = {
     "word as a key": ("a:\n  on: 1\n", "f:2:3: a: YAML 1.1 does not read on as text, and a key is text"),
     "number as a key": ("8000: 1\n", "f:1:1: YAML 1.1 does not read 8000 as text, and a key is text"),
     "list as a key": ("? [1]\n: 2\n", "f:1:3: YAML 1.1 does not read this as text"),
-    "alias of itself": ("a: &x [*x]\n", "f:1:4: a[0]: an alias stands for what it is in itself"),
+    "alias of itself": ("a: &x [*x]\n", "f:1:4: a[0]: an alias refers to a value that contains it"),
     "syntax": ("a: [\n", "f:2:1: not YAML: while parsing a flow node"),
     "two documents": ("a: 1\n---\nb: 1\n", "f:2:1: not YAML: expected a single document"),
     "tag": ("a: !!python/name:os.system\n", "f:1:4: not YAML: could not determine a constructor"),
@@ -31,20 +31,20 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_can_be_misread_is_told_with_its_place(fault: str) -> None:
+def test_what_can_be_misread_is_reported_with_its_place(fault: str) -> None:
     text, said = FAULTS[fault]
     with pytest.raises(ConfigError) as caught:
         parse_yaml(text, "f")
     assert str(caught.value).startswith(said)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_yaml("a: 0755\na: 1:30\nb: 1:40\n", "f")
     assert [line.split(" ")[0] for line in str(caught.value).splitlines()] == ["f:1:4:", "f:2:1:", "f:3:4:"]
 
 
-def test_what_every_reader_reads_alike_is_taken() -> None:
+def test_what_every_reader_reads_alike_is_accepted() -> None:
     text = "a: &x {port: 8000, on_: '0755', at: \"1:30\"}\nb:\n  <<: *x\n  port: 9\nc: [0x1F, 0, 1_000, 0.5, ~, yes]\n"
     file = parse_yaml(text, "f")
     assert file.data == {
@@ -57,7 +57,7 @@ def test_what_every_reader_reads_alike_is_taken() -> None:
     assert file.plain["c", 5] == "yes"
 
 
-def test_many_aliases_are_looked_at_once() -> None:
+def test_each_node_is_checked_once_however_many_aliases_it_has() -> None:
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
     assert set(parse_yaml("\n".join(lines), "f").data) == {f"a{i}" for i in range(40)}
 

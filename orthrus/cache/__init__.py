@@ -1,1 +1,1 @@
-"""The paged KV cache: its memory, who owns which page, and what pages are named."""
+"""The paged KV cache: its memory, the owners of its pages, and the hashes by which pages are found again."""

@@ -31,9 +31,9 @@ class KVCache:
         dtype: torch.dtype,
         kv_format: str = DEFAULT_KV_FORMAT,
     ) -> "KVCache":
-        """Memory for `num_pages` pages, page 0 included, which is for rows that belong to no sequence.
+        """Allocate `num_pages` pages. Page 0 is one of them: it is for rows that belong to no sequence.
 
-        config: of the part of the model that is here. dtype: the model's. kv_format: a name in `orthrus.cache.kv_formats`.
+        config: that of this rank's part of the model. dtype: the model's. kv_format: a name in `orthrus.cache.kv_formats`.
         """
         layers = load_kv_format(kv_format).allocate(config, num_pages, page_size, device, dtype)
         return KVCache(layers, page_size, device)
@@ -44,7 +44,7 @@ class KVCache:
 
     @cached_property
     def _tensors(self) -> tuple[list[Tensor], Tensor]:
-        """The tensors of all layers, and where they are in memory."""
+        """The tensors of all layers, and their addresses."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors]
         return tensors, addresses_of(tensors)
 
@@ -52,6 +52,7 @@ class KVCache:
     def copy_pages(self, copies: Tensor, count: int) -> None:
         """Copy the first positions of pages in all layers, on this rank: see `copy_pages` (kernels/rows).
 
-        On a GPU this is ordered like a kernel launch: after the passes launched before it, before those launched after it.
+        copies: int32 [at least 3 * count]. On a GPU this is a kernel launch: it runs after the passes launched before it, and
+        before those launched after it.
         """
         copy_pages(*self._tensors, copies, count)

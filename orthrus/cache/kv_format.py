@@ -1,4 +1,4 @@
-"""What a format of the KV cache has to say and to do: `KVFormat`, and `KVLayer` for one layer's part of the cache.
+"""The interface of a format of the KV cache: `KVFormat`, and `KVLayer` for one layer's part of the cache.
 
 A new format is two files and an entry in `orthrus.cache.kv_formats`. One file has its `KVFormat`. Sizing a cache imports that
 file, so it must import torch only where it allocates. The other has its `KVLayer`, which needs torch and kernels.
@@ -21,7 +21,7 @@ class KVLayer(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Memory that they take."""
+        """Bytes that they take."""
         ...
 
     def write(
@@ -47,13 +47,13 @@ class KVLayer(Protocol):
     def attend(self, qkv: "Tensor", attention: "AttentionPlan", scale: float) -> "Tensor":
         """Attention of all rows to what `attention` says they see: [rows, heads * head_dim] in the dtype of `qkv`.
 
-        qkv: what `write` left. scale: the factor on the products of queries and keys.
+        qkv: as `write` left it. scale: the factor on the products of queries and keys.
         """
         ...
 
     @property
     def tensors(self) -> "tuple[Tensor, ...]":
-        """All that it keeps, contiguous and of one shape in all layers: [kv_heads, pages, page_size, numbers of a position]."""
+        """All its tensors [kv_heads, pages, page_size, numbers of a position], contiguous, with the same shape in all layers."""
         ...
 
 
@@ -61,7 +61,7 @@ class KVFormat(Protocol):
     """How keys and values are stored."""
 
     def bytes_per_token(self, config: "ModelConfig", item_bytes: int) -> int:
-        """Memory that one position takes in all layers. item_bytes: bytes of one number of the model's dtype."""
+        """Bytes that one position takes in all layers. item_bytes: bytes of one number of the model's dtype."""
         ...
 
     def allocate(

@@ -19,5 +19,5 @@ def load_kv_format(name: str) -> "KVFormat":
 
 
 def kv_bytes_per_token(config: "ModelConfig", item_bytes: int, kv_format: str = DEFAULT_KV_FORMAT) -> int:
-    """Memory that one position takes in the KV cache. item_bytes: bytes of one number of the model's dtype."""
+    """Bytes that one position takes in the KV cache. item_bytes: bytes of one number of the model's dtype."""
     return load_kv_format(kv_format).bytes_per_token(config, item_bytes)

@@ -1,6 +1,6 @@
-"""Names of cache pages: equal for equal prefixes, on every replica and in the request router.
+"""Hashes of cache pages. Equal prefixes have equal hashes, on every replica and in the request router.
 
-It imports nothing of the model, so that whoever routes requests can name pages too.
+This file imports nothing of the model, so that the request router can use it.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ PageHash = bytes
 def page_hashes(
     tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = (), *, salt: str = ""
 ) -> list[PageHash]:
-    """Hashes of the full pages of `tokens`, continuing from those of its first pages where they are known.
+    """The hashes of the full pages of `tokens`. known: those of its first pages, which are not computed again.
 
-    salt: prefixes under different ones have no name in common.
+    salt: prefixes with different salts have no hash in common.
     """
     hashes = list(known)
     root = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest() if salt else b""

@@ -1,8 +1,8 @@
-"""`PagePool`: who owns which page of the KV cache.
+"""`PagePool`: the owners of each page of the KV cache.
 
-A page holds `page_size` consecutive positions of one sequence in all layers. Full pages of committed positions are named by a
-hash of all tokens up to their end, so that a later request with the same prefix takes them over. Sharing is exact:
-keys and values of a position are the same bits however they were computed.
+A page holds `page_size` consecutive positions of one sequence in all layers. A full page of committed positions gets a name: a
+hash of all tokens up to its end. A later request with the same prefix finds the page by this hash, and shares it. Sharing is
+exact: keys and values of a position have the same bits however they were computed.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from orthrus.cache.page_hash import PageHash
 
 
 class PagePool:
-    """Hands out pages 1 to num_pages - 1, counts who owns each, and keeps freed named pages until space is short."""
+    """Hands out pages 1 to num_pages - 1 and counts their owners. Named pages without owners are kept until space is short."""
 
     def __init__(self, num_pages: int, prefix_caching: bool = True) -> None:
         self._prefix_caching = prefix_caching
@@ -26,7 +26,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self.capacity = num_pages - 1
         self.promised = 0
-        """Pages that the running sequences may need for the next pass. The scheduler keeps count."""
+        """Pages that the running sequences may need for the next pass. The scheduler sets it."""
 
     @property
     def available(self) -> int:
@@ -35,7 +35,7 @@ class PagePool:
 
     @property
     def spare(self) -> int:
-        """Pages that may be taken for drafts: those that the next pass does not need for what it computes anyway."""
+        """Pages that trees of drafts may take: those that running sequences do not need for the next pass."""
         return max(0, self.available - self.promised)
 
     @property
@@ -44,7 +44,7 @@ class PagePool:
         return self.capacity - self.available
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages of the caller's own, or None when there are too few; evicts the idle pages used longest ago."""
+        """Allocate `count` pages, or return None if there are too few. Evicts idle pages, the least recently used first."""
         if count > self.available:
             return None
         pages = []
@@ -59,7 +59,7 @@ class PagePool:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give up ownership. Pages are idled last first: of a prefix, its end is evicted before its beginning."""
+        """Give up ownership. The last page becomes idle first, so that the end of a prefix is evicted before its beginning."""
         for page in reversed(pages):
             self._owners[page] -= 1
             if self._owners[page] == 0:
@@ -69,13 +69,13 @@ class PagePool:
                     self._free.append(page)
 
     def name(self, page: int, page_hash: PageHash) -> None:
-        """Make a full page of committed positions findable. The first page of a name keeps it."""
+        """Name a full page of committed positions by its hash. Does nothing if another page has this name already."""
         if self._prefix_caching and page not in self._hash_of and page_hash not in self._by_hash:
             self._by_hash[page_hash] = page
             self._hash_of[page] = page_hash
 
     def match(self, hashes: Sequence[PageHash]) -> list[int]:
-        """Pages of the longest known prefix, now shared with the caller."""
+        """The pages of the longest prefix that is cached. The caller becomes an owner of them."""
         pages = []
         for page_hash in hashes:
             page = self._by_hash.get(page_hash)
@@ -88,7 +88,7 @@ class PagePool:
         return pages
 
     def recent(self, limit: int) -> list[PageHash]:
-        """Names of the pages that were named or matched last, newest first. Any thread may ask."""
+        """Names of the `limit` pages that were named or matched last, newest first. Any thread may call it."""
         while True:
             try:
                 return list(islice(reversed(self._by_hash), limit))

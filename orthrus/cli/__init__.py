@@ -1,7 +1,7 @@
 """The `orthrus` command. One module a command; `options` and `output` hold what they share.
 
-Imports that take time (torch, Ray) stand inside the function that needs them, so that `--help` and a mistyped option
-answer at once. The command line stands above all packages: it alone may import from every one of them.
+Slow imports (torch, Ray) are inside the functions that need them, so that `--help` and a mistyped option answer at once. The
+command line is above all packages: it alone may import from every one of them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line. What it parses has a `run(arguments)` that returns an exit status or None for 0."""
+    """The whole command line. Parsed arguments have a function `run(arguments)`, which returns an exit status, or None for 0."""
     parser = argparse.ArgumentParser(
         prog="orthrus", description="Qwen3, several tokens per forward pass, exact."
     )

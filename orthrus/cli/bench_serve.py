@@ -22,19 +22,19 @@ def add_parser(commands: Commands) -> None:
         "--streams", type=positive, default=128, help="requests in flight (default: %(default)s)"
     )
     parser.add_argument(
-        "--requests", type=positive, default=2, help="of each stream and round (default: %(default)s)"
+        "--requests", type=positive, default=2, help="requests of a stream in a round (default: %(default)s)"
     )
     add_rounds_options(parser, new_tokens=64, rounds=5)
     parser.add_argument(
         "--pass-ms",
         type=float,
-        help="in place of the model, wait this long for every pass, as a CPU waits for its GPU",
+        help="replace the passes of the model by waits of so many milliseconds, as a CPU waits for its GPU",
     )
     parser.add_argument(
         "--viewers",
         type=int,
         default=0,
-        help="measure too what so many open pages cost that show the cluster (default: 0, none)",
+        help="also measure what so many open pages cost that show the cluster (default: 0)",
     )
     add_json_option(parser)
     parser.set_defaults(run=run)

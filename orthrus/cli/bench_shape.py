@@ -24,7 +24,7 @@ def add_parser(commands: Commands) -> None:
         "--context",
         type=positive,
         default=1024,
-        help="tokens of the text, half of the new ones included (default: %(default)s)",
+        help="tokens of the prompt and of half of the answer, together (default: %(default)s)",
     )
     add_rounds_options(parser, new_tokens=256, rounds=3)
     parser.add_argument(
@@ -32,8 +32,8 @@ def add_parser(commands: Commands) -> None:
         type=float,
         nargs="+",
         default=[10.6, 3.84],
-        help="what replayed drafts bring; each number has lines of its own (default: 10.6 and 3.84, which are published for "
-        "Orthrus on GSM8K and MT-Bench)",
+        help="tokens per cycle with replayed drafts; the report has lines for each number (default: 10.6 and 3.84, which are "
+        "published for Orthrus on GSM8K and MT-Bench)",
     )
     parser.add_argument(
         "--profile",
@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
         "--mixed-batch",
         type=int,
         default=16,
-        help="size of a batch of which half has the first tokens per cycle, half 2.0; 0 for none (default: %(default)s)",
+        help="size of a mixed batch: half at the first --tokens-per-cycle, half at 2.0; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--prompts",

@@ -51,13 +51,13 @@ def add_parser(commands: Commands) -> None:
         "--tokens-per-cycle",
         type=float,
         default=10.6,
-        help="what Orthrus' replayed drafts bring (default: %(default)s, published for GSM8K)",
+        help="tokens per cycle with Orthrus' replayed drafts (default: %(default)s, published for GSM8K)",
     )
     shape.add_argument(
         "--medusa-tokens-per-cycle",
         type=float,
         default=2.5,
-        help="what Medusa's replayed drafts bring (default: %(default)s, an assumption: `orthrus compare MODEL` measures heads)",
+        help="tokens per cycle with Medusa's replayed drafts (default: %(default)s, assumed; `orthrus compare MODEL` measures)",
     )
     shape.add_argument("--medusa-heads", type=positive, default=5, help="(default: %(default)s)")
     shape.add_argument(

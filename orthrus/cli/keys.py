@@ -11,7 +11,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser("keys", help="API keys for a served model")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     new = actions.add_parser(
-        "new", help="make a key: its entry for the keys file on stdout, the key itself on stderr, this once"
+        "new",
+        help="make a key: prints its entry for the keys file to stdout, and the key, only now, to stderr",
     )
     new.add_argument("name", metavar="NAME", help="whose key it is, in logs and limits")
     new.add_argument(

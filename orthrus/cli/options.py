@@ -42,7 +42,7 @@ def add_schedule_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    """Add what `sampling_params` reads. max_tokens: the default, None for as many as the context holds."""
+    """Add the options that `sampling_params` reads. max_tokens: its default; None for as many as the context holds."""
     default = "the context limit" if max_tokens is None else max_tokens
     parser.add_argument(
         "--max-tokens", type=int, default=max_tokens, help=f"most tokens to generate (default: {default})"
@@ -57,7 +57,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | N
 
 
 def add_rounds_options(parser: argparse.ArgumentParser, *, new_tokens: int, rounds: int) -> None:
-    """Add the length of a benchmark, given its defaults."""
+    """Add the new tokens and the rounds of a benchmark, with these defaults."""
     parser.add_argument(
         "--new-tokens", type=positive, default=new_tokens, help="per request (default: %(default)s)"
     )
@@ -87,7 +87,7 @@ def add_tensor_parallel_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of JSON for a report on stdout."""
+    """Add the option to print a report as JSON."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -110,7 +110,7 @@ def time(text: str) -> datetime:
 
 
 def sampling_params(arguments: argparse.Namespace) -> "SamplingParams":
-    """What `add_sampling_options` has read. Raises RequestError if a value is out of range."""
+    """The sampling parameters from the options of `add_sampling_options`. Raises RequestError if a value is out of range."""
     from orthrus.requests.request import SamplingParams
 
     return SamplingParams(
@@ -126,7 +126,7 @@ def sampling_params(arguments: argparse.Namespace) -> "SamplingParams":
 
 
 def load_engine(arguments: argparse.Namespace) -> "Engine":
-    """Load the engine that `add_model_options` and `add_schedule_option` describe, telling on stderr how far it is."""
+    """Load the engine that the options of `add_model_options` and `add_schedule_option` describe. Progress goes to stderr."""
     from orthrus.cli.output import progress
     from orthrus.loading import tell_stages
 

@@ -8,14 +8,14 @@ from orthrus.errors import ConfigError, RequestError
 
 
 class Report(Protocol):
-    """What a measuring command returns."""
+    """The result of a command that measures."""
 
     def to_json(self) -> str: ...
     def to_text(self) -> str: ...
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """Run `work`; its status, or 0 for None. An error that the user can act on goes to stderr and is 2, Ctrl-C is 130."""
+    """Run `work` and return its status, or 0 for None. An error that the user can fix goes to stderr and gives 2; Ctrl-C 130."""
     try:
         return work() or 0
     except (ConfigError, RequestError) as error:

@@ -1,4 +1,4 @@
-"""`orthrus quantize`: a copy of a checkpoint in few bits, or one in full of a copy that lost nothing."""
+"""`orthrus quantize`: writes a copy of a checkpoint in few bits, or restores the original from a lossless copy."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "model",
-        help="a checkpoint in full, or in lossless12 with --restore: a directory or a hub id",
+        help="directory or hub id of a checkpoint that is not quantised, or, with --restore, of one in lossless12",
     )
     parser.add_argument("out", type=Path, help="the directory to write")
     parser.add_argument(
@@ -23,11 +23,11 @@ def add_parser(commands: Commands) -> None:
         choices=FORMATS,
         default="fp8",
         help="fp8: e4m3 with a scale for 128 x 128 weights; int8: GPTQ's format, rounded to the nearest; lossless12: bfloat16 "
-        "weights in 12 bits, every bit of them, for orthrus alone "
+        "weights in 12 bits without loss, which only orthrus reads "
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--restore", action="store_true", help="write a copy in full of a checkpoint in lossless12"
+        "--restore", action="store_true", help="restore the original of a checkpoint in lossless12"
     )
     parser.set_defaults(run=run)
 

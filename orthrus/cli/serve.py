@@ -1,4 +1,4 @@
-"""`orthrus serve`: a Serve config on this machine."""
+"""`orthrus serve`: runs a Serve config on this machine."""
 
 import argparse
 import threading
@@ -14,7 +14,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", type=Path, help="a Ray Serve YAML file, such as configs/tiny-cpu.yaml"
     )
-    parser.add_argument("--address", help="of a running Ray cluster to deploy on; default: start one here")
+    parser.add_argument(
+        "--address", help="address of a running Ray cluster to deploy on (default: start one here)"
+    )
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""Text in the terminal: one streamed completion, and a conversation of them."""
+"""Text in the terminal: a streamed completion, and a conversation."""
 
 import contextlib
 import itertools
@@ -29,9 +29,9 @@ class Answer:
     """None if Ctrl-C stopped it."""
     greedy: bool
     seconds: float
-    """Of the whole completion."""
+    """Time of the whole completion."""
     first_token_seconds: float
-    """Up to the first token."""
+    """Time until the first token."""
 
 
 def tokenizer_of(engine: Engine) -> Any:
@@ -44,9 +44,9 @@ def tokenizer_of(engine: Engine) -> Any:
 def stream_text(
     engine: Engine, prompt: Sequence[int], params: SamplingParams, write: Callable[[str], object]
 ) -> Answer:
-    """Complete `prompt` (token ids) on an otherwise idle engine; `write` gets the text piece by piece as it is final.
+    """Complete `prompt` (token ids) on an otherwise idle engine. `write` gets each piece of the text as soon as it is final.
 
-    Ctrl-C cancels the request and returns what there is. Raises RequestError.
+    Ctrl-C cancels the request, and the answer so far is returned. Raises RequestError.
     """
     request = Request(f"terminal-{next(_request_numbers)}", prompt, params)
     text = TextStream(tokenizer_of(engine), params.stop)

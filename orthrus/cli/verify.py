@@ -1,4 +1,4 @@
-"""`orthrus verify`: whether a model's text depends on schedule or batch."""
+"""`orthrus verify`: checks that a model's text does not depend on schedule or batch."""
 
 import argparse
 
@@ -28,7 +28,7 @@ def add_parser(commands: Commands) -> None:
         "--max-batch", type=positive, default=16, help="most requests in flight (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the prompts, batches and samples (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the prompts, batches and samples (default: %(default)s)"
     )
     parser.add_argument(
         "--no-hf", action="store_true", help="skip the comparison with Hugging Face's forward"
@@ -39,7 +39,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what was compared; 1 if something differs."""
+    """Print what was compared. Returns 1 if something differs."""
     from orthrus.measure.verify import VerifyOptions, verify
 
     options = VerifyOptions(

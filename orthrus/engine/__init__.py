@@ -1,6 +1,6 @@
 """The engine: requests in, chunks of committed tokens out, one forward pass a step.
 
-Names are loaded on first use: whoever only reads settings (`orthrus.engine.config`) does not pay for torch.
+Names are loaded on first use, so reading settings (`orthrus.engine.config`) does not import torch.
 """
 
 from typing import TYPE_CHECKING

@@ -15,7 +15,7 @@ from orthrus.text.word_mask import JointMask, WordMask, WordRules
 
 
 class Admission:
-    """Knows the model's limits, and nothing of what runs: any thread may use it."""
+    """Checks requests against the model's limits. It does not know what runs, so any thread may use it."""
 
     def __init__(
         self,
@@ -25,13 +25,13 @@ class Admission:
         grammar_masks: Callable[[str], TokenMask] | None,
         schedules: tuple[str, ...],
     ) -> None:
-        """tokenizer: a Hugging Face one, or None. grammar_masks: as for `EngineCore`. schedules: that a request may choose."""
+        """tokenizer: a Hugging Face one, or None. grammar_masks: as for `EngineCore`. schedules: what a request may choose."""
         self.schedules = schedules
         self._model = model
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._grammar_masks = grammar_masks
-        # A request's rules are asked for when it is checked, and again when it is submitted.
+        # Cached because `masks` runs when a request is checked, and may run again when it is submitted.
         self._word_rules = lru_cache(maxsize=32)(partial(WordRules, tokenizer, model.vocab_size))
 
     @property
@@ -40,7 +40,7 @@ class Admission:
         return self._grammar_masks is not None
 
     def check(self, request: Request) -> None:
-        """Raise RequestError, naming the field, for a request that can never be served. Token masks are not looked at."""
+        """Raise RequestError, naming the field, for a request that can never be served. `masks` checks grammars and words."""
         prompt, params, vocab = request.prompt, request.params, self._model.vocab_size
         if not prompt:
             raise RequestError("the prompt must have at least one token", "prompt")
@@ -64,9 +64,9 @@ class Admission:
         """Why a request can't choose this schedule, and what it can choose."""
         reason = ""
         if schedule in SCHEDULES:
-            reason = ": this model's weights can't do it"
+            reason = ": the model lacks the weights for it"
             if SCHEDULES[schedule].fits(self._model.has_diffusion, has_medusa=True):
-                reason = f": the engine's setting schedule would have to be {schedule!r}"
+                reason = f": to allow it, set the engine's schedule to {schedule!r}"
         return f"schedule must be one of {', '.join(self.schedules)}, got {schedule!r}{reason}"
 
     def masks(self, params: SamplingParams) -> list[TokenMask | None]:
@@ -101,7 +101,7 @@ class Admission:
         prompt = list(request.prompt)
         limit = self._max_model_len
         max_length = limit if params.max_tokens is None else min(limit, len(prompt) + params.max_tokens)
-        # A prompt that is only scored has room for the pick of its last row, which nobody gets.
+        # With max_tokens 0, the sequence would otherwise count as complete before its prompt is computed.
         max_length = max(max_length, len(prompt) + 1)
         eos_ids = () if params.ignore_eos else self._model.eos_token_ids
         stop_ids = frozenset(params.stop_token_ids) | frozenset(eos_ids)

@@ -1,7 +1,7 @@
 """The engine in a thread of its own, fed through a queue: a slow client never stalls a pass.
 
-asyncio code calls `run`; the thread runs passes while there is work and sleeps on its inbox while there is none. The
-chunks of a pass cross to each event loop in one call, and reach each sink in one call.
+asyncio code calls `run`. The thread runs passes while there is work, and sleeps on its inbox while there is none. All chunks
+of a pass go to each event loop in one call, and to each sink in one call.
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from orthrus.text.token_mask import TokenMask
 logger = logging.getLogger(__name__)
 
 _TELL_SECONDS = 1.0
-"""What an event loop is given to tell its requests that the engine has failed."""
+"""How long to wait for an event loop to report the engine's failure to its requests."""
 
 Sink = Callable[[list[Chunk]], None]
-"""Takes chunks of any requests, each request's in order. Called on the event loop of the requests' callers."""
+"""Takes the chunks of one or more requests, those of each request in order. Called on the event loop of their callers."""
 
 
 @dataclass(frozen=True)
 class _Listener:
-    """A request, and who waits for its chunks."""
+    """A request, and where its chunks go."""
 
     request: Request
     masks: list[TokenMask | None]
-    """What `Engine.prepare` gave for the request."""
+    """What `Engine.prepare` returned for the request."""
     sink: Sink
     """Where the chunks go."""
     loop: asyncio.AbstractEventLoop
@@ -52,9 +52,9 @@ class AsyncEngine:
     """Runs `engine` until `close`. All methods may be called from any thread; `run` from any event loop."""
 
     def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] = lambda error: None) -> None:
-        """on_failure: called on the engine's thread with what the engine died of, after its requests have been told.
+        """on_failure: called on the engine's thread with the error that stopped the engine, after all requests have ended.
 
-        It may end the process: until it returns, a new request is not told that the engine has stopped.
+        It may end the process. Requests that come before it returns wait for it, and then fail.
         """
         self.engine = engine
         self._error: Exception | None = None
@@ -64,7 +64,7 @@ class AsyncEngine:
         self._listeners: dict[str, _Listener] = {}
         self._thread = threading.Thread(target=self._run, name="orthrus-engine", daemon=True)
         self._thread.start()
-        engine.ranks.watch(self._inbox.put)  # The thread may be waiting for requests.
+        engine.ranks.watch(self._inbox.put)  # Into the inbox, because the thread may be waiting on it.
 
     @property
     def stats(self) -> EngineStats:
@@ -72,10 +72,10 @@ class AsyncEngine:
         return self.engine.stats
 
     async def run(self, request: Request, sink: Sink) -> None:
-        """Run `request` to its end; `sink` gets its chunks, those of a pass together with other requests' of the same sink.
+        """Run `request` to its end, and give its chunks to `sink`. If requests share a sink, one call has all chunks of a pass.
 
-        One choice that ends with an error ends them all. Cancelling the call cancels the request. Raises RequestError
-        before anything runs, and RuntimeError if the engine has failed.
+        If one choice ends with an error, the others end too. Cancelling the call cancels the request. Raises RequestError
+        before anything runs, and RuntimeError if the engine has stopped.
         """
         params = request.params
         if params.grammar is None and not params.has_word_rules:
@@ -85,7 +85,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         listener = _Listener(request, masks, sink, loop, loop.create_future())
         self._inbox.put(listener)
-        # Asked after the put: the thread empties its inbox once more after it has set the flag.
+        # Checked after the put: the thread empties its inbox once more after it has set the flag.
         if self._stopped:
             raise RuntimeError(f"the engine has stopped: {self._error or 'it was closed'}")
         try:
@@ -115,7 +115,7 @@ class AsyncEngine:
         self._fail_all(_failed(self._error) if self._error else "the engine was closed")
 
     def _take_messages(self) -> bool:
-        """Handle what is in the inbox, waiting for a message if there is nothing else to do. False: close."""
+        """Handle all messages in the inbox. If the engine has no work, wait for one. Returns False if the engine is to close."""
         while True:
             try:
                 message = self._inbox.get(block=not self.engine.has_work)
@@ -133,7 +133,7 @@ class AsyncEngine:
             try:
                 self.engine.submit(request, message.masks)
             except RequestError as error:
-                # `run` has checked it; only a request id in use again can have come between.
+                # `run` has checked the request. Since then, only another request with its id can have started.
                 _post(message.loop, {message.sink: [_failure(request.request_id, error.message)]}, [message])
             else:
                 self._listeners[request.request_id] = message
@@ -158,7 +158,7 @@ class AsyncEngine:
             _post(loop, by_sink, ended[loop])
 
     def _fail_all(self, message: str) -> set[asyncio.AbstractEventLoop]:
-        """Tell every request, also those still in the inbox, that it will not finish. Returns the loops that will tell them."""
+        """End every request with an error chunk, those in the inbox included. Returns the event loops of their callers."""
         while not self._inbox.empty():
             waiting = self._inbox.get()
             if isinstance(waiting, _Listener):
@@ -181,7 +181,7 @@ def _failure(request_id: str, message: str) -> Chunk:
 
 
 def _post(loop: asyncio.AbstractEventLoop, by_sink: dict[Sink, list[Chunk]], ended: list[_Listener]) -> None:
-    """Hand chunks to their sinks on `loop` and end those calls; a loop that has been closed has nobody left to tell."""
+    """On `loop`, give chunks to their sinks, and then end the calls of `ended`. Does nothing if the loop is closed."""
 
     def hand_over() -> None:
         for sink, chunks in by_sink.items():
@@ -197,11 +197,11 @@ def _post(loop: asyncio.AbstractEventLoop, by_sink: dict[Sink, list[Chunk]], end
 
 
 def _wait_for(loops: Iterable[asyncio.AbstractEventLoop]) -> None:
-    """Wait until the loops have done what was posted to them; but not long, since one may stand still."""
+    """Wait until the loops have run what was posted to them. A loop may hang, so wait at most `_TELL_SECONDS` for each."""
     for loop in loops:
         done = threading.Event()
         try:
-            # The callback after the next one: some loops write to sockets only when a round of callbacks is over.
+            # Scheduled twice, to run one round of callbacks later: some loops write to sockets only at the end of a round.
             loop.call_soon_threadsafe(loop.call_soon, done.set)
         except RuntimeError:
             continue

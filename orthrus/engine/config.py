@@ -33,7 +33,7 @@ class EngineConfig(BaseModel):
     served_model_name: str | None = None
     """What clients call the model."""
     device: str = "auto"
-    """As torch names devices; "auto" is CUDA where there is one."""
+    """A device as torch names it. "auto" is CUDA if there is a GPU, and else the CPU."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = "auto"
     weights: Literal["auto", "bf16", "lossless12"] = "auto"
     """How a GPU keeps the weights of a bfloat16 model: in full ("bf16"), or in 12 bits each, of which no bit is lost
@@ -44,25 +44,26 @@ class EngineConfig(BaseModel):
     """Most rows that verify drafts, the newest token's included. None for the checkpoint's block_size, and 32 for n-gram drafts.
     The engine drafts fewer where its cost model says that this pays."""
     prompt_lookup_max: int = Field(default=4, ge=0)
-    """Most tokens of an n-gram that is looked up in prompt and text: what followed it there is drafted. 0 for no lookups."""
+    """Most tokens of an n-gram that is looked up in prompt and text. The tokens that followed it there are drafted. 0 turns
+    lookups off."""
     prompt_lookup_min: int = Field(default=2, ge=1)
     """Fewest tokens of such an n-gram."""
     adaptive_draft: bool = True
     """Whether the cost model may shorten or skip drafts. It changes nothing where nothing is drafted."""
     draft_lead: bool | None = None
-    """Whether a draft pass computes the first token after the newest one exactly, beside the block that drafts those after it.
-    None for where the cost model says that this pays."""
+    """Whether a draft pass also computes the next token exactly, beside the block that drafts the tokens after it. None lets the
+    cost model decide."""
     draft_weights: Literal["auto", "same", "fp8", "int4", "lossless8"] = "auto"
-    """What draft passes multiply: the "same" weights as AR rows, or copies of their own. Copies in "fp8" take half the memory of
-    16-bit weights, and those in "int4" little more than a quarter. With `weights` "lossless12", drafts may read "lossless8", the
-    first 8 of the 12 bits, which takes no memory.
+    """The weights of draft passes: the "same" as those of AR rows, or copies. Copies in "fp8" take half the memory of 16-bit
+    weights, and those in "int4" little more than a quarter. With `weights` "lossless12", drafts may read "lossless8", the first
+    8 of the 12 bits, which takes no memory.
 
-    "auto" is "lossless8" where weights are in 12 bits, and else "fp8", if the GPU has FP8 matrix units and `draft_lead` is
-    not true. For "fp8" the checkpoint must also be in 16 bits and not quantised, and the KV cache must keep three quarters of
-    its size and room for a full context, or else the `kv_cache_tokens` that are set. "auto" never chooses "int4"."""
+    "auto" is "same" if the GPU has no FP8 matrix units or `draft_lead` is true. Otherwise it is "lossless8" where weights are in
+    12 bits, and else "fp8". For "fp8" the checkpoint must also be in 16 bits and not quantised, and the KV cache must keep three
+    quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set. "auto" is never "int4"."""
     draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0
-    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies; 0 for no trees. "auto": on
-    one GPU up to 64, where the cost model says that this pays, and no trees elsewhere."""
+    """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies. 0 turns trees off. "auto"
+    is 0, but on one GPU up to 64, where the cost model says that this pays."""
     medusa_heads: str | None = None
     """Directory of the Medusa heads for the schedule "medusa", made by `orthrus train medusa`. None: the model's own."""
     max_model_len: int | None = Field(default=None, ge=2)
@@ -73,18 +74,18 @@ class EngineConfig(BaseModel):
     """Most prompt rows in one pass."""
     kv_cache_tokens: int | None = Field(default=None, ge=1)
     """Capacity of the paged KV cache in tokens, over all sequences, rounded up to pages. None makes room for `max_num_seqs` full
-    contexts, as far as there is memory: 2 GiB on a CPU; on a GPU what weights and passes leave of `gpu_memory_utilization`."""
+    contexts, within 2 GiB on a CPU, and on a GPU within what weights and passes leave of `gpu_memory_utilization`."""
     page_size: Literal[8, 16, 32, 64, 128, 256] | None = None
-    """Tokens of a page, None for 16 on a CPU and 64 on a GPU, which reads a multiple of 64."""
+    """Tokens of a page. None is 16 on a CPU and 64 on a GPU. A GPU needs a multiple of 64."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     """The share of the GPU's memory that the engine may use."""
     prefix_caching: bool = True
-    """Whether requests share pages of the cache with earlier ones that begin alike."""
+    """Whether requests reuse cached pages of earlier requests that begin with the same tokens."""
     tensor_parallel_size: Literal[1, 2, 4, 8] = 1
     """GPUs of one host that share the model, or processes on a CPU. It changes the speed, and never the text."""
     sum_leaves: Literal[1, 2, 4, 8] | None = None
-    """Parts into which some of the model's sums are cut, and so the most GPUs that can share it. Where this number is the same,
-    texts are too, to the last bit. More than 2 slow prompts down. None is 2, or 1 for models that can't be shared."""
+    """Into how many parts some of the model's sums are cut. At most so many GPUs can share the model. Texts depend on this
+    number, and never on the number of GPUs. More than 2 slows prompts down. None is 2, or 1 for models that can't be shared."""
 
     @field_validator("schedule")
     @classmethod
@@ -162,7 +163,7 @@ class EngineConfig(BaseModel):
         return self
 
     def with_settings(self, model: "ModelConfig") -> "ModelConfig":
-        """The model with what these settings say of its arithmetic."""
+        """`model` with the setting that changes its arithmetic, `sum_leaves`, if it is set."""
         return model if self.sum_leaves is None else replace(model, sum_leaves=self.sum_leaves)
 
     def schedule_for(self, model: "ModelConfig") -> str:
@@ -190,17 +191,17 @@ class EngineConfig(BaseModel):
         how = model.quantization
         if self.weights == "bf16" and how is not None and how.lossless:
             raise ConfigError(
-                f"weights 'bf16' does not fit {model.name}, which is stored in lossless12: remove weights, or write a copy in "
-                "full with orthrus quantize --restore"
+                f"weights 'bf16' does not fit {model.name}, which is stored in lossless12: remove the setting weights, or write "
+                "a bfloat16 copy with orthrus quantize --restore"
             )
         if self.weights == "lossless12" and how is not None and not how.lossless:
             raise ConfigError(
-                f"weights 'lossless12' keeps weights of bfloat16, and {model.name} is quantised ({how.method}): "
-                "remove weights, or serve the checkpoint that it was made from"
+                f"weights 'lossless12' needs bfloat16 weights, and {model.name} is quantised ({how.method}): "
+                "remove the setting weights, or serve the checkpoint that it was made from"
             )
 
     def check_model(self, model: "ModelConfig") -> None:
-        """Raise ConfigError for what `model` can't do, naming the setting."""
+        """Raise ConfigError, naming the setting, if a setting does not fit `model`."""
         check_ranks(self.with_settings(model), self.tensor_parallel_size)
         limit, positions = self.max_model_len, model.max_position_embeddings
         if limit is not None and limit > positions:

@@ -67,11 +67,11 @@ class EngineCore:
         ranks: Ranks = ONE_RANK,
     ) -> None:
         """weights: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied. ranks: those that share the
-        model, of which this is rank 0; then the weights are this rank's (`load_weights`).
+        model, if there are several. This process is then rank 0, and `weights` is its part of the tensors (`load_weights`).
 
-        tokenizer: a Hugging Face one, needed for stop strings only. grammar_masks: makes the token mask of a sequence from
-        `SamplingParams.grammar`, or raises RequestError. Raises ConfigError for settings that do not fit the model or the
-        device.
+        tokenizer: a Hugging Face one, needed for stop strings and bad words only. grammar_masks: makes the token mask of a
+        sequence from `SamplingParams.grammar`, or raises RequestError. Raises ConfigError for settings that do not fit the model
+        or the device.
         """
         model_config = config.with_settings(with_own_head(model_config, weights))
         config.check_model(model_config)
@@ -134,7 +134,7 @@ class EngineCore:
         return self._admission.masks(request.params)
 
     def _check(self, request: Request) -> None:
-        # One look into a dict, which other threads may take too.
+        # A single dict lookup, which is safe on any thread.
         if request.request_id in self._by_request:
             raise RequestError(f"a request with id {request.request_id!r} is already running", "request_id")
         self._admission.check(request)
@@ -150,15 +150,15 @@ class EngineCore:
     # --- the loop
 
     def step(self) -> list[Chunk]:
-        """Launch a pass over what is due, and return the chunks of passes that are over, in order of arrival.
+        """Plan and launch a pass, and return the chunks of the passes that are over.
 
-        Where the next pass can be planned before the picks are known, and the runner feeds tokens, a pass stays in flight: the
-        next step launches another one before it reads the picks.
+        A pass stays in flight if the next one can be planned before its picks are known, and if the runner feeds tokens. The
+        next step then launches another pass before it reads these picks.
         """
         begin = time.perf_counter()
         chunks: list[Chunk] = []
         if self._scheduler.may_preempt() and self._in_flight:
-            # A preempted sequence is computed again from the tokens that are known.
+            # A preempted sequence is computed again from its committed tokens, so none of its tokens may be in flight.
             chunks += self._collect(keep=0)
         planned = self._scheduler.plan()
         if planned:
@@ -190,11 +190,11 @@ class EngineCore:
                 self._scheduler.mark_computed(part.sequence, part.num_rows)
 
     def _collect(self, keep: int) -> list[Chunk]:
-        """Wait for the passes in flight but for the last `keep`, and commit their picks."""
+        """Wait for all passes in flight except the last `keep`, and commit their picks."""
         chunks: list[Chunk] = []
         while len(self._in_flight) > keep:
             done = self._in_flight.popleft()
-            # Also for a pass without picks: the runner has no room for more than one that has not been waited for.
+            # Wait for a pass without picks, too: the runner has room for one pass that has not been waited for.
             picks = iter(follow_masks(done.launched.logits, done.rows, done.launched.picks()))
             records: list[TurnRecord] | None = [] if self.observer is not None else None
             row = 0
@@ -204,7 +204,7 @@ class EngineCore:
                 first, row = row, row + part.num_logits
                 scored = first + part.num_scoring
                 scores = next(picks) if part.num_scoring else []
-                # As pick_rows made them: one list for the rows that score, then one for each group with further logits.
+                # In the order of pick_rows: one list for the scoring rows, then one for each group with further logits.
                 picked = [
                     next(picks) if group.num_logits > part.num_scoring else [] for group in part.turn.groups
                 ]
@@ -230,9 +230,9 @@ class EngineCore:
         logits: Tensor,
         records: list[TurnRecord] | None,
     ) -> Chunk | None:
-        """Turn a part's picks into tokens, append them one by one, and report them. None if nothing came of it.
+        """Turn a part's picks into tokens, and append these to the sequence. Returns their chunk, or None if there is none.
 
-        records: where the record of the turn goes.
+        picks: one list for each group. logits: [rows with picks, vocab_size]. records: gets the record of the turn.
         """
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])
@@ -263,7 +263,7 @@ class EngineCore:
             sequence.cycles += turn.ends_cycle
             self._cycles += turn.ends_cycle
             self._committed += len(taken)
-        # Every row whose input was committed is final: x_n and the accepted drafts.
+        # The keys and values of x_n and of the accepted drafts are final.
         if part.decoding and not part.num_advanced:
             self._scheduler.mark_computed(sequence, len(taken))
         else:
@@ -273,7 +273,7 @@ class EngineCore:
         return tokens_chunk(sequence, turn, commit, taken, logits, first, error)
 
     def _fail(self, sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
-        """End a sequence that cannot go on. param: the request's field that is the reason, if one is."""
+        """End a sequence that cannot go on, with an error chunk. param: the request's field that is at fault, if any."""
         sequence.finish_reason = "error"
         self._finish(sequence)
         return final_chunk(sequence, error, param)
@@ -284,7 +284,7 @@ class EngineCore:
         if all(choice.finish_reason is not None for choice in choices):
             del self._by_request[sequence.request_id]
 
-    # --- what it is and what it does
+    # --- state
 
     @property
     def schedule_name(self) -> str:
@@ -305,18 +305,18 @@ class EngineCore:
         return request_id in self._by_request
 
     def live_requests(self) -> list[str]:
-        """Ids of the requests that have an unfinished choice. Any thread may ask: the copy is one call into C."""
+        """Ids of the requests that have an unfinished choice. Any thread may call it: copying the keys is one call into C."""
         return list(self._by_request)
 
     def recent_prefixes(self, limit: int) -> list[PageHash]:
-        """Names of the cached pages used last, newest first: what `page_hashes` gives for the prompts that they begin.
+        """Hashes of the `limit` cached pages used last, newest first, as `page_hashes` computes them from prompts.
 
-        Any thread may ask.
+        Any thread may call it.
         """
         return self._pool.recent(limit)
 
     def _publish(self) -> None:
-        """Take the snapshot that other threads read."""
+        """Replace `stats`, the snapshot that other threads read."""
         scheduler = self._scheduler
         self.stats = EngineStats(
             passes=self._passes,
@@ -337,26 +337,26 @@ class EngineCore:
         )
 
     def _tell(self, done: InFlight, records: list[TurnRecord] | None) -> None:
-        """Tell the observer and the schedule what a pass took. records: of its turns, if there is an observer."""
+        """Report a pass to the observer, and its time to the schedule. records: of its turns, if there is an observer."""
         end, last_end = time.perf_counter(), self._last_end
         seconds = end - max(done.begin, last_end)
         self._last_end = end
         if self.observer is not None and records is not None:
             num_rows = sum(part.num_rows for part in done.planned)
             self.observer(PassRecord(tuple(records), num_rows, seconds, done.ahead))
-        # A pass that was launched after the one before it had ended waited for the host.
+        # Left out: a pass that was launched after the last one had ended, because the device waited for the host.
         if self._watchers and (done.begin < last_end or not self.runner.feeds_tokens):
             tell_time(self._watchers, done.planned, seconds)
 
     # --- set-up
 
     def use_device(self) -> None:
-        """Launch what this thread launches on the engine's GPU, if it has one."""
+        """Make the engine's GPU, if it has one, the current device of this thread."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def schedule_context(self) -> ScheduleContext:
-        """What a schedule for this engine is built from. Its timer may be used while nothing runs, and overwrites the cache."""
+        """What a schedule for this engine is built from. Use its timer only while nothing runs: it overwrites the cache."""
         timer = PassTimer(
             partial(time_pass, self.runner),
             context=self.max_model_len,
@@ -381,18 +381,18 @@ class EngineCore:
         )
 
     def use_schedule(self, schedule: Schedule) -> None:
-        """Decode by another schedule from now on, while nothing runs. Raises ValueError if its turns have too many groups."""
+        """Decode with another schedule, while no request runs. Raises ValueError if its turns have too many groups."""
         assert not self.has_work, "a sequence's state belongs to its schedule"
         if (groups := schedule.max_groups) > self._max_groups:
             raise ValueError(
-                f"its turns have up to {groups} groups, and the engine has room for {self._max_groups}, as many as "
-                f"{self.schedule_name!r} needs: choose the schedule by the engine's settings instead"
+                f"the schedule's turns have up to {groups} groups, and the engine has room for {self._max_groups}, as many as "
+                f"{self.schedule_name!r} needs: choose the schedule in the engine's settings instead"
             )
         self._collect(keep=0)
         self._scheduler.schedule = schedule
 
     def use_runner(self, runner: ModelRunner) -> None:
-        """Run passes by another runner from now on, while nothing runs."""
+        """Run passes with another runner from now on. No request may be running."""
         assert not self.has_work, "passes in flight belong to their runner"
         self._collect(keep=0)
         self.runner = runner

@@ -29,7 +29,7 @@ def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
 
 
 def check_draft_weights(config: EngineConfig, shard: Shard, *, multiplies_fp8: bool) -> None:
-    """Raise ConfigError if the copies that are asked for can't be made of the rank's weights, or bring nothing on its device.
+    """Raise ConfigError if `config` asks for copies that can't be made from the rank's weights, or gain nothing on its device.
 
     multiplies_fp8: whether the device is a GPU with FP8 matrix units, or a CPU, where copies are for tests.
     """
@@ -44,16 +44,16 @@ def check_draft_weights(config: EngineConfig, shard: Shard, *, multiplies_fp8: b
 
 
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:
-    """The weight format of the drafts' own weights as far as `config` alone says. None: they have none, or "auto" decides."""
+    """The weight format that `config` names for drafts. None if drafts share the AR rows' weights, or if "auto" decides."""
     wanted = config.draft_weights
     return wanted if wanted in (*COPY_BYTES, ONE_PLANE) and _may_have_copies(config, model) else None
 
 
 def shared_format(config: EngineConfig, model: ModelConfig) -> str | None:
-    """The weight format of the diffusion view of a quantised model on a GPU, unless it is to have copies; None for other models.
+    """The weight format of a quantised model's drafts on a GPU, if they have no copies. None for other models.
 
-    It is that of the AR rows, so drafts share what is not of one view. A kernel takes one format, and the projections of the
-    diffusion view are not quantised: so they are layers of their own, and no pass has rows of both views.
+    The drafts share all weights with the AR rows, except the projections of the diffusion view. These are not quantised, and a
+    kernel takes one format. So they are layers of their own, and no pass has rows of both views.
     """
     how = model.quantization
     if how is None or how.lossless or not model.has_diffusion or draft_format(config, model) is not None:
@@ -62,16 +62,18 @@ def shared_format(config: EngineConfig, model: ModelConfig) -> str | None:
 
 
 def reads_one_plane(config: EngineConfig, model: ModelConfig) -> bool:
-    """Whether `draft_weights: auto` reads 8 of the 12 bits of each weight, where the AR rows' weights are in 12 bits."""
+    """Whether `draft_weights: auto` is "lossless8", if the AR rows' weights are in 12 bits."""
     return config.draft_weights == "auto" and not config.draft_lead and _may_have_copies(config, model)
 
 
 def auto_draft_format(config: EngineConfig, shard: Shard, item_bytes: int, memory: float) -> str | None:
-    """What `draft_weights: auto` chooses on a GPU that multiplies FP8 numbers. None: no copies, as for a quantised model.
+    """What `draft_weights: auto` chooses on a GPU with FP8 matrix units. None: no copies, as for a quantised model.
 
-    shard: the part of the model that one GPU has. item_bytes: of a number of the model. memory: bytes that the copies and the KV
-    cache may take together, beside weights and passes. Copies are made if the KV cache keeps three quarters of its size and room
-    for a full context, or else if it holds the `kv_cache_tokens` that are asked for.
+    shard: the part of the model that one GPU has. item_bytes: bytes of one weight. memory: bytes that the copies and the KV
+    cache may take together, beside weights and passes.
+
+    Copies are made if the KV cache can still hold `kv_cache_tokens`. If these are not set, it must keep three quarters of its
+    size, and room for a full context.
     """
     model = shard.config
     if config.draft_weights != "auto" or config.draft_lead or not _may_have_copies(config, model):
@@ -88,6 +90,6 @@ def auto_draft_format(config: EngineConfig, shard: Shard, item_bytes: int, memor
 
 
 def copies_bytes(shard: Shard, item_bytes: int, format: str, *, lossless: bool = False) -> int:
-    """How many bytes more the weights take if drafts have copies in `format`, on a GPU. lossless: see `weight_bytes`."""
+    """How many bytes copies for drafts in `format` add to the weights on a GPU. lossless: see `weight_bytes`."""
     with_copies = weight_bytes(shard, item_bytes, COPY_BYTES[format], lossless=lossless)
     return with_copies - weight_bytes(shard, item_bytes, lossless=lossless)

@@ -1,4 +1,4 @@
-"""`Engine`: the loop of `EngineCore`, loaded from a checkpoint, and calls that wait for their result."""
+"""`Engine`: an `EngineCore` that is loaded from a checkpoint, with calls that wait for their result."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Engine(EngineCore):
         tokenizer, grammar_masks = _load_tokenizer(path, model_config)
         with start_ranks(config, model_config, load) as ranks:
             stages.info("loading the weights of %s", model_config.name)
-            # As soon as another rank has failed, there is nothing to load for.
+            # `check` ends the loading as soon as another rank has failed.
             weights = load(device, config.dtype, shard=shard, check=ranks.check)
             if heads_in is not None:
                 weights |= load_medusa(heads_in, model_config, device, dtype)
@@ -62,9 +62,10 @@ class Engine(EngineCore):
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[list[Completion]]:
-        """Complete prompts (token ids) and wait: for each prompt, its `n` completions. Other requests go on meanwhile.
+        """Complete prompts (token ids), wait, and return each prompt's `n` completions.
 
-        params: one for all or one per prompt; defaults to greedy. Raises RequestError before anything runs.
+        params: one for all or one per prompt; defaults to greedy. Other requests go on meanwhile, but their chunks are lost.
+        Raises RequestError before anything runs.
         """
         if not isinstance(params, Sequence):
             params = [params or SamplingParams(temperature=0.0)] * len(prompts)
@@ -120,7 +121,7 @@ _request_numbers = itertools.count()
 
 
 def _load_tokenizer(path: Path, model: ModelConfig) -> tuple[Any, GrammarMasks | None]:
-    """A checkpoint's tokenizer and what compiles grammars for it; None where the folder has no tokenizer."""
+    """A checkpoint's tokenizer, and what makes masks of grammars for it. Both are None if the folder has no tokenizer."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None, None
     tokenizer = load_tokenizer(path)
@@ -132,7 +133,7 @@ def _load_tokenizer(path: Path, model: ModelConfig) -> tuple[Any, GrammarMasks |
 
 
 def _completion(chunks: list[Chunk]) -> Completion:
-    """One choice's chunks, the last of which has its finish reason and stats, as what they add up to."""
+    """Join all chunks of one choice. The last one has its finish reason and stats."""
     whole = joined_chunks(chunks)
     assert whole.finish_reason is not None and whole.stats is not None
     return Completion(

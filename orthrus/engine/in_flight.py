@@ -21,13 +21,13 @@ class InFlight:
     ahead: bool
     """Whether its sequences go on before its picks are known, so that the next pass can be launched before it is over."""
     begin: float
-    """When it was launched, in seconds."""
+    """When it was launched, by `time.perf_counter`, in seconds."""
 
 
 def tell_time(
     watchers: Sequence[Callable[[PassTime], None]], planned: Sequence[PlannedTurn], seconds: float
 ) -> None:
-    """Tell what a pass took, if its turns are of one kind."""
+    """Report the time of a pass to `watchers`, if all its turns are of one kind."""
     kinds = {part.turn.kind for part in planned}
     if len(kinds) != 1:
         return
@@ -57,9 +57,9 @@ def advance(last: InFlight, scheduler: Scheduler) -> None:
 
 
 def placeholders_of(planned: Sequence[PlannedTurn], first_pick: int) -> Iterator[list[list[int]]]:
-    """For each part of a pass, by group, what `RowGroup.tokens` may have in place of the group's picks.
+    """For each part of a pass, by group: the placeholders of the group's picks, as `RowGroup.tokens` has them.
 
-    first_pick: `LaunchedPass.first_pick`. Picks of further ranks come behind the first ones of all groups.
+    first_pick: `LaunchedPass.first_pick`. The picks of rank 0 of all groups come first, and then those of further ranks.
     """
     place = -1 - first_pick
     further = place - sum(part.num_logits for part in planned)

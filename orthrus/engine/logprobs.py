@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, of answers and of prompts: under the model's own logits, whatever is picked from."""
+"""Log-probabilities of tokens of answers and prompts, always under the model's raw logits."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from orthrus.requests.request import PromptLogprobs, SamplingParams, TokenLogprob
 
 SCORED = SamplingParams(temperature=0.0, logprobs=0)
-"""How rows are picked from that only score tokens: their picks are nobody's, and their logits are read."""
+"""Parameters of rows that only score the tokens of a prompt. Their logits are read, and their picks are not used."""
 _ROWS_AT_ONCE = 64
-"""Whose log-probabilities over the whole vocabulary exist at a time: 40 MB where it has 150,000 tokens."""
+"""Rows that are scored at a time. Their log-probabilities take 40 MB with a vocabulary of 150,000 tokens."""
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -28,7 +28,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[Tok
 
 
 def prompt_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> PromptLogprobs:
-    """As `token_logprobs`, to the bit, for the many tokens of a prompt, none included."""
+    """The same numbers as `token_logprobs`, to the last bit, as arrays for many tokens. `tokens` may be empty."""
     parts = []
     for some, part in _parts(logits, tokens):
         logprobs, chosen, values, ids = _scores(part, some, top)
@@ -46,7 +46,7 @@ def prompt_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> PromptLo
 
 
 def _parts(logits: Tensor, tokens: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Up to `_ROWS_AT_ONCE` of the tokens at a time, with their rows of logits; an empty part if there are none."""
+    """Up to `_ROWS_AT_ONCE` tokens at a time, with their rows of logits. If there are no tokens, one empty part."""
     for start in range(0, max(1, len(tokens)), _ROWS_AT_ONCE):
         some = tokens[start : start + _ROWS_AT_ONCE]
         yield some, logits[start : start + len(some)]

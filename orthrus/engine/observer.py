@@ -1,4 +1,4 @@
-"""What an observer of an engine is told of each pass: `Engine.observer`. Without an observer, nothing of this is made."""
+"""The records of passes that `Engine.observer` gets. Without an observer, none are made."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ class PassRecord:
     """One pass, after its picks have been committed."""
 
     turns: tuple[TurnRecord, ...]
-    """Of the sequences that had rows with logits, and that had not ended while the pass was in flight."""
+    """One for each sequence that had picks, and that had not ended while the pass was in flight."""
     num_rows: int
     """Rows of the pass, those of other sequences included."""
     seconds: float
-    """From its launch, or from the end of the pass before it if that was later, until its picks were there."""
+    """Time from its launch, or from the end of the pass before it if that was later, until its picks were read."""
     next_launched_ahead: bool
-    """Whether the next pass could be launched before the picks of this one were there."""
+    """Whether the next pass could be launched before the picks of this one were read."""
 
 
 Observer = Callable[[PassRecord], None]
-"""Called on the engine's thread between passes: it should be quick."""
+"""Called on the engine's thread between passes, so it should be quick."""

@@ -1,4 +1,4 @@
-"""Between the picks of a pass and what a client is told: how to pick for a sequence, and the chunks that come of the picks."""
+"""How to pick for a sequence, and the chunks that are made of the picks."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ NO_NUMBERS = (
 
 
 def pick_rows(part: PlannedTurn) -> list[PickRows]:
-    """How to pick from the part's rows with logits: first from those that score the prompt, then from the others, by group."""
+    """How to pick from the part's rows with logits, by group: first those that score the prompt, then the others."""
     sequence, params, scoring = part.sequence, part.sequence.params, part.num_scoring
     penalised = params.has_penalties
     generated = sequence.tokens[sequence.num_prompt :] if penalised else []
@@ -59,7 +59,7 @@ def _path(group: RowGroup) -> list[int]:
     if parent is not None:
         path = [group.tokens[0]]
     while parent is not None:
-        # The first token of all, that of a group without a parent, has been committed.
+        # A group without a parent begins with the newest token, which is committed.
         first = int(parent.parent is None)
         path[:0] = parent.tokens[first : start - 1 - parent.start]
         start, parent = parent.start + 1, parent.parent
@@ -67,7 +67,10 @@ def _path(group: RowGroup) -> list[int]:
 
 
 def score_prompt(part: PlannedTurn, logits: Tensor) -> None:
-    """Note the log-probabilities of the prompt tokens after the part's scoring rows, whose logits these are."""
+    """Keep the log-probabilities of the prompt tokens after the part's scoring rows.
+
+    logits [num_scoring, vocab_size]: those of the scoring rows.
+    """
     sequence, top = part.sequence, part.sequence.params.prompt_logprobs
     assert top is not None, "only then are there scoring rows"
     rows = sequence.unscored[: part.num_scoring]
@@ -77,7 +80,7 @@ def score_prompt(part: PlannedTurn, logits: Tensor) -> None:
 
 
 def append_tokens(sequence: SequenceState, tokens: Sequence[int]) -> str | None:
-    """Append tokens until one ends the sequence. Returns what went wrong, if a pick was none."""
+    """Append tokens until one ends the sequence. Returns an error message if a pick was NO_TOKEN, and else None."""
     for token in tokens:
         if token == NO_TOKEN:
             sequence.finish_reason = "error"
@@ -99,7 +102,7 @@ def tokens_chunk(
 ) -> Chunk:
     """The chunk of a turn. logits [at least len(tokens), vocab_size]: of the turn's rows that have them.
 
-    tokens: those of `commit` that the sequence took. first: whether it is the sequence's first chunk.
+    tokens: those of `commit` that were appended. first: whether it is the sequence's first chunk.
     """
     top = sequence.params.logprobs
     if top is not None and commit.rows is not None:
@@ -121,7 +124,7 @@ def tokens_chunk(
 
 
 def _cycles(sequence: SequenceState, turn: Turn, commit: Commit, num_tokens: int) -> tuple[CycleReport, ...]:
-    """The report of the cycle that `turn` ends, none if it goes on. num_tokens: what the sequence took of `commit`."""
+    """The report of the cycle, if `turn` ends it. num_tokens: how many tokens of `commit` were appended."""
     sequence.cycle_tokens += num_tokens
     if not turn.ends_cycle:
         return ()
@@ -131,7 +134,7 @@ def _cycles(sequence: SequenceState, turn: Turn, commit: Commit, num_tokens: int
 
 
 def final_chunk(sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
-    """The last chunk of a sequence that cannot go on. param: the request's field that is the reason, if one is."""
+    """The last chunk of a sequence that cannot go on. param: the request's field that is at fault, if any."""
     return Chunk(
         sequence.request_id,
         sequence.index,
@@ -144,7 +147,10 @@ def final_chunk(sequence: SequenceState, error: str, param: str | None = None) -
 
 
 def _take_prompt_scores(sequence: SequenceState, vocab_size: int) -> PromptLogprobs | None:
-    """What the first chunk of choice 0 says of the prompt, None if nothing was asked; nothing is kept here."""
+    """The scores of the prompt for the first chunk of choice 0. None for other choices, or if they were not asked for.
+
+    The sequence does not keep them.
+    """
     top = sequence.params.prompt_logprobs
     if top is None or sequence.index:
         return None

@@ -1,4 +1,4 @@
-"""The largest pass of an engine, and what the GPUs that share a model exchange in it. Free of torch."""
+"""The largest pass of an engine, and what the GPUs that share a model exchange in it. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,10 @@ from orthrus.runner.graph_sizes import graph_sizes
 from orthrus.runner.pass_memory import PassRoom
 
 DECODE_ROWS = 512
-"""Most rows of decoding sequences in a pass: beyond it, a row costs a GPU more than a draft brings. One each, at least."""
+"""Most rows of decoding sequences in a pass, or `max_num_seqs` if that is more. A further row would cost a GPU more time than
+a draft gains."""
 SCORE_ROWS = 64
-"""Rows that can score prompts while decoding sequences fill a pass: memory for so many more logits is laid out."""
+"""Rows that can score prompts even while decoding sequences fill a pass. Memory for their logits is reserved."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class PassLimits:
     max_rows: int
     """Most rows in all."""
     max_logits: int
-    """Most rows that need logits: all of decoding sequences, one of each prompt that ends, and those that score prompts."""
+    """Most rows that need logits: those of decoding sequences, the last row of each prompt, and rows that score prompts."""
 
     @staticmethod
     def of(config: EngineConfig) -> "PassLimits":
@@ -36,7 +37,7 @@ class PassLimits:
 
 
 def pass_room(config: EngineConfig, model: ModelConfig) -> PassRoom:
-    """The largest pass on a GPU, which has graphs for some numbers of rows only."""
+    """The largest pass on a GPU. Its numbers of rows are rounded up to those that have a CUDA graph."""
     limits = PassLimits.of(config)
     return PassRoom(
         rows=graph_sizes(limits.max_rows)[-1],
@@ -48,11 +49,11 @@ def pass_room(config: EngineConfig, model: ModelConfig) -> PassRoom:
 
 
 def max_pages(config: EngineConfig, max_groups: int, context: int, page_size: int) -> int:
-    """Most pages of all block tables of a pass. max_groups: of a sequence. context: the context limit in tokens."""
+    """Most pages in all block tables of a pass. max_groups: most groups of a sequence. context: the context limit in tokens."""
     return max_groups * config.max_num_seqs * -(-context // page_size)
 
 
 def exchange_sizes(config: EngineConfig, model: ModelConfig) -> PeerSizes:
-    """What the ranks of `model` exchange in the largest pass, but for the picks: of these only the runner knows how many."""
+    """What the ranks of `model` exchange in the largest pass, without the picks (0): their number depends on the runner."""
     room = pass_room(config, model)
     return PeerSizes(room.rows, model.hidden_size, room.logit_rows, model.vocab_size, 0)

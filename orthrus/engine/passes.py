@@ -1,4 +1,4 @@
-"""The model of an engine, its runner, and single passes for whoever measures what passes cost."""
+"""Builds the model, the KV cache and the runner of an engine, and measures the time of single passes."""
 
 import logging
 import time
@@ -33,7 +33,7 @@ from orthrus.runner.sampler import PickRows
 logger = logging.getLogger(__name__)
 
 _PASSES_AHEAD = 2
-"""How many passes are timed together where one is launched ahead of the other."""
+"""How many passes are timed together if each is launched before the one before it has ended."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ class LoadedModel:
     def build(
         config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks, max_groups: int
     ) -> "LoadedModel":
-        """model: the whole one. weights: this rank's part of them; the dict is emptied. max_groups: see `make_runner`.
+        """model: the whole model. weights: this rank's part of them; the dict is emptied. max_groups: see `make_runner`.
 
-        Raises ConfigError if there is no memory for a cache, or less than the settings ask for, and RankError as soon as another
-        rank has failed: GPUs wait for each other in the first passes, and as graphs are captured.
+        Raises ConfigError if there is no memory for a cache, or less than the settings ask for. Raises RankError as soon as
+        another rank has failed. Otherwise its GPU would be waited for in the first passes, and while graphs are captured.
         """
         loaded = ranks.watched(lambda: LoadedModel._build(config, model, weights, ranks, max_groups))
         if loaded.forward.device.type == "cuda":
-            torch.cuda.set_device(loaded.forward.device)  # Also in the thread that goes on with it.
+            # `watched` may have built it in another thread, so set the device in this one too.
+            torch.cuda.set_device(loaded.forward.device)
         return loaded
 
     @staticmethod
@@ -88,7 +89,7 @@ class LoadedModel:
 
 
 def _share_memory(config: EngineConfig, forward: LayerParallelForward) -> None:
-    """Let the GPUs of all ranks write to each other's memory, what the largest pass needs."""
+    """Share memory among the GPUs of all ranks, as much as the largest pass exchanges."""
     sizes = exchange_sizes(config, forward.config)
     forward.ranks.share_memory(forward.device, replace(sizes, picks=MAX_RANKS * sizes.logit_rows))
 
@@ -130,10 +131,10 @@ def make_runner(
 
 
 def time_pass(runner: ModelRunner, groups: list[RowGroup], temperature: float, ahead: bool) -> float:
-    """Seconds of a pass whose picks all have the same temperature.
+    """How many seconds a pass takes. All its picks have the same temperature.
 
-    ahead: several such passes are run, and each is launched before the picks of the one before it are read, if the runner can.
-    So the time of the host counts only where the device waits for it, as in the engine.
+    ahead: run several such passes, and launch each before the picks of the one before it are read, if the runner can. Then the
+    host's time counts only where the device waits for the host, as in the engine.
     """
     params = SamplingParams(temperature=temperature)
     rows = [

@@ -12,7 +12,7 @@ PREFILL = "prefill"
 
 
 Turns = Mapping[SequenceState, Turn]
-"""Of the sequences that decode."""
+"""The turn of each sequence that decodes."""
 
 
 @dataclass(slots=True)
@@ -27,9 +27,9 @@ class PlannedTurn:
     decoding: bool
     """Whether the schedule made the turn; else it is a prefill, with one group."""
     num_scoring: int = 0
-    """How many of the rows with logits, from the first on, score the prompt token after them."""
+    """How many of the rows with logits score the prompt token after them. They come first."""
     num_advanced: int = 0
-    """Tokens by which its sequence has gone on with placeholders since the launch."""
+    """How many placeholders its sequence has taken for this pass's picks."""
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class RowBudget:
     """The rows that are left of the pass that is being planned."""
 
     decode_rows: int
-    """For decoding sequences."""
+    """Rows for decoding sequences."""
     prompt_rows: int
     score_rows: int
     """Of the prompt rows, those that may score prompt tokens."""
@@ -52,9 +52,9 @@ class RowBudget:
 
 
 def decoding_part(sequence: SequenceState, turn: Turn, budget: RowBudget) -> PlannedTurn | None:
-    """A decoding sequence's part of a pass. None if there is no room for it: then it takes part in the next one.
+    """A decoding sequence's part of a pass. None if there is no room for it: then the turn waits for the next pass.
 
-    That happens where blocks were drafted when fewer sequences decoded.
+    This happens if blocks were drafted while fewer sequences decoded.
     """
     num_rows = sum([len(group.tokens) for group in turn.groups])
     if num_rows > budget.decode_rows:

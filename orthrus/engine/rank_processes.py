@@ -1,7 +1,8 @@
 """The processes of ranks 1 and up of a model that several ranks share. The engine's own process is rank 0.
 
-A process of its own for each GPU: one that drives several GPUs waits for all of them whenever a kernel is loaded. The engine
-tells the ranks over pipes what to run. It notices at once if one of them ends, and within about `HANG_SECONDS` if one stops.
+Each GPU has a process of its own, because a process with several GPUs waits for all of them whenever a kernel is loaded. The
+engine sends the passes to the ranks over pipes. It notices within `BEAT_SECONDS` if a process ends, and within about
+`HANG_SECONDS` if one hangs.
 """
 
 import copy
@@ -41,24 +42,24 @@ from orthrus.models.families import family_of
 logger = logging.getLogger(__name__)
 
 HANG_SECONDS = 3.5
-"""A rank that has not shown itself for so long has stopped."""
-_STILL_LOOKS = round(HANG_SECONDS / BEAT_SECONDS)
-"""The same in looks at it. A host that stands still for a while makes none, and so loses no rank."""
+"""A rank without a heartbeat for so long has stopped."""
+_MAX_MISSED = round(HANG_SECONDS / BEAT_SECONDS)
+"""The same as a number of checks. The checks pause with the host, so ranks are not lost when the whole host is suspended."""
 _END_SECONDS = 2.0
-"""What a rank is given to end by itself."""
+"""How long a rank may take to end by itself before it is killed."""
 
 
 @contextmanager
 def start_ranks(
     config: EngineConfig, model: ModelConfig, load: LoadWeights, backend: Backend | None = None
 ) -> Iterator[Ranks]:
-    """Start the other ranks of `config.tensor_parallel_size`, and yield rank 0, with which the caller makes the engine.
+    """Start the processes of ranks 1 and up, and yield the `Ranks` of rank 0, with which the caller makes the engine.
 
-    Each of them makes its part of the engine (`LoadedModel.build`) at the same time as the caller. The processes end with the
-    `Ranks`, or at once if the caller fails to make the engine.
+    Each process makes its part of the engine (`LoadedModel.build`) at the same time as the caller. The processes end when the
+    `Ranks` object is no longer used, or at once if the caller fails to make the engine.
 
-    model: the whole one, which can be divided among them. load: see `LoadWeights`.
-    backend: the library that they exchange through; None: that of `choose_backend`, if they need one.
+    model: the whole model, which the ranks must be able to share. load: see `LoadWeights`. backend: the library that the ranks
+    exchange through. If it is None, `choose_backend` chooses.
     """
     size = config.tensor_parallel_size
     if size == 1:
@@ -66,7 +67,7 @@ def start_ranks(
         return
     backend = backend or choose_backend(config)
     context = multiprocessing.get_context("forkserver")
-    # Imported once for all ranks: they are forks of a process that has done nothing else.
+    # The ranks are forks of a server process, which imports these modules once for all of them.
     rotary = family_of(model).hugging_face().rotary
     context.set_forkserver_preload([run_rank.__module__, rotary.__module__])
     shared = SharedBoxes.make(context, size)
@@ -85,7 +86,7 @@ def start_ranks(
     try:
         yield make_ranks(0, shared, ranks, backend)
     except BaseException:
-        # Not when they are collected: a thread that the start left behind (see `Ranks.watched`) may still hold them.
+        # Garbage collection may be late: a thread that the start left behind (see `Ranks.watched`) may still hold `ranks`.
         ranks.end()
         raise
 
@@ -97,7 +98,7 @@ class _Rank:
     number: int
     process: ForkServerProcess
     pipe: Connection
-    """To the process: what it is to do. From it: why it has failed."""
+    """Sends messages to the process, and receives the reason if it fails."""
 
 
 def _start(context: ForkServerContext, setup: RankSetup) -> _Rank:
@@ -113,23 +114,23 @@ def _start(context: ForkServerContext, setup: RankSetup) -> _Rank:
 class RankProcesses:
     """The processes of ranks 1 and up, as rank 0 sees them. See `Processes`.
 
-    A thread looks after them. When one has failed it ends the others, so that nobody waits for a process that stands still.
+    A thread watches them. When one has failed, it kills all of them, so that nothing waits for a process that hangs.
     """
 
     def __init__(self, ranks: Sequence[_Rank], signs: SignsOfLife, folder: Path, threads: int | None) -> None:
-        """folder: is removed at the end. threads: what this process has at the end again; None for what it has."""
+        """folder: removed at the end. threads: the number of torch's threads to restore at the end; None to leave it."""
         self._ranks = ranks
         self._watch = _Watch(ranks, signs, folder)
         self._thread = threading.Thread(target=self._watch.run, name="orthrus-ranks", daemon=True)
         self._thread.start()
-        # Not a method of this object, which would keep it alive.
+        # Not a method of this object: the reference would keep the object alive.
         self._end = weakref.finalize(self, _end_ranks, ranks, self._watch, threads)
 
     def check(self) -> None:
         self._watch.check()
 
     def end(self) -> None:
-        """End the processes, as happens by itself once nobody uses this object."""
+        """End the processes. This also happens when the object is garbage-collected."""
         self._end()
 
     def tell(self, message: object) -> None:
@@ -139,33 +140,33 @@ class RankProcesses:
                 rank.pipe.send_bytes(data)
         except OSError as error:
             self._watch.check()
-            raise RankError(f"a rank can't be told what to run: {error}") from error
+            raise RankError(f"a message to a rank can't be sent: {error}") from error
 
     def watch(self, on_failure: Callable[[RankError], None]) -> None:
         self._watch.on_failure = on_failure
         try:
             self._watch.check()
         except (RankError, ConfigError) as error:
-            on_failure(_as_rank_error(error))  # The thread may have found it before.
+            on_failure(_as_rank_error(error))  # The thread may have found it before `on_failure` was set.
 
 
 @dataclass
-class _Seen:
-    """What a rank last showed of itself."""
+class _LastSign:
+    """The last sign of life of a rank."""
 
     beats: int
     ticks: int
-    """For how long it had computed, while it loaded: see `_process_state`."""
-    looks: int = 0
-    """How often it has been looked at since, in vain."""
+    """CPU time of the process while the rank loads: see `_process_state`."""
+    missed: int = 0
+    """How many checks since then found nothing new."""
 
 
 class _Watch:
-    """Looks whether all ranks are there, several times a second."""
+    """Checks every `BEAT_SECONDS` whether all ranks run."""
 
     def __init__(self, ranks: Sequence[_Rank], signs: SignsOfLife, folder: Path) -> None:
         self._ranks, self._signs, self.folder = ranks, signs, folder
-        self._seen = {rank.number: _Seen(0, 0) for rank in ranks}
+        self._last = {rank.number: _LastSign(0, 0) for rank in ranks}
         self._lock = threading.Lock()
         self._error: RankError | ConfigError | None = None
         self.on_failure: Callable[[RankError], None] | None = None
@@ -173,52 +174,52 @@ class _Watch:
 
     def run(self) -> None:
         while not self.stopped.wait(BEAT_SECONDS):
-            self._look()
+            self._check_beats()
             try:
                 self.check()
             except (RankError, ConfigError) as error:
                 for rank in self._ranks:
                     rank.process.kill()
-                # Here too, since a process whose engine has failed may end at once.
+                # `_end_ranks` may never run: a process whose engine has failed may end at once.
                 shutil.rmtree(self.folder, ignore_errors=True)
                 if self.on_failure is not None:
                     self.on_failure(_as_rank_error(error))
                 return
 
     def check(self) -> None:
-        """Raise RankError if a rank has failed, or ConfigError if it can't be made as the settings say.
+        """Raise RankError if a rank has failed, or ConfigError if it can't be made with these settings.
 
-        It says the same each time: what was found first.
+        Every later call raises the first failure that was found.
         """
         with self._lock:
             self._error = self._error or self._find_ended()
         if self._error is not None:
-            # A copy: an error that was raised holds the engine by its traceback, and this one is kept until the engine ends.
+            # A copy: a raised error keeps the engine alive by its traceback, and `_error` is kept until the engine ends.
             raise copy.copy(self._error)
 
-    def _look(self) -> None:
-        """Note what the ranks show of themselves, and that one has stopped if it has shown nothing new for long.
+    def _check_beats(self) -> None:
+        """Read the heartbeats of the ranks. A rank that has missed `_MAX_MISSED` of them counts as stopped.
 
-        A rank that still loads may be unable to beat for long, as a thread of Python that reads a large file can keep all others
-        from running. It has not stopped as long as it computes, or waits for a disk.
+        While a rank loads, its heartbeat may pause for long: a Python thread that reads a large file can block all others. Such a
+        rank has not stopped as long as it uses the CPU or waits for a disk.
         """
         for rank in self._ranks:
             beats, ticks = int(self._signs.beats[rank.number]), 0
             state = ""
             if not self._signs.loaded[rank.number] and rank.process.pid is not None:
                 state, ticks = _process_state(rank.process.pid)
-            seen = self._seen[rank.number]
+            last = self._last[rank.number]
             begun = beats or ticks >= _FEW_TICKS
             if (
                 not begun
-                or beats != seen.beats
-                or ticks - seen.ticks >= _FEW_TICKS
+                or beats != last.beats
+                or ticks - last.ticks >= _FEW_TICKS
                 or state == _WAITS_FOR_DISK
             ):
-                self._seen[rank.number] = _Seen(beats, ticks)
+                self._last[rank.number] = _LastSign(beats, ticks)
                 continue
-            seen.looks += 1
-            if seen.looks >= _STILL_LOOKS:
+            last.missed += 1
+            if last.missed >= _MAX_MISSED:
                 with self._lock:
                     if not self.stopped.is_set():
                         self._error = self._error or self._find_ended() or _stopped(rank.number)
@@ -236,13 +237,13 @@ class _Watch:
 
 
 _WAITS_FOR_DISK = "D"
-"""Of the states of a process, as in ps."""
+"""The state of a process in uninterruptible sleep, as ps shows it."""
 _FEW_TICKS = 5
-"""A process whose threads only wait for each other uses fewer ticks than this in `HANG_SECONDS`. A second has 100."""
+"""A process whose threads only wait for each other uses fewer clock ticks of CPU time in `HANG_SECONDS`. A second has 100."""
 
 
 def _process_state(pid: int) -> tuple[str, int]:
-    """State of a process, and for how many ticks of the clock it has computed; "" and 0 where the system does not say."""
+    """The state of a process as in ps, and its CPU time in clock ticks. "" and 0 if /proc does not have them."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -252,17 +253,17 @@ def _process_state(pid: int) -> tuple[str, int]:
 
 def _stopped(rank: int) -> RankError:
     return RankError(
-        f"rank {rank} of the model has stopped: it has not shown itself for {HANG_SECONDS:g} seconds"
+        f"rank {rank} of the model has stopped: it has sent no heartbeat for {HANG_SECONDS:g} seconds"
     )
 
 
 def _as_rank_error(error: RankError | ConfigError) -> RankError:
-    """For an engine that serves already, and has no settings to be told of."""
+    """An engine that serves already reports every failure of a rank as a RankError."""
     return error if isinstance(error, RankError) else RankError(str(error))
 
 
 def _reason(rank: _Rank) -> str | ConfigError:
-    """Why a process has ended, as far as it could say."""
+    """Why a process has ended: what it sent before, or else its exit code."""
     try:
         if rank.pipe.poll():
             said: str | ConfigError = rank.pipe.recv()
@@ -274,7 +275,7 @@ def _reason(rank: _Rank) -> str | ConfigError:
 
 
 def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, threads: int | None) -> None:
-    """Let the processes end: a rank whose pipe is closed has no more to do. threads: see `RankProcesses`."""
+    """End the processes. A rank ends by itself when its pipe is closed; else it is killed. threads: see `RankProcesses`."""
     watch.stopped.set()
     for rank in ranks:
         rank.pipe.close()

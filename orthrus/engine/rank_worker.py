@@ -1,4 +1,4 @@
-"""What the process of a rank does, on all ranks but rank 0: load its part of the model, and run what rank 0 tells it to."""
+"""The process of every rank except rank 0. It loads its part of the model, and runs the passes that rank 0 sends."""
 
 import itertools
 import logging
@@ -30,22 +30,22 @@ from orthrus.schedules.registry import SCHEDULES
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
-"""How often a rank shows that it runs."""
+"""The time between two heartbeats of a rank."""
 
 
 class LoadWeights(Protocol):
-    """Gives a rank's part of the weights. It must be possible to pickle it."""
+    """Loads a rank's part of the weights. Must be picklable."""
 
     def __call__(
         self, device: torch.device, dtype: str, *, shard: Shard, check: Callable[[], None]
     ) -> dict[str, Tensor]:
-        """As `load_weights` of a checkpoint."""
+        """As `orthrus.models.checkpoint.load_weights`."""
         ...
 
 
 @dataclass(frozen=True)
 class SignsOfLife:
-    """How the ranks show that they run, in shared memory."""
+    """The heartbeats of the ranks, in shared memory."""
 
     beats: Tensor
     """int64 [ranks]: a number that each rank raises every `BEAT_SECONDS`."""
@@ -54,14 +54,14 @@ class SignsOfLife:
 
     @staticmethod
     def make(size: int) -> "SignsOfLife":
-        """Those of `size` ranks, none of which has begun."""
+        """For `size` ranks, none of which has begun."""
         beats, loaded = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
         return SignsOfLife(beats.share_memory_(), loaded.share_memory_())
 
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What the process of a rank is given."""
+    """The arguments of the process of a rank."""
 
     rank: int
     config: EngineConfig
@@ -121,14 +121,14 @@ def choose_backend(config: EngineConfig) -> Backend | None:
 
 
 def make_ranks(rank: int, shared: SharedBoxes, processes: Processes, backend: Backend | None) -> Ranks:
-    """The ranks as `rank` sees them. backend: the library that they exchange through, if they do."""
+    """The ranks as `rank` sees them. backend: the library that they exchange through; None for shared memory."""
     if backend is None:
         return SharedMemoryRanks(rank, shared, processes)
     return CollectiveRanks(rank, shared, processes, backend)
 
 
 class _Rank0:
-    """See `Processes`. If rank 0 has gone, the pipe from it is closed, and the process has nothing left to do."""
+    """Rank 0's process, as the other ranks see it. See `Processes`. They don't watch it: they end when their pipe is closed."""
 
     def check(self) -> None:
         # Not os.getppid(): that is the fork server, which does not end with rank 0.
@@ -144,9 +144,9 @@ class _Rank0:
 
 
 def run_rank(setup: RankSetup, pipe: Connection) -> None:
-    """Run until rank 0 closes the pipe. What goes wrong is told through it, and ends the process.
+    """Run until rank 0 closes the pipe. An error is sent through the pipe, and ends the process.
 
-    A ConfigError is told as it is, for rank 0 to raise; of anything else, what it says.
+    A ConfigError is sent itself, for rank 0 to raise. Of other errors, the text is sent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which then closes the pipe.
     threading.Thread(target=_beat, args=(setup.signs.beats, setup.rank), daemon=True).start()

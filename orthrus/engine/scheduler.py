@@ -1,14 +1,14 @@
 """Continuous batching: which sequences take part in the next pass, with which rows, on which pages.
 
-Running sequences come first, by priority and then in order of arrival; new ones follow while there is room. Decoding
-sequences and prompts have row budgets of their own. A prompt that is to be scored lets others pass while all rows that may
-score are taken.
+Running sequences come first, by priority and then in order of arrival. New ones follow while there is room. Decoding sequences
+and prompts have separate row budgets. While all rows that may score prompts are taken, a prompt that is to be scored waits, and
+later requests may start before it.
 
-Where drafts have weights of their own, a pass has rows of one view only. Draft turns then take a pass by themselves, and the next
-one takes all other turns. What had to wait is planned again.
+Where drafts have weights of their own, a pass has rows of one view only. Draft turns then have a pass to themselves, and the next
+pass takes all other turns. Turns that had to wait are planned again.
 
-When pages run out, the last sequence in that order is preempted: it gives up its pages and is computed again later. The tokens
-that it has committed stay, so its text does not change.
+When pages run out, the last running sequence in this order is preempted: it gives up its pages, and is computed again later. Its
+committed tokens stay, so its text does not change.
 """
 
 import bisect
@@ -56,20 +56,20 @@ class Scheduler:
         self.num_preempted = 0
         """Preemptions so far."""
         self.num_admitted = 0
-        """Sequences that have left the queue so far, preempted ones each time."""
+        """How often a sequence has left the queue so far. A preempted sequence counts each time."""
         self.queue_wait_seconds = 0.0
-        """How long these had waited."""
+        """How long these had waited in all."""
         self.row_use = 0.0
-        """How full the last plan's pass is, 0 to 1: the fuller of two row budgets.
+        """How full the last planned pass is, 0 to 1: the larger of two shares.
 
-        One is `max_num_seqs`, a row for each decoding sequence. Drafts do not count: they take the rows that are left over. The
-        other is `prefill_chunk`, for prompts.
+        One is the decoding sequences' share of `max_num_seqs`. Their drafts do not count, since they take rows that are left
+        over. The other is the prompt rows' share of `prefill_chunk`.
         """
         self._num_arrived = 0
         # The waiting sequences and their rows to prefill, in the order in which they began to wait.
         self._queued: OrderedDict[SequenceState, int] = OrderedDict()
         self._rows_waiting = 0  # Rows to prefill of waiting sequences.
-        # Of running ones; None after one has left: then they are counted anew when somebody asks.
+        # The same of running ones. None after one has left: then `rows_to_prefill` counts them again.
         self._rows_running: int | None = 0
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
@@ -77,7 +77,7 @@ class Scheduler:
         self._decode_rows = decode_rows
         self._score_rows = score_rows
         self._mixes_views = mixes_views
-        # Whether the last plan was a pass of drafts alone, as `_plans_drafts` says it.
+        # What `_plans_drafts` returned for the last plan.
         self._drafted: bool | None = False
 
     def add(self, sequence: SequenceState) -> None:
@@ -113,7 +113,7 @@ class Scheduler:
         return self._rows_waiting + self._rows_running
 
     def may_preempt(self) -> bool:
-        """Whether the next plan may run out of pages. Tells the pool how many it may need."""
+        """Whether the next plan may run out of pages. Also sets `pool.promised` to the number that it may need."""
         missing = 0
         for sequence in self.running:
             rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk
@@ -132,17 +132,17 @@ class Scheduler:
         }
         self._drafted = drafts = self._plans_drafts(turns)
         budget = RowBudget(self._decode_rows, self._prefill_chunk, self._score_budget(batch))
-        planned = self._go_on(turns, budget, drafts)
+        planned = self._plan_running(turns, budget, drafts)
         if not drafts:
-            planned += self._newcomers(budget)
+            planned += self._plan_waiting(budget)
         prompt_rows = self._prefill_chunk - budget.prompt_rows
-        if drafts:  # What waits for this pass counts as if it took part.
+        if drafts:  # Prompts that must wait for the next pass count as if they took part.
             prompt_rows = min(self.rows_to_prefill, self._prefill_chunk)
         self.row_use = max(len(turns) / self._max_num_seqs, prompt_rows / self._prefill_chunk)
         return planned
 
-    def _go_on(self, turns: Turns, budget: RowBudget, drafts: bool | None) -> list[PlannedTurn]:
-        """The turns of running sequences in the next pass. turns: of those that decode. drafts: see `_plans_drafts`."""
+    def _plan_running(self, turns: Turns, budget: RowBudget, drafts: bool | None) -> list[PlannedTurn]:
+        """The parts of running sequences. turns: those of decoding sequences. drafts: what `_plans_drafts` returned."""
         planned: list[PlannedTurn] = []
         preempted = self.num_preempted
         self._rows_running = 0
@@ -150,7 +150,7 @@ class Scheduler:
             if sequence.complete:
                 continue
             if self.num_preempted > preempted and sequence not in self.running:
-                continue  # A sequence before it has taken its pages.
+                continue  # It was preempted for a sequence before it.
             turn, part = turns.get(sequence), None
             if turn is None:
                 part = None if drafts else self._prefill(sequence, budget)
@@ -166,9 +166,9 @@ class Scheduler:
         return planned
 
     def _plans_drafts(self, turns: Turns) -> bool | None:
-        """Whether the next pass is for draft turns alone (True) or for all others (False). None: they may share it.
+        """Whether the next pass has only draft turns (True), or only others (False). None: it may have both.
 
-        A pass of drafts is followed by one for what had to wait, if anything had to: so nothing waits for long.
+        If turns had to wait for a pass of drafts, the next pass is theirs. So none waits for long.
         """
         if self._mixes_views:
             return None
@@ -208,8 +208,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         self._rows_waiting -= self._queued.pop(sequence)
 
-    def _newcomers(self, budget: RowBudget) -> list[PlannedTurn]:
-        """The sequences that begin in this pass, with the rows that the running ones leave."""
+    def _plan_waiting(self, budget: RowBudget) -> list[PlannedTurn]:
+        """Start waiting sequences with the rows that the running ones leave, and return their parts."""
         planned: list[PlannedTurn] = []
         for sequence in list(self.waiting):
             if not budget.prompt_rows or len(self.running) >= self._max_num_seqs:
@@ -217,10 +217,10 @@ class Scheduler:
             first = sequence.first_choice
             if first is not None and first.num_generated == 0 and first.finish_reason is None:
                 if first.unscored:
-                    continue  # Scoring takes many passes, and leaves room in them.
-                break  # The first choice's pages are about to be shared.
+                    continue  # Scoring takes many passes, which have room for others.
+                break  # Wait for the first choice, to share its pages.
             if sequence.unscored and budget.score_rows <= 0:
-                continue  # It keeps its place, and lets those pass that score nothing.
+                continue  # It keeps its place in the queue. Later requests that score nothing may start.
             part = self._admit(sequence, budget)
             if part is None:
                 break
@@ -229,8 +229,8 @@ class Scheduler:
         return planned
 
     def _admit(self, sequence: SequenceState, budget: RowBudget) -> PlannedTurn | None:
-        """Start a waiting sequence if its first chunk fits beside the running ones' next pages."""
-        # The newest token is always computed, and so is what is still to be scored: their rows give the logits.
+        """Start a waiting sequence, if there are pages for its first chunk and one more for each running sequence."""
+        # Rows that need logits are computed even if their pages are cached: the newest token's and those to be scored.
         known = sequence.unscored.start if sequence.unscored else sequence.newest_position
         hashes = page_hashes(sequence.tokens[:known], self._page_size, salt=sequence.cache_salt)
         sequence.block_table = self.pool.match(hashes)
@@ -293,9 +293,9 @@ class Scheduler:
     # --- pages
 
     def _reserve(self, sequence: SequenceState, groups: Sequence[RowGroup]) -> bool:
-        """Give the groups' block tables the pages that they lack. False if the sequence itself was preempted for it.
+        """Give the groups' block tables the pages that they lack. Returns False if the sequence itself was preempted.
 
-        Where too few pages are free, running sequences are preempted, the last in order first.
+        While too few pages are free, the last running sequence is preempted.
         """
         missing = self._missing_pages(groups)
         if not missing:

@@ -33,12 +33,12 @@ _DEFAULT_CPU_CACHE_BYTES = 2 << 30
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that a setting names; "auto" is CUDA where there is one."""
+    """The device that a setting names. "auto" is CUDA if there is a GPU, and else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def choose_page_size(config: EngineConfig, device: torch.device) -> int:
-    """Tokens of a page. Raises ConfigError for a setting that the device cannot use."""
+    """Tokens of a page. Raises ConfigError if the device can't use the setting."""
     page_size = config.page_size or (64 if device.type == "cuda" else 16)
     if device.type == "cuda" and page_size % 64:
         raise ConfigError(
@@ -53,8 +53,7 @@ def cache_pages(
 ) -> int:
     """Pages of the KV cache, without the padding page. Raises ConfigError if there is no memory for it.
 
-    kv_format: how it stores keys and values, by a name in `orthrus.cache.kv_formats`. max_groups: most groups of a sequence in a
-    pass.
+    kv_format: a name in `orthrus.cache.kv_formats`. max_groups: most groups of a sequence in a pass.
     """
     tokens, model = config.kv_cache_tokens, forward.config
     if tokens is None:
@@ -67,9 +66,9 @@ def cache_pages(
 
 
 def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -> int:
-    """The context limit in tokens: as set, else the model's, as far as the cache holds one such sequence.
+    """The context limit in tokens: `max_model_len`, or else the model's limit, lowered to what the cache holds.
 
-    Raises ConfigError if the cache is too small for the setting.
+    Raises ConfigError if the cache is too small for `max_model_len`.
     """
     wanted, trained = config.max_model_len, model.max_position_embeddings
     if wanted is not None and wanted > cache_tokens:
@@ -85,7 +84,7 @@ def context_limit(config: EngineConfig, model: ModelConfig, cache_tokens: int) -
 def choose_weight_format(
     config: EngineConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """The weight format of the model's own weights. Raises ConfigError for one that the dtype rules out."""
+    """The weight format of the AR rows' weights. Raises ConfigError if it does not fit the dtype."""
     if not config.keeps_12_bits(model):
         return "plain"
     if device.type != "cuda":
@@ -94,8 +93,8 @@ def choose_weight_format(
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"lossless12 keeps weights of bfloat16, and the model runs in {name}: set dtype to bfloat16, or give a checkpoint in "
-            "full and set weights to bf16"
+            f"lossless12 needs bfloat16 weights, and the model runs in {name}: set dtype to bfloat16, or use a checkpoint that "
+            "is not in lossless12 and set weights to bf16"
         )
     return "lossless12"
 
@@ -105,8 +104,8 @@ def choose_draft_format(
 ) -> str | None:
     """The weight format of the drafts' own weights; None if they share those of the AR rows.
 
-    Ask once the weights are loaded, and before they are packed. shard: the part of the model on `device`. weights: the format of
-    the AR rows' weights.
+    Call it when the weights are loaded but not yet packed, because it reads how much memory is free. shard: the part of the model
+    on `device`. weights: the format of the AR rows' weights.
     """
     model = shard.config
     if device.type == "cuda" and (shared := shared_format(config, model)) is not None:
@@ -132,7 +131,7 @@ def check_memory(
     dtype: torch.dtype,
     medusa: MedusaConfig | None = None,
 ) -> None:
-    """Raise ConfigError before anything is loaded if the device has no room for the weights and the copies asked for.
+    """Raise ConfigError, before anything is loaded, if the device has no room for the weights and their copies for drafts.
 
     shard: the part of the model on `device`. medusa: the Medusa heads that it gets.
     """
@@ -140,7 +139,7 @@ def check_memory(
     model = shard.config
     wanted, name = weight_bytes(shard, dtype.itemsize), str(dtype).removeprefix("torch.")
     if (copies := draft_format(config, model)) is not None:
-        # On a CPU, copies are as wide as what they are copies of.
+        # On a CPU, copies have the dtype of the weights.
         full = CopyBytes(dtype.itemsize, dtype.itemsize)
         size_each = full if device.type == "cpu" else COPY_BYTES.get(copies)
         wanted = max(
@@ -163,7 +162,7 @@ def check_memory(
             smaller = ", or set dtype to bfloat16" if dtype.itemsize > 2 else ""
             raise ConfigError(
                 f"the weights of {model.name} need {_gib(wanted)} in {name}, and {_gib(free)} of the GPU's {_gib(size)} are "
-                f"free: {_gib(wanted - free)} are missing. Free them, or take a smaller model or a larger GPU{smaller}"
+                f"free: {_gib(wanted - free)} are missing. Free memory, or take a smaller model or a larger GPU{smaller}"
             )
 
 
@@ -175,7 +174,7 @@ def _cache_bytes(
         return _DEFAULT_CPU_CACHE_BYTES
     room = pass_room(config, forward.config)
     share = config.gpu_memory_utilization
-    torch.cuda.empty_cache()  # Packing leaves memory that is free again.
+    torch.cuda.empty_cache()  # Torch still holds memory that packing has freed.
     free, size = torch.cuda.mem_get_info(forward.device)
     # What passes need comes on top of what is in use now.
     passes = load_runner(forward.device, forward.dtype).pass_memory(

@@ -1,4 +1,4 @@
-"""What an engine has done so far, and what it has to do: a snapshot that any thread may read."""
+"""Counts of an engine's work so far, and of its work to do: a snapshot that any thread may read."""
 
 import time
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class EngineStats:
     rows_to_prefill: int
     """Prompt rows that are still to be computed for all of them."""
     oldest_queued_at: float | None
-    """When the sequence that has been in the queue longest came there, in monotonic seconds; None when none waits."""
+    """When the sequence that has been in the queue longest entered it, in monotonic seconds; None if none waits."""
     kv_pages_used: int
     """Pages that sequences hold."""
     kv_pages_total: int
@@ -41,9 +41,9 @@ class EngineStats:
 
     @property
     def oldest_wait(self) -> float:
-        """How long the sequence that has been in the queue longest has waited by now, in seconds; 0.0 when none waits.
+        """The longest wait of a sequence in the queue by now, in seconds; 0.0 if none waits.
 
-        It goes on growing while a pass runs, however long that takes.
+        It keeps growing during a pass, however long that takes.
         """
         return 0.0 if self.oldest_queued_at is None else time.monotonic() - self.oldest_queued_at
 

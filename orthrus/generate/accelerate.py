@@ -36,7 +36,8 @@ def accelerate(
     checkpoint directory or hub id. Of a model, the weights are taken as they are now: accelerate it again after changing
     them. schedule: "orthrus" drafts with the diffusion weights, "ngram" looks drafts up, "ar" decodes token by token, "auto"
     drafts as the weights allow.
-    device, dtype: by default the model's own; of an id, a GPU where there is one, and the checkpoint's dtype there.
+    device, dtype: by default those of the model. For a directory or hub id, the default is a GPU in the checkpoint's dtype, or
+    a CPU in float32 if there is no GPU.
     engine_settings: other fields of `EngineConfig`. On a GPU, the KV cache takes most of the free memory unless
     kv_cache_tokens says for how many tokens it has room. Raises ConfigError for a model or setting that can't work.
     """
@@ -85,7 +86,7 @@ def _from_checkpoint(
     engine = Engine.from_pretrained(config)
     file = path / CONFIG_FILE
     try:
-        # The config of the plain model, whatever model_type the file has: its text is what `generate` returns.
+        # The config of the plain model, whatever model_type the file has, because `generate` returns the plain model's text.
         config_class = family_of(engine.model_config).hugging_face().config
         hf_config = config_class(**{k: v for k, v in read_json(file).items() if k != "model_type"})
         if (path / GENERATION_CONFIG_FILE).exists():

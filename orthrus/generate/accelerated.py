@@ -26,7 +26,7 @@ _MODULE_CHANGES = {
 
 @dataclass(frozen=True)
 class GenerateStats:
-    """What one `generate` took, over all returned sequences."""
+    """Counts of one call of `generate`, over all returned sequences."""
 
     sequences: int
     prompt_tokens: int
@@ -36,12 +36,12 @@ class GenerateStats:
     # Draft-and-verify cycles, or decoding passes without drafts. The first token of a sequence comes with its prompt's pass,
     # which is not a cycle.
     cycles: int
-    # Tokens that the cycles brought.
+    # Tokens that the cycles committed.
     cycle_tokens: int
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Tokens that a cycle brought on average. 1.0 is plain decoding; more is acceleration."""
+        """Average tokens committed per cycle. Plain decoding has 1.0."""
         return self.cycle_tokens / self.cycles if self.cycles else 1.0
 
 
@@ -62,7 +62,7 @@ class AcceleratedModel:
         self.config = config
         self.generation_config = generation_config
         self.module = module
-        # Of the last finished `generate`. None before the first.
+        # The counts of the last finished `generate`. None before the first.
         self.stats: GenerateStats | None = None
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -131,7 +131,7 @@ class AcceleratedModel:
     ) -> Any:
         """Hugging Face's `generate`: the same arguments, the same defaults, the same results.
 
-        Greedy decoding returns the same tokens. Sampling draws from the same distribution, with random numbers of its own.
+        Greedy decoding returns the same tokens. Sampling draws from the same distribution, with other random numbers.
         seed: for do_sample, below 2**63. By default it is drawn from torch's global generator, so that torch.manual_seed makes
         calls repeatable. With a seed, the first sequence is the one that a server returns for that seed. schedule: how to
         decode, "ar" for one token per pass; it never changes the tokens. Returns int64
@@ -179,7 +179,7 @@ class AcceleratedModel:
         before = engine.stats
         first_row = {f"accelerate-{next(self._numbers)}": i * call.copies for i in range(len(call.prompts))}
         rows = [_Row(list(ids), len(ids)) for ids in call.input_ids.tolist() for _ in range(call.copies)]
-        # The requests that go on, each with the number of its rows that go on.
+        # The unfinished requests, each with its number of unfinished rows.
         pending = dict.fromkeys(first_row, call.copies)
         try:
             for request_id, prompt, params in zip(first_row, call.prompts, call.params, strict=True):
@@ -196,7 +196,7 @@ class AcceleratedModel:
                     pending[chunk.request_id] -= 1
                     if pending[chunk.request_id] == 0:
                         del pending[chunk.request_id]
-                        # If a stop string ended its last row here, it would go on in the engine.
+                        # A stop string may have ended its last row here, but the engine would go on with it.
                         engine.cancel(chunk.request_id)
         finally:
             for request_id in pending:
@@ -220,7 +220,7 @@ class AcceleratedModel:
 
 
 def _check_streamer(streamer: Any, call: GenerateCall) -> None:
-    """Raise RequestError if `streamer` is none, or can't follow the call."""
+    """Raise RequestError if `streamer` is not a streamer, or can't follow the call."""
     if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise RequestError(f"streamer must be a BaseStreamer, got {type(streamer).__name__}", "streamer")
     if len(call.prompts) * call.copies > 1:
@@ -239,16 +239,16 @@ def _refuse(**arguments: Any) -> None:
 class _Row:
     """One returned sequence while it is generated."""
 
-    # Those of its prompt, then its tokens.
+    # Token ids of the prompt, and then the generated ones.
     ids: list[int]
-    # How many of the ids are the prompt's.
+    # Number of prompt ids.
     width: int
     finished: bool = False
 
     def take(
         self, chunk: Chunk, stop_strings: StopStringCriteria | None, streamer: BaseStreamer | None
     ) -> bool:
-        """Append the chunk's tokens, up to one that completes a stop string. Returns whether the row ends there."""
+        """Append the chunk's tokens, up to one that completes a stop string. Returns whether the row has ended."""
         for token in chunk.token_ids:
             self.ids.append(token)
             if streamer is not None:

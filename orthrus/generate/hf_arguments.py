@@ -1,4 +1,4 @@
-"""Translate the arguments of Hugging Face's `generate` for the engine, or name the one that can't be honoured."""
+"""Translate the arguments of Hugging Face's `generate` for the engine. An argument that can't be honoured is an error."""
 
 import copy
 import random
@@ -46,13 +46,13 @@ class GenerateCall:
     input_ids: Tensor
     # The token ids of each prompt without the masked ones.
     prompts: list[list[int]]
-    # Of each prompt, each with its own seed.
+    # The sampling parameters of each prompt, each with its own seed.
     params: list[SamplingParams]
     # Sequences to return for each prompt (num_return_sequences).
     copies: int
-    # Fills rows that end early. None if no row can.
+    # Fills rows that end early. None if no row can end early.
     pad_token_id: int | None
-    # Given all ids of a row so far, int64 [1, width + generated], tells whether the row ends there. None without stop strings.
+    # Called with all ids of a row so far, int64 [1, width + generated]: whether the row ends there. None without stop strings.
     stop_strings: StopStringCriteria | None
     # Whether to return an output object instead of a tensor (return_dict_in_generate).
     return_dict: bool
@@ -178,7 +178,7 @@ def _params(
 def _merge(
     model_defaults: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> tuple[GenerationConfig, Callable[[str], str]]:
-    """The call's GenerationConfig, and a function that tells where a field was set. Unset fields are None, except top_k."""
+    """The call's GenerationConfig, and a function from a field to where it was set. Unset fields are None, except top_k."""
     if given is not None and not isinstance(given, GenerationConfig):
         raise RequestError(
             f"generation_config must be a GenerationConfig, got {type(given).__name__}", "generation_config"

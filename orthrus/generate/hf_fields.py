@@ -139,7 +139,7 @@ TURNED_OFF_BY: dict[str, Any] = {
 _CACHES_WITHOUT_EFFECT = ("dynamic", "static", "hybrid", "offloaded", "offloaded_static")
 
 ARGUMENT, GIVEN, MODEL = "", " of generation_config", " of the model's generation_config"
-"""Where a field was set, as error messages say it after the field's name."""
+"""Where a field was set, in the words that error messages have after the field's name."""
 
 
 def checked(name: str, value: Any, origin: str = ARGUMENT) -> Any:

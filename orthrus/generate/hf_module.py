@@ -1,4 +1,4 @@
-"""Check that a Hugging Face module computes what its class and its weights say. Only these are taken over."""
+"""Check that a Hugging Face module computes just what its class and its weights say: the engine takes over only these."""
 
 from collections.abc import Iterator
 

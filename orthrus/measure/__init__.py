@@ -1,1 +1,1 @@
-"""Measurements: `orthrus verify`, `orthrus bench` and `orthrus bench shape`."""
+"""Measurements: `orthrus verify`, `orthrus bench`, `orthrus bench shape` and `orthrus compare`."""

@@ -11,13 +11,13 @@ from orthrus.errors import ConfigError
 
 @dataclass(frozen=True)
 class AcceptanceProfile:
-    """Chances that drafts are right. What lies deeper than the profile is as its last depth."""
+    """Chances that drafts are right. Depths beyond the profile have the chances of its last depth."""
 
     chances: tuple[tuple[float, ...], ...]
-    """For the first draft after the newest token, the second, ...: the chances that the right token is the block's likeliest one,
-    its second likeliest one, ..., if all tokens before it were drafted right. Each adds up to at most 1."""
+    """By depth, and then by rank: the chance that the right token is the draft of this rank, if all tokens before it were drafted
+    right. Depth 0 is the first draft after the newest token. The chances of a depth add up to at most 1."""
     source: str
-    """Where the chances come from, as reports tell it."""
+    """Where the chances come from, for reports."""
 
     @staticmethod
     def constant(chance: float) -> "AcceptanceProfile":
@@ -26,7 +26,7 @@ class AcceptanceProfile:
 
     @staticmethod
     def read(file: Path) -> "AcceptanceProfile":
-        """What `write` wrote. Raises ConfigError for a file that is none, or has impossible chances."""
+        """Read a profile that `write` wrote. Raises ConfigError for any other file, or for impossible chances."""
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             chances = tuple(tuple(map(float, depth)) for depth in found["chances"])
@@ -35,7 +35,7 @@ class AcceptanceProfile:
             raise ConfigError(f"{file} can't be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"{file} is no acceptance profile: write one with `orthrus train eval CONFIG --profile FILE`"
+                f"{file} is not an acceptance profile: write one with `orthrus train eval CONFIG --profile FILE`"
             ) from None
         if not chances or not all(depth and min(depth) >= 0 and sum(depth) <= 1.001 for depth in chances):
             raise ConfigError(f"{file}: the chances of each depth must be at least 0 and add up to at most 1")
@@ -53,18 +53,18 @@ class AcceptanceProfile:
         return self.chances[min(depth, len(self.chances) - 1)]
 
     def reached(self, depths: int) -> list[float]:
-        """For 1, 2, ... `depths`: the chance that so many drafts of a chain are right."""
+        """The chance that the first 1, 2, ... `depths` drafts of a chain are all right."""
         return list(accumulate((self.at(depth)[0] for depth in range(depths)), mul))
 
     def tokens_per_cycle(self, block_rows: int) -> float:
-        """What a cycle with a chain of `block_rows` rows, and so one draft less, commits on average."""
+        """Average tokens that a cycle commits with a chain of `block_rows` rows, which has one draft less than rows."""
         return 1.0 + sum(self.reached(block_rows - 1))
 
     def scaled(self, tokens_per_cycle: float, block_rows: int) -> "AcceptanceProfile":
-        """The profile of a drafter that brings so many tokens per cycle with a chain of `block_rows` rows.
+        """This profile, scaled to give `tokens_per_cycle` with a chain of `block_rows` rows.
 
-        Each depth's chance of the likeliest token is raised to one common power. The chances of the other ranks keep their share
-        of what is left. Raises ConfigError for what no block of so many rows can bring.
+        Each depth's chance of the likeliest token is raised to the same power. The chances of the other ranks keep their share of
+        the rest. Raises ConfigError if no block of so many rows can give so many tokens.
         """
         if not 1.0 < tokens_per_cycle < block_rows:
             raise ConfigError(
@@ -91,5 +91,5 @@ class AcceptanceProfile:
 
 
 def chain_profile(tokens_per_cycle: float, block_rows: int) -> AcceptanceProfile:
-    """The constant chance with which a chain of `block_rows` rows brings so many tokens per cycle. Raises ConfigError."""
+    """The profile with a constant chance that gives `tokens_per_cycle` with a chain of `block_rows` rows. Raises ConfigError."""
     return AcceptanceProfile.constant(0.5).scaled(tokens_per_cycle, block_rows)

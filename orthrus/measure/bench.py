@@ -1,8 +1,8 @@
 """`orthrus bench`: tokens per second of our schedules beside Hugging Face generate, on the same prompts in one run.
 
-Contestants take turns: at every batch size a round runs all of them, starting with another one each time, and then all in
-reverse, so that a machine that slows down meanwhile slows all of them down alike. A contestant's time in a round is the better
-of its two: what else the machine does only ever adds time. What is reported is the median over rounds of the ratio of two
+Contestants take turns. At every batch size, a round runs all of them, starting with another one each time, and then all of them
+in reverse order. So a machine that slows down meanwhile affects all of them alike. A contestant's time in a round is the better
+of its two, because other work of the machine can only add time. The report has the median over rounds of the ratio of two
 contestants in the same round.
 """
 
@@ -106,7 +106,7 @@ class BenchReport:
 
 
 def bench(options: BenchOptions, progress: Progress = lambda line: None) -> BenchReport:
-    """Measure; `progress` is told one line per round. Raises ConfigError for a model or setting that can't be loaded."""
+    """Run the benchmark. progress: called with a line for each round. Raises ConfigError if the model can't be loaded so."""
     path = resolve(options.model)
     model = load_config(path)
     device = choose_device(options.device)
@@ -193,7 +193,7 @@ def bench_prompts(path: Path, model: ModelConfig, count: int) -> list[list[int]]
 
 
 def _engine(path: Path, options: BenchOptions, schedule: str) -> Engine:
-    # Without the prefix cache: a repeated prompt would cost nothing from the second round on.
+    # Without the prefix cache: with it, the prompts would cost nothing from the second round on.
     return Engine.from_pretrained(
         EngineConfig.model_validate(
             {

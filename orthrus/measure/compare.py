@@ -1,16 +1,15 @@
-"""`orthrus compare`: ways to decode a checkpoint faster, side by side: what each gains, and what it changes in the output.
+"""`orthrus compare`: ways to decode a checkpoint faster, side by side. It measures each one's speed and what it changes.
 
-The methods are those of `METHODS`. Speeds are measured in one run, in which all methods take turns (`run_rounds`). What a method
-changes is measured against plain AR decoding with the checkpoint as it is:
+The methods are those of `METHODS`. Speeds are measured in one run, in which all methods take turns (`run_rounds`). The changes
+are measured against plain AR decoding with the checkpoint as it is:
 
-- on a text, which tells what other weights change: perplexity, the KL divergence of each next-token distribution, and how often
+- on a text, which shows the effect of other weights: perplexity, the KL divergence of each next-token distribution, and how often
   the most likely token is the same;
-- on greedy answers to openings of that text, which also tell what a schedule changes: how many are equal, and how many tokens
-  still are, by position.
+- on greedy answers to openings of that text, which also show the effect of a schedule: how many answers are equal, and how many
+  tokens, by position.
 
-Copies are rounded and pruned without calibration data, but for Wanda, which is given a part of the text that is not read later.
-Copies are written to the system's temporary folder. The engines of all
-methods are in memory at once.
+Copies are rounded and pruned without calibration data. Only Wanda gets some: a part of the text that is not read later. Copies
+are written to the system's temporary folder. The engines of all methods are in memory at once.
 """
 
 import random
@@ -62,9 +61,10 @@ class Method:
     name: str
     schedule: str
     setup: str
-    """What it takes before the first token."""
+    """What has to be done before the first token."""
     copy: Callable[..., None] | None = None
-    """Writes the copy of the checkpoint, at the first path, that the method decodes with, to the second. None: it has none."""
+    """Called with two paths: writes a copy of the checkpoint at the first to the second, for the method to decode with. None if
+    the method needs no copy."""
     calibrated: bool = False
     """Whether `copy` is also given rows of token ids, to calibrate on."""
 
@@ -106,7 +106,7 @@ class CompareOptions:
 
 
 def compare(options: CompareOptions, progress: Progress = lambda line: None) -> CompareReport:
-    """Measure; `progress` is told one line per step. Raises ConfigError for a model or setting that can't be used."""
+    """Run the comparison. progress: called with a line for each step. Raises ConfigError if a model or setting can't be used."""
     path = resolve(options.model)
     model = load_config(path)
     if model.quantization is not None:
@@ -115,7 +115,7 @@ def compare(options: CompareOptions, progress: Progress = lambda line: None) -> 
         )
     if not (path / "tokenizer.json").exists():
         raise ConfigError(
-            f"{options.model} has no tokenizer, with which a text is read: add its tokenizer.json"
+            f"{options.model} has no tokenizer, which is needed to read a text: add its tokenizer.json"
         )
     longest = _longest(options)
     if longest > model.max_position_embeddings:
@@ -164,13 +164,13 @@ class _Entry:
     engine: Engine
     setup: str
     weight_bytes: int
-    """Of the weights that it needs, in 16 bits where they are not quantised."""
+    """Bytes of the weights that it needs, in 16 bits where they are not quantised."""
 
 
 def _entries(
     path: Path, folder: Path, calibration: list[list[int]], options: CompareOptions, progress: Progress
 ) -> tuple[list[_Entry], list[str]]:
-    """All methods that the checkpoint at `path` can have, and those that it can't or that have no room, each with the reason.
+    """Load all methods. Returns those that work with the checkpoint at `path`, and a line with the reason for each other one.
 
     folder: for copies. calibration: rows of token ids.
     """
@@ -184,8 +184,8 @@ def _entries(
             continue
         if method.calibrated and not calibration:
             left_out.append(
-                f"{method.name}: the text has no row of {_ROW} tokens to calibrate on behind the {options.text_tokens} that are "
-                "read: give a longer --text or fewer --text-tokens"
+                f"{method.name}: the text has no row of {_ROW} tokens to calibrate on, besides the {options.text_tokens} that "
+                "are read: give a longer --text or fewer --text-tokens"
             )
             continue
         progress(f"loading: {method.name}")
@@ -219,10 +219,10 @@ def _entry(
         "device": options.device,
         "dtype": options.dtype,
         "schedule": method.schedule,
-        # A prompt that is repeated would cost nothing from the second round on.
+        # With the prefix cache, a prompt would cost nothing from the second round on.
         "prefix_caching": False,
         "max_num_seqs": batch,
-        # Also for the blocks behind a sequence's last token, in pages that are not full.
+        # The 256 are for the blocks behind a sequence's last token, and for pages that are not full.
         "kv_cache_tokens": batch * (longest + 256),
     }
     model = load_config(path)
@@ -240,11 +240,11 @@ class _Text:
     """The text, as token ids."""
 
     rows: list[list[int]]
-    """What is read."""
+    """The rows that are read."""
     prompts: list[list[int]]
     """Openings from all over the text."""
     calibration: list[list[int]]
-    """Whole rows from its end that are not read; often of other files. Empty if there are none."""
+    """Rows from the end of the text that are not read. They are often from other files. Empty if there are none."""
 
 
 def _read(tokenizer: Any, options: CompareOptions) -> _Text:
@@ -305,7 +305,7 @@ def _speeds(
 
 @dataclass
 class _OfText:
-    """What one method makes of the text, summed over its positions."""
+    """One method's results on the text, summed over its positions."""
 
     positions: int = 0
     loss: float = 0.0
@@ -320,7 +320,7 @@ class _OfText:
 
 
 def _read_text(engines: Sequence[Engine], rows: Sequence[Sequence[int]]) -> list[_OfText]:
-    """What each engine makes of the rows. The first one is AR decoding."""
+    """Each engine's results on the rows. The first engine is AR decoding."""
     found = [_OfText() for _ in engines]
     for row in tqdm(rows, desc="text", unit="row", disable=None, leave=False):
         reference = engines[0].score(row)[:-1].double()

@@ -1,4 +1,4 @@
-"""What `orthrus compare` says."""
+"""The report of `orthrus compare`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,11 +10,11 @@ from orthrus.measure.plots import load_pyplot
 
 @dataclass(frozen=True)
 class Speed:
-    """A method's speed with so many requests."""
+    """A method's speed at one batch size."""
 
     batch: int
     tokens_per_second: float
-    """Of all requests together, in the median round, their prompts included."""
+    """Tokens of all requests together, in the median round. The time includes their prompts."""
     over_ar: Ratio
     tokens_per_cycle: float
 
@@ -26,11 +26,11 @@ class Drift:
     exact: bool
     """Whether no logit of the text and no token of the answers differs."""
     perplexity: float
-    """Of the text: lower is better."""
+    """Perplexity of the text: lower is better."""
     mean_kl: float
     """KL divergence from the reference, in nats, on average over the text's positions."""
     max_kl: float
-    """That of the worst position."""
+    """KL divergence at the worst position, in nats."""
     top_1_agreement: float
     """Share of the text's positions at which both find the same token most likely."""
     equal_answers: int
@@ -47,7 +47,7 @@ class MethodReport:
 
     name: str
     setup: str
-    """What it takes before the first token."""
+    """What has to be done before the first token."""
     weight_ratio: float
     """Bytes of its weights on a GPU, over those of AR decoding in 16 bits; FP8 copies for drafts are not counted."""
     speeds: tuple[Speed, ...]
@@ -72,7 +72,7 @@ class CompareReport:
     methods: tuple[MethodReport, ...]
     """AR decoding first."""
     left_out: tuple[str, ...]
-    """Methods that this checkpoint can't have or that had no room, each with the reason."""
+    """Methods that don't work with this checkpoint or had no room, each with the reason."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)

@@ -1,9 +1,9 @@
 """`orthrus compare --shape`: the speeds of ways to decode, on a model's shape with random weights, in one interleaved run.
 
-Speeds do not depend on what the weights are, but for how often drafts are right: drafts are replayed from the AR text, as often
-right as the options say. All passes run in full, and drafts are planned as a server plans them. Plain decoding, Orthrus and
-Medusa share one engine, each of the formats with fewer bits has its own. What methods change in the output takes a trained
-checkpoint: `orthrus compare MODEL`.
+The values of the weights affect speed only through how often drafts are right. So drafts are replayed from the AR text, and are
+right as often as the options say. All passes run in full, and drafts are planned as a server plans them. Plain decoding, Orthrus
+and Medusa share one engine. Each of the formats with fewer bits has its own. To measure what methods change in the output, a
+trained checkpoint is needed: `orthrus compare MODEL`.
 """
 
 import json
@@ -37,7 +37,7 @@ _FORMATS: Mapping[str, Quantization] = {
     "int8": Quantization("gptq", 8, 128),
     "int4": Quantization("awq", 4, 128),
 }
-"""The formats of weights, as Qwen publishes them."""
+"""The quantised formats, as Qwen publishes them."""
 _SPARSE = "2:4 is not timed: there is no kernel for it here, so pruned weights run dense, at the speed of ar"
 
 
@@ -53,9 +53,9 @@ class ShapeCompareOptions:
     new_tokens: int = 64
     rounds: int = 3
     tokens_per_cycle: float = 10.6
-    """What Orthrus' replayed drafts bring in blocks of full length."""
+    """Tokens per cycle with Orthrus' replayed drafts, in blocks of full length."""
     medusa_tokens_per_cycle: float = 2.5
-    """What Medusa's replayed drafts bring if all are verified."""
+    """Tokens per cycle with Medusa's replayed drafts, if all are verified."""
     medusa_heads: int = 5
     own_projections: bool = True
     """Whether Medusa heads have vocabulary projections of their own, as in Medusa-1."""
@@ -63,7 +63,7 @@ class ShapeCompareOptions:
 
 @dataclass(frozen=True)
 class ShapeMethod:
-    """What one method takes."""
+    """One method's weights and drafts."""
 
     name: str
     weights_gib: float
@@ -115,7 +115,7 @@ class ShapeCompareReport:
 
 
 def compare_shape(options: ShapeCompareOptions, progress: Progress = lambda line: None) -> ShapeCompareReport:
-    """Measure; `progress` is told one line per step. Raises ConfigError for a shape or setting that can't be used."""
+    """Run the comparison. progress: called with a line for each step. Raises ConfigError if a shape or setting can't be used."""
     device = choose_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     bench = _bench(options)
@@ -159,7 +159,7 @@ def compare_shape(options: ShapeCompareOptions, progress: Progress = lambda line
 
 
 def _bench(options: ShapeCompareOptions) -> ShapeBenchOptions:
-    """The same run as `orthrus bench shape` describes it."""
+    """The options of `orthrus bench shape` for the same run."""
     return ShapeBenchOptions(
         shape=options.shape,
         batches=options.batches,
@@ -174,7 +174,7 @@ def _bench(options: ShapeCompareOptions) -> ShapeBenchOptions:
 def _drafting(
     engine: Engine, medusa: MedusaConfig, options: ShapeCompareOptions
 ) -> tuple[list[Contestant], list[ShapeMethod]]:
-    """The contestants that have the weights as they are: plain decoding, and the schedules that draft by heads."""
+    """The contestants with unquantised weights: plain decoding, Orthrus and Medusa."""
     orthrus = replaying(engine, chain_profile(options.tokens_per_cycle, BLOCK_SIZE), adaptive=True)
     context = engine.schedule_context()
     adaptive = context.config.model_copy(update={"adaptive_draft": True, "draft_length": None})

@@ -1,4 +1,4 @@
-"""What benchmarks share: contestants that decode the same prompts, and the ratio of their speeds."""
+"""Contestants that decode the same prompts, and the ratio of their speeds. All benchmarks use them."""
 
 import os
 import platform
@@ -13,12 +13,12 @@ from orthrus.engine import Engine
 from orthrus.requests.request import SamplingParams
 
 Progress = Callable[[str], None]
-"""Is told one line now and then of how far a measurement is."""
+"""Called with a line of text on how far a measurement is."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a contestant made of the prompts: new token ids of each, cycles and forward passes all prompts took part in."""
+    """A contestant's output: the new token ids of each prompt, and the cycles and forward passes of all prompts."""
 
     token_ids: list[list[int]]
     cycles: int
@@ -26,7 +26,7 @@ class Output:
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Each prompt's first new token, which no cycle gives, is left out."""
+        """Tokens committed per cycle. Each prompt's first new token is left out, because it comes from no cycle."""
         return (sum(map(len, self.token_ids)) - len(self.token_ids)) / max(1, self.cycles)
 
 
@@ -55,7 +55,7 @@ class Ratio:
 
 
 def ratio(seconds: list[float], others: list[float]) -> Ratio:
-    """Speed over another contestant's, whose times `others` are from the same rounds."""
+    """The speed over another contestant's. seconds, others: both contestants' times in the same rounds."""
     return Ratio.of([other / own for own, other in zip(seconds, others, strict=True)])
 
 
@@ -80,7 +80,7 @@ def engine_contestant(engine: Engine) -> Contestant:
 
 
 def hardware(device: torch.device) -> str:
-    """The processor that the numbers belong to, in words."""
+    """The name of the processor or GPU that was measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

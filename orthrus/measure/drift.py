@@ -18,7 +18,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Drift:
-    """The first place where a request of a check left the reference; `expected` and `got` say token and logprob."""
+    """The first position at which a request differs from the reference. expected, got: token and logprob, as text."""
 
     check: str
     request: str
@@ -29,9 +29,9 @@ class Drift:
 
 @dataclass(frozen=True)
 class Check:
-    """One way of running all requests. drifted_*: tokens that differ from the reference in id / in logprob bits.
+    """One way of running all requests. drifted_*: how many tokens differ from the reference in their id, or in logprob bits.
 
-    tokens_per_cycle: tokens committed per draft + verify (AR: per pass). tokens_per_pass: TPF, drafts counted.
+    tokens_per_cycle: tokens committed per draft and verify pass (AR: per pass). tokens_per_pass: TPF, draft passes counted.
     """
 
     name: str

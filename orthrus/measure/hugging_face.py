@@ -15,7 +15,7 @@ EAGER, COMPILED = "hf eager", "hf static, compiled"
 
 
 def hugging_face(path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Contestant:
-    """transformers' own `generate` of the same checkpoint's AR view: eager, growing cache, one left-padded batch."""
+    """transformers' own `generate` on the checkpoint's AR view: eager, with a growing cache and one left-padded batch."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # It would list every diffusion weight as unused: the AR view has no use for them.
@@ -48,7 +48,7 @@ def hugging_face_model(model: ModelConfig, device: torch.device, dtype: torch.dt
     if model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, assign=True)
-    # What is no weight has to be made anew.
+    # Buffers are not among the weights, so they have to be computed.
     inv_freq, _ = family.rotary(model)
     theirs.model.rotary_emb.inv_freq = inv_freq.to(device)
     theirs.model.rotary_emb.original_inv_freq = inv_freq.to(device)

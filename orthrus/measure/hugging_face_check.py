@@ -18,17 +18,17 @@ from orthrus.models.family import HuggingFaceClasses
 from orthrus.requests.request import Request
 
 KL_LIMIT = 1e-10
-"""Nats, in float32: what two forwards that round differently come to, 6e-11 at worst with orthrus-tiny, stays below it."""
+"""In nats, in float32. Two forward passes that round differently stay below this: with orthrus-tiny, 6e-11 is the worst."""
 LOGPROB_LIMIT = 1e-3
-"""Nats between a decode-time logprob and Hugging Face's: a wrong row is off by whole nats, rounding by 1e-5."""
+"""In nats, between the logprob of decoding and Hugging Face's. Rounding gives 1e-5, and a wrong row is off by whole nats."""
 
 
 @dataclass(frozen=True)
 class HuggingFaceCheck:
-    """Our forward against transformers' own, both in `dtype`, over every generated position. Nats.
+    """Our forward pass against transformers' own, both in `dtype`, over every generated position. All figures are in nats.
 
-    max_logprob_gap compares the logprobs that decoding reported. greedy_disagreements: greedy picks that are not the
-    argmax of Hugging Face's logits; `max_regret` is how far below it the worst one is.
+    max_logprob_gap: the largest difference from the logprobs that decoding reported. greedy_disagreements: how many greedy picks
+    are not the argmax of Hugging Face's logits. max_regret: how far below the argmax the worst of these is.
     """
 
     dtype: str
@@ -42,7 +42,7 @@ class HuggingFaceCheck:
 
     @property
     def limited(self) -> bool:
-        """Whether limits apply. In 16 bits both forwards round, each in its own way, and the figures are for the reader."""
+        """Whether the limits apply. They don't in 16 bits, where both forward passes round: figures are then only reported."""
         return self.dtype not in ("float16", "bfloat16")
 
     @property
@@ -96,7 +96,7 @@ def compare_hugging_face(
 
 
 def _load(classes: HuggingFaceClasses, engine: Engine, path: Path) -> Any:
-    """The model in transformers' own class; with quantised weights in full, since it multiplies those only on some machines."""
+    """The model in transformers' own class. Quantised weights are dequantised: transformers runs them on some machines only."""
     dtype, model = engine.forward.dtype, engine.model_config
     if model.quantization is None:
         return classes.model.from_pretrained(path, dtype=dtype)

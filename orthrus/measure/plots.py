@@ -1,4 +1,4 @@
-"""Files into which a report is drawn."""
+"""Checks for the files that reports are drawn into."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from orthrus.errors import ConfigError
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot, for files alone. Raises ConfigError without matplotlib."""
+    """matplotlib.pyplot, set up to draw into files only. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -19,7 +19,7 @@ def load_pyplot() -> Any:
 
 
 def check_plot(file: Path | None) -> None:
-    """Raise ConfigError if no report can be drawn into this file. None: none shall be. Called before what takes long."""
+    """Raise ConfigError if a report can't be drawn into `file`. Called before a long measurement. None: nothing is drawn."""
     if file is None:
         return
     figure = load_pyplot().figure()
@@ -27,7 +27,7 @@ def check_plot(file: Path | None) -> None:
     load_pyplot().close(figure)
     if file.suffix.removeprefix(".") not in formats:
         raise ConfigError(
-            f"--plot {file} has no format that can be drawn: end it in one of {', '.join(formats)}"
+            f"--plot {file} has no image format that is known: end it in one of {', '.join(formats)}"
         )
     if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {file}: the folder {file.absolute().parent} is not there")
+        raise ConfigError(f"--plot {file}: the folder {file.absolute().parent} does not exist")

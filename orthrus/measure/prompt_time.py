@@ -1,4 +1,4 @@
-"""Time to the first token of a fresh prompt, beside what its arithmetic takes at the rate of cuBLAS."""
+"""Time to the first token of a fresh prompt, compared with its arithmetic at the rate of cuBLAS."""
 
 import random
 import statistics
@@ -19,7 +19,7 @@ _SIZE = 8192
 
 
 def prompt_times(engine: Engine, lengths: Sequence[int], rate: float) -> list[PromptTime]:
-    """For each length that fits the context: a prompt of so many random tokens, alone. rate: what `matmul_rate` gave."""
+    """Time a prompt of each length that fits the context: random tokens, alone in the engine. rate: from `matmul_rate`."""
     rng, found = random.Random(1), []
     for length in lengths:
         if length >= engine.max_model_len:

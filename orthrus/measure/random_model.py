@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: what passes cost does not depend on what the weights are."""
+"""Models of published shapes with random weights. The time of a pass does not depend on the values of the weights."""
 
 import random
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def shape_config(shape: str, diffusion: bool = True) -> ModelConfig:
 def random_weights(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, *, shard: Shard | None = None
 ) -> dict[str, Tensor]:
-    """Weights that keep a row's size about one, each a function of its name alone. shard: the part of the model to make."""
+    """Random weights that keep activations at about size 1. Each is a function of its name alone. shard: the part to make."""
 
     family = family_of(model)
 
@@ -91,7 +91,7 @@ def shape_engine(
     medusa: MedusaConfig | None = None,
     **settings: Any,
 ) -> Engine:
-    """An engine of random weights. medusa: the Medusa heads that the model has, whatever the schedule."""
+    """An engine with random weights. medusa: the Medusa heads that the model gets, with any schedule."""
     fixed = {"model": model.name, "schedule": schedule, "adaptive_draft": False}
     config = EngineConfig.model_validate(fixed | settings)
     size = config.tensor_parallel_size
@@ -119,6 +119,6 @@ def _random_weights(
     shard: Shard,
     check: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """See `LoadWeights`. name: that of the dtype; a setting does not say it here."""
+    """See `LoadWeights`. name: the name of the dtype; `dtype`, the setting, is not used."""
     check()
     return random_weights(model, device, getattr(torch, name.removeprefix("torch.")), shard=shard)

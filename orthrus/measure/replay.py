@@ -1,4 +1,4 @@
-"""Drafts that are right as often as wished, for models whose own drafts never are: those with random weights."""
+"""Drafts that are right at a given rate, for models with random weights, whose own drafts are never right."""
 
 import math
 import random
@@ -15,22 +15,22 @@ from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.schedules.protocol import Commit, Schedule, Turn
 
 _OFF_CHAIN = 0.5
-"""How much of its chance the likeliest token has left behind a token that was not the likeliest: as with orthrus-tiny."""
+"""The factor on the likeliest token's chance after a token that was not the likeliest one. As with orthrus-tiny."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _Block = tuple[RowGroup, list[int], list[int]]
-"""A block, the right tokens after its rows, as far as they are known, and the rank of each: 0 is the likeliest."""
+"""A block, the right tokens after its rows, as far as they are known, and the rank that each is to have: 0 is the likeliest."""
 
 
 class ReplaySchedule:
     """Another schedule, with its draft picks replaced: passes run in full, and their drafts come from known texts.
 
-    `learn` tells it the text that AR decoding makes of each prompt.
+    `learn` must first be called with the text that AR decoding makes of each prompt.
     """
 
     def __init__(
         self, schedule: Schedule, vocab_size: int, profiles: Sequence[AcceptanceProfile], seed: int = 0
     ) -> None:
-        """profiles: how often drafts are right. Texts have them in turn, in the order in which they are learned."""
+        """profiles: how often drafts are right. Texts get them in turn, in the order in which they are learned."""
         self.max_groups = schedule.max_groups
         self.max_rows, self.max_logits = schedule.max_rows, schedule.max_logits
         self._schedule = schedule
@@ -41,7 +41,7 @@ class ReplaySchedule:
         self._blocks: WeakKeyDictionary[SequenceState, _Block] = WeakKeyDictionary()
 
     def learn(self, prompt: Sequence[int], params: SamplingParams, tokens: Sequence[int]) -> None:
-        """Note that AR decoding continues `prompt` with `tokens`."""
+        """Remember that AR decoding continues `prompt` with `tokens`."""
         key = _key(prompt, params)
         known = self._texts.get(key)
         profile = known[0] if known else self._profiles[len(self._texts) % len(self._profiles)]
@@ -59,14 +59,14 @@ class ReplaySchedule:
     def _with_replayed(
         self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]
     ) -> list[list[int]]:
-        """`picks` with those replaced that are drafts."""
+        """`picks`, in which all drafts are replaced."""
         return [
             self._replay(sequence, group, len(own)) if drafts else self._replay_heads(sequence, group, own)
             for own, group, drafts in zip(picks, turn.groups, turn.drafting, strict=True)
         ]
 
     def _replay_heads(self, sequence: SequenceState, group: RowGroup, picks: list[int]) -> list[int]:
-        """The picks of rows that verify drafts, with those replaced that Medusa heads drafted behind them."""
+        """The picks of rows that verify drafts, in which the drafts of Medusa heads are replaced."""
         if not group.heads:
             return picks
         rows = picks[: group.num_logits]
@@ -80,13 +80,13 @@ class ReplaySchedule:
         """`count` picks of a block: the likeliest token of every row, then the second likeliest of every row, and so on."""
         last = self._blocks.get(sequence)
         if last is None or last[0] is not block:
-            # Not the position that the block was planned for, which may have been a guess.
+            # Not `block.start`: a block behind a verify turn in flight is planned for the furthest position.
             start = sequence.newest_position + 1
             last = self._blocks[sequence] = block, *self._draw(sequence, start, block.num_logits)
         _, right, ranks = last
         picks: list[int] = []
         for rank in range(count // max(1, block.num_logits)):
-            # What is not the right token is a wrong one, another at each rank.
+            # The right token at its rank, and a different wrong token at each other rank.
             picks += [
                 (token + (own != rank) * (1 + rank)) % self._vocab_size
                 for token, own in zip(right, ranks, strict=True)
@@ -95,11 +95,11 @@ class ReplaySchedule:
         return picks
 
     def _draw(self, sequence: SequenceState, start: int, count: int) -> tuple[list[int], list[int]]:
-        """The right tokens at `count` positions from `start` on, as far as the text goes, and the ranks that they are to have."""
+        """The right tokens at `count` positions from `start` on, as far as the text goes, and the rank that each is to have."""
         prompt = sequence.tokens[: sequence.num_prompt]
         profile, text = self._texts[_key(prompt, sequence.params)]
         right = text[start : start + count]
-        # Draws that spread evenly over a sequence's cycles: a few bring what many would on average.
+        # Low-discrepancy draws over a sequence's cycles: a few cycles come close to the average of many.
         rng = random.Random(hash((self._seed, *text[-4:], sequence.cycles)))
         first = random.Random(hash((self._seed, *text[-4:]))).random()
         draw = 1.0 - (first + sequence.cycles * _GOLDEN) % 1.0
@@ -107,7 +107,7 @@ class ReplaySchedule:
         ranks = [0] * num_right
         for depth in range(num_right, len(right)):
             likeliest, *others = profile.at(depth)
-            # The first wrong draft of the chain is known to be wrong. Those after it matter to trees only.
+            # The chain's first wrong draft can't be right. The drafts after it matter to trees only.
             likeliest *= 0.0 if depth == num_right else _OFF_CHAIN
             unknown = 1.0 - profile.at(depth)[0] if depth == num_right else 1.0 - likeliest
             weights = [likeliest, *others, max(0.0, unknown - sum(others)) + 1e-9]
@@ -122,10 +122,10 @@ def replaying(
     block_rows: int | None = None,
     seed: int = 0,
 ) -> ReplaySchedule:
-    """Give an Orthrus engine a schedule that replays drafts. `learn` then tells it the texts.
+    """Give an Orthrus engine a schedule that replays drafts. Call its `learn` with the texts before decoding.
 
-    adaptive: plan blocks as a server does, which first measures what passes cost. Else all have `block_rows` rows, or the
-    model's block size.
+    adaptive: plan blocks as a server does, which first measures what passes cost. Otherwise all blocks have `block_rows` rows, or
+    the model's block size.
     """
     context = engine.schedule_context()
     settings = {"adaptive_draft": adaptive, "draft_length": block_rows}
@@ -136,6 +136,6 @@ def replaying(
 
 
 def _key(prompt: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], int]:
-    # Prompts here are random: their ends tell them apart.
+    # Prompts here are random, so their ends are different.
     assert params.greedy or params.seed is not None
     return tuple(prompt[-24:]), 0 if params.greedy or params.seed is None else params.seed

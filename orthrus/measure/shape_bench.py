@@ -1,8 +1,8 @@
 """`orthrus bench shape`: a published model's shape on this GPU, with random weights, side by side in one run.
 
-Contestants: Hugging Face `generate`, eager and with a static cache and compiled forward, and our schedules. Weights are random,
-so no draft of theirs would ever be right: drafts are replayed from the AR text, as right as an acceptance profile says, and all
-passes run in full. What a trained checkpoint adds is its own acceptance, not other work.
+Contestants: Hugging Face `generate`, both eager and with a static cache and compiled forward, and our schedules. With random
+weights no draft would ever be right. So drafts are replayed from the AR text, and are right as often as an acceptance profile
+says. All passes run in full. A trained checkpoint has other acceptance, but its passes do the same work.
 """
 
 import random
@@ -53,7 +53,7 @@ class ShapeBenchOptions:
     new_tokens: int = 256
     rounds: int = 3
     tokens_per_cycle: tuple[float, ...] = (10.6, 3.84)
-    """What replayed drafts bring in blocks of full length: each has lines of its own."""
+    """Tokens per cycle with replayed drafts, in blocks of full length. Each number has its own lines in the report."""
     profile: Path | None = None
     """An `AcceptanceProfile` to scale to these. None: a chance that is the same at every depth."""
     mixed_batch: int = 16
@@ -67,13 +67,13 @@ class ShapeBenchOptions:
     draft_tree: int | str = 0
     """As in `EngineConfig`. Trees need a profile with ranks."""
     hugging_face: bool = True
-    """Whether to measure it too, at the first batch size."""
+    """Whether to measure Hugging Face too, at the first batch size."""
     tensor_parallel: int = 1
-    """GPUs that share the model. Bytes are compared with what all of them together can read."""
+    """GPUs that share the model. The bytes of a pass are compared with what all of them together can read."""
 
 
 def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: None) -> ShapeReport:
-    """Measure. Raises ConfigError for an unknown shape or a wrong profile, and where there is no GPU."""
+    """Run the benchmark. Raises ConfigError for an unknown shape or a wrong profile, and if there is no GPU."""
     acceptance = acceptances(options, BLOCK_SIZE)
     if not torch.cuda.is_available():
         raise ConfigError("a shape is measured on a GPU, and there is none here: use `orthrus bench`")
@@ -173,18 +173,18 @@ def _race(
 
 
 def _context(options: ShapeBenchOptions) -> int:
-    """Tokens of a prompt but for its last, in whole pages. The middle of the generated text is at the context asked for."""
+    """Tokens of a prompt without its last one, in whole pages. The middle of the new tokens is at position `options.context`."""
     return max(1, round((options.context - options.new_tokens / 2) / _PAGE)) * _PAGE
 
 
 def _copy_bytes(engine: Engine) -> CopyBytes | None:
-    """Bytes of a number in the drafts' own weights, None where drafts have none."""
+    """Bytes of a number in the drafts' own weights; None if drafts have none."""
     copies = engine.forward.draft_format  # Not the setting's, which may be "auto".
     return None if copies is None else COPY_BYTES.get(copies)
 
 
 def _draft_bytes(engine: Engine) -> CopyBytes | None:
-    """Bytes of a number that a draft pass reads, None for as many as any pass."""
+    """Bytes of a weight that a draft pass reads; None if it reads the same as other passes."""
     return CopyBytes(1.0, 1.0) if engine.forward.draft_format == ONE_PLANE else _copy_bytes(engine)
 
 
@@ -200,7 +200,7 @@ def engine_settings(options: ShapeBenchOptions) -> dict[str, Any]:
     pages = _context(options) // _PAGE + new_pages
     longest = max(pages, *(-(-(length + 1) // _PAGE) for length in options.prompts), 0)
     return {
-        # Texts of finished requests stay cached too.
+        # With room for the texts of finished requests, which stay cached too.
         "kv_cache_tokens": max(most * (pages + new_pages), longest + 1) * _PAGE,
         "max_model_len": longest * _PAGE,
         "max_num_seqs": most,
@@ -217,7 +217,7 @@ def engine_settings(options: ShapeBenchOptions) -> dict[str, Any]:
 def random_prompts(options: ShapeBenchOptions, vocab_size: int) -> list[list[int]]:
     """A prompt for each sequence of the largest batch.
 
-    It ends one token after a page that stays cached, so all sequences decode from the second pass on.
+    All pages before its last token stay cached. So in later runs, all sequences decode from the second pass on.
     """
     rng, most = random.Random(0), max(*options.batches, options.mixed_batch)
     return [
@@ -233,7 +233,8 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
     views = weight_bytes(
         Shard(replace(model, block_size=None, mask_token_id=None)), torch.bfloat16.itemsize, lossless=lossless
     )
-    # A pass looks up a few rows of the embedding. A tied one is read whole, as the head, unless the head is kept in 12 bits.
+    # A pass reads only a few rows of the embedding. But a tied embedding is the LM head too, which is read whole, unless the head
+    # is kept in 12 bits.
     looked_up = lossless or not model.tie_word_embeddings
     lookup = 2 * model.vocab_size * model.hidden_size if looked_up else 0
     for name, view, rows, batch in (
@@ -253,9 +254,9 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
 
 
 def time_passes(engine: Engine, view: View, rows: int, batch: int, context: int, count: int) -> list[float]:
-    """Seconds of each of `count` passes that follow one another: `rows` greedy rows in one view for each of `batch` sequences.
+    """Seconds of each of `count` passes in a row: `rows` greedy rows in one view for each of `batch` sequences.
 
-    Nothing may run meanwhile, and what the cache holds is overwritten.
+    Nothing else may run meanwhile. The contents of the cache are overwritten.
     """
     each = -(-context // engine.page_size)
     groups = [

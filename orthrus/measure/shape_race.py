@@ -19,9 +19,9 @@ from orthrus.schedules.protocol import Schedule
 def our_contestants(
     engine: Engine, profiles: Sequence[tuple[str, Sequence[AcceptanceProfile]]], fixed_rows: Sequence[int]
 ) -> list[Contestant]:
-    """`ar`, and for each acceptance the planner as shipped and blocks of each length in `fixed_rows`.
+    """The contestant `ar`, and for each entry of `profiles` Orthrus with planned blocks, and with blocks of each of `fixed_rows`.
 
-    profiles: names of acceptances, each with the profiles that its texts have in turn.
+    profiles: names, each with the acceptance profiles that texts get in turn.
     """
     replayed: dict[str, ReplaySchedule] = {}
     for name, acceptance in profiles:
@@ -42,14 +42,14 @@ def race(
 ) -> tuple[list[Speed], bool]:
     """The speed of each contestant, and whether all of `ours` gave the tokens of `ar`, the first contestant.
 
-    Decoding alone is timed: what prompts take is measured and taken off.
+    Only decoding is timed: the time of the prompts is measured too, and subtracted.
     """
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
     outputs: dict[str, Output] = {}
     for contestant in contestants:
-        contestant.run(prompts, new_tokens)  # Compiles, teaches the AR texts, and lets the planner learn.
+        contestant.run(prompts, new_tokens)  # Compiles, records the AR texts, and lets the planner learn.
     gc.collect()
-    gc.freeze()  # As a replica does, here what Hugging Face's compiler has left too.
+    gc.freeze()  # As a replica does. Here this also covers what Hugging Face's compiler has left.
     for number in range(rounds):
         for contestant in contestants:
             prefill = _timed(contestant, prompts, 1)[0]
@@ -68,7 +68,7 @@ def race(
         )
         for name, own in seconds.items()
     ]
-    for speed in speeds:  # A long run that is broken off has told this much.
+    for speed in speeds:  # Shown at once, in case a long run is interrupted.
         progress(
             f"batch {speed.batch}: {speed.contestant} {speed.tokens_per_second:.1f} tok/s, {speed.over_ar} ar"
         )
@@ -76,7 +76,7 @@ def race(
 
 
 def scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
-    """The engine with one of its schedules: weights and cache are there once."""
+    """The engine with `schedule`. All such contestants share its weights and cache."""
     contestant = engine_contestant(engine)
 
     def run(prompts: list[list[int]], new_tokens: int) -> Output:
@@ -87,7 +87,7 @@ def scheduled(name: str, engine: Engine, schedule: Schedule) -> Contestant:
 
 
 def recorded(contestant: Contestant, schedules: Sequence[ReplaySchedule]) -> Contestant:
-    """The AR contestant, whose texts the replayed drafts are made of."""
+    """The AR contestant, whose texts all `schedules` learn, to replay drafts from them."""
 
     def run(prompts: list[list[int]], new_tokens: int) -> Output:
         output = contestant.run(prompts, new_tokens)
@@ -100,7 +100,7 @@ def recorded(contestant: Contestant, schedules: Sequence[ReplaySchedule]) -> Con
 
 
 def _timed(contestant: Contestant, prompts: list[list[int]], new_tokens: int) -> tuple[float, Output]:
-    """Seconds and output. Every contestant gives token ids as numbers, so the GPU has done its work by then."""
+    """Seconds and output. Contestants return token ids as Python numbers, so the GPU has finished by then."""
     begin = time.perf_counter()
     output = contestant.run(prompts, new_tokens)
     return time.perf_counter() - begin, output

@@ -1,4 +1,4 @@
-"""What `orthrus bench shape` has measured, as text, JSON and a picture."""
+"""The report of `orthrus bench shape`, as text, JSON and a picture."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ class PromptTime:
     tokens: int
     milliseconds: float
     over_floor: float
-    """How many times the arithmetic of the layers takes at the rate of cuBLAS."""
+    """This time over the time of the layers' arithmetic at the rate of cuBLAS."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShapeReport:
     context: int
     new_tokens: int
     replayed: tuple[str, ...]
-    """How right the replayed drafts are, in words: one entry for each acceptance."""
+    """How often the replayed drafts are right, in words: one entry for each acceptance profile."""
     read_gbps: float
     passes: tuple[PassTime, ...]
     prompts: tuple[PromptTime, ...]

@@ -5,10 +5,10 @@ must be equal bit for bit:
 
 - under every other schedule, one request at a time;
 - under every schedule, and with the settings of each `Variant` in `orthrus.schedules.registry`, in random mixtures: requests join
-  and leave a running batch of 1 to 16, with a short prefill chunk and a KV cache so tight that it evicts. Variants without
+  and leave a running batch of 1 to 16, with a short prefill chunk and a KV cache so small that it evicts. Variants without
   logprobs let a GPU launch passes before the host knows the picks of the last one.
 
-At last Hugging Face's own forward pass, loaded from the same files, reads the generated text. The KL divergence of every
+At the end, Hugging Face's own forward pass, loaded from the same files, reads the generated text. The KL divergence of every
 next-token distribution is measured.
 """
 
@@ -43,7 +43,7 @@ SHOWN_DRIFTS = 10
 LONGEST_PROMPT = 384
 LONG_CHUNK = 512
 SHORT_CHUNK = 48
-"""Prefill chunks, in tokens, of requests alone and in mixtures: the same prompt is cut differently."""
+"""Prefill chunks, in tokens, of requests alone (long) and in mixtures (short), so that prompts are cut differently."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Way:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `EngineConfig`. Blocks have their full length unless these say otherwise."""
     logprobs: bool = True
-    """Whether requests ask for them. Without them, a pass may be launched before the one before it is read."""
+    """Whether requests ask for logprobs. Without them, a pass may be launched before the picks of the last one are read."""
 
 
 REFERENCE = Way("ar alone", "ar")
@@ -65,7 +65,7 @@ REFERENCE = Way("ar alone", "ar")
 
 def ways(has_diffusion: bool, ranks: int = 1, has_medusa: bool = False) -> list[Way]:
     """The ways of running requests that are compared with `REFERENCE`: for each schedule that fits the model, alone, mixed, and
-    mixed with the settings that the registry says. ranks: how many share the model there; the reference has it alone."""
+    mixed with the settings of each variant in the registry. ranks: how many ranks share the model; the reference has one."""
     found: list[Way] = []
     for name, entry in reversed(SCHEDULES.items()):
         if entry.fits(has_diffusion, has_medusa and ranks == 1):
@@ -86,11 +86,11 @@ def ways(has_diffusion: bool, ranks: int = 1, has_medusa: bool = False) -> list[
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to verify. `tokens`: generated tokens to compare with the reference, over all ways together.
+    """What to verify. tokens: how many generated tokens to compare with the reference, over all ways together.
 
     max_tokens: most tokens of one request. max_batch: most requests in flight in a mixture. seed: of prompts, lengths,
     sampling and mixtures. device, dtype: as in EngineConfig. compare_hf: also compare with Hugging Face's forward.
-    tensor_parallel: how many ranks share the model, in all checks but the reference.
+    tensor_parallel: how many ranks share the model, in all checks except the reference.
     """
 
     model: str
@@ -105,7 +105,7 @@ class VerifyOptions:
 
 
 def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Report:
-    """Run every check on `options.model`; `progress` is told one line per step.
+    """Run every check on `options.model`. progress: called with a line for each step.
 
     Raises ConfigError for a model or setting that can't be loaded.
     """
@@ -130,7 +130,7 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
     stored = engine.model_config.quantization
     if options.compare_hf and stored is not None and stored.method == "fp8":
         progress(
-            "no comparison with Hugging Face's forward: in FP8, where inputs are rounded, it has no limit to be held to"
+            "no comparison with Hugging Face's forward: FP8 rounds the inputs too, so there is no limit to compare with"
         )
     elif options.compare_hf:
         progress(f"Hugging Face forward over {tokens} positions")
@@ -160,7 +160,7 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
 def _run_reference(
     engine: Engine, options: VerifyOptions, tokens: int
 ) -> tuple[list[Request], dict[str, Result]]:
-    """Requests that come to at least `tokens` generated tokens, and their results, one request at a time."""
+    """Run requests one at a time until they have generated at least `tokens` tokens. Returns the requests and their results."""
     requests: list[Request] = []
     reference: dict[str, Result] = {}
     for request in make_requests(engine, options):
@@ -190,8 +190,8 @@ def _check(
 def make_requests(engine: Engine, options: VerifyOptions) -> Iterator[Request]:
     """Endless requests, a pure function of `options.seed`: text and random ids, short and long, greedy and sampled.
 
-    Prompts repeat, whole or cut, so that the prefix cache has hits to get wrong. One request in four may end at its
-    end-of-sequence token; the others run to their length.
+    Prompts repeat, whole or cut, so that the prefix cache has hits. One request in four may end at its end-of-sequence token; the
+    others run to their length.
     """
     rng = random.Random(options.seed)
     vocab = engine.model_config.vocab_size
@@ -219,7 +219,7 @@ def make_requests(engine: Engine, options: VerifyOptions) -> Iterator[Request]:
 
 
 def run(engine: Engine, requests: Sequence[Request], limits: Iterator[int]) -> dict[str, Result]:
-    """Run `requests` to their end, in order, with at most next(limits) in flight; a new limit at each one's end."""
+    """Run `requests` to their end, in order. limits: most requests in flight; the next limit is taken whenever one ends."""
     waiting = list(reversed(requests))
     tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
     logprobs: dict[str, list[TokenLogprob]] = {request.request_id: [] for request in requests}
@@ -253,7 +253,7 @@ def _random_limits(rng: random.Random, largest: int) -> Iterator[int]:
 
 
 def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) -> Engine:
-    """An engine with a KV cache of its own small size: on a GPU another model has to fit beside it."""
+    """An engine with a KV cache of just this size, because on a GPU another model has to fit beside it."""
     engine = Engine.from_pretrained(
         EngineConfig.model_validate(
             {
@@ -272,13 +272,13 @@ def _engine(path: Path, options: VerifyOptions, way: Way, kv_cache_tokens: int) 
         )
     )
     if not way.logprobs and engine.device.type == "cpu":
-        # Nothing is gained by it there, but the engine works as it does on a GPU.
+        # It saves no time on a CPU, but the engine then works as it does on a GPU.
         engine.use_runner(EagerRunner(engine.forward, engine.cache, feeds_tokens=True))
     return engine
 
 
 def _sum_leaves(options: VerifyOptions) -> int | None:
-    """The same for the reference, which has all ranks' work."""
+    """The setting `sum_leaves`. The reference, which runs on one rank, needs the same number."""
     return options.tensor_parallel if options.tensor_parallel > 1 else None
 
 
@@ -288,7 +288,7 @@ def _longest(model: ModelConfig, options: VerifyOptions) -> int:
 
 
 def _tight_cache(requests: Sequence[Request], max_batch: int) -> int:
-    """KV capacity in tokens for the longest request, or a third of a full mixture: larger mixtures have to evict."""
+    """KV capacity in tokens: room for the longest request, or for a third of a full mixture. Larger mixtures have to evict."""
     lengths = [len(request.prompt) + (request.params.max_tokens or 0) for request in requests]
     return max(max(lengths) + 64, max_batch * sum(lengths) // len(lengths) // 3)
 

@@ -1,4 +1,4 @@
-"""What `orthrus verify` says."""
+"""The report of `orthrus verify`."""
 
 import json
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,7 @@
 """Read and write checkpoints in Hugging Face format, with or without diffusion weights, in one safetensors file or several.
 
-Before the first weight is read, the file headers are checked against the config. So a wrong checkpoint costs a second and
-gives one error that lists what is wrong.
+Before the first weight is read, the file headers are checked against the config. So a wrong checkpoint is found within a second,
+and one error lists what is wrong.
 """
 
 import json
@@ -49,15 +49,15 @@ def load_weights(
     shard: Shard | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Every tensor that the config's family expects (`Family.tensor_shapes`), on `device` in `dtype` (see `compute_dtype`).
+    """Load every tensor that the config's family expects (`Family.tensor_shapes`), to `device` in `dtype` (see `compute_dtype`).
 
-    shard: the part of the model to load; None for all of it. Of a tensor that is divided, nothing else is read. check: called
-    before each tensor is read; what it raises ends the loading.
-    What quantised weights are stored as keeps its own dtype, but for scales where `dtype` is wider than 16 bits.
-    Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the files
-    hold one that differs from the embedding (see `with_own_head`).
-    Raises CheckpointError for a tensor that is missing, has another shape, or holds NaN or infinite values. It names the
-    file, the tensor, and what was expected and found.
+    shard: the part of the model to load; None for all of it. Of a divided tensor, only this part is read. check: called before
+    each tensor is read; an error that it raises ends the loading.
+    The tensors of quantised weights keep the dtypes in which they are stored. Only scales are widened, if `dtype` has more than
+    16 bits. Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the
+    files hold one that differs from the embedding (see `with_own_head`).
+    Raises CheckpointError for a tensor that is missing, has another shape, or holds NaN or infinite values. The message names
+    the file, the tensor, and what was expected and found.
     """
     # Hugging Face's progress bar: users know how to switch it off.
     from transformers.utils import logging as progress
@@ -76,7 +76,7 @@ def load_weights(
         total=sum(map(len, by_file.values())),
         desc=f"loading {config.name}",
         unit="tensor",
-        # The ranks load at the same time, and one bar tells how far they are.
+        # The ranks load at the same time, and one bar is enough.
         disable=shard is not None and shard.rank > 0,
     )
     for file, names in by_file.items():
@@ -85,7 +85,7 @@ def load_weights(
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in names:
                     check()
-                    # On a CPU always copy: what was read is a view of the file, and the file may change.
+                    # On a CPU always copy: the tensor is a view of the file, and the file may change.
                     on_cpu = torch.device(device).type == "cpu"
                     part = None if shard is None else shard.part(family.division(name))
                     read = _read_part(tensors, name, part)
@@ -114,7 +114,7 @@ def _read_part(tensors: Any, name: str, part: tuple[int, int, int] | None) -> Te
 
 
 def _kept_dtype(stored: torch.dtype, target: torch.dtype) -> torch.dtype:
-    """The dtype for a part of a quantised weight in a model of `target`. Scales can't be rounded without changing the weight."""
+    """The dtype for a tensor of a quantised weight in a model of dtype `target`. Scales are never rounded."""
     is_scale = stored.is_floating_point and stored.itemsize > 1
     return torch.promote_types(stored, target) if is_scale and target.itemsize > 2 else stored
 
@@ -160,7 +160,7 @@ def with_own_head(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelCo
 
 
 def check_finite(tensor: Tensor, where: str, original: Tensor) -> None:
-    """Raise CheckpointError if a weight is NaN or infinite. where: its name in errors. original: it before it was cast."""
+    """Raise CheckpointError if a weight is NaN or infinite. where: its name in errors. original: the weight before the cast."""
     if _is_finite(tensor):
         return
     if _is_finite(original):
@@ -189,7 +189,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint. `load_weights` reads it back bit for bit, and transformers reads its AR view.
 
-    tensors: those that the config's family expects (`Family.tensor_shapes`) on any device, those that are stored in full all in
+    tensors: those that the config's family expects (`Family.tensor_shapes`), on any device. All that are stored in full must have
     one dtype. A tied lm_head is left out. One that differs from the embedding makes the checkpoint untied. max_shard_bytes:
     most bytes of weights in one file, unless a single tensor has more. tokenizer: anything with `save_pretrained`. Weights in
     `path` are replaced.
@@ -209,7 +209,7 @@ def save_checkpoint(
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        # Copies: safetensors refuses tensors that share memory, and a new diffusion view may share the AR view's.
+        # Copies, because safetensors refuses tensors that share memory. A new diffusion view may share the AR view's memory.
         shard = {
             n: tensors[n].detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n in names
         }

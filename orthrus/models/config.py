@@ -19,7 +19,7 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-"""The settings without which nothing is known about the weights. They have no default."""
+"""The settings that the weights' shapes depend on. They have no default."""
 
 # Far beyond any existing model, and small enough that nothing derived from these numbers takes long or much memory.
 _LARGEST = {
@@ -58,7 +58,7 @@ class ModelConfig:
     rope_parameters: Mapping[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 1_000_000.0}, hash=False
     )
-    # Those of generation_config.json, or of config.json where that file names none.
+    # The end-of-sequence ids of generation_config.json, or of config.json if that file names none.
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -66,16 +66,16 @@ class ModelConfig:
     block_size: int | None = None
     # The token that the other rows of a diffusion block hold.
     mask_token_id: int | None = None
-    # The one that the checkpoint is saved in.
+    # The dtype that the checkpoint is saved in.
     dtype: str = "float32"
     # Which `Family` the model belongs to: the first of the family's `model_types`.
     model_type: str = "qwen3"
-    # Leaves of the sums that go into the residual stream: a setting of the engine (`EngineConfig.sum_leaves`), not of the file.
-    # Another number gives other last bits. None: see `num_leaves`.
+    # Into how many leaves the sums that go into the residual stream are cut. It is a setting of the engine
+    # (`EngineConfig.sum_leaves`), not of the file. Another number gives other last bits. None: see `num_leaves`.
     sum_leaves: int | None = None
     # How the linear layers' weights are stored, if they are quantised.
     quantization: Quantization | None = None
-    # For people.
+    # The model's name in messages.
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Write a checkpoint again with other weights: what quantised and pruned copies share."""
+"""Write a copy of a checkpoint with other weights, for quantised and pruned copies."""
 
 import shutil
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from orthrus.models.files import copy_tokenizer
 
 
 def check_folder(path: Path, out: Path) -> None:
-    """Raise ConfigError if the folder `out` holds a checkpoint already, as `path`, the original, does."""
+    """Raise ConfigError if the folder `out` is `path`, the original, or holds another checkpoint already."""
     if out.resolve() == path.resolve():
         raise ConfigError(f"{out} is the checkpoint itself: give another folder for the copy")
     if (out / CONFIG_FILE).exists() or any(out.glob("*.safetensors")):
@@ -30,7 +30,7 @@ def make_folder(out: Path) -> None:
 
 
 def write_copy(path: Path, out: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write config and tensors to the folder `out`, with the tokenizer and the defaults of sampling of the checkpoint `path`."""
+    """Write config and tensors to the folder `out`, with the tokenizer and the sampling defaults of the checkpoint `path`."""
     save_checkpoint(out, config, tensors)
     copy_tokenizer(path, out)
     if (path / GENERATION_CONFIG_FILE).exists():

@@ -1,4 +1,4 @@
-"""The tensors of a quantised checkpoint as those of one that is not: for copies of weights in other formats, and for training."""
+"""Dequantises the tensors of a checkpoint, for copies of weights in other formats and for training."""
 
 from collections import defaultdict
 
@@ -9,9 +9,9 @@ from orthrus.kernels.linear import dense
 
 
 def dequantised(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """`tensors` by their Hugging Face names, with quantised weights in full, in `dtype`. Others are the same tensors.
+    """`tensors`, by their Hugging Face names, with quantised weights dequantised to `dtype`. Other tensors stay as they are.
 
-    They are taken out of `tensors` projection by projection, so that only one of them is in memory twice.
+    All tensors are taken out of `tensors`, layer by layer, so that only one linear layer is in memory twice.
     """
     modules: dict[str, list[str]] = defaultdict(list)
     for name in tensors:

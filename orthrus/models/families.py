@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make models of the family's types run here."""
+    """Register a family, so that models of its types can run."""
     FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
@@ -41,7 +41,7 @@ def _family(model_type: object) -> Family:
 def parse_config(data: Mapping[str, Any], *, name: str = "") -> ModelConfig:
     """The config that the contents of a config.json describe, in the style of transformers 4 or 5.
 
-    name: the model's, for people. Raises ConfigError naming the setting for a model that can't run here.
+    name: the model's name in messages. Raises ConfigError, naming the setting, for a model that can't run here.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"expected a JSON object, found {type(data).__name__}")
@@ -73,7 +73,7 @@ def load_config(path: str | Path) -> ModelConfig:
 def _generation_tokens(generation: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The fields of `config` that a generation_config.json decides.
 
-    It alone decides what ends a text. Of the other special tokens it gives those that config.json leaves out.
+    Its eos_token_id, if there is one, replaces config.json's. Its other special tokens count only if config.json has none.
     """
     changes: dict[str, Any] = {}
     if (eos := generation.get("eos_token_id")) is not None:

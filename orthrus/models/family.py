@@ -1,4 +1,4 @@
-"""`Family`: what the models of one architecture have of their own.
+"""`Family`: what is specific to the models of one architecture.
 
 A new architecture is a subclass of `Family` in a file of its own and an entry in `orthrus.models.families`.
 """
@@ -50,20 +50,20 @@ class HuggingFaceClasses:
 
 
 class Family(ABC):
-    """A decoder of the layout that Llama began and most open models follow. A family overrides what it does otherwise.
+    """A decoder with the layout of Llama, as most open models have it. A family overrides what differs.
 
     A layer is an RMS norm, attention with rotary embeddings, a second RMS norm, and a gated MLP with SiLU. Where a checkpoint
     has a diffusion view, every attention weight exists a second time under a name with `_diff`.
     """
 
     model_types: ClassVar[tuple[str, ...]]
-    """The `model_type`s of config.json that mean this family. The first is the one that we write."""
+    """The `model_type`s of config.json that belong to this family. The first is the one that we write."""
     architecture: ClassVar[str]
     """The name of Hugging Face's class for a plain checkpoint."""
     diffusion_architecture: ClassVar[str] = "OrthrusLM"
     """The name of the class in config.json for a checkpoint that has a diffusion view."""
     diffusion_model_type: ClassVar[str | None] = None
-    """That of `model_types` that means a checkpoint with a diffusion view, if one does."""
+    """The one of `model_types` for checkpoints with a diffusion view, if there is one."""
     embedding: ClassVar[str] = "model.embed_tokens.weight"
     """Name of the tensor of the token embeddings."""
     layer_prefix: ClassVar[str] = "model.layers"
@@ -75,8 +75,8 @@ class Family(ABC):
     head: ClassVar[str] = "lm_head.weight"
     """Name of the LM head. Missing in a checkpoint whose head is tied to the embedding."""
     defaults: ClassVar[Mapping[str, Any]]
-    """What Hugging Face's class assumes for optional settings that config.json leaves out. `head_dim` may be missing here: then
-    it is hidden_size / num_attention_heads."""
+    """The values of Hugging Face's class for optional settings that config.json leaves out. If `head_dim` is missing here, it is
+    hidden_size / num_attention_heads."""
     qk_norm: ClassVar[bool]
     """Whether each head's queries and keys are RMS-normed before they are rotated."""
 
@@ -144,7 +144,7 @@ class Family(ABC):
             name=name,
         )
         if config.quantization is not None:
-            self.stored_parts(config)  # Every weight must be one that can be stored so.
+            self.stored_parts(config)  # Raises if a weight can't be stored in this format.
         return config
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
@@ -183,9 +183,9 @@ class Family(ABC):
         return {name: part.shape for name, part in self.stored_parts(config).items()}
 
     def stored_parts(self, config: ModelConfig) -> dict[str, StoredPart]:
-        """Name, shape and possible dtypes of every tensor of a checkpoint. Quantised weights are stored as several.
+        """Name, shape and possible dtypes of every tensor of a checkpoint. A quantised weight is stored as several tensors.
 
-        Raises ConfigError if a weight can't be stored so.
+        Raises ConfigError if a weight can't be stored in the checkpoint's format.
         """
         how = config.quantization
         parts: dict[str, StoredPart] = {}
@@ -234,7 +234,7 @@ class Family(ABC):
         }
 
     def division(self, name: str) -> Division | None:
-        """How a tensor is divided among ranks. None: every rank has all of it."""
+        """How the tensor `name` is divided among ranks. None: every rank has all of it."""
         if name == self.head:
             return Division("vocabulary", 0)
         _, _, own = name.partition("self_attn.")
@@ -242,7 +242,7 @@ class Family(ABC):
         matrix = name.endswith(".weight")
         if kind in _DIVIDED_OUTPUTS:
             return Division(_DIVIDED_OUTPUTS[kind], 0)
-        # Every rank adds the bias of a layer whose inputs are divided to the whole sum.
+        # If a layer's inputs are divided, every rank has its whole bias: it is added to the whole sum.
         return Division(_DIVIDED_INPUTS[kind], 1) if kind in _DIVIDED_INPUTS and matrix else None
 
     def layer(
@@ -257,9 +257,9 @@ class Family(ABC):
     ) -> "DecoderLayer":
         """Layer `index`, packed for the kernels. Its tensors, and the norm behind it, are taken out of `tensors`.
 
-        weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose projections it has, those of
-        `ModelConfig.view_suffixes` or one of them. split: which part of the layer `tensors` hold; `config` is that of this part.
-        shared: the same layer for the other view, to share what is not of one view.
+        weight_format: a name that `pack_weight` (kernels/linear) knows. views: the suffixes of the views whose projections it
+        has: all of `ModelConfig.view_suffixes`, or one. split: which part of the layer `tensors` hold; `config` is that of this
+        part. shared: the same layer for the other view; what belongs to no single view is then shared with it.
         """
         from orthrus.models.layer import DecoderLayer
 

@@ -1,6 +1,6 @@
 """Check that the weight files of a checkpoint hold what its config says, by their headers alone.
 
-Free of torch, whose import takes seconds: `orthrus config check` and a server that can't start say so before.
+Imports no torch, which takes seconds. So `orthrus config check`, and a server that can't start, report errors at once.
 """
 
 import shutil
@@ -66,7 +66,7 @@ def check_stored(path: Path, stored: Mapping[str, StoredTensor], config: ModelCo
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are: a library that reads and writes them changes what it doesn't know."""
+    """Copy the tokenizer's files unchanged. A library that loads and saves them would change settings that it doesn't know."""
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)

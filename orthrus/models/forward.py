@@ -4,8 +4,8 @@
 nor tensor parallelism. Each view has its own attention projections. Everything else (norms, MLP, embedding, head) is read once
 for all rows. AR keys and values are written to the cache before attention, and both views read them there.
 
-Drafts may have weights of their own: rounded copies of all that a draft pass multiplies. Then a pass has rows of one view only.
-Formulas of the views: Orthrus (arXiv 2605.12825, section 3). What is inside a layer: `orthrus.models.layer`.
+Drafts may have weights of their own: rounded copies of all weights of a draft pass. Then a pass has rows of one view only. The
+formulas of the views are in the Orthrus paper (arXiv 2605.12825, section 3). `orthrus.models.layer` has the layers.
 """
 
 import torch
@@ -30,8 +30,7 @@ class LayerParallelForward:
 
     It turns a pass plan into hidden states and logits, and writes the plan's AR keys and values to the cache.
 
-    At every layer, the rows of both views run side by side: hence its name. Layers run one after the other.
-    It knows the rotary angles of position 0 only, until `use_context` gives it more.
+    Call `use_context` before the first pass: at first there are rotary angles for position 0 only.
     """
 
     exact: LayerStack
@@ -41,9 +40,9 @@ class LayerParallelForward:
     draft_format: str | None
     """The weight format of `draft`."""
     ranks: Ranks
-    """Those that share the model."""
+    """The ranks that share the model."""
     shard: Shard
-    """The part of the model that is here: all of it where there is one rank."""
+    """This rank's part of the model: all of it if there is one rank."""
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class LayerParallelForward:
         ranks: Ranks = ONE_RANK,
     ) -> None:
         """tensors: a checkpoint's, by their Hugging Face names, and those of Medusa heads if it has any (`load_medusa`), on one
-        device in one dtype. The dict is emptied. Where several ranks share the model, `config` is that of the whole, and the
+        device in one dtype. The dict is emptied. If several ranks share the model, `config` is that of the whole model, and the
         tensors are this rank's (`Shard.part`).
 
         weight_format: how the linear layers keep their weights, by a name that `pack_weight` (kernels/linear) knows.
@@ -64,7 +63,7 @@ class LayerParallelForward:
         self.config = config = self.shard.config
         family = family_of(config)
         self.draft, self.draft_format = None, draft_format
-        # Each layer takes the norm behind it, so this one is left.
+        # Each layer takes the norm behind it, so the norm before the first layer is left.
         self._first_norm = tensors.pop(family.norm_before(0))
         split, tokens = LayerSplit.of(self.shard, ranks), slice(*self.shard.span("vocabulary"))
         try:
@@ -77,7 +76,7 @@ class LayerParallelForward:
         except ConfigError:
             raise
         except ValueError as error:
-            # The kernels know no configuration; what they can't store or run here is a fault of the checkpoint's choice.
+            # Kernels don't know the configuration, and raise ValueError for weights that they can't store or run.
             raise ConfigError(f"{config.name}: {error}") from error
         self._embedding = tensors.pop(family.embedding)
         self._medusa = MedusaHeads.take(tensors)
@@ -96,13 +95,13 @@ class LayerParallelForward:
 
     @property
     def num_medusa_weights(self) -> int:
-        """Numbers in the weights of the Medusa heads."""
+        """How many numbers the weights of the Medusa heads have."""
         return 0 if self._medusa is None else self._medusa.num_weights
 
     def use_context(self, positions: int) -> None:
-        """Make rotary angles for `positions` positions: as many as the cache holds, often far fewer than the model allows.
+        """Compute rotary angles for `positions` positions. The cache often holds far fewer than the model allows.
 
-        Must not be called once passes have been captured as CUDA graphs.
+        Must not be called after passes have been captured as CUDA graphs.
         """
         place = torch.arange(positions, dtype=torch.float32, device=self.device)
         angles = place[:, None] * self._inv_freq.to(self.device)
@@ -130,7 +129,7 @@ class LayerParallelForward:
         """Run the layers. Returns the final, normed hidden states [rows, hidden_size] of all rows.
 
         stack: the weights, from `stack_for`; None for `exact`.
-        picks: int32, what earlier passes picked. The plan may take tokens from there, see `embed` (kernels/rows/embedding).
+        picks: int32, the picks of earlier passes. The plan's tokens may refer to them: see `embed` (kernels/rows/embedding).
         """
         eps = self.config.rms_norm_eps
         start = embed(

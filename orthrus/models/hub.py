@@ -24,7 +24,7 @@ _HUB_SECONDS = 5.0
 
 
 class HubUnreachable(CheckpointError):
-    """A hub id that is not in the local cache while the hub can't be reached: nothing is known about the model."""
+    """A hub id is not in the local cache, and the hub can't be reached. So nothing is known about the model."""
 
 
 # Files in subfolders are left out: they hold the same weights in other formats.
@@ -35,12 +35,12 @@ CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 def resolve(
     model: str | Path, files: Sequence[str] = _ALL_FILES, folders: Sequence[Path] = (Path(),)
 ) -> Path:
-    """The directory of a model. `model` is a directory, or a hub id whose snapshot is downloaded if it is not here.
+    """The directory of a model. model: a directory, or a hub id. A snapshot that is not in the local cache is downloaded.
 
-    files: names or patterns of the files that the snapshot must have; `CONFIG_FILES` looks before the weights are fetched.
-    folders: where relative paths may begin. If `model` is "a/b" and one of these has a folder "a", then it means a path. It is
-    taken for a hub id only if that snapshot is here already.
-    Raises CheckpointError saying whether the path, the hub id, the access or the network is at fault.
+    files: names or patterns of the files that the snapshot must have. With `CONFIG_FILES`, weights are not downloaded.
+    folders: where relative paths may begin. If `model` is "a/b" and one of these has a folder "a", then `model` is taken for a
+    path. It is taken for a hub id only if its snapshot is in the cache already.
+    Raises CheckpointError, which says whether the path, the hub id, the access or the network is at fault.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -83,12 +83,12 @@ def resolve(
 
 
 def _hub_answers(repo: str) -> bool:
-    """Whether the hub answers at all within seconds. A download would try for minutes."""
+    """Whether the hub answers at all within `_HUB_SECONDS`. A download would try for minutes."""
     try:
         HfApi().model_info(repo, timeout=_HUB_SECONDS)
     except (HfHubHTTPError, HFValidationError):
         return True  # The download reports what the answer means.
-    except Exception:  # Of the HTTP library, which differs between versions of the hub's client.
+    except Exception:  # The HTTP library, and so its errors, differ between versions of the hub's client.
         return False
     return True
 

@@ -19,15 +19,15 @@ class LayerSplit:
     """How the linear layers are divided among ranks, the same in all decoder layers."""
 
     outputs: Split
-    """Of the layers whose outputs are divided: queries, keys and values, gate and up, and the LM head."""
+    """The split of layers whose outputs are divided: queries, keys and values, gate and up, and the LM head."""
     out: Split
-    """Of the attention's output projection, whose inputs are divided."""
+    """The split of the attention's output projection, whose inputs are divided."""
     down: Split
-    """Of the MLP's last layer, whose inputs are divided."""
+    """The split of the MLP's last layer, whose inputs are divided."""
 
     @staticmethod
     def of(shard: Shard, ranks: Ranks) -> "LayerSplit":
-        """Where the rank has this shard, and the others have the rest."""
+        """The split for a rank with this shard."""
         out, down = (Split(ranks, shard.leaves(axis)) for axis in ("queries", "inner"))
         return LayerSplit(Split(ranks), out, down)
 
@@ -57,7 +57,7 @@ class DecoderLayer:
         return self.qkv.nbytes + self.out.nbytes + self.gate_up.nbytes + self.down.nbytes
 
     def rough(self) -> "DecoderLayer":
-        """The layer with the weights that both views share as drafts read them: see `Weight.rough`."""
+        """The layer for drafts, with `Weight.rough` of the weights that both views share."""
         return replace(self, gate_up=self.gate_up.rough(), down=self.down.rough())
 
     @classmethod
@@ -78,11 +78,11 @@ class DecoderLayer:
         two copies of the model.
 
         prefix: what the names of the layer's tensors begin with, without the dot behind it.
-        weight_format: a name that `pack_weight` (kernels/linear) knows. views: whose linear projections it has, those
-        of `ModelConfig.view_suffixes` or one of them: then all rows of a pass are of that view. It has the norms
-        of queries and keys of all the model's views in any case.
+        weight_format: a name that `pack_weight` (kernels/linear) knows. views: the suffixes of the views whose projections it
+        has: all of `ModelConfig.view_suffixes`, or one. With one, all rows of a pass are of that view. It has the norms of
+        queries and keys of all the model's views in any case.
         split: which part of the layer `tensors` hold; `config` is that of this part.
-        shared: the same layer for the other view, if this one is to share its MLP and norms; their tensors are not needed then.
+        shared: the same layer for the other view, if this one is to share its MLP and norms. Their tensors are then not needed.
         qk_norm: whether the layer norms queries and keys. after_norm: the name of the norm behind the layer.
         """
 

@@ -8,7 +8,8 @@ W_k is [hidden_size, hidden_size] without a bias, as in the paper. P_k is a voca
 Medusa-1, or the model's LM head for all heads: "shared". Sharing it makes the heads a thousandth of the model rather than a
 third of it (8B, five heads), and costs some acceptance.
 
-The heads of a model are two files in one folder, which may be the model's own: the tensors, and what they are.
+The heads of a model are stored as two files in one folder, which may be the model's own: the tensors, and a description of them
+(`MedusaConfig`).
 """
 
 import json
@@ -38,7 +39,7 @@ WEIGHTS_FILE = "medusa.safetensors"
 
 
 def _stack(names: list[str], tensors: dict[str, Tensor]) -> Tensor:
-    """The tensors of these names, which `tensors` loses one by one: only one of them is in memory twice."""
+    """Stack tensors by name. They are taken out of `tensors` one by one, so that only one of them is in memory twice."""
     first = tensors[names[0]]
     stacked = first.new_empty(len(names), *first.shape)
     for place, name in zip(stacked, names, strict=True):
@@ -48,7 +49,7 @@ def _stack(names: list[str], tensors: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class MedusaHeads:
-    """The heads of a model that runs."""
+    """The Medusa heads of a loaded model."""
 
     linears: Tensor
     """[heads, hidden_size, hidden_size]: W of each head."""
@@ -61,12 +62,12 @@ class MedusaHeads:
 
     @property
     def num_weights(self) -> int:
-        """Numbers in the heads' weights."""
+        """How many numbers the heads' weights have."""
         return self.linears.numel() + (0 if self.projections is None else self.projections.numel())
 
     @staticmethod
     def take(tensors: dict[str, Tensor]) -> "MedusaHeads | None":
-        """The heads whose tensors are among `tensors`, which lose them; None if there are none."""
+        """Take the heads' tensors out of `tensors`, and return the heads; None if there are none."""
         count = 0
         while linear_name(count) in tensors:
             count += 1

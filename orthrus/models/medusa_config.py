@@ -1,4 +1,4 @@
-"""What the Medusa heads of a model are, as the file beside their tensors says. Free of torch. The heads: `models/medusa.py`."""
+"""The description of a model's Medusa heads, in a file beside their tensors. Does not import torch, unlike `models/medusa.py`."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ _MOST_CONFIG_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class MedusaConfig:
-    """What the heads are: the contents of `CONFIG_FILE`. The first two have the names of Medusa's own checkpoints."""
+    """The contents of `CONFIG_FILE`. The first two fields have the names of Medusa's own checkpoints."""
 
     medusa_num_heads: int
     medusa_num_layers: int
@@ -34,7 +34,7 @@ class MedusaConfig:
         return MedusaConfig(num_heads, 1, own_projections, model.hidden_size, model.vocab_size)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The heads' tensors by name."""
+        """The shapes of the heads' tensors, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
         for index in range(self.medusa_num_heads):
             shapes[linear_name(index)] = (self.hidden_size, self.hidden_size)
@@ -44,17 +44,17 @@ class MedusaConfig:
 
     @property
     def num_weights(self) -> int:
-        """Numbers in the heads' tensors."""
+        """How many numbers the heads' tensors have."""
         return sum(map(math.prod, self.tensor_shapes().values()))
 
 
 def linear_name(index: int) -> str:
-    """The tensor of a head's residual layer."""
+    """The name of the tensor of a head's residual layer."""
     return f"medusa.{index}.linear.weight"
 
 
 def projection_name(index: int) -> str:
-    """The tensor of a head's own vocabulary projection."""
+    """The name of the tensor of a head's own vocabulary projection."""
     return f"medusa.{index}.projection.weight"
 
 
@@ -64,7 +64,10 @@ def has_medusa(folder: Path) -> bool:
 
 
 def read_medusa(folder: Path, model: ModelConfig) -> MedusaConfig:
-    """What the heads in `folder` are. Raises ConfigError if there are none, CheckpointError if they are not `model`'s."""
+    """The description of the heads in `folder`.
+
+    Raises ConfigError if there are none, and CheckpointError if they don't fit `model`.
+    """
     if not has_medusa(folder):
         raise ConfigError(
             f"{folder} has no Medusa heads ({CONFIG_FILE}): train some with `orthrus train medusa`, and set medusa_heads to "

@@ -1,8 +1,8 @@
 """Write a pruned copy of a checkpoint: of each four neighbouring weights of a linear layer, two are zero.
 
-That is the pattern (2:4) that NVIDIA's sparse matrix units multiply. Which two are kept is decided by their magnitude alone
+This is the pattern (2:4) that NVIDIA's sparse matrix units multiply. Which two are kept is decided by their magnitude alone
 (Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv 2104.08378), or by Wanda's scores on a calibration text
-(`orthrus.models.wanda`). The copy stores the zeros, so any engine loads it, and none is faster with it unless it looks for them.
+(`orthrus.models.wanda`). The copy stores the zeros, so any engine loads it. Only engines that use the pattern are faster with it.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ _GROUP, _KEPT = 4, 2
 def prune_checkpoint(path: Path, out: Path, calibration: Sequence[Sequence[int]] | None = None) -> None:
     """Write the checkpoint in the folder `path` to the folder `out`, with two of four weights of its projections set to zero.
 
-    calibration: rows of token ids for Wanda, whose forward runs in float32 on the CPU. None: by magnitude.
-    Embedding, norms, LM head and diffusion view stay as they are. Raises ConfigError if the checkpoint is quantised, and if a
-    projection's inputs are no multiple of four.
+    calibration: rows of token ids for Wanda, whose forward pass runs in float32 on the CPU. None prunes by magnitude.
+    Embedding, norms, LM head and diffusion view stay as they are. Raises ConfigError if the checkpoint is quantised, or if the
+    number of a projection's inputs is not a multiple of four.
     """
     config = load_config(path)
     if config.quantization is not None:
@@ -33,7 +33,7 @@ def prune_checkpoint(path: Path, out: Path, calibration: Sequence[Sequence[int]]
             f"{path} is quantised ({config.quantization.method}): give the checkpoint that it was made from"
         )
     check_folder(path, out)
-    # Those of the AR view: the others are called _proj_diff.
+    # The AR view's: those of the diffusion view are called _proj_diff.
     projections = {
         name: shape
         for name, shape in family_of(config).dense_shapes(config).items()
@@ -55,7 +55,7 @@ def prune_checkpoint(path: Path, out: Path, calibration: Sequence[Sequence[int]]
         dtype = tensors[next(iter(projections))].dtype
         in_full = {name: tensor.float() for name, tensor in tensors.items()}
         prune_by_inputs(config, in_full, calibration, keep_two_of_four)
-        # What is kept has its own bits again: they have been widened only.
+        # The weights that are kept have their original bits again, since they were only widened.
         tensors |= {name: in_full[name].to(dtype) for name in projections}
     write_copy(path, out, config, tensors)
 

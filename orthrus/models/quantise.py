@@ -1,6 +1,6 @@
 """Write a copy of a checkpoint in few bits, without calibration data: `orthrus quantize`.
 
-"fp8" and "int8" are published formats, and round. "lossless12" keeps every bit, and can be written in full again.
+"fp8" and "int8" are published formats that round the weights. "lossless12" keeps every bit, so the original can be restored.
 """
 
 import logging
@@ -61,7 +61,7 @@ def quantise_checkpoint(path: Path, out: Path, format: str) -> None:
             f"{path} is quantised already ({config.quantization.method}): give the checkpoint that it was made from"
         )
     if format == LOSSLESS and config.dtype != "bfloat16":
-        raise ConfigError(f"{LOSSLESS} keeps weights of bfloat16, and {path} is saved in {config.dtype}")
+        raise ConfigError(f"{LOSSLESS} needs bfloat16 weights, and {path} is saved in {config.dtype}")
     check_folder(path, out)
     how = read_quantization({"quantization_config": _SETTINGS[format]})
     assert how is not None
@@ -71,7 +71,7 @@ def quantise_checkpoint(path: Path, out: Path, format: str) -> None:
             how, in_full=tuple(_module(n) for n, s in shapes.items() if how.covers(n) and not can_pack(*s))
         )
     try:
-        # Before gigabytes are read: whether each weight can be stored so.
+        # Checks whether each weight can be stored in this format, before gigabytes are read.
         family_of(config).stored_parts(replace(config, quantization=how))
     except ConfigError as error:
         raise ConfigError(f"{path} can't be stored as {format}; try --format fp8 ({error})") from error
@@ -112,7 +112,7 @@ def _module(name: str) -> str:
 
 
 def _quantised(name: str, weight: Tensor, format: str) -> dict[str, Tensor]:
-    """What the weight called `name` is stored as. Raises NotPacked if it can't be stored in 12 bits."""
+    """The tensors that the weight called `name` is stored as. Raises NotPacked if it can't be stored in 12 bits."""
     if format == "fp8":
         numbers, scales = quantise_blocks(weight)
         return {name: numbers, f"{name}_scale_inv": scales}

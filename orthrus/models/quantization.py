@@ -1,8 +1,8 @@
-"""`Quantization`: how a checkpoint stores the weights of its linear layers, where it stores them in few bits.
+"""`Quantization`: how a checkpoint stores the weights of its linear layers in few bits.
 
-It reads config.json's `quantization_config` in the formats that Qwen publishes: fine-grained FP8, GPTQ and AWQ. What the numbers
-mean is in the weight formats of the same names (kernels/linear). Embedding, norms, biases and LM head are stored in full, and so
-are the projections of the diffusion view.
+This file reads config.json's `quantization_config`, for the formats that Qwen publishes: fine-grained FP8, GPTQ and AWQ. The
+weight formats of the same names (kernels/linear) say what the numbers mean. Embedding, norms, biases and LM head are stored in
+full, and so are the projections of the diffusion view.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from orthrus.files import is_int, shown
 from orthrus.kernels.lossless_sizes import ENTRIES, LOSSLESS_BYTES, TILE_INS, TILE_OUTS, can_pack
 
 LOSSLESS = "lossless12"
-"""The method that loses nothing: bfloat16 weights in 12 bits."""
+"""The method that keeps every bit: bfloat16 weights in 12 bits."""
 FP8_BLOCK = 128
 """Outputs and inputs of the block of an FP8 weight that shares a scale."""
 IN_FULL = ("F64", "F32", "F16", "BF16")
@@ -38,7 +38,7 @@ class StoredPart:
 
     @property
     def in_full(self) -> bool:
-        """Whether it is no part of a quantised weight."""
+        """Whether it is stored in full: it is not one of the tensors of a quantised weight."""
         return self.dtypes == IN_FULL
 
 
@@ -49,7 +49,7 @@ class Quantization:
     method: str
     """"fp8", "gptq", "awq" or "lossless12"."""
     bits: int
-    """Of a number."""
+    """Bits of a number."""
     group_size: int
     """Inputs that share a scale. -1: all inputs of a weight."""
     in_full: tuple[str, ...] = ()
@@ -59,11 +59,11 @@ class Quantization:
 
     @property
     def lossless(self) -> bool:
-        """Whether the weights are those of a checkpoint of bfloat16, every bit of them, and of both views."""
+        """Whether the format keeps every bit of bfloat16 weights. It then covers the weights of both views."""
         return self.method == LOSSLESS
 
     def covers(self, name: str) -> bool:
-        """Whether the tensor `name` of a checkpoint that is not quantised is a weight that this one stores quantised."""
+        """Whether the tensor `name`, as it is called in an unquantised checkpoint, is a weight that is stored quantised."""
         if not name.endswith(".weight"):
             return False
         module = name.removesuffix(".weight")

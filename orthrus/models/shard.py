@@ -18,11 +18,11 @@ Axis = Literal["queries", "keys", "inner", "vocabulary"]
 """What a dimension of a tensor consists of, where it is divided among ranks: heads of queries, or of keys and values; the MLP's
 inner width; tokens."""
 _LEAF_UNITS = (128, 64)
-"""Leaves begin at multiples of one of these numbers of inputs: of the first if that is possible, which GPUs need."""
+"""Leaves begin at multiples of the first of these numbers of inputs if possible, else of the second. GPUs need the first."""
 _TOKEN_UNIT = 64
 """The same for the parts of the vocabulary."""
 _DEFAULT_LEAVES = 2
-"""Leaves where no setting says how many, in a model that can be cut so on a GPU. They cost nothing there."""
+"""Leaves if `sum_leaves` is not set, in a model that can be cut so on a GPU. They cost a GPU nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Division:
 
 
 def num_leaves(config: ModelConfig) -> int:
-    """Leaves into which the inputs of a layer that goes into the residual stream are cut: as many ranks may share the model."""
+    """Into how many leaves the inputs of layers that add to the residual stream are cut. At most so many ranks share a model."""
     if config.sum_leaves is not None:
         return config.sum_leaves
     return _DEFAULT_LEAVES if _can_cut(config, _DEFAULT_LEAVES, _LEAF_UNITS[0]) else 1
 
 
 def check_ranks(config: ModelConfig, size: int) -> None:
-    """Raise ConfigError if a model's sums can't be cut as `ModelConfig.sum_leaves` says, or not be shared by `size` ranks."""
+    """Raise ConfigError if a model's sums can't be cut as `ModelConfig.sum_leaves` says, or if `size` ranks can't share it."""
     name, leaves = config.name or "this model", num_leaves(config)
     if config.quantization is not None and size > 1:
         raise ConfigError(f"{name} is quantised, and only one GPU can run it: set tensor_parallel_size to 1")
@@ -83,7 +83,7 @@ class Shard:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The part as a model with fewer heads and a smaller MLP. Its vocabulary is the whole one, as that of the embedding."""
+        """The part as a model with fewer heads and a smaller MLP. Its vocabulary is whole, since the embedding is not divided."""
         if self.size == 1:
             return self.model
         begin, end = self.span("inner")
@@ -95,12 +95,12 @@ class Shard:
         )
 
     def span(self, axis: Axis) -> tuple[int, int]:
-        """The first number of this rank's part of a dimension, and the one behind its last."""
+        """Where this rank's part of a dimension begins and ends: [begin, end)."""
         leaves = self.leaves(axis)
         return leaves.begin, leaves.end
 
     def part(self, division: Division | None) -> tuple[int, int, int] | None:
-        """The dimension in which a checkpoint's tensor is divided, and this rank's span of it. None: it has all of it.
+        """The dimension in which a checkpoint's tensor is divided, and the begin and end of this rank's part. None: all of it.
 
         division: `Family.division` of the tensor.
         """

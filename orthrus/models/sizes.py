@@ -15,9 +15,9 @@ class CopyBytes(NamedTuple):
     """Bytes of one number in the drafts' own weights."""
 
     layers: float
-    """Of the projections and the MLP."""
+    """In the projections and the MLP."""
     head: float
-    """Of the LM head."""
+    """In the LM head."""
 
 
 def weight_bytes(
@@ -25,10 +25,10 @@ def weight_bytes(
 ) -> int:
     """Bytes that a rank's part of the weights takes, without Medusa heads (`MedusaConfig.num_weights`).
 
-    item_bytes: of one number that is stored in full. With numbers of 16 bits, quantised weights take as little as a GPU keeps of
-    them. With wider ones they are dequantised.
-    copies: the same in the drafts' own weights, if they have any (`LayerStack.pack_apart`). They replace the projections of the
-    diffusion view, and are copies of what else a draft pass multiplies. The model must have a diffusion view then.
+    item_bytes: bytes of one number that is stored in full. If it is at most 2, quantised weights stay quantised. If it is more,
+    they are dequantised.
+    copies: bytes of one number in the drafts' own weights, if they have any (`LayerStack.pack_apart`). These replace the
+    projections of the diffusion view, and copy all other weights of a draft pass. The model must then have a diffusion view.
     lossless: whether linear layers are kept in 12 bits, as far as their shapes allow (kernels/linear/lossless).
     """
     config, shapes = shard.model, _shapes(shard)
@@ -65,7 +65,7 @@ def check_groups(shard: Shard) -> None:
 
 
 def _shapes(shard: Shard) -> dict[str, tuple[int, ...]]:
-    """Name and shape of what the rank has of each of the model's tensors, if no weight is quantised."""
+    """Names and shapes of the rank's parts of the model's tensors, as if no weight were quantised."""
     family = family_of(shard.model)
     return {
         name: shard.shape(shape, family.division(name))
@@ -74,14 +74,17 @@ def _shapes(shard: Shard) -> dict[str, tuple[int, ...]]:
 
 
 def _head_shape(shard: Shard) -> tuple[int, int]:
-    """[tokens, hidden_size] of the rank's LM head, which a tied model has no tensor of."""
+    """[tokens, hidden_size] of the rank's LM head. A tied model has no tensor for it."""
     return shard.vocabulary_widths[shard.rank], shard.model.hidden_size
 
 
 def _saved_by_12_bits(
     shard: Shard, shapes: dict[str, tuple[int, ...]], item_bytes: int, *, replaced: bool
 ) -> float:
-    """replaced: whether the projections of the diffusion view are not kept in 12 bits, since copies take their place."""
+    """Bytes that 12 bits save in the linear layers.
+
+    replaced: whether the projections of the diffusion view are not kept in 12 bits, since copies take their place.
+    """
     config = shard.model
     family = family_of(config)
     saved = 0.0
@@ -99,7 +102,7 @@ def _saved_by_12_bits(
 
 
 def _packed_bytes(outs: int, ins: int) -> float:
-    """Of a weight [outs, ins] in 12 bits."""
+    """Bytes of a weight [outs, ins] in 12 bits."""
     return outs * ins * LOSSLESS_BYTES + outs * 4
 
 

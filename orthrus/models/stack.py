@@ -1,4 +1,4 @@
-"""`LayerStack`: what a model multiplies for the rows of some views, from the first layer to the LM head, in one weight format."""
+"""`LayerStack`: the layers and the LM head of one view or of both, in one weight format."""
 
 from dataclasses import dataclass, replace
 
@@ -28,10 +28,10 @@ class LayerStack:
     def pack(
         config: ModelConfig, tensors: dict[str, Tensor], weight_format: str, split: LayerSplit, tokens: slice
     ) -> "LayerStack":
-        """One stack for both views. What it needs is taken out of `tensors`, a checkpoint's by their Hugging Face names.
+        """One stack for both views. tensors: a checkpoint's, by their Hugging Face names.
 
-        The embedding stays there. weight_format: a name that `pack_weight` (kernels/linear) knows. split: which part of the
-        model the tensors hold; `config` is that of this part. tokens: those of this part's head.
+        All but the embedding are taken out of `tensors`. weight_format: a name that `pack_weight` (kernels/linear) knows. split:
+        which part of the model the tensors hold; `config` is that of this part. tokens: those of this part's LM head.
         """
         family = family_of(config)
         [head] = _pack_heads(config, tensors, split, tokens, weight_format)
@@ -52,8 +52,8 @@ class LayerStack:
     ) -> "tuple[LayerStack, LayerStack]":
         """A stack of the AR view, and one of the diffusion view in `draft_format`, which has copies of what the views share.
 
-        If one memory serves both formats, the stacks share it instead. Else as `pack`. Copies are made layer by layer, so that
-        what they replace is given back at once.
+        If both formats can use the same memory, the stacks share it, and there are no copies. Copies are made layer by layer, so
+        that the memory of what they replace is freed at once. The parameters are those of `pack`.
         """
         family = family_of(config)
         share = draft_format in (weight_format, ROUGH_FORMATS.get(weight_format))
@@ -63,19 +63,19 @@ class LayerStack:
         exact: list[DecoderLayer] = []
         drafts: list[DecoderLayer] = []
         for index in range(config.num_hidden_layers):
-            # A dictionary of its own: packing takes tensors out of it.
+            # A dictionary for the drafts, because packing takes tensors out of it.
             own = dict(tensors) if share else _layer_in_full(config, tensors, index)
             exact.append(family.layer(config, tensors, index, weight_format, (ar,), split))
             shared = exact[-1].rough() if share else None
             drafts.append(family.layer(config, own, index, draft_format, (diffusion,), split, shared))
             for name in [name for name in tensors if name.startswith(f"{family.layer_prefix}.{index}.")]:
-                del tensors[name]  # Of the diffusion view.
+                del tensors[name]  # The diffusion view's, which are left.
         draft_head = heads[0].rough() if share else heads[-1]
         return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), draft_head)
 
 
 def _layer_in_full(config: ModelConfig, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """`tensors` with the quantised weights of layer `index` in full, for copies of them."""
+    """`tensors` with the quantised weights of layer `index` dequantised, to make copies of them."""
     if config.quantization is None:
         return dict(tensors)
     family = family_of(config)

@@ -1,7 +1,7 @@
-"""What the safetensors files of a checkpoint hold, by their headers. No weight is read.
+"""Lists the tensors in the safetensors files of a checkpoint, from their headers. No weight is read.
 
-A header may be damaged or hostile, so everything in it is checked. These checks include those of the safetensors library,
-which reads the weights later, but their errors name what is wrong.
+A header may be damaged or hostile, so everything in it is checked. The safetensors library, which reads the weights later, makes
+some of these checks too, but its errors do not name what is wrong.
 """
 
 import math

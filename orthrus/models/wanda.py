@@ -35,7 +35,7 @@ _INPUTS = {
 
 
 class _Recorded(Weight):
-    """A weight that notes the size of its inputs."""
+    """A weight that records the norms of its inputs."""
 
     def __init__(self, weight: Weight) -> None:
         self._weight = weight
@@ -52,7 +52,7 @@ class _Recorded(Weight):
 
 
 class _PruningLayer:
-    """A layer that prunes its weights when it is called, and then runs with what is left of them."""
+    """A layer that prunes its weights when it is called, and then runs with the pruned weights."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class _PruningLayer:
         index: int,
         prune: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        """tensors: the model's, in which the pruned weights replace the others. prune: see `prune_by_inputs`."""
+        """tensors: the model's. The pruned weights replace the original ones in it. prune: see `prune_by_inputs`."""
         self._config, self._tensors, self._index, self._prune = config, tensors, index, prune
         self._split = LayerSplit.of(Shard(config, 0, 1), ONE_RANK)
 
     def _pack(self) -> DecoderLayer:
-        # Packing takes tensors out of the dictionary, so it is given one of its own.
+        # A copy of the dictionary, because packing takes tensors out of it.
         family, views = family_of(self._config), self._config.view_suffixes
         return family.layer(self._config, dict(self._tensors), self._index, "plain", views, self._split)
 

@@ -45,19 +45,19 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """What is added to the logits of some token ids."""
+    """For some token ids, what is added to the token's logit."""
     stop: tuple[str, ...] = ()
     """Strings that end the text."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the text."""
     ignore_eos: bool = False
-    """Whether the end-of-sequence token does not end the text."""
+    """Whether the text goes on after an end-of-sequence token."""
     max_tokens: int | None = None
     """None means up to the context limit. 0 only scores the prompt."""
     logprobs: int | None = None
     """Number of best alternatives to report per token (0: only the chosen token), None for no log-probabilities."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens. They come with choice 0. Such a prompt takes nothing from the prefix cache."""
+    """The same for the prompt's tokens. They come with choice 0. Such a prompt is computed without the prefix cache."""
     n: int = 1
     """Choices to generate."""
     min_tokens: int = 0
@@ -69,9 +69,9 @@ class SamplingParams:
     grammar: str | None = None
     """A grammar (`orthrus.text.grammar`) that the answer must follow."""
     bad_words: tuple[str, ...] = ()
-    """Texts that are never generated: where all tokens of one but the last have been generated, the last is forbidden."""
+    """Texts that are never generated. When all tokens of such a text but the last have been generated, the last is forbidden."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """The only token ids that may be picked, ends included; None allows all."""
+    """The only token ids that may be picked, and so it must list end-of-sequence tokens too. None allows all."""
     schedule: str = "auto"
     """How to decode: "auto" for the engine's schedule, or the name of one (`Admission.schedules`). It never changes the text."""
     return_drafts: bool = False
@@ -99,7 +99,7 @@ class SamplingParams:
             raise RequestError(f"seed must be between 0 and 2**{SEED_BITS} - 1, got {self.seed}", "seed")
         if self.max_tokens is not None and self.max_tokens < (self.prompt_logprobs is None):
             raise RequestError(
-                f"max_tokens must be at least 1, got {self.max_tokens}: 0 needs echo or prompt_logprobs, and scores the prompt",
+                f"max_tokens must be at least 1, got {self.max_tokens}: 0 only scores the prompt, with echo or prompt_logprobs",
                 "max_tokens",
             )
         for name in ("logprobs", "prompt_logprobs"):
@@ -122,7 +122,7 @@ class SamplingParams:
         if any(not word.strip() for word in self.bad_words):
             raise RequestError("a bad word must not be empty or blank", "bad_words")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids must name a token", "allowed_token_ids")
+            raise RequestError("allowed_token_ids must have at least one token id", "allowed_token_ids")
         if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
             raise RequestError(
                 f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}", "min_tokens"
@@ -130,7 +130,7 @@ class SamplingParams:
         for name in ("ignore_eos", "min_tokens"):
             if self.grammar is not None and getattr(self, name):
                 raise RequestError(
-                    f"{name} can't be combined with a grammar, whose end must end the text", name
+                    f"{name} can't be combined with a grammar: the text must end where the grammar ends", name
                 )
         for token, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
@@ -184,7 +184,7 @@ class Request:
             )
         if len(self.cache_salt) > MAX_SALT_CHARACTERS:
             raise RequestError(
-                f"cache_salt may have {MAX_SALT_CHARACTERS} characters, got {len(self.cache_salt)}",
+                f"cache_salt may have at most {MAX_SALT_CHARACTERS} characters, got {len(self.cache_salt)}",
                 "cache_salt",
             )
 
@@ -207,7 +207,7 @@ class PromptLogprobs:
     logprobs: np.ndarray
     """float32, or float64 for a float64 model, [tokens]."""
     ranks: np.ndarray
-    """int32 [tokens], counted from 1 as in vLLM: 1 for a token that none is likelier than."""
+    """int32 [tokens], as in vLLM: 1 for the likeliest token."""
     top_ids: np.ndarray
     """int32 [tokens, top]: the best alternatives, best first."""
     top_logprobs: np.ndarray
@@ -223,7 +223,7 @@ class PromptLogprobs:
         return PromptLogprobs(*each)
 
     def tokens(self) -> Iterator[TokenLogprob]:
-        """The same in the form in which generated tokens have theirs."""
+        """The same as one `TokenLogprob` for each token, as generated tokens have them."""
         top = zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
         for token, logprob, (ids, values) in zip(
             self.token_ids.tolist(), self.logprobs.tolist(), top, strict=True
@@ -245,7 +245,7 @@ class RequestStats:
     """Forward passes after the first token that the sequence had rows in, drafts included."""
     seed: int
     """The seed of this choice."""
-    queue_seconds: float = field(default=0.0, compare=False)  # Of the moment, unlike the rest.
+    queue_seconds: float = field(default=0.0, compare=False)  # Differs from run to run.
     """How long it waited for room."""
 
     @property
@@ -260,8 +260,8 @@ class CycleReport(NamedTuple):
     num_tokens: int
     """Tokens that the cycle committed, a lead's included."""
     drafts: tuple[int, ...]
-    """The drafted token ids as one sequence; empty in an AR step. Of a block, all drafts that were verified. Of a tree, the right
-    drafts, and then the rest of the chain if the right ones are its beginning."""
+    """The drafted token ids as one sequence; empty in an AR step. For a block, these are all drafts that were verified. For a
+    tree, they are the right drafts, and then the rest of its chain, if the chain begins with the right ones."""
     num_accepted: int
     """How many of the drafts, from the front, agreed with the AR view's picks. If the text ends within them, it has fewer."""
 
@@ -287,7 +287,7 @@ class Chunk:
     error_param: str | None = None
     """The field of the request that is at fault, if one is."""
     engine_failed: bool = False
-    """Whether the error is that the engine has failed, and with it all requests: another engine could run this one."""
+    """Whether the engine itself has failed, with all its requests. Another engine could run this one."""
     prompt_logprobs: PromptLogprobs | None = None
     """In the first chunk of choice 0, if the request asks for them. They begin with the prompt's second token, since nothing
     predicts the first."""

@@ -20,7 +20,7 @@ class SequenceState:
     """Which of the request's choices it is."""
     params: SamplingParams
     seed: int
-    """Of this choice."""
+    """The seed of this choice."""
     tokens: list[int]
     """Token ids of the prompt and then the committed ones."""
     num_prompt: int
@@ -58,13 +58,13 @@ class SequenceState:
     # --- decoding
 
     placeholders: list[int] = field(default_factory=list)
-    """Stand for tokens after tokens[-1] that passes in flight will commit, as `RowGroup.tokens` refers to them."""
+    """They stand for the tokens after tokens[-1] that passes in flight will commit, as in `RowGroup.tokens`."""
     schedule_state: Any = None
     """What the schedule keeps of this sequence between passes."""
     unscored: range = range(0)
     """Positions that are still to be computed because their logits score the prompt token after them."""
     prompt_scores: list[PromptLogprobs] = field(default_factory=list)
-    """Of the prompt tokens scored so far."""
+    """The scores of the prompt tokens so far."""
     cycles: int = 0
     """As in `RequestStats`."""
     cycle_tokens: int = 0
@@ -83,7 +83,7 @@ class SequenceState:
     queued_at: float = 0.0
     """Since when it has been waiting, in monotonic seconds."""
     queue_seconds: float = 0.0
-    """How long it waited, all waits that are over together."""
+    """How long it has waited in all, without a wait that still goes on."""
 
     @property
     def queue_key(self) -> tuple[int, int]:
@@ -132,7 +132,7 @@ class SequenceState:
         return 0 if self.decoding else len(self.tokens) - self.num_computed
 
     def stats(self) -> RequestStats:
-        """What it has cost so far."""
+        """Its costs so far."""
         return RequestStats(
             prompt_tokens=self.num_prompt,
             cached_tokens=self.num_cached,
@@ -144,7 +144,7 @@ class SequenceState:
         )
 
     def append(self, token: int) -> None:
-        """Commit one token, and decide from it alone whether the sequence ends: pass boundaries must not matter."""
+        """Commit one token. Whether it ends the sequence must not depend on the pass that it came from."""
         self.tokens.append(token)
         if self.mask is not None:
             self.mask.commit(token)

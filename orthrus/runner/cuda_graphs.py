@@ -1,7 +1,7 @@
 """The runner of GPUs: it writes each pass into a buffer, copies that to the device, and replays graphs (`PassGraphs`).
 
-Picks stay on the device, those of the last two passes, and the tokens of a pass may refer to them. So a pass is launched while
-the one before it still runs, and the host waits only for picks that it has to know.
+The picks of the last two passes stay on the device, and the tokens of the next pass may refer to them. So a pass can be launched
+while the one before it still runs. The host waits only for picks that it has to know.
 """
 
 import itertools
@@ -59,12 +59,12 @@ class _Launched:
 def _check(host_status: Tensor, ranks: Ranks) -> None:
     """Raise RankError if a rank did not take part in a pass. host_status: see `_Launched`."""
     if late := int(host_status[0]):
-        ranks.check()  # Which knows more, if the rank has ended.
+        ranks.check()  # Raises a more exact error if the rank has ended.
         raise RankError(f"rank {late - 1} of the model did not take part in a pass: see its log")
 
 
 def _wait(event: torch.cuda.Event, ranks: Ranks) -> None:
-    """Wait for an event of this GPU. Raises RankError if a rank has ended for which NCCL, which has no limit, would wait."""
+    """Wait for an event of this GPU. NCCL would wait for a rank forever, so with NCCL RankError is raised if one has ended."""
     while ranks.collective and not event.query():
         ranks.check()
         time.sleep(_POLL_SECONDS)
@@ -73,21 +73,21 @@ def _wait(event: torch.cuda.Event, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class RunBuffer:
-    """What rank 0 tells the other ranks of a pass: the numbers of its buffer that the pass uses."""
+    """Rank 0's message for a pass: the numbers of its buffer that the pass uses."""
 
     numbers: bytes
 
 
 @dataclass(frozen=True)
 class ReceivePicks:
-    """What rank 0 tells the other ranks when it has picked once more: it has sent them `count` picks from place `first` on."""
+    """Rank 0's message after it has picked again: it has sent the other ranks `count` picks, from place `first` on."""
 
     first: int
     count: int
 
 
 def _programs(forward: LayerParallelForward) -> int:
-    """Among how many programs the work list of one key head is divided."""
+    """How many programs share the work list of one key head."""
     return max(1, attention_programs(forward.device) // forward.config.num_key_value_heads)
 
 
@@ -137,11 +137,11 @@ class CudaGraphRunner:
         self._downloads = torch.cuda.Stream(device)
         self._zero = torch.zeros(1, dtype=torch.int32, device=device)
         self._ranks, self._peers = forward.ranks, forward.ranks.peers
-        # Several ranks of a model would have to exchange logits for it.
+        # Picking several tokens for a row is cheap on one GPU only: several GPUs would have to exchange logits.
         self._shared = forward.ranks.size > 1
         self.picks_ranks = not self._shared
         self._host_status = torch.zeros(2, dtype=torch.int64, pin_memory=True)
-        # Of ranks but 0: when the copy from each host buffer was over.
+        # On ranks other than 0: done when each host buffer has been copied to the device.
         self._uploaded = [torch.cuda.Event() for _ in range(2)]
         self.graphs = PassGraphs(
             forward,
@@ -152,12 +152,12 @@ class CudaGraphRunner:
             buffer_size=size,
         )
         self._forward, self._tensors = forward, self.graphs.tensors
-        # Fields that are at the same place for any number of rows: made once, as making them takes time in each pass.
+        # The fields whose place does not depend on the number of rows. Making them for each pass would take time.
         self._head = self.graphs.fields()
         # Compiles the kernels that pick from adjusted logits: the graphs may have none of them.
         self._pick_from(self._tensors.logits[:1], slice(0, 1), 0)
         if self._shared:
-            self._exchange_picks(0, 1)  # Which compiles the kernels for that.
+            self._exchange_picks(0, 1)  # Compiles the kernels that exchange picks.
             torch.cuda.synchronize(device)
             self._ranks.least(0)  # Wait for the others.
         if self._peers is not None:
@@ -208,7 +208,7 @@ class CudaGraphRunner:
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self._side ^= 1
         first_pick = self._side * self._max_picks
-        # Where there is one rank, further ranks are picked without logits if these are not adjusted.
+        # On one GPU, further tokens of a row are picked without stored logits, unless these are adjusted.
         wants_logits = any(group.reads_logits or (group.ranks > 1 and self._shared) for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
         num_picks = count + self._pick_further_ranks(rows, first_pick + count)
@@ -245,7 +245,7 @@ class CudaGraphRunner:
         self._uploaded[self._side].record()
 
     def _exchange_picks(self, first: int, count: int) -> None:
-        """Give rank 0's picks to the other ranks, which have only picked without adjustments. Each rank calls this."""
+        """Send rank 0's picks to the other ranks, whose own picks are from unadjusted logits. Every rank calls this."""
         if self._peers is None:
             own = self._tensors.picks[first : first + count]
             own.copy_(self._ranks.exchange(own)[0])
@@ -256,7 +256,7 @@ class CudaGraphRunner:
     def logits(self, groups: Sequence[RowGroup]) -> Tensor:
         count = self._start(groups, (), self._side * self._max_picks, wants_logits=True)
         logits = self._tensors.logits[:count].clone()
-        # The next pass is written to the same host buffer.
+        # Wait, because the next pass is written to the same host buffer.
         _wait(torch.cuda.current_stream().record_event(), self._ranks)
         if self._peers is not None:
             _check(self._peers.status.cpu(), self._ranks)
@@ -265,7 +265,7 @@ class CudaGraphRunner:
     def _start(
         self, groups: Sequence[RowGroup], rows: Sequence[PickRows], first_pick: int, wants_logits: bool
     ) -> int:
-        """Bring the pass to the device and run its graphs. Returns how many rows need logits."""
+        """Copy the pass to the device and launch its graphs. Returns how many rows need logits."""
         flat = flatten(groups, self._page_size)
         self._forward.stack_for(ar=flat.num_ar > 0, diffusion=flat.num_ar < len(flat.tokens))
         num_rows = next(size for size in self.row_sizes if size >= len(flat.tokens))
@@ -286,7 +286,7 @@ class CudaGraphRunner:
         return len(flat.logit_rows)
 
     def _run(self, fields: PassFields[np.ndarray]) -> None:
-        """Run the pass that is in this turn's host buffer."""
+        """Launch the pass that is in the current host buffer."""
         used = int(fields.num_used[0])
         upload(self._host_buffers[self._side].numbers[:used], self._tensors.buffer[:used])
         self.graphs.replay(fields)
@@ -299,7 +299,7 @@ class CudaGraphRunner:
         Returns their number.
         """
         place, begin = first_place, 0
-        # Neighbours that are alike go together.
+        # Neighbouring groups with the same numbers are picked together.
         for (ranks, count), members in itertools.groupby(rows, key=lambda group: (group.ranks, group.count)):
             alike = list(members)
             for span, run in runs(alike):
@@ -326,14 +326,17 @@ class CudaGraphRunner:
         )[:, 1:]
 
     def _pick_by_heads(self, rows: Sequence[PickRows], first_pick: int, count: int, num_picks: int) -> int:
-        """Let Medusa heads draft behind the pass's `count` rows. Drafts go behind its `num_picks` picks. Returns how many."""
+        """Draft with Medusa heads from the pass's `count` rows. The drafts are stored after its `num_picks` picks.
+
+        Returns their number.
+        """
         picks = self._tensors.picks[first_pick : first_pick + count]
         drafts = head_picks(self._forward, self._tensors.hidden[:count], picks, rows)
         self._tensors.picks[first_pick + num_picks : first_pick + num_picks + drafts.numel()] = drafts
         return drafts.numel()
 
     def _pick_adjusted(self, rows: Sequence[PickRows], first_pick: int) -> None:
-        """Pick once more for the groups whose logits have to be adjusted first. The graphs picked from unadjusted ones."""
+        """Pick again for the groups whose logits have to be adjusted: the graphs have picked from unadjusted logits."""
         for place, run in runs(rows):
             if not run[0].unadjusted:
                 self._pick_from(adjust(self._tensors.logits[place], run), place, first_pick)

@@ -36,10 +36,10 @@ class _Done:
 
 @dataclass(frozen=True)
 class RunPass:
-    """What rank 0 tells the other ranks of a pass."""
+    """Rank 0's message for a pass."""
 
     rows: FlatRows
-    """Its rows, with tokens in place of all places among the picks."""
+    """Its rows. Tokens that refer to picks have been replaced by these picks."""
 
 
 class EagerRunner:
@@ -50,11 +50,11 @@ class EagerRunner:
     row_sizes: tuple[int, ...] = ()
 
     def __init__(self, forward: LayerParallelForward, cache: KVCache, feeds_tokens: bool = False) -> None:
-        """feeds_tokens: gains nothing here, but tests the engine as it works with a runner that does not wait."""
+        """feeds_tokens: True gains nothing here. Tests set it to run the engine as with a runner that does not wait."""
         self.feeds_tokens = feeds_tokens
         self._forward = forward
         self._cache = cache
-        # Of the last two passes, as in a runner that does not wait: those of every other pass begin at place _ROOM.
+        # Picks of the last two passes, as in a runner that does not wait. Those of every other pass begin at place _ROOM.
         self._picks = torch.zeros(2 * _ROOM, dtype=torch.int32, device=forward.device)
         self._first_pick = 0
 
@@ -70,7 +70,7 @@ class EagerRunner:
     def pass_memory(
         forward: LayerParallelForward, page_size: int, kv_format: str, room: PassRoom, max_pages: int
     ) -> PassMemory:
-        """See `RunnerFactory`. On a GPU, where it runs float64 only, it is given as much as graphs would need."""
+        """See `RunnerFactory`. On a GPU, where it runs float64 only, this is what graphs would need."""
         from orthrus.runner.cuda_graphs import CudaGraphRunner  # Needs Triton.
 
         return CudaGraphRunner.pass_memory(forward, page_size, kv_format, room, max_pages)
@@ -120,7 +120,7 @@ class EagerRunner:
 
 
 def _known(tokens: np.ndarray, picks: Tensor) -> np.ndarray:
-    """`FlatRows.tokens` with the tokens that were picked where these refer to picks; 0 for `NO_TOKEN`."""
+    """`FlatRows.tokens`, with references to picks replaced by the picked tokens, and by 0 for `NO_TOKEN`."""
     picked = picks.numpy(force=True)[np.maximum(-1 - tokens, 0)]
     return np.where(tokens < 0, np.maximum(picked, 0), tokens).astype(np.int32)
 
@@ -128,7 +128,7 @@ def _known(tokens: np.ndarray, picks: Tensor) -> np.ndarray:
 def _placed(
     groups: Sequence[RowGroup], rows: Sequence[PickRows], picks: Tensor
 ) -> tuple[list[RowGroup], list[PickRows]]:
-    """The same pass, with each block that comes behind drafts in flight where these picks put it."""
+    """The same pass, in which each block that comes behind drafts in flight is moved to where `picks` put it."""
     first_logits = list(accumulate((group.num_logits for group in groups), initial=0))
     first_rows = list(accumulate((part.count for part in rows), initial=0))
     placed, picking = list(groups), list(rows)

@@ -1,7 +1,7 @@
-"""What Medusa heads draft in a pass, behind the rows whose picks it verifies.
+"""The drafts of Medusa heads, made in the pass that verifies the drafts before them.
 
-Which of a group's rows the heads have to read is known only when the rows have been picked from: it is the one behind the last
-right draft. It is found on the device, so that the heads need not wait for the host, and read one row of each group.
+The heads read one row of each group: that of the last right draft, or of the newest token if no draft is right. Which row that
+is follows from the picks of the rows. It is found on the device, so that the heads need not wait for the host.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def head_picks(
     """The tokens that heads draft: int32 [sum of `PickRows.heads`], by group and then by head. `NO_TOKEN` where there is none.
 
     hidden [rows, hidden_size], picks int [rows]: the final hidden states and the picks of the rows of all `groups`, in order.
-    A draft meets the noise of its own position, and the filters of its group. Masks and penalties that depend on the tokens
-    before it are not followed: that costs acceptance only. Does not wait for the device.
+    A draft is picked with the noise of its own position and the filters of its group. Masks and penalties that depend on the
+    tokens before it are left out, which costs acceptance only. Does not wait for the device.
     """
     device, count = hidden.device, forward.num_medusa_heads
     first_rows = np.cumsum([0, *(group.count for group in groups)])
@@ -38,7 +38,7 @@ def head_picks(
     for own, (_, group) in zip(drafts, wanted, strict=True):
         own[: len(group.draft_tokens)] = group.draft_tokens
     places = (first[:, None] + torch.arange(most - 1, device=device)).clamp(max=len(picks) - 1)
-    # [groups]: how many drafts, from the first on, are right.
+    # [groups]: how many drafts come before the first wrong one.
     right = (picks[places] == to_device(torch.from_numpy(drafts), device)).long().cumprod(1).sum(1)
     logits = forward.medusa_logits(hidden[first + right]).flatten(0, 1)
     rows = [

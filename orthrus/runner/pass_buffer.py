@@ -20,13 +20,13 @@ from orthrus.runner.sampler import PickRows, keys_from, row_keys, row_temperatur
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 _HEADER = 12
-"""Numbers before the fields of the head. The last two are unused: what follows is at a multiple of 16 bytes."""
+"""Numbers before the LM head's fields. The last two are unused, and align what follows to 16 bytes."""
 _ROW = 4 + MORE_SLOTS
 """Numbers of a row."""
 _LISTS = FIELDS + 16
-"""Most numbers, for each row that needs logits, of the two lists behind the work list. A block that moves has such a row, with a
-noise key. Each draft before it had one too: it takes another key, its parent and group, and pages if it begins a group. A branch
-takes a page to copy."""
+"""Most numbers that the two lists behind the work list take for each row that needs logits. A block that moves has such a row,
+with a noise key. Each draft that it comes behind had such a row in the pass before: it takes another key, its parent and group,
+and pages if it begins a group. A branch takes a page to copy."""
 _ALIGNED = 4
 """The list of blocks that move begins at a multiple of so many numbers: kernels are compiled for one alignment."""
 
@@ -35,8 +35,8 @@ _ALIGNED = 4
 class PassFields(Generic[Array]):
     """The fields of a pass as views of its buffer: numpy arrays on the host, tensors on the device.
 
-    All are int32 except for the temperatures. The graphs that run a pass are for fixed numbers of rows, so a pass may have more
-    rows than its groups: these come last, and hold zeros.
+    All are int32 except for the temperatures. The graphs that run a pass are for fixed numbers of rows, so a pass may be padded
+    with rows that belong to no group. These come last, and hold zeros.
     """
 
     num_ar: Array
@@ -46,7 +46,7 @@ class PassFields(Generic[Array]):
     wants_logits: Array
     """[1] Whether logits are to be written, not only picks: 0 or 1."""
     num_rows: Array
-    """[1] Number of rows, those that no group has included."""
+    """[1] Number of rows, padding included."""
     num_logits: Array
     """[1] Number of rows that need logits."""
     num_copies: Array
@@ -80,7 +80,7 @@ class PassFields(Generic[Array]):
 
     @staticmethod
     def of(buffer: Array, num_rows: int, max_logits: int) -> "PassFields[Array]":
-        """The fields of a pass of `num_rows` rows in `buffer`, int32 [size]. The only place that knows where they are."""
+        """The fields of a pass of `num_rows` rows in `buffer`, int32 [size]. This function alone defines the layout."""
         head, rows = _HEADER, _HEADER + 4 * max_logits
         by_row = buffer[rows : rows + 4 * num_rows].reshape(4, num_rows)
         temperatures = buffer[head + max_logits : head + 2 * max_logits]
@@ -128,7 +128,7 @@ class PassBuffer:
     def __post_init__(self) -> None:
         self.numbers = torch.zeros(self.size, dtype=torch.int32, pin_memory=self.pinned)
         self._array = self.numbers.numpy()
-        # By number of rows: making them takes as long as filling them.
+        # By number of rows, kept because making them takes as long as filling them.
         self._fields: dict[int, PassFields[np.ndarray]] = {}
 
     def fields(self, num_rows: int) -> PassFields[np.ndarray]:
@@ -138,7 +138,7 @@ class PassBuffer:
         return self._fields[num_rows]
 
     def dump(self, fields: PassFields[np.ndarray]) -> bytes:
-        """The numbers that the pass in the buffer uses."""
+        """The numbers that the pass in the buffer uses, as bytes."""
         return self._array[: int(fields.num_used[0])].tobytes()
 
     def load(self, numbers: bytes) -> PassFields[np.ndarray]:
@@ -159,9 +159,9 @@ class PassBuffer:
     ) -> PassFields[np.ndarray]:
         """Write a pass into the buffer. What was in it is lost.
 
-        rows: the rows of the pass's groups; num_rows: as many or more. picking: how to pick from the rows that need logits, in
-        their order; empty if nothing is picked. work: attention's work list. Returns the fields. Raises ValueError, naming the
-        limit, for a pass that does not fit.
+        rows: the rows of the pass's groups. num_rows: how many rows the pass is padded to. picking: how to pick from the rows
+        that need logits, in their order; empty if nothing is picked. work: attention's work list. Returns the fields. Raises
+        ValueError, naming the limit, for a pass that does not fit.
         """
         used, num_logits = len(rows.tokens), len(rows.logit_rows)
         if used > num_rows:
@@ -173,8 +173,8 @@ class PassBuffer:
         fields = self.fields(num_rows)
         if len(rows.more_slots) > len(fields.more_slots):
             raise ValueError(
-                f"a pass of {num_rows} rows whose rows write to {len(rows.more_slots)} further slots is over the limit, "
-                f"{len(fields.more_slots)} of them"
+                f"a pass of {num_rows} rows that writes to {len(rows.more_slots)} further slots is over the limit, "
+                f"{len(fields.more_slots)} further slots"
             )
         room = len(fields.work) - _LISTS * self.max_logits - _ALIGNED
         if len(work) > room:
@@ -182,7 +182,7 @@ class PassBuffer:
                 f"attention's work list has {len(work)} numbers, and a pass of {num_rows} rows has room for "
                 f"{room}: its block tables have more pages than the buffer was made for"
             )
-        # Rows that no group has belong to the view that comes last.
+        # Padding belongs to the view that comes last.
         fields.num_ar[0] = rows.num_ar if rows.num_ar < used else num_rows
         fields.first_pick[0] = first_pick
         fields.wants_logits[0] = wants_logits
@@ -225,7 +225,7 @@ def _moving_blocks(rows: FlatRows, picking: Sequence[PickRows]) -> list[MovingBl
     """The blocks of a pass that come behind drafts in flight."""
     if not rows.moving:
         return []
-    # By the first row with logits that they pick from. A block's rows pick alike.
+    # By the first row with logits that they pick from. All rows of a block have one `PickRows`.
     ends = accumulate(picks.count for picks in picking)
     picks_at = {end - picks.count: picks for end, picks in zip(ends, picking, strict=True)}
     own = [picks_at[first_logit] for _, first_logit, _ in rows.moving]

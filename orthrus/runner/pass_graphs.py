@@ -60,7 +60,7 @@ class PassGraphs:
         self._draft_sizes = draft_sizes if forward.draft is not None else []
         self._max_logits = logit_sizes[-1]
         self.tensors = PassTensors.allocate(forward, self._max_logits, buffer_size)
-        # How many tokens each rank has, where the host gathers logits.
+        # How many tokens of the vocabulary each rank has, if logits are gathered by a library. Else empty.
         self._widths = forward.shard.vocabulary_widths if forward.ranks.collective else []
         self._captures = torch.cuda.Stream(forward.device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -70,7 +70,7 @@ class PassGraphs:
         self._whole_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         # The same on the drafts' own weights.
         self._draft_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        # By number of rows: making them takes longer than a launch.
+        # By number of rows, kept because making them takes longer than a launch.
         self._fields: dict[int, PassFields[Tensor]] = {}
         self._capture_all()
 
@@ -106,7 +106,7 @@ class PassGraphs:
         self._cache.copy_pages(self._device_fields(rows).work[list_at:], count)
 
     def _device_fields(self, rows: int) -> PassFields[Tensor]:
-        """`fields`, kept for the next pass."""
+        """`fields`, made once for each number of rows."""
         if rows not in self._fields:
             self._fields[rows] = self.fields(rows)
         return self._fields[rows]
@@ -142,18 +142,18 @@ class PassGraphs:
         # Compiles the kernels. The buffer holds zeros: a block without rows, and a copy of nothing.
         self._place_blocks(rows[0], 1, 0)
         self._copy_pages(rows[0], 1, 0)
-        # Graphs have memory of their own. What the runs before the captures took is for passes that adjust logits: `PassMemory`.
+        # Graphs have memory of their own. Free what the runs before the captures took, for passes that adjust logits.
         torch.cuda.empty_cache()
 
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
-        """A graph of what `run` launches. Before that it runs once, which compiles its kernels: the buffer holds zeros, which
-        are rows of no group."""
+        """Capture what `run` launches as a graph. It runs once before that, to compile its kernels. The buffer then holds zeros,
+        which are rows of no group."""
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph(), which collects garbage before every capture.
         with torch.cuda.stream(self._captures), workspace.results_in(self.tensors.results):
-            # A thread of NCCL asks about its events meanwhile, which is no part of the capture.
+            # A thread of NCCL queries its events meanwhile, which a "global" capture would not allow.
             mode = "thread_local" if self._widths else "global"
             graph.capture_begin(pool=self._pool, capture_error_mode=mode)
             run()

@@ -1,8 +1,8 @@
-"""How much memory of a GPU passes take beside weights, KV cache, and what ranks exchange. Free of torch.
+"""How much GPU memory passes take besides weights, KV cache, and what ranks exchange. Does not import torch.
 
-The KV cache gets what this leaves. `orthrus config check` asks for it before anything is loaded. It counts all that a pass
-allocates and that grows with the vocabulary or the number of rows. `tests/engine/test_memory_plan.py` compares it with what
-passes of each schedule allocate.
+The KV cache gets the memory that is left. `orthrus config check` computes this before anything is loaded. It counts everything
+that a pass allocates and that grows with the vocabulary or the number of rows. `tests/engine/test_memory_plan.py` compares it
+with what passes of each schedule allocate.
 """
 
 from dataclasses import asdict, astuple, dataclass
@@ -12,8 +12,8 @@ from orthrus.models.shard import Shard
 ADJUSTED_ROWS = 32
 """Rows whose logits are adjusted (`adjust` in `runner/sampler.py`) at a time, unless one group has more."""
 _ADJUSTED_BYTES = 64
-"""What adjusting takes, for each logit: copies of it, and sorted scores and their sums in 64 bits (`_cut_top_p`). That is 36
-bytes at a time, and a GPU's sort takes more for itself."""
+"""Bytes that adjusting takes for each logit. Copies, sorted scores, and their sums in 64 bits (`_cut_top_p`) take 36 at a time,
+and a GPU's sort needs further memory."""
 _GRAPH_BYTES = 1 << 30
 """The graphs themselves, compiled kernels, the pass buffer, and whatever else is small."""
 _ATTENTION_BYTES = 160 << 20
@@ -40,7 +40,7 @@ class PassMemory:
     """Bytes on the GPU of one rank, by what they are for."""
 
     logits: int
-    """Of all rows that need them, and final hidden states of these rows."""
+    """The logits and the final hidden states of all rows that need logits."""
     adjusting: int
     """Copies of some rows' logits, for filters, penalties, masks and log-probabilities."""
     medusa: int
@@ -65,9 +65,9 @@ class PassMemory:
         layers: int | None = None,
         plans: int = 0,
     ) -> "PassMemory":
-        """item_bytes: of a number of the model. medusa_heads: how many the model has. collective: whether ranks exchange through
-        a library. widens: whether layers in 12 bits are written out in full for many rows. layers, plans: the fields, if they are
-        known; `layers` is estimated otherwise.
+        """item_bytes: bytes of one number of the model. medusa_heads: how many the model has. collective: whether ranks exchange
+        through a library. widens: whether layers in 12 bits are written out in full for many rows. layers, plans: the fields, if
+        they are known; otherwise `layers` is estimated.
         """
         model, logit_bytes = shard.model, max(item_bytes, 4)
         width = shard.vocabulary_widths[shard.rank]
@@ -79,7 +79,7 @@ class PassMemory:
         return PassMemory(
             logits=room.logit_rows * (columns * logit_bytes + model.hidden_size * item_bytes),
             adjusting=adjusted * _ADJUSTED_BYTES,
-            # In the model's dtype first.
+            # They are computed in the model's dtype, and then copied to float32 if that is wider.
             medusa=drafts * (item_bytes + logit_bytes if item_bytes < logit_bytes else item_bytes),
             angles=room.positions * model.head_dim * item_bytes,
             layers=_layer_bytes(shard, room.rows, item_bytes, widens) if layers is None else layers,
@@ -88,7 +88,7 @@ class PassMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all fields."""
         return sum(astuple(self))
 
     def __str__(self) -> str:

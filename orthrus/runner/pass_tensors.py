@@ -1,4 +1,4 @@
-"""`PassTensors`: what passes read and write on a GPU beside weights and KV cache, laid out once, before the first pass."""
+"""`PassTensors`: what passes read and write on a GPU besides weights and KV cache, allocated once, before the first pass."""
 
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ class PassTensors:
     """int32 [2 * MAX_RANKS * max_logits]: the picks of the last two passes. Those of the current pass begin at
     `PassFields.first_pick`: the token of each row that needs logits, and then the picks of further ranks."""
     further: Tensor
-    """int32 [max_logits, MAX_RANKS - 1]: for each row that needs logits the picks of further ranks, `NO_TOKEN` where none is.
-    Passes that have rows of drafts write it, where there is one rank. Only temperature and noise count."""
+    """int32 [max_logits, MAX_RANKS - 1]: for each row that needs logits, the second best token and so on, or `NO_TOKEN`. Passes
+    with rows of drafts write it on one GPU. They apply temperature and noise, and no other adjustment."""
     results: Tensor
     """uint8: a layer's results, see `kernels/workspace.py`."""
     hidden: Tensor
@@ -36,9 +36,9 @@ class PassTensors:
     def allocate(
         forward: LayerParallelForward, max_logits: int, buffer_size: int, device: torch.device | None = None
     ) -> "PassTensors":
-        """Zeros. max_logits: most rows that need logits. buffer_size: numbers of the pass buffer.
+        """Allocate all of them as zeros. max_logits: most rows that need logits. buffer_size: numbers of the pass buffer.
 
-        device: that of the model if None. On the device "meta" they take no memory: to know how much they would take.
+        device: None for that of the model. On the device "meta" they take no memory, but tell how much they would take.
         """
         config, ranks, device = forward.config, forward.ranks, device or forward.device
 

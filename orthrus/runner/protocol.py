@@ -1,4 +1,4 @@
-"""What the engine asks of a runner: row groups in, logits and picks out. The engine decides what runs, a runner how."""
+"""The interface of runners: row groups in, logits and picks out. The engine decides what runs, and the runner decides how."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,9 +17,9 @@ class LaunchedPass(Protocol):
 
     @property
     def logits(self) -> Tensor:
-        """float32 or wider [rows that need logits, vocab_size], until the next pass is launched.
+        """float32 or wider [rows that need logits, vocab_size]. Overwritten when the next pass is launched.
 
-        They hold what the pass computed only if one of its `PickRows.reads_logits`.
+        They are written only if at least one `PickRows` of the pass has `reads_logits`.
         """
         ...
 
@@ -29,11 +29,10 @@ class LaunchedPass(Protocol):
         ...
 
     def picks(self) -> list[int]:
-        """Wait for the pass. The token picked at each row of its `PickRows`, in order; `NO_TOKEN` where there is none.
+        """Wait for the pass. Returns the token picked at each row of its `PickRows`, in order; `NO_TOKEN` where there is none.
 
-        Behind all of these come the further ranks of groups that ask for them, by group, then by rank, then by row. What Medusa
-        heads draft comes last, by group and then by head.
-        The masks of drafts are yet to be applied: see `follow_masks`.
+        After these come the further ranks of groups that ask for them, by group, then by rank, then by row. The drafts of Medusa
+        heads come last, by group and then by head. The masks of drafts have not been applied yet: see `follow_masks`.
         """
         ...
 
@@ -44,17 +43,17 @@ class ModelRunner(Protocol):
     feeds_tokens: bool
     """Whether a pass may be launched before the host knows the picks of the one before it."""
     picks_ranks: bool
-    """Whether it costs next to nothing if a row of drafts picks several tokens."""
+    """Whether a row of drafts can pick several tokens at almost no cost."""
     max_logits: int
     """Most rows of a pass that need logits."""
     row_sizes: tuple[int, ...]
-    """The numbers of rows that passes are filled up to, ascending. Empty if a pass has just the rows of its groups."""
+    """The numbers of rows that passes are padded to, ascending. Empty if passes are not padded."""
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         """Start a pass over `groups`, at least one, none empty.
 
-        rows: how to pick from the rows that need logits, in the order of the groups. Only the last of the passes launched
-        before this one may still be waited for (`LaunchedPass.picks`).
+        rows: how to pick from the rows that need logits, in the order of the groups. Of the passes launched before this one, only
+        the last may be in flight: `LaunchedPass.picks` of all others must have been called.
         """
         ...
 
@@ -67,9 +66,9 @@ class RankRunner(ModelRunner, Protocol):
     """A runner for models that several ranks may share. Each rank has one."""
 
     def follow(self, message: object) -> None:
-        """On all ranks but 0: do this rank's part of what rank 0's runner does.
+        """On all ranks except 0: do this rank's part of what rank 0's runner does.
 
-        message: what that runner told the ranks (`LayerParallelForward.ranks`).
+        message: what that runner has sent to the ranks (`LayerParallelForward.ranks`).
         """
         ...
 

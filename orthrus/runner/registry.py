@@ -1,6 +1,6 @@
 """All runners: which one runs a model on its device.
 
-Nothing here loads a runner's code before the runner is used: that for GPUs needs Triton, which machines without a GPU may lack.
+A runner's code is loaded only when the runner is used: the runner for GPUs needs Triton, which machines without a GPU may lack.
 """
 
 from collections.abc import Callable

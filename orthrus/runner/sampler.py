@@ -1,6 +1,6 @@
 """Coupled sampling: the pick at a position is argmax(filtered logits / T + g(seed, position)), or plain argmax if greedy.
 
-g is Gumbel noise that depends on nothing but seed and position, so a draft and its verification meet the same noise. Logits are
+g is Gumbel noise that depends on nothing but seed and position, so a draft and its verification use the same noise. Logits are
 adjusted in this order: token mask and tokens that would end the text too early; repetition, presence and frequency penalties;
 logit bias; temperature; top-k, top-p, min-p. Only rows with the same filters are filtered in one call: a row's arithmetic must
 not depend on its neighbours.
@@ -32,7 +32,7 @@ class PickRows:
 
     params: SamplingParams
     seed: int
-    """Of the sampling noise."""
+    """Seed of the sampling noise."""
     position: int
     """The position that the first row predicts."""
     count: int
@@ -85,14 +85,14 @@ class PickRows:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether anything but the model's own pick reads the logits, so that they have to be written."""
+        """Whether anything besides the pick from unadjusted logits reads the logits, so that they must be written."""
         return not self.unadjusted or self.mask is not None or self.params.logprobs is not None
 
 
 def runs(groups: Seq[PickRows]) -> Iterator[tuple[slice, list[PickRows]]]:
-    """`groups` in runs of neighbours that need adjusting or do not, and the place of each run among the rows.
+    """Split `groups` into runs of neighbours that all need adjusting or all do not. Yields each run's slice of the rows, and it.
 
-    A run that needs it has at most `ADJUSTED_ROWS` rows, or one group: adjusting takes many copies of its logits.
+    A run that needs adjusting has at most `ADJUSTED_ROWS` rows, or one group, because adjusting copies its logits several times.
     """
     begin = 0
     run: list[PickRows] = []
@@ -159,7 +159,7 @@ def _cut_top_p(scores: Tensor, k: int, top_p: float) -> None:
     ranked = scores.topk(min(k + 1, scores.shape[1]), dim=-1).values
     ranked, next_best = ranked[:, :k], ranked[:, k:]
     last = ranked[:, -1:]
-    # As integers, whose sums do not depend on the order. The order of a floating-point scan may depend on the number of rows.
+    # In integers: their sums do not depend on the order. The order of a floating-point scan may depend on the number of rows.
     mass = ((ranked - ranked[:, :1]).exp().double() * _WHOLE).long()
     before = mass.cumsum(-1) - mass
     listed = before[:, -1:] + mass[:, -1:]
@@ -203,7 +203,7 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
             adjusted[span.start : span.start + num_rows, end_token_ids] = float("-inf")
         if group.has_penalties_or_bias:
             _penalise(adjusted[span], group)
-    # Neighbours with the same filters go through them together.
+    # Neighbouring groups with the same filters are filtered in one call.
     start = 0
     for (filtered, *_), members in itertools.groupby(groups, key=lambda group: group.filters):
         alike = list(members)
@@ -218,7 +218,7 @@ def pick(logits: Tensor, groups: Seq[PickRows]) -> list[int]:
     """The token picked at every row of logits [rows, vocab], which are the rows of `groups` in order, and then the further
     ranks of the groups that ask for them, as `further_ranks` orders them.
 
-    `NO_TOKEN` where a logit that may be picked is NaN or infinite. The masks of drafts are yet to be applied: see `follow_masks`.
+    `NO_TOKEN` where a logit that may be picked is NaN or infinite. The masks of drafts are not applied here: see `follow_masks`.
     """
     tokens: list[int] = []
     further: list[int] = []

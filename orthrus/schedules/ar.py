@@ -10,7 +10,7 @@ STEP = "step"
 
 
 class ARSchedule:
-    """The yardstick: every other schedule must commit exactly these tokens."""
+    """The reference: every other schedule must commit exactly these tokens."""
 
     max_groups = 1
     max_rows = 1

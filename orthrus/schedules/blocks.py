@@ -10,18 +10,18 @@ LEAD_DRAFT = "lead draft"
 VERIFY = "verify"
 """The newest token and its drafts as AR rows."""
 TREE = "tree"
-"""To cost models: verify turns with trees."""
+"""Cost models use this for verify turns with trees. The turns themselves have the kind "verify"."""
 
 
 def draft_rows(
     newest_token: int, num_rows: int, start: int, block_table: list[int], mask_token_id: int, *, lead: bool
 ) -> tuple[RowGroup, ...]:
-    """A block of `num_rows` diffusion rows from position `start` on, with a lead as the first group or without."""
+    """A block of `num_rows` diffusion rows from position `start` on. lead: whether a lead comes before it, as the first group."""
     block = [newest_token, *[mask_token_id] * (num_rows - 1)]
     if lead:
         return (
             *ar_rows([newest_token], start, block_table),
             RowGroup(View.DIFFUSION, block, start, block_table, 0, num_rows),
         )
-    # The last row's prediction would not fit the verify turn.
+    # The last row's pick would not fit into the verify turn, so that row needs no logits.
     return (RowGroup(View.DIFFUSION, block, start, block_table, 0, num_rows - 1),)

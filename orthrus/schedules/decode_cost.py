@@ -14,7 +14,7 @@ from orthrus.schedules.protocol import PassTime
 
 
 class CycleCost(Protocol):
-    """What a planner asks of costs."""
+    """The costs of passes, as planners read them."""
 
     @property
     def version(self) -> int:
@@ -35,7 +35,7 @@ class CycleCost(Protocol):
     ) -> float:
         """Seconds of a cycle of `batch` sequences with `block_rows` rows each, on average.
 
-        tree_rows: rows of the tree that each has in the verify pass; 0 for a chain, which has as many as the block.
+        tree_rows: rows of each sequence's tree in the verify pass; 0 for a chain, which has as many rows as the block.
         """
         ...
 
@@ -56,7 +56,7 @@ def tree_shape(page_size: int) -> PassShape:
         while left:
             count = min(left, max(2, -(-left // (MAX_RUNS - len(found)))))
             first = min(start + len(found), chain.end)
-            # Where it begins, and behind that: page 0, in which nothing is kept.
+            # From the page in which the branch begins: page 0, which keeps nothing.
             page = first // page_size
             table = [*block_table[:page], *[0] * (len(block_table) - page)]
             found.append(RowGroup(View.AR, [0] * count, first, table, 0, count, chain))
@@ -86,11 +86,11 @@ class DecodeCost:
     tree: PassCost | None = None
     """A verify pass of trees, by rows and sequences. None: there are no trees."""
     sampled_row: float = 0.0
-    """What a row adds to a pass if its pick is sampled rather than greedy."""
+    """Seconds that a row adds to a pass if its pick is sampled rather than greedy."""
 
     @cached_property
     def factors(self) -> PassFactors:
-        """What observed passes took, over what was measured."""
+        """Corrections of the measured costs, from the passes that have run since."""
         kinds = {
             STEP: self.step,
             DRAFT: self.draft,
@@ -105,7 +105,7 @@ class DecodeCost:
         return self.factors.version
 
     def observe(self, time: PassTime) -> None:
-        """Learn from what a pass took."""
+        """Correct the costs by the time that a pass took."""
         kind, rows, sequences = time.kind, time.rows, time.sequences
         if kind == STEP:
             rows, sequences = sequences, 1

@@ -1,7 +1,7 @@
 """A tree of drafts as groups of rows: how nodes become runs, which pages the runs have, and how a verified tree is read.
 
-A *run* is a path of nodes without a branch. Each run but the first branches off from another one. From the page in which it does
-so, it has pages of its own. Which nodes a tree has: `tree_chances`. Who calls all this: `tree_drafts`.
+A *run* is a path of nodes without a branch. Each run but the first branches off from another run, and has pages of its own from
+the page on in which it begins. `tree_chances` chooses the nodes of a tree. `tree_drafts` calls the functions here.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from orthrus.schedules.tree_chances import Node
 MAX_RUNS = 17
 """Most runs of a tree."""
 _NO_DRAFT = -2
-"""In place of a draft that no token came of: it is never picked."""
+"""Stands for a node without a token, where the drafts are shorter than the tree. No pick equals it."""
 
 
 @dataclass
@@ -68,14 +68,14 @@ class DraftTree:
         return tuple(groups)
 
     def verifying(self, candidates: Sequence[Sequence[int]], first_pick: int) -> Verifying:
-        """The tree in a verify turn that has been launched. candidates: as in `groups`, but known.
+        """What the block behind this tree has to know of it, when its verify turn has been launched.
 
-        first_pick: see `Verifying`.
+        candidates: as in `groups`, but never placeholders. first_pick: see `Verifying`.
         """
         drafts: list[int] = []
         parents: list[int] = []
         groups: list[int] = []
-        firsts: list[int] = []  # Of each run: the place of its first node, counted from 0, the newest token.
+        firsts: list[int] = []  # The place of each run's first node, where the newest token has place 0.
         for index, run in enumerate(self.runs):
             firsts.append(len(drafts) + 1 if index else 0)
             for place, rank in enumerate(run.ranks):
@@ -103,14 +103,14 @@ class Verified:
     run: int
     """The run of the last right draft."""
     ranks: list[int | None]
-    """The rank of the right token at each depth, up to and including the first depth at which the walk stopped. None: no
-    candidate was right."""
+    """The rank of the right token at each depth, up to and including the depth at which `follow` stopped. None: no candidate was
+    right."""
 
 
 def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
     """A tree's nodes as runs. start: position of the newest token.
 
-    Nodes that would need too many runs, or too many copies of other rows' keys, are left out, and so is what follows them.
+    A node is left out, with all nodes after it, if it would need too many runs or too many copies of other rows' keys.
     """
     runs = [Run(-1, -1, [0])]
     places: list[tuple[int, int] | None] = []  # Of each node: its run and its depth.
@@ -140,9 +140,10 @@ def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
 def follow(
     runs: Sequence[Run], candidates: Sequence[Sequence[int]], picks: Sequence[Sequence[int]]
 ) -> Verified:
-    """Walk along a tree as far as the AR view agrees.
+    """Follow a tree's drafts as far as the AR view's picks agree with them.
 
-    picks: of each run's rows. candidates: as in `DraftTree.groups`. They may end before the tree does: deeper nodes are wrong.
+    picks: those of each run's rows. candidates: as in `DraftTree.groups`. They may be shorter than the tree: deeper nodes then
+    count as wrong.
     """
     firsts = [0]
     for run in runs:
@@ -188,7 +189,7 @@ class BranchPages:
         self.page_size = page_size
 
     def open(self, sequence: SequenceState, runs: Sequence[Run]) -> DraftTree | None:
-        """Block tables for the runs. None if too few pages are to spare; then nothing is taken.
+        """Take pages for the runs. Returns the tree, or None if too few pages are to spare; then nothing is taken.
 
         A run has pages of its own, the first of which holds the position where it branches off from its parent.
         """

@@ -60,11 +60,11 @@ class _Next:
     """What is known of a sequence's next turn."""
 
     position: int
-    """Of the newest token that it begins with."""
+    """Position of the newest token that it begins with."""
     drafts: list[int]
     """What the heads drafted behind it. Empty if they did not run."""
     block: BlockPlan | None = None
-    """How many rows to verify, once the planner has been asked: it counts its answers."""
+    """The planner's answer for this turn. It is kept, because the planner must be asked only once: it counts its answers."""
 
 
 class MedusaSchedule:
@@ -97,7 +97,7 @@ class MedusaSchedule:
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         n = sequence.newest_position
-        # The last token of all comes from a step.
+        # The last token of the sequence comes from an AR step.
         room = sequence.max_length - n - 2
         if room < 1:
             return self._ar.plan(sequence, batch)
@@ -127,14 +127,14 @@ class MedusaSchedule:
         accepted = num_right(drafts, rows)
         if drafts:
             self._planner.observe(sequence.params.greedy, Draft(list(drafts)), accepted)
-        # The drafts of a step are what the planner asked for before it.
+        # A step with heads has made the drafts for the block that the planner had chosen, so this choice still holds.
         asked = (
             sequence.schedule_state.block
             if not drafts and isinstance(sequence.schedule_state, _Next)
             else None
         )
         known = list(itertools.takewhile(lambda token: token != NO_TOKEN, of_heads))
-        position = len(sequence.tokens) + accepted  # Of the newest token, when these are committed.
+        position = len(sequence.tokens) + accepted  # The newest token's, once these are committed.
         sequence.schedule_state = _Next(position, known, asked)
         return Commit(rows[: accepted + 1], accepted, drafts=drafts)
 

@@ -4,13 +4,15 @@ The last few tokens are looked up in an index of the sequence. What followed the
 verify turn, [x_n, drafts], checks it as it checks every draft. There is no draft pass and no second model. Answers that quote
 their prompt, edited code, and tools' output gain most.
 
-Where the lookup finds nothing, or what it finds does not pay, the turn is that of the schedule below: an AR step, or where the
-checkpoint has diffusion weights, Orthrus' turns.
+Where the lookup finds nothing, or what it finds does not pay, another schedule makes the turn: *the schedule below*. It takes AR
+steps, or Orthrus' turns if the checkpoint has diffusion weights.
 
 How often drafts are right depends on how many tokens match. So each length has counts and a `DraftPlanner` of its own, which
-chooses the number of drafts, or that there are none. A pass that has been launched ahead leaves the newest token unknown. Then
-the tokens before it are looked up. The first token that followed them is taken for the newest one, and the drafts are those after
-it. If that was wrong the drafts are too, so these lookups are counted apart.
+chooses the number of drafts, or that there are none.
+
+While a pass is in flight, the newest token is unknown. Then the tokens before it are looked up. The first token that followed
+them is taken for the newest one, and the drafts are the tokens after it. If that first token is wrong, so are the drafts. So
+these lookups have counts of their own.
 """
 
 import logging
@@ -39,26 +41,26 @@ NGRAM_VERIFY = "ngram verify"
 _MOST_ROWS = 32
 """Rows of a verify turn, the newest token's included, where no setting says how many."""
 _QUIET_CYCLES, _LOOK_EVERY = 32, 16
-"""After so many cycles in which no lookup was verified, only one cycle in so many waits to know where the next one begins. Such
-cycles alone can be followed by a lookup: the others draft before the host knows their tokens."""
+"""A lookup can follow a block only if the engine waits for the block's picks. After `_QUIET_CYCLES` cycles without a verified
+lookup, it waits in only one cycle of `_LOOK_EVERY`. In the others, the next block is drafted before the host knows the tokens."""
 _OTHER_EVERY = 64
 """One in so many drafts that seem worse than a diffusion block is verified nevertheless, in case the text has changed."""
 
 
 class _Choice(NamedTuple):
-    """What the lookup at a position came to. It holds until the turn has taken part in a pass."""
+    """The result of the lookup at a position. It is kept as long as the turn waits for a pass."""
 
     position: int
-    """Of the newest token."""
+    """Position of the newest token."""
     drafts: Sequence[int] = ()
     """Empty where the schedule below is to make the turn."""
     planner: DraftPlanner | None = None
-    """Is told how many drafts were right."""
+    """The planner that counts how many drafts were right."""
 
 
 @dataclass
 class _Lookups:
-    """What is known of one sequence. It is about tokens alone, so it outlives a preemption."""
+    """The lookups of one sequence. They depend on its tokens alone, so they stay valid after a preemption."""
 
     index: NgramIndex
     choice: _Choice = field(default_factory=lambda: _Choice(-1))
@@ -67,7 +69,7 @@ class _Lookups:
     in_cycle: bool = False
     """Whether the schedule below has begun a cycle that it has to end."""
     ahead: list[Turn] = field(default_factory=list)
-    """Turns of the schedule below in flight that have advanced."""
+    """Turns of the schedule below that are in flight and have advanced."""
 
     @property
     def may_draft(self) -> bool:
@@ -100,10 +102,10 @@ class NgramSchedule:
         pass_rows: int,
         blocks: OrthrusSchedule | None = None,
     ) -> None:
-        """cost: None fixes drafts at `max_rows` - 1, or at what fits a pass. lengths: of the n-grams that are looked up.
+        """cost: None fixes the number of drafts at `max_rows` - 1, or at what fits a pass. lengths: of the n-grams to look up.
 
-        max_rows: of a verify turn. pass_rows: most rows of all sequences in a pass. blocks: drafts where the lookup does not.
-        Without costs, it drafts everywhere, but for requests that choose lookups alone.
+        max_rows: most rows of a verify turn. pass_rows: most rows of all sequences in a pass. blocks: the schedule that drafts
+        where lookups do not. Without costs it makes all turns, except for requests that choose the schedule "ngram".
         """
         self.max_rows = max(max_rows, blocks.max_rows if blocks is not None else 0)
         self.max_logits = max(max_rows, blocks.max_logits if blocks is not None else 0)
@@ -128,7 +130,7 @@ class NgramSchedule:
     def _build(
         cls, context: ScheduleContext, blocks: OrthrusSchedule | None = None, step: PassCost | None = None
     ) -> "NgramSchedule":
-        """blocks: as for the object. step: what AR steps cost, if they have been timed already."""
+        """blocks: as in `__init__`. step: what AR steps cost, if they have been timed already."""
         config = context.config
         cost = None
         if config.adaptive_draft and context.max_model_len > 2:  # Else no draft fits.
@@ -149,15 +151,15 @@ class NgramSchedule:
                 lookups.choice = self._choose(sequence, lookups, batch)
             if drafts := lookups.choice.drafts:
                 groups = ar_rows([sequence.newest_token, *drafts], n, sequence.block_table)
-                # Where the next cycle begins is known only when this one is verified.
+                # Where the next cycle begins depends on the picks of this turn.
                 return Turn(NGRAM_VERIFY, groups, (False,), num_verified=len(drafts), can_advance=False)
         return self._below(sequence).plan(sequence, batch)
 
     def _choose(self, sequence: SequenceState, lookups: _Lookups, batch: int) -> _Choice:
-        """Look up drafts, and decide whether they pay. The planner counts its answers, so it is asked once for each position."""
+        """Look up drafts, and decide whether they pay. Call it once for each position, since the planner counts its answers."""
         n, unknown = sequence.newest_position, len(sequence.placeholders)
         below = self._below(sequence)
-        # The last token of all comes from the verify turn itself.
+        # The last token of the sequence is the verify turn's own pick.
         room = sequence.max_length - n - 2
         if room < 1 or (below is self._blocks and not self._measured):
             return _Choice(n)
@@ -216,8 +218,8 @@ class OrthrusNgramSchedule(NgramSchedule):
     ) -> None:
         """See `NgramSchedule`."""
         super().__init__(cost, lengths, max_rows, pass_rows, blocks)
-        self._verified = 0  # Diffusion blocks that were to be verified so far.
-        self._looked_up_at = 0  # The same when the last lookup was to be verified.
+        self._verified = 0  # Verify turns of diffusion blocks planned so far.
+        self._looked_up_at = 0  # `_verified` when the last lookup's verify turn was planned.
 
     @classmethod
     def build(cls, context: ScheduleContext) -> Schedule:
@@ -233,7 +235,7 @@ class OrthrusNgramSchedule(NgramSchedule):
             self._looked_up_at = self._verified
         elif turn.kind == VERIFY and self._measured:
             quiet = self._verified - self._looked_up_at >= _QUIET_CYCLES * batch
-            # Counted over all sequences: those of a pass have to wait together.
+            # Counted over all sequences, because all sequences of a pass have to wait together.
             looks = self._verified // batch % _LOOK_EVERY == 0
             self._verified += 1
             turn.can_advance = turn.can_advance and quiet and not looks

@@ -23,10 +23,10 @@ class NgramCost(OnePassCost):
     def cycle(
         self, block_rows: float, batch: int, greedy: bool, lead: bool = False, tree_rows: int = 0
     ) -> float:
-        """Seconds of a cycle of `block_rows` rows, as they count for one of `batch` sequences.
+        """Seconds of a cycle of `batch` sequences, one of which verifies `block_rows` rows, as they count for that sequence.
 
-        How many others of the pass find drafts is not known. So a sequence answers for all that the pass takes longer, as if it
-        were the only one, and the others had AR steps. With more than one that drafts, the pass pays all the more.
+        It is not known how many of the other sequences find drafts. So they are assumed to have AR steps, and this sequence is
+        charged the time that all of them lose. If others draft too, the pass gains even more.
         """
         rows = batch - 1 + block_rows
         step = self.ar(batch, greedy)

@@ -1,9 +1,9 @@
-"""Where the newest tokens of a sequence have occurred before in it: the lookup behind n-gram drafts (prompt lookup)."""
+"""Finds where the newest tokens of a sequence have occurred in it before: the lookup for n-gram drafts (prompt lookup)."""
 
 from typing import NamedTuple
 
 _MOST_AT_ONCE = 4096
-"""Tokens that one lookup takes in: a long prompt must not hold up the other sequences."""
+"""Most tokens that one lookup adds to the index: a long prompt must not hold up the other sequences."""
 _CANDIDATES = 16
 """Most earlier occurrences that a lookup compares, the latest first."""
 
@@ -18,18 +18,18 @@ class Match(NamedTuple):
 
 
 class NgramIndex:
-    """An index over the tokens of one sequence. It grows with them, by a step of constant time for each token.
+    """An index over the tokens of one sequence. Adding a token takes constant time.
 
-    For each position it holds the last position before it that ends with the same n-gram of the shortest length that counts, or
-    with one of the same hash. A lookup walks along these and compares tokens.
+    For each position, it holds the last earlier position at which the same n-gram of the shortest length ends, or one with the
+    same hash. A lookup follows these links and compares tokens.
     """
 
     def __init__(self, tokens: list[int], shortest: int, longest: int) -> None:
-        """tokens: of the sequence, which appends to the list. shortest, longest: how many tokens are to match."""
+        """tokens: the sequence's own list, which grows. shortest, longest: how many tokens are to match."""
         self._tokens = tokens
         self._shortest, self._longest = shortest, longest
-        self._last: dict[int, int] = {}  # By n-gram, the position of its last token, where it occurred last.
-        self._before: list[int] = [-1] * (shortest - 1)  # By position; -1 where there is none.
+        self._last: dict[int, int] = {}  # By hash of an n-gram: the last position at which it ends.
+        self._before: list[int] = [-1] * (shortest - 1)  # By position: an earlier one, or -1.
 
     def match(self) -> Match | None:
         """The longest match of the newest tokens, and of these the latest one. None if there is none."""
@@ -52,7 +52,7 @@ class NgramIndex:
     def continuation(self, match: Match, count: int) -> list[int]:
         """The `count` tokens that followed a match of the newest tokens.
 
-        Where the text ends before that, what follows the match is taken to repeat itself.
+        If the text ends before that, the tokens that followed the match are repeated.
         """
         first = match.end + 1
         period = len(self._tokens) - first
@@ -61,7 +61,7 @@ class NgramIndex:
         return [self._tokens[first + place % period] for place in range(count)]
 
     def _extend(self) -> None:
-        """Take in the tokens that have come since the last lookup, `_MOST_AT_ONCE` at most."""
+        """Add the tokens that have come since the last lookup, at most `_MOST_AT_ONCE`."""
         start, last, before = len(self._before), self._last, self._before
         begin, end = start - self._shortest + 1, start + _MOST_AT_ONCE
         parts = (

@@ -1,4 +1,4 @@
-"""What decoding costs where a cycle is one pass: drafts are not made by passes of their own."""
+"""What decoding costs if a cycle is one pass, because no passes are needed to make the drafts."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class OnePassCost:
     verify: PassCost
     """A verify pass whose picks are waited for, by rows and sequences."""
     sampled_row: float = 0.0
-    """What a row adds to a pass if its pick is sampled rather than greedy."""
+    """Seconds that a row adds to a pass if its pick is sampled rather than greedy."""
     lead: None = None
     """There are no draft passes, and so no leads."""
     version: int = 0

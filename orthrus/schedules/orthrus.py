@@ -11,11 +11,11 @@ A draft turn may have a *lead*: the AR row of x_n, beside the block. Its pick is
 cycle commits at least two tokens. The price is to read the AR view's attention weights in the draft pass too. The verify turn
 then starts from x_n+1, and the prediction of the block's last row is of use.
 
-Where the next block begins is known only when a verify turn's picks are. A block without a lead is planned before that: its group
-comes behind `Verifying` drafts, and the device finds out which of these are right.
+Where the next block begins depends on the picks of the verify turn. A block without a lead is planned before these are known: its
+group comes behind `Verifying` drafts, and the device finds out which of them are right.
 
-A verify turn may have a *tree* of drafts: several continuations, of the best few tokens of each position. Its rows are one group
-for each run of drafts that leaves another one, and each has pages of its own from there on.
+A verify turn may have a *tree* of drafts: several continuations, made of the best few tokens of each position. Each run of drafts
+is one group of rows. A run that branches off from another one has pages of its own from there on.
 """
 
 import itertools
@@ -41,15 +41,15 @@ from orthrus.schedules.tree_planner import TreePlanner
 logger = logging.getLogger(__name__)
 
 _MOST_TREE_ROWS = 64
-"""Most rows of a tree where no setting says how many."""
+"""Most rows of a tree with `draft_tree: auto`."""
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """The block that the planner chose for a sequence. It holds until the turn has taken part in a pass."""
+    """The block that the planner chose for a sequence. It is kept as long as the turn waits for a pass."""
 
     position: int
-    """Of the newest token that it was chosen for."""
+    """Position of the newest token that it was chosen for."""
     block: BlockPlan
 
 
@@ -64,8 +64,8 @@ class _InFlight:
 class OrthrusSchedule:
     """`planner` chooses the length of each block and whether it has a lead. A block of one row is an AR step.
 
-    As `SequenceState.schedule_state` it keeps the `Draft` that waits to be verified, `_InFlight` while that is under way and the
-    next block can be planned, or else the `_Choice` of the next block.
+    `SequenceState.schedule_state` is the `Draft` that waits to be verified. It is `_InFlight` while the verify turn is in flight
+    and the next block can be planned. Otherwise it is the `_Choice` of the next block.
     """
 
     max_groups = MAX_RUNS
@@ -84,7 +84,7 @@ class OrthrusSchedule:
         """
         self._shares = shares
         self.max_rows = planner.max_rows
-        # A block's and its lead's, or a tree's.
+        # The rows of a block and its lead, or of a tree.
         self.max_logits = max(planner.max_rows + 1, trees.planner.max_rows if trees is not None else 0)
         self._trees = trees
         self._planner = planner
@@ -113,7 +113,7 @@ class OrthrusSchedule:
 
     @classmethod
     def with_cost(cls, context: ScheduleContext, cost: DecodeCost | None) -> "OrthrusSchedule":
-        """The schedule that `build` makes, where passes cost this. None: blocks are as long as they can be."""
+        """As `build`, with these costs of passes. cost: None makes blocks as long as possible."""
         config, model = context.config, context.model
         assert model.block_size is not None and model.mask_token_id is not None, (
             "the registry asks for diffusion"
@@ -159,16 +159,16 @@ class OrthrusSchedule:
             )
         if isinstance(state := sequence.schedule_state, _InFlight):
             return self._plan_behind(sequence, state)
-        # With one token to go, two rows would draft it and verify it: the AR step is one pass.
+        # For the last token, a block would take two passes to draft and verify it. An AR step takes one.
         room = sequence.max_length - n
         if room <= 2:
             return self._ar.plan(sequence, batch)
         plan = self._choose(sequence, batch)
-        # A cycle commits at most as many tokens as the block has rows, and the lead's.
+        # A cycle commits at most as many tokens as the block has rows, and one more with a lead.
         num_rows = min(plan.rows, room - plan.lead)
         if num_rows < 2:
             return self._ar.plan(sequence, batch)
-        # A grammar says what may follow x_n, but not yet what may follow the token after it.
+        # No lead under a grammar: it says what may follow x_n, but not yet what may follow the lead's pick.
         lead = plan.lead and sequence.mask is None
         groups = draft_rows(sequence.newest_token, num_rows, n, block_table, self._mask, lead=lead)
         ranks = _ranks(sequence, plan)
@@ -177,7 +177,10 @@ class OrthrusSchedule:
         return Turn(DRAFT, groups, (True,), ranks, ends_cycle=False)
 
     def _plan_following(self, sequence: SequenceState, draft: Draft, batch: int) -> bool:
-        """Choose the block to draft behind a draft that is about to be verified. Whether it can be drafted wherever it begins."""
+        """Choose the block to draft behind a draft that is about to be verified.
+
+        Returns whether its turn can be planned before it is known where the block begins.
+        """
         greedy, block = sequence.params.greedy, draft.following
         if block is None:
             if not self._planner.pays(greedy, batch):
@@ -188,7 +191,7 @@ class OrthrusSchedule:
         return block.rows > 1 and not block.lead and furthest + block.rows <= self._max_model_len
 
     def _plan_behind(self, sequence: SequenceState, state: _InFlight) -> Turn:
-        """A draft turn behind the drafts of a verify turn that is under way."""
+        """A draft turn behind the drafts of a verify turn that is in flight."""
         block, verifying = state.draft.following, state.verifying
         assert block is not None
         furthest = sequence.newest_position + verifying.furthest + 1
@@ -200,7 +203,7 @@ class OrthrusSchedule:
         return Turn(DRAFT, (replace(group, behind=verifying),), (True,), ranks, ends_cycle=False)
 
     def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
-        """The next block. The planner counts its answers, so it is asked once for each block."""
+        """The next block. It is kept in the state, since the planner counts its answers and must be asked once for each block."""
         choice, position = sequence.schedule_state, sequence.newest_position
         if not isinstance(choice, _Choice) or choice.position != position:
             block = self._next_block(sequence, batch)
@@ -221,7 +224,7 @@ class OrthrusSchedule:
         return self._trees.planner.plan(greedy, batch, block)
 
     def speed(self, greedy: bool, batch: int) -> float:
-        """Tokens per second that blocks promise over AR steps, while `batch` sequences decode; 1 where they don't pay."""
+        """Expected tokens per second of blocks over those of AR steps, while `batch` sequences decode; 1 if blocks don't pay."""
         return self._planner.speed(greedy, batch)
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
@@ -239,7 +242,7 @@ class OrthrusSchedule:
         commit = commit_verified(sequence, drafted, picks)
         sequence.schedule_state = None
         if drafted.following is not None:
-            # Of the newest token, when these are committed.
+            # The position of the newest token, once these are committed.
             position = len(sequence.tokens) + commit.num_accepted
             sequence.schedule_state = _Choice(position, drafted.following)
         return commit
@@ -256,7 +259,7 @@ class OrthrusSchedule:
         return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
 
     def _commit_chain(self, sequence: SequenceState, drafted: Draft, picks: Sequence[list[int]]) -> Commit:
-        """What came of a turn that verified a draft as one continuation."""
+        """The result of a turn that verified a draft as a chain."""
         accepted = num_right(drafted.tokens, picks[0])
         if self._trees is not None:
             self._trees.observe(sequence.params.greedy, drafted, picks[0], accepted)
@@ -264,11 +267,11 @@ class OrthrusSchedule:
         return Commit(picks[0][: accepted + 1], accepted, drafts=drafted.tokens)
 
     def _commit_tree(self, sequence: SequenceState, drafted: Draft, picks: Sequence[list[int]]) -> Commit:
-        """What came of a turn that verified a tree."""
+        """The result of a turn that verified a tree."""
         assert self._trees is not None and drafted.tree is not None
         verified = self._trees.commit(sequence, drafted, picks)
         right = verified.tokens[:-1]
-        # Of the path that was accepted, the part that is the chain's, and what the tree had of the chain after that.
+        # The tree's drafts of rank 0, and how many of them the accepted path begins with.
         chain = drafted.tokens[: drafted.tree.chain_length]
         accepted = num_right(chain[: len(right)], right)
         if chain:
@@ -311,7 +314,7 @@ def _draft(sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> D
         picks[-1][rank * count + lead : (rank + 1) * count] for rank in range(len(picks[-1]) // count or 1)
     ]
     if turn.groups[-1].behind is not None:
-        # Where the block began was not known, and so not how much room it had.
+        # When the block was planned, its position was not known. So it may have more drafts than there is room for.
         first = first[: sequence.max_length - sequence.newest_position - 1]
     choice = sequence.schedule_state
     tree_rows = choice.block.tree_rows if isinstance(choice, _Choice) else 0
@@ -328,5 +331,5 @@ def _most_tree_rows(context: ScheduleContext) -> int:
     config = context.config
     if config.draft_tree != "auto":
         return config.draft_tree
-    # A tree takes several tokens for each row, and many rows: both cost a CPU too much.
+    # A tree needs several picks for each row, and many rows. Both cost a CPU too much.
     return _MOST_TREE_ROWS if context.picks_ranks and config.adaptive_draft else 0

@@ -18,7 +18,7 @@ _SEQUENCES, _SEQUENCE_ROWS = 8, 4
 _CONTEXT = 256
 """Position, in tokens, up to which the rows of timed passes reach."""
 _SECONDS = 0.5
-"""Time for the measurements of each kind of pass, as far as one round of the smaller passes allows."""
+"""Seconds for the measurements of each kind of pass. One round of the smaller passes is measured even if it takes longer."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class PassCost:
     seconds: tuple[float, ...]
     """Seconds at each of `sizes`."""
     seconds_per_sequence: float = 0.0
-    """Seconds that each sequence after the first adds to a pass of as many rows."""
+    """Seconds that each sequence after the first adds to a pass of the same number of rows."""
     filled_to: tuple[int, ...] = ()
-    """Numbers of rows that the runner fills passes up to, ascending. Empty if it runs just the rows that a pass has."""
+    """Numbers of rows that the runner pads passes to, ascending. Empty if it does not pad them."""
 
     def __call__(self, size: float, sequences: int = 1) -> float:
-        """Seconds of a pass of `size`, of so many sequences. Interpolated; beyond the last measurement in proportion to it."""
+        """Seconds of a pass of this size with so many sequences. Interpolated; in proportion to the size beyond the last one."""
         filled = next((filled for filled in self.filled_to if filled >= size), size)
-        size = max(size, min(filled, self.sizes[-1]))  # The last one was measured as it was filled.
+        size = max(size, min(filled, self.sizes[-1]))  # The last size was measured with its padding.
         extra = self.seconds_per_sequence * (sequences - 1)
         if size >= self.sizes[-1] or len(self.sizes) == 1:
             return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra
@@ -48,11 +48,11 @@ class PassCost:
 
 @dataclass(frozen=True)
 class PassShape:
-    """A kind of pass that a schedule wants timed. All sequences of the pass take part alike."""
+    """A kind of pass that a schedule wants timed. All sequences of the pass have the same number of rows."""
 
     kind: str
     groups: Callable[[int, int, list[int]], Sequence[RowGroup]]
-    """The groups of one sequence: so many rows, from a start position on, with this block table."""
+    """The groups of one sequence, from its number of rows, its start position and its block table."""
     one_row: bool = False
     """Whether a sequence has only one row. The cost is then a function of the number of sequences, else of rows."""
     ahead: bool = False
@@ -64,7 +64,7 @@ _Size = tuple[PassShape, int, int]
 
 
 class PassTimer:
-    """Times passes on an engine without work."""
+    """Times passes on an idle engine."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class PassTimer:
         max_rows: int,
         filled_to: tuple[int, ...],
     ) -> None:
-        """run(groups, temperature, ahead): runs such passes one after the other, and gives the seconds of one. ahead: whether the
-        next one is launched before the picks of the last are there. context: the context limit in tokens.
+        """run(groups, temperature, ahead): runs such a pass, and returns its seconds. ahead: whether several are run, each of
+        which is launched before the picks of the last one are read. context: the context limit in tokens.
 
-        num_pages: of the cache, the padding page 0 included. Pages 1 to num_pages - 1 are overwritten. max_batch: most
+        num_pages: pages of the cache, the padding page 0 included. Pages 1 to num_pages - 1 are overwritten. max_batch: most
         sequences of a pass. max_rows: most rows of a pass. filled_to: as in `PassCost`.
         """
         self._run = run
@@ -89,7 +89,7 @@ class PassTimer:
         self._filled_to = filled_to
         self._end = min(context, _CONTEXT, (num_pages - 1) * page_size)
         self._pages_each = -(-self._end // page_size)
-        # Where the cache holds fewer, sequences share pages: that costs the same.
+        # If the cache has pages for fewer sequences, they share pages. That costs the same.
         self._distinct = max(1, (num_pages - 1) // self._pages_each)
 
     def curves(self, shapes: Sequence[PassShape]) -> dict[str, PassCost]:
@@ -140,11 +140,11 @@ class PassTimer:
 def _best_times(
     time_pass: Callable[[_Size], float], sizes: Sequence[_Size], budget: float
 ) -> dict[_Size, float]:
-    """The best time of each size; the largest ones are left out where measuring all of them once takes too long.
+    """The best time of each size, in seconds. The largest sizes are left out if measuring all of them once takes too long.
 
-    The best, because what else the machine does only ever adds time. Passes take turns, so that a disturbance does not meet one
-    of them alone. Next is always the pass that has been timed for the shortest time in all: short passes, whose times are the
-    least certain, are so timed most often. budget: seconds for all of this.
+    The best time counts, because other work of the machine can only add time. The sizes take turns, so that a disturbance does
+    not affect one size alone. The next pass is always of the size with the least total time so far: so short passes, whose times
+    are the least certain, are timed most often. budget: seconds for all measurements.
     """
     times: dict[_Size, list[float]] = {}
     began = time.perf_counter()

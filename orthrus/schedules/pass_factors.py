@@ -1,6 +1,6 @@
 """Corrects measured costs by the times that passes take while the engine works.
 
-Costs are measured once, with one context and on an engine without work. They may be wrong later: contexts are longer, or the
+Costs are measured once, with one context length and on an idle engine. They may be wrong later: contexts are longer, or the
 machine is busier. So each kind of pass has a factor. It moves by small steps towards the median of observed over measured times.
 A few passes that were held up by something else hardly move it.
 
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from orthrus.schedules.pass_cost import PassCost
 
 _SHARED_STEP, _OWN_STEP = 1.004, 1.002
-"""By what a pass moves the factors of all kinds, and its own kind's on top of that."""
+"""By what one pass multiplies or divides the factors of all kinds, and the factor of its own kind once more."""
 _NOTED = 1.03
-"""By how much a factor must have changed before planners are told."""
+"""By how much a factor must have changed before planners see the new factors."""
 _MOST = 4.0
 """The largest factor of all kinds or of one kind, and the inverse of the smallest."""
 
@@ -28,24 +28,24 @@ class PassFactors:
         self._costs = costs
         self._shared = 1.0
         self._own = dict.fromkeys(costs, 1.0)
-        self._told = dict.fromkeys(costs, 1.0)
+        self._seen = dict.fromkeys(costs, 1.0)
         self.version = 0
-        """Grows whenever a factor changes."""
+        """Grows whenever the factors that planners see change."""
 
     def __getitem__(self, kind: str) -> float:
-        """What the measured cost of passes of this kind is to be multiplied by."""
-        return self._told[kind]
+        """By what to multiply the measured cost of passes of this kind."""
+        return self._seen[kind]
 
     def observe(self, kind: str, size: int, sequences: int, seconds: float) -> None:
-        """Note what a pass took. size, sequences: as for `PassCost`. Kinds that have no cost are ignored."""
+        """Count the time of a pass. size, sequences: as for `PassCost`. Kinds that have no cost are ignored."""
         if (cost := self._costs.get(kind)) is None:
             return
         direction = 1 if seconds > self._shared * self._own[kind] * cost(size, sequences) else -1
         self._shared = _limited(self._shared * _SHARED_STEP**direction)
         self._own[kind] = _limited(self._own[kind] * _OWN_STEP**direction)
         factors = {each: self._shared * own for each, own in self._own.items()}
-        if not all(1 / _NOTED < factors[each] / told < _NOTED for each, told in self._told.items()):
-            self._told = factors
+        if not all(1 / _NOTED < factors[each] / seen < _NOTED for each, seen in self._seen.items()):
+            self._seen = factors
             self.version += 1
 
 

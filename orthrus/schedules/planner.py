@@ -12,11 +12,13 @@ How often drafts are accepted is counted twice, with a short and with a long mem
 what the current text is like and how long a block should be. The long one (about five hundred cycles) says what drafts are
 worth in general. Blocks must pay by both counts: else a large batch would draft because of a few easy sequences before it.
 
-Where drafts do not pay at present, the planner probes: it drafts now and then to find out whether they have come to pay. The
-more a probe costs, the fewer there are. There are hardly any once drafts are known to lose, and none where not even drafts
-that are right 95 % of the time would pay. A probe is one block for each sequence of the batch, and it is repeated while probes
-have gained more time than they lost. So a text that drafts well is drafted for at once, whatever came before it, and one that
-does not costs only the probe's last block. A new text is probed sooner, because what is known is about the texts before it.
+Where drafts do not pay at present, the planner *probes*: now and then it drafts all the same, to find out whether drafts pay by
+now. The more a probe costs, the rarer probes are. Once drafts are known to lose, there are hardly any. There are none where not
+even drafts that are right 95 % of the time would pay.
+
+A probe is one block for each sequence of the batch. It is repeated while probes have gained more time than they lost. So a text
+that drafts well is drafted for at once, whatever came before it. A text that does not costs only the last block of the probe. A
+new text is probed sooner, because the counts are about the texts before it.
 """
 
 from collections import defaultdict
@@ -37,14 +39,14 @@ _RECENT, _LASTING = 0.95, 0.998
 _MARGIN = 1.06
 """A block must promise this many times the speed of AR steps. The best of many noisy estimates is usually too high."""
 _OTHER_EVERY = 256
-"""One block in so many has a lead where that seems worse, or none where a lead seems better, in case the text has changed."""
+"""One block in so many takes the choice that seems worse, a lead or none, in case the text has changed."""
 _PROBE_SHARE = 0.01
 """Most time that probes may lose, as a share of the AR steps."""
 _PROBE_EVERY = 16
 """Fewest AR steps between two probes, however little a probe costs."""
 _KNOWN_BLOCKS, _SELDOM = 100, 4096
-"""After so many verified blocks it is known whether drafts lose in general. From then on, AR steps between two probes. A probe
-costs more than its two passes: it leaves the sequences of a batch with different lengths."""
+"""After `_KNOWN_BLOCKS` verified blocks it is known whether drafts lose in general. If they do, there are `_SELDOM` AR steps
+between two probes. A probe costs more than its two passes: it leaves the sequences of a batch with different lengths."""
 _MOST_GAINED = 8.0
 """Cap on saved-up gain: at most this many AR steps per sequence may be lost before probing stops."""
 
@@ -58,7 +60,7 @@ class Draft:
     lead: bool = False
     """Whether the block had a lead, whose token has been committed before these."""
     first_agreed: bool = False
-    """Whether the block's own first pick, which a lead makes superfluous, was the lead's token."""
+    """With a lead: whether the block's own first pick was the lead's token too."""
     further: Sequence[Sequence[int]] = ()
     """For each rank from 1 on: the tokens that were picked for these positions. `tokens` have rank 0, the likeliest."""
     tree: DraftTree | None = None
@@ -66,7 +68,7 @@ class Draft:
     tree_rows: int = 0
     """Rows of the tree that the pass is to verify; 0 for these tokens alone."""
     following: "BlockPlan | None" = None
-    """The block to draft behind the right ones, if that is known before they are verified."""
+    """The next block, if it is chosen before these tokens are verified."""
 
     @property
     def candidates(self) -> list[list[int]]:
@@ -171,9 +173,9 @@ class _Ranking:
     speed: float = 1.0
     """Speed of that block over AR steps."""
     probe: BlockPlan = _AR_STEP
-    """The block to probe with where it does not."""
+    """The block of a probe, if it does not."""
     probe_after: tuple[int, int] = (0, 0)
-    """AR steps until then, where a new text begins and within a text."""
+    """AR steps from one probe to the next: where a new text begins, and within a text."""
 
 
 @dataclass(frozen=True)
@@ -214,10 +216,10 @@ class DraftPlanner:
     def __init__(
         self, max_rows: int, cost: CycleCost | None, pass_rows: int, lead: bool | None = None
     ) -> None:
-        """max_rows: of a block. cost: None fixes blocks at `max_rows`, or at what fits a pass.
+        """max_rows: most rows of a block. cost: None fixes blocks at `max_rows`, or at what fits a pass.
 
-        pass_rows: most rows of all sequences in a pass. lead: whether blocks have one; None lets the costs decide, and means no
-        lead where there are no costs of leads.
+        pass_rows: most rows of all sequences in a pass. lead: whether blocks have a lead. None lets the costs decide, and means
+        no lead if `cost` has none for leads.
         """
         self.max_rows = max_rows
         self._pass_rows = pass_rows
@@ -231,9 +233,9 @@ class DraftPlanner:
             for decay in (_RECENT, _LASTING)
         }
         self._blocks = 0
-        # By (greedy, batch), until the next observation: all sequences of a pass ask for the same.
+        # By (greedy, batch). Kept until the next observation, because all sequences of a pass ask for the same.
         self._rankings: dict[tuple[bool, int], _Ranking] = {}
-        # By (greedy, batch), until costs change: they do not depend on the text.
+        # By (greedy, batch). Kept until costs change, because they do not depend on the text.
         self._batch_costs: dict[tuple[bool, int], _BatchCost | None] = {}
         self._cost_version = 0
         self._probes: dict[tuple[bool, int], _Probe] = defaultdict(_Probe)
@@ -261,12 +263,12 @@ class DraftPlanner:
         if (batch := self._probing.get(greedy)) is None:
             return
         costs = self._batch_costs.get((greedy, batch))
-        # A block that another batch size has drafted may be too long to have a cost here.
+        # A block that was drafted at another batch size may be too long for this one, and then has no cost.
         if costs is not None and block.rows - 2 < len(costs.cycles.get(block.lead, ())):
             self._probes[greedy, batch].gain(accepted + 1 + block.lead - costs.steps(block), batch)
 
     def speed(self, greedy: bool, batch: int) -> float:
-        """Tokens per second that the next block promises, over those of AR steps; 1 where drafts don't pay at present."""
+        """Expected tokens per second of the next block, over those of AR steps; 1 if drafts don't pay at present."""
         ranking = self._ranking(greedy, batch)
         return ranking.speed if ranking.pays else 1.0
 
@@ -290,7 +292,7 @@ class DraftPlanner:
         if not ranking.blocks:
             return _AR_STEP
         if not ranking.pays:
-            # Where several decode, a new one among them says too little.
+            # In a batch, a new sequence is no reason to probe the whole batch early.
             after = ranking.probe_after[0 if begins and batch == 1 else 1]
             if not self._probes[greedy, batch].due(batch, after):
                 return _AR_STEP

@@ -1,4 +1,4 @@
-"""What the engine asks of a schedule: a `Turn` for each decoding sequence in each pass, and the tokens that come of it."""
+"""The interface of schedules: a `Turn` for each decoding sequence in each pass, and the tokens that its picks commit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Turn:
-    """What one sequence does in one pass, and what that means. The schedule makes it and gets it back in `commit`."""
+    """What one sequence does in one pass. The schedule makes it in `plan`, and gets it back in `commit`."""
 
     kind: str
     """The sort of turn, such as "draft". Observers and cost models tell turns apart by it; the engine does not read it."""
@@ -42,7 +42,7 @@ class Turn:
 
 
 class Commit(NamedTuple):
-    """What came of a turn."""
+    """The result of a turn."""
 
     tokens: list[int]
     """Tokens to append to the sequence, in order: those that AR decoding picks.
@@ -55,16 +55,16 @@ class Commit(NamedTuple):
     rows: Sequence[int] | None = None
     """For each token, the row that picked it: its index among the rows with logits of all groups. None: the first rows."""
     drafts: Sequence[int] = ()
-    """What `return_drafts` reports, as one sequence. Of a block, all drafts that were verified. Of a tree, the right drafts, and
-    then the rest of the chain (rank 0 throughout) that it had, if the right ones are the chain's beginning."""
+    """The drafts that `return_drafts` reports, as one sequence. For a block, these are all drafts that were verified. For a tree,
+    they are the right drafts, and then the rest of its chain (rank 0 throughout), if the chain begins with the right ones."""
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """What a pass took."""
+    """How long a pass took."""
 
     kind: str
-    """Of its turns."""
+    """The kind of its turns."""
     rows: int
     """Rows of all sequences."""
     groups: int
@@ -72,7 +72,7 @@ class PassTime:
     sequences: int
     """Sequences that took part."""
     seconds: float
-    """From the end of the pass before it, or from its launch if that was later."""
+    """Seconds from the end of the pass before it, or from its launch if that was later."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class ScheduleContext:
     max_pass_rows: int
     """Most rows of all decoding sequences together in one pass."""
     mixes_views: bool
-    """Whether a pass may have rows of both views. Else each group of a turn must be of the same view."""
+    """Whether a pass may have rows of both views. If not, all groups of a turn must be of one view."""
     pool: "PagePool"
-    """Pages of the cache. A schedule may take pages that are to spare, and must keep them in `SequenceState.branches`."""
+    """Pages of the cache. A schedule may take up to `pool.spare` pages, and must keep them in `SequenceState.branches`."""
     page_size: int
     """Positions of a page."""
     picks_ranks: bool
-    """Whether it costs next to nothing if a row picks several tokens (`Turn.ranks`)."""
+    """Whether a row can pick several tokens (`Turn.ranks`) at almost no cost."""
     medusa_heads: int
     """How many Medusa heads the model has."""
     watch: Callable[[Callable[[PassTime], None]], None]
-    """Have a function called after each pass whose turns are of one kind."""
+    """Registers a function that is called after each pass whose turns are of one kind."""
     timer: "PassTimer"
     """Times passes on this machine, before the engine has work."""
 
@@ -104,8 +104,8 @@ class ScheduleContext:
 class Schedule(Protocol):
     """Decides for one decoding sequence at a time.
 
-    What it keeps of a sequence's turns and cache between passes is in `SequenceState.schedule_state`, which is None when
-    decoding begins and again after a preemption. What it knows of the tokens alone may be kept elsewhere, by weak reference.
+    State about a sequence's turns and cache must be in `SequenceState.schedule_state`, which is None when decoding begins and
+    again after a preemption. State about its tokens alone may be elsewhere, with a weak reference to the sequence.
     """
 
     max_groups: int
@@ -124,19 +124,19 @@ class Schedule(Protocol):
         ...
 
     def commit(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
-        """What comes of a turn. picks: a list for each group, with one token for each of its rows that need logits.
+        """Turn picks into tokens. picks: a list for each group, with one token for each of its rows that need logits.
 
         The row at position p picks for p + 1. If `turn.ranks` > 1, a drafting group's list goes on with the second best token of
-        every row, then the third. If the group has heads, its list ends with one token of each: drafts for the positions behind
-        that of the pick that follows the last right token.
+        every row, then the third. If the group has Medusa heads, its list ends with one draft of each head. These drafts are for
+        the positions after the pick that follows the last right token.
         """
         ...
 
     def advance(self, sequence: SequenceState, turn: Turn, placeholders: Sequence[list[int]]) -> list[int]:
-        """Get ready to plan the next turn before the picks of `turn`, which can advance, are known. Earlier turns are committed.
+        """Get ready to plan the next turn before the picks of `turn` are known. `turn.can_advance` is true.
 
-        placeholders: what stands for the picks, in lists as in `commit`; a row may have one as its token. Returns those in whose
-        place `commit`, which is called later, will give tokens.
+        All earlier turns have been committed. placeholders: they stand for the picks, in lists as in `commit`. A row of the next
+        turn may have one as its token. Returns the placeholders of those tokens that `commit`, called later, will commit.
         """
         ...
 
@@ -145,7 +145,7 @@ class ScheduleFactory(Protocol):
     """What the registry names: the schedule's class, with `build` as a class method."""
 
     max_groups: int
-    """Most groups of a turn. Runners lay out memory for so many."""
+    """Most groups of a turn. Runners allocate memory for so many."""
 
     def build(self, context: ScheduleContext) -> Schedule:
         """The schedule for one engine. Called once the engine can run passes, and before it has work."""

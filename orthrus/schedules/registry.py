@@ -1,6 +1,6 @@
-"""All schedules by name: what the engine's `schedule` setting, the command line and `orthrus verify` know of them.
+"""All schedules by name, for the engine's `schedule` setting, the command line and `orthrus verify`.
 
-Nothing here loads a schedule's code, or torch, before the schedule is used.
+A schedule's code, and torch, are loaded only when the schedule is used.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from orthrus.errors import ConfigError
 AUTO = "auto"
 """The setting that chooses the first registered schedule that a model can run."""
 AR = "ar"
-"""The schedule that every engine has beside its own."""
+"""The schedule of plain decoding. Every engine offers it beside its own."""
 NGRAM = "ngram"
 """The schedule of drafts that are looked up."""
 MEDUSA = "medusa"
@@ -21,7 +21,7 @@ MEDUSA = "medusa"
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings under which the drift check (`orthrus verify`) runs a schedule, beside the default ones."""
+    """Settings under which the drift check (`orthrus verify`) runs a schedule, besides the default ones."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -1,9 +1,10 @@
 """Divides the rows of a pass among its sequences: more for those whose drafts are right more often.
 
-Of each sequence it counts how often a draft was right if those before it were. A sequence with chance p gains p ** d from its
-draft number d. So all drafts are taken that gain at least some least gain, the same for all sequences of a pass. Several least
-gains are compared, by the expected tokens over what the passes cost. Sequences with about the same chance make a class, so that
-this costs the host little, and it is done once for several passes.
+For each sequence it counts how often a draft was right if all drafts before it were. If this chance is p, draft number d of the
+sequence gains p ** d tokens. Every draft is taken that gains at least a *least gain*, which is the same for all sequences of a
+pass. Several least gains are compared by expected tokens over the cost of the passes.
+
+To save the host's time, sequences with about the same chance make a class, and the result is used for several passes.
 """
 
 import math
@@ -25,15 +26,15 @@ _LEAST_GAINS = tuple(0.92**step for step in range(1, 40))
 _KEPT_FOR = 4
 """Passes for which shares are used again."""
 _SPARE = 1.04
-"""Room for so many times the rows, because a pass may have sequences of two divisions. Runners fill passes up to certain sizes: a
-few rows too many could cost as much as twice the rows."""
+"""Passes are planned as if they had so many times the rows, because a pass may have sequences of two divisions. Runners pad
+passes to certain sizes, so a few rows too many could cost as much as twice the rows."""
 _MARGIN = 1.03
 """Shares must promise this many times the speed of one length for all."""
 
 
 @dataclass(slots=True)
 class _Counts:
-    """Of one sequence's drafts, older ones counting less."""
+    """Counts of one sequence's drafts. Older drafts count less."""
 
     tried: float
     """Drafts whose predecessors were all right."""
@@ -42,13 +43,13 @@ class _Counts:
 
 @dataclass(slots=True)
 class _Shares:
-    """What one batch size has been given."""
+    """The division of rows at one batch size."""
 
     rows: WeakKeyDictionary[SequenceState, int] | None
-    """Rows of the sequences' blocks; None if one length for all is about as good. A sequence keeps its rows though its class may
-    change meanwhile: the sum of all rows is what the pass was chosen for."""
+    """Rows of the sequences' blocks; None if one length for all is about as good. A sequence keeps its rows even if its class
+    changes meanwhile, so that the sum of all rows stays as it was chosen."""
     of_others: int
-    """Rows of sequences that are new since then."""
+    """Rows of sequences that have come since then."""
     left: int
     """Blocks until this is computed again."""
 
@@ -57,11 +58,11 @@ class RowShares:
     """The lengths of blocks, by sequence."""
 
     def __init__(self, cost: CycleCost, max_rows: int, pass_rows: int) -> None:
-        """max_rows: of a block. pass_rows: of all sequences in a pass."""
+        """max_rows: most rows of a block. pass_rows: most rows of all sequences in a pass."""
         self._cost = cost
         self._max_rows = max_rows
         self._pass_rows = pass_rows
-        # For each least gain: rows of a block of each class.
+        # For each least gain: the rows of blocks, by class.
         self._by_gain = [[min(max_rows, _rows(chance, gain)) for chance in _CLASSES] for gain in _LEAST_GAINS]
         self._counts: WeakKeyDictionary[SequenceState, _Counts] = WeakKeyDictionary()
         self._all = _Counts(_PRIOR_WEIGHT, 0.75 * _PRIOR_WEIGHT)
@@ -79,7 +80,7 @@ class RowShares:
             own.right = own.right * _DECAY + accepted
 
     def rows(self, sequence: SequenceState, batch: int) -> int | None:
-        """Rows of the sequence's next block, of `batch` sequences that draft; None if all should have the same number."""
+        """Rows of the sequence's next block while `batch` sequences draft; None if all should have the same number."""
         key = sequence.params.greedy, batch
         shares = self._shares.get(key)
         if shares is None or not shares.left:
@@ -122,7 +123,10 @@ class RowShares:
     def _rate(
         self, rows: Sequence[int], present: Sequence[float], spare: float, greedy: bool, batch: int
     ) -> float:
-        """Expected tokens per second; 0 where `spare` times the rows don't fit a pass. present: sequences of each class."""
+        """Expected tokens per second; 0 if the rows, times `spare`, don't fit a pass.
+
+        rows: of a block, by class. present: how many sequences there are, by class.
+        """
         total = spare * sum(count * own for count, own in zip(present, rows, strict=True))
         if total > self._pass_rows:
             return 0.0
@@ -135,5 +139,8 @@ class RowShares:
 
 
 def _rows(chance: float, least_gain: float) -> int:
-    """Rows of a block each of whose drafts, right with this chance, gains so much; at least 2, to go on counting."""
+    """Rows of the longest block whose drafts all gain `least_gain`, if each is right with this chance.
+
+    At least 2: without a draft, nothing would be counted any more.
+    """
     return 2 if chance < least_gain else 1 + int(math.log(least_gain) / math.log(chance))

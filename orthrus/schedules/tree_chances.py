@@ -1,4 +1,4 @@
-"""How likely a draft of each depth and rank is right, counted as the engine runs, and the tree of drafts that follows from it.
+"""Counts how often drafts of each depth and rank are right while the engine runs, and chooses the nodes of trees from that.
 
 A draft pass gives the best few tokens of each position without knowing which ones are right. So the token of a rank at a depth
 may follow any token of the depth before it. A *node* of a tree is such a token after a certain path. A node's chance is the
@@ -20,7 +20,7 @@ _PRIOR_WEIGHT = 4.0
 _PRIOR = ((0.75, 0.1, 0.04, 0.02), (0.6, 0.1, 0.04, 0.02))
 """Assumed chances of the ranks before anything has been verified: of nodes that follow the chain, and of others."""
 _KEPT_FOR = 64
-"""Observations for which trees are used again."""
+"""For how many observations trees are kept."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TreeChances:
     """Counts how often each rank is right at each depth, and grows trees."""
 
     def __init__(self, depths: int, ranks: int) -> None:
-        """depths: most drafts in a row. ranks: tokens that a draft pass gives for each."""
+        """depths: most drafts in a row. ranks: tokens that a draft pass gives for each depth."""
         self._ranks = ranks
         self._tried = [[_PRIOR_WEIGHT] * depths for _ in _PRIOR]
         self._right = [
@@ -84,11 +84,11 @@ class TreeChances:
 
     def _grow(self, nodes: int, depths: int) -> list[Node]:
         tree: list[Node] = []
-        # By chance; then shallow nodes and low ranks first.
+        # Ordered by chance. Among equals, shallow nodes and low ranks come first.
         candidates: list[tuple[float, int, int, int]] = []
 
         def add(parent: int, depth: int, on_chain: bool, chance: float) -> None:
-            """Make the drafts that may follow a node candidates."""
+            """Add the drafts that may follow a node to the candidates."""
             if depth < depths:
                 off = not on_chain
                 for rank, right in enumerate(self._right[off][depth]):

@@ -1,6 +1,6 @@
 """Trees of drafts, for the Orthrus schedule: which tree a verify turn gets, and what is learnt from its result.
 
-This is where to begin reading. `tree_chances` counts which candidates have been right and chooses a tree's nodes. `draft_tree`
+Begin reading about trees here. `tree_chances` counts which candidates have been right, and chooses a tree's nodes. `draft_tree`
 lays the nodes out as groups of rows, gives them pages, and finds the right path.
 """
 
@@ -14,16 +14,16 @@ from orthrus.schedules.tree_planner import TreePlanner
 
 
 class TreeDrafts:
-    """Makes a tree of each draft that is to have one, and learns from its result."""
+    """Makes trees of drafts, and learns from the results."""
 
     def __init__(self, pages: BranchPages, chances: Mapping[bool, TreeChances], planner: TreePlanner) -> None:
-        """chances: of greedy and of sampled text. They are counted here. planner: knows the same."""
+        """chances: for greedy text (True) and for sampled text (False). They are counted here, and `planner` reads them."""
         self.planner = planner
         self._pages = pages
         self._chances = chances
 
     def open(self, sequence: SequenceState, draft: Draft) -> DraftTree | None:
-        """A tree of a draft's candidates, with pages for it; None if one continuation has to do."""
+        """A tree of a draft's candidates, with pages for it; None if the draft is to be verified as a chain."""
         # A grammar would have to be followed along each branch.
         if sequence.mask is not None or not draft.further or draft.tree_rows < 2:
             return None
@@ -32,7 +32,7 @@ class TreeDrafts:
         return self._pages.open(sequence, runs) if len(runs) > 1 else None
 
     def observe(self, greedy: bool, draft: Draft, picks: Sequence[int], accepted: int) -> None:
-        """Learn from a draft that was verified as one continuation. picks: its rows'."""
+        """Learn from a draft that was verified as a chain. picks: those of its rows."""
         chances = self._chances[greedy]
         for depth in range(accepted):
             chances.observe(depth, True, 0)
@@ -42,7 +42,7 @@ class TreeDrafts:
             chances.observe(accepted, True, others.index(pick) + 1 if pick in others else None)
 
     def commit(self, sequence: SequenceState, draft: Draft, picks: Sequence[list[int]]) -> Verified:
-        """What the picks say of a draft's tree. The pages of the right drafts become the sequence's own."""
+        """Find the right path in a draft's tree, and learn from it. The pages of this path become the sequence's own."""
         tree, greedy = draft.tree, sequence.params.greedy
         assert tree is not None
         verified = follow(tree.runs, draft.candidates, picks)

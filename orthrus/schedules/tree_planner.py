@@ -36,9 +36,11 @@ class TreePlanner:
         block_rows: int,
         pass_rows: int,
     ) -> None:
-        """chances: of greedy and of sampled text. cost: None: all blocks are verified as trees of `max_rows` rows, or what fits.
+        """chances: for greedy text (True) and for sampled text (False). cost: None makes all blocks trees of `max_rows` rows, or
+        of what fits a pass.
 
-        max_rows: of a tree, the newest token's included. block_rows: most rows of a block. pass_rows: of all sequences in a pass.
+        max_rows: most rows of a tree, the newest token's included. block_rows: most rows of a block. pass_rows: most rows of all
+        sequences in a pass.
         """
         self._chances = chances
         self._cost = cost
@@ -50,7 +52,7 @@ class TreePlanner:
         self._chains = 0  # Blocks that are verified as chains.
 
     def plan(self, greedy: bool, batch: int, block: BlockPlan) -> BlockPlan:
-        """The block to draft in place of `block`, the best one of those that are verified as chains; or that one itself."""
+        """The block to draft, with a tree or without. block: the best one of those that are verified as chains."""
         most = self._most_rows(batch)
         if block.rows < 2 or most < 2:
             return block

@@ -1,4 +1,4 @@
-"""Render chat templates within limits on time, steps and text, whoever wrote them.
+"""Render chat templates, which anyone may have written, within limits on time, steps and text.
 
 A template is a program. Jinja's sandbox limits what it may touch, but not how long it runs or how much memory it takes. So
 every loop, call, filter, operator and output in its syntax tree is replaced by a call of a function in this module, which
@@ -30,7 +30,7 @@ _ITEMS = 1 << 19
 _DIGITS = 1 << 16
 """The longest integer, in bits."""
 _SECONDS = 1.0
-"""Of CPU time, not of the clock: a busy machine must not reject what an idle one accepts."""
+"""In CPU time, because a busy machine must not reject what an idle one accepts."""
 _ARGUMENT = 1 << 20
 _END_OF_MESSAGE = "END_OF_THE_MESSAGE_TO_CONTINUE"
 # Calls and filters whose result may be as long as the product of the text's and the arguments' lengths.

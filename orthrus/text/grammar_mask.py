@@ -84,7 +84,7 @@ class GrammarMasks:
         with self._lock:
             vocabulary = self._vocabulary
         matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
-        # Only now does it show whether a rule is defined by itself.
+        # A rule that is defined only by itself is found when the first mask is computed.
         matcher.compute_bitmask()
         if matcher.is_error():
             reason = matcher.get_error().partition("<state>")[0].strip()
@@ -105,7 +105,7 @@ class GrammarMask:
         self._keys = keys
         self._place = Place()
         self._ahead: list[_Position] = []
-        # How far the time spent exceeds what the positions may take.
+        # By how much the time spent exceeds what the positions so far may take.
         self._seconds = 0.0
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:

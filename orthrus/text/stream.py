@@ -1,4 +1,4 @@
-"""From tokens to text, one by one: incremental detokenisation with stop strings."""
+"""Turns tokens into text one by one: incremental detokenisation with stop strings."""
 
 import codecs
 from collections.abc import Collection, Sequence

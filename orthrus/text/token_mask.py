@@ -1,4 +1,4 @@
-"""What the engine knows of constrained decoding: at each position some tokens are allowed, given those before it."""
+"""The interface for constrained decoding: which tokens are allowed at each position, given the tokens before it."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class TokenMask(Protocol):
-    """The constraint on one sequence, at its newest committed token. `commit` moves it on; nothing else does.
+    """The constraint on one sequence, after its newest committed token. Only `commit` changes its state.
 
-    error: why it can't go on, None while it can; the engine then ends the sequence. param: the request's field that it
-    comes from.
+    error: why the sequence can't go on, or None. If it is set, the engine ends the sequence. param: the request's field that the
+    constraint comes from.
     """
 
     @property
@@ -20,7 +20,7 @@ class TokenMask(Protocol):
     def param(self) -> str: ...
 
     def allowed(self, ahead: Sequence[int], first: int = 0) -> Tensor:
-        """What may come after the committed tokens and the first i of `ahead`, for i = first .. len(ahead).
+        """Which tokens may come after the committed tokens and the first i of `ahead`, for i = first .. len(ahead).
 
         int32 [len(ahead) + 1 - first, ceil(vocab_size / 32)] on the CPU, one bit per token id, lowest first, and at least one set
         in every row. Rows after a token that is not allowed, or that ends the text, are never read.

@@ -1,4 +1,4 @@
-"""Forbid that an object of a JSON text has a key twice. A grammar can't say so for keys that it leaves free.
+"""Forbid that an object of a JSON text has a key twice. A grammar can't forbid that for keys that it leaves free.
 
 The JSON text is followed byte by byte. A token that would end a key which its object already has is taken out of the mask.
 Where a grammar allows any text, such as thoughts before the JSON, nothing is followed.
@@ -15,7 +15,7 @@ from torch import Tensor
 from orthrus.text.json_schema.bounds import MAX_KEY
 
 _MOST_LOOKED_BEHIND = 16
-"""For at most this many tokens of a position, the mask after them is made to see whether the answer could go on."""
+"""At each position, at most so many tokens are checked for whether the answer could go on after them. Each takes a mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class KeyTokens:
             if b"\\" not in before:
                 self._ending.setdefault(before, []).append(token)
         self._quoted, self._unclear = np.array(quoted, np.int64), np.array(unclear, np.int64)
-        # Where both of these tokens are allowed, any text is: JSON allows no raw line end in a string, and no z outside of one.
+        # If both of these tokens are allowed, any text is: JSON allows no line end inside a string, and no z outside of one.
         self._anything = np.array(
             [self._whole[text][0] for text in (b"\n", b"z") if text in self._whole], np.int64
         )

@@ -46,7 +46,7 @@ class WordRules:
         return self._lengths[-1] if self._lengths else 0
 
     def row(self, before: Sequence[int]) -> np.ndarray:
-        """What may follow the generated tokens `before`: int32 [ceil(vocab_size / 32)]. Maybe no token."""
+        """Which tokens may follow the generated tokens `before`, perhaps none: int32 [ceil(vocab_size / 32)], one bit each."""
         ends = [
             end
             for length in self._lengths
@@ -96,7 +96,7 @@ class WordMask:
 
 
 class JointMask:
-    """What several masks allow together. If that is nothing, only the first counts, and `commit` of another notes the error."""
+    """The tokens that all of several masks allow. If there are none, only the first mask counts. `commit` then sets `error`."""
 
     def __init__(self, *masks: TokenMask) -> None:
         self._masks = masks

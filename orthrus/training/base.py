@@ -29,7 +29,7 @@ class BaseSettings(TrainingSettings):
     final_lr: float = 0.03
     log_every: int = 50
     save_every: int = 1000
-    # Steps between two held-out losses, and the rows that each is measured on.
+    # Steps between two measurements of the held-out loss, and the rows of each measurement.
     eval_every: int = 1000
     eval_rows: int = 64
 
@@ -44,7 +44,7 @@ def held_out_loss(model: TwoViewModel, rows: Tensor) -> float:
     """Mean nats per token of rows int64 [batch, length + 1]."""
     device = model.head_weight.device
     losses = []
-    # Its shapes differ from training's and come rarely: not worth a compilation.
+    # The shapes differ from those of training and are rare, so a compilation would not pay.
     with autocast(device), torch.compiler.set_stance("force_eager"):
         for part in rows.to(device).split(8):
             loss = next_token_loss(model(part[:, :-1])[0], model.head_weight, part)

@@ -1,4 +1,4 @@
-"""Rows of tokens for training, a pure function of seed and row number. So a resumed run sees what an unbroken one sees."""
+"""Rows of tokens for training. They depend on seed and row number only, so a resumed run gets the same rows."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -22,7 +22,7 @@ class TokenStream:
         return len(self._tokens)
 
     def per_epoch(self, length: int) -> int:
-        """Rows of `length` tokens in one pass over the stream. Raises ConfigError for a stream too short for one."""
+        """Rows of `length` tokens in one pass over the stream. Raises ConfigError if the stream is too short for one row."""
         # One row fewer, because each epoch starts at an offset.
         rows = len(self) // length - 1
         if rows < 1:
@@ -55,7 +55,7 @@ class TokenStream:
 def mixed_rows(
     sources: Sequence[tuple[int, TokenStream]], length: int, seed: int
 ) -> Callable[[int, range], Tensor]:
-    """A function of a step and a range of its rows that gives these rows: token ids int64 [rows, length].
+    """Returns a function (step, range of rows in the step) -> token ids of these rows, int64 [rows, length].
 
     sources: streams, each with its number of rows in a step. Rows of the first source come first.
     """

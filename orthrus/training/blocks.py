@@ -17,7 +17,7 @@ MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @cache
 def _block_mask_maker() -> Callable[..., BlockMask]:
-    """`create_block_mask`, compiled: then it reduces to tiles without ever holding the mask of all single rows and keys."""
+    """`create_block_mask`, compiled: it then makes a mask of tiles without holding the full mask of rows and keys in memory."""
     return torch.compile(create_block_mask)
 
 
@@ -51,11 +51,11 @@ def random_anchors(
 
 
 def visibility(anchors: Tensor, lengths: Tensor, length: int, block_size: int) -> MaskRule:
-    """The rule as `flex_attention` takes it: whether a row of sequence `batch`, any head, sees a key.
+    """The mask rule as `flex_attention` takes it: whether a row of a sequence sees a key. It is the same for all heads.
 
-    anchors, lengths int64 [batch, blocks]: a row sees AR key k < `length` if k is before its block's anchor, and key
-    `length` + r if row r is of its own block and among the block's first `lengths` rows. A row past them sees itself as
-    well: a row that sees nothing has no softmax.
+    anchors, lengths int64 [batch, blocks]. A row sees AR key k < `length` if k is before its block's anchor. It sees key
+    `length` + r if row r is in its own block, among the first `lengths` rows. A row after these also sees itself, because a
+    softmax needs at least one key.
     """
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:

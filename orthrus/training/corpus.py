@@ -47,12 +47,12 @@ class CorpusSettings(Settings):
     packages: list[str]
     # Names of packages that training never sees.
     held_out: tuple[str, ...] = ()
-    # Also hold out every package whose name's SHA-256 is a multiple of this number. 0: none. The rule can't depend on what is
-    # in a package.
+    # Also hold out every package whose name's SHA-256 is a multiple of this number. 0: none. So the choice can't depend on what
+    # is in a package.
     held_out_one_in: int = 0
     suffixes: tuple[str, ...] = (".py", ".md", ".rst")
     min_file_bytes: int = 200
-    # Longer files, and files with longer lines (in characters), are taken for data and left out.
+    # Longer files, and files with longer lines (in characters), are probably data, and left out.
     max_file_bytes: int = 100_000
     max_line: int = 200
     # The largest share of characters beyond ASCII in a file.
@@ -137,7 +137,7 @@ def read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def licence(archive: Path) -> str:
-    """What the package's own metadata says of its licence, on one line; empty when it says nothing."""
+    """The licence in the package's metadata, on one line; empty if there is none."""
     with zipfile.ZipFile(archive) as bundle:
         name = next(n for n in bundle.namelist() if n.endswith(".dist-info/METADATA"))
         head = bundle.read(name).decode("utf-8", "replace").split("\n\n")[0]
@@ -227,9 +227,9 @@ def chat_documents(source: str, rng: random.Random) -> Iterator[str]:
 
 
 def sources(archives: Iterable[Path], config: CorpusSettings) -> Iterator[SourceFile]:
-    """Every file worth keeping, package by package, neighbours in a folder side by side.
+    """Every file worth keeping, package by package, ordered by path.
 
-    Archives under another licence are skipped, aloud.
+    Archives without a permissive licence are skipped, with a message.
     """
     duplicates, exact = NearDuplicates(config.min_new_lines), set[bytes]()
     for archive in sorted(archives):
@@ -241,7 +241,7 @@ def sources(archives: Iterable[Path], config: CorpusSettings) -> Iterator[Source
         kept: list[SourceFile] = []
         size = 0
         files = [(path, data) for path, data in read_archive(archive) if path.endswith(config.suffixes)]
-        # In an order of no meaning, so that the size limit does not prefer the letter A.
+        # In random order, so that the size limit does not prefer names that begin with A.
         random.Random(f"{config.seed} {package}").shuffle(files)
         for path, data in files:
             if size > limit or (digest := hashlib.sha256(data).digest()) in exact:

@@ -1,8 +1,8 @@
 """Self-distillation data: the model's own answers to prompts, made by the engine and stored in shards.
 
 An answer is a function of model, prompt, sampling parameters and seed, and a request's seed follows from its number. So a shard
-has the same bytes whichever process makes it. A run that was stopped goes on with the missing shards, and several
-processes (torchrun) share them without talking to each other.
+has the same bytes whichever process makes it. A run that was stopped goes on with the missing shards, and several processes
+(torchrun) share the shards without communication.
 """
 
 import json
@@ -28,15 +28,15 @@ _ORIGIN = "origin.json"
 
 
 class DataSettings(Settings):
-    """Every prompt is answered at every temperature.
+    """Settings of `orthrus train data`. Every prompt is answered at every temperature.
 
-    An answer to a prompt from a file ends where the model ends it. An answer to a prompt from the corpus goes on past the end
-    of a document, as the corpus does.
+    An answer to a prompt from a file ends at the model's end-of-sequence token. An answer to a prompt from the corpus goes on
+    past the end of a document, as the corpus does.
     """
 
     # A JSONL file (see `read_prompts`). None: prompts from the corpus.
     prompts: Path | None = None
-    # For the chat template.
+    # Further arguments of the chat template.
     template_arguments: dict[str, Any] = Field(default_factory=dict)
     # Prompts to take from the corpus, and tokens of each.
     texts: int = 4096
@@ -44,7 +44,7 @@ class DataSettings(Settings):
     # Tokens of a text, prompt included. Longer prompts are left out.
     length: int = 1024
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    # Texts in a file.
+    # Texts in a shard, which is one file.
     shard_texts: int = 1024
     seed: int = 0
 
@@ -94,7 +94,7 @@ def _write_shards(
 ) -> None:
     """Answer the requests of `shards` and write each shard when its last answer is in.
 
-    request: makes the request of a number. shards: the numbers of the requests of each shard. count: shards in all.
+    request: makes the request with a given number. shards: by number, the numbers of each shard's requests. count: shards in all.
     """
     shard_of = {number: shard for shard, numbers in shards.items() for number in numbers}
     todo = deque(shards)
@@ -103,7 +103,7 @@ def _write_shards(
     bar = tqdm(total=len(shard_of), desc="data", unit="text", disable=None)
     start, written = time.monotonic(), 0
     while todo or left:
-        # The next shard starts before the last answers of this one are in: the batch stays full.
+        # The next shard starts before the last answers of this one are finished, so that the batch stays full.
         while todo and engine.stats.waiting == 0:
             shard = todo.popleft()
             left[shard] = len(shards[shard])

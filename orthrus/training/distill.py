@@ -1,7 +1,7 @@
 """Forward KL from the AR view's distribution to the diffusion view's, with its gradient, for one slice of rows at a time.
 
-Logits of all rows in float32, with their softmax and gradients, would need more memory than everything else. The head is
-frozen, so only the gradient of the hidden states has to be kept.
+Logits of all rows in float32, with their softmax and gradients, would need more memory than everything else. Because the LM head
+is frozen, only the gradient of the hidden states has to be kept.
 """
 
 import math

@@ -27,7 +27,7 @@ class Processes:
     def share(self, rows: int, micro_batch: int | None) -> list[range]:
         """This process's rows of a step, a range for each backward pass. Raises ConfigError if they can't be shared evenly.
 
-        Which rows share a pass depends on `micro_batch` only. So more processes spread the same passes.
+        Which rows share a pass depends on `micro_batch` only. So any number of processes runs the same passes in all.
         """
         size = micro_batch or rows // self.world
         if size == 0 or rows % (size * self.world):
@@ -54,7 +54,7 @@ class Processes:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """The first process runs the block before the others do. So it makes a file, and the others find it."""
+        """Run the block in the first process before the others. So the first can make a file that the others then find."""
         if self.world > 1 and not self.writes:
             dist.barrier()
         yield
@@ -68,7 +68,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def local_device() -> torch.device:
-    """This process's own accelerator where there are any, else the CPU."""
+    """This process's own accelerator if there are any, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

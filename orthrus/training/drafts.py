@@ -13,13 +13,13 @@ from orthrus.training.model import TwoViewModel
 from orthrus.training.settings import Settings
 
 _MIN_KL = 0.01
-"""In nats. Added to KL before a power of it is taken, to bound its slope near 0."""
+"""In nats. Added to the KL before a power of it is taken, to bound the slope of the power near 0."""
 
 
 class DraftSettings(Settings):
     """Blocks and loss of a step. The loss of a draft is KL ** kl_power * miss_decay ** (wrong drafts before it in its block).
 
-    The defaults of the last three settings are the paper's.
+    With the defaults of the last three settings, the loss is the paper's.
     """
 
     block_size: int = 32
@@ -27,7 +27,7 @@ class DraftSettings(Settings):
     anchors: int = 64
     # Share of the blocks that are cut to a random length.
     short_blocks: float = 0.0
-    # Below 1, drafts after a wrong one count less: serving throws them away.
+    # Below 1, drafts after a wrong one count less, since serving discards them.
     miss_decay: float = 1.0
     # A sampled draft is refused with a chance of at most sqrt(KL / 2) (Pinsker's inequality). A power of 0.5 therefore spends
     # less on drafts that can't be predicted, and more on those that are nearly right.
@@ -50,7 +50,7 @@ class DraftLoss:
         seed: int,
         compiled: bool,
     ) -> None:
-        """rows: of a step, each of `length` tokens. compiled: whether torch.compile compiles the loss."""
+        """rows: number of rows in a step, each of `length` tokens. compiled: whether torch.compile compiles the loss."""
         assert model.config.mask_token_id is not None
         self._model, self._settings, self._mask = model, settings, model.config.mask_token_id
         self._rows, self._length, self._seed, self._compiled = rows, length, seed, compiled
@@ -100,7 +100,7 @@ class DraftLoss:
 
     def _add(self, kl: Tensor, agree: Tensor, live: Tensor) -> None:
         agree = agree & live
-        # The last row's draft can only be verified behind a lead, which takes the place of the first row's.
+        # Without a lead, the last row's draft is not verified. With one, the lead replaces the first row's draft.
         leading, behind_lead = (part.long().cumprod(1).sum(1) for part in (agree[:, :-1], agree[:, 1:]))
         whole = live.all(1)
         self._kl += (kl * live).sum()

@@ -74,14 +74,14 @@ class _Verified:
         self.first_agreed: list[bool] = []
         """For each block with a lead, whether the block's own draft of the first token equals the lead's token."""
         self._block_rows = block_rows
-        # The draft turn of each sequence whose block is not verified yet, by request.
+        # The newest draft turn with a lead, by request.
         self._leads: dict[str, TurnRecord] = {}
 
     def __call__(self, record: PassRecord) -> None:
         for turn in record.turns:
             if turn.turn.kind == LEAD_DRAFT:
                 self._leads[turn.request_id] = turn
-            # Shorter blocks, which come near a text's end, are left out.
+            # Shorter blocks, near the end of a text, are left out.
             elif turn.turn.kind == VERIFY and turn.turn.num_verified == self._block_rows - 1:
                 self.accepted.append(turn.num_accepted)
                 if (draft := self._leads.get(turn.request_id)) is not None:
@@ -98,7 +98,7 @@ def measure_drafts(
     lead: bool,
     temperature: float,
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """Continue `prompts` with blocks of `block_rows` rows. Returns figures and texts. The engine keeps the schedule.
+    """Continue `prompts` with blocks of `block_rows` rows. Returns figures and texts. The engine has this schedule afterwards.
 
     Depth d is the d-th token after the newest committed one. The figures are:
     - tokens_per_cycle: tokens that one draft and one verify pass commit, on average.
@@ -156,7 +156,7 @@ def distinct_ngrams(text: Sequence[int], n: int = 8) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of a report (`drafts`: what `measure_drafts` gave) as text."""
+    """The figures of a report as text. Its entry `drafts` has the figures of `measure_drafts`."""
     depths = [1, 2, 4, 8, 16]
     lines = [
         f"held-out loss {report['held_out_loss']:.3f} nats per token",

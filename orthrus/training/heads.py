@@ -24,8 +24,8 @@ class HeadsSettings(DraftSettings, FrozenBaseSettings):
     # None: the tokenizer's mask token.
     mask_token_id: int | None = None
     lr: float = 2e-4
-    # Keep only the layers' inputs for the backward pass, and run each layer again there: a quarter more time, a tenth of the
-    # memory.
+    # Keep only the layers' inputs for the backward pass, and run each layer again there. It takes a quarter more time, and a
+    # tenth of the memory.
     recompute: bool = False
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The loop that all kinds of training share: accumulate gradients, add them over processes, clip, step, log, save."""
+"""The loop of all kinds of training: accumulate gradients, add them over processes, clip, step, log, save."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -61,11 +61,11 @@ class _Log:
         self._budget = budget
         self._tokens_per_step = tokens_per_step
         self._time = time.monotonic()
-        # Steps that had been done when the last line was written.
+        # How many steps had been done when the last line was written.
         self.logged = budget.done
 
     def write(self, values: dict[str, Any], norm: Tensor, optimizer: Optimizer) -> None:
-        """values: the metrics. norm: the newest step's gradient's. optimizer: the one whose learning rate is shown."""
+        """values: the metrics. norm: gradient norm of the newest step. optimizer: the one whose learning rate is shown."""
         now, done = time.monotonic(), self._budget.done
         tokens = (done - self.logged) * self._tokens_per_step
         self._display.write(

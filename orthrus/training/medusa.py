@@ -1,9 +1,9 @@
 """Medusa heads for a frozen base (Cai et al., 2024, arXiv 2401.10774): head k learns the token k places after the next one.
 
 As in Medusa-1, the base is frozen and all heads are trained together, head k with a weight of `decay` ** k. The loss is the
-forward KL from the AR view's distribution at the position that a head drafts for. It is that of the diffusion heads, on the same
-texts. On texts that the model has sampled, Medusa-1's own loss, cross-entropy with the text, has its minimum at the same place,
-and is noisier.
+forward KL from the AR view's distribution at the position that a head drafts for. Diffusion heads are trained with the same loss
+on the same texts. Medusa-1's own loss is cross-entropy with the text. On texts that the model has sampled, it has its minimum at
+the same place, and is noisier.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class MedusaSettings(FrozenBaseSettings):
     """Settings of `orthrus train medusa`."""
 
     num_heads: int = Field(default=5, ge=1, le=MOST_HEADS)
-    # Whether each head has a vocabulary projection of its own, as in Medusa-1, which starts as a copy of the LM head. Else the
+    # Whether each head has a vocabulary projection of its own, as in Medusa-1. It starts as a copy of the LM head. If not, the
     # heads share the frozen LM head.
     own_projections: bool = True
     # Head k has a weight of decay ** k in the loss. 0.8 is Medusa-1's.
@@ -41,7 +41,7 @@ class MedusaSettings(FrozenBaseSettings):
 
 
 def initial_heads(model: TwoViewModel, config: MedusaConfig) -> dict[str, nn.Parameter]:
-    """The heads' parameters by name, on the model's device: each head begins as the LM head itself."""
+    """The heads' parameters by name, on the model's device. At first, each head computes the same as the LM head."""
     head = model.head_weight.detach()
     return {
         name: nn.Parameter(
@@ -56,7 +56,7 @@ def initial_heads(model: TwoViewModel, config: MedusaConfig) -> dict[str, nn.Par
 class _MeanKL(torch.autograd.Function):
     """The mean forward KL of drafts from the AR view, for one slice of rows at a time.
 
-    Gradients are computed beside the loss: the logits of all rows would need more memory than everything else.
+    Gradients are computed together with the loss: keeping the logits of all rows would need more memory than everything else.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class MedusaLoss:
         self._agreed, self._right, self._kl, self._count = self._sums.split([count, 1, 1, 1])
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The mean loss at the positions of rows int64 [batch, length] at which all heads have something to draft."""
+        """The mean loss over the positions of rows int64 [batch, length] at which all heads have a token to draft."""
         settings = self._settings
         heads, shared = self._heads, self._model.head_weight
         losses: list[Tensor] = []
@@ -151,7 +151,7 @@ def train_medusa(
     steps_per_epoch: float = 0.0,
     origin: dict[str, Any] | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Train heads behind `model`, which stays as it is. Returns their parameters by name.
+    """Train heads for `model`, which stays as it is. Returns their parameters by name.
 
     sources: streams, each with its number of rows in a step; `settings.rows` in all. origin: plain values that identify the base
     model and the texts. If there is `folder`/medusa.pt, training resumes from it. Metrics go to `folder`/medusa.jsonl.

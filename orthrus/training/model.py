@@ -150,7 +150,7 @@ class TwoViewModel(nn.Module):
         self._autoregressive, self._diffusion = Layer.autoregressive, Layer.diffusion
 
     def compile_layers(self) -> None:
-        """Compile the passes of one layer, for use by all: compiling the whole model would take ten times as long."""
+        """Compile the passes of one layer for all layers. Compiling the whole model would take ten times as long."""
         self._autoregressive = torch.compile(Layer.autoregressive, fullgraph=True)
         self._diffusion = torch.compile(Layer.diffusion, fullgraph=True)
 
@@ -177,7 +177,7 @@ class TwoViewModel(nn.Module):
         [batch, kv_heads, rows, head_dim].
         """
         cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-        # In the compute dtype between layers, as in serving.
+        # The residual stream is in the compute dtype, as in serving.
         hidden = self.model.embed_tokens(tokens).to(cos.dtype)
         cache = []
         for layer in self.model.layers:
@@ -251,7 +251,7 @@ def load_ar_view(folder: Path, device: torch.device) -> TwoViewModel:
 
 
 def _load_in_full(folder: Path, device: torch.device) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The checkpoint in `folder` without its quantisation: bfloat16 on an accelerator and float32 on a CPU."""
+    """The checkpoint in `folder`, dequantised: in bfloat16 on an accelerator, and in float32 on a CPU."""
     stored = load_config(folder)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     tensors = load_weights(folder, stored, device, dtype)

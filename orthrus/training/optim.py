@@ -22,7 +22,7 @@ def learning_rate(progress: float, *, warmup: float, final: float) -> float:
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest (semi-)orthogonal matrix of each of [count, rows, columns]. In bfloat16 on an accelerator."""
+    """Approximately the nearest (semi-)orthogonal matrix to each of `matrices` [count, rows, columns]. In bfloat16 on a GPU."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[1] > x.shape[2]
     if tall:

@@ -15,7 +15,7 @@ def plot(folder: Path) -> list[Path]:
 
     Returns the files written. Raises ConfigError if matplotlib is not installed, or if the folder has none of these files.
     """
-    load_pyplot()  # Before anything is read: it may not be there.
+    load_pyplot()  # Raises before anything is read if matplotlib is missing.
     figures: dict[str, dict[str, Panel]] = {}
     drafts = ("kl", "tokens_per_cycle")
     for stage, keys in (("base", ("loss", "held_out_loss")), ("heads", drafts), ("medusa", drafts)):

@@ -11,26 +11,26 @@ from orthrus.measure.acceptance import AcceptanceProfile
 from orthrus.schedules.blocks import draft_rows
 
 MAX_RANKS = 8
-"""Ranks that a profile tells apart."""
+"""The number of ranks in a profile."""
 
 
 @dataclass
 class _Counts:
-    """What blocks have shown at each depth."""
+    """Counts of right drafts at each depth."""
 
     tried: list[int] = field(default_factory=list)
     """Blocks whose drafts were all right before this depth."""
     hits: list[list[int]] = field(default_factory=list)
-    """In how many of these the right token had rank 1, 2, ..."""
+    """By rank, from 0 for the likeliest: in how many of these blocks the right token had this rank."""
 
 
 def measure_profile(
     engine: Engine, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], source: str
 ) -> AcceptanceProfile:
-    """Draft whole blocks over greedy `texts`, which the engine's AR view has made of `prompts`, and see where they were right.
+    """Draft whole blocks over greedy `texts`, which the engine's AR view has made of `prompts`, and count which were right.
 
-    A block begins where the chain of the one before it broke off, as in decoding. Nothing may run meanwhile. Raises RequestError
-    if the cache is too small for a text. source: what the profile says of itself.
+    A block begins where the right drafts of the one before it end, as in decoding. Nothing may run meanwhile. Raises RequestError
+    if the cache is too small for a text. source: the profile's `source`.
     """
     model = engine.model_config
     assert model.block_size is not None
@@ -53,7 +53,7 @@ def measure_profile(
 
 
 def _ranks(engine: Engine, tokens: Sequence[int], anchor: int, pages: list[int]) -> list[int]:
-    """The rank of each right token after position `anchor` in a block from there on, 0 for the likeliest."""
+    """The rank of each right token in a block at position `anchor`: 0 if it was the likeliest draft."""
     model = engine.model_config
     assert model.block_size is not None and model.mask_token_id is not None
     right = torch.tensor(tokens[anchor + 1 : anchor + model.block_size], device=engine.device)
@@ -64,7 +64,7 @@ def _ranks(engine: Engine, tokens: Sequence[int], anchor: int, pages: list[int])
 
 
 def _count(counts: _Counts, ranks: Sequence[int]) -> int:
-    """Count a block. Returns how many drafts of its chain were right."""
+    """Add a block to the counts. Returns how many drafts of its chain were right."""
     for depth, rank in enumerate(ranks):
         counts.tried[depth] += 1
         if rank < MAX_RANKS:

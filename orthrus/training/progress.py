@@ -44,7 +44,7 @@ class Display:
     """Shows a stage's metrics: in a JSONL file, and as a progress bar, or as lines if there is no terminal."""
 
     def __init__(self, file: Path, budget: Budget, *, writes: bool) -> None:
-        """Drops the lines of `file` after step `budget.done`: the run that wrote them stopped before it saved its state."""
+        """Removes the lines of `file` after step `budget.done`. The run that wrote them had stopped before it saved its state."""
         self._file, self._budget, self._writes = file, budget, writes
         if writes:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class Display:
             desc=file.stem,
             total=budget.steps or budget.seconds,
             initial=self._position,
-            # None disables it if there is no terminal.
+            # With None, tqdm shows no bar if there is no terminal.
             disable=None if writes else True,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% {bar:20} {elapsed}<{remaining} {postfix}",
@@ -74,7 +74,7 @@ class Display:
         if not self._writes:
             return
         values = {"step": self._budget.done, "seconds": round(self._budget.elapsed, 1)} | values
-        # Opened for each line, so that an interrupted run leaves nothing unwritten.
+        # Opened and closed for each line, so that an interrupted run loses none.
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         text = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
@@ -108,9 +108,9 @@ def peak_memory_gib(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class State:
-    """Everything that a run needs to go on, in one file that is either the old or the new one.
+    """Everything that a run needs to resume, in one file, which `save` replaces atomically.
 
-    origin: what makes two runs the same one, as plain values.
+    origin: plain values that identify the run.
     """
 
     file: Path
@@ -133,7 +133,7 @@ class State:
         os.replace(temporary, self.file)
 
     def load(self) -> None:
-        """Take up what `save` left, if anything. Raises ConfigError for the state of another run."""
+        """Restore what `save` wrote, if there is a file. Raises ConfigError for the state of another run."""
         if not self.file.exists():
             return
         state = torch.load(self.file, map_location="cpu", weights_only=True)

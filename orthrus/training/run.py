@@ -1,4 +1,4 @@
-"""A training run: its YAML file, and the files by which its stages pass on their results."""
+"""A training run: its YAML file, and the files in which a stage leaves its results for later stages."""
 
 import hashlib
 from pathlib import Path
@@ -76,7 +76,7 @@ class Run(Settings):
         return folder
 
     def corpus_tokens(self, part: str, tokenizer: Tokenizer, processes: Processes) -> TokenStream:
-        """`TRAIN_FILE` or `HELD_OUT_FILE` as tokens, encoded once."""
+        """A part of the corpus as tokens. part: `TRAIN_FILE` or `HELD_OUT_FILE`. It is encoded once and kept in a file."""
         if self.corpus is None:
             raise ConfigError("there is no corpus: set corpus, or prompts in sections data and eval")
         version = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:12]
@@ -121,7 +121,7 @@ def needed(section: Section | None, name: str) -> Section:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a checkpoint's weights. Medusa heads beside it do not count: they are not its own."""
+    """SHA-256 of a checkpoint's weights, without the Medusa heads in its folder."""
     digest = hashlib.sha256()
     for file in sorted(set(folder.glob("*.safetensors")) - {folder / WEIGHTS_FILE}):
         with file.open("rb") as stream:

@@ -16,7 +16,7 @@ class Settings(BaseModel):
 
 
 class TrainingSettings(Settings):
-    """What every kind of training has in common. Exactly one of `steps`, `epochs` and `seconds` sets how long it lasts."""
+    """Settings of every kind of training. Exactly one of `steps`, `epochs` and `seconds` sets how long it lasts."""
 
     # Optimiser steps.
     steps: int | None = None
@@ -28,7 +28,7 @@ class TrainingSettings(Settings):
     rows: int
     # Rows in one forward and backward pass of one process. None: all rows of its share.
     micro_batch: int | None = None
-    # In tokens.
+    # Tokens of a row.
     row_length: int
     # "adamw"; or "muon" for the matrices inside the layers, and AdamW for the rest.
     optimizer: str
@@ -46,7 +46,7 @@ class TrainingSettings(Settings):
     clip: float = 1.0
     # Whether torch.compile is used.
     compile: bool = True
-    # In steps, as is save_every.
+    # Steps between two lines of metrics, and between two saved states.
     log_every: int
     save_every: int
     seed: int = 0
@@ -61,7 +61,7 @@ class TrainingSettings(Settings):
 
 
 class FrozenBaseSettings(TrainingSettings):
-    """What heads for a frozen base have in common. `epochs` are passes over the model's own answers."""
+    """Settings of all heads for a frozen base. `epochs` are passes over the model's own answers."""
 
     rows: int = 24
     row_length: int = 1024

@@ -58,7 +58,7 @@ def _tokenizer(run: Run) -> None:
 
 
 def _special(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a special token. Raises ConfigError where the tokenizer lacks it."""
+    """The id of a special token. Raises ConfigError if the tokenizer lacks it."""
     token_id = tokenizer.token_to_id(token)
     if token_id is None:
         raise ConfigError(f"the tokenizer has no {token}: train one with `orthrus train tokenizer`")
@@ -136,7 +136,7 @@ def _heads(run: Run) -> None:
 def _sources(
     run: Run, settings: FrozenBaseSettings, tokenizer: Any, processes: Processes
 ) -> tuple[list[tuple[int, TokenStream]], float]:
-    """The streams that heads are trained on, each with its rows in a step, and the steps of a pass over the answers."""
+    """The streams that heads are trained on, each with its rows in a step. Also the steps of one pass over the answers."""
     answers = TokenStream(read_shards(run.work / "data"), "the model's own answers")
     of_answers = round(settings.sampled * settings.rows)
     sources = [(of_answers, answers)]
@@ -168,7 +168,10 @@ def _medusa(run: Run) -> None:
 
 
 def _save_heads(run: Run, model: TwoViewModel, base: Path) -> None:
-    """Write the base's own tensors, read again so that they are its bytes, the trained ones in its dtype, its tokenizer."""
+    """Write the base's tensors, the trained ones in its dtype, and its tokenizer.
+
+    The base is read again, so that its tensors have their original bytes.
+    """
     stored = load_config(base)
     tensors = load_weights(base, stored, "cpu", stored.dtype)
     dtype = tensors[family_of(stored).last_norm].dtype
@@ -191,7 +194,7 @@ def _eval(run: Run) -> None:
             f"eval.block_rows has no length up to the checkpoint's {config.block_size}: add one"
         )
     engine_config = run.engine_config(run.out, schedule="orthrus", adaptive_draft=False)
-    # With more sequences at a time, blocks beside their leads would have fewer rows than asked for.
+    # With more sequences at a time, blocks and their leads would not fit a pass at their full length.
     most = min(engine_config.max_num_seqs, DECODE_ROWS // (lengths[-1] + 1))
     engine = Engine.from_pretrained(engine_config.model_copy(update={"max_num_seqs": most}))
     report["held_out_loss"] = held_out_loss(engine, rows)
@@ -250,13 +253,13 @@ _DISTRIBUTED = ("base", "data", "heads", "medusa")
 def run_stage(name: str, run: Run) -> None:
     """Run the stage `name` with what the stages before it have left in `run.work`.
 
-    Raises ConfigError where the run lacks a setting or an earlier stage's result, and under torchrun for a stage that
-    is one process's work.
+    Raises ConfigError if the run lacks a setting or an earlier stage's result, and under torchrun for a stage that runs in one
+    process only.
     """
     if rank_and_world()[1] > 1 and name not in _DISTRIBUTED:
         raise ConfigError(
             f"only the stages {', '.join(_DISTRIBUTED)} run under torchrun: run {name} without it"
         )
-    # Master weights stay float32; where a product of them is outside autocast, tensor cores may round it.
+    # Master weights stay float32. Products of them outside autocast may use tensor cores, which round them.
     torch.set_float32_matmul_precision("high")
     _STAGES[name](run)

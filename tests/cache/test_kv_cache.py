@@ -25,7 +25,7 @@ PAGE = 4
 
 
 class NegatedLayer(PlainLayer):
-    """Holds values with their signs turned round, which attention turns back: not one bit changes.
+    """Stores values with the opposite sign, and attention turns it back. So no bit of the result changes.
 
     For a CPU only: it reads `num_ar` and other numbers on the host, which a captured CUDA graph does not allow.
     """
@@ -72,13 +72,13 @@ def allocate(forward: LayerParallelForward, kv_format: str = "plain") -> KVCache
 
 
 def passes(forward: LayerParallelForward, cache: KVCache) -> Tensor:
-    """Logits of a prompt, of a block and a step on top of it, and of two continuations that share a row."""
+    """Logits of a prompt, of a block and an AR step after it, and of two continuations that share a row."""
     runner, table, mask = EagerRunner(forward, cache), [3, 1, 4], forward.config.mask_token_id or 0
     prompt = runner.logits([RowGroup(View.AR, list(range(9)), 0, table, 0, 9)])
     step = RowGroup(View.AR, [9], 9, table, 0, 1)
     block = RowGroup(View.DIFFUSION, [9, mask, mask], 9, table, 0, 3)
     both = runner.logits([step, block])
-    # The second continuation has a page of its own, to which the shared row is written too, and what it holds already copied.
+    # The second continuation has a page of its own. The shared row is written to it too, and earlier rows are copied to it.
     run = RowGroup(View.AR, [10, 11], 10, table, 0, 2)
     branch = RowGroup(View.AR, [12], 11, [*table[:2], 5], 0, 1, parent=run)
     return torch.cat([prompt, both, runner.logits([run, branch])])

@@ -1,4 +1,4 @@
-"""Who owns which page: sharing by name, forks, and what is evicted first."""
+"""The owners of pages: sharing by name, forks, and the order of eviction."""
 
 import random
 import sys

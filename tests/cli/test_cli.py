@@ -113,7 +113,7 @@ def generate_by_ar(model: Path) -> list[str]:
     return ["generate", "--model", str(model), "--device", "cpu", "--schedule", "ar"]
 
 
-def test_generate_tells_the_seed_it_drew(model: Path, capsys: Output) -> None:
+def test_generate_prints_the_seed_it_drew(model: Path, capsys: Output) -> None:
     arguments = [*generate_by_ar(model), "--prompt", "x", "--temperature", "1", "--max-tokens", "8"]
     assert main(arguments) == 0
     first = capsys.readouterr()

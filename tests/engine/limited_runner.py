@@ -1,4 +1,4 @@
-"""A runner that works ahead as a GPU's does, and checks that the engine keeps to what such a runner has room for."""
+"""A runner that works ahead as a GPU's does, and checks that the engine keeps within that runner's limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from orthrus.runner.sampler import PickRows
 
 @dataclass
 class _ReadPass:
-    """Notes that its picks have been read."""
+    """Records that its picks have been read."""
 
     launched: LaunchedPass
     read: bool = False
@@ -33,8 +33,8 @@ class _ReadPass:
 
 
 class LimitedRunner(EagerRunner):
-    """Runs passes ahead, within the limits of a GPU's runner: memory is laid out before the first pass, logits that nobody
-    reads aren't there.
+    """Runs passes ahead, within the limits of a GPU's runner: memory is fixed before the first pass, and logits that are not read
+    do not exist.
     """
 
     def __init__(self, engine: Engine) -> None:

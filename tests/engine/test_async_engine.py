@@ -1,4 +1,4 @@
-"""The engine's thread: streams reach their loops, a closed stream frees its pages, nobody waits for a dead engine."""
+"""The engine's thread: streams reach their event loops, a closed one frees its pages, and a failed engine ends all requests."""
 
 import asyncio
 import random
@@ -43,7 +43,7 @@ def served(engine: Engine) -> Iterator[AsyncEngine]:
 
 
 async def collect(served: AsyncEngine, request: Request, limit: int = 10**9) -> list[Chunk]:
-    """The chunks of a request, which is cancelled once `limit` have come."""
+    """The chunks of a request, which is cancelled after `limit` chunks."""
     chunks: list[Chunk] = []
     task = asyncio.current_task()
     assert task is not None
@@ -91,7 +91,7 @@ def test_64_streams_with_cancellations_equal_their_texts_alone(served: AsyncEngi
 
 
 def test_a_cancelled_request_stops_within_a_pass(served: AsyncEngine, engine: Engine) -> None:
-    """What a call that is cancelled or overdue, over HTTP or gRPC, comes down to."""
+    """HTTP and gRPC calls that are cancelled, or reach their deadline, do the same."""
     passes: list[int] = []
 
     async def main() -> None:
@@ -105,14 +105,14 @@ def test_a_cancelled_request_stops_within_a_pass(served: AsyncEngine, engine: En
             await running
 
     asyncio.run(main())
-    # The engine takes one message after the other: once this has been answered, the one before it has been seen to.
+    # The engine handles messages in order: when this request has been answered, the cancellation has been handled.
     asyncio.run(collect(served, Request("next", [1], SamplingParams(temperature=0.0, max_tokens=1))))
-    # One pass may have been under way, one may have begun meanwhile, and one is the next request's.
+    # One pass may have been in flight, one may have begun meanwhile, and one is the next request's.
     assert engine.stats.passes - passes[-1] <= 3
 
 
 def test_the_chunks_of_a_pass_reach_their_sink_together(served: AsyncEngine) -> None:
-    """All of 6 requests' for one sink, those of 2 for another; nothing once the engine has no more of them."""
+    """Those of 6 requests go to one sink, and those of 2 to another. After their end, nothing comes."""
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     calls: dict[str, list[list[Chunk]]] = {"a": [], "b": []}
     sinks = {name: calls[name].append for name in calls}
@@ -176,7 +176,7 @@ def test_load_is_reported_at_once_while_a_pass_hangs_and_after_the_end(tiny_orth
 
 
 class HeldRunner(EagerRunner):
-    """Stands still in a pass until it is told to go on."""
+    """Waits in a pass until the test releases it."""
 
     def __init__(self, forward: LayerParallelForward, cache: KVCache, passes: int) -> None:
         super().__init__(forward, cache)
@@ -217,7 +217,7 @@ def test_closing_ends_open_streams_with_an_error(engine: Engine) -> None:
         asyncio.run(collect(served, Request("late", [1])))
 
 
-def test_an_engine_that_fails_says_what_of_and_ends_its_requests(tiny_orthrus: Path) -> None:
+def test_a_failed_engine_names_the_cause_and_ends_its_requests(tiny_orthrus: Path) -> None:
     engine = Engine.from_pretrained(EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048))
     engine.use_runner(FailingRunner(engine.forward, engine.cache, passes=3))
     chunks: list[Chunk] = []
@@ -247,7 +247,7 @@ class FailingRunner(EagerRunner):
 
 
 def test_grammars_are_compiled_beside_the_engines_thread(ar: Engine) -> None:
-    """There every other stream would wait; also once more grammars are in use than are remembered."""
+    """On the engine's thread, every other stream would wait. This also holds if more grammars are in use than are cached."""
     compiling: list[str] = []
     masks = GrammarMasks(ar.tokenizer, ar.model_config.vocab_size, ar.model_config.eos_token_ids)
 

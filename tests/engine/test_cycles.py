@@ -1,4 +1,4 @@
-"""What chunks tell of their cycles, where a request asks for it."""
+"""What chunks report about their cycles, if a request asks for it."""
 
 from dataclasses import replace
 from pathlib import Path

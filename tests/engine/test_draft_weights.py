@@ -64,7 +64,7 @@ def alone(checkpoint: Path, prompts: list[list[int]]) -> list[list[Completion]]:
 
 
 def watch_views(ours: Engine) -> list[int]:
-    """The numbers of passes so far with AR rows and with diffusion rows. A pass of both fails."""
+    """Counts passes with AR rows and passes with diffusion rows. A pass with both fails."""
     counts, launch = [0, 0], ours.runner.launch
 
     def checked(groups: list[RowGroup], rows: Any) -> Any:
@@ -105,7 +105,7 @@ def test_requests_that_come_and_go_have_the_text_of_ar_decoding(
         ours.submit(Request(f"cancelled {number}", prompts[index][::-1], MIXED[0]))
         for _ in range(3):
             step()
-        # While its turn takes part, waits, or has not been planned.
+        # Its turn may be in flight, may wait for a pass, or may not have been planned.
         ours.cancel(f"cancelled {number}")
     while ours.has_work:
         step()
@@ -175,7 +175,7 @@ class _DraftsAndSteps:
         return Turn("exact", (RowGroup(View.AR, [1], n, table, 0, 1),), (False,))
 
 
-def test_drafts_take_a_pass_and_what_waited_takes_the_next() -> None:
+def test_after_a_pass_of_drafts_comes_a_pass_of_what_waited() -> None:
     ours = Scheduler(
         _DraftsAndSteps(),  # type: ignore[arg-type]
         PagePool(33),
@@ -207,7 +207,7 @@ def test_drafts_take_a_pass_and_what_waited_takes_the_next() -> None:
 
 
 def test_the_memory_of_copies_is_counted(checkpoint: Path) -> None:
-    """All numbers of a float32 checkpoint on a CPU take four bytes, also those of copies."""
+    """All numbers of a float32 checkpoint on a CPU take four bytes, in copies too."""
     config = load_config(checkpoint)
     forward, shapes = engine(checkpoint).forward, family_of(config).tensor_shapes(config)
     assert forward.draft is not None and config.tie_word_embeddings

@@ -41,7 +41,7 @@ def prompts(count: int, longest: int = 120, seed: int = 0) -> list[list[int]]:
 
 
 def same(left: list[list[Completion]], right: list[list[Completion]]) -> None:
-    """Equal tokens, equal logprobs to the last bit, equal endings; costs may differ."""
+    """Whether tokens, logprobs (to the last bit) and endings are equal. Costs may differ."""
     for a, b in zip(left, right, strict=True):
         for x, y in zip(a, b, strict=True):
             assert x.token_ids == y.token_ids
@@ -135,15 +135,15 @@ def test_text_and_cycles_equal_the_slow_reference(tmp_path: Path, shape: dict[st
     ],
     ids=str,
 )
-def test_whose_logits_are_read_by_more_than_the_pick(read: bool, settings: dict[str, Any]) -> None:
+def test_which_parameters_need_logits_besides_the_pick(read: bool, settings: dict[str, Any]) -> None:
     rows = PickRows(SamplingParams(**settings), seed=1, position=7, count=1, end_token_ids=(5,), min_length=7)
     assert rows.reads_logits is read
     assert replace(rows, min_length=8).reads_logits, "an end that must not be picked yet"
 
 
 @pytest.mark.parametrize("lead", [False, True])
-def test_passes_stay_within_the_memory_laid_out_for_them(checkpoint: Path, ar: Engine, lead: bool) -> None:
-    """A crowd that arrives while long drafts wait to be verified, and prompts of many chunks alone."""
+def test_passes_stay_within_the_memory_reserved_for_them(checkpoint: Path, ar: Engine, lead: bool) -> None:
+    """With many requests that arrive while long drafts wait to be verified, and with prompts of many chunks alone."""
     ours = engine(checkpoint, draft_lead=lead, max_num_seqs=128, prefill_chunk=64)
     runner = LimitedRunner(ours)
     ours.use_runner(runner)
@@ -169,7 +169,7 @@ SCORED = {5}
 
 
 def crowd() -> tuple[list[tuple[list[int], SamplingParams]], random.Random]:
-    """Prompts with their parameters, and what decides when they come and go."""
+    """Prompts with their parameters, and the random generator that decides when they come and go."""
     rng = random.Random(3)
     texts = prompts(24, seed=4)
     params = [
@@ -207,7 +207,7 @@ def crowd_alone(ar: Engine) -> list[Completion]:
 def test_passes_launched_before_the_last_is_read_change_nothing(
     checkpoint: Path, crowd_alone: list[Completion], settings: dict[str, Any]
 ) -> None:
-    """Tokens that the host doesn't know yet, ends that it learns of late, cancellations and evictions in between."""
+    """With tokens that the host does not know yet, ends that it learns of late, cancellations and evictions."""
     asked, rng = crowd()
     ahead = engine(checkpoint, **settings)
     ahead.use_runner(LimitedRunner(ahead))
@@ -236,7 +236,7 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for got, expected in zip(whole.logprobs or (), alone.logprobs or (), strict=True):
             assert got.logprob == pytest.approx(expected.logprob, abs=1e-5)
     if ahead.schedule_name == "orthrus":
-        # A planner drafts as often as the measured costs let it: on a busy machine, seldom.
+        # A planner drafts if measured costs say that it pays, which may be seldom on a busy machine.
         least = 1.7 if "draft_lead" in settings else 1.02 if "adaptive_draft" in settings else 1.2
         assert ahead.stats.tokens_per_cycle > least
 
@@ -245,7 +245,7 @@ def test_a_lead_brings_two_tokens_a_cycle_at_least(checkpoint: Path) -> None:
     plain, led = engine(checkpoint), engine(checkpoint, draft_lead=True)
     texts = prompts(4, seed=6)
     same(plain.generate(texts, GREEDY), led.generate(texts, GREEDY))
-    # Two, but where one token is left to go.
+    # Two tokens, except if only one is left.
     assert led.stats.tokens_per_cycle > max(1.9, plain.stats.tokens_per_cycle)
 
 
@@ -318,7 +318,7 @@ def test_a_repeated_prompt_comes_from_the_cache_with_the_same_text(checkpoint: P
     assert turn.stats.cached_tokens == 112
 
 
-def test_a_seed_is_drawn_and_told(checkpoint: Path) -> None:
+def test_a_drawn_seed_is_reported(checkpoint: Path) -> None:
     ours = engine(checkpoint)
     params = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True)
     first, second = (ours.generate([[1, 2, 3]], params)[0][0] for _ in range(2))
@@ -328,8 +328,8 @@ def test_a_seed_is_drawn_and_told(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [None, 5, 2**63 - 1])
-def test_seeds_that_we_choose_survive_a_double(checkpoint: Path, seed: int | None) -> None:
-    """JavaScript's numbers are doubles: what reads our seed there must be able to send it back."""
+def test_drawn_seeds_fit_into_a_double(checkpoint: Path, seed: int | None) -> None:
+    """JavaScript's numbers are doubles, and a client must be able to send our seed back."""
     ours = engine(checkpoint)
     params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, n=8, seed=seed)
     for _ in range(4):
@@ -343,7 +343,7 @@ def test_seeds_that_we_choose_survive_a_double(checkpoint: Path, seed: int | Non
 
 
 def test_sampling_follows_the_model(checkpoint: Path, ar: Engine) -> None:
-    """Frequencies of the first token over many seeds against softmax: a chi-squared test at one in ten thousand."""
+    """The frequencies of the first token over many seeds are those of softmax: a chi-squared test at p = 1e-4."""
     prompt, draws = [3, 1, 4, 1, 5], 4000
     expected = ar.score(prompt)[-1].softmax(-1)
     params = [SamplingParams(temperature=1.0, seed=s, max_tokens=1) for s in range(draws)]

@@ -1,9 +1,9 @@
-"""The memory plan beside what is allocated.
+"""The memory plan, compared with what is allocated.
 
 A plan counts weights (`weight_bytes`, `MedusaConfig.num_weights`) and what passes take (`PassMemory`). Here reality is the sizes
 of tensors on a CPU: of what a rank reads of a checkpoint, of what a loaded model holds, and of what operations allocate while
-passes of every schedule run (`live_bytes`). The vocabulary is large beside everything else, as in the models that are served. So
-a tensor that a schedule, drafter or pass makes for each token of the vocabulary shows, if the plan lacks it.
+passes of every schedule run (`live_bytes`). The vocabulary is large compared with everything else, as in served models. So if the
+plan lacks a tensor that a schedule, drafter or pass makes for each token of the vocabulary, a test fails.
 
 Two things differ on a GPU: noise is made inside kernels, and results of layers are measured as the engine starts.
 """
@@ -123,7 +123,7 @@ def test_medusa_heads_are_in_the_plan(checkpoint: Path, tmp_path: Path, own: boo
 
 
 def test_tensors_of_passes_are_in_the_plan(checkpoint: Path) -> None:
-    """What the runner of GPUs lays out before the first pass, here on a CPU."""
+    """The tensors that the runner of GPUs allocates before the first pass, here on a CPU."""
     ours = engine(checkpoint, "ar")
     room = pass_room(ours.config, ours.model_config)
     made = PassTensors.allocate(ours.forward, room.logit_rows, 1000)
@@ -142,7 +142,7 @@ def measured(run: Callable[[], object]) -> LiveBytes:
 
 @pytest.mark.parametrize("rows", [1, 8, ADJUSTED_ROWS, 100])
 def test_adjusting_takes_what_the_plan_says(rows: int) -> None:
-    """However many rows ask for it; a group is adjusted as a whole."""
+    """For any number of rows. A group is adjusted as a whole."""
     logits = torch.randn(200, VOCAB)
     groups = [PickRows(EVERYTHING, 1, 5, rows, generated=[3]) for _ in range(200 // rows)]
     live = measured(lambda: pick(logits[: rows * len(groups)], groups))
@@ -175,10 +175,10 @@ def test_passes_of_every_schedule_allocate_no_more_than_the_plan_says(
     )
     assert medusa_heads == (HEADS if schedule == "medusa" else 0)
     assert max(rows) <= pass_room(ours.config, ours.model_config).logit_rows
-    # The runner of CPUs has logits of the rows that there are.
+    # The runner of CPUs has logits for the rows of the pass only, without padding.
     counted = max(rows) * VOCAB * 4 + planned.adjusting + planned.medusa
     assert live.most < counted
-    # So it would show if one of these were missing.
+    # So the test would fail without the Medusa heads in the plan.
     assert schedule != "medusa" or live.most > counted - planned.medusa
 
 
@@ -189,7 +189,7 @@ def test_logits_of_medusa_heads_are_in_the_plan(checkpoint: Path) -> None:
     room = pass_room(ours.config, ours.model_config)
     planned = PassMemory.of(Shard(ours.model_config), room, 4, medusa_heads=HEADS).medusa
     assert planned <= live.most < 1.1 * planned
-    # In 16 bits, they are there in 16 and in 32 bits.
+    # A 16-bit model has them in 16 and in 32 bits at the same time.
     assert PassMemory.of(Shard(ours.model_config), room, 2, medusa_heads=HEADS).medusa == 1.5 * planned
     large = QWEN3_SHAPES["8B"]
     few, many = (

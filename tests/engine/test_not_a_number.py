@@ -36,7 +36,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(path: Path, runner: str, damage: Callable[[dict[str, Tensor]], object]) -> Engine:
-    """An engine with weights that went bad after they were loaded. runner: "ahead" launches passes on unknown tokens."""
+    """An engine whose weights were damaged after loading. runner: "ahead" launches passes on unknown tokens."""
     config = EngineConfig(
         model=str(path),
         schedule="ar" if runner == "ar" else "orthrus",
@@ -64,12 +64,12 @@ def run(engine: Engine, *requests: Request) -> list[Chunk]:
 
 
 @pytest.mark.parametrize("kind", PARAMS)
-def test_a_request_ends_where_the_numbers_do(path: Path, kind: str) -> None:
+def test_a_request_ends_at_the_first_scores_that_are_not_numbers(path: Path, kind: str) -> None:
     params, prompts = PARAMS[kind], [[3, 1, 4, 1, 5], [9, 2, 6]]
     requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
     clean = run(engine_of(path, "ar", lambda weights: None), *requests)
     first, second = (list(chunk.token_ids) for chunk in clean)
-    # A token that only the first text has: behind it, there are no numbers any more.
+    # A token that only the first text has. After it, scores are not numbers.
     bad = next(t for t in first[3:] if t not in second and t not in [*prompts[0], *prompts[1]])
     for runner in RUNNERS:
         engine = engine_of(path, runner, lambda weights: weights["model.embed_tokens.weight"][bad].fill_(NAN))
@@ -81,14 +81,14 @@ def test_a_request_ends_where_the_numbers_do(path: Path, kind: str) -> None:
         assert list(whole.token_ids) == second
         assert whole.finish_reason == "length"
         assert (refused.token_ids, refused.finish_reason) == ((), "error")
-        # What the failed requests have left in the cache is nobody else's.
+        # Other requests do not use what the failed ones have left in the cache.
         (again,) = run(engine, requests[1])
         assert list(again.token_ids) == second
         assert engine.stats.kv_pages_used == 0
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
-def test_one_score_that_is_no_number_is_enough(path: Path, value: float) -> None:
+def test_a_single_score_that_is_not_a_number_is_enough(path: Path, value: float) -> None:
     def damage(weights: dict[str, Tensor]) -> None:
         weights["lm_head.weight"][77].fill_(value)
 

@@ -1,4 +1,4 @@
-"""Whose turn it is: priority decides who waits and who gives way, and a salt who shares the cache; neither changes a text."""
+"""Priority decides which sequences wait and which are preempted. A salt decides which share the cache. Neither changes a text."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -38,7 +38,7 @@ def prompt(number: int, length: int = 20) -> list[int]:
     return [(7 * number + i) % 120 for i in range(length)]
 
 
-def test_the_lowest_goes_first_and_equals_in_order_of_arrival(tiny_orthrus: Path) -> None:
+def test_the_lowest_priority_number_goes_first_and_equals_in_order_of_arrival(tiny_orthrus: Path) -> None:
     ours, ar = engine(tiny_orthrus, max_num_seqs=1), engine(tiny_orthrus, "ar")
     priorities = {"a": 3, "b": 0, "c": -2, "d": 0, "e": 3, "f": -(1 << 31)}
     requests = [
@@ -53,8 +53,8 @@ def test_the_lowest_goes_first_and_equals_in_order_of_arrival(tiny_orthrus: Path
         assert {choice: tokens[choice] for choice in alone} == alone
 
 
-def test_the_least_important_gives_way(tiny_orthrus: Path) -> None:
-    """Two sequences whose pages don't fit beside each other: the one with the higher number falls, of equals the later one."""
+def test_the_sequence_with_the_highest_priority_number_is_preempted(tiny_orthrus: Path) -> None:
+    """Two sequences whose pages don't fit together: the one with the higher number is preempted, or the later one of equals."""
     ar = engine(tiny_orthrus, "ar")
     params = replace(GREEDY, max_tokens=60)
     for first, second, ends_first in ((0, 0, "first"), (1, 0, "second"), (0, 1, "first")):

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: those that decoding the same text gives, to the bit, however the prompt is computed."""
+"""Log-probabilities of prompts have the bits of those from decoding the same text, however the prompt is computed."""
 
 import random
 from dataclasses import replace
@@ -99,8 +99,8 @@ def test_prompts_are_scored_as_hugging_face_scores_them(
     assert ours.ranks.tolist() == ((theirs > expected).sum(-1) + 1).tolist()
 
 
-def test_what_follows_a_scored_prompt_is_what_follows_it_unscored(checkpoint: Path, ar: Engine) -> None:
-    """Also where picks are filtered, penalised, or may not end: rows that score are picked from as they are."""
+def test_scoring_a_prompt_does_not_change_the_text_after_it(checkpoint: Path, ar: Engine) -> None:
+    """Also where picks are filtered, penalised, or may not end. The rows that score are not affected by that."""
     text = [3, 1, 4, 1, 5] * 12
     cases: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 1, "top_k": 5, "logprobs": 2},
@@ -115,9 +115,7 @@ def test_what_follows_a_scored_prompt_is_what_follows_it_unscored(checkpoint: Pa
         assert scores(got) == scores(ar.generate([text], SCORE)[0][0])
 
 
-def test_a_scored_prompt_takes_nothing_from_the_prefix_cache_and_leaves_it_to_others(
-    checkpoint: Path, ar: Engine
-) -> None:
+def test_a_scored_prompt_does_not_read_the_prefix_cache_but_fills_it(checkpoint: Path, ar: Engine) -> None:
     text = [7, 8, 9, 10] * 25
     expected = scores(ar.generate([text], SCORE)[0][0])
     ours = engine(checkpoint)
@@ -134,8 +132,8 @@ def test_a_scored_prompt_takes_nothing_from_the_prefix_cache_and_leaves_it_to_ot
     assert after.token_ids == ar.generate([text], GREEDY)[0][0].token_ids
 
 
-def test_only_a_score_is_asked_for(checkpoint: Path, ar: Engine) -> None:
-    """The shortest and the longest prompts that there can be, and choices that have nothing to say."""
+def test_requests_that_only_score_their_prompt(checkpoint: Path, ar: Engine) -> None:
+    """With the shortest and the longest prompts, and with further choices, which have no tokens."""
     limit = ar.max_model_len
     for length in (1, 2, 16, 17, limit - 1, limit):
         [[completion]] = engine(checkpoint, kv_cache_tokens=limit).generate([[5] * length], SCORE)
@@ -163,10 +161,10 @@ def test_only_a_score_is_asked_for(checkpoint: Path, ar: Engine) -> None:
     [{"draft_lead": True}, {"kv_cache_tokens": 240, "page_size": 8, "prefill_chunk": 40}],
     ids=str,
 )
-def test_a_crowd_is_scored_within_the_memory_laid_out_for_it(
+def test_a_crowd_is_scored_within_the_memory_reserved_for_it(
     checkpoint: Path, decoded: Decoded, ar: Engine, settings: dict[str, Any]
 ) -> None:
-    """Long answers and scored prompts that come and go, some cancelled, some computed again: each is told once, and whole."""
+    """Long answers and scored prompts, some cancelled, some computed again: each prompt's scores come once, and complete."""
     rng = random.Random(5)
     crowded = engine(checkpoint, **({"max_num_seqs": 96} | settings))
     runner = LimitedRunner(crowded)
@@ -210,7 +208,7 @@ def test_a_crowd_is_scored_within_the_memory_laid_out_for_it(
 
 
 def test_prompts_that_are_computed_again_while_they_are_scored(checkpoint: Path, decoded: Decoded) -> None:
-    """Each pass evicts what the next one scores on: what has been scored stays, and its rows need no logits again."""
+    """Each pass evicts pages that the next one needs. Scores so far are kept, and their rows need no logits again."""
     ours = engine(checkpoint, kv_cache_tokens=256, page_size=8, prefill_chunk=24, max_num_seqs=4)
     texts = [(text, expected) for text, expected in decoded if len(text) > 100]
     requests = [Request(str(i), text, SCORE) for i, (text, _) in enumerate(texts)]
@@ -233,8 +231,8 @@ def test_prompts_that_are_computed_again_while_they_are_scored(checkpoint: Path,
         assert tuple(part.tokens()) == expected
 
 
-def test_scoring_gets_on_however_many_sequences_decode(ar: Engine, checkpoint: Path) -> None:
-    """A full batch of drafts leaves rows with logits to prompts that are scored: they don't wait until it is over."""
+def test_scoring_advances_however_many_sequences_decode(ar: Engine, checkpoint: Path) -> None:
+    """A full batch of drafts leaves some rows with logits to prompts that are scored. So these don't wait for its end."""
     ours = engine(checkpoint, max_num_seqs=128)
     ours.use_runner(LimitedRunner(ours))
     for i in range(100):
@@ -257,8 +255,8 @@ def test_scoring_gets_on_however_many_sequences_decode(ar: Engine, checkpoint: P
         assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
 
 
-def test_others_pass_a_prompt_that_waits_to_be_scored(checkpoint: Path, ar: Engine) -> None:
-    """While some prompts take all rows that may score, those that score nothing begin: they have slots, pages and rows."""
+def test_others_start_before_a_prompt_that_waits_to_be_scored(checkpoint: Path, ar: Engine) -> None:
+    """While some prompts take all rows that may score, others can begin: there are slots, pages and rows for them."""
     ours = engine(checkpoint, prefill_chunk=2048)
     texts = [[i + 1] * 500 for i in range(3)]
     assert 500 < ours._scheduler._score_budget(0) < 1000

@@ -1,4 +1,4 @@
-"""Engines of quantised checkpoints: zero drift against the very checkpoint, with drafts that are right as often as before."""
+"""Engines of quantised checkpoints: no drift from the same checkpoint under AR, and drafts as good as unquantised ones."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_drafts_change_the_speed_and_not_the_text(name: str, tmp_path: Path) -> 
         together = [completions[0] for completions in ours.generate(PROMPTS, PARAMS)]
         for got, expected in zip(together, alone, strict=True):
             assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
-        # Drafts are right as often as those of the same weights in full.
+        # Drafts are right as often as with the same weights dequantised.
         assert ours.stats.tokens_per_cycle > max(1.15, 0.9 * plain.stats.tokens_per_cycle)
 
 

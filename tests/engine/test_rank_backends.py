@@ -112,7 +112,7 @@ def test_the_best_token_of_all_ranks_is_picked(size: int) -> None:
     rows, each, block = 5, 96, 32
     scores = torch.randint(0, 40, (rows, size * each), generator=torch.Generator().manual_seed(0)).float()
     scores[1] = 7.0
-    scores[2, each + 3] = float("inf")  # What stands for no number.
+    scores[2, each + 3] = float("inf")  # Stands for a score that is not a number.
     scores[3] = -float("inf")
     expected = scores.argmax(1).to(torch.int32)
     for row in (0, 4):

@@ -1,4 +1,4 @@
-"""While ranks load: one that ends or stops ends the start at once and is named, and one that is only slow does not."""
+"""While ranks load: if one ends or hangs, the start ends at once with an error that names it. A slow one is waited for."""
 
 import contextlib
 import ctypes
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class LoadWith:
-    """Loads a rank's weights, behind something that it does first."""
+    """Calls `first`, and then loads a rank's weights."""
 
     first: Callable[[], object]
     load: LoadWeights
@@ -83,7 +83,7 @@ def hang() -> None:
 
 
 def compute() -> None:
-    """Compute for longer than a rank may stand still, without letting any other thread of Python run."""
+    """Compute for longer than `HANG_SECONDS`, without letting any other thread of Python run."""
     begin = time.monotonic()
     sum(range(10**7))
     count = int(10**7 * (HANG_SECONDS + 2.5) / (time.monotonic() - begin))
@@ -128,7 +128,7 @@ def wait_in_vain(ranks: Ranks) -> None:
 def test_a_rank_that_fails_while_it_loads_ends_the_start(
     checkpoint: Path, first: Callable[[], object], said: str
 ) -> None:
-    """Wherever rank 0 is then: it reads its own weights, waits for the other ranks, or for a library."""
+    """Whatever rank 0 does meanwhile: it reads its own weights, waits for other ranks, or waits for a library."""
     with started(checkpoint, first) as (_, model, ranks):
         with pytest.raises(RankError, match=said):
             wait_in_vain(ranks)
@@ -141,7 +141,7 @@ def test_a_rank_that_fails_while_it_loads_ends_the_start(
 class StuckRunner(EagerRunner):
     """Fails or waits as it is built, where a runner of GPUs runs the first passes and captures graphs.
 
-    Rank 0 waits as it would for its GPU, without asking whether other ranks are there.
+    Rank 0 waits as it would for its GPU, without checking the other ranks.
     """
 
     fail: Callable[[], object]
@@ -167,7 +167,7 @@ def use_stuck_runner(fail: Callable[[], object]) -> None:
 
 STUCK = RunnerEntry(f"{__name__}:StuckRunner", fits=lambda device, dtype: True)
 NOTICED = 5
-"""Seconds after which a rank that has failed is known to have failed, at most."""
+"""Most seconds until the failure of a rank is noticed."""
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ NOTICED = 5
 def test_a_rank_that_fails_while_passes_are_captured_ends_the_start(
     checkpoint: Path, fail: Callable[[], object], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 names it within seconds, although it waits for its own GPU then."""
+    """Rank 0 names the failed rank within seconds, although it waits for its own GPU meanwhile."""
     monkeypatch.setattr(registry, "RUNNERS", [STUCK])
     threads = torch.get_num_threads()
     with pytest.raises(RankError, match=said):
         start(checkpoint, partial(use_stuck_runner, fail))
     assert time.monotonic() - StuckRunner.begun < NOTICED
-    # The thread that waits in vain is left behind, and holds the ranks. They have ended all the same.
+    # The thread that still waits is left behind, and holds the ranks. But their processes have ended.
     assert not multiprocessing.active_children()
     assert torch.get_num_threads() == threads
 
@@ -196,8 +196,8 @@ def test_a_rank_that_loads_slowly_is_waited_for(checkpoint: Path) -> None:
     assert completion.token_ids
 
 
-def test_a_library_that_waits_for_a_rank_is_not_waited_for(tmp_path: Path) -> None:
-    """A file store, as GPUs find each other's memory with."""
+def test_watched_work_that_waits_for_a_failed_rank_is_left_behind(tmp_path: Path) -> None:
+    """With a file store, as GPUs use it to find each other's memory."""
     store = FileStore(str(tmp_path / "store"), 2)
     store.set_timeout(timedelta(seconds=NOT_WAITED))
     begin, looks = time.monotonic(), 0
@@ -217,7 +217,7 @@ def test_a_library_that_waits_for_a_rank_is_not_waited_for(tmp_path: Path) -> No
         run_watched(lambda: exec("raise ValueError('what the work raises')"), check)
 
 
-def test_what_watched_work_made_is_gone_once_its_error_is_handled() -> None:
+def test_what_watched_work_made_is_freed_once_its_error_is_handled() -> None:
     """A model that does not fit takes no memory until the next garbage collection."""
     made: list[weakref.ref[Tensor]] = []
 

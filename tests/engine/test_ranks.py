@@ -70,7 +70,7 @@ def threads_as_before() -> Iterator[None]:
     torch.set_num_threads(4)
     yield
     gc.collect()
-    end = time.monotonic() + 10  # Another thread may be collecting just then.
+    end = time.monotonic() + 10  # Another thread may be collecting garbage.
     while torch.get_num_threads() != 4:
         assert time.monotonic() < end, "the threads of an engine that has ended are not given back"
         time.sleep(0.01)
@@ -143,7 +143,9 @@ def test_a_rank_that_ends_or_stops_ends_the_engine(checkpoint: Path, sign: signa
     assert time.monotonic() - begin < HANG_SECONDS + 1
 
 
-def test_what_only_another_rank_can_see_is_told_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_error_that_only_another_rank_finds_keeps_its_class_and_names_the_rank(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     shutil.copytree(checkpoint, tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
     tensors = load_file(file)
@@ -154,7 +156,7 @@ def test_what_only_another_rank_can_see_is_told_as_it_is(checkpoint: Path, tmp_p
 
 
 def look_for_rank_0(path: str) -> None:
-    """What a rank does that waits for others."""
+    """What a rank does while it waits for others."""
     Path(path, "begun").touch()
     try:
         while True:
@@ -191,7 +193,7 @@ def test_a_rank_notices_that_rank_0_has_been_killed(tmp_path: Path) -> None:
     assert (tmp_path / "told").read_text() == "rank 0 of the model has ended"
 
 
-def test_what_a_model_cannot_be_divided_among_is_refused(checkpoint: Path, tiny_orthrus: Path) -> None:
+def test_numbers_of_ranks_that_cannot_share_a_model_are_refused(checkpoint: Path, tiny_orthrus: Path) -> None:
     with pytest.raises(ConfigError, match=r"can't be shared by 8 ranks, .*: set .* to 1$"):
         load(tiny_orthrus, 4)
     with pytest.raises(

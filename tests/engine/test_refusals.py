@@ -27,7 +27,7 @@ def ar(tiny_orthrus: Path) -> Engine:
         ([1], SamplingParams(stop=("x",)), "tokenizer"),
     ],
 )
-def test_requests_that_cannot_be_served_say_why(
+def test_requests_that_cannot_be_served_are_refused_with_the_reason(
     ar: Engine, prompt: list[int], params: SamplingParams, said: str
 ) -> None:
     with pytest.raises(RequestError, match=said):

@@ -1,4 +1,4 @@
-"""Who takes part in a pass, with which rows, on which pages, and what happens when there are too few."""
+"""Which sequences take part in a pass, with which rows and pages, and what happens if there are too few."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def test_each_block_table_gets_the_pages_that_its_own_rows_write() -> None:
 def test_a_sequence_whose_branches_do_not_fit_is_preempted() -> None:
     ours, pool, _, _ = prefilled(6, pages=3)
     [part] = ours.plan()
-    # It has begun again, from the page that is full of known tokens.
+    # It has begun again after the page that is full of known tokens.
     assert not part.decoding
     assert part.turn.groups[0].start == PAGE
     assert ours.num_preempted == 1
@@ -102,7 +102,7 @@ def arrived(
 
 
 def run_pass(ours: Scheduler) -> list[tuple[str, str, list[int]]]:
-    """Plan a pass and commit token 1 for each sequence that has a pick: who took part, by which turn, with which tokens."""
+    """Plan a pass, and commit token 1 for each sequence with a pick. Returns each part's sequence, kind of turn and tokens."""
     planned = ours.plan()
     for part in planned:
         if not part.decoding:
@@ -169,7 +169,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert other.block_table[0] == first.block_table[0]
 
 
-def test_what_waits_is_counted_until_it_is_admitted_or_cancelled() -> None:
+def test_rows_of_waiting_sequences_are_counted_until_these_are_admitted_or_cancelled() -> None:
     ours = plain(max_num_seqs=1)
     sequences = [arrived(ours, name, [0] * 4) for name in "abc"]
     assert ours.rows_to_prefill == 12 and ours.oldest_queued_at == sequences[0].queued_at

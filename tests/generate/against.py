@@ -1,4 +1,4 @@
-"""`orthrus.accelerate` beside Hugging Face's `generate`: what the tests of it share."""
+"""Helpers for tests that compare `orthrus.accelerate` with Hugging Face's `generate`."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ def load_reference(path: Path) -> Qwen3ForCausalLM:
 
 
 def accelerated(path: Any, **settings: Any) -> AcceleratedModel:
-    # Fixed draft lengths: how many tokens a cycle brings must not depend on this machine's speed.
+    # Fixed draft lengths, so that tokens per cycle do not depend on the machine's speed.
     defaults: dict[str, Any] = {"adaptive_draft": False, "kv_cache_tokens": 4096, "device": "cpu"}
     return orthrus.accelerate(path, **(defaults | settings))
 
 
 def assert_same(model: AcceleratedModel, reference: Qwen3ForCausalLM, *args: Any, **kwargs: Any) -> Tensor:
-    """Both generate the same, to the shape and dtype. Returns it."""
+    """Assert that both generate the same, including shape and dtype, and return it."""
     expected = reference.generate(*args, **kwargs)
     result = model.generate(*args, **kwargs)
     assert result.dtype == expected.dtype

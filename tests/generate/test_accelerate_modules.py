@@ -1,4 +1,4 @@
-"""What of a Hugging Face module `orthrus.accelerate` takes over, and which modules it refuses."""
+"""What `orthrus.accelerate` takes over from a Hugging Face module, and which modules it refuses."""
 
 import copy
 import re
@@ -171,7 +171,7 @@ CHANGES: dict[str, tuple[Callable[[Qwen3ForCausalLM], object], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_module_computes_beside_its_weights_is_refused(module: Qwen3ForCausalLM, change: str) -> None:
+def test_additions_to_a_module_are_refused(module: Qwen3ForCausalLM, change: str) -> None:
     apply, words = CHANGES[change]
     changed = copy.deepcopy(module)
     accelerated(changed)
@@ -180,7 +180,7 @@ def test_what_a_module_computes_beside_its_weights_is_refused(module: Qwen3ForCa
         accelerated(changed)
 
 
-def test_hooks_of_transformers_itself_only_look_on(module: Qwen3ForCausalLM) -> None:
+def test_hooks_of_transformers_itself_are_allowed(module: Qwen3ForCausalLM) -> None:
     watched = copy.deepcopy(module)
     watched.enable_input_require_grads()
     watched(PROMPT, output_hidden_states=True)

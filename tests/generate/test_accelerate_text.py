@@ -41,7 +41,7 @@ def test_stop_strings(
     arguments: dict[str, Any] = {"max_new_tokens": 24, "tokenizer": tokenizer}
     result = assert_same(model, reference, PROMPT, stop_strings=text[9:12], **arguments)
     assert result.shape[1] <= 6 + 12
-    # It may begin in the prompt, and of several the first to be complete ends the sequence.
+    # A stop string may begin in the prompt. Of several, the first that is complete ends the sequence.
     spanning = tokenizer.decode(PROMPT[0].tolist())[-1] + text[0]
     result = assert_same(model, reference, PROMPT, stop_strings=[text[9:12], spanning], **arguments)
     assert result.shape[1] == 6 + 1
@@ -75,7 +75,7 @@ def test_stop_strings_need_a_tokenizer_and_padding(
 
 
 class Recorder(BaseStreamer):
-    """Notes what it is given; raises at the `fail_at`-th call of put."""
+    """Records what it is given, and raises at the `fail_at`-th call of put."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.calls: list[Any] = []

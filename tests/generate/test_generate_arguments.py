@@ -1,4 +1,4 @@
-"""Every argument of `generate` x values that nobody expects: an error that names it, or what Hugging Face returns."""
+"""Unexpected values for every argument of `generate`: an error names the argument, or the result is Hugging Face's."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ OTHERS = (
     *("negative_prompt_ids", "past_key_values", "position_ids", "no_such_argument"),
 )
 FIELDS = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-# What means nothing to greedy decoding or to sampling without beams, there as here, and is not looked at.
+# Fields without effect on greedy decoding or on sampling without beams. Neither Hugging Face nor we read them.
 UNREAD = {
     *(
         "use_cache",
@@ -69,7 +69,7 @@ UNREAD = {
     *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
     *("decoder_start_token_id", "transformers_version", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
 }
-# Numbers that Hugging Face may refuse for their type alone.
+# Numbers that Hugging Face may refuse because of their type.
 NUMBERS = {"int64", "float32", "tensor", "float-tensor", "huge-float", "whole-float", "zero"}
 
 
@@ -104,7 +104,7 @@ def model(path: Path) -> AcceleratedModel:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*FIELDS, *OTHERS])
-def test_odd_values_are_refused_by_name_or_do_what_they_do_there(
+def test_odd_values_are_refused_by_name_or_do_what_they_do_in_hugging_face(
     model: AcceleratedModel, reference: Qwen3ForCausalLM, name: str
 ) -> None:
     for kind, value in ODD.items():
@@ -130,7 +130,7 @@ def test_odd_values_are_refused_by_name_or_do_what_they_do_there(
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"])
 def test_odd_values_of_sampling(model: AcceleratedModel, name: str) -> None:
     for kind, value in ODD.items():
-        # Of the seeds that are drawn, some would end the text early.
+        # A fixed seed, because some seeds would end the text early.
         arguments = {"input_ids": PROMPT, "max_new_tokens": 3, "do_sample": True, "seed": 0, name: value}
         result, error = attempt(model, arguments)
         assert (error is None) == (result is not None and len(result[0]) == 7)
@@ -171,7 +171,7 @@ def test_odd_values_of_sampling(model: AcceleratedModel, name: str) -> None:
         ("input_ids", PROMPT.to("meta")),
     ],
 )
-def test_what_can_t_be_meant_is_refused(model: AcceleratedModel, name: str, value: Any) -> None:
+def test_impossible_values_are_refused(model: AcceleratedModel, name: str, value: Any) -> None:
     arguments: dict[str, Any] = {"input_ids": PROMPT, "max_new_tokens": 3, name: value}
     if name == "max_length":
         del arguments["max_new_tokens"]
@@ -196,7 +196,7 @@ def test_what_can_t_be_meant_is_refused(model: AcceleratedModel, name: str, valu
         {"do_sample": True, "top_p": 0.0, "top_k": 0, "temperature": 3.0},
     ],
 )
-def test_what_is_meant_does_what_it_does_there(
+def test_unusual_valid_values_do_what_they_do_in_hugging_face(
     model: AcceleratedModel, reference: Qwen3ForCausalLM, arguments: dict[str, Any]
 ) -> None:
     given: dict[str, Any] = {"input_ids": PROMPT, "max_new_tokens": 6, "pad_token_id": 3} | arguments
@@ -216,7 +216,7 @@ def test_what_is_meant_does_what_it_does_there(
         ("guidance_scale", 1.5, 1.0),
     ],
 )
-def test_what_a_file_has_set_is_named_with_what_turns_it_off(
+def test_a_setting_of_a_file_is_named_with_the_value_that_turns_it_off(
     path: Path, name: str, value: Any, off: Any
 ) -> None:
     model = orthrus.accelerate(path, **SETTINGS)
@@ -241,7 +241,7 @@ def test_what_a_file_has_set_is_named_with_what_turns_it_off(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_a_file_has_set_wrongly_is_named(tmp_path: Path, path: Path, name: str) -> None:
+def test_a_wrong_setting_of_a_file_is_named(tmp_path: Path, path: Path, name: str) -> None:
     model = orthrus.accelerate(path, **SETTINGS)
     setattr(model.generation_config, name, {"a": 1})
     with pytest.raises(RequestError, match=f"{name} of the model's generation_config must be"):

@@ -58,7 +58,7 @@ def test_schedules_change_nothing_and_fewer_bits_do(report: CompareReport) -> No
     assert len(by_position) == 8 and list(by_position) == sorted(by_position, reverse=True)
 
 
-def test_speeds_memory_and_setup_are_told(report: CompareReport) -> None:
+def test_speeds_memory_and_setup_are_reported(report: CompareReport) -> None:
     methods = {method.name: method for method in report.methods}
     [speed] = methods["orthrus"].speeds
     assert speed.tokens_per_second > 0 and math.isfinite(speed.over_ar.median)
@@ -74,7 +74,7 @@ def test_speeds_memory_and_setup_are_told(report: CompareReport) -> None:
     assert json.loads(report.to_json())["methods"][0]["name"] == "ar"
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is quantised"):
         compare(CompareOptions(str(make_quantised(tmp_path / "fp8", FP8))))
     with pytest.raises(ConfigError, match="has no tokenizer"):
@@ -91,7 +91,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         compare(CompareOptions(TINY, device="cpu", text=tmp_path / "none.txt"))
 
 
-def test_methods_that_a_checkpoint_or_a_text_cannot_have_are_left_out(tmp_path: Path) -> None:
+def test_methods_that_do_not_work_with_a_checkpoint_or_text_are_left_out(tmp_path: Path) -> None:
     path = make_checkpoint(
         tmp_path / "plain",
         diffusion=False,
@@ -119,5 +119,5 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(tmp_pat
     check_plot(tmp_path / "compare.svg")
     with pytest.raises(ConfigError, match=r"end it in one of .*svg"):
         check_plot(tmp_path / "compare.doc")
-    with pytest.raises(ConfigError, match="none is not there"):
+    with pytest.raises(ConfigError, match="none does not exist"):
         check_plot(tmp_path / "none" / "compare.svg")

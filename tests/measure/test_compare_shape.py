@@ -1,4 +1,4 @@
-"""`orthrus compare --shape` on a small shape on a CPU: all methods run, and drafts are as right as asked."""
+"""`orthrus compare --shape` on a small shape on a CPU: all methods run, and drafts are right as often as asked."""
 
 import json
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_all_methods_decode_side_by_side(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "compare.svg").read_text()
 
 
-def test_replayed_heads_bring_what_is_asked_and_change_no_token() -> None:
+def test_replayed_heads_give_the_tokens_per_cycle_asked_for_and_change_no_token() -> None:
     model = shape_config("small", diffusion=False)
     settings = {"kv_cache_tokens": 4096, "max_model_len": 512, "max_num_seqs": 8}
     engine = shape_engine(

@@ -1,4 +1,4 @@
-"""`make bench-ranks` on a small shape, with ranks on the CPU: what it times there is no measure of anything."""
+"""`make bench-ranks` on a small shape, with ranks on the CPU. The times mean nothing there."""
 
 import subprocess
 import sys
@@ -29,12 +29,12 @@ def test_a_step_is_timed_on_one_rank_and_on_two() -> None:
     assert alone > 0 and shared > 0 and ratio == alone / shared
 
 
-def test_every_part_has_a_name_and_says_what_is_asked_of_it() -> None:
+def test_every_part_has_a_name_and_a_figure_shows_its_bar() -> None:
     assert [*parts(2)] == ["exchange", "8B", "32B", "72B", "8B-ratio"]
     assert str(Figure("8B: 2 GPUs over one", 1.5, "x", 1.4, 1.65)).endswith("1.50 x   bar 1.4, reach 1.65")
 
 
-def test_too_few_gpus_are_told() -> None:
+def test_too_few_gpus_are_reported() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.ranks_bench", "8"], cwd=ROOT, capture_output=True, text=True
     )

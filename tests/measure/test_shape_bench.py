@@ -1,4 +1,4 @@
-"""The benchmark's replayed drafts: as right as wished, on a small shape; the measurements themselves need a GPU."""
+"""The benchmark's replayed drafts are right as often as asked, on a small shape. The measurements themselves need a GPU."""
 
 import json
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str) -> None
         AcceptanceProfile.read(tmp_path / "profile.json")
 
 
-def test_replayed_drafts_bring_what_is_asked_and_change_no_token() -> None:
+def test_replayed_drafts_give_the_tokens_per_cycle_asked_for_and_change_no_token() -> None:
     ar = shape_engine(SMALL, "ar", CPU, torch.float32, **SETTINGS)
     orthrus = shape_engine(SMALL, "orthrus", CPU, torch.float32, **SETTINGS)
     prompts = [
@@ -118,7 +118,7 @@ class _Ranked:
 
 
 def test_picks_by_rank_are_right_as_often_as_the_profile_says() -> None:
-    """A row's picks lie one behind the other by rank: all likeliest tokens first."""
+    """Picks are ordered by rank: the likeliest tokens of all rows come first."""
     inner = _Ranked()
     schedule = ReplaySchedule(inner, 500, [AcceptanceProfile(((0.5, 0.3, 0.1),), "made up")])
     text = list(range(100, 120))
@@ -159,7 +159,7 @@ def test_the_races_replay_each_acceptance_by_the_planner_and_by_fixed_blocks() -
             assert speed.tokens_per_cycle == pytest.approx(2.5, abs=0.5)
 
 
-def test_a_draft_pass_is_held_against_the_bytes_of_its_own_weights() -> None:
+def test_a_draft_pass_is_compared_with_the_bytes_of_its_own_weights() -> None:
     """Also where the engine chose them itself, and the setting says "auto"."""
     engine = shape_engine(SMALL, "orthrus", CPU, torch.float32, **SETTINGS, draft_weights="fp8")
     engine.config = engine.config.model_copy(update={"draft_weights": "auto"})

@@ -1,4 +1,4 @@
-"""What tests of checkpoint files share: reading them, and writing wrong ones."""
+"""Helpers for tests of checkpoint files: reading them, and writing wrong ones."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ModelConfig: every style of config.json that is out there, and an error to act on for what can't run."""
+"""ModelConfig: reads every known style of config.json, and gives a helpful error for models that can't run."""
 
 import json
 from dataclasses import replace
@@ -262,7 +262,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     [{}, {"rope_theta": 5e5}, {"rope_scaling": YARN}, {"rope_parameters": {"rope_theta": 2e4}}],
     ids=["nothing", "theta", "yarn", "parameters"],
 )
-def test_what_is_left_out_is_what_hugging_face_means(given: dict[str, Any]) -> None:
+def test_omitted_settings_have_hugging_faces_defaults(given: dict[str, Any]) -> None:
     least = {
         "vocab_size": 64,
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""The seam for model families: Llama, which norms neither queries nor keys, added as one class and one registration."""
+"""Adding a model family: Llama, which norms neither queries nor keys, as one class and one registration."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_a_family_may_rename_tensors(checkpoint: Path) -> None:
     assert torch.equal(engine(checkpoint).score(PROMPTS[0]), expected)
 
 
-def test_drafts_of_its_diffusion_view_are_taken(model: LlamaForCausalLM, checkpoint: Path) -> None:
+def test_drafts_of_its_diffusion_view_are_accepted(model: LlamaForCausalLM, checkpoint: Path) -> None:
     ours = engine(with_diffusion(checkpoint), schedule="orthrus", adaptive_draft=False)
     for prompt, completions in zip(PROMPTS, ours.generate(PROMPTS, GREEDY), strict=True):
         assert list(completions[0].token_ids) == greedy(model, prompt)

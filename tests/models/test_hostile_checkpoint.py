@@ -1,4 +1,4 @@
-"""Checkpoints that nobody means well with: one ConfigError within 2 s of a CPU and 1 GiB, never a raw exception."""
+"""Hostile checkpoints: each gives one ConfigError within 2 s of CPU time and 1 GiB, and never another exception."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_checkpoint(tmp_path_factory.mktemp("hostile") / "whole", vocab_size=4096, layers=1)
     for name in TOKENIZER_FILES:
         shutil.copy(MODEL / name, path)
-    look_at(path)  # What is imported late is none of the checkpoint's cost.
+    look_at(path)  # Late imports must not count as the checkpoint's cost.
     return path
 
 
@@ -96,7 +96,7 @@ def look_at(path: Path) -> None:
 
 
 def refused(look: Callable[[], object], error: type[ConfigError] = ConfigError) -> str:
-    """The message of the error that looking ends with, which can be printed and is of a length to be read."""
+    """The message of the error that `look` raises. It must be printable, and not too long."""
     with pytest.raises(error) as caught, bounded():
         look()
     message = str(caught.value)
@@ -106,7 +106,7 @@ def refused(look: Callable[[], object], error: type[ConfigError] = ConfigError) 
 
 
 def complaint(look: Callable[[], object]) -> str | None:
-    """The message of the ConfigError that looking ends with, if it does."""
+    """The message of the ConfigError that `look` raises, or None."""
     try:
         with bounded():
             look()
@@ -208,7 +208,7 @@ FILES: dict[str, Callable[[Path], object]] = {
         "tokenizer_config.json",
     ],
 )
-def test_anything_may_lie_where_a_file_should(model: Path, name: str, kind: str) -> None:
+def test_anything_in_the_place_of_a_file_is_refused(model: Path, name: str, kind: str) -> None:
     file = model / name
     file.unlink(missing_ok=True)
     if name.endswith("index.json"):
@@ -218,7 +218,7 @@ def test_anything_may_lie_where_a_file_should(model: Path, name: str, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "loop", "dangling", "terabyte", "not-utf-8"])
-def test_anything_may_lie_where_a_template_should(model: Path, kind: str) -> None:
+def test_anything_in_the_place_of_a_template_is_refused(model: Path, kind: str) -> None:
     file = model / "chat_template.jinja"
     file.unlink()
     FILES[kind](file)

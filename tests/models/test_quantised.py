@@ -87,7 +87,7 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_with_what_is(
+def test_unsupported_formats_are_refused_and_supported_ones_are_named(
     tmp_path: Path, settings: Any, words: list[str]
 ) -> None:
     path = make_quantised(tmp_path, AWQ)

@@ -1,4 +1,4 @@
-"""Blocks that are drafted behind drafts in flight: as if the host had waited to know where they begin."""
+"""Blocks that are drafted behind drafts in flight are those of a host that waits to know where they begin."""
 
 import random
 from dataclasses import replace
@@ -34,7 +34,7 @@ def prompts() -> list[list[int]]:
 def decoded(
     path: Path, params: list[SamplingParams], ahead: bool, **settings: Any
 ) -> tuple[list[Completion], float, int, int]:
-    """The texts, tokens per cycle, and how many blocks were drafted, and how many of these behind drafts in flight."""
+    """The texts, the tokens per cycle, the number of blocks, and how many of these were behind drafts in flight."""
     fixed = {
         "model": str(path),
         "adaptive_draft": False,
@@ -70,7 +70,7 @@ def decoded(
     ],
     ids=str,
 )
-def test_they_are_the_drafts_of_an_engine_that_waits(checkpoint: Path, settings: dict[str, Any]) -> None:
+def test_drafts_are_those_of_an_engine_that_waits(checkpoint: Path, settings: dict[str, Any]) -> None:
     # So the same cycles: every draft is picked at the same position from the same keys and noise.
     params = [replace(p, ignore_eos=True) for p in PLAIN]
     waited, per_cycle, num_blocks, num_behind = decoded(checkpoint, params, False, **settings)

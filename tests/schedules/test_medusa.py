@@ -128,7 +128,7 @@ def test_heads_read_the_row_behind_the_last_right_draft(checkpoint: Path) -> Non
 
 
 def run(cost: MedusaCost, checkpoint: Path) -> tuple[Engine, Counter[str]]:
-    """The kinds of turns with which an engine decodes whose passes are taken to cost `cost`."""
+    """The kinds of turns of an engine that plans with the costs `cost`, whatever passes take."""
     ours = engine(checkpoint)
     ours.use_schedule(MedusaSchedule(DraftPlanner(4, cost, 512, lead=False), 3))
     kinds: Counter[str] = Counter()

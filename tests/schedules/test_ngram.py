@@ -39,7 +39,7 @@ LENGTHS = range(2, 5)
 
 
 def longest_match(tokens: list[int], lengths: range) -> Match | None:
-    """By comparing all places."""
+    """The longest match, by comparing all places."""
     end = len(tokens) - 1
     for length in reversed(lengths):
         for at in range(end - 1, length - 2, -1):
@@ -56,7 +56,7 @@ def test_the_index_finds_the_longest_match_and_of_these_the_latest(lengths: rang
     found = 0
     for _ in range(50):
         begin = rng.randrange(len(tokens) + 1)
-        # Now something new, now a piece of what there is.
+        # Either something new, or a piece of the text so far.
         tokens += rng.choice(([rng.randrange(30)], tokens[begin : begin + 3]))
         match = index.match()
         assert match == longest_match(tokens, lengths)
@@ -64,7 +64,7 @@ def test_the_index_finds_the_longest_match_and_of_these_the_latest(lengths: rang
     assert found > 5
 
 
-def test_a_long_prompt_is_taken_in_over_several_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_indexed_over_several_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngram_index, "_MOST_AT_ONCE", 50)
     tokens = [*range(120), 5, 6, 7]
     index = NgramIndex(tokens, 2, 4)
@@ -72,7 +72,7 @@ def test_a_long_prompt_is_taken_in_over_several_lookups(monkeypatch: pytest.Monk
     assert index.match() == Match(3, 7)
 
 
-def test_a_text_that_ends_is_taken_to_repeat_itself() -> None:
+def test_beyond_the_end_of_the_text_the_continuation_repeats() -> None:
     tokens = [1, 2, 3, 4, 9, 1, 2]
     index = NgramIndex(tokens, 2, 4)
     match = index.match()
@@ -82,7 +82,7 @@ def test_a_text_that_ends_is_taken_to_repeat_itself() -> None:
     assert NgramIndex([7], 2, 4).match() is None
 
 
-def test_a_lookup_looks_at_few_places_however_often_an_ngram_occurs() -> None:
+def test_a_lookup_compares_few_places_however_often_an_ngram_occurs() -> None:
     tokens = [1, 2, 3, 4] + [3, 4] * 2000
     match = NgramIndex(tokens, 2, 64).match()
     assert match is not None and match.length == 64
@@ -91,7 +91,7 @@ def test_a_lookup_looks_at_few_places_however_often_an_ngram_occurs() -> None:
     assert match is not None and match.length == 2, "the longest match is further back than lookups go"
 
 
-def test_a_sequence_that_drafts_answers_for_all_of_its_pass() -> None:
+def test_a_sequence_that_drafts_is_charged_for_the_whole_pass() -> None:
     assert COST.ar(4, greedy=True) == 1.5
     assert COST.cycle(8, 1, greedy=True) == pytest.approx(1.8)
     # 3 AR rows and 5 others: a pass takes 1.8 instead of 1.5, and 4 sequences wait for it.
@@ -107,7 +107,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(path: Path, schedule: str, cost: NgramCost | None = None, **settings: Any) -> Engine:
-    """An engine whose passes are taken to cost `cost`."""
+    """An engine that plans with the costs `cost`, whatever passes take."""
     fixed = {"model": str(path), "schedule": schedule, "adaptive_draft": False, "device": "cpu"}
     made = Engine.from_pretrained(EngineConfig.model_validate(fixed | {"kv_cache_tokens": 8192} | settings))
     if schedule == "ngram" and cost is not None:
@@ -127,7 +127,7 @@ def random_tokens(count: int, vocab: int = 120, seed: int = 0) -> list[int]:
 def decode(
     schedule: NgramSchedule, prompt: list[int], text: list[int], cost: NgramCost, ahead: bool
 ) -> tuple[float, float]:
-    """Let a schedule decode a text that is known, without a model: tokens per cycle, and the speed over AR steps.
+    """Let a schedule decode a known text without a model. Returns tokens per cycle, and the speed over AR steps.
 
     ahead: an AR step's pick is known only when the turn after it has been planned.
     """
@@ -214,7 +214,7 @@ def test_the_text_is_that_of_ar_decoding(plain: Path, temperature: float, ahead:
 
 
 class Engines:
-    """orthrus-tiny with n-gram drafts, with diffusion blocks, and with both, under costs that are given."""
+    """orthrus-tiny with n-gram drafts, with diffusion blocks, and with both. Costs are given, not measured."""
 
     def __init__(self) -> None:
         tokens = load_tokenizer(TINY).encode(Path(__file__).read_text())

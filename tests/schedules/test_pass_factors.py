@@ -1,4 +1,4 @@
-"""Costs that are wrong are corrected by what passes take while the engine works."""
+"""Wrong costs are corrected by the times of passes while the engine works."""
 
 import random
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_a_pass_is_compared_with_the_cost_of_its_kind_and_size() -> None:
 
 
 def test_a_busy_machine_changes_no_choice() -> None:
-    """All passes take longer, and only blocks are run: they don't come to look dearer than AR steps, which nobody has timed."""
+    """All passes take longer, and only blocks run. They must not seem dearer than AR steps, which are not timed meanwhile."""
     one = cost()
     before = one.cycle(8, 1, True) / one.ar(1, True)
     for _ in range(600):
@@ -65,7 +65,7 @@ def test_a_busy_machine_changes_no_choice() -> None:
 
 
 def test_a_planner_that_was_told_wrong_costs_changes_its_mind() -> None:
-    """Where blocks seemed to cost eight steps, and cost two; and the other way round."""
+    """Blocks that seemed to cost eight AR steps cost two, and the other way round."""
     dear = replace(FLAT, seconds=(4.0, 4.4, 8.0))
     for told, real, first, later in ((dear, FLAT, False, True), (FLAT, dear, True, False)):
         one = DecodeCost(FLAT, told, told)
@@ -81,7 +81,7 @@ def test_a_planner_that_was_told_wrong_costs_changes_its_mind() -> None:
         assert (planner.plan(True, 1) == BlockPlan(1)) != later
 
 
-def test_an_engine_tells_what_its_passes_were(tmp_path: Path) -> None:
+def test_an_engine_reports_its_passes(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "model", noise=0.02)
     config = EngineConfig(
         model=str(path), adaptive_draft=False, kv_cache_tokens=2048, prompt_lookup_max=0, draft_length=6

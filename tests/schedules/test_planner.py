@@ -1,4 +1,4 @@
-"""The planner drafts where it pays, and decodes plainly where it doesn't; what it believes of costs is measured."""
+"""The planner drafts where it pays, and takes AR steps where it doesn't. Its costs are measured."""
 
 import random
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_blocks_fit_the_rows_of_a_pass() -> None:
     assert DraftPlanner(16, None, 64, lead=True).plan(True, 8) == BlockPlan(7, lead=True)
 
 
-def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:
+def test_where_plain_decoding_wins_there_are_probes_now_and_then() -> None:
     one = planner(flat(), 8)
     for _ in range(200):
         one.observe(True, drafted(7), 0)
@@ -91,13 +91,13 @@ def test_where_plain_decoding_wins_a_draft_now_and_then_looks_again() -> None:
 
 
 def crowded(seconds_per_sequence: float) -> DraftPlanner:
-    """A planner to whom rows are free for one sequence. Each further one costs a cycle `seconds_per_sequence` steps more."""
+    """A planner for which rows are free. Each sequence after the first makes a cycle `seconds_per_sequence` AR steps longer."""
     passes = replace(flat(), seconds_per_sequence=seconds_per_sequence)
     return DraftPlanner(8, DecodeCost(flat(), passes, passes, passes), 512)
 
 
 def looks(one: DraftPlanner, batch: int, passes: int) -> list[int]:
-    """Which of so many passes of a batch draft: all of its sequences or none. A single sequence drafts meanwhile."""
+    """The numbers of the passes of a batch that draft, with all sequences or none. Between them, a single sequence drafts."""
     drafting = []
     for number in range(passes):
         assert one.plan(True, 1).rows > 1
@@ -107,14 +107,14 @@ def looks(one: DraftPlanner, batch: int, passes: int) -> list[int]:
     return drafting
 
 
-def test_a_batch_looks_again_in_one_pass_and_the_more_seldom_the_more_it_costs() -> None:
+def test_a_batch_probes_in_one_pass_and_more_seldom_if_probes_cost_more() -> None:
     better, worse = crowded(0.2), crowded(0.2)
     for _ in range(100):
         better.observe(True, drafted(7), 4)
         worse.observe(True, drafted(7), 2)
     often, seldom = looks(better, 8, 3000), looks(worse, 8, 3000)
     assert len(often) >= 2 * len(seldom) >= 2
-    # Evenly spread, also for what pays elsewhere: one sequence has drafted all the time.
+    # Evenly spread, although a single sequence, for which drafts pay, has drafted all the time.
     assert {b - a for a, b in pairwise(often)} == {often[0] + 1}
 
 
@@ -131,7 +131,7 @@ def test_a_few_easy_sequences_do_not_make_a_crowded_batch_draft_and_many_do() ->
     assert one.plan(True, 8).rows == 8
 
 
-def test_what_would_not_pay_even_on_hopeful_text_is_never_tried() -> None:
+def test_drafts_that_would_not_pay_even_if_nearly_always_right_are_never_tried() -> None:
     hopeless = crowded(0.5)
     for _ in range(200):
         hopeless.observe(True, drafted(7), 7)
@@ -210,7 +210,7 @@ def decode(one: DraftPlanner, tokens: int, agreement: float, rng: random.Random)
 
 @pytest.mark.parametrize("bad_tokens", [300, 1000])
 def test_a_text_that_drafts_well_is_drafted_for_however_the_one_before_it_went(bad_tokens: int) -> None:
-    """One whose client has gone, say. Of the next two, on average over 20 such cases."""
+    """The text before it may have ended early. Figures are of the two texts after it, on average over 20 cases."""
     after = []
     for seed in range(20):
         rng = random.Random(seed)
@@ -220,7 +220,7 @@ def test_a_text_that_drafts_well_is_drafted_for_however_the_one_before_it_went(b
     assert mean(after) > 2.3, after
 
 
-def test_a_known_bad_kind_of_text_is_looked_at_again_where_another_text_begins() -> None:
+def test_a_known_bad_kind_of_text_is_probed_where_another_text_begins() -> None:
     after = []
     for seed in range(5):
         rng = random.Random(seed)
@@ -242,7 +242,7 @@ def test_text_that_drafts_badly_costs_next_to_nothing(agreement: float, tokens: 
         assert harmonic_mean(speeds) > 0.98
 
 
-def test_a_look_goes_on_as_long_as_it_gains() -> None:
+def test_a_probe_goes_on_as_long_as_it_gains() -> None:
     one = crowded(0.2)
     for _ in range(200):
         one.observe(True, drafted(7), 1)

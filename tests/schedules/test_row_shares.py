@@ -1,4 +1,4 @@
-"""The rows of a pass go to the sequences that make most of them."""
+"""The rows of a pass go to the sequences that gain most from them."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""Chat templates within limits: the same text as without them, and an end to every hostile one."""
+"""Chat templates with limits: the text is the same as without limits, and every hostile template is stopped."""
 
 import copy
 import shutil
@@ -142,7 +142,7 @@ def test_a_hostile_template_is_refused(own: Any, kind: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_it_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+def test_a_hostile_template_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(HOSTILE["doubled-60-times"])
@@ -171,13 +171,13 @@ def test_a_template_that_wants_other_messages_is_no_mistake(own: Any) -> None:
         check_templates(own)
 
 
-def test_named_templates_are_looked_at_too(own: Any) -> None:
+def test_named_templates_are_checked_too(own: Any) -> None:
     own.chat_template = {"default": "x", "tool_use": HOSTILE["multiplied"]}
     with pytest.raises(ConfigError, match="the chat template can't be used"):
         check_templates(own)
 
 
-def test_a_conversation_that_sets_it_off_is_a_wrong_request(own: Any) -> None:
+def test_a_conversation_that_makes_a_template_exceed_the_limits_is_a_request_error(own: Any) -> None:
     own.chat_template = "{% if messages | length > 1 %}" + HOSTILE["doubled-60-times"] + "{% endif %}x"
     template = ChatTemplate(own)
     message = {"role": "user", "content": "Hi"}

@@ -1,4 +1,4 @@
-"""Constrained decoding: the text follows the grammar, and is the same under both schedules."""
+"""Constrained decoding: the text follows the grammar, and is the same under AR and Orthrus."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""JSON Schemas with bounds: what is written under them ends, is JSON to the letter, and is valid under the schema itself."""
+"""JSON Schemas with bounds: every text under them ends, is strict JSON, and is valid under the original schema."""
 
 import random
 import time

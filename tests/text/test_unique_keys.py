@@ -1,4 +1,4 @@
-"""Keys that come once: what is taken out of the masks for it, what is left in them, and what that costs."""
+"""Unique keys: which tokens are removed from masks, which stay, and what that costs."""
 
 import time
 from typing import Any
@@ -73,7 +73,9 @@ def test_a_long_key_may_begin_a_longer_one(ar: Engine, masks: GrammarMasks) -> N
         assert mask.error is None
 
 
-def test_a_key_of_full_length_is_not_begun_again_to_its_end(ar: Engine, masks: GrammarMasks) -> None:
+def test_a_repeated_key_of_full_length_is_stopped_before_its_last_character(
+    ar: Engine, masks: GrammarMasks
+) -> None:
     mask = masks(json_grammar({"type": "object"}))
     name = "k" * MAX_KEY
     for token in in_single_characters(ar, f'{{"{name}": 1, "{name[1:]}'):

@@ -89,7 +89,7 @@ def test_the_last_token_of_a_word_is_forbidden_behind_the_others() -> None:
     assert torch.equal(mask.allowed([5, 1, 2], first=2), mask.allowed([5, 1, 2])[2:])
 
 
-def test_where_nothing_is_left_the_request_ends_with_an_error() -> None:
+def test_a_mask_that_allows_no_token_has_an_error() -> None:
     mask = WordMask(rules({"bc": [5, 6]}, allowed=[5, 6]))
     assert ids_of(mask, [5], 40) == [[5, 6], [5]]
     dead_end = WordMask(rules({"bc": [5, 6], "bb": [5, 5]}, allowed=[5, 6]))
@@ -152,7 +152,7 @@ def test_a_grammar_and_bad_words_hold_together(ar: Engine, orthrus: Engine) -> N
     assert said in schema["enum"] and said != first
 
 
-def test_a_grammar_that_bad_words_leave_nothing_of_ends_with_an_error(ar: Engine, orthrus: Engine) -> None:
+def test_a_grammar_that_needs_forbidden_tokens_ends_with_an_error(ar: Engine, orthrus: Engine) -> None:
     for engine in (ar, orthrus):
         digits = engine.tokenizer.encode("7")
         params = SamplingParams(

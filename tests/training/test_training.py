@@ -198,7 +198,7 @@ class Stopped(Exception):
 
 
 class StoppingStream(TokenStream):
-    """A stream that gives out while row `stop` is read, as a killed process would."""
+    """A stream that fails when row `stop` is read, as if the process had been killed."""
 
     def __init__(self, stream: TokenStream, stop: int) -> None:
         super().__init__(stream._tokens.numpy(), "a stopping text")
