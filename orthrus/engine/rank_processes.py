@@ -45,6 +45,8 @@ HANG_SECONDS = 3.5
 """A rank without a heartbeat for so long has stopped."""
 _MAX_MISSED = round(HANG_SECONDS / BEAT_SECONDS)
 """The same as a number of checks. The checks pause with the host, so ranks are not lost when the whole host is suspended."""
+_MAX_MISSED_AT_START = round(60 / BEAT_SECONDS)
+"""The same for a rank that has not begun to run yet: it waits for Python and the CPU."""
 _END_SECONDS = 2.0
 """How long a rank may take to end by itself before it is killed."""
 
@@ -209,17 +211,12 @@ class _Watch:
             if not self._signs.loaded[rank.number] and rank.process.pid is not None:
                 state, ticks = _process_state(rank.process.pid)
             last = self._last[rank.number]
-            begun = beats or ticks >= _FEW_TICKS
-            if (
-                not begun
-                or beats != last.beats
-                or ticks - last.ticks >= _FEW_TICKS
-                or state == _WAITS_FOR_DISK
-            ):
+            if beats != last.beats or ticks - last.ticks >= _FEW_TICKS or state == _WAITS_FOR_DISK:
                 self._last[rank.number] = _LastSign(beats, ticks)
                 continue
             last.missed += 1
-            if last.missed >= _MAX_MISSED:
+            begun = beats or ticks >= _FEW_TICKS
+            if last.missed >= (_MAX_MISSED if begun else _MAX_MISSED_AT_START):
                 with self._lock:
                     if not self.stopped.is_set():
                         self._error = self._error or self._find_ended() or _stopped(rank.number)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from orthrus.cache.kv_cache import KVCache
-from orthrus.engine import Engine, EngineConfig
+from orthrus.engine import Engine, EngineConfig, rank_processes
 from orthrus.engine.rank_processes import HANG_SECONDS, start_ranks
-from orthrus.engine.rank_worker import LoadWeights
+from orthrus.engine.rank_worker import LoadWeights, SignsOfLife
 from orthrus.kernels.ranks import RankError, Ranks
 from orthrus.kernels.ranks.ranks import run_watched
 from orthrus.models.checkpoint import load_weights
@@ -236,3 +236,21 @@ def test_what_watched_work_made_is_freed_once_its_error_is_handled() -> None:
             time.sleep(0.001)
     finally:
         gc.enable()
+
+
+def test_a_rank_that_never_begins_ends_the_start_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_processes, "_MAX_MISSED_AT_START", 3)
+    context = multiprocessing.get_context("forkserver")
+    ours, _ = context.Pipe()
+    process = context.Process(target=time.sleep, args=(NOT_WAITED,), daemon=True)
+    process.start()
+    try:
+        watch = rank_processes._Watch([rank_processes._Rank(1, process, ours)], SignsOfLife.make(2), tmp_path)
+        watch.check()
+        for _ in range(rank_processes._MAX_MISSED + 1):
+            watch._check_beats()
+        with pytest.raises(RankError, match="rank 1 of the model has stopped"):
+            watch.check()
+    finally:
+        process.kill()
+        process.join()

@@ -281,7 +281,7 @@ def test_a_load_step_scales_up_and_back_to_none(app: App, ar: Engine) -> None:
     reasons = {
         (a < b): {why.split(" ")[0] for x, b2, why in steps if (x < b2) == (a < b)} for a, b, _ in steps
     }
-    assert reasons[True] <= {"row_use", "a", "kv_use", "requests"} and "no" in reasons[False], reasons
+    assert reasons[True] <= {"rows", "KV", "a", "requests"} and "no" in reasons[False], reasons
 
     def counted() -> bool:
         counts = app.samples("ray_orthrus_autoscaling_scalings_total")
