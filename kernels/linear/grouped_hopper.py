@@ -1,7 +1,7 @@
 """The layers of `grouped_triton` on Hopper: FP8 weights for few rows, and weights in 4 bits for any number of rows.
 
 The warps of a program have different tasks. One loads weights, another input rows, into a ring of tiles in shared memory; four
-multiply what is there. A place of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other
+multiply what is there. A stage of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other
 are prepared. 4-bit numbers come out of shared memory in the registers in which the matrix unit takes them (see
 `integers.pack_words` and `codes.pack_codes`), and are widened there. The sums are those of `grouped_triton`, by the same
 instructions in the same order, so a row has the same bits in either.
@@ -25,9 +25,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
 from orthrus.kernels.linear.descriptors import tiles_of
-from orthrus.kernels.linear.grouped_ring import Ring, load_rows, load_weights
+from orthrus.kernels.linear.grouped_ring import GroupedRing, load_rows, load_weights
 from orthrus.kernels.linear.hopper import MOST_ROWS
-from orthrus.kernels.linear.stream import REGISTERS, RING_BYTES, Work, make_grid, next_place, num_steps
+from orthrus.kernels.linear.stream import REGISTERS, RING_BYTES, Work, make_grid, next_stage, num_steps
 from orthrus.kernels.linear.stream_finish import finish
 from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import GroupedLayer
@@ -122,10 +122,10 @@ class Product(NamedTuple):
 
 
 @gluon.jit
-def _start(ring, place, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: gl.constexpr):
+def _start(ring, stage, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: gl.constexpr):
     """Multiply the tiles of half a step."""
     layout: gl.constexpr = nothing.type.layout
-    tile = 2 * place + HALF
+    tile = 2 * stage + HALF
     rows = ring.rows.index(tile).permute((1, 0))
     scale = ring.scales.index(tile).load(gl.SliceLayout(1, layout)).to(gl.float32)
     others = ring.others.index(tile)
@@ -136,7 +136,7 @@ def _start(ring, place, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: 
     if BITS == 0:
         sums = warpgroup_mma(ring.weights.index(tile), rows, nothing, use_acc=False, is_async=True)
     else:
-        words = ring.weights.index(place).slice(16 * HALF, 16, dim=1).load(WORDS)
+        words = ring.weights.index(stage).slice(16 * HALF, 16, dim=1).load(WORDS)
         if ROUNDED:
             # Triton's wait takes no 8-bit numbers. ptxas leaves the registers alone that the matrix unit reads.
             widened = gl.convert_layout(_widen_codes(words), gl.DotOperandLayout(0, layout, 4))
@@ -174,24 +174,24 @@ def _multiply(
 ):
     """Sum the units of a program, and store them."""
     ROWS: gl.constexpr = ring.rows.shape[1]
-    PLACES: gl.constexpr = ring.full.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     ROUNDED: gl.constexpr = ring.rows.dtype == gl.float8e4nv
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], [16, ROWS, 256 // ring.rows.dtype.primitive_bitwidth]
     )
     grid = make_grid(work, OUTS, ROWS, False)
-    place, phase = 0, 0
+    stage, phase = 0, 0
     nothing = gl.zeros((OUTS, ROWS), gl.float32, layout)
     for number in range(gl.program_id(0), grid.units, grid.programs):
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         for _ in range(num_steps(number % grid.parts, grid)):
-            mbarrier.wait(ring.full.index(place), phase)
-            first = _start(ring, place, nothing, 0, WORDS, BITS)
-            second = _start(ring, place, nothing, 1, WORDS, BITS)
+            mbarrier.wait(ring.full.index(stage), phase)
+            first = _start(ring, stage, nothing, 0, WORDS, BITS)
+            second = _start(ring, stage, nothing, 1, WORDS, BITS)
             acc = _add(acc, first, 1, ROUNDED)
             acc = _add(acc, second, 0, ROUNDED)
-            mbarrier.arrive(ring.empty.index(place), count=1)
-            place, phase = next_place(place, phase, PLACES)
+            mbarrier.arrive(ring.empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
         finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
 
 
@@ -212,7 +212,7 @@ def _grouped_stream_kernel(
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
-    PLACES: gl.constexpr,
+    STAGES: gl.constexpr,
     GROUP_DEPTHS: gl.constexpr,
     BITS: gl.constexpr,
     WORDS: gl.constexpr,
@@ -225,15 +225,15 @@ def _grouped_stream_kernel(
     ROUNDED: gl.constexpr = x.dtype == gl.float8e4nv
     other = x_scales if ROUNDED else zeros
     TILES: gl.constexpr = 1 if BITS > 0 else 2
-    ring = Ring(
-        gl.allocate_shared_memory(w.dtype, [TILES * PLACES, OUTS, w.block_type.shape[1]], w.layout),
-        gl.allocate_shared_memory(x.dtype, [2 * PLACES, ROWS, DEPTH], x.layout),
-        gl.allocate_shared_memory(scales.dtype, [2 * PLACES, OUTS], scales.layout),
-        gl.allocate_shared_memory(other.dtype, [2 * PLACES, other.block_type.shape[0]], other.layout),
-        gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
+    ring = GroupedRing(
+        gl.allocate_shared_memory(w.dtype, [TILES * STAGES, OUTS, w.block_type.shape[1]], w.layout),
+        gl.allocate_shared_memory(x.dtype, [2 * STAGES, ROWS, DEPTH], x.layout),
+        gl.allocate_shared_memory(scales.dtype, [2 * STAGES, OUTS], scales.layout),
+        gl.allocate_shared_memory(other.dtype, [2 * STAGES, other.block_type.shape[0]], other.layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
     )
-    for i in gl.static_range(PLACES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(i), count=2)
         mbarrier.init(ring.empty.index(i), count=1)
     if CHAINED:
@@ -311,7 +311,7 @@ def launch(
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=_DEPTH,
-        PLACES=min(12, int(RING_BYTES // step_bytes)),
+        STAGES=min(12, int(RING_BYTES // step_bytes)),
         GROUP_DEPTHS=layer.group_size // _DEPTH,
         BITS=layer.bits,
         WORDS=_words_layout(4),

@@ -6,7 +6,7 @@ begins. They begin before earlier kernels of the stream have finished (programma
 no kernel. Only the loads of input rows wait for those kernels. The sums are those of `triton`, by the same instructions in the
 same order. So a row has the same bits in a decode pass and in a prefill chunk.
 
-`stream` divides the work among programs, and has the ring. Pipeline stages of the ring are called *places*.
+`stream` divides the work among programs, and has the ring buffer.
 
 Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
@@ -22,7 +22,7 @@ from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.stream import (
     RING_BYTES,
-    Ring,
+    DenseRing,
     Work,
     advance,
     count_steps,
@@ -68,7 +68,7 @@ def _stream_kernel(
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
-    RING: gl.constexpr,
+    STAGES: gl.constexpr,
     TREE: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
@@ -80,11 +80,11 @@ def _stream_kernel(
     CHAINED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    w_ring = gl.allocate_shared_memory(w.dtype, [RING, OUTS, DEPTH], w.layout)
-    x_ring = gl.allocate_shared_memory(x.dtype, [RING, ROWS, DEPTH], x.layout)
-    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    ring = Ring(w_ring, x_ring, full)
-    for i in gl.static_range(RING):
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, OUTS, DEPTH], w.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, DEPTH], x.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ring = DenseRing(w_ring, x_ring, full)
+    for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
@@ -102,7 +102,7 @@ def _stream_kernel(
         [3, 0], [num_warps, 1], [16, ROWS, 256 // w.dtype.primitive_bitwidth]
     )
     picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
-    place, phase, done, free = 0, 0, 0, 0
+    stage, phase, done, empty = 0, 0, 0, 0
     for number in range(program, grid.units, grid.programs):
         first = number % grid.parts * TREE
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
@@ -116,25 +116,25 @@ def _stream_kernel(
         for leaf in range(TREE):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             for _ in range(leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)):
-                mbarrier.wait(full.index(place), phase)
-                weights, rows = w_ring.index(place), x_ring.index(place).permute((1, 0))
+                mbarrier.wait(full.index(stage), phase)
+                weights, rows = w_ring.index(stage), x_ring.index(stage).permute((1, 0))
                 if SCALED:
                     # The tensor cores sum FP8 products with few bits. So the sum of each step is added to acc outside of them.
                     product = warpgroup_mma(weights, rows, acc, use_acc=False, is_async=True)
                     acc += warpgroup_mma_wait(0, deps=(product,))
                 else:
                     acc = warpgroup_mma(weights, rows, acc, is_async=True)
-                    # Now the product of the previous step is complete, and its place in the ring is free.
+                    # Now the product of the previous step is complete, and its stage is empty.
                     acc = warpgroup_mma_wait(1, deps=(acc,))
-                if (done > 0) & (done + RING - 1 < total):
-                    fetch_weights(w, ring, free, ahead, True)
-                    fetch_rows(x, ring, free, ahead, True)
+                if (done > 0) & (done + STAGES - 1 < total):
+                    fetch_weights(w, ring, empty, ahead, True)
+                    fetch_rows(x, ring, empty, ahead, True)
                     ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
                 done += 1
-                free = place
-                place += 1
-                if place == RING:
-                    place = 0
+                empty = stage
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
                     phase ^= 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
             acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
@@ -200,7 +200,7 @@ def launch(
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=depth,
-        RING=RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
+        STAGES=RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
         TREE=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,

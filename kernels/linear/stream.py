@@ -68,12 +68,12 @@ class Cursor(NamedTuple):
     k: gl.tensor  # First input.
 
 
-class Ring(NamedTuple):
-    """A ring buffer in shared memory. A place (pipeline stage) holds the two tiles of a step."""
+class DenseRing(NamedTuple):
+    """The ring buffer of `hopper`, in shared memory. A stage holds the two tiles of a step."""
 
-    weights: gl.shared_memory_descriptor  # [places, outs, depth]
-    rows: gl.shared_memory_descriptor  # [places, rows, depth]
-    full: gl.shared_memory_descriptor  # An mbarrier per place: both tiles have arrived.
+    weights: gl.shared_memory_descriptor  # [stages, outs, depth]
+    rows: gl.shared_memory_descriptor  # [stages, rows, depth]
+    full: gl.shared_memory_descriptor  # An mbarrier per stage: both tiles have arrived.
 
 
 @gluon.jit
@@ -156,27 +156,27 @@ def advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.cons
 
 
 @gluon.jit
-def next_place(place, phase, PLACES: gl.constexpr):
-    """The next place of a ring, and the phase of its mbarriers."""
-    wraps = place == PLACES - 1
-    return gl.where(wraps, 0, place + 1), gl.where(wraps, phase ^ 1, phase)
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring, and the phase of its mbarriers."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def fetch_weights(w, ring, place, cursor, wanted):
-    """Issue the load of a step's weight tile. The place's mbarrier is set to expect the bytes of this tile and the rows' tile."""
+def fetch_weights(w, ring, stage, cursor, wanted):
+    """Issue the load of a step's weight tile. The stage's mbarrier is set to expect the bytes of this tile and the rows' tile."""
     LOADED: gl.constexpr = (
         (ring.weights.shape[1] + ring.rows.shape[1]) * ring.rows.shape[2] * w.dtype.primitive_bitwidth // 8
     )
-    full = ring.full.index(place)
+    full = ring.full.index(stage)
     mbarrier.expect(full, LOADED, pred=wanted)
-    async_load(w, [cursor.weight_at, cursor.k], full, ring.weights.index(place), pred=wanted)
+    async_load(w, [cursor.weight_at, cursor.k], full, ring.weights.index(stage), pred=wanted)
 
 
 @gluon.jit
-def fetch_rows(x, ring, place, cursor, wanted):
+def fetch_rows(x, ring, stage, cursor, wanted):
     """Issue the load of a step's tile of the input rows."""
-    async_load(x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted)
+    async_load(x, [cursor.row_at, cursor.k], ring.full.index(stage), ring.rows.index(stage), pred=wanted)
 
 
 @gluon.jit
@@ -191,21 +191,21 @@ def fill_ring(
     DEPTH: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    """Issue the loads of the program's first steps, one step for each place. Those of the weights come before `gdc_wait`.
+    """Issue the loads of the program's first steps, one step for each stage. Those of the weights come before `gdc_wait`.
 
     Returns the step after these.
     """
-    RING: gl.constexpr = ring.full.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     first = first_step(gl.program_id(0), grid, OUTS, ROWS, DEPTH)
     ahead = first
-    for place in gl.static_range(RING):
-        fetch_weights(w, ring, place, ahead, place < total)
+    for stage in gl.static_range(STAGES):
+        fetch_weights(w, ring, stage, ahead, stage < total)
         ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
     if CHAINED:
         gdc_wait()
     ahead = first
-    for place in gl.static_range(RING):
-        fetch_rows(x, ring, place, ahead, place < total)
+    for stage in gl.static_range(STAGES):
+        fetch_rows(x, ring, stage, ahead, stage < total)
         ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
     return ahead
 
