@@ -50,13 +50,13 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         tiles: LinearTiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, outs = residual.shape
-        segments = num_parts(outs, x.shape[1])
+        parts = num_parts(outs, x.shape[1])
         apart, peers = self._collective, self._peers
-        if segments > 1 or peers is not None or apart is not None:
-            out = empty((segments, rows, outs), torch.float32, x.device)
+        if parts > 1 or peers is not None or apart is not None:
+            out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
-        self._run(x, out, num_ar, tiles, segments)
+        self._run(x, out, num_ar, tiles, parts)
         if apart is not None:
             out = apart.add(add_pairwise(out.unbind()))[None]
         bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
@@ -64,9 +64,9 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         return add_rms_norm(out, residual, norm_weight, eps, bias, rounded=rounded, peers=peers)
 
     def _run(
-        self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1
+        self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, parts: int = 1
     ) -> None:
-        """Compute the layer into out: [rows, outs], or [segments, rows, outs] without the bias."""
+        """Compute the layer into out: [rows, outs], or [parts, rows, outs] without the bias."""
         if self.order is not None:
             x = x.index_select(1, self.order)
         x_scales = None
@@ -77,10 +77,10 @@ class GroupedWeight(GroupedLayer, KernelWeight):
                 f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
                 "its rows must be multiples of 16 bytes"
             )
-        if tiles is None and grouped_hopper.streams(x, self, segments):
-            grouped_hopper.launch(x, self, out, segments, x_scales)
+        if tiles is None and grouped_hopper.streams(x, self, parts):
+            grouped_hopper.launch(x, self, out, parts, x_scales)
         else:
-            grouped_triton.launch(x, self, out, segments, tiles, x_scales)
+            grouped_triton.launch(x, self, out, parts, tiles, x_scales)
 
 
 def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool) -> GroupedWeight:
@@ -92,12 +92,14 @@ def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool)
     return GroupedWeight(numbers.contiguous(), scales.contiguous(), None, bias, 128, 128, 0, gated)
 
 
-def code_layer(parts: list[Codes], bias: Tensor | None, gated: bool, split: Split | None) -> GroupedWeight:
+def code_layer(
+    projections: list[Codes], bias: Tensor | None, gated: bool, split: Split | None
+) -> GroupedWeight:
     """The weights of projections side by side, as codes. bias [outs].
 
     split: where they are a part of a layer, which part; None for a whole layer.
     """
-    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts], 1)
+    codes, scales = torch.cat([p.codes for p in projections]), torch.cat([p.scales for p in projections], 1)
     if gated:
         codes, scales = alternate(codes), alternate(scales.T).T
         bias = None if bias is None else alternate(bias)
@@ -107,9 +109,9 @@ def code_layer(parts: list[Codes], bias: Tensor | None, gated: bool, split: Spli
     )
 
 
-def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
+def integer_layer(projections: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
     """The weights of projections side by side. Raises ValueError for groups that the kernel can't run."""
-    ins, groups, bits = parts[0].numbers.shape[1], parts[0].scales.shape[0], parts[0].bits
+    ins, groups, bits = projections[0].numbers.shape[1], projections[0].scales.shape[0], projections[0].bits
     size = ins // groups
     depth = gcd(size, _DEEPEST)
     if depth < _SHALLOWEST:
@@ -117,9 +119,9 @@ def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> Gr
             f"integer weights with groups of {size} inputs can't run on a GPU: quantise with a group_size that "
             f"{_SHALLOWEST} divides"
         )
-    order = _order(parts)
-    numbers = torch.cat([part.numbers for part in parts])
-    scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("scales", "zeros"))
+    order = _order(projections)
+    numbers = torch.cat([p.numbers for p in projections])
+    scales, zeros = (torch.cat([getattr(p, name) for p in projections], 1) for name in ("scales", "zeros"))
     if order is not None:
         numbers = numbers.index_select(1, order)
     if gated:
@@ -142,14 +144,14 @@ def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> Gr
     )
 
 
-def _order(parts: list[Integers]) -> Tensor | None:
+def _order(projections: list[Integers]) -> Tensor | None:
     """The inputs sorted by their groups; None if they are in order. Raises ValueError if the projections' orders differ."""
-    first = parts[0].group_of
-    if not all(torch.equal(part.group_of, first) for part in parts):
+    first = projections[0].group_of
+    if not all(torch.equal(p.group_of, first) for p in projections):
         raise ValueError(
             "the projections of a layer have different g_idx, which can't run on a GPU: quantise with desc_act false"
         )
-    counts = torch.bincount(first, minlength=parts[0].scales.shape[0])
+    counts = torch.bincount(first, minlength=projections[0].scales.shape[0])
     if not bool((counts == counts[0]).all()):
         raise ValueError(
             "the groups of g_idx differ in size, which can't run on a GPU: quantise with desc_act false"

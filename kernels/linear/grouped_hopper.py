@@ -78,8 +78,8 @@ def _widen_codes(words):
     low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
     high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
     # [outs, neighbour, word, half, run's low bit, run's high bit] in the order of the inputs.
-    parts = gl.join(low, high).reshape((OUTS, 4, 4, 2, 2, 2))
-    return parts.permute((0, 5, 4, 3, 2, 1)).reshape((OUTS, 128))
+    joined = gl.join(low, high).reshape((OUTS, 4, 4, 2, 2, 2))
+    return joined.permute((0, 5, 4, 3, 2, 1)).reshape((OUTS, 128))
 
 
 @gluon.jit
@@ -108,8 +108,8 @@ def _widen(words, zeros):
     # Two words side by side in registers give the first and the second neighbours of four eights each.
     low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
     high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
-    parts = gl.join(low, high).reshape((OUTS, 2, 2, 4, 2, 2, 2))
-    return parts.permute((0, 1, 6, 5, 4, 3, 2)).reshape((OUTS, 128))
+    joined = gl.join(low, high).reshape((OUTS, 2, 2, 4, 2, 2, 2))
+    return joined.permute((0, 1, 6, 5, 4, 3, 2)).reshape((OUTS, 128))
 
 
 class Product(NamedTuple):
@@ -184,7 +184,7 @@ def _multiply(
     nothing = gl.zeros((OUTS, ROWS), gl.float32, layout)
     for number in range(gl.program_id(0), grid.units, grid.programs):
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
-        for _ in range(num_steps(number % grid.parts, grid)):
+        for _ in range(num_steps(number % grid.work.parts, grid)):
             mbarrier.wait(ring.full.index(stage), phase)
             first = _start(ring, stage, nothing, 0, WORDS, BITS)
             second = _start(ring, stage, nothing, 1, WORDS, BITS)
@@ -195,7 +195,7 @@ def _multiply(
         finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "segments", "steps"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "steps"])
 def _grouped_stream_kernel(
     w,
     x,
@@ -208,7 +208,7 @@ def _grouped_stream_kernel(
     num_outs,
     x_stride,
     steps,
-    segments,
+    parts,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -238,9 +238,9 @@ def _grouped_stream_kernel(
         mbarrier.init(ring.empty.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    # A segment is a leaf, of a tree that `add_rms_norm` sums.
+    # Each part is one leaf of the tree that `add_rms_norm` sums.
     one, none = gl.to_tensor(1), gl.to_tensor(0)
-    work = Work(num_rows, num_rows, num_outs, segments, one, steps, segments, none)
+    work = Work(num_rows, num_rows, num_outs, parts, one, steps, parts, none)
     gl.warp_specialize(
         [
             (_multiply, (ring, bias, out, work, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
@@ -264,7 +264,7 @@ def _words_layout(warps: int) -> gl.DistributedLinearLayout:
     )
 
 
-def streams(x: Tensor, layer: GroupedLayer, segments: int) -> bool:
+def streams(x: Tensor, layer: GroupedLayer, parts: int) -> bool:
     """Whether `launch` takes these rows x [rows, ins], bfloat16 or FP8.
 
     Of weights in 4 bits it takes any number, because `grouped_triton` widens them slowly.
@@ -274,14 +274,12 @@ def streams(x: Tensor, layer: GroupedLayer, segments: int) -> bool:
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         and layer.bits in _BITS
         and layer.depth == _DEPTH
-        and x.shape[1] % (_STEP * segments) == 0
+        and x.shape[1] % (_STEP * parts) == 0
         and has_warpgroup_mma()
     )
 
 
-def launch(
-    x: Tensor, layer: GroupedLayer, out: Tensor, segments: int, x_scales: Tensor | None = None
-) -> None:
+def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Tensor | None = None) -> None:
     """Compute `layer` into out; see `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
@@ -307,7 +305,7 @@ def launch(
         layer.outs,
         0 if x_scales is None else x_scales.stride(0),
         ins // _STEP,
-        segments,
+        parts,
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=_DEPTH,
@@ -316,7 +314,7 @@ def launch(
         BITS=layer.bits,
         WORDS=_words_layout(4),
         GATED=layer.interleaved,
-        SPLIT=segments > 1,
+        SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
         num_warps=4,
         maxnreg=REGISTERS,

@@ -3,7 +3,7 @@
 A step of the sum covers inputs of one group. Its products are summed by the matrix unit, multiplied by the scales, and added to
 the float32 sum of the steps before it. The steps and their order depend on the weight alone, so a row has the same bits in any
 launch. Integers become numbers of the inputs' dtype, which holds them less their zero point exactly. As in `triton`, the weight
-is on the matrix unit's wide side, and a layer in front of a residual add is cut into segments.
+is on the matrix unit's wide side, and a layer in front of a residual add is cut into parts.
 """
 
 import torch
@@ -95,7 +95,7 @@ def _grouped_kernel(
     x_stride,
     steps,
     group_steps,
-    segment_steps,
+    part_steps,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -118,8 +118,8 @@ def _grouped_kernel(
     out_at = tile % (BAND * out_tiles) // height * OUTS
     begin, end = 0, steps
     if SPLIT:
-        begin = tl.program_id(1) * segment_steps
-        end = min(begin + segment_steps, steps)
+        begin = tl.program_id(1) * part_steps
+        end = min(begin + part_steps, steps)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
@@ -133,8 +133,10 @@ def _grouped_kernel(
         scale_ahead, zero_ahead, x_scale_ahead = _scales_of(
             scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, DTYPE,
         )  # fmt: skip
-        part = _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
-        total += part * x_scale[None, :] if tl.float8e4nv == DTYPE else part
+        product = (
+            _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
+        )
+        total += product * x_scale[None, :] if tl.float8e4nv == DTYPE else product
         scale, zero, x_scale = scale_ahead, zero_ahead, x_scale_ahead
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
@@ -163,11 +165,11 @@ def launch(
     x: Tensor,
     layer: GroupedLayer,
     out: Tensor,
-    segments: int,
+    parts: int,
     tiles: LinearTiles | None = None,
     x_scales: Tensor | None = None,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or parts of the sum, [segments, rows, outs], without the bias.
+    """Compute `layer` into out: [rows, outs], or the sums of the parts [parts, rows, outs] without the bias.
 
     x [rows, ins]: 16-bit or float32 rows, or FP8 ones with x_scales as `quantise_inputs` gives them.
     """
@@ -178,7 +180,7 @@ def launch(
     bias = layer.bias if out.dim() == 2 else None
     numbers = layer.numbers
     grid = triton.cdiv(outs, cut.outs) * triton.cdiv(rows, cut.rows)
-    _grouped_kernel[(grid, segments)](
+    _grouped_kernel[(grid, parts)](
         TensorDescriptor(
             numbers, list(numbers.shape), [numbers.shape[1], 1], [cut.outs, depth // (8 if bits == 4 else 1)]
         ),
@@ -193,14 +195,14 @@ def launch(
         0 if x_scales is None else x_scales.stride(0),
         steps,
         layer.group_size // depth,
-        triton.cdiv(steps, segments),
+        triton.cdiv(steps, parts),
         OUTS=cut.outs,
         ROWS=cut.rows,
         DEPTH=depth,
         BITS=bits,
         DTYPE=_DTYPES[x.dtype],
         GATED=layer.interleaved,
-        SPLIT=segments > 1,
+        SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
         num_warps=cut.warps,
         num_stages=cut.stages,

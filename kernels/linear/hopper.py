@@ -24,13 +24,13 @@ from orthrus.kernels.linear.stream import (
     RING_BYTES,
     DenseRing,
     Work,
-    advance,
     count_steps,
     fetch_rows,
     fetch_weights,
     fill_ring,
     leaf_begin,
     make_grid,
+    next_step,
     unit_of,
 )
 from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, output_scales
@@ -44,7 +44,7 @@ _STEP_BYTES = 256
 """Bytes of the inputs of a step: 128 inputs of 16 bits, or 256 of FP8."""
 
 
-@gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps", "all_leaves", "first_leaf", "first_token"])
 def _stream_kernel(
     w,
     x,
@@ -61,15 +61,15 @@ def _stream_kernel(
     num_rows,
     num_outs,
     parts,
-    units,
-    leaves,
+    all_steps,
+    all_leaves,
     first_leaf,
     first_token,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr,
-    TREE: gl.constexpr,
+    PART_LEAVES: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SCALED: gl.constexpr,
@@ -88,11 +88,11 @@ def _stream_kernel(
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    tree = gl.to_tensor(TREE)
-    work = Work(num_ar, num_rows, num_outs, parts, tree, units, leaves, first_leaf)
+    part_leaves = gl.to_tensor(PART_LEAVES)
+    work = Work(num_ar, num_rows, num_outs, parts, part_leaves, all_steps, all_leaves, first_leaf)
     grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
     program = gl.program_id(0)
-    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * units
+    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * all_steps
     if WHOLE == 0:
         total = count_steps(program, grid)
     ahead = fill_ring(w, x, ring, grid, total, OUTS, ROWS, DEPTH, CHAINED)
@@ -104,7 +104,7 @@ def _stream_kernel(
     picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
     stage, phase, done, empty = 0, 0, 0, 0
     for number in range(program, grid.units, grid.programs):
-        first = number % grid.parts * TREE
+        first = number % grid.work.parts * PART_LEAVES
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         # Nodes of the tree that wait for their neighbour: of one leaf, of two, of four.
         one, two, four = acc, acc, acc
@@ -113,7 +113,7 @@ def _stream_kernel(
             row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
             scale = output_scales(w_scales, unit, num_outs, OUTS, layout)
             row_scale = gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)
-        for leaf in range(TREE):
+        for leaf in range(PART_LEAVES):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             for _ in range(leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)):
                 mbarrier.wait(full.index(stage), phase)
@@ -129,7 +129,7 @@ def _stream_kernel(
                 if (done > 0) & (done + STAGES - 1 < total):
                     fetch_weights(w, ring, empty, ahead, True)
                     fetch_rows(x, ring, empty, ahead, True)
-                    ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+                    ahead = next_step(ahead, grid, OUTS, ROWS, DEPTH)
                 done += 1
                 empty = stage
                 stage += 1
@@ -137,7 +137,7 @@ def _stream_kernel(
                     stage = 0
                     phase ^= 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
+            acc, one, two, four = join_leaf(acc, leaf, one, two, four, PART_LEAVES)
         if SCALED:
             acc *= scale[:, None]
             acc *= row_scale[None, :]
@@ -201,7 +201,7 @@ def launch(
         ROWS=row_tile,
         DEPTH=depth,
         STAGES=RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
-        TREE=inputs.count // parts,
+        PART_LEAVES=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SCALED=scales is not None,

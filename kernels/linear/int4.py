@@ -55,9 +55,9 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
 
     layers: list[Weight] = []
     for view in views:
-        parts = [round_to_codes(parameters.pop("weight")) for parameters in view]
+        projections = [round_to_codes(parameters.pop("weight")) for parameters in view]
         biases = [parameters.pop("bias") for parameters in view if "bias" in parameters]
-        layers.append(code_layer(parts, torch.cat(biases) if biases else None, gated, split))
+        layers.append(code_layer(projections, torch.cat(biases) if biases else None, gated, split))
     return SplitViews.join(layers)
 
 

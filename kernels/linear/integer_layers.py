@@ -27,9 +27,9 @@ def _integer_weight(views: Views, read: Reader, gated: bool) -> Weight:
 
     layers: list[Weight] = []
     for view in views:
-        parts = [read(parameters) for parameters in view]
+        projections = [read(parameters) for parameters in view]
         biases = [parameters["bias"] for parameters in view if "bias" in parameters]
         for parameters in view:
             parameters.clear()
-        layers.append(integer_layer(parts, torch.cat(biases) if biases else None, gated))
+        layers.append(integer_layer(projections, torch.cat(biases) if biases else None, gated))
     return SplitViews.join(layers)

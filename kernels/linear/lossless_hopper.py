@@ -96,8 +96,8 @@ def _widen(even, odd, low):
     # four eights, of the one output and then of the other.
     first = gl.join(gl.join(n0, n1), gl.join(n2, n3))
     second = gl.join(gl.join(n4, n5), gl.join(n6, n7))
-    parts = gl.join(first, second).reshape((OUTS // 16, 2, 8, 4, 2, 2, 2))
-    return parts.permute((0, 6, 2, 5, 4, 3, 1)).reshape((OUTS, 32))
+    joined = gl.join(first, second).reshape((OUTS // 16, 2, 8, 4, 2, 2, 2))
+    return joined.permute((0, 6, 2, 5, 4, 3, 1)).reshape((OUTS, 32))
 
 
 @gluon.jit
@@ -173,7 +173,7 @@ def _multiply(
     bias,
     out,
     picking,
-    TREE: gl.constexpr,
+    PART_LEAVES: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -188,11 +188,11 @@ def _multiply(
     grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
     stage, phase, last = 0, 0, 0
     for number in range(gl.program_id(0), grid.units, grid.programs):
-        first = number % grid.parts * TREE
+        first = number % grid.work.parts * PART_LEAVES
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         one, two, four = acc, acc, acc
         scale = output_scales(scales, unit_of(number, grid, OUTS, ROWS), work.num_outs, OUTS, layout)
-        for leaf in range(TREE):
+        for leaf in range(PART_LEAVES):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             steps = leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)
             for step in range(steps):
@@ -207,12 +207,12 @@ def _multiply(
                 stage, phase = next_stage(stage, phase, WIDE_STAGES)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(rings.wide_empty.index(last), count=1, pred=steps > 0)
-            acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
+            acc, one, two, four = join_leaf(acc, leaf, one, two, four, PART_LEAVES)
         acc *= scale[:, None]
         finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps", "all_leaves", "first_leaf", "first_token"])
 def _lossless_stream_kernel(
     high,
     low,
@@ -230,8 +230,8 @@ def _lossless_stream_kernel(
     num_rows,
     num_outs,
     parts,
-    units,
-    leaves,
+    all_steps,
+    all_leaves,
     first_leaf,
     row_steps,
     first_token,
@@ -243,7 +243,7 @@ def _lossless_stream_kernel(
     WIDE_TILE: gl.constexpr,
     HIGH: gl.constexpr,
     LOW: gl.constexpr,
-    TREE: gl.constexpr,
+    PART_LEAVES: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -272,15 +272,15 @@ def _lossless_stream_kernel(
         mbarrier.init(rings.wide_empty.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    tree = gl.to_tensor(TREE)
-    work = Work(num_ar, num_rows, num_outs, parts, tree, units, leaves, first_leaf)
+    part_leaves = gl.to_tensor(PART_LEAVES)
+    work = Work(num_ar, num_rows, num_outs, parts, part_leaves, all_steps, all_leaves, first_leaf)
     picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (rings, work, scales, bias, out, picking, TREE, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS),
-            ),
+            (_multiply, (
+                rings, work, scales, bias, out, picking,
+                PART_LEAVES, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS,
+            )),
             (_widen_steps, (rings, work, 0, HIGH, LOW, TWO_VIEWS)),
             (_widen_steps, (rings, work, 1, HIGH, LOW, TWO_VIEWS)),
             (_widen_steps, (rings, work, 2, HIGH, LOW, TWO_VIEWS)),
@@ -289,7 +289,7 @@ def _lossless_stream_kernel(
         ],
         [4, 4, 4, 1, 1],
         [_WIDENER_REGISTERS, _WIDENER_REGISTERS, _WIDENER_REGISTERS, 24, 24],
-    )
+    )  # fmt: skip
 
 
 @cache
@@ -376,7 +376,7 @@ def launch(
         WIDE_TILE=WIDE_TILE,
         HIGH=words_layout(8),
         LOW=words_layout(4),
-        TREE=inputs.count // parts,
+        PART_LEAVES=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SPLIT=parts > 1,

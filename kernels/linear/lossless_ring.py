@@ -44,7 +44,7 @@ def load_weights(high, low, exceptions, rings, work, row_steps, ROWS: gl.constex
     stage, phase = 0, 1
     for number in range(gl.program_id(0), grid.units, grid.programs):
         unit = unit_of(number, grid, OUTS, ROWS)
-        first = leaf_begin(unit.part * grid.leaves, grid)
+        first = leaf_begin(unit.part * grid.work.part_leaves, grid)
         lists = unit.weight_at // OUTS * row_steps
         for step in range(first, first + num_steps(unit.part, grid)):
             full = rings.packed_full.index(stage)
@@ -69,7 +69,7 @@ def load_rows(x, rings, work, TWO_VIEWS: gl.constexpr, CHAINED: gl.constexpr):
     stage, phase = 0, 1
     for number in range(gl.program_id(0), grid.units, grid.programs):
         unit = unit_of(number, grid, OUTS, ROWS)
-        first = leaf_begin(unit.part * grid.leaves, grid)
+        first = leaf_begin(unit.part * grid.work.part_leaves, grid)
         for step in range(first, first + num_steps(unit.part, grid)):
             full = rings.wide_full.index(stage)
             mbarrier.wait(rings.wide_empty.index(stage), phase)

@@ -56,7 +56,9 @@ def build(
     print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, picks: bool = False) -> None:
+def build_linear(
+    dtype: str, rows: int, *, gated: bool = False, part_leaves: int = 1, picks: bool = False
+) -> None:
     depth = 256 if dtype == "fp8e4nv" else 128
     pointers = {
         "w_scales": "*fp32",
@@ -70,7 +72,7 @@ def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, p
         "values": "*fp32",
         "indices": "*i32",
     }
-    numbers = ("num_rows", "num_outs", "parts", "units", "leaves", "first_leaf", "first_token")
+    numbers = ("num_rows", "num_outs", "parts", "all_steps", "all_leaves", "first_leaf", "first_token")
     build(
         f"linear, {dtype}, {rows} rows",
         linear._stream_kernel,
@@ -82,12 +84,12 @@ def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, p
             "ROWS": rows,
             "DEPTH": depth,
             "STAGES": 6,
-            "TREE": tree,
+            "PART_LEAVES": part_leaves,
             "TWO_VIEWS": not gated,
             "GATED": gated,
             "SCALED": dtype == "fp8e4nv",
             "SPLIT": False,
-            "WHOLE": tree == 1,
+            "WHOLE": part_leaves == 1,
             "HAS_BIAS": False,
             "PICKS": picks,
             "CHAINED": True,
@@ -112,7 +114,7 @@ def build_grouped(
         "bias": "*bf16",
         "out": "*fp32" if split else "*bf16",
     }
-    numbers = ("num_rows", "num_outs", "x_stride", "steps", "segments")
+    numbers = ("num_rows", "num_outs", "x_stride", "steps", "parts")
     build(
         f"grouped, {'codes' if codes else f'{bits} bits'}, {rows} rows",
         grouped._grouped_stream_kernel,
@@ -134,7 +136,7 @@ def build_grouped(
     )
 
 
-def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool = False) -> None:
+def build_lossless(rows: int, *, gated: bool = False, part_leaves: int = 1, picks: bool = False) -> None:
     pointers = {
         "scales": "*fp32",
         "bias": "*bf16",
@@ -152,7 +154,16 @@ def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool
         "exceptions": tile("i32", 32),
         "x": tile("bf16", rows, 128),
     }
-    numbers = ("num_rows", "num_outs", "parts", "units", "leaves", "first_leaf", "row_steps", "first_token")
+    numbers = (
+        "num_rows",
+        "num_outs",
+        "parts",
+        "all_steps",
+        "all_leaves",
+        "first_leaf",
+        "row_steps",
+        "first_token",
+    )
     build(
         f"lossless, {rows} rows",
         lossless._lossless_stream_kernel,
@@ -166,7 +177,7 @@ def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool
             "WIDE_TILE": lossless.WIDE_TILE,
             "HIGH": lossless.words_layout(8),
             "LOW": lossless.words_layout(4),
-            "TREE": tree,
+            "PART_LEAVES": part_leaves,
             "TWO_VIEWS": not gated,
             "GATED": gated,
             "SPLIT": False,
@@ -213,11 +224,11 @@ def build_attention() -> None:
 if __name__ == "__main__":
     build_linear("bf16", 16, picks=True)
     build_linear("bf16", 32, gated=True)
-    build_linear("fp8e4nv", 32, tree=2)
+    build_linear("fp8e4nv", 32, part_leaves=2)
     build_grouped(4, 8, gated=True)
     build_grouped(4, 32, codes=True, gated=True)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)
-    build_lossless(64, gated=True, tree=8)
+    build_lossless(64, gated=True, part_leaves=8)
     build_attention()
