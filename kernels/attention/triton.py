@@ -115,8 +115,8 @@ def _attention_kernel(
         keys = item_keys(item, KEYS)
         if CHAINED:
             gdc_wait()
-        place = ((item.first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
-        query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
+        source = ((item.first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
+        query = tl.load(qkv + source[:, None] + dims[None, :], mask=mask, other=0.0)
         span, segment = initial(QUERIES, WIDTH), initial(QUERIES, WIDTH)
         walk = start_walk(item, keys)
         stored = False  # Whether the scratch records hold the merged spans so far.

@@ -1,8 +1,8 @@
 """Layers on a GPU whose weights have scales for groups of inputs, in the kernels of `grouped_triton` and `grouped_hopper`.
 
-They are those of stored weights (fine-grained FP8, GPTQ and AWQ), and of drafts in 4 bits.
+The weights are those of quantised checkpoints (fine-grained FP8, GPTQ and AWQ), or 4-bit codes for drafts.
 
-Each has one view. Where the diffusion view's projections are stored in full, draft passes have them in layers of their own.
+A layer has one view. The two views of a model are two layers (see `SplitViews`), and one of them may have another format.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ _CHUNK = 1024
 """Outputs of a weight that are packed at once."""
 _DEEPEST = 128
 _SHALLOWEST = 32
-"""Inputs of a step: what the matrix unit takes at least twice, and what the copy engine takes at least."""
+"""The most and the fewest inputs of a step. 32 inputs in 16 bits are two instructions of the tensor cores. 32 weights in 4 bits
+are 16 bytes, the least that TMA loads."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class GroupedWeight(GroupedLayer, KernelWeight):
     ) -> tuple[Tensor, Tensor]:
         rows, outs = residual.shape
         parts = num_parts(outs, x.shape[1])
-        apart, peers = self._collective, self._peers
-        if parts > 1 or peers is not None or apart is not None:
+        ranks, peers = self._collective, self._peers
+        if parts > 1 or peers is not None or ranks is not None:
             out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, parts)
-        if apart is not None:
-            out = apart.add(add_pairwise(out.unbind()))[None]
+        if ranks is not None:
+            out = ranks.add(add_pairwise(out.unbind()))[None]
         bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
         rounded: Literal["groups"] | None = "groups" if self.rounds_inputs else None
         return add_rms_norm(out, residual, norm_weight, eps, bias, rounded=rounded, peers=peers)
@@ -66,7 +67,7 @@ class GroupedWeight(GroupedLayer, KernelWeight):
     def _run(
         self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, parts: int = 1
     ) -> None:
-        """Compute the layer into out: [rows, outs], or [parts, rows, outs] without the bias."""
+        """Write the layer's result to out: [rows, outs], or the sums of the parts [parts, rows, outs] without the bias."""
         if self.order is not None:
             x = x.index_select(1, self.order)
         x_scales = None
@@ -84,7 +85,11 @@ class GroupedWeight(GroupedLayer, KernelWeight):
 
 
 def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool) -> GroupedWeight:
-    """numbers e4m3 [outs, ins]; scales [ins / 128, outs], rounded up, for each output; bias [outs]."""
+    """A layer of FP8 weights.
+
+    numbers: e4m3 [outs, ins]. scales: [ins / 128, outs], rounded up. bias: [outs]. gated: whether the outputs are all of a gate
+    and then all of up.
+    """
     if gated:
         numbers = alternate(numbers.view(torch.uint8)).view(torch.float8_e4m3fn)
         scales = alternate(scales.T).T
@@ -95,9 +100,9 @@ def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool)
 def code_layer(
     projections: list[Codes], bias: Tensor | None, gated: bool, split: Split | None
 ) -> GroupedWeight:
-    """The weights of projections side by side, as codes. bias [outs].
+    """A layer of the projections' codes, concatenated along the outputs. bias: [outs].
 
-    split: where they are a part of a layer, which part; None for a whole layer.
+    split: which part of a layer the projections are; None for a whole layer.
     """
     codes, scales = torch.cat([p.codes for p in projections]), torch.cat([p.scales for p in projections], 1)
     if gated:
@@ -110,7 +115,10 @@ def code_layer(
 
 
 def integer_layer(projections: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
-    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run."""
+    """A layer of the projections' integers, concatenated along the outputs. bias: [outs].
+
+    Raises ValueError for groups that the kernels can't run.
+    """
     ins, groups, bits = projections[0].numbers.shape[1], projections[0].scales.shape[0], projections[0].bits
     size = ins // groups
     depth = gcd(size, _DEEPEST)
@@ -128,7 +136,7 @@ def integer_layer(projections: list[Integers], bias: Tensor | None, gated: bool)
         numbers, scales, zeros = alternate(numbers), alternate(scales.T).T, alternate(zeros.T).T
         bias = None if bias is None else alternate(bias)
     if bits == 4:
-        # Run by run of outputs: 64-bit copies of more would need much memory.
+        # Packing makes 64-bit copies, which would need much memory for all outputs at once.
         numbers = torch.cat([pack_words(part) for part in numbers.split(_CHUNK)])
         zeros = zeros.to(torch.uint8)
     return GroupedWeight(

@@ -1,6 +1,6 @@
 """The ring buffer of `grouped_hopper`, and the producer warps that fill it.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def load_weights(
     BITS: gl.constexpr,
     ROUNDED: gl.constexpr,
 ):
-    """Fill the ring's weights and what belongs to them. They depend on no kernel, so this starts at once."""
+    """Load the weights, their scales and their zero points. They depend on no kernel, so there is no `gdc_wait`."""
     WIDTH: gl.constexpr = w.block_type.shape[1]
     TILES: gl.constexpr = 1 if BITS > 0 else 2
     LOADED: gl.constexpr = TILES * w.block_type.nbytes + 2 * (
@@ -78,7 +78,7 @@ def load_rows(
     ROUNDED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    """Fill the ring's input rows and their scales, once the kernels ahead in the stream have finished."""
+    """Load the input rows and their scales, once earlier kernels of the stream have finished."""
     LOADED: gl.constexpr = 2 * (x.block_type.nbytes + (x_scales.block_type.nbytes if ROUNDED else 0))
     DEPTH: gl.constexpr = x.block_type.shape[1]
     grid = make_grid(work, OUTS, ROWS, False)

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.device import chaining, has_warpgroup_mma, num_sms
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.stream import (
@@ -181,7 +181,7 @@ def launch(
     assert inputs.unit == depth and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
     scales = layer.scales
-    _stream_kernel[(multiprocessors(x.device),)](
+    _stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.weights[0], _OUTS, depth, rows=views * outs),
         tiles_of(x, row_tile, depth),
         out if scales is None else scales,

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.device import chaining, has_warpgroup_mma, num_sms
 from orthrus.kernels.gluon_names import in_rows
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
@@ -350,7 +350,7 @@ def launch(
     assert inputs.unit == TILE_INS and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
     packed_stages, wide_stages = num_stages(row_tile)
-    _lossless_stream_kernel[(multiprocessors(x.device),)](
+    _lossless_stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.high, TILE_OUTS, TILE_INS // 4),
         tiles_of(layer.low, TILE_OUTS, TILE_INS // 8),
         tiles_of(layer.exceptions.view(-1), ENTRIES),

@@ -31,7 +31,7 @@ DTYPES = {
 
 
 def tile(dtype: str, *block: int) -> str:
-    """The type of a tensor that the copy engine reads tile by tile."""
+    """The type of a tensor that TMA loads tile by tile."""
     layout = tile_layout(block, DTYPES[dtype])
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
@@ -39,9 +39,10 @@ def tile(dtype: str, *block: int) -> str:
 def build(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], registers: int | None = None
 ) -> None:
-    """types: of the arguments that are not constants, as Triton writes them. All pointers are aligned to 16 bytes.
+    """Compile a kernel, and print how long it takes. All pointers are aligned to 16 bytes.
 
-    registers: of a thread when a program begins, where they are not the compiler's choice.
+    types: the types of the arguments that are not constants, as Triton writes them. constants: the other arguments.
+    registers: registers per thread when a program begins; None if the compiler chooses them.
     """
     begin = time.monotonic()
     names = kernel.arg_names
