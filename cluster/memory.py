@@ -35,7 +35,7 @@ GPU_GIB = {
 }
 """Memory that a process finds free, by Ray's accelerator type."""
 _FP8_GPUS = {"B200", "H100", "H200", "L4", "L40S"}
-"""Those with FP8 matrix units."""
+"""Those with FP8 tensor cores."""
 
 
 @dataclass(frozen=True)

@@ -147,26 +147,26 @@ class LinearCase:
         self.x = randn(rows, self.ins)
         self.residual, self.norm = randn(rows, HIDDEN), randn(HIDDEN)
         self.launches = max(2, min(8, 2 * len(self.layers))) if rows < 2048 else 2
-        self.segments = num_parts(self.outs, self.ins) if name in ("o", "down") else 1
+        self.leaves = num_parts(self.outs, self.ins) if name in ("o", "down") else 1
 
     def variants(self, sweep: bool) -> list[tuple[int, LinearTiles | None]]:
-        """Pairs of segments and tiles. The first is what a pass uses; its tiles are None."""
-        found: dict[tuple[int, LinearTiles | None], None] = {(self.segments, None): None}
+        """Pairs of a number of leaves and tiles. The first is what a pass uses; its tiles are None."""
+        found: dict[tuple[int, LinearTiles | None], None] = {(self.leaves, None): None}
         if sweep:
             for tiles in linear_tiles(self.rows):
-                for segments in (1, 2, 4) if self.name in ("o", "down") else (1,):
-                    split = segments > 1 and self.rows <= 256
-                    if split or segments == 1 or tiles.outs * tiles.rows <= 128 * 128:
-                        found[segments, replace(tiles, split=split)] = None
+                for leaves in (1, 2, 4) if self.name in ("o", "down") else (1,):
+                    split = leaves > 1 and self.rows <= 256
+                    if split or leaves == 1 or tiles.outs * tiles.rows <= 128 * 128:
+                        found[leaves, replace(tiles, split=split)] = None
         return list(found)
 
-    def ours(self, segments: int, tiles: LinearTiles | None, i: int) -> object:
+    def ours(self, leaves: int, tiles: LinearTiles | None, i: int) -> object:
         layer = self.layers[i % len(self.layers)]
         if self.name == "gate_up":
             return layer.linear_silu_mul(self.x, tiles=tiles)
         if self.name in ("o", "down"):
             return layer.linear_add_rms_norm(
-                self.x, self.residual, self.norm, 1e-6, tiles=tiles, segments=segments
+                self.x, self.residual, self.norm, 1e-6, tiles=tiles, leaves=leaves
             )
         out = torch.empty(self.rows, self.outs, device="cuda") if self.name == "lm_head" else None
         return layer.linear(self.x, out=out, tiles=tiles)
@@ -179,19 +179,19 @@ class LinearCase:
 
 
 def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> list[dict[str, Any]]:
-    """Figures for each number of rows: cuBLAS, the usual tiles, and with `sweep` all other tiles and segment counts."""
+    """Figures for each number of rows: cuBLAS, the usual tiles, and with `sweep` all other tiles and numbers of leaves."""
     found = []
     for rows in row_counts:
         case = LinearCase(name, rows)
         cublas = microseconds(case.cublas, case.launches)
         times: dict[tuple[int, LinearTiles | None], float] = {}
-        for segments, tiles in case.variants(sweep):
+        for leaves, tiles in case.variants(sweep):
             try:
-                times[segments, tiles] = microseconds(partial(case.ours, segments, tiles), case.launches)
+                times[leaves, tiles] = microseconds(partial(case.ours, leaves, tiles), case.launches)
             except Exception as error:
                 # A tile that does not fit is left out of the table.
-                print(f"  {name} {rows} {segments} {tiles}: {type(error).__name__}: {str(error)[:100]}")
-        usual = times[case.segments, None]
+                print(f"  {name} {rows} {leaves} {tiles}: {type(error).__name__}: {str(error)[:100]}")
+        usual = times[case.leaves, None]
         ranked = sorted(times, key=times.__getitem__)
         found.append(
             {
@@ -204,9 +204,9 @@ def bench_linear(name: str, sweep: bool, row_counts: tuple[int, ...] = ROWS) -> 
             }
         )
         line = f"{name:8}{rows:5}  cublas {cublas:8.1f}  ours {usual:8.1f} us {usual / cublas:5.2f}x"
-        for segments in sorted({s for s, _ in times}) if sweep else ():
-            best = [k for k in ranked if k[0] == segments][:3]
-            line += f" | S{segments} " + " ".join(f"{times[k] / cublas:.2f}:{_name(k[1])}" for k in best)
+        for leaves in sorted({count for count, _ in times}) if sweep else ():
+            best = [k for k in ranked if k[0] == leaves][:3]
+            line += f" | L{leaves} " + " ".join(f"{times[k] / cublas:.2f}:{_name(k[1])}" for k in best)
         print(line, flush=True)
     return found
 

@@ -34,17 +34,17 @@ def chaining() -> dict[str, Any]:
 
 @cache
 def has_warpgroup_mma() -> bool:
-    """Whether the GPU has Hopper's matrix instructions. Later GPUs have others instead."""
+    """Whether the GPU has Hopper's warpgroup MMA (wgmma). Later GPUs have other instructions instead."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @cache
 def has_fp8_mma() -> bool:
-    """Whether the GPU has matrix instructions for FP8 numbers (e4m3)."""
+    """Whether the GPU's tensor cores multiply FP8 numbers (e4m3)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Number of SMs of a GPU; 4 for a CPU, where Triton's interpreter runs programs one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

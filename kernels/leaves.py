@@ -1,4 +1,13 @@
-"""`Leaves`: a dimension of a layer, cut into parts that do not depend on the number of GPUs. Does not import torch."""
+"""`Leaves`: a dimension of a layer, cut into pieces that do not depend on the number of GPUs. Does not import torch.
+
+These words describe how the sum over a layer's inputs is divided:
+
+- A *step* is the inputs that a kernel multiplies in one iteration of its loop.
+- A *leaf* is a run of steps with a sum of its own. The sums of neighbouring leaves are added, and so on up a binary tree (see
+  `linear.tree`). So the leaves decide the bits of the result.
+- A *part* is a run of leaves whose sum one program computes (split-K). It is a node of the tree, so the number of parts changes
+  no bit. Layers with FP8 weights, or with scales for groups of inputs, are an exception: each of their parts is one leaf.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property

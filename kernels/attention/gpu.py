@@ -8,7 +8,7 @@ from orthrus.kernels.attention import hopper
 from orthrus.kernels.attention import triton as portable
 from orthrus.kernels.attention.merge import merge_records
 from orthrus.kernels.attention.types import AttentionPlan
-from orthrus.kernels.device import has_warpgroup_mma, multiprocessors
+from orthrus.kernels.device import has_warpgroup_mma, num_sms
 from orthrus.kernels.workspace import empty
 
 _LOG2_E = 1.4426950408889634
@@ -36,9 +36,9 @@ def paged_attention(
     out = empty((rows, heads * dim), qkv.dtype, qkv.device)
     # Records of divided tiles, then scratch records of each program, one for each of its queries.
     spare = work.capacity * heads
-    places = spare + programs * queries
-    accs = torch.empty(places, dim, device=qkv.device, dtype=torch.float32)
-    tops, norms = torch.empty(2, places, device=qkv.device, dtype=torch.float32)
+    num_records = spare + programs * queries
+    accs = torch.empty(num_records, dim, device=qkv.device, dtype=torch.float32)
+    tops, norms = torch.empty(2, num_records, device=qkv.device, dtype=torch.float32)
     records = accs, tops, norms
     # The softmax is to base 2, because exp2 is one instruction.
     shape = {"spare": spare, "queries": queries, "keys": keys, "width": width}
@@ -58,7 +58,7 @@ def _queries(dtype: torch.dtype) -> int:
 
 def attention_programs(device: torch.device) -> int:
     """How many workers share the work list: two per SM. They are two programs, or the two lanes of one program of `hopper`."""
-    return 2 * multiprocessors(device)
+    return 2 * num_sms(device)
 
 
 def tile_rows(heads_per_kv: int, dtype: torch.dtype) -> int:

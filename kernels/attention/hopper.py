@@ -1,10 +1,10 @@
 """Paged attention on Hopper (compute capability 9.0), warp-specialized: producers load by TMA, consumers multiply.
 
 One program runs on each SM. It has two consumer warpgroups of 64 queries each, and two producer warps that fill a ring buffer in
-shared memory. A *place* of the ring is a pipeline stage: it holds the keys or the values of a step of 128 keys. A consumer, a
-producer and every other place make a *lane*.
+shared memory. A stage of the ring holds the keys or the values of a step of 128 keys. A consumer, a producer and every other
+stage make a *lane*.
 
-The rows of a shared item are divided between both consumers, which read the same places. One producer then loads the keys and the
+The rows of a shared item are divided between both consumers, which read the same stages. One producer then loads the keys and the
 other the values, so each is read from the L2 cache once for 128 queries. After the shared items, each lane works through items of
 its own. The steps of a row, and their order, are the same either way.
 
@@ -48,7 +48,7 @@ def _attention_kernel(
     accs,
     tops,
     norms,
-    slots,
+    num_slots,
     scale,
     spare,
     PER_KV: gl.constexpr,
@@ -58,17 +58,17 @@ def _attention_kernel(
     WIDTH: gl.constexpr,
     QUERIES: gl.constexpr,
     KEYS: gl.constexpr,
-    PLACES: gl.constexpr,
+    STAGES: gl.constexpr,
     PROGRAMS: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     TRIMS_END: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     query_tiles = gl.allocate_shared_memory(k_pages.dtype, [2, QUERIES, WIDTH], QUERY_TILE)
-    ring = gl.allocate_shared_memory(k_pages.dtype, [2 * PLACES, KEYS, WIDTH], k_pages.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
+    ring = gl.allocate_shared_memory(k_pages.dtype, [2 * STAGES, KEYS, WIDTH], k_pages.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     if CHAINED:
@@ -85,11 +85,11 @@ def _attention_kernel(
                 1, PER_KV, KV_HEADS, DIM, PROGRAMS, CHAINED,
             )),
             (produce, (
-                k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
+                k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, num_slots, ring, full, empty,
                 0, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, TRIMS_END, CHAINED,
             )),
             (produce, (
-                k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, slots, ring, full, empty,
+                k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, num_slots, ring, full, empty,
                 1, KV_HEADS, PER_KV, PAGE, DIM, PROGRAMS, TRIMS_END, CHAINED,
             )),
         ],
@@ -147,8 +147,8 @@ def launch(
         WIDTH=width,
         QUERIES=queries,
         KEYS=keys,
-        # The same number for each lane. A place has two tiles.
-        PLACES=2 * min(8, room // (2 * 2 * keys * width * 2)),
+        # The same number for each lane. A stage has two tiles.
+        STAGES=2 * min(8, room // (2 * 2 * keys * width * 2)),
         PROGRAMS=programs,
         QUERY_TILE=gl.NVMMASharedLayout.get_default_for([queries, width], dtype),
         # Whether to load only the existing keys of a last step. With many sequences no row is divided, and the missing keys would

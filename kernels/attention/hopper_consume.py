@@ -15,7 +15,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from orthrus.kernels.attention.hopper_lanes import Cursor, Ring, advance, item_index, lane_share, release
+from orthrus.kernels.attention.hopper_lanes import (
+    KVRing,
+    PipelineState,
+    advance,
+    item_index,
+    lane_share,
+    release,
+)
 from orthrus.kernels.attention.items import (
     ends_record,
     item_keys,
@@ -82,18 +89,18 @@ def _load_queries(
 
 
 @gluon.jit
-def _scores(query_tile, ring, cursor, layout: gl.constexpr):
+def _scores(query_tile, ring, pipe, layout: gl.constexpr):
     """Wait for a step's two key tiles, and multiply the queries by each: two float32 [QUERIES, KEYS]."""
     QUERIES: gl.constexpr = query_tile.shape[0]
     KEYS: gl.constexpr = ring.tiles.shape[1]
     none = gl.zeros((QUERIES, KEYS), gl.float32, layout)
-    place = cursor.place
-    mbarrier.wait(ring.full.index(place), cursor.phase)
+    stage = pipe.stage
+    mbarrier.wait(ring.full.index(stage), pipe.phase)
     first = warpgroup_mma(
-        query_tile, ring.tiles.index(2 * place).permute((1, 0)), none, use_acc=False, is_async=True
+        query_tile, ring.tiles.index(2 * stage).permute((1, 0)), none, use_acc=False, is_async=True
     )
     second = warpgroup_mma(
-        query_tile, ring.tiles.index(2 * place + 1).permute((1, 0)), none, use_acc=False, is_async=True
+        query_tile, ring.tiles.index(2 * stage + 1).permute((1, 0)), none, use_acc=False, is_async=True
     )
     return warpgroup_mma_wait(0, deps=(first, second))
 
@@ -139,12 +146,12 @@ def _weigh(soft, first, second, scale, operand_dtype: gl.constexpr):
 
 
 @gluon.jit
-def _add_values(acc, ring, cursor, weights, weights2):
+def _add_values(acc, ring, pipe, weights, weights2):
     """Wait for a step's two value tiles, and add their products with the weights to acc."""
-    place = cursor.place
-    mbarrier.wait(ring.full.index(place), cursor.phase)
-    acc = warpgroup_mma(weights, ring.tiles.index(2 * place), acc, is_async=True)
-    acc = warpgroup_mma(weights2, ring.tiles.index(2 * place + 1), acc, is_async=True)
+    stage = pipe.stage
+    mbarrier.wait(ring.full.index(stage), pipe.phase)
+    acc = warpgroup_mma(weights, ring.tiles.index(2 * stage), acc, is_async=True)
+    acc = warpgroup_mma(weights2, ring.tiles.index(2 * stage + 1), acc, is_async=True)
     return warpgroup_mma_wait(0, deps=(acc,))
 
 
@@ -167,7 +174,7 @@ def consume(
 ):  # fmt: skip
     """Run a lane's consumer: its half of the rows of each shared item, then all rows of its own items."""
     QUERIES: gl.constexpr = query_tile.shape[0]
-    PLACES: gl.constexpr = full.shape[0]
+    STAGES: gl.constexpr = full.shape[0]
     KEYS: gl.constexpr = tiles.shape[1]
     STEP: gl.constexpr = 2 * KEYS
     WIDTH: gl.constexpr = tiles.shape[2]
@@ -184,14 +191,14 @@ def consume(
     eights_layout: gl.constexpr = no_acc.reshape((QUERIES, WIDTH // 8, 8)).type.layout
     # A softmax state whose maximum is set to this starts anew: its old sums get a weight of 0.
     unseen = gl.full((QUERIES,), float("-inf"), gl.float32, by_query)
-    ring, records = Ring(tiles, full, empty), Records(accs, tops, norms)
+    ring, records = KVRing(tiles, full, empty), Records(accs, tops, norms)
     share = lane_share(work, LANE, KV_HEADS, PROGRAMS)
-    cursor = Cursor(gl.to_tensor(0), gl.to_tensor(0))
+    pipe = PipelineState(gl.to_tensor(0), gl.to_tensor(0))
     for turn in range(share.num_shared + share.num_own):
         shared = turn < share.num_shared
         stride = gl.where(shared, 1, 2)
         if (turn == share.num_shared) & (LANE == 1):
-            cursor = advance(cursor, 1, PLACES)
+            pipe = advance(pipe, 1, STAGES)
         index = item_index(share, turn, PROGRAMS)
         item, kv_head = load_item(work, index // KV_HEADS), index % KV_HEADS
         keys = item_keys(item, STEP)
@@ -220,9 +227,9 @@ def consume(
         walk = start_walk(item, keys)
         stored = False  # Whether the scratch records hold the merged spans so far.
         for step in range(keys.steps):
-            scores, scores2 = _scores(query_tile, ring, cursor, scores_layout)
-            release(ring, cursor, shared)
-            cursor = advance(cursor, stride, PLACES)
+            scores, scores2 = _scores(query_tile, ring, pipe, scores_layout)
+            release(ring, pipe, shared)
+            pipe = advance(pipe, stride, STAGES)
             in_block = step >= keys.cached_steps
             own = item.block_rows - (step - keys.cached_steps) * STEP
             seen_by_all = gl.where(in_block, own, common - walk.here)
@@ -231,10 +238,10 @@ def consume(
                 seen_by_last = gl.where(in_block, own, seen - walk.here)
                 scores, scores2 = _mask(scores, scores2, bound, seen_by_last, seen_by_all)
             segment, weights, weights2 = _weigh(segment, scores, scores2, scale, tiles.dtype)
-            acc = _add_values(segment.acc, ring, cursor, weights, weights2)
+            acc = _add_values(segment.acc, ring, pipe, weights, weights2)
             segment = Softmax(segment.top, segment.norm, acc)
-            release(ring, cursor, shared)
-            cursor = advance(cursor, stride, PLACES)
+            release(ring, pipe, shared)
+            pipe = advance(pipe, stride, STAGES)
             walk, ends_segment = take_step(walk, keys, step, STEP)
             if ends_segment:
                 span = _merge(span, segment)

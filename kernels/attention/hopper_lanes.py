@@ -20,19 +20,19 @@ class Share(NamedTuple):
     first: gl.tensor  # Index of its first own item.
 
 
-class Ring(NamedTuple):
-    """A ring buffer in shared memory. A place (pipeline stage) holds the keys or the values of a step: two tiles."""
+class KVRing(NamedTuple):
+    """A ring buffer in shared memory. A stage holds the keys or the values of a step: two tiles."""
 
-    tiles: gl.shared_memory_descriptor  # [2 * places, keys, width]
-    full: gl.shared_memory_descriptor  # An mbarrier per place: its tiles have arrived.
-    empty: gl.shared_memory_descriptor  # An mbarrier per place: the consumers have released it.
+    tiles: gl.shared_memory_descriptor  # [2 * stages, keys, width]
+    full: gl.shared_memory_descriptor  # An mbarrier per stage: its tiles have arrived.
+    empty: gl.shared_memory_descriptor  # An mbarrier per stage: the consumers have released it.
 
 
-class Cursor(NamedTuple):
-    """A warp's position in the ring."""
+class PipelineState(NamedTuple):
+    """The stage of a ring buffer that a warp is at."""
 
-    place: gl.tensor
-    phase: gl.tensor  # The phase of the place's mbarriers. It flips each time the cursor wraps around.
+    stage: gl.tensor
+    phase: gl.tensor  # The phase of the stage's mbarriers. It flips each time the ring wraps around.
 
 
 @gluon.jit
@@ -55,17 +55,17 @@ def item_index(share, turn, PROGRAMS: gl.constexpr):
 
 
 @gluon.jit
-def advance(cursor, step, PLACES: gl.constexpr):
-    """The cursor `step` places further."""
-    place = cursor.place + step
-    wraps = place >= PLACES
-    return Cursor(gl.where(wraps, place - PLACES, place), gl.where(wraps, cursor.phase ^ 1, cursor.phase))
+def advance(pipe, step, STAGES: gl.constexpr):
+    """The state `step` stages later."""
+    stage = pipe.stage + step
+    wraps = stage >= STAGES
+    return PipelineState(gl.where(wraps, stage - STAGES, stage), gl.where(wraps, pipe.phase ^ 1, pipe.phase))
 
 
 @gluon.jit
-def release(ring, cursor, shared):
-    """Release a place to the producers. Its mbarrier expects two arrivals: one from each consumer, or two from the only one."""
+def release(ring, pipe, shared):
+    """Release a stage to the producers. Its mbarrier expects two arrivals: one from each consumer, or two from the only one."""
     if shared:
-        mbarrier.arrive(ring.empty.index(cursor.place), count=1)
+        mbarrier.arrive(ring.empty.index(pipe.stage), count=1)
     else:
-        mbarrier.arrive(ring.empty.index(cursor.place), count=2)
+        mbarrier.arrive(ring.empty.index(pipe.stage), count=2)

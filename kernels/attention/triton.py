@@ -34,7 +34,7 @@ def _load_cached(
     k_cache,
     v_cache,
     kv_head,
-    slots,
+    num_slots,
     page,
     at,
     PAGE: tl.constexpr,
@@ -44,7 +44,7 @@ def _load_cached(
 ):
     """Keys and values of positions at .. at + KEYS - 1, which lie in one page: both [keys, width]."""
     key, dims = tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    spot = (kv_head * slots + page * PAGE + at % PAGE + key).to(tl.int64)[:, None] * DIM + dims[None, :]
+    spot = (kv_head * num_slots + page * PAGE + at % PAGE + key).to(tl.int64)[:, None] * DIM + dims[None, :]
     mask = (dims < DIM)[None, :]
     return tl.load(k_cache + spot, mask=mask, other=0.0), tl.load(v_cache + spot, mask=mask, other=0.0)
 
@@ -74,7 +74,7 @@ def _attention_kernel(
     norms,
     heads,
     kv_heads,
-    slots,
+    num_slots,
     scale,
     spare,
     PER_KV: tl.constexpr,
@@ -86,7 +86,10 @@ def _attention_kernel(
     PROGRAMS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """slots: positions of a KV head in the cache, pages * page_size. spare: index of the first scratch record of the programs."""
+    """num_slots: cache slots of a KV head (see `KVWrites`), pages * page_size.
+
+    spare: index of the first scratch record of the programs.
+    """
     if CHAINED:
         gdc_launch_dependents()
     # The work list is uploaded before the pass, so it may be read before `gdc_wait`.
@@ -112,8 +115,8 @@ def _attention_kernel(
         keys = item_keys(item, KEYS)
         if CHAINED:
             gdc_wait()
-        place = ((item.first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
-        query = tl.load(qkv + place[:, None] + dims[None, :], mask=mask, other=0.0)
+        source = ((item.first_row + row) * (heads + 2 * kv_heads) + head).to(tl.int64) * DIM
+        query = tl.load(qkv + source[:, None] + dims[None, :], mask=mask, other=0.0)
         span, segment = initial(QUERIES, WIDTH), initial(QUERIES, WIDTH)
         walk = start_walk(item, keys)
         stored = False  # Whether the scratch records hold the merged spans so far.
@@ -122,7 +125,7 @@ def _attention_kernel(
             key = tl.arange(0, KEYS)
             if step < keys.cached_steps:
                 page = tl.load(work + item.table_at + at // PAGE)
-                k, v = _load_cached(k_cache, v_cache, kv_head, slots, page, at, PAGE, KEYS, DIM, WIDTH)
+                k, v = _load_cached(k_cache, v_cache, kv_head, num_slots, page, at, PAGE, KEYS, DIM, WIDTH)
                 bound = limit - at
             else:
                 own = (step - keys.cached_steps) * KEYS

@@ -50,9 +50,9 @@ def _add_rms_norm_kernel(
     With several ranks, each first adds its own parts. Then the sums of the ranks are added.
     """
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    inside = place < width
-    scale = tl.load(weight + place, mask=inside, other=0.0)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    scale = tl.load(weight + column, mask=inside, other=0.0)
     if CHAINED:
         gdc_launch_dependents()
         # The residual was evicted from the L2 cache since it was written. It is prefetched while the layer before still runs, and
@@ -64,38 +64,38 @@ def _add_rms_norm_kernel(
         )  # fmt: skip
         gdc_wait()
     dtype = hidden.dtype.element_ty
-    before = tl.load(residual + row * width + place, mask=inside, other=0.0)
-    total = tl.load(x + row * width + place, mask=inside, other=0.0)
+    before = tl.load(residual + row * width + column, mask=inside, other=0.0)
+    total = tl.load(x + row * width + column, mask=inside, other=0.0)
     # Parts are nodes of the tree of leaves: see `tree`.
     if PARTS > 1:
-        total += tl.load(x + plane + row * width + place, mask=inside, other=0.0)
+        total += tl.load(x + plane + row * width + column, mask=inside, other=0.0)
     if PARTS > 2:
-        second = tl.load(x + 2 * plane + row * width + place, mask=inside, other=0.0)
-        total += second + tl.load(x + 3 * plane + row * width + place, mask=inside, other=0.0)
+        second = tl.load(x + 2 * plane + row * width + column, mask=inside, other=0.0)
+        total += second + tl.load(x + 3 * plane + row * width + column, mask=inside, other=0.0)
     if RANKS > 1:
         total = exchange_row(
-            total, boxes, flags, counts, status, row, place, inside, box_rows, width, rank, RANKS
+            total, boxes, flags, counts, status, row, column, inside, box_rows, width, rank, RANKS
         )
     if HAS_BIAS:
-        shift = place
+        shift = column
         if TWO_VIEWS:
             shift += tl.where(row >= tl.load(num_ar), width, 0)
         total += tl.load(bias + shift, mask=inside, other=0.0).to(tl.float32)
     value = (total.to(dtype).to(tl.float32) + before.to(tl.float32)).to(dtype)
-    tl.store(hidden + row * width + place, value, mask=inside)
+    tl.store(hidden + row * width + column, value, mask=inside)
     value = value.to(tl.float32)
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     # Rounded before the product with the weight, as in Qwen3's own code.
     value = value.to(dtype) * scale
-    tl.store(normed + row * width + place, value, mask=inside)
+    tl.store(normed + row * width + column, value, mask=inside)
     if ROUNDED:
         number, row_scale = round_row(value.to(tl.float32))
-        tl.store(numbers + row * width + place, number, mask=inside)
+        tl.store(numbers + row * width + column, number, mask=inside)
         tl.store(scales + row, row_scale)
     if GROUPED:
         groups = value.to(tl.float32).reshape((WIDTH // 128, 128))
         number, group_scales = round_groups(groups)
-        tl.store(numbers + row * width + place, number.reshape((WIDTH,)), mask=inside)
+        tl.store(numbers + row * width + column, number.reshape((WIDTH,)), mask=inside)
         group = tl.arange(0, WIDTH // 128)
         tl.store(scales + group * scale_stride + row, group_scales, mask=group * 128 < width)
 

@@ -28,14 +28,14 @@ def _quantise_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    place = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     number, scale = round_groups(
-        tl.load(x + row * x_stride + place, mask=place < ins, other=0.0).to(tl.float32)
+        tl.load(x + row * x_stride + column, mask=column < ins, other=0.0).to(tl.float32)
     )
-    tl.store(numbers + row * ins + place, number, mask=place < ins)
+    tl.store(numbers + row * ins + column, number, mask=column < ins)
     tl.store(scales + group * stride + row, scale, mask=group < groups)
 
 

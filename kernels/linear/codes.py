@@ -1,8 +1,8 @@
-"""Weights as 4-bit codes: each stands for one of 16 e4m3 numbers, and each output of 128 inputs has a scale.
+"""Weights as 4-bit codes. A code stands for one of 16 e4m3 numbers. Each output has a scale for each group of 128 inputs.
 
-An integer of 4 bits has evenly spaced values. Weights are close to normally distributed, so values that are denser near zero
-round less away: the squared error is 0.0084 of the weights' squares, and 0.0138 with integers. All values are e4m3 numbers. So a
-GPU widens codes by a table, eight codes in seven instructions, and multiplies them by FP8 inputs.
+The values of 4-bit integers are evenly spaced. Weights are close to normally distributed, so values that are denser near zero
+lose less: the sum of squared errors is 0.0084 of the sum of squared weights, and 0.0138 with integers. All values are e4m3
+numbers. So a GPU widens codes by a table lookup, eight codes in seven instructions, and multiplies them by FP8 inputs.
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ LEVELS = (0.6875, 2.0, 3.5, 5.0, 6.5, 8.0, 10.0, 13.0)
 """The magnitudes that codes stand for. Of all sets of e4m3 numbers they have the least squared error for normally distributed
 weights, found by changing one at a time."""
 _SHARES = (1.0, 0.9, 0.8)
-"""The largest level stands for this share of a group's largest weight; of several shares that with the least error is taken."""
+"""The largest level stands for one of these shares of a group's largest weight. The share with the least error is taken."""
 _CHUNK = 1024
 """Outputs of a weight that are rounded at once: float32 copies of more would need much memory."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight [outs, ins]. That of output o and input i is value(codes[o, i]) * scales[i // 128, o]."""
+    """A weight [outs, ins]. The weight of output o and input i is value(codes[o, i]) * scales[i // 128, o]."""
 
     codes: Tensor
-    """uint8 [outs, ins]: the place in `LEVELS` in bits 0 to 2, the sign in bit 3."""
+    """uint8 [outs, ins]: the index in `LEVELS` in bits 0 to 2, the sign in bit 3."""
     scales: Tensor
     """float16 [ins / 128, outs]."""
 
@@ -64,31 +64,31 @@ def _round(weight: Tensor) -> tuple[Tensor, Tensor]:
     largest = sizes.amax(2)
     best = least = chosen = None
     for share in _SHARES:
-        # Kept in float16, so the codes must be those for the rounded scale. A group of zeros has the smallest one.
+        # Scales are kept in float16, so weights are divided by the rounded scale. A group of zeros has the smallest scale.
         scales = (largest * (share / LEVELS[-1])).clamp(min=2.0**-24).half()
-        places = torch.bucketize(sizes / scales.float()[:, :, None], middles, out_int32=True)
-        error = (levels[places] * scales.float()[:, :, None] - sizes).square_().sum(2)
+        indices = torch.bucketize(sizes / scales.float()[:, :, None], middles, out_int32=True)
+        error = (levels[indices] * scales.float()[:, :, None] - sizes).square_().sum(2)
         if best is None or least is None or chosen is None:
-            best, least, chosen = scales, error, places
+            best, least, chosen = scales, error, indices
             continue
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)
-        chosen = torch.where(better[:, :, None], places, chosen)
+        chosen = torch.where(better[:, :, None], indices, chosen)
     assert best is not None and chosen is not None
     return chosen + 8 * (weight < 0), best
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """Codes uint8 [outs, ins] as int32 [outs, ins / 8], as the matrix unit's registers take them once they are widened.
+    """Codes uint8 [outs, ins] as int32 [outs, ins / 8], in the order in which the tensor cores read them once they are widened.
 
-    32 inputs are four words. Word q has the inputs 4q to 4q + 3 and then 16 + 4q to 19 + 4q. A thread of the matrix unit takes
-    each four as one register. The places of number n in `LEVELS` are bits 4n to 4n + 2. The signs are in the bits between: where
-    a sign of a byte must be, for the first four, and four bits below that for the others.
+    Each run of 32 inputs is four words. Word q has the inputs 4q to 4q + 3, and then 16 + 4q to 19 + 4q. Widened, each of these
+    two fours is one register of a thread. Bits 4n to 4n + 2 of a word are the index in `LEVELS` of its number n. The other bits
+    are signs. Those of the first four numbers are where the bytes of a register have their signs; the others are 4 bits lower.
     """
     # [outs, runs of 32, half, word, number]
     parts = codes.view(codes.shape[0], -1, 2, 4, 4).long()
-    places = 4 * torch.arange(8, device=codes.device).view(2, 1, 4)
+    shifts = 4 * torch.arange(8, device=codes.device).view(2, 1, 4)
     signs = (
         8 * torch.arange(4, device=codes.device) + torch.tensor([7, 3], device=codes.device)[:, None, None]
     )
-    return as_words((((parts & 7) << places) + ((parts >> 3) << signs)).sum((2, 4))).flatten(1)
+    return as_words((((parts & 7) << shifts) + ((parts >> 3) << signs)).sum((2, 4))).flatten(1)

@@ -22,7 +22,7 @@ def store_tile(
     row_index = row_at + tl.arange(0, ROWS)
     out_index = out_at + tl.arange(0, total.shape[0])
     inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
-    place = row_index[None, :].to(tl.int64) * width + out_index[:, None]
+    offset = row_index[None, :].to(tl.int64) * width + out_index[:, None]
     if SPLIT:
-        place += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+        offset += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)

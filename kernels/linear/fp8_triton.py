@@ -25,17 +25,17 @@ def _quantise_kernel(
     x, numbers, scales, width, stride, WIDTH: tl.constexpr, IN_WORDS: tl.constexpr, CHAINED: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    inside = place < width
-    source = place
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    source = column
     if IN_WORDS:
         # Of each 16 inputs, word q has the inputs 8 + 2q, 2q, 9 + 2q and 2q + 1.
-        source = place // 16 * 16 + 8 * (1 - place % 2) + place % 16 // 4 * 2 + place % 4 // 2
+        source = column // 16 * 16 + 8 * (1 - column % 2) + column % 16 // 4 * 2 + column % 4 // 2
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     number, scale = round_row(tl.load(x + row * stride + source, mask=inside, other=0.0).to(tl.float32))
-    tl.store(numbers + row * width + place, number, mask=inside)
+    tl.store(numbers + row * width + column, number, mask=inside)
     tl.store(scales + row, scale)
 
 

@@ -29,7 +29,7 @@ class GpuWeight(KernelWeight):
     """The base class of weights whose kernels support several views, and leaves that are divided among ranks.
 
     Every operation raises ValueError if a row of the inputs is not a multiple of 16 bytes, as TMA requires. The arguments `tiles`
-    and `segments` are for tests and measurements.
+    and `leaves` are for tests and measurements.
     """
 
     bias: Tensor | None
@@ -91,11 +91,11 @@ class GpuWeight(KernelWeight):
         num_ar: Tensor | None = None,
         *,
         tiles: LinearTiles | None = None,
-        segments: int | None = None,
+        leaves: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Weight`. segments: number of leaves, if the model does not give them."""
+        """See `Weight`. leaves: number of leaves of the inputs, if the model does not give them."""
         rows, outs = residual.shape
-        inputs = self._leaves(outs, x.shape[1], segments)
+        inputs = self._leaves(outs, x.shape[1], leaves)
         if tiles is None and not self._streams(x):
             tiles = self._choose_tiles(rows, inputs.total)
         parts = 1
@@ -123,14 +123,15 @@ class GpuWeight(KernelWeight):
             peers=peers,
         )
 
-    def _leaves(self, outs: int, ins: int, segments: int | None) -> Leaves:
+    def _leaves(self, outs: int, ins: int, count: int | None) -> Leaves:
         """The leaves of the inputs: those of the model, divided further if one row would leave the GPU idle.
 
-        FP8 layers, which only drafts use, have leaves of their own. Raises ValueError for leaves that the kernels can't take.
+        FP8 layers, which only drafts use, have leaves of their own. count: their number, or that of a layer without the model's
+        leaves; None for the usual one. Raises ValueError for leaves that the kernels can't take.
         """
         unit, split = leaf_unit(self.dtype), self.split
         if split is None or split.inputs is None or self.dtype == torch.float8_e4m3fn:
-            return Leaves.whole(ins, unit, segments or num_parts(outs, ins))
+            return Leaves.whole(ins, unit, count or num_parts(outs, ins))
         inputs = split.inputs
         if inputs.total > 1 and inputs.unit != unit:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Layers on a GPU whose weights have scales for groups of inputs, in the kernels of `grouped_triton` and `grouped_hopper`.
 
-They are those of stored weights (fine-grained FP8, GPTQ and AWQ), and of drafts in 4 bits.
+The weights are those of quantised checkpoints (fine-grained FP8, GPTQ and AWQ), or 4-bit codes for drafts.
 
-Each has one view. Where the diffusion view's projections are stored in full, draft passes have them in layers of their own.
+A layer has one view. The two views of a model are two layers (see `SplitViews`), and one of them may have another format.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ _CHUNK = 1024
 """Outputs of a weight that are packed at once."""
 _DEEPEST = 128
 _SHALLOWEST = 32
-"""Inputs of a step: what the matrix unit takes at least twice, and what the copy engine takes at least."""
+"""The most and the fewest inputs of a step. 32 inputs in 16 bits are two instructions of the tensor cores. 32 weights in 4 bits
+are 16 bytes, the least that TMA loads."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,23 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         tiles: LinearTiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, outs = residual.shape
-        segments = num_parts(outs, x.shape[1])
-        apart, peers = self._collective, self._peers
-        if segments > 1 or peers is not None or apart is not None:
-            out = empty((segments, rows, outs), torch.float32, x.device)
+        parts = num_parts(outs, x.shape[1])
+        ranks, peers = self._collective, self._peers
+        if parts > 1 or peers is not None or ranks is not None:
+            out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
-        self._run(x, out, num_ar, tiles, segments)
-        if apart is not None:
-            out = apart.add(add_pairwise(out.unbind()))[None]
+        self._run(x, out, num_ar, tiles, parts)
+        if ranks is not None:
+            out = ranks.add(add_pairwise(out.unbind()))[None]
         bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
         rounded: Literal["groups"] | None = "groups" if self.rounds_inputs else None
         return add_rms_norm(out, residual, norm_weight, eps, bias, rounded=rounded, peers=peers)
 
     def _run(
-        self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, segments: int = 1
+        self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, parts: int = 1
     ) -> None:
-        """Compute the layer into out: [rows, outs], or [segments, rows, outs] without the bias."""
+        """Write the layer's result to out: [rows, outs], or the sums of the parts [parts, rows, outs] without the bias."""
         if self.order is not None:
             x = x.index_select(1, self.order)
         x_scales = None
@@ -77,14 +78,18 @@ class GroupedWeight(GroupedLayer, KernelWeight):
                 f"a linear layer with {x.shape[1]} inputs of {x.dtype} can't run on a GPU: "
                 "its rows must be multiples of 16 bytes"
             )
-        if tiles is None and grouped_hopper.streams(x, self, segments):
-            grouped_hopper.launch(x, self, out, segments, x_scales)
+        if tiles is None and grouped_hopper.streams(x, self, parts):
+            grouped_hopper.launch(x, self, out, parts, x_scales)
         else:
-            grouped_triton.launch(x, self, out, segments, tiles, x_scales)
+            grouped_triton.launch(x, self, out, parts, tiles, x_scales)
 
 
 def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool) -> GroupedWeight:
-    """numbers e4m3 [outs, ins]; scales [ins / 128, outs], rounded up, for each output; bias [outs]."""
+    """A layer of FP8 weights.
+
+    numbers: e4m3 [outs, ins]. scales: [ins / 128, outs], rounded up. bias: [outs]. gated: whether the outputs are all of a gate
+    and then all of up.
+    """
     if gated:
         numbers = alternate(numbers.view(torch.uint8)).view(torch.float8_e4m3fn)
         scales = alternate(scales.T).T
@@ -92,12 +97,14 @@ def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool)
     return GroupedWeight(numbers.contiguous(), scales.contiguous(), None, bias, 128, 128, 0, gated)
 
 
-def code_layer(parts: list[Codes], bias: Tensor | None, gated: bool, split: Split | None) -> GroupedWeight:
-    """The weights of projections side by side, as codes. bias [outs].
+def code_layer(
+    projections: list[Codes], bias: Tensor | None, gated: bool, split: Split | None
+) -> GroupedWeight:
+    """A layer of the projections' codes, concatenated along the outputs. bias: [outs].
 
-    split: where they are a part of a layer, which part; None for a whole layer.
+    split: which part of a layer the projections are; None for a whole layer.
     """
-    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts], 1)
+    codes, scales = torch.cat([p.codes for p in projections]), torch.cat([p.scales for p in projections], 1)
     if gated:
         codes, scales = alternate(codes), alternate(scales.T).T
         bias = None if bias is None else alternate(bias)
@@ -107,9 +114,12 @@ def code_layer(parts: list[Codes], bias: Tensor | None, gated: bool, split: Spli
     )
 
 
-def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
-    """The weights of projections side by side. Raises ValueError for groups that the kernel can't run."""
-    ins, groups, bits = parts[0].numbers.shape[1], parts[0].scales.shape[0], parts[0].bits
+def integer_layer(projections: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:
+    """A layer of the projections' integers, concatenated along the outputs. bias: [outs].
+
+    Raises ValueError for groups that the kernels can't run.
+    """
+    ins, groups, bits = projections[0].numbers.shape[1], projections[0].scales.shape[0], projections[0].bits
     size = ins // groups
     depth = gcd(size, _DEEPEST)
     if depth < _SHALLOWEST:
@@ -117,16 +127,16 @@ def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> Gr
             f"integer weights with groups of {size} inputs can't run on a GPU: quantise with a group_size that "
             f"{_SHALLOWEST} divides"
         )
-    order = _order(parts)
-    numbers = torch.cat([part.numbers for part in parts])
-    scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("scales", "zeros"))
+    order = _order(projections)
+    numbers = torch.cat([p.numbers for p in projections])
+    scales, zeros = (torch.cat([getattr(p, name) for p in projections], 1) for name in ("scales", "zeros"))
     if order is not None:
         numbers = numbers.index_select(1, order)
     if gated:
         numbers, scales, zeros = alternate(numbers), alternate(scales.T).T, alternate(zeros.T).T
         bias = None if bias is None else alternate(bias)
     if bits == 4:
-        # Run by run of outputs: 64-bit copies of more would need much memory.
+        # Packing makes 64-bit copies, which would need much memory for all outputs at once.
         numbers = torch.cat([pack_words(part) for part in numbers.split(_CHUNK)])
         zeros = zeros.to(torch.uint8)
     return GroupedWeight(
@@ -142,14 +152,14 @@ def integer_layer(parts: list[Integers], bias: Tensor | None, gated: bool) -> Gr
     )
 
 
-def _order(parts: list[Integers]) -> Tensor | None:
+def _order(projections: list[Integers]) -> Tensor | None:
     """The inputs sorted by their groups; None if they are in order. Raises ValueError if the projections' orders differ."""
-    first = parts[0].group_of
-    if not all(torch.equal(part.group_of, first) for part in parts):
+    first = projections[0].group_of
+    if not all(torch.equal(p.group_of, first) for p in projections):
         raise ValueError(
             "the projections of a layer have different g_idx, which can't run on a GPU: quantise with desc_act false"
         )
-    counts = torch.bincount(first, minlength=parts[0].scales.shape[0])
+    counts = torch.bincount(first, minlength=projections[0].scales.shape[0])
     if not bool((counts == counts[0]).all()):
         raise ValueError(
             "the groups of g_idx differ in size, which can't run on a GPU: quantise with desc_act false"

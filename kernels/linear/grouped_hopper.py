@@ -1,12 +1,12 @@
 """The layers of `grouped_triton` on Hopper: FP8 weights for few rows, and weights in 4 bits for any number of rows.
 
-The warps of a program have different tasks. One loads weights, another input rows, into a ring of tiles in shared memory; four
-multiply what is there. A place of the ring holds a step: two groups of 128 inputs, one multiplied while the numbers of the other
-are prepared. 4-bit numbers come out of shared memory in the registers in which the matrix unit takes them (see
-`integers.pack_words` and `codes.pack_codes`), and are widened there. The sums are those of `grouped_triton`, by the same
-instructions in the same order, so a row has the same bits in either.
+The kernel is persistent and warp-specialized. One producer warp loads weights into a ring buffer in shared memory, and another
+loads input rows. A consumer warpgroup multiplies them. A stage of the ring holds a step, which is two groups of 128 inputs. While
+the tensor cores multiply one group, the numbers of the other are prepared. 4-bit numbers are loaded to the registers from which
+the tensor cores read them (see `integers.pack_words` and `codes.pack_codes`), and widened there. The sums are those of
+`grouped_triton`, by the same instructions in the same order. So a row has the same bits in both.
 
-Written in Gluon, Triton's language for explicit shared memory and copies; there is no interpreter for it.
+Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from functools import cache
@@ -23,29 +23,30 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.device import chaining, has_warpgroup_mma, num_sms
 from orthrus.kernels.linear.descriptors import tiles_of
-from orthrus.kernels.linear.grouped_ring import Ring, load_rows, load_weights
+from orthrus.kernels.linear.grouped_ring import GroupedRing, load_rows, load_weights
 from orthrus.kernels.linear.hopper import MOST_ROWS
-from orthrus.kernels.linear.stream import REGISTERS, RING_BYTES, Work, make_grid, next_place, num_steps
+from orthrus.kernels.linear.stream import REGISTERS, RING_BYTES, Work, make_grid, next_stage, num_steps
 from orthrus.kernels.linear.stream_finish import finish
 from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import GroupedLayer
 
 _DEPTH = 128
-"""Inputs of a group, whose sum is multiplied by scales."""
+"""Inputs whose products the tensor cores sum, before the sum is multiplied by scales: here called a group."""
 _STEP = 2 * _DEPTH
+"""Inputs of a step."""
 _OUTS = 64
-"""Outputs of a tile: as many as one instruction computes."""
+"""Outputs of a tile: M of one instruction of the tensor cores."""
 _BITS = (0, 4)
-"""Of the weights that the kernel takes; 0 for FP8."""
+"""Bits of the weights that the kernel takes; 0 for FP8."""
 
 
 @gluon.jit
 def _widen_codes(words):
     """Words of 4-bit codes [outs, 16] -> the e4m3 numbers that they stand for [outs, 128]."""
     OUTS: gl.constexpr = words.shape[0]
-    # The bytes of `codes.LEVELS` in e4m3 are a table of eight, from which prmt takes four at a time.
+    # The bytes of `codes.LEVELS` in e4m3 are a table of eight entries. prmt looks up four of them at a time.
     n0, n1, n2, n3, n4, n5, n6, n7 = gl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, place, number;
@@ -73,20 +74,20 @@ def _widen_codes(words):
         is_pure=True,
         pack=4,
     )
-    # The four words that a thread has of an output are those of four runs of 32 inputs. To Triton a register has one number of
-    # each of them. Really it has four neighbours of one word, and two registers in turn have its two halves.
+    # A thread has four words of an output, of four runs of 32 inputs. Triton takes a result register to hold one number of each
+    # word. In fact it holds four neighbours of one word, and each word fills two registers in turn, one for each half.
     low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
     high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
-    # [outs, neighbour, word, half, run's low bit, run's high bit] in the order of the inputs.
-    parts = gl.join(low, high).reshape((OUTS, 4, 4, 2, 2, 2))
-    return parts.permute((0, 5, 4, 3, 2, 1)).reshape((OUTS, 128))
+    # From [outs, neighbour, word, half, run's low bit, run's high bit] to the order of the inputs.
+    joined = gl.join(low, high).reshape((OUTS, 4, 4, 2, 2, 2))
+    return joined.permute((0, 5, 4, 3, 2, 1)).reshape((OUTS, 128))
 
 
 @gluon.jit
 def _widen(words, zeros):
     """Words of 4-bit numbers [outs, 16], and bfloat16 zero points [outs, 1] plus 128 -> the numbers less these [outs, 128]."""
     OUTS: gl.constexpr = words.shape[0]
-    # 0x4300 is 128 in bfloat16, and a number in its low bits is added to it.
+    # 0x4300 is 128 in bfloat16. Setting a number in its low bits adds the number to it.
     n0, n1, n2, n3, n4, n5, n6, n7 = gl.inline_asm_elementwise(
         """{
         .reg .b32 t;
@@ -105,27 +106,29 @@ def _widen(words, zeros):
         is_pure=True,
         pack=2,
     )
-    # Two words side by side in registers give the first and the second neighbours of four eights each.
+    # Triton takes a result register to hold one number of each of two words. In fact it holds two neighbours of one word: in the
+    # first four registers those of the first word, one register for each eight, and in the last four those of the second word.
     low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
     high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
-    parts = gl.join(low, high).reshape((OUTS, 2, 2, 4, 2, 2, 2))
-    return parts.permute((0, 1, 6, 5, 4, 3, 2)).reshape((OUTS, 128))
+    joined = gl.join(low, high).reshape((OUTS, 2, 2, 4, 2, 2, 2))
+    return joined.permute((0, 1, 6, 5, 4, 3, 2)).reshape((OUTS, 128))
 
 
 class Product(NamedTuple):
-    """A group that the matrix unit may still be at."""
+    """The product of a group, which the tensor cores may still be computing."""
 
     sums: gl.tensor  # [outs, rows]
-    numbers: gl.tensor  # What it reads from registers, which must stay there so long; of bfloat16.
+    # Widened bfloat16 weights. Their registers must not be reused before the product is complete. Not used for other weights.
+    numbers: gl.tensor
     scale: gl.tensor  # [outs]
-    row_scale: gl.tensor  # [rows], of FP8 rows.
+    row_scale: gl.tensor  # [rows]: the scales of FP8 rows. Not used for other rows.
 
 
 @gluon.jit
-def _start(ring, place, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: gl.constexpr):
-    """Multiply the tiles of half a step."""
+def _start(ring, stage, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: gl.constexpr):
+    """Start the product of a group, the first (HALF = 0) or the second of a step."""
     layout: gl.constexpr = nothing.type.layout
-    tile = 2 * place + HALF
+    tile = 2 * stage + HALF
     rows = ring.rows.index(tile).permute((1, 0))
     scale = ring.scales.index(tile).load(gl.SliceLayout(1, layout)).to(gl.float32)
     others = ring.others.index(tile)
@@ -136,9 +139,9 @@ def _start(ring, place, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: 
     if BITS == 0:
         sums = warpgroup_mma(ring.weights.index(tile), rows, nothing, use_acc=False, is_async=True)
     else:
-        words = ring.weights.index(place).slice(16 * HALF, 16, dim=1).load(WORDS)
+        words = ring.weights.index(stage).slice(16 * HALF, 16, dim=1).load(WORDS)
         if ROUNDED:
-            # Triton's wait takes no 8-bit numbers. ptxas leaves the registers alone that the matrix unit reads.
+            # Triton's wait takes no 8-bit numbers. ptxas does not reuse registers that a warpgroup MMA still reads.
             widened = gl.convert_layout(_widen_codes(words), gl.DotOperandLayout(0, layout, 4))
             sums = warpgroup_mma(widened, rows, nothing, use_acc=False, is_async=True)
         else:
@@ -151,7 +154,7 @@ def _start(ring, place, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: 
 
 @gluon.jit
 def _add(acc, product, LATER: gl.constexpr, ROUNDED: gl.constexpr):
-    """Add a product to acc; LATER: how many later ones may still be under way."""
+    """Wait for a product, multiply it by its scales, and add it to acc. LATER: how many later products may be incomplete."""
     sums, _ = warpgroup_mma_wait(LATER, deps=(product.sums, product.numbers))
     sums *= product.scale[:, None]
     if ROUNDED:
@@ -172,30 +175,30 @@ def _multiply(
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Sum the units of a program, and store them."""
+    """Run the consumer: sum the units of a program, and store the sums."""
     ROWS: gl.constexpr = ring.rows.shape[1]
-    PLACES: gl.constexpr = ring.full.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     ROUNDED: gl.constexpr = ring.rows.dtype == gl.float8e4nv
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [gl.num_warps(), 1], [16, ROWS, 256 // ring.rows.dtype.primitive_bitwidth]
     )
     grid = make_grid(work, OUTS, ROWS, False)
-    place, phase = 0, 0
+    stage, phase = 0, 0
     nothing = gl.zeros((OUTS, ROWS), gl.float32, layout)
     for number in range(gl.program_id(0), grid.units, grid.programs):
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
-        for _ in range(num_steps(number % grid.parts, grid)):
-            mbarrier.wait(ring.full.index(place), phase)
-            first = _start(ring, place, nothing, 0, WORDS, BITS)
-            second = _start(ring, place, nothing, 1, WORDS, BITS)
+        for _ in range(num_steps(number % grid.work.parts, grid)):
+            mbarrier.wait(ring.full.index(stage), phase)
+            first = _start(ring, stage, nothing, 0, WORDS, BITS)
+            second = _start(ring, stage, nothing, 1, WORDS, BITS)
             acc = _add(acc, first, 1, ROUNDED)
             acc = _add(acc, second, 0, ROUNDED)
-            mbarrier.arrive(ring.empty.index(place), count=1)
-            place, phase = next_place(place, phase, PLACES)
+            mbarrier.arrive(ring.empty.index(stage), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
         finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "segments", "steps"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "steps"])
 def _grouped_stream_kernel(
     w,
     x,
@@ -208,11 +211,11 @@ def _grouped_stream_kernel(
     num_outs,
     x_stride,
     steps,
-    segments,
+    parts,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
-    PLACES: gl.constexpr,
+    STAGES: gl.constexpr,
     GROUP_DEPTHS: gl.constexpr,
     BITS: gl.constexpr,
     WORDS: gl.constexpr,
@@ -221,26 +224,26 @@ def _grouped_stream_kernel(
     HAS_BIAS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    # Where rows are FP8 numbers with scales, weights have no zero points: these rings are one.
+    # FP8 rows have scales, and integer weights have zero points. No layer has both, so they share a field of the ring.
     ROUNDED: gl.constexpr = x.dtype == gl.float8e4nv
     other = x_scales if ROUNDED else zeros
     TILES: gl.constexpr = 1 if BITS > 0 else 2
-    ring = Ring(
-        gl.allocate_shared_memory(w.dtype, [TILES * PLACES, OUTS, w.block_type.shape[1]], w.layout),
-        gl.allocate_shared_memory(x.dtype, [2 * PLACES, ROWS, DEPTH], x.layout),
-        gl.allocate_shared_memory(scales.dtype, [2 * PLACES, OUTS], scales.layout),
-        gl.allocate_shared_memory(other.dtype, [2 * PLACES, other.block_type.shape[0]], other.layout),
-        gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
+    ring = GroupedRing(
+        gl.allocate_shared_memory(w.dtype, [TILES * STAGES, OUTS, w.block_type.shape[1]], w.layout),
+        gl.allocate_shared_memory(x.dtype, [2 * STAGES, ROWS, DEPTH], x.layout),
+        gl.allocate_shared_memory(scales.dtype, [2 * STAGES, OUTS], scales.layout),
+        gl.allocate_shared_memory(other.dtype, [2 * STAGES, other.block_type.shape[0]], other.layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
     )
-    for i in gl.static_range(PLACES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(i), count=2)
         mbarrier.init(ring.empty.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    # A segment is a leaf, of a tree that `add_rms_norm` sums.
+    # Each part is one leaf of the tree that `add_rms_norm` sums.
     one, none = gl.to_tensor(1), gl.to_tensor(0)
-    work = Work(num_rows, num_rows, num_outs, segments, one, steps, segments, none)
+    work = Work(num_rows, num_rows, num_outs, parts, one, steps, parts, none)
     gl.warp_specialize(
         [
             (_multiply, (ring, bias, out, work, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
@@ -254,7 +257,7 @@ def _grouped_stream_kernel(
 
 @cache
 def _words_layout(warps: int) -> gl.DistributedLinearLayout:
-    """Which words of a tile [outs, 16] a thread has: those whose numbers the matrix unit takes from it."""
+    """The words of a tile [outs, 16] that a thread holds: those of its numbers in an operand of wgmma."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 4], [0, 8], [8, 0]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
@@ -264,38 +267,36 @@ def _words_layout(warps: int) -> gl.DistributedLinearLayout:
     )
 
 
-def streams(x: Tensor, layer: GroupedLayer, segments: int) -> bool:
-    """Whether `launch` takes these rows x [rows, ins], bfloat16 or FP8.
+def streams(x: Tensor, layer: GroupedLayer, parts: int) -> bool:
+    """Whether `launch` takes these rows x [rows, ins], with the sum in `parts` parts.
 
-    Of weights in 4 bits it takes any number, because `grouped_triton` widens them slowly.
+    With weights in 4 bits it takes any number of rows, because `grouped_triton` widens such weights slowly.
     """
     return (
         (layer.bits == 4 or x.shape[0] <= MOST_ROWS)
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         and layer.bits in _BITS
         and layer.depth == _DEPTH
-        and x.shape[1] % (_STEP * segments) == 0
+        and x.shape[1] % (_STEP * parts) == 0
         and has_warpgroup_mma()
     )
 
 
-def launch(
-    x: Tensor, layer: GroupedLayer, out: Tensor, segments: int, x_scales: Tensor | None = None
-) -> None:
-    """Compute `layer` into out; see `grouped_triton.launch`."""
+def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Tensor | None = None) -> None:
+    """Write the result of `layer` to out. The arguments are those of `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
     row_tile = rows_of_tile(rows, 8, 16, 32, 64)
     scales = layer.scales.view(-1)
     scales_tile = tiles_of(scales, _OUTS)
-    # The copy engine writes to multiples of 128 bytes.
+    # TMA writes to multiples of 128 bytes.
     zeros_tile = tiles_of(layer.zeros.view(-1), 128) if layer.zeros is not None else scales_tile
     row_scales_tile = scales_tile if x_scales is None else tiles_of(x_scales.view(-1), max(32, row_tile))
     step_bytes = _OUTS * _STEP * (0.5 if integers else 1) + 2 * (
         row_tile * _DEPTH * x.itemsize + _OUTS * scales.itemsize + 256
     )
     bias = layer.bias if out.dim() == 2 else None
-    _grouped_stream_kernel[(multiprocessors(x.device),)](
+    _grouped_stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.numbers, _OUTS, _STEP // 8 if integers else _DEPTH),
         tiles_of(x, row_tile, _DEPTH),
         scales_tile,
@@ -307,16 +308,16 @@ def launch(
         layer.outs,
         0 if x_scales is None else x_scales.stride(0),
         ins // _STEP,
-        segments,
+        parts,
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=_DEPTH,
-        PLACES=min(12, int(RING_BYTES // step_bytes)),
+        STAGES=min(12, int(RING_BYTES // step_bytes)),
         GROUP_DEPTHS=layer.group_size // _DEPTH,
         BITS=layer.bits,
         WORDS=_words_layout(4),
         GATED=layer.interleaved,
-        SPLIT=segments > 1,
+        SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
         num_warps=4,
         maxnreg=REGISTERS,

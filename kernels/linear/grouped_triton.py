@@ -1,9 +1,10 @@
 """The linear kernel for weights that have a scale for each output of a group of inputs: fine-grained FP8, GPTQ, AWQ and codes.
 
-A step of the sum covers inputs of one group. Its products are summed by the matrix unit, multiplied by the scales, and added to
-the float32 sum of the steps before it. The steps and their order depend on the weight alone, so a row has the same bits in any
-launch. Integers become numbers of the inputs' dtype, which holds them less their zero point exactly. As in `triton`, the weight
-is on the matrix unit's wide side, and a layer in front of a residual add is cut into segments.
+A step of the sum covers inputs of one group. The tensor cores sum its products. Then this sum is multiplied by the scales, and
+added to the float32 sum of the steps before it. The steps and their order depend on the weight alone, so a row has the same bits
+in any launch. Integers are converted to the dtype of the inputs, which holds an integer minus its zero point exactly. As in
+`triton`, the weight is on the M side of the instruction. If the result goes into the residual stream, the sum is cut into parts,
+and each part is one leaf (see `Leaves`).
 """
 
 import torch
@@ -23,11 +24,11 @@ from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
 def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):
     """Words of 4-bit numbers (see `integers.pack_words`) as the numbers plus a power of two whose mantissa holds them.
 
-    Setting the low bits of that power of two is exact, and faster than a conversion. float32 takes the numbers as they are.
+    Setting the low bits of that power of two is exact, and faster than a conversion. In float32 no power of two is added.
     """
     nibbles = tl.arange(0, 8) * 4
     numbers = tl.reshape((words[:, :, None] >> nibbles[None, None, :]) & 15, (OUTS, DEPTH // 32, 4, 2, 4))
-    # [runs of 32, word, neighbour, eights] in the order of the inputs.
+    # From [outs, run of 32, word, neighbour, eight] to the order of the inputs.
     numbers = tl.reshape(tl.permute(numbers, (0, 1, 4, 2, 3)), (OUTS, DEPTH))
     if tl.bfloat16 == DTYPE:
         return (numbers | 0x4300).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -40,28 +41,28 @@ def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr)
 def _widen(words, OUTS: tl.constexpr, DEPTH: tl.constexpr):
     """Words of 4-bit codes (see `codes.pack_codes`) as the e4m3 numbers that they stand for."""
     n = tl.arange(0, 8)[None, None, :]
-    place = (words[:, :, None] >> (4 * n)) & 7
+    level = (words[:, :, None] >> (4 * n)) & 7
     sign = (words[:, :, None] >> tl.where(n < 4, 8 * n + 7, 8 * n - 29)) & 1
     # The bytes of `codes.LEVELS` in e4m3.
-    byte = tl.where(place < 4, 0x4A464033 >> (8 * place), 0x5552504D >> (8 * (place - 4))) & 127
+    byte = tl.where(level < 4, 0x4A464033 >> (8 * level), 0x5552504D >> (8 * (level - 4))) & 127
     numbers = tl.reshape((byte | sign << 7).to(tl.uint8), (OUTS, DEPTH // 32, 4, 2, 4))
-    # [runs of 32, word, half, number] in the order of the inputs.
+    # From [outs, run of 32, word, half, number] to the order of the inputs.
     return tl.reshape(tl.permute(numbers, (0, 1, 3, 2, 4)), (OUTS, DEPTH)).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
 def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows, x_stride, group_steps,
                OUTS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """What a step multiplies by and takes off: the scales and the zero points of the outputs, the scales of FP8 rows."""
+    """The scales of a step's outputs; their zero points, if the weights are integers; and the scales of FP8 rows."""
     index = out_at + tl.arange(0, OUTS)
-    place, live = step // group_steps * num_outs + index, index < num_outs
-    scale = tl.load(scales + place, mask=live, other=0.0).to(tl.float32)
+    offset, live = step // group_steps * num_outs + index, index < num_outs
+    scale = tl.load(scales + offset, mask=live, other=0.0).to(tl.float32)
     zero, x_scale = scale, tl.zeros((ROWS,), tl.float32)
     if tl.float8e4nv == DTYPE:
         row = row_at + tl.arange(0, ROWS)
         x_scale = tl.load(x_scales + step * x_stride + row, mask=row < num_rows, other=0.0)
     else:
-        zero = tl.load(zeros + place, mask=live, other=0).to(tl.float32)
+        zero = tl.load(zeros + offset, mask=live, other=0).to(tl.float32)
     return scale, zero, x_scale
 
 
@@ -95,7 +96,7 @@ def _grouped_kernel(
     x_stride,
     steps,
     group_steps,
-    segment_steps,
+    part_steps,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -106,8 +107,8 @@ def _grouped_kernel(
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """BITS: of the weight's integers or codes; 0 for FP8. DTYPE: of the inputs, in which the weights are multiplied."""
-    # Neighbouring programs share a weight tile over a band of row tiles: both stay in the L2 cache.
+    """BITS: bits of the weight's integers or codes; 0 for FP8. DTYPE: the inputs' dtype, in which the weights are multiplied."""
+    # Neighbouring programs share a weight tile, over a band of row tiles. Both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
     row_tiles = tl.cdiv(num_rows, ROWS)
@@ -118,13 +119,13 @@ def _grouped_kernel(
     out_at = tile % (BAND * out_tiles) // height * OUTS
     begin, end = 0, steps
     if SPLIT:
-        begin = tl.program_id(1) * segment_steps
-        end = min(begin + segment_steps, steps)
+        begin = tl.program_id(1) * part_steps
+        end = min(begin + part_steps, steps)
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((OUTS, ROWS), tl.float32)
-    # Asked for a step ahead: they are used behind the matrix unit, where nothing else hides how long they take.
+    # Scales are loaded one step ahead. They are used right after the product, where nothing else would hide the latency.
     scale, zero, x_scale = _scales_of(
         scales, zeros, x_scales, begin, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, DTYPE,
     )  # fmt: skip
@@ -133,8 +134,10 @@ def _grouped_kernel(
         scale_ahead, zero_ahead, x_scale_ahead = _scales_of(
             scales, zeros, x_scales, later, out_at, row_at, num_outs, num_rows, x_stride, group_steps, OUTS, ROWS, DTYPE,
         )  # fmt: skip
-        part = _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
-        total += part * x_scale[None, :] if tl.float8e4nv == DTYPE else part
+        product = (
+            _products(w, x, zero, step * DEPTH, out_at, row_at, OUTS, DEPTH, BITS, DTYPE) * scale[:, None]
+        )
+        total += product * x_scale[None, :] if tl.float8e4nv == DTYPE else product
         scale, zero, x_scale = scale_ahead, zero_ahead, x_scale_ahead
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
@@ -151,7 +154,7 @@ _DTYPES = {
 
 
 def grouped_tiles(rows: int) -> LinearTiles:
-    """The usual tiles. Steps are as deep as `GroupedLayer.depth` says, which decides bits."""
+    """The usual tiles. Their depth is not used: a step has `GroupedLayer.depth` inputs, because that decides bits."""
     if rows <= 64:
         return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 128, warps=4, stages=5)
     if rows <= 128:
@@ -163,13 +166,13 @@ def launch(
     x: Tensor,
     layer: GroupedLayer,
     out: Tensor,
-    segments: int,
+    parts: int,
     tiles: LinearTiles | None = None,
     x_scales: Tensor | None = None,
 ) -> None:
-    """Compute `layer` into out: [rows, outs], or parts of the sum, [segments, rows, outs], without the bias.
+    """Write the result of `layer` to out: [rows, outs], or the sums of the parts [parts, rows, outs] without the bias.
 
-    x [rows, ins]: 16-bit or float32 rows, or FP8 ones with x_scales as `quantise_inputs` gives them.
+    x [rows, ins]: in 16 bits or float32; or in FP8, with x_scales from `quantise_inputs`. tiles: None for the usual ones.
     """
     rows, ins = x.shape
     outs, depth, bits = layer.outs, layer.depth, layer.bits
@@ -178,7 +181,7 @@ def launch(
     bias = layer.bias if out.dim() == 2 else None
     numbers = layer.numbers
     grid = triton.cdiv(outs, cut.outs) * triton.cdiv(rows, cut.rows)
-    _grouped_kernel[(grid, segments)](
+    _grouped_kernel[(grid, parts)](
         TensorDescriptor(
             numbers, list(numbers.shape), [numbers.shape[1], 1], [cut.outs, depth // (8 if bits == 4 else 1)]
         ),
@@ -193,14 +196,14 @@ def launch(
         0 if x_scales is None else x_scales.stride(0),
         steps,
         layer.group_size // depth,
-        triton.cdiv(steps, segments),
+        triton.cdiv(steps, parts),
         OUTS=cut.outs,
         ROWS=cut.rows,
         DEPTH=depth,
         BITS=bits,
         DTYPE=_DTYPES[x.dtype],
         GATED=layer.interleaved,
-        SPLIT=segments > 1,
+        SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
         num_warps=cut.warps,
         num_stages=cut.stages,

@@ -6,7 +6,7 @@ begins. They begin before earlier kernels of the stream have finished (programma
 no kernel. Only the loads of input rows wait for those kernels. The sums are those of `triton`, by the same instructions in the
 same order. So a row has the same bits in a decode pass and in a prefill chunk.
 
-`stream` divides the work among programs, and has the ring. Pipeline stages of the ring are called *places*.
+`stream` divides the work among programs, and has the ring buffer.
 
 Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
@@ -17,20 +17,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.device import chaining, has_warpgroup_mma, num_sms
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
 from orthrus.kernels.linear.stream import (
     RING_BYTES,
-    Ring,
+    DenseRing,
     Work,
-    advance,
     count_steps,
     fetch_rows,
     fetch_weights,
     fill_ring,
     leaf_begin,
     make_grid,
+    next_step,
     unit_of,
 )
 from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, output_scales
@@ -44,7 +44,7 @@ _STEP_BYTES = 256
 """Bytes of the inputs of a step: 128 inputs of 16 bits, or 256 of FP8."""
 
 
-@gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps", "all_leaves", "first_leaf", "first_token"])
 def _stream_kernel(
     w,
     x,
@@ -61,15 +61,15 @@ def _stream_kernel(
     num_rows,
     num_outs,
     parts,
-    units,
-    leaves,
+    all_steps,
+    all_leaves,
     first_leaf,
     first_token,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
-    RING: gl.constexpr,
-    TREE: gl.constexpr,
+    STAGES: gl.constexpr,
+    PART_LEAVES: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SCALED: gl.constexpr,
@@ -80,19 +80,19 @@ def _stream_kernel(
     CHAINED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    w_ring = gl.allocate_shared_memory(w.dtype, [RING, OUTS, DEPTH], w.layout)
-    x_ring = gl.allocate_shared_memory(x.dtype, [RING, ROWS, DEPTH], x.layout)
-    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    ring = Ring(w_ring, x_ring, full)
-    for i in gl.static_range(RING):
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES, OUTS, DEPTH], w.layout)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, DEPTH], x.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ring = DenseRing(w_ring, x_ring, full)
+    for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    tree = gl.to_tensor(TREE)
-    work = Work(num_ar, num_rows, num_outs, parts, tree, units, leaves, first_leaf)
+    part_leaves = gl.to_tensor(PART_LEAVES)
+    work = Work(num_ar, num_rows, num_outs, parts, part_leaves, all_steps, all_leaves, first_leaf)
     grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
     program = gl.program_id(0)
-    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * units
+    total = gl.cdiv(gl.maximum(grid.units - program, 0), grid.programs) * all_steps
     if WHOLE == 0:
         total = count_steps(program, grid)
     ahead = fill_ring(w, x, ring, grid, total, OUTS, ROWS, DEPTH, CHAINED)
@@ -102,9 +102,9 @@ def _stream_kernel(
         [3, 0], [num_warps, 1], [16, ROWS, 256 // w.dtype.primitive_bitwidth]
     )
     picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
-    place, phase, done, free = 0, 0, 0, 0
+    stage, phase, done, empty = 0, 0, 0, 0
     for number in range(program, grid.units, grid.programs):
-        first = number % grid.parts * TREE
+        first = number % grid.work.parts * PART_LEAVES
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         # Nodes of the tree that wait for their neighbour: of one leaf, of two, of four.
         one, two, four = acc, acc, acc
@@ -113,31 +113,31 @@ def _stream_kernel(
             row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
             scale = output_scales(w_scales, unit, num_outs, OUTS, layout)
             row_scale = gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)
-        for leaf in range(TREE):
+        for leaf in range(PART_LEAVES):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             for _ in range(leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)):
-                mbarrier.wait(full.index(place), phase)
-                weights, rows = w_ring.index(place), x_ring.index(place).permute((1, 0))
+                mbarrier.wait(full.index(stage), phase)
+                weights, rows = w_ring.index(stage), x_ring.index(stage).permute((1, 0))
                 if SCALED:
                     # The tensor cores sum FP8 products with few bits. So the sum of each step is added to acc outside of them.
                     product = warpgroup_mma(weights, rows, acc, use_acc=False, is_async=True)
                     acc += warpgroup_mma_wait(0, deps=(product,))
                 else:
                     acc = warpgroup_mma(weights, rows, acc, is_async=True)
-                    # Now the product of the previous step is complete, and its place in the ring is free.
+                    # Now the product of the previous step is complete, and its stage is empty.
                     acc = warpgroup_mma_wait(1, deps=(acc,))
-                if (done > 0) & (done + RING - 1 < total):
-                    fetch_weights(w, ring, free, ahead, True)
-                    fetch_rows(x, ring, free, ahead, True)
-                    ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+                if (done > 0) & (done + STAGES - 1 < total):
+                    fetch_weights(w, ring, empty, ahead, True)
+                    fetch_rows(x, ring, empty, ahead, True)
+                    ahead = next_step(ahead, grid, OUTS, ROWS, DEPTH)
                 done += 1
-                free = place
-                place += 1
-                if place == RING:
-                    place = 0
+                empty = stage
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
                     phase ^= 1
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
+            acc, one, two, four = join_leaf(acc, leaf, one, two, four, PART_LEAVES)
         if SCALED:
             acc *= scale[:, None]
             acc *= row_scale[None, :]
@@ -181,7 +181,7 @@ def launch(
     assert inputs.unit == depth and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
     scales = layer.scales
-    _stream_kernel[(multiprocessors(x.device),)](
+    _stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.weights[0], _OUTS, depth, rows=views * outs),
         tiles_of(x, row_tile, depth),
         out if scales is None else scales,
@@ -200,8 +200,8 @@ def launch(
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=depth,
-        RING=RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
-        TREE=inputs.count // parts,
+        STAGES=RING_BYTES // ((_OUTS + row_tile) * _STEP_BYTES),
+        PART_LEAVES=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SCALED=scales is not None,

@@ -1,9 +1,8 @@
-"""The format "int4": weights as 4-bit codes with a scale for each output of 128 inputs (`codes`), and inputs in FP8.
+"""The format "int4": weights as 4-bit codes with a scale for each output and 128 inputs (`codes`), and inputs in FP8.
 
 It takes a little more than a quarter of the memory of bfloat16. It rounds to the nearest value and uses no calibration data. So
-only passes whose results may be rough run in it: drafts, which another pass verifies. Inputs are rounded to e4m3, with a scale
-for each 128 of a row. On a GPU it runs in the kernels of fine-grained FP8 checkpoints. These do not pick tokens, so an LM head is
-kept in the format "fp8".
+only drafts use it, which another pass verifies. Inputs are rounded to e4m3, with a scale for each 128 of a row. On a GPU it runs
+in the kernels of fine-grained FP8 checkpoints. These can't pick tokens, so an LM head is kept in the format "fp8".
 """
 
 import torch
@@ -25,7 +24,7 @@ class Int4Format:
 
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
-        """See `WeightFormat`. Raises ValueError for layers whose inputs can't be cut into groups."""
+        """See `WeightFormat`. Raises ValueError for layers whose inputs are not a multiple of 128."""
         if head:
             return Fp8Format.pack(views, gated=gated, head=head)
         if _has_kernel(views):
@@ -36,7 +35,7 @@ class Int4Format:
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
-        """See `SplitFormat`. Each rank rounds the part that it has. Raises ValueError as `pack` does."""
+        """See `SplitFormat`. Each rank rounds its own part of a layer. Raises ValueError as `pack` does."""
         if head:
             return Fp8Format.pack_split(views, split, gated=gated, head=head)
         if _has_kernel(views):
@@ -55,14 +54,14 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
 
     layers: list[Weight] = []
     for view in views:
-        parts = [round_to_codes(parameters.pop("weight")) for parameters in view]
+        projections = [round_to_codes(parameters.pop("weight")) for parameters in view]
         biases = [parameters.pop("bias") for parameters in view if "bias" in parameters]
-        layers.append(code_layer(parts, torch.cat(biases) if biases else None, gated, split))
+        layers.append(code_layer(projections, torch.cat(biases) if biases else None, gated, split))
     return SplitViews.join(layers)
 
 
 def _rounded(views: Views) -> list[list[Parameters]]:
-    """The tensors of the projections, taken out of `views`, with the weights rounded to what the format holds."""
+    """Remove the tensors of the projections from `views`, and return them with the weights rounded as the format does."""
     return [[_rounded_projection(parameters) for parameters in view] for view in views]
 
 

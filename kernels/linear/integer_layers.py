@@ -1,4 +1,4 @@
-"""Layers of weights that are kept as integers: on a CPU dequantised, on a GPU as they are."""
+"""Layers of integer weights. On a GPU they stay integers. On a CPU they are dequantised when they are packed."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from orthrus.kernels.linear.integers import Integers
 from orthrus.kernels.linear.weight import Parameters, SplitViews, Views, Weight
 
 Reader = Callable[[Parameters], Integers]
-"""Reads a projection's tensors as a format stores them, or rounds them."""
+"""A function from the tensors of a projection, as a format stores them, to its weight."""
 
 
 def pack_integers(views: Views, read: Reader, *, gated: bool, head: bool) -> Weight:
@@ -22,14 +22,14 @@ def pack_integers(views: Views, read: Reader, *, gated: bool, head: bool) -> Wei
 
 
 def _integer_weight(views: Views, read: Reader, gated: bool) -> Weight:
-    """A layer on a GPU."""
+    """The layer for the kernels on a GPU."""
     from orthrus.kernels.linear.grouped import integer_layer
 
     layers: list[Weight] = []
     for view in views:
-        parts = [read(parameters) for parameters in view]
+        projections = [read(parameters) for parameters in view]
         biases = [parameters["bias"] for parameters in view if "bias" in parameters]
         for parameters in view:
             parameters.clear()
-        layers.append(integer_layer(parts, torch.cat(biases) if biases else None, gated))
+        layers.append(integer_layer(projections, torch.cat(biases) if biases else None, gated))
     return SplitViews.join(layers)

@@ -51,11 +51,11 @@ def round_to_integers(weight: Tensor, bits: int, group_size: int) -> Integers:
     numbers = torch.empty((outs, ins), dtype=torch.uint8, device=weight.device)
     scales = torch.empty((ins // group_size, outs), dtype=torch.float16, device=weight.device)
     for begin in range(0, outs, _CHUNK):
-        parts = weight[begin : begin + _CHUNK].float().unflatten(1, (-1, group_size))
-        largest = parts.abs().amax(2)
-        # Kept in float16, so the numbers must be those for the rounded scale.
+        groups = weight[begin : begin + _CHUNK].float().unflatten(1, (-1, group_size))
+        largest = groups.abs().amax(2)
+        # Scales are kept in float16, so weights are divided by the rounded scale.
         own = (torch.where(largest > 0, largest, 1.0) / (middle - 1)).clamp(min=2.0**-24).half()
-        rounded = (parts / own.float()[:, :, None]).round().clamp(-middle, middle - 1) + middle
+        rounded = (groups / own.float()[:, :, None]).round().clamp(-middle, middle - 1) + middle
         numbers[begin : begin + _CHUNK] = rounded.flatten(1)
         scales[:, begin : begin + _CHUNK] = own.T
     zeros = torch.full(scales.shape, middle, dtype=torch.int16, device=weight.device)
@@ -81,13 +81,13 @@ def as_words(bits: Tensor) -> Tensor:
 
 
 def pack_words(numbers: Tensor) -> Tensor:
-    """4-bit numbers uint8 [outs, ins] as int32 [outs, ins / 8], as the matrix unit's registers take them.
+    """4-bit numbers uint8 [outs, ins] as int32 [outs, ins / 8], in the order in which the tensor cores read them from registers.
 
-    32 inputs are four words. A thread of the matrix unit has one of them: the inputs 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, ... of word
-    q. The first of each two neighbours is in the low half of the word, and the second at the same place in the high half.
+    Each run of 32 inputs is four words. Word q has the inputs 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, and so on: those that one thread
+    holds. The first of each two neighbours is in the low half of the word, and the second in the same bits of the high half.
     """
     outs = numbers.shape[0]
-    # [outs, runs of 32, eights, word, neighbour]; the shifts go by eights and neighbours.
+    # [outs, runs of 32, eights, word, neighbour]. The shift depends on the eight and on the neighbour.
     parts = numbers.view(outs, -1, 4, 4, 2).long()
     shifts = torch.arange(4, device=numbers.device)[:, None, None] * 4
     shifts = shifts + torch.tensor([0, 16], device=numbers.device)

@@ -169,8 +169,8 @@ def lists_of(exceptions: Exceptions, rows: int, ins: int) -> Tensor:
     steps = ins // TILE_INS
     row, column = exceptions.row, exceptions.column
     tile = row // TILE_OUTS * steps + column // TILE_INS
-    place = row % TILE_OUTS * TILE_INS + column % TILE_INS
-    order = (tile * (TILE_OUTS * TILE_INS) + place).argsort()
+    index = row % TILE_OUTS * TILE_INS + column % TILE_INS
+    order = (tile * (TILE_OUTS * TILE_INS) + index).argsort()
     tiles = rows // TILE_OUTS * steps
     counts = torch.bincount(tile, minlength=tiles)
     most = int(counts.max())
@@ -183,7 +183,7 @@ def lists_of(exceptions: Exceptions, rows: int, ins: int) -> Tensor:
     entries[:, 0] = counts
     tile, first = tile[order], counts.cumsum(0) - counts
     number = torch.arange(tile.shape[0], device=row.device) - first[tile]
-    entries[tile, number + 1] = exceptions.bits[order] << 16 | place[order]
+    entries[tile, number + 1] = exceptions.bits[order] << 16 | index[order]
     return as_words(entries).view(-1, steps, ENTRIES)
 
 
@@ -192,8 +192,8 @@ def exceptions_in(lists: Tensor) -> Exceptions:
     numbers = torch.arange(1, MOST_EXCEPTIONS + 1, device=lists.device)
     tile, step, number = (numbers <= lists[..., :1]).nonzero(as_tuple=True)
     entries = lists[tile, step, number + 1].long()
-    place = entries & (TILE_OUTS * TILE_INS - 1)
-    row, column = tile * TILE_OUTS + place // TILE_INS, step * TILE_INS + place % TILE_INS
+    index = entries & (TILE_OUTS * TILE_INS - 1)
+    row, column = tile * TILE_OUTS + index // TILE_INS, step * TILE_INS + index % TILE_INS
     return Exceptions(row, column, entries >> 16 & 0xFFFF)
 
 

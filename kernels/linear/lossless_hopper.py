@@ -1,13 +1,13 @@
 """The linear kernel for few rows of weights in 12 bits on Hopper: three quarters of the bytes, and the bits of `hopper`.
 
-The kernel is persistent and warp-specialized, with two ring buffers in shared memory. The pipeline stages of the first are called
-*places*, and hold weights in 12 bits. Those of the second are called *slots*, and hold bfloat16 weights and input rows. One
-producer warp loads the places, and another loads the input rows of the slots. Three warpgroups widen, and take turns at the
-steps: each loads the two planes of a step's weights into registers, widens them to bfloat16 (see `lossless`), stores them to a
-slot, and puts the exceptions in place. A consumer warpgroup multiplies the slots.
+The kernel is persistent and warp-specialized, with two ring buffers in shared memory. Their stages hold a step each: those of the
+first, the *packed stages*, hold weights in 12 bits. Those of the second, the *wide stages*, hold bfloat16 weights and input rows.
+One producer warp loads the packed stages, and another loads the input rows of the wide stages. Three warpgroups, the *wideners*,
+take turns at the steps: each loads the two planes of a step's weights into registers, widens them to bfloat16 (see `lossless`),
+stores them to a wide stage, and puts the exceptions in place. A consumer warpgroup multiplies what the wide stages hold.
 
-The weights in the slots are those of the bfloat16 layer times a power of two for each output. At the end the sums are divided by
-it, which changes no bit of their mantissas. They are summed in the order of `hopper`, by the same instructions.
+The weights in the wide stages are those of the bfloat16 layer times a power of two for each output. At the end the sums are
+divided by it, which changes no bit of their mantissas. They are summed in the order of `hopper`, by the same instructions.
 
 Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
@@ -26,17 +26,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from orthrus.kernels.device import chaining, has_warpgroup_mma, multiprocessors
+from orthrus.kernels.device import chaining, has_warpgroup_mma, num_sms
 from orthrus.kernels.gluon_names import in_rows
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear.descriptors import tiles_of
-from orthrus.kernels.linear.lossless_ring import Ring, load_rows, load_weights
+from orthrus.kernels.linear.lossless_ring import LosslessRings, load_rows, load_weights
 from orthrus.kernels.linear.stream import (
     Work,
     count_steps,
     leaf_begin,
     make_grid,
-    next_place,
+    next_stage,
     unit_of,
 )
 from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, output_scales
@@ -96,16 +96,16 @@ def _widen(even, odd, low):
     # four eights, of the one output and then of the other.
     first = gl.join(gl.join(n0, n1), gl.join(n2, n3))
     second = gl.join(gl.join(n4, n5), gl.join(n6, n7))
-    parts = gl.join(first, second).reshape((OUTS // 16, 2, 8, 4, 2, 2, 2))
-    return parts.permute((0, 6, 2, 5, 4, 3, 1)).reshape((OUTS, 32))
+    joined = gl.join(first, second).reshape((OUTS // 16, 2, 8, 4, 2, 2, 2))
+    return joined.permute((0, 6, 2, 5, 4, 3, 1)).reshape((OUTS, 32))
 
 
 @gluon.jit
-def _quarter(ring, place, QUARTER: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr):
+def _quarter(rings, stage, QUARTER: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr):
     """A quarter of a step's weights, without exceptions: bfloat16 [outs, 32]."""
-    words = ring.high.index(place).slice(8 * QUARTER, 8, dim=1).load(HIGH)
+    words = rings.high.index(stage).slice(8 * QUARTER, 8, dim=1).load(HIGH)
     even, odd = words.reshape((words.shape[0], 2, 4)).permute((0, 2, 1)).split()
-    low = ring.low.index(place).slice(4 * QUARTER, 4, dim=1).load(LOW)
+    low = rings.low.index(stage).slice(4 * QUARTER, 4, dim=1).load(LOW)
     return _widen(gl.convert_layout(even, LOW), gl.convert_layout(odd, LOW), low)
 
 
@@ -129,51 +129,51 @@ def _put(tile, entry):
 
 
 @gluon.jit
-def _own_next(place, phase, PLACES: gl.constexpr):
-    """The place (or slot) of a widener's next step, and its phase."""
-    wraps = place >= PLACES - _WIDENERS
-    return gl.where(wraps, place + _WIDENERS - PLACES, place + _WIDENERS), gl.where(wraps, phase ^ 1, phase)
+def _next_own_stage(stage, phase, STAGES: gl.constexpr):
+    """The stage of a widener's next step in either ring, and the phase of its mbarriers."""
+    wraps = stage >= STAGES - _WIDENERS
+    return gl.where(wraps, stage + _WIDENERS - STAGES, stage + _WIDENERS), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
 def _widen_steps(
-    ring, work, FIRST: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr, TWO_VIEWS: gl.constexpr
+    rings, work, FIRST: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr, TWO_VIEWS: gl.constexpr
 ):
     """Run a widener: every `_WIDENERS`-th step of a program, from step `FIRST` on."""
-    PLACES: gl.constexpr = ring.full.shape[0]
-    SLOTS: gl.constexpr = ring.ready.shape[0]
-    grid = make_grid(work, _OUTS, ring.rows.shape[1], TWO_VIEWS)
-    lists = in_rows(ring.exceptions, PLACES * _ENTRIES, 1)
-    place, phase, slot, slot_phase = FIRST, 0, FIRST, 1
+    PACKED_STAGES: gl.constexpr = rings.packed_full.shape[0]
+    WIDE_STAGES: gl.constexpr = rings.wide_full.shape[0]
+    grid = make_grid(work, _OUTS, rings.rows.shape[1], TWO_VIEWS)
+    lists = in_rows(rings.exceptions, PACKED_STAGES * _ENTRIES, 1)
+    packed_stage, packed_phase, wide_stage, wide_phase = FIRST, 0, FIRST, 1
     for _ in range(FIRST, count_steps(gl.program_id(0), grid), _WIDENERS):
-        mbarrier.wait(ring.full.index(place), phase)
-        count = _entry(lists, place * _ENTRIES)
-        one = _quarter(ring, place, 0, HIGH, LOW)
-        two = _quarter(ring, place, 1, HIGH, LOW)
-        three = _quarter(ring, place, 2, HIGH, LOW)
-        four = _quarter(ring, place, 3, HIGH, LOW)
+        mbarrier.wait(rings.packed_full.index(packed_stage), packed_phase)
+        count = _entry(lists, packed_stage * _ENTRIES)
+        one = _quarter(rings, packed_stage, 0, HIGH, LOW)
+        two = _quarter(rings, packed_stage, 1, HIGH, LOW)
+        three = _quarter(rings, packed_stage, 2, HIGH, LOW)
+        four = _quarter(rings, packed_stage, 3, HIGH, LOW)
         joined = gl.join(gl.join(one, two), gl.join(three, four)).permute((0, 3, 2, 1))
-        mbarrier.wait(ring.used.index(slot), slot_phase)
+        mbarrier.wait(rings.wide_empty.index(wide_stage), wide_phase)
         # One store, since a barrier follows each.
-        ring.wide.index(slot).store(joined.reshape((_OUTS, _INS)))
+        rings.wide.index(wide_stage).store(joined.reshape((_OUTS, _INS)))
         for number in range(1, count + 1):
-            _put(ring.wide.index(slot), _entry(lists, place * _ENTRIES + number))
+            _put(rings.wide.index(wide_stage), _entry(lists, packed_stage * _ENTRIES + number))
         fence_async_shared()
-        mbarrier.arrive(ring.empty.index(place), count=1)
-        mbarrier.arrive(ring.ready.index(slot), count=1)
-        place, phase = _own_next(place, phase, PLACES)
-        slot, slot_phase = _own_next(slot, slot_phase, SLOTS)
+        mbarrier.arrive(rings.packed_empty.index(packed_stage), count=1)
+        mbarrier.arrive(rings.wide_full.index(wide_stage), count=1)
+        packed_stage, packed_phase = _next_own_stage(packed_stage, packed_phase, PACKED_STAGES)
+        wide_stage, wide_phase = _next_own_stage(wide_stage, wide_phase, WIDE_STAGES)
 
 
 @gluon.jit
 def _multiply(
-    ring,
+    rings,
     work,
     scales,
     bias,
     out,
     picking,
-    TREE: gl.constexpr,
+    PART_LEAVES: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -181,38 +181,38 @@ def _multiply(
     PICKS: gl.constexpr,
 ):
     """Run the consumer: sum the units of a program, and store the sums or pick from them."""
-    OUTS: gl.constexpr = ring.high.shape[1]
-    ROWS: gl.constexpr = ring.rows.shape[1]
-    SLOTS: gl.constexpr = ring.ready.shape[0]
+    OUTS: gl.constexpr = rings.high.shape[1]
+    ROWS: gl.constexpr = rings.rows.shape[1]
+    WIDE_STAGES: gl.constexpr = rings.wide_full.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
     grid = make_grid(work, OUTS, ROWS, TWO_VIEWS)
-    slot, phase, last = 0, 0, 0
+    stage, phase, last = 0, 0, 0
     for number in range(gl.program_id(0), grid.units, grid.programs):
-        first = number % grid.parts * TREE
+        first = number % grid.work.parts * PART_LEAVES
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
         one, two, four = acc, acc, acc
         scale = output_scales(scales, unit_of(number, grid, OUTS, ROWS), work.num_outs, OUTS, layout)
-        for leaf in range(TREE):
+        for leaf in range(PART_LEAVES):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             steps = leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)
             for step in range(steps):
-                mbarrier.wait(ring.ready.index(slot), phase)
+                mbarrier.wait(rings.wide_full.index(stage), phase)
                 acc = warpgroup_mma(
-                    ring.wide.index(slot), ring.rows.index(slot).permute((1, 0)), acc, is_async=True
+                    rings.wide.index(stage), rings.rows.index(stage).permute((1, 0)), acc, is_async=True
                 )
-                # Now the product of the previous step is complete, and its slot is free.
+                # Now the product of the previous step is complete, and its stage is empty.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(ring.used.index(last), count=1, pred=step > 0)
-                last = slot
-                slot, phase = next_place(slot, phase, SLOTS)
+                mbarrier.arrive(rings.wide_empty.index(last), count=1, pred=step > 0)
+                last = stage
+                stage, phase = next_stage(stage, phase, WIDE_STAGES)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(ring.used.index(last), count=1, pred=steps > 0)
-            acc, one, two, four = join_leaf(acc, leaf, one, two, four, TREE)
+            mbarrier.arrive(rings.wide_empty.index(last), count=1, pred=steps > 0)
+            acc, one, two, four = join_leaf(acc, leaf, one, two, four, PART_LEAVES)
         acc *= scale[:, None]
         finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "parts", "units", "leaves", "first_leaf", "first_token"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps", "all_leaves", "first_leaf", "first_token"])
 def _lossless_stream_kernel(
     high,
     low,
@@ -230,20 +230,20 @@ def _lossless_stream_kernel(
     num_rows,
     num_outs,
     parts,
-    units,
-    leaves,
+    all_steps,
+    all_leaves,
     first_leaf,
     row_steps,
     first_token,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
-    PLACES: gl.constexpr,
-    SLOTS: gl.constexpr,
+    PACKED_STAGES: gl.constexpr,
+    WIDE_STAGES: gl.constexpr,
     WIDE_TILE: gl.constexpr,
     HIGH: gl.constexpr,
     LOW: gl.constexpr,
-    TREE: gl.constexpr,
+    PART_LEAVES: gl.constexpr,
     TWO_VIEWS: gl.constexpr,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
@@ -251,43 +251,45 @@ def _lossless_stream_kernel(
     PICKS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    ring = Ring(
-        gl.allocate_shared_memory(gl.int32, [PLACES, OUTS, DEPTH // 4], high.layout),
-        gl.allocate_shared_memory(gl.int32, [PLACES, OUTS, DEPTH // 8], low.layout),
-        gl.allocate_shared_memory(gl.int32, [PLACES, exceptions.block_type.shape[0]], exceptions.layout),
-        gl.allocate_shared_memory(gl.bfloat16, [SLOTS, OUTS, DEPTH], WIDE_TILE),
-        gl.allocate_shared_memory(x.dtype, [SLOTS, ROWS, DEPTH], x.layout),
-        gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),
+    rings = LosslessRings(
+        gl.allocate_shared_memory(gl.int32, [PACKED_STAGES, OUTS, DEPTH // 4], high.layout),
+        gl.allocate_shared_memory(gl.int32, [PACKED_STAGES, OUTS, DEPTH // 8], low.layout),
+        gl.allocate_shared_memory(
+            gl.int32, [PACKED_STAGES, exceptions.block_type.shape[0]], exceptions.layout
+        ),
+        gl.allocate_shared_memory(gl.bfloat16, [WIDE_STAGES, OUTS, DEPTH], WIDE_TILE),
+        gl.allocate_shared_memory(x.dtype, [WIDE_STAGES, ROWS, DEPTH], x.layout),
+        gl.allocate_shared_memory(gl.int64, [PACKED_STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [PACKED_STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [WIDE_STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [WIDE_STAGES, 1], mbarrier.MBarrierLayout()),
     )
-    for i in gl.static_range(PLACES):
-        mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=1)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(ring.ready.index(i), count=2)
-        mbarrier.init(ring.used.index(i), count=1)
+    for i in gl.static_range(PACKED_STAGES):
+        mbarrier.init(rings.packed_full.index(i), count=1)
+        mbarrier.init(rings.packed_empty.index(i), count=1)
+    for i in gl.static_range(WIDE_STAGES):
+        mbarrier.init(rings.wide_full.index(i), count=2)
+        mbarrier.init(rings.wide_empty.index(i), count=1)
     if CHAINED:
         gdc_launch_dependents()
-    tree = gl.to_tensor(TREE)
-    work = Work(num_ar, num_rows, num_outs, parts, tree, units, leaves, first_leaf)
+    part_leaves = gl.to_tensor(PART_LEAVES)
+    work = Work(num_ar, num_rows, num_outs, parts, part_leaves, all_steps, all_leaves, first_leaf)
     picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (ring, work, scales, bias, out, picking, TREE, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS),
-            ),
-            (_widen_steps, (ring, work, 0, HIGH, LOW, TWO_VIEWS)),
-            (_widen_steps, (ring, work, 1, HIGH, LOW, TWO_VIEWS)),
-            (_widen_steps, (ring, work, 2, HIGH, LOW, TWO_VIEWS)),
-            (load_weights, (high, low, exceptions, ring, work, row_steps, ROWS, TWO_VIEWS)),
-            (load_rows, (x, ring, work, TWO_VIEWS, CHAINED)),
+            (_multiply, (
+                rings, work, scales, bias, out, picking,
+                PART_LEAVES, TWO_VIEWS, GATED, SPLIT, HAS_BIAS, PICKS,
+            )),
+            (_widen_steps, (rings, work, 0, HIGH, LOW, TWO_VIEWS)),
+            (_widen_steps, (rings, work, 1, HIGH, LOW, TWO_VIEWS)),
+            (_widen_steps, (rings, work, 2, HIGH, LOW, TWO_VIEWS)),
+            (load_weights, (high, low, exceptions, rings, work, row_steps, ROWS, TWO_VIEWS)),
+            (load_rows, (x, rings, work, TWO_VIEWS, CHAINED)),
         ],
         [4, 4, 4, 1, 1],
         [_WIDENER_REGISTERS, _WIDENER_REGISTERS, _WIDENER_REGISTERS, 24, 24],
-    )
+    )  # fmt: skip
 
 
 @cache
@@ -303,25 +305,26 @@ def words_layout(columns: int) -> gl.DistributedLinearLayout:
 
 
 @cache
-def ring_sizes(row_tile: int) -> tuple[int, int]:
-    """Number of places and of slots, for tiles of `row_tile` rows.
+def num_stages(row_tile: int) -> tuple[int, int]:
+    """Number of packed stages and of wide stages, for tiles of `row_tile` rows.
 
-    With more slots, the wideners can go on while the consumer finishes a unit.
+    With more wide stages, the wideners can go on while the consumer finishes a unit.
 
-    The phase of an mbarrier has one bit. It tells a round of a place or slot from the previous round, but not from the one before
-    that. So the previous round must be over when a widener waits for its next step i. This widener has done step i - `_WIDENERS`,
-    so all steps up to i - `_WIDENERS` - slots have been multiplied. The previous round of the place was step i - places. It must
-    be one of these steps, so places >= slots + `_WIDENERS`. In the same way, slots >= `_WIDENERS`.
+    The phase of an mbarrier has one bit. It tells a round of a stage from the previous round, but not from the one before that.
+    So the previous round must be over when a widener waits for its next step i. This widener has done step i - `_WIDENERS`, so
+    all steps up to i - `_WIDENERS` - wide_stages have been multiplied. The previous round of the packed stage was step
+    i - packed_stages. It must be one of these steps, so packed_stages >= wide_stages + `_WIDENERS`. In the same way,
+    wide_stages >= `_WIDENERS`.
     """
-    place_bytes = TILE_OUTS * TILE_INS * 3 // 2 + 4 * ENTRIES
-    slot_bytes = 2 * (TILE_OUTS + row_tile) * TILE_INS
+    packed_bytes = TILE_OUTS * TILE_INS * 3 // 2 + 4 * ENTRIES
+    wide_bytes = 2 * (TILE_OUTS + row_tile) * TILE_INS
 
-    def places(slots: int) -> int:
-        return (_RING_BYTES - slots * slot_bytes) // place_bytes
+    def packed_stages(wide_stages: int) -> int:
+        return (_RING_BYTES - wide_stages * wide_bytes) // packed_bytes
 
-    slots = max(count for count in range(1, 9) if places(count) >= count + _WIDENERS.value)
-    assert slots >= _WIDENERS.value, (row_tile, slots)
-    return places(slots), slots
+    wide_stages = max(count for count in range(1, 9) if packed_stages(count) >= count + _WIDENERS.value)
+    assert wide_stages >= _WIDENERS.value, (row_tile, wide_stages)
+    return packed_stages(wide_stages), wide_stages
 
 
 def streams(x: Tensor) -> bool:
@@ -346,8 +349,8 @@ def launch(
     inputs = inputs or Leaves.whole(ins, TILE_INS, 1)
     assert inputs.unit == TILE_INS and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
-    places, slots = ring_sizes(row_tile)
-    _lossless_stream_kernel[(multiprocessors(x.device),)](
+    packed_stages, wide_stages = num_stages(row_tile)
+    _lossless_stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.high, TILE_OUTS, TILE_INS // 4),
         tiles_of(layer.low, TILE_OUTS, TILE_INS // 8),
         tiles_of(layer.exceptions.view(-1), ENTRIES),
@@ -368,12 +371,12 @@ def launch(
         OUTS=TILE_OUTS,
         ROWS=row_tile,
         DEPTH=TILE_INS,
-        PLACES=places,
-        SLOTS=slots,
+        PACKED_STAGES=packed_stages,
+        WIDE_STAGES=wide_stages,
         WIDE_TILE=WIDE_TILE,
         HIGH=words_layout(8),
         LOW=words_layout(4),
-        TREE=inputs.count // parts,
+        PART_LEAVES=inputs.count // parts,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
         SPLIT=parts > 1,

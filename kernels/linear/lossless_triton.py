@@ -26,10 +26,10 @@ def _widen(high, low, OUTS: tl.constexpr, DEPTH: tl.constexpr):
 @triton.jit
 def _put(pairs, index, entry, live):
     """Put one exception in place in `pairs`, if it is `live`. index: the index of each pair in the tile."""
-    place = entry & 0xFFFF
-    odd = place & 1
+    target = entry & 0xFFFF
+    odd = target & 1
     others = tl.where(odd == 1, 0xFFFF, -0x10000)
-    here = index == tl.where(live, place >> 1, -1)
+    here = index == tl.where(live, target >> 1, -1)
     value = tl.where(odd == 1, entry & -0x10000, (entry >> 16) & 0xFFFF)
     return tl.where(here, (pairs & others) | value, pairs)
 
@@ -50,22 +50,22 @@ def sum_lossless(
     last = steps - 1
     # The number of exceptions and the first two are loaded one step ahead, to hide the latency. Few tiles have more. Exceptions
     # are unrolled, because Triton does not pipeline a loop that contains another loop.
-    place = lists + min(begin // DEPTH, last) * 32
-    count, one, two = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    entries = lists + min(begin // DEPTH, last) * 32
+    count, one, two = tl.load(entries), tl.load(entries + 1), tl.load(entries + 2)
     for k in range(begin, end, DEPTH):
         pairs = _widen(high.load([out_at, k // 4]), low.load([out_at, k // 8]), OUTS, DEPTH)
-        place = lists + k // DEPTH * 32
+        entries = lists + k // DEPTH * 32
         if count > 0:
             pairs = _put(pairs, index, one, True)
             pairs = _put(pairs, index, two, count > 1)
         if count > 2:
             for number in tl.static_range(3, 9):
-                pairs = _put(pairs, index, tl.load(place + number), count >= number)
+                pairs = _put(pairs, index, tl.load(entries + number), count >= number)
         if count > 8:
             for number in tl.static_range(9, 32):
-                pairs = _put(pairs, index, tl.load(place + number), count >= number)
-        place = lists + min(k // DEPTH + 1, last) * 32
-        count, one, two = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+                pairs = _put(pairs, index, tl.load(entries + number), count >= number)
+        entries = lists + min(k // DEPTH + 1, last) * 32
+        count, one, two = tl.load(entries), tl.load(entries + 1), tl.load(entries + 2)
         bits = tl.reshape(tl.join(pairs & 0xFFFF, (pairs >> 16) & 0xFFFF), (OUTS, DEPTH))
         rows = x.load([row_at, k])
         if rows.dtype == tl.float32:
@@ -116,10 +116,10 @@ def _widen_kernel(
     tl.store(pairs_out + index * (ins // 2) + k // 2 + tl.arange(0, DEPTH // 2)[None, :], pairs)
     tl.debug_barrier()  # The exceptions are written over what is there.
     number = tl.arange(0, 32)
-    place = exceptions + tl.program_id(0) * 32
-    entry = tl.load(place + number)
+    entries = exceptions + tl.program_id(0) * 32
+    entry = tl.load(entries + number)
     row, column = (entry & 0xFFFF) // DEPTH, entry & (DEPTH - 1)
-    live = (number > 0) & (number <= tl.load(place))
+    live = (number > 0) & (number <= tl.load(entries))
     exact = _scaled(entry >> 16, _exponent(tl.load(scales + out_at + row, mask=live, other=1.0)))
     tl.store(
         out + (out_at + row).to(tl.int64) * ins + k + column, exact.to(tl.bfloat16, bitcast=True), mask=live

@@ -19,13 +19,13 @@ REGISTERS = 128
 
 
 class Work(NamedTuple):
-    """The arguments of a launch that describe the work. Every warp makes its `Grid` from this."""
+    """The arguments of a launch that describe the work (for the words see `leaves`). Every warp makes its `Grid` from them."""
 
     num_ar: gl.tensor  # Pointer to the number of AR rows; read only where there are two views.
     num_rows: gl.tensor
     num_outs: gl.tensor  # Outputs of one view.
-    parts: gl.tensor  # Split-K parts: programs among which the inputs of an output are divided.
-    leaves: gl.tensor  # Leaves of a part.
+    parts: gl.tensor  # Split-K parts.
+    part_leaves: gl.tensor  # Leaves of a part.
     all_steps: gl.tensor  # These three are `units`, `total` and `first` of `Leaves`, whose units are steps.
     all_leaves: gl.tensor
     first_leaf: gl.tensor
@@ -34,16 +34,10 @@ class Work(NamedTuple):
 class Grid(NamedTuple):
     """How the work of a launch is divided into units: a tile of outputs and rows, and one part of the inputs."""
 
-    split: gl.tensor  # Number of AR rows.
+    work: Work
+    ar_rows: gl.tensor  # Number of AR rows.
     ar_tiles: gl.tensor  # Row tiles of these.
     row_tiles: gl.tensor  # All row tiles; none has rows of both views.
-    parts: gl.tensor  # Split-K parts: programs among which the inputs of an output are divided.
-    leaves: gl.tensor  # Leaves of a part.
-    all_steps: gl.tensor  # These three are `units`, `total` and `first` of `Leaves`, whose units are steps.
-    all_leaves: gl.tensor
-    first_leaf: gl.tensor
-    num_rows: gl.tensor
-    num_outs: gl.tensor  # Outputs of one view.
     units: gl.tensor
     programs: gl.tensor
 
@@ -58,7 +52,7 @@ class Unit(NamedTuple):
     part: gl.tensor
 
 
-class Cursor(NamedTuple):
+class Step(NamedTuple):
     """A step of a program's K-loop: a tile of the weight is multiplied by a tile of the input rows."""
 
     unit: gl.tensor
@@ -68,50 +62,39 @@ class Cursor(NamedTuple):
     k: gl.tensor  # First input.
 
 
-class Ring(NamedTuple):
-    """A ring buffer in shared memory. A place (pipeline stage) holds the two tiles of a step."""
+class DenseRing(NamedTuple):
+    """The ring buffer of `hopper`, in shared memory. A stage holds the two tiles of a step."""
 
-    weights: gl.shared_memory_descriptor  # [places, outs, depth]
-    rows: gl.shared_memory_descriptor  # [places, rows, depth]
-    full: gl.shared_memory_descriptor  # An mbarrier per place: both tiles have arrived.
+    weights: gl.shared_memory_descriptor  # [stages, outs, depth]
+    rows: gl.shared_memory_descriptor  # [stages, rows, depth]
+    full: gl.shared_memory_descriptor  # An mbarrier per stage: both tiles have arrived.
 
 
 @gluon.jit
 def make_grid(work, OUTS: gl.constexpr, ROWS: gl.constexpr, TWO_VIEWS: gl.constexpr):
     """The division of `work` into units."""
-    split = work.num_rows
+    ar_rows = work.num_rows
     if TWO_VIEWS:
-        split = gl.load(work.num_ar)  # Uploaded before the pass, so it may be read before `gdc_wait`.
-    ar_tiles = gl.cdiv(split, ROWS)
-    row_tiles = ar_tiles + gl.cdiv(work.num_rows - split, ROWS)
+        ar_rows = gl.load(work.num_ar)  # Uploaded before the pass, so it may be read before `gdc_wait`.
+    ar_tiles = gl.cdiv(ar_rows, ROWS)
+    row_tiles = ar_tiles + gl.cdiv(work.num_rows - ar_rows, ROWS)
     units = row_tiles * gl.cdiv(work.num_outs, OUTS) * work.parts
-    return Grid(
-        split,
-        ar_tiles,
-        row_tiles,
-        work.parts,
-        work.leaves,
-        work.all_steps,
-        work.all_leaves,
-        work.first_leaf,
-        work.num_rows,
-        work.num_outs,
-        units,
-        gl.num_programs(0),
-    )
+    return Grid(work, ar_rows, ar_tiles, row_tiles, units, gl.num_programs(0))
 
 
 @gluon.jit
 def leaf_begin(leaf, grid):
     """The first step of a leaf, counted from the rank's first leaf."""
-    first = grid.first_leaf * grid.all_steps // grid.all_leaves
-    return (grid.first_leaf + leaf) * grid.all_steps // grid.all_leaves - first
+    work = grid.work
+    first = work.first_leaf * work.all_steps // work.all_leaves
+    return (work.first_leaf + leaf) * work.all_steps // work.all_leaves - first
 
 
 @gluon.jit
 def num_steps(part, grid):
     """Steps of a part."""
-    return leaf_begin((part + 1) * grid.leaves, grid) - leaf_begin(part * grid.leaves, grid)
+    leaves = grid.work.part_leaves
+    return leaf_begin((part + 1) * leaves, grid) - leaf_begin(part * leaves, grid)
 
 
 @gluon.jit
@@ -119,21 +102,21 @@ def count_steps(program, grid):
     """Steps of all units of a program."""
     total = 0
     for number in range(program, grid.units, grid.programs):
-        total += num_steps(number % grid.parts, grid)
+        total += num_steps(number % grid.work.parts, grid)
     return total
 
 
 @gluon.jit
 def unit_of(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
     """Where a unit lies. Parts change fastest, then row tiles, so that neighbouring programs share a tile of the weight."""
-    part = number % grid.parts
-    tile = number // grid.parts
+    part = number % grid.work.parts
+    tile = number // grid.work.parts
     row_tile = tile % grid.row_tiles
     out_at = tile // grid.row_tiles * OUTS
     diffusion = row_tile >= grid.ar_tiles
-    row_at = gl.where(diffusion, grid.split + (row_tile - grid.ar_tiles) * ROWS, row_tile * ROWS)
-    row_end = gl.where(diffusion, grid.num_rows, grid.split)
-    weight_at = out_at + gl.where(diffusion, grid.num_outs, 0)
+    row_at = gl.where(diffusion, grid.ar_rows + (row_tile - grid.ar_tiles) * ROWS, row_tile * ROWS)
+    row_end = gl.where(diffusion, grid.work.num_rows, grid.ar_rows)
+    weight_at = out_at + gl.where(diffusion, grid.work.num_outs, 0)
     return Unit(weight_at, out_at, row_at, row_end, part)
 
 
@@ -141,42 +124,42 @@ def unit_of(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr):
 def first_step(number, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
     """The first step of a unit."""
     unit = unit_of(number, grid, OUTS, ROWS)
-    begin = leaf_begin(unit.part * grid.leaves, grid)
-    return Cursor(number, num_steps(unit.part, grid), unit.weight_at, unit.row_at, begin * DEPTH)
+    begin = leaf_begin(unit.part * grid.work.part_leaves, grid)
+    return Step(number, num_steps(unit.part, grid), unit.weight_at, unit.row_at, begin * DEPTH)
 
 
 @gluon.jit
-def advance(cursor, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+def next_step(step, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
     """The step after this one: further along the inputs, or the first of the program's next unit."""
-    left = cursor.left - 1
-    cursor = Cursor(cursor.unit, left, cursor.weight_at, cursor.row_at, cursor.k + DEPTH)
+    left = step.left - 1
+    step = Step(step.unit, left, step.weight_at, step.row_at, step.k + DEPTH)
     if left == 0:
-        cursor = first_step(cursor.unit + grid.programs, grid, OUTS, ROWS, DEPTH)
-    return cursor
+        step = first_step(step.unit + grid.programs, grid, OUTS, ROWS, DEPTH)
+    return step
 
 
 @gluon.jit
-def next_place(place, phase, PLACES: gl.constexpr):
-    """The next place of a ring, and the phase of its mbarriers."""
-    wraps = place == PLACES - 1
-    return gl.where(wraps, 0, place + 1), gl.where(wraps, phase ^ 1, phase)
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring, and the phase of its mbarriers."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def fetch_weights(w, ring, place, cursor, wanted):
-    """Issue the load of a step's weight tile. The place's mbarrier is set to expect the bytes of this tile and the rows' tile."""
+def fetch_weights(w, ring, stage, step, wanted):
+    """Issue the load of a step's weight tile. The stage's mbarrier is set to expect the bytes of this tile and the rows' tile."""
     LOADED: gl.constexpr = (
         (ring.weights.shape[1] + ring.rows.shape[1]) * ring.rows.shape[2] * w.dtype.primitive_bitwidth // 8
     )
-    full = ring.full.index(place)
+    full = ring.full.index(stage)
     mbarrier.expect(full, LOADED, pred=wanted)
-    async_load(w, [cursor.weight_at, cursor.k], full, ring.weights.index(place), pred=wanted)
+    async_load(w, [step.weight_at, step.k], full, ring.weights.index(stage), pred=wanted)
 
 
 @gluon.jit
-def fetch_rows(x, ring, place, cursor, wanted):
+def fetch_rows(x, ring, stage, step, wanted):
     """Issue the load of a step's tile of the input rows."""
-    async_load(x, [cursor.row_at, cursor.k], ring.full.index(place), ring.rows.index(place), pred=wanted)
+    async_load(x, [step.row_at, step.k], ring.full.index(stage), ring.rows.index(stage), pred=wanted)
 
 
 @gluon.jit
@@ -191,22 +174,22 @@ def fill_ring(
     DEPTH: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
-    """Issue the loads of the program's first steps, one step for each place. Those of the weights come before `gdc_wait`.
+    """Issue the loads of the program's first steps, one step for each stage. Those of the weights come before `gdc_wait`.
 
     Returns the step after these.
     """
-    RING: gl.constexpr = ring.full.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     first = first_step(gl.program_id(0), grid, OUTS, ROWS, DEPTH)
     ahead = first
-    for place in gl.static_range(RING):
-        fetch_weights(w, ring, place, ahead, place < total)
-        ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+    for stage in gl.static_range(STAGES):
+        fetch_weights(w, ring, stage, ahead, stage < total)
+        ahead = next_step(ahead, grid, OUTS, ROWS, DEPTH)
     if CHAINED:
         gdc_wait()
     ahead = first
-    for place in gl.static_range(RING):
-        fetch_rows(x, ring, place, ahead, place < total)
-        ahead = advance(ahead, grid, OUTS, ROWS, DEPTH)
+    for stage in gl.static_range(STAGES):
+        fetch_rows(x, ring, stage, ahead, stage < total)
+        ahead = next_step(ahead, grid, OUTS, ROWS, DEPTH)
     return ahead
 
 

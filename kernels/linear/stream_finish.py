@@ -24,22 +24,22 @@ class Picking(NamedTuple):
 
 
 @gluon.jit
-def join_leaf(acc, leaf, one, two, four, TREE: gl.constexpr):
-    """Add the sum of a leaf to the tree of `TREE` leaves. one, two, four: nodes of so many leaves that wait for their neighbour.
+def join_leaf(acc, leaf, one, two, four, PART_LEAVES: gl.constexpr):
+    """Add the sum of a leaf to the tree of a part. one, two, four: nodes of so many leaves that wait for their neighbour.
 
     Returns the largest node that this leaf completes, and the nodes that wait. After the last leaf it is the tree's sum.
     """
-    if TREE > 1:
+    if PART_LEAVES > 1:
         if leaf % 2 == 0:
             one = acc
         else:
             acc = one + acc
-            if TREE > 2:
+            if PART_LEAVES > 2:
                 if leaf % 4 == 1:
                     two = acc
                 else:
                     acc = two + acc
-                    if TREE > 4:
+                    if PART_LEAVES > 4:
                         if leaf % 8 == 3:
                             four = acc
                         else:
@@ -90,13 +90,13 @@ def finish(
     OUTS: gl.constexpr = acc.shape[0]
     ROWS: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
-    num_outs = grid.num_outs
+    num_outs = grid.work.num_outs
     unit = unit_of(number, grid, OUTS, ROWS)
     row_index = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
     live = row_index < unit.row_end
     out_at, width = unit.out_at, num_outs
     if HAS_BIAS:
-        shift = gl.where(unit.row_at >= grid.split, num_outs, 0)
+        shift = gl.where(unit.row_at >= grid.ar_rows, num_outs, 0)
         index = out_at + gl.arange(0, OUTS, gl.SliceLayout(1, layout))
         offset = gl.load(bias + shift + index, mask=index < num_outs, other=0.0)
         acc += offset.to(gl.float32)[:, None]
@@ -118,5 +118,5 @@ def finish(
     if stored:
         goal = row_index[None, :].to(gl.int64) * width + index[:, None]
         if SPLIT:
-            goal += unit.part * grid.num_rows.to(gl.int64) * num_outs
+            goal += unit.part * grid.work.num_rows.to(gl.int64) * num_outs
         gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)

@@ -31,15 +31,15 @@ def rows_of_tile(rows: int, *sizes: int) -> int:
     return next((size for size in sizes if rows <= size), sizes[-1])
 
 
-def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype) -> LinearTiles:
+def choose_tiles(rows: int, out_features: int, leaves: int, dtype: torch.dtype) -> LinearTiles:
     """The usual tiles of a launch. out_features: outputs of one view; in a gated layer those of gate and up together.
 
-    segments: leaves of the inputs.
+    leaves: number of leaves of the inputs.
     """
     if dtype == torch.float32:
         # float32 is for checks only, and does not use the tensor cores. The tile is small enough for registers.
-        return LinearTiles(64, 16, 32, segments > 1, 4, 2)
-    few = segments > 1
+        return LinearTiles(64, 16, 32, leaves > 1, 4, 2)
+    few = leaves > 1
     if dtype == torch.float8_e4m3fn:
         return _fp8_tiles(rows, few)
     if rows <= 64:
@@ -63,7 +63,7 @@ def choose_tiles(rows: int, out_features: int, segments: int, dtype: torch.dtype
 
 
 def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
-    """Tiles for FP8. All have the depth of `hopper`'s steps, and programs of their own for each segment: both decide bits."""
+    """Tiles for FP8. All have the depth of `hopper`'s steps, and a part for each leaf: both decide bits."""
     if rows <= 64:
         return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 256, few, 4, 4)
     if rows <= 128:

@@ -2,7 +2,7 @@
 
 Each output is one float32 sum over the inputs in order. If the result goes into the residual stream, the inputs are cut into
 leaves: each has a sum of its own, and these are added in a binary tree (see `tree`). Such a layer has few outputs, which would
-leave a GPU idle. So several programs may take some of its leaves each (split-K), and write nodes of the tree, which
+leave a GPU idle. So several programs may take a part of its leaves each (split-K), and write nodes of the tree, which
 `add_rms_norm` adds. The order of the sums is the same for every tile shape, and for every number of parts. So a row has the same
 bits alone, in a decode batch and in a prefill chunk.
 
@@ -52,12 +52,12 @@ def _sum(
 
 
 @triton.jit
-def _leaf_begin(leaf, units, leaves, first_leaf, UNIT: tl.constexpr):
+def _leaf_begin(leaf, all_units, all_leaves, first_leaf, UNIT: tl.constexpr):
     """The first input of a leaf, counted from the rank's first leaf: see `Leaves`."""
-    return ((first_leaf + leaf) * units // leaves - first_leaf * units // leaves) * UNIT
+    return ((first_leaf + leaf) * all_units // all_leaves - first_leaf * all_units // all_leaves) * UNIT
 
 
-@triton.jit(do_not_specialize=["num_rows", "units", "leaves", "first_leaf"])
+@triton.jit(do_not_specialize=["num_rows", "all_units", "all_leaves", "first_leaf"])
 def _linear_kernel(
     w,
     w_low,
@@ -72,8 +72,8 @@ def _linear_kernel(
     num_rows,
     num_outs,
     steps,
-    units,
-    leaves,
+    all_units,
+    all_leaves,
     first_leaf,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -83,7 +83,7 @@ def _linear_kernel(
     SCALED: tl.constexpr,
     LOSSLESS: tl.constexpr,
     UNIT: tl.constexpr,
-    TREE: tl.constexpr,
+    PART_LEAVES: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -93,25 +93,25 @@ def _linear_kernel(
     # Neighbouring programs share a weight tile, over a band of row tiles. Both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)
-    split = num_rows
+    ar_rows = num_rows
     if TWO_VIEWS:
-        split = tl.load(num_ar)  # Uploaded before the pass, so it may be read before `gdc_wait`.
+        ar_rows = tl.load(num_ar)  # Uploaded before the pass, so it may be read before `gdc_wait`.
     # Tiles never straddle the views. The grid has room for one row tile more than may be needed.
-    ar_tiles = tl.cdiv(split, ROWS)
-    row_tiles = ar_tiles + tl.cdiv(num_rows - split, ROWS)
+    ar_tiles = tl.cdiv(ar_rows, ROWS)
+    row_tiles = ar_tiles + tl.cdiv(num_rows - ar_rows, ROWS)
     out_tiles = tl.cdiv(num_outs, OUTS)
     first = tile // (BAND * out_tiles) * BAND
     height = max(1, min(row_tiles - first, BAND))
     row_tile = first + tile % (BAND * out_tiles) % height
     out_at = tile % (BAND * out_tiles) // height * OUTS
     view = (row_tile >= ar_tiles).to(tl.int32) if TWO_VIEWS else 0
-    row_at = row_tile * ROWS + view * (split - ar_tiles * ROWS)
-    row_end = split + view * (num_rows - split)
+    row_at = row_tile * ROWS + view * (ar_rows - ar_tiles * ROWS)
+    row_end = ar_rows + view * (num_rows - ar_rows)
     live = tile < row_tiles * out_tiles
     weight_at = view * num_outs + out_at
     first = 0
     if SPLIT:
-        first = tl.program_id(1) * TREE
+        first = tl.program_id(1) * PART_LEAVES
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
@@ -123,26 +123,26 @@ def _linear_kernel(
     one, two = total, total
     held = tl.arange(0, OUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     held += (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * (OUTS * ROWS)
-    for leaf in range(first, first + TREE):
-        begin = _leaf_begin(leaf, units, leaves, first_leaf, UNIT)
-        end = _leaf_begin(leaf + 1, units, leaves, first_leaf, UNIT)
+    for leaf in range(first, first + PART_LEAVES):
+        begin = _leaf_begin(leaf, all_units, all_leaves, first_leaf, UNIT)
+        end = _leaf_begin(leaf + 1, all_units, all_leaves, first_leaf, UNIT)
         if LOSSLESS:
             total = sum_lossless(
                 w, w_low, exceptions, x, weight_at, row_at, begin, end, steps, OUTS, ROWS, DEPTH
             )
         else:
             total = _sum(w, x, weight_at, row_at, begin, end, OUTS, ROWS, DEPTH, SCALED)
-        if TREE > 1:
+        if PART_LEAVES > 1:
             if leaf % 2 == 0:
                 one = total
             else:
                 total = one + total
-                if TREE > 2:
+                if PART_LEAVES > 2:
                     if leaf % 4 == 1:
                         two = total
                     else:
                         total = two + total
-                        if TREE > 4:
+                        if PART_LEAVES > 4:
                             if leaf % 8 == 3:
                                 tl.store(scratch + held, total)
                                 tl.debug_barrier()
@@ -191,10 +191,10 @@ def launch(
     split = out.dim() == 3
     row_tiles = triton.cdiv(rows, tiles.rows) + (views > 1)
     bias = None if split else layer.bias
-    tree = inputs.count // parts
+    part_leaves = inputs.count // parts
     programs = triton.cdiv(outs, tiles.outs) * row_tiles
     scratch = out
-    if tree > 4:
+    if part_leaves > 4:
         scratch = torch.empty(
             parts * programs * tiles.outs * tiles.rows, device=x.device, dtype=torch.float32
         )
@@ -223,7 +223,7 @@ def launch(
         SCALED=x_scales is not None,
         LOSSLESS=lossless,
         UNIT=inputs.unit,
-        TREE=tree,
+        PART_LEAVES=part_leaves,
         SPLIT=split,
         HAS_BIAS=bias is not None,
         num_warps=tiles.warps,

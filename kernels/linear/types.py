@@ -1,23 +1,23 @@
-"""What the linear kernels are given: the weights of a layer as plain tensors, and how a launch is cut into tiles."""
+"""Arguments of the linear kernels: the weights of a layer as plain tensors, and how a launch is cut into tiles."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 GATE_BLOCK = 8
-"""An interleaved layer has this many outputs of the gate, then as many of up, and so on. It is the distance between two
-outputs that one thread of the matrix unit holds."""
+"""An interleaved layer has this many outputs of the gate, then as many of up, and so on. Two outputs that are this far apart are
+in the same thread after an instruction of the tensor cores."""
 
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A linear layer as plain tensors. Its weights have the dtype of its inputs, or FP8 with scales (see `fp8`)."""
+    """A linear layer as plain tensors. Its weights have the dtype of its inputs, or are FP8 numbers with scales (see `fp8`)."""
 
-    # One [out_features, in_features] for each view (AR, diffusion). On a GPU they are neighbours in memory, in this order.
+    # One [out_features, in_features] for each view (AR, diffusion). On a GPU they are contiguous in memory, in this order.
     weights: tuple[Tensor, ...]
     # [views, out_features], or None.
     bias: Tensor | None = None
-    # Whether the outputs are those of a gate and of up in turn, `GATE_BLOCK` of each, for `linear_silu_mul` on a GPU.
+    # Whether the outputs alternate between a gate and up in blocks of `GATE_BLOCK`, for `linear_silu_mul` on a GPU.
     interleaved: bool = False
     # The scales of FP8 weights, one for each output: float32 [views, out_features]. None for other weights.
     scales: Tensor | None = None
@@ -38,12 +38,12 @@ class DenseLayer:
 class GroupedLayer:
     """A linear layer of one view whose weights have a scale for each output of a group of inputs (see `grouped_triton`)."""
 
-    # e4m3 or 8-bit integers [outs, ins]; or in 4 bits int32 [outs, ins / 8]: integers (`integers.pack_words`), or codes without
-    # zero points (`codes.pack_codes`).
+    # The weights. FP8 (e4m3) or 8-bit integers are [outs, ins]. 4-bit integers (`integers.pack_words`) and codes
+    # (`codes.pack_codes`) are packed in int32 [outs, ins / 8].
     numbers: Tensor
     # float [groups, outs].
     scales: Tensor
-    # The zero points of integers: uint8 or int16 [groups, outs].
+    # The zero points of integers: uint8 or int16 [groups, outs]. None for FP8 and codes.
     zeros: Tensor | None
     # [outs], or None.
     bias: Tensor | None
@@ -51,11 +51,11 @@ class GroupedLayer:
     group_size: int
     # Inputs of a step of the sum.
     depth: int
-    # Of a number: 4 or 8, and 0 for FP8.
+    # Bits of a weight: 4 or 8 for integers, 4 for codes, 0 for FP8.
     bits: int
     # As in `DenseLayer`.
     interleaved: bool = False
-    # With the groups of GPTQ's `desc_act`: which input comes at each place, int64 [ins]. None: they are in order.
+    # For GPTQ's `desc_act`: the index of the input of each column of `numbers`, int64 [ins]. None: they are in order.
     order: Tensor | None = None
 
     @property
@@ -64,7 +64,7 @@ class GroupedLayer:
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether the inputs are rounded to FP8, with a scale for each 128 of a row. So it is for FP8 weights and for codes."""
+        """Whether the inputs are rounded to FP8, with a scale for each 128 of a row: for FP8 weights and codes."""
         return self.zeros is None
 
     @property
@@ -76,17 +76,17 @@ class GroupedLayer:
 
 @dataclass(frozen=True)
 class LosslessLayer:
-    """A linear layer whose bfloat16 weights are kept in 12 bits, every bit of them (see `lossless`).
+    """A linear layer whose bfloat16 weights are packed losslessly in 12 bits (see `lossless`).
 
-    The outputs of all views are one dimension, in the order of the views, of views * outs rows.
+    The outputs of all views are one dimension of views * outs, in the order of the views.
     """
 
     # Sign, exponent over the row's base and 3 bits of mantissa: int32 [views * outs, ins / 4], four inputs a word.
     high: Tensor
     # The other 4 bits of mantissa: int32 [views * outs, ins / 8], see `integers.pack_words`.
     low: Tensor
-    # Weights that `high` and `low` do not hold: int32 [views * outs / 64, ins / 128, 32]. For each tile of 64 outputs and 128
-    # inputs, their number and then value << 16 | place, sorted by place. Unused entries are 0.
+    # Weights that `high` and `low` do not hold: int32 [views * outs / 64, ins / 128, 32]. Each tile of 64 outputs and 128 inputs
+    # has a list: their number, and then for each of them value << 16 | index in the tile, sorted by index. Unused entries are 0.
     exceptions: Tensor
     # What the sums of an output are multiplied by, a power of two: float32 [views, outs].
     scales: Tensor
@@ -109,17 +109,21 @@ class LosslessLayer:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a launch is cut into tiles. Nothing here changes a bit of the result."""
+    """How a launch is cut into tiles. This changes no bit of the result, except with FP8 weights of one scale per output (`fp8`).
+
+    There `depth` decides bits, because the sum of each step is added to the total outside the tensor cores. So does `split`,
+    because the sum of each part is multiplied by the scales before the parts are added.
+    """
 
     # Outputs of a tile.
     outs: int
     # Input rows of a tile.
     rows: int
-    # Inputs that one step of the sum covers.
+    # Inputs of a step. The kernels of `GroupedLayer` use the layer's own depth instead.
     depth: int
-    # Whether the inputs are divided among programs.
+    # Whether several programs share the leaves of a sum (split-K).
     split: bool = False
     # Warps of a program.
     warps: int = 4
-    # Steps that are loaded ahead.
+    # Stages of the software pipeline (Triton's num_stages).
     stages: int = 4

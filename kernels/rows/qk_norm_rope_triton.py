@@ -27,7 +27,7 @@ def _qk_norm_rope_kernel(
     count,
     heads,
     kv_heads,
-    places,
+    num_slots,
     eps,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -79,12 +79,12 @@ def _qk_norm_rope_kernel(
     result = tl.where(tl.abs(result.to(tl.float32)) < float("inf"), result, 0.0).to(dtype)
     tl.store(source + dims, result, mask=inside)
     is_key, is_value = writes & (head >= heads) & (head < normed), writes & (head >= normed)
-    first_key, first_value = (head - heads).to(tl.int64) * places, (head - normed).to(tl.int64) * places
+    first_key, first_value = (head - heads).to(tl.int64) * num_slots, (head - normed).to(tl.int64) * num_slots
     tl.store(k_cache + ((first_key + slot) * DIM)[:, None] + dims, result, mask=is_key[:, None] & inside)
     tl.store(v_cache + ((first_value + slot) * DIM)[:, None] + dims, result, mask=is_value[:, None] & inside)
-    for place in range(first_more, end_more):
-        more_slot = tl.load(more_slots + place)
-        again = (more_begin <= place) & (place < more_end)
+    for index in range(first_more, end_more):
+        more_slot = tl.load(more_slots + index)
+        again = (more_begin <= index) & (index < more_end)
         own_key = (is_key & again)[:, None] & inside
         tl.store(k_cache + ((first_key + more_slot) * DIM)[:, None] + dims, result, mask=own_key)
         own_value = (is_value & again)[:, None] & inside

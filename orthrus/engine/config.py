@@ -58,7 +58,7 @@ class EngineConfig(BaseModel):
     weights, and those in "int4" little more than a quarter. With `weights` "lossless12", drafts may read "lossless8", the first
     8 of the 12 bits, which takes no memory.
 
-    "auto" is "same" if the GPU has no FP8 matrix units or `draft_lead` is true. Otherwise it is "lossless8" where weights are in
+    "auto" is "same" if the GPU has no FP8 tensor cores or `draft_lead` is true. Otherwise it is "lossless8" where weights are in
     12 bits, and else "fp8". For "fp8" the checkpoint must also be in 16 bits and not quantised, and the KV cache must keep three
     quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set. "auto" is never "int4"."""
     draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0

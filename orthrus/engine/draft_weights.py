@@ -31,12 +31,12 @@ def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
 def check_draft_weights(config: EngineConfig, shard: Shard, *, multiplies_fp8: bool) -> None:
     """Raise ConfigError if `config` asks for copies that can't be made from the rank's weights, or gain nothing on its device.
 
-    multiplies_fp8: whether the device is a GPU with FP8 matrix units, or a CPU, where copies are for tests.
+    multiplies_fp8: whether the device is a GPU with FP8 tensor cores, or a CPU, where copies are for tests.
     """
     copies = draft_format(config, shard.model)
     if copies in COPY_BYTES and not multiplies_fp8:
         raise ConfigError(
-            f"draft_weights {copies!r} needs a GPU with FP8 matrix units, which those of compute capability 8.9 and later have: "
+            f"draft_weights {copies!r} needs a GPU with FP8 tensor cores, which those of compute capability 8.9 and later have: "
             "set draft_weights to auto or same"
         )
     if copies == "int4":
@@ -67,7 +67,7 @@ def reads_one_plane(config: EngineConfig, model: ModelConfig) -> bool:
 
 
 def auto_draft_format(config: EngineConfig, shard: Shard, item_bytes: int, memory: float) -> str | None:
-    """What `draft_weights: auto` chooses on a GPU with FP8 matrix units. None: no copies, as for a quantised model.
+    """What `draft_weights: auto` chooses on a GPU with FP8 tensor cores. None: no copies, as for a quantised model.
 
     shard: the part of the model that one GPU has. item_bytes: bytes of one weight. memory: bytes that the copies and the KV
     cache may take together, beside weights and passes.

@@ -1,6 +1,6 @@
 """Write a pruned copy of a checkpoint: of each four neighbouring weights of a linear layer, two are zero.
 
-This is the pattern (2:4) that NVIDIA's sparse matrix units multiply. Which two are kept is decided by their magnitude alone
+This is the pattern (2:4) that NVIDIA's sparse tensor cores multiply. Which two are kept is decided by their magnitude alone
 (Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv 2104.08378), or by Wanda's scores on a calibration text
 (`orthrus.models.wanda`). The copy stores the zeros, so any engine loads it. Only engines that use the pattern are faster with it.
 """

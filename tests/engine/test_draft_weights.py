@@ -234,7 +234,7 @@ def test_int4_copies_take_half_the_memory_of_fp8_copies() -> None:
 def test_copies_need_a_gpu_with_fp8_matrix_units(copies: str) -> None:
     model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
     config = EngineConfig.model_validate({"model": "m", "max_model_len": 4096, "draft_weights": copies})
-    with pytest.raises(ConfigError, match=f"'{copies}' needs a GPU with FP8 matrix units.* auto or same"):
+    with pytest.raises(ConfigError, match=f"'{copies}' needs a GPU with FP8 tensor cores.* auto or same"):
         MemoryPlan.of(config, model, "A100-80G", None)
     assert f"{copies} copies" in MemoryPlan.of(config, model, "L40S", None).kept_as
     assert "two views" in MemoryPlan.of(EngineConfig(model="m"), model, "A100-80G", None).kept_as

@@ -99,19 +99,17 @@ def test_tiles_do_not_change_a_bit(outs: int, ins: int) -> None:
     layer, x = layer_of(outs, ins), randn(2048, ins, seed=1)
     residual, norm = torch.zeros(2048, outs, device=DEVICE, dtype=torch.bfloat16), randn(outs, seed=3)
     expected = layer.linear(x)
-    by_segments: dict[int, Tensor] = {}
+    by_leaves: dict[int, Tensor] = {}
     for rows in (1, 32, 64, 128, 256, 2048):
         for tiles in linear_tiles(rows):
             assert torch.equal(layer.linear(x[:rows], tiles=tiles), expected[:rows]), tiles
-            for segments in (1, 2):
+            for leaves in (1, 2):
                 got, _ = layer.linear_add_rms_norm(
-                    x[:rows], residual[:rows], norm, 1e-6, tiles=replace(tiles, split=rows <= 64), segments=segments
+                    x[:rows], residual[:rows], norm, 1e-6, tiles=replace(tiles, split=rows <= 64), leaves=leaves
                 )  # fmt: skip
-                if segments not in by_segments:
-                    by_segments[segments], _ = layer.linear_add_rms_norm(
-                        x, residual, norm, 1e-6, segments=segments
-                    )
-                assert torch.equal(got, by_segments[segments][:rows]), (segments, tiles)
+                if leaves not in by_leaves:
+                    by_leaves[leaves], _ = layer.linear_add_rms_norm(x, residual, norm, 1e-6, leaves=leaves)
+                assert torch.equal(got, by_leaves[leaves][:rows]), (leaves, tiles)
 
 
 Shape = tuple[int, int, bool]

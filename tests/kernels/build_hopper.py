@@ -31,7 +31,7 @@ DTYPES = {
 
 
 def tile(dtype: str, *block: int) -> str:
-    """The type of a tensor that the copy engine reads tile by tile."""
+    """The type of a tensor that TMA loads tile by tile."""
     layout = tile_layout(block, DTYPES[dtype])
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
@@ -39,9 +39,10 @@ def tile(dtype: str, *block: int) -> str:
 def build(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], registers: int | None = None
 ) -> None:
-    """types: of the arguments that are not constants, as Triton writes them. All pointers are aligned to 16 bytes.
+    """Compile a kernel, and print how long it takes. All pointers are aligned to 16 bytes.
 
-    registers: of a thread when a program begins, where they are not the compiler's choice.
+    types: the types of the arguments that are not constants, as Triton writes them. constants: the other arguments.
+    registers: registers per thread when a program begins; None if the compiler chooses them.
     """
     begin = time.monotonic()
     names = kernel.arg_names
@@ -56,7 +57,9 @@ def build(
     print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, picks: bool = False) -> None:
+def build_linear(
+    dtype: str, rows: int, *, gated: bool = False, part_leaves: int = 1, picks: bool = False
+) -> None:
     depth = 256 if dtype == "fp8e4nv" else 128
     pointers = {
         "w_scales": "*fp32",
@@ -70,7 +73,7 @@ def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, p
         "values": "*fp32",
         "indices": "*i32",
     }
-    numbers = ("num_rows", "num_outs", "parts", "units", "leaves", "first_leaf", "first_token")
+    numbers = ("num_rows", "num_outs", "parts", "all_steps", "all_leaves", "first_leaf", "first_token")
     build(
         f"linear, {dtype}, {rows} rows",
         linear._stream_kernel,
@@ -81,13 +84,13 @@ def build_linear(dtype: str, rows: int, *, gated: bool = False, tree: int = 1, p
             "OUTS": 64,
             "ROWS": rows,
             "DEPTH": depth,
-            "RING": 6,
-            "TREE": tree,
+            "STAGES": 6,
+            "PART_LEAVES": part_leaves,
             "TWO_VIEWS": not gated,
             "GATED": gated,
             "SCALED": dtype == "fp8e4nv",
             "SPLIT": False,
-            "WHOLE": tree == 1,
+            "WHOLE": part_leaves == 1,
             "HAS_BIAS": False,
             "PICKS": picks,
             "CHAINED": True,
@@ -112,7 +115,7 @@ def build_grouped(
         "bias": "*bf16",
         "out": "*fp32" if split else "*bf16",
     }
-    numbers = ("num_rows", "num_outs", "x_stride", "steps", "segments")
+    numbers = ("num_rows", "num_outs", "x_stride", "steps", "parts")
     build(
         f"grouped, {'codes' if codes else f'{bits} bits'}, {rows} rows",
         grouped._grouped_stream_kernel,
@@ -121,7 +124,7 @@ def build_grouped(
             "OUTS": 64,
             "ROWS": rows,
             "DEPTH": 128,
-            "PLACES": 6,
+            "STAGES": 6,
             "GROUP_DEPTHS": 1,
             "BITS": bits,
             "WORDS": grouped._words_layout(4),
@@ -134,7 +137,7 @@ def build_grouped(
     )
 
 
-def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool = False) -> None:
+def build_lossless(rows: int, *, gated: bool = False, part_leaves: int = 1, picks: bool = False) -> None:
     pointers = {
         "scales": "*fp32",
         "bias": "*bf16",
@@ -152,7 +155,16 @@ def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool
         "exceptions": tile("i32", 32),
         "x": tile("bf16", rows, 128),
     }
-    numbers = ("num_rows", "num_outs", "parts", "units", "leaves", "first_leaf", "row_steps", "first_token")
+    numbers = (
+        "num_rows",
+        "num_outs",
+        "parts",
+        "all_steps",
+        "all_leaves",
+        "first_leaf",
+        "row_steps",
+        "first_token",
+    )
     build(
         f"lossless, {rows} rows",
         lossless._lossless_stream_kernel,
@@ -161,12 +173,12 @@ def build_lossless(rows: int, *, gated: bool = False, tree: int = 1, picks: bool
             "OUTS": 64,
             "ROWS": rows,
             "DEPTH": 128,
-            "PLACES": lossless.ring_sizes(rows)[0],
-            "SLOTS": lossless.ring_sizes(rows)[1],
+            "PACKED_STAGES": lossless.num_stages(rows)[0],
+            "WIDE_STAGES": lossless.num_stages(rows)[1],
             "WIDE_TILE": lossless.WIDE_TILE,
             "HIGH": lossless.words_layout(8),
             "LOW": lossless.words_layout(4),
-            "TREE": tree,
+            "PART_LEAVES": part_leaves,
             "TWO_VIEWS": not gated,
             "GATED": gated,
             "SPLIT": False,
@@ -192,7 +204,7 @@ def build_attention() -> None:
     build(
         "attention",
         attention._attention_kernel,
-        tiles | pointers | {"slots": "i32", "scale": "fp32", "spare": "i32"},
+        tiles | pointers | {"num_slots": "i32", "scale": "fp32", "spare": "i32"},
         {
             "PER_KV": 4,
             "KV_HEADS": 8,
@@ -201,7 +213,7 @@ def build_attention() -> None:
             "WIDTH": 128,
             "QUERIES": 64,
             "KEYS": 64,
-            "PLACES": 6,
+            "STAGES": 6,
             "PROGRAMS": 132,
             "QUERY_TILE": gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16),
             "TRIMS_END": True,
@@ -213,11 +225,11 @@ def build_attention() -> None:
 if __name__ == "__main__":
     build_linear("bf16", 16, picks=True)
     build_linear("bf16", 32, gated=True)
-    build_linear("fp8e4nv", 32, tree=2)
+    build_linear("fp8e4nv", 32, part_leaves=2)
     build_grouped(4, 8, gated=True)
     build_grouped(4, 32, codes=True, gated=True)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)
-    build_lossless(64, gated=True, tree=8)
+    build_lossless(64, gated=True, part_leaves=8)
     build_attention()

@@ -1,4 +1,4 @@
-"""The kernel of weights with scales for groups of inputs in Triton's interpreter: near float64, and a row against its company."""
+"""The kernel for weights with scales for groups of inputs, in Triton's interpreter: against float64, and a row alone."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_layers_are_near_float64_on_the_same_numbers(
     settings = settings | {"group_size": group_size}
     read = read_awq if settings["quant_method"] == "awq" else read_gptq
     parts = []
-    for seed in (1, 1):  # One seed: with `desc_act`, the projections of a layer have one order.
+    for seed in (1, 1):  # The same seed: with `desc_act`, the projections of a layer must have one order.
         stored = quantised_weight("weight", randn(72, 256, seed=seed) * 0.1, settings)
         parts.append(read({name.rpartition(".")[2]: tensor for name, tensor in stored.items()}))
     weight = torch.cat([part.dequantised() for part in parts]).double()
@@ -52,7 +52,7 @@ def test_layers_are_near_float64_on_the_same_numbers(
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_fp8_layers_multiply_numbers_and_the_scales_of_blocks(gated: bool) -> None:
+def test_fp8_layers_multiply_by_the_scales_of_blocks(gated: bool) -> None:
     parts = [quantise_blocks(randn(72, 272, seed=seed) * torch.linspace(1, 9, 272)) for seed in (1, 2)]
     spread = [scales.repeat_interleave(128, 0)[:72] for _, scales in parts]
     exact = torch.cat(
@@ -78,8 +78,8 @@ def test_fp8_layers_multiply_numbers_and_the_scales_of_blocks(gated: bool) -> No
 
 
 @interpreted
-def test_a_norm_rounds_groups_as_the_layer_behind_it_would() -> None:
-    """Scales only: the interpreter loses carries when it rounds numbers. tests/gpu compares these."""
+def test_a_norm_rounds_groups_as_the_next_layer_would() -> None:
+    """Only scales are compared to the bit: the interpreter loses carries when it rounds numbers. tests/gpu compares numbers."""
     from orthrus.kernels.linear.add_rms_norm import add_rms_norm
     from orthrus.kernels.linear.blocks_triton import RoundedGroups, quantise_inputs
 

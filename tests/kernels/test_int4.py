@@ -1,4 +1,4 @@
-"""The format "int4": the codes it rounds to, the layer against float64, what it keeps in FP8, and parts of a sum."""
+"""The format "int4": its codes, its layers against float64, an LM head, and the kernel."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def projection(outs: int, ins: int, seed: int = 0) -> Parameters:
 
 
 def exact(inputs: Tensor, projections: list[Parameters]) -> Tensor:
-    """The layer with rounded weights, in float64. inputs: rounded."""
+    """The result of a layer with rounded weights, in float64. inputs: already rounded."""
     weights = [round_to_codes(p["weight"]).dequantised().double() for p in projections]
     return torch.cat(
         [inputs.double() @ w.T + p["bias"].double() for w, p in zip(weights, projections, strict=True)], 1
@@ -55,7 +55,7 @@ def test_normally_distributed_weights_lose_less_than_in_integers() -> None:
 
 
 def test_the_instructions_of_the_hopper_kernel_widen_packed_codes() -> None:
-    """As `grouped_hopper` does it, with the operations of `prmt` and `lop3` written out."""
+    """The instructions `prmt` and `lop3` of `grouped_hopper` are written out in Python."""
     codes = torch.randint(0, 16, (3, 256), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     table = list(torch.tensor(LEVELS).to(torch.float8_e4m3fn).view(torch.uint8).tolist())
     assert int.from_bytes(table[:4], "little") == 0x4A464033
@@ -65,8 +65,8 @@ def test_the_instructions_of_the_hopper_kernel_widen_packed_codes() -> None:
         for number, word in enumerate(words):
             run, quarter = divmod(number, 4)
             for half, signs in ((0, word), (1, word << 4)):
-                places = (word & 0x77777777) >> 16 * half
-                chosen = bytes(table[places >> 4 * i & 15] for i in range(4))
+                indices = (word & 0x77777777) >> 16 * half
+                chosen = bytes(table[indices >> 4 * i & 15] for i in range(4))
                 register = int.from_bytes(chosen, "little") | signs & 0x80808080
                 begin = 32 * run + 16 * half + 4 * quarter
                 widened[out, begin : begin + 4] = torch.tensor(list(register.to_bytes(4, "little")))
@@ -83,7 +83,7 @@ def test_a_layer_multiplies_rounded_weights_and_inputs(split: Split | None) -> N
     assert_near(layer.linear(x), exact(round_blocks(x), [one]))
 
 
-def test_gate_and_up_meet_after_rounding() -> None:
+def test_a_gated_layer_gives_silu_of_the_gate_times_up() -> None:
     both, x = [projection(72, 256, seed) for seed in (1, 2)], randn(5, 256, seed=7)
     gate, up = exact(round_blocks(x), both).chunk(2, 1)
     assert_near(pack([[dict(p) for p in both]], gated=True).linear_silu_mul(x), silu(gate) * up)
@@ -96,14 +96,14 @@ def test_a_head_is_kept_in_fp8() -> None:
         assert torch.equal(pack([[dict(one)]], head=True, split=split).linear(x), fp8.linear(x))
 
 
-def test_inputs_that_are_no_whole_groups_are_refused() -> None:
+def test_inputs_that_are_not_whole_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"200 inputs .* multiple of 128"):
         pack([[projection(72, 200)]])
 
 
 @interpreted
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_kernel_takes_what_the_memory_plan_counts_and_leaves_the_bias_of_a_part_to_the_sum(
+def test_the_kernel_has_the_bytes_of_the_memory_plan_and_adds_no_bias_to_a_part(
     gated: bool,
 ) -> None:
     from orthrus.kernels.linear import grouped_triton

@@ -65,12 +65,12 @@ def test_linear_silu_mul_matches_its_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("ins", "segments", "views", "bias"), [(1064, 2, 2, True), (2048, 4, 1, False), (96, 1, 2, True)]
+    ("ins", "leaves", "views", "bias"), [(1064, 2, 2, True), (2048, 4, 1, False), (96, 1, 2, True)]
 )
 def test_linear_add_rms_norm_has_one_tree(
-    ins: int, segments: int, views: int, bias: bool, dtype: torch.dtype
+    ins: int, leaves: int, views: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    """The bits are the same if programs share the segments, and if one program sums them all."""
+    """The bits are the same if programs share the leaves, and if one program sums them all."""
     layer, exact = layer_of(72, ins, views, bias, dtype)
     x, residual, norm = (randn(*s, seed=i, dtype=dtype) for i, s in enumerate([(20, ins), (20, 72), (72,)]))
     num_ar = int32(7)
@@ -78,7 +78,7 @@ def test_linear_add_rms_norm_has_one_tree(
 
     def run(split: bool, rows: slice = slice(0, 20)) -> tuple[torch.Tensor, torch.Tensor]:
         return layer.linear_add_rms_norm(
-            x[rows], residual[rows], norm, 1e-6, num_ar, tiles=LinearTiles(64, 16, 128, split), segments=segments
+            x[rows], residual[rows], norm, 1e-6, num_ar, tiles=LinearTiles(64, 16, 128, split), leaves=leaves
         )  # fmt: skip
 
     split = run(True)
