@@ -79,7 +79,8 @@ def _qwen3_checkpoint(path: Path) -> Path:
     """A small random model with Qwen3's own tokenizer, special tokens and chat template."""
     make_checkpoint(path, vocab_size=151936, max_position_embeddings=32768, eos_token_id=ENDS, block_size=8)
     edit_json(path / "config.json", mask_token_id=151669)
-    for name in FILES:
+    for file in FILES:
+        name = Path(file).name
         shutil.copy(fetch() / name, path / name)
     settings = json.loads((path / "tokenizer_config.json").read_text())
     edit_json(path / "tokenizer_config.json", chat_template=NO_THINKING + settings["chat_template"])
