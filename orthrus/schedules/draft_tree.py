@@ -4,7 +4,7 @@ A *run* is a path of nodes without a branch. Each run but the first branches off
 so, it has pages of its own. Which nodes a tree has: `tree_chances`. Who calls all this: `tree_drafts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orthrus.cache.page_pool import PagePool
@@ -107,17 +107,20 @@ class Verified:
     candidate was right."""
 
 
-def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
-    """A tree's nodes as runs. start: position of the newest token.
+def runs_of(
+    nodes: Sequence[Node], start: int, page_size: int, missing: Collection[tuple[int, int]] = ()
+) -> list[Run]:
+    """A tree's nodes as runs. start: position of the newest token. missing: depths and ranks for which no token was picked.
 
-    Nodes that would need too many runs, or too many copies of other rows' keys, are left out, and so is what follows them.
+    Nodes without a token are left out, nodes that would need too many runs, or too many copies of other rows' keys, and
+    whatever follows such nodes.
     """
     runs = [Run(-1, -1, [0])]
     places: list[tuple[int, int] | None] = []  # Of each node: its run and its depth.
     more_slots = 0
     for node in nodes:
         place = (0, -1) if node.parent < 0 else places[node.parent]
-        if place is None:
+        if place is None or (node.depth, node.rank) in missing:
             places.append(None)
             continue
         index, run = place[0], runs[place[0]]
