@@ -121,9 +121,12 @@ def tokens_chunk(
 
 
 def _cycles(sequence: SequenceState, turn: Turn, commit: Commit, num_tokens: int) -> tuple[CycleReport, ...]:
-    """The report of the cycle that `turn` ends, none if it goes on. num_tokens: what the sequence took of `commit`."""
+    """The report of the cycle that `turn` or the text's end ends, none if it goes on.
+
+    num_tokens: what the sequence took of `commit`.
+    """
     sequence.cycle_tokens += num_tokens
-    if not turn.ends_cycle:
+    if not turn.ends_cycle and sequence.finish_reason is None:
         return ()
     report = CycleReport(sequence.cycle_tokens, tuple(commit.drafts), commit.num_accepted)
     sequence.cycle_tokens = 0
