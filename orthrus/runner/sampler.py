@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orthrus.kernels.device import to_device
 from orthrus.kernels.rows.sampling import argmax, best_tokens, gumbel_argmax, noise_keys
+from orthrus.kernels.rows.softmax import softmax
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.pass_memory import ADJUSTED_ROWS
@@ -148,7 +149,7 @@ def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
         else:
             scores.masked_fill_(scores < scores.topk(k, dim=-1).values[:, -1:], float("-inf"))
     if min_p > 0.0:
-        probabilities = scores.softmax(-1)
+        probabilities = softmax(scores)
         floor = probabilities.amax(-1, keepdim=True) * min_p
         scores.masked_fill_(probabilities < floor, float("-inf"))
     return logits.masked_fill(scores == float("-inf"), float("-inf"))
