@@ -38,7 +38,7 @@ def pick_rows(part: PlannedTurn) -> list[PickRows]:
                 seed=sequence.seed,
                 position=position + scoring,
                 count=group.num_logits - scoring,
-                prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
+                prompt=sequence.prompt_ids if penalised else (),
                 generated=generated + _path(group) if penalised else (),
                 draft_tokens=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
                 mask=sequence.mask,

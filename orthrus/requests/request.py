@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -137,6 +138,14 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias[{token}] must be between -100 and 100, got {bias}", "logit_bias"
                 )
+
+    @cached_property
+    def biased(self) -> tuple[np.ndarray, np.ndarray]:
+        """`logit_bias` as arrays: int64 token ids, and float64 biases. Made once, since each pass needs them."""
+        size = len(self.logit_bias)
+        return np.fromiter(self.logit_bias, np.int64, size), np.fromiter(
+            self.logit_bias.values(), np.float64, size
+        )
 
     @property
     def greedy(self) -> bool:
