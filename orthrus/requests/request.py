@@ -66,7 +66,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text. Stop strings are then not looked for in them either."""
     include_stop_str_in_output: bool = False
-    """Whether the text ends with the stop string that ended it."""
+    """Whether the text ends with the stop string or the stop token that ended it."""
     grammar: str | None = None
     """A grammar (`orthrus.text.grammar`) that the answer must follow."""
     bad_words: tuple[str, ...] = ()
