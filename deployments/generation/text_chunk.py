@@ -39,8 +39,9 @@ def text_chunk(
     text, splitter: those of the chunk's choice. They hold the text that is not certain yet.
     """
     tokens = chunk.token_ids
-    # A stop token ends the text and is no part of it, even if it is an ordinary word.
-    if chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str):
+    # Unless it is asked for, a stop token ends the text and is no part of it, even if it is an ordinary word.
+    ended_by_token = chunk.finish_reason == "stop" and not isinstance(chunk.stop_reason, str)
+    if ended_by_token and not params.include_stop_str_in_output:
         tokens = tokens[:-1]
     last = chunk.finish_reason is not None
     pieces = [text.push(token) for token in tokens]

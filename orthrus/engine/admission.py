@@ -1,5 +1,6 @@
 """Admission: whether a request can be served at all, and the state of its sequences."""
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -106,6 +107,7 @@ class Admission:
         eos_ids = () if params.ignore_eos else self._model.eos_token_ids
         stop_ids = frozenset(params.stop_token_ids) | frozenset(eos_ids)
         known = range(self._model.vocab_size)
+        withheld = array("q", sorted(t for t in stop_ids if t in known) if params.min_tokens else ())
         choices: list[SequenceState] = []
         for index, mask in enumerate(masks):
             scored = params.prompt_logprobs is not None and index == 0
@@ -119,9 +121,7 @@ class Admission:
                     num_prompt=len(prompt),
                     max_length=max_length,
                     stop_ids=stop_ids,
-                    withheld_stop_ids=tuple(sorted(t for t in stop_ids if t in known))
-                    if params.min_tokens
-                    else (),
+                    withheld_stop_ids=withheld,
                     text=self._text_stream(params),
                     mask=mask,
                     first_choice=choices[0] if choices else None,

@@ -45,7 +45,7 @@ class _Listener:
 
 @dataclass(frozen=True)
 class _Cancel:
-    request_id: str
+    listener: _Listener
 
 
 class AsyncEngine:
@@ -91,7 +91,7 @@ class AsyncEngine:
         try:
             await listener.ended
         except asyncio.CancelledError:
-            self._inbox.put(_Cancel(request.request_id))
+            self._inbox.put(_Cancel(listener))
             raise
 
     def close(self) -> None:
@@ -104,8 +104,11 @@ class AsyncEngine:
             self.engine.use_device()
             while self._take_messages():
                 self._deliver(self.engine.step())
-        except Exception as error:
+        except BaseException as raised:  # A panic of Rust code is no Exception.
             logger.exception("the engine failed")
+            error = raised
+            if not isinstance(error, Exception):
+                error = RuntimeError(f"{type(raised).__name__}: {raised}")
             self._error = error
             try:
                 _wait_for(self._fail_all(_failed(error)))
@@ -126,8 +129,11 @@ class AsyncEngine:
             if isinstance(message, RankError):
                 raise message
             if isinstance(message, _Cancel):
-                self.engine.cancel(message.request_id)
-                self._listeners.pop(message.request_id, None)
+                request_id = message.listener.request.request_id
+                # Another call may have the id by now, or may have had it first.
+                if self._listeners.get(request_id) is message.listener:
+                    self.engine.cancel(request_id)
+                    del self._listeners[request_id]
                 continue
             request = message.request
             try:
@@ -159,17 +165,18 @@ class AsyncEngine:
 
     def _fail_all(self, message: str) -> set[asyncio.AbstractEventLoop]:
         """End every request with an error chunk, those in the inbox included. Returns the event loops of their callers."""
+        listeners = list(self._listeners.values())
+        self._listeners.clear()
         while not self._inbox.empty():
             waiting = self._inbox.get()
             if isinstance(waiting, _Listener):
-                self._listeners[waiting.request.request_id] = waiting
-        for request_id, listener in self._listeners.items():
+                listeners.append(waiting)
+        for listener in listeners:
+            request_id = listener.request.request_id
             self.engine.cancel(request_id)
             chunk = replace(_failure(request_id, message), engine_failed=self._error is not None)
             _post(listener.loop, {listener.sink: [chunk]}, [listener])
-        loops = {listener.loop for listener in self._listeners.values()}
-        self._listeners.clear()
-        return loops
+        return {listener.loop for listener in listeners}
 
 
 def _failed(error: Exception) -> str:

@@ -260,8 +260,9 @@ class EngineCore:
             self._prompt_tokens += sequence.num_prompt
             self._prefix_hits += sequence.num_cached
         else:
-            sequence.cycles += turn.ends_cycle
-            self._cycles += turn.ends_cycle
+            ends_cycle = turn.ends_cycle or sequence.finish_reason is not None
+            sequence.cycles += ends_cycle
+            self._cycles += ends_cycle
             self._committed += len(taken)
         # The keys and values of x_n and of the accepted drafts are final.
         if part.decoding and not part.num_advanced:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from orthrus.kernels.rows.softmax import log_softmax
 from orthrus.requests.request import PromptLogprobs, SamplingParams, TokenLogprob
 
 SCORED = SamplingParams(temperature=0.0, logprobs=0)
@@ -54,7 +55,7 @@ def _parts(logits: Tensor, tokens: Sequence[int]) -> Iterator[tuple[Sequence[int
 
 def _scores(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [tokens, vocab], those of `tokens` [tokens, 1], and the `top` best with their ids [tokens, top]."""
-    logprobs = logits.log_softmax(-1)
+    logprobs = log_softmax(logits)
     chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1))
     values, ids = logprobs.topk(top, dim=-1)
     return logprobs, chosen, values, ids

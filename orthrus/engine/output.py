@@ -38,7 +38,7 @@ def pick_rows(part: PlannedTurn) -> list[PickRows]:
                 seed=sequence.seed,
                 position=position + scoring,
                 count=group.num_logits - scoring,
-                prompt=sequence.tokens[: sequence.num_prompt] if penalised else (),
+                prompt=sequence.prompt_ids if penalised else (),
                 generated=generated + _path(group) if penalised else (),
                 draft_tokens=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
                 mask=sequence.mask,
@@ -124,9 +124,9 @@ def tokens_chunk(
 
 
 def _cycles(sequence: SequenceState, turn: Turn, commit: Commit, num_tokens: int) -> tuple[CycleReport, ...]:
-    """The report of the cycle, if `turn` ends it. num_tokens: how many tokens of `commit` were appended."""
+    """The report of the cycle, if `turn` or the text's end ends it. num_tokens: how many tokens of `commit` were appended."""
     sequence.cycle_tokens += num_tokens
-    if not turn.ends_cycle:
+    if not turn.ends_cycle and sequence.finish_reason is None:
         return ()
     report = CycleReport(sequence.cycle_tokens, tuple(commit.drafts), commit.num_accepted)
     sequence.cycle_tokens = 0

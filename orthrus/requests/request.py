@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text. Stop strings are then not looked for in them either."""
     include_stop_str_in_output: bool = False
-    """Whether the text ends with the stop string that ended it."""
+    """Whether the text ends with the stop string or the stop token that ended it."""
     grammar: str | None = None
     """A grammar (`orthrus.text.grammar`) that the answer must follow."""
     bad_words: tuple[str, ...] = ()
@@ -137,6 +138,14 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias[{token}] must be between -100 and 100, got {bias}", "logit_bias"
                 )
+
+    @cached_property
+    def biased(self) -> tuple[np.ndarray, np.ndarray]:
+        """`logit_bias` as arrays: int64 token ids, and float64 biases. Made once, since each pass needs them."""
+        size = len(self.logit_bias)
+        return np.fromiter(self.logit_bias, np.int64, size), np.fromiter(
+            self.logit_bias.values(), np.float64, size
+        )
 
     @property
     def greedy(self) -> bool:

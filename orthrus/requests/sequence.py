@@ -1,6 +1,8 @@
 """The state of one sequence while the engine works on it: one of the `n` choices of a request."""
 
+from array import array
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from orthrus.cache.page_hash import PageHash
@@ -29,7 +31,7 @@ class SequenceState:
     """Most tokens, prompt included."""
     stop_ids: frozenset[int]
     """Tokens that end the sequence, end-of-sequence tokens included."""
-    withheld_stop_ids: tuple[int, ...] = ()
+    withheld_stop_ids: "array[int]" = field(default_factory=partial(array, "q"))
     """Those of `stop_ids` that may not be picked before `params.min_tokens`."""
     text: TextStream | None = None
     """Looks for stop strings, if there are any."""
@@ -89,6 +91,11 @@ class SequenceState:
     def queue_key(self) -> tuple[int, int]:
         """Sequences are served in ascending order of this, and preempted in descending order."""
         return self.priority, self.arrival
+
+    @cached_property
+    def prompt_ids(self) -> "array[int]":
+        """The prompt's tokens. Made once, since each pass with penalties needs them."""
+        return array("q", self.tokens[: self.num_prompt])
 
     @property
     def newest_position(self) -> int:

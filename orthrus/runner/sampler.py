@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orthrus.kernels.device import to_device
 from orthrus.kernels.rows.sampling import argmax, best_tokens, gumbel_argmax, noise_keys
+from orthrus.kernels.rows.softmax import softmax
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.pass_memory import ADJUSTED_ROWS
@@ -108,28 +109,29 @@ def runs(groups: Seq[PickRows]) -> Iterator[tuple[slice, list[PickRows]]]:
         yield slice(begin, begin + count), run
 
 
+def _ids(tokens: Seq[int], device: torch.device) -> Tensor:
+    """Token ids as int64. Those in an array are not read one by one: long lists would hold up the pass."""
+    return torch.from_numpy(np.asarray(tokens, np.int64)).to(device)
+
+
 def _penalise(logits: Tensor, rows: PickRows) -> None:
     """Apply penalties and logit bias to logits [rows, vocab] in place. Repetition: Keskar et al., 2019; others: OpenAI."""
     params, vocab = rows.params, logits.shape[1]
     if params.has_penalties:
         device = logits.device
-        counts = torch.bincount(
-            torch.tensor(rows.generated, dtype=torch.int64, device=device), minlength=vocab
-        )
+        counts = torch.bincount(_ids(rows.generated, device), minlength=vocab)
         counts = counts.repeat(rows.count, 1)
         for i, token in enumerate(rows.draft_tokens[: rows.count - 1]):
             counts[i + 1 :, token] += 1
         seen = counts > 0
-        seen[:, torch.tensor(rows.prompt, dtype=torch.int64, device=device)] = True
+        seen[:, _ids(rows.prompt, device)] = True
         penalty = params.repetition_penalty
         penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits.copy_(torch.where(seen, penalised, logits))
         logits.sub_(counts * params.frequency_penalty).sub_((counts > 0) * params.presence_penalty)
     if params.logit_bias:
-        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[:, tokens] += torch.tensor(
-            list(params.logit_bias.values()), device=logits.device, dtype=logits.dtype
-        )
+        tokens, biases = (torch.from_numpy(values).to(logits.device) for values in params.biased)
+        logits[:, tokens] += biases.to(logits.dtype)
 
 
 def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -148,7 +150,7 @@ def _filter(logits: Tensor, params: SamplingParams) -> Tensor:
         else:
             scores.masked_fill_(scores < scores.topk(k, dim=-1).values[:, -1:], float("-inf"))
     if min_p > 0.0:
-        probabilities = scores.softmax(-1)
+        probabilities = softmax(scores)
         floor = probabilities.amax(-1, keepdim=True) * min_p
         scores.masked_fill_(probabilities < floor, float("-inf"))
     return logits.masked_fill(scores == float("-inf"), float("-inf"))
@@ -199,7 +201,7 @@ def adjust(logits: Tensor, groups: Seq[PickRows]) -> Tensor:
         if group.mask is not None and not group.drafting:
             _forbid(adjusted[span], group.mask.allowed(group.draft_tokens[: group.count - 1]))
         if num_rows := group.num_rows_without_end:
-            end_token_ids = torch.tensor(group.end_token_ids, device=logits.device)
+            end_token_ids = _ids(group.end_token_ids, logits.device)
             adjusted[span.start : span.start + num_rows, end_token_ids] = float("-inf")
         if group.has_penalties_or_bias:
             _penalise(adjusted[span], group)

@@ -4,7 +4,7 @@ A *run* is a path of nodes without a branch. Each run but the first branches off
 the page on in which it begins. `tree_chances` chooses the nodes of a tree. `tree_drafts` calls the functions here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from orthrus.cache.page_pool import PagePool
@@ -107,17 +107,20 @@ class Verified:
     right."""
 
 
-def runs_of(nodes: Sequence[Node], start: int, page_size: int) -> list[Run]:
-    """A tree's nodes as runs. start: position of the newest token.
+def runs_of(
+    nodes: Sequence[Node], start: int, page_size: int, missing: Collection[tuple[int, int]] = ()
+) -> list[Run]:
+    """A tree's nodes as runs. start: position of the newest token. missing: depths and ranks for which no token was picked.
 
-    A node is left out, with all nodes after it, if it would need too many runs or too many copies of other rows' keys.
+    A node is left out, with all nodes after it, if it has no token, or would need too many runs or too many copies of other rows'
+    keys.
     """
     runs = [Run(-1, -1, [0])]
     places: list[tuple[int, int] | None] = []  # Of each node: its run and its depth.
     more_slots = 0
     for node in nodes:
         place = (0, -1) if node.parent < 0 else places[node.parent]
-        if place is None:
+        if place is None or (node.depth, node.rank) in missing:
             places.append(None)
             continue
         index, run = place[0], runs[place[0]]

@@ -6,6 +6,7 @@ lays the nodes out as groups of rows, gives them pages, and finds the right path
 
 from collections.abc import Mapping, Sequence
 
+from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.draft_tree import BranchPages, DraftTree, Verified, follow, runs_of
 from orthrus.schedules.planner import Draft
@@ -28,7 +29,14 @@ class TreeDrafts:
         if sequence.mask is not None or not draft.further or draft.tree_rows < 2:
             return None
         nodes = self._chances[sequence.params.greedy].tree(draft.tree_rows - 1, len(draft.tokens))
-        runs = runs_of(nodes, sequence.newest_position, self._pages.page_size)
+        # Where filters leave few tokens, a row has fewer candidates than ranks.
+        missing = {
+            (depth, rank)
+            for rank, tokens in enumerate(draft.further, 1)
+            for depth, token in enumerate(tokens)
+            if token == NO_TOKEN
+        }
+        runs = runs_of(nodes, sequence.newest_position, self._pages.page_size, missing)
         return self._pages.open(sequence, runs) if len(runs) > 1 else None
 
     def observe(self, greedy: bool, draft: Draft, picks: Sequence[int], accepted: int) -> None:

@@ -113,7 +113,7 @@ def test_a_cancelled_request_stops_within_a_pass(served: AsyncEngine, engine: En
 
 def test_the_chunks_of_a_pass_reach_their_sink_together(served: AsyncEngine) -> None:
     """Those of 6 requests go to one sink, and those of 2 to another. After their end, nothing comes."""
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
     calls: dict[str, list[list[Chunk]]] = {"a": [], "b": []}
     sinks = {name: calls[name].append for name in calls}
 
@@ -126,7 +126,7 @@ def test_the_chunks_of_a_pass_reach_their_sink_together(served: AsyncEngine) -> 
     asyncio.run(main())
     for name, requests in (("a", 6), ("b", 2)):
         assert max(map(len, calls[name])) == requests
-        assert sum(len(chunk.token_ids) for call in calls[name] for chunk in call) == 12 * requests
+        assert sum(len(chunk.token_ids) for call in calls[name] for chunk in call) == 60 * requests
         assert sum(chunk.finish_reason == "length" for call in calls[name] for chunk in call) == requests
 
 
@@ -140,6 +140,60 @@ def test_a_refused_request_costs_nothing(served: AsyncEngine) -> None:
         return await good
 
     assert asyncio.run(main())[-1].finish_reason in ("length", "stop")
+
+
+def test_a_call_whose_id_is_taken_ends_no_other_call(tiny_orthrus: Path) -> None:
+    """Both were checked before either began. The second one is refused, and its caller leaves before being told so."""
+    config = EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048, adaptive_draft=False)
+    engine = Engine.from_pretrained(config)
+    runner = HeldRunner(engine.forward, engine.cache, passes=0)
+    engine.use_runner(runner)
+    served = AsyncEngine(engine)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+    async def main() -> list[Chunk]:
+        held = asyncio.create_task(collect(served, Request("held", [1], params)))
+        assert await asyncio.to_thread(runner.held.wait, 30)
+        first = asyncio.create_task(collect(served, Request("same", [1, 2], params)))
+        second = asyncio.create_task(served.run(Request("same", [1, 2], params), lambda chunks: None))
+        await asyncio.sleep(0)
+        second.cancel()
+        with suppress(asyncio.CancelledError):
+            await second
+        runner.go_on.set()
+        await held
+        return await asyncio.wait_for(first, 10)
+
+    try:
+        chunks = asyncio.run(main())
+    finally:
+        runner.go_on.set()
+        served.close()
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 8 and chunks[-1].finish_reason == "length"
+
+
+def test_an_engine_that_fails_tells_all_calls_with_one_id(tiny_orthrus: Path) -> None:
+    config = EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048, adaptive_draft=False)
+    engine = Engine.from_pretrained(config)
+    runner = HeldRunner(engine.forward, engine.cache, passes=0, error=RuntimeError("out of order"))
+    engine.use_runner(runner)
+    served = AsyncEngine(engine)
+    told: list[Chunk] = []
+
+    async def main() -> None:
+        held = asyncio.create_task(served.run(Request("held", [1]), told.extend))
+        assert await asyncio.to_thread(runner.held.wait, 30)
+        same = [asyncio.create_task(served.run(Request("same", [1]), told.extend)) for _ in range(2)]
+        await asyncio.sleep(0)
+        runner.go_on.set()
+        await asyncio.wait_for(asyncio.gather(held, *same), 10)
+
+    try:
+        asyncio.run(main())
+    finally:
+        runner.go_on.set()
+        served.close()
+    assert [chunk.finish_reason for chunk in told] == ["error"] * 3
 
 
 def test_load_is_reported_at_once_while_a_pass_hangs_and_after_the_end(tiny_orthrus: Path) -> None:
@@ -178,16 +232,21 @@ def test_load_is_reported_at_once_while_a_pass_hangs_and_after_the_end(tiny_orth
 class HeldRunner(EagerRunner):
     """Waits in a pass until the test releases it."""
 
-    def __init__(self, forward: LayerParallelForward, cache: KVCache, passes: int) -> None:
+    def __init__(
+        self, forward: LayerParallelForward, cache: KVCache, passes: int, error: Exception | None = None
+    ) -> None:
+        """error: what it then fails with."""
         super().__init__(forward, cache)
         self.held, self.go_on = threading.Event(), threading.Event()
-        self._left = passes
+        self._left, self._error = passes, error
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self._left -= 1
         if self._left < 0:
             self.held.set()
             assert self.go_on.wait(60)
+            if self._error is not None:
+                raise self._error
         return super().launch(groups, rows)
 
 
@@ -232,17 +291,38 @@ def test_a_failed_engine_names_the_cause_and_ends_its_requests(tiny_orthrus: Pat
         asyncio.run(collect(served, Request("late", [1])))
 
 
+def test_an_engine_that_ends_in_a_panic_of_rust_code_ends_its_requests(tiny_orthrus: Path) -> None:
+    """Grammars and tokenizers are Rust code. Its panics reach Python as exceptions that are no Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    engine = Engine.from_pretrained(EngineConfig(model=str(tiny_orthrus), kv_cache_tokens=2048))
+    engine.use_runner(FailingRunner(engine.forward, engine.cache, passes=3, error=Panic("out of order")))
+    failures: list[Exception] = []
+    chunks: list[Chunk] = []
+    served = AsyncEngine(engine, failures.append)
+    run = served.run(Request("cut", [1], SamplingParams(ignore_eos=True)), chunks.extend)
+    asyncio.run(asyncio.wait_for(run, 10))
+    served.close()
+    assert chunks[-1].finish_reason == "error" and "Panic: out of order" in (chunks[-1].error or "")
+    assert len(failures) == 1
+
+
 class FailingRunner(EagerRunner):
     """Fails after some passes."""
 
-    def __init__(self, forward: LayerParallelForward, cache: KVCache, passes: int) -> None:
+    def __init__(
+        self, forward: LayerParallelForward, cache: KVCache, passes: int, error: BaseException | None = None
+    ) -> None:
+        """error: what it fails with."""
         super().__init__(forward, cache)
-        self._left = passes
+        self._left, self._error = passes, error or RuntimeError("out of order")
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self._left -= 1
         if self._left < 0:
-            raise RuntimeError("out of order")
+            raise self._error
         return super().launch(groups, rows)
 
 

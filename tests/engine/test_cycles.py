@@ -62,3 +62,29 @@ def test_chunks_tell_what_each_cycle_drafted(
     if "draft_lead" in settings:
         assert all(cycle.drafts for cycle in whole.cycles[:-2])
         assert stats.tokens_per_cycle > (1.5 if settings["draft_lead"] else 1.0)
+
+
+def test_a_text_that_ends_at_a_lead_ends_its_cycle(checkpoint: Path) -> None:
+    running = engine(checkpoint, draft_lead=True)
+
+    def run(params: SamplingParams) -> Chunk:
+        running.submit(Request("led", prompts(1, seed=3)[0], replace(params, return_drafts=True)))
+        chunks: list[Chunk] = []
+        while running.has_work:
+            chunks += running.step()
+        return joined_chunks(chunks)
+
+    whole, place, leads = run(GREEDY), 1, []
+    for cycle in whole.cycles:
+        if (
+            cycle.num_tokens == cycle.num_accepted + 2
+            and whole.token_ids[place] not in whole.token_ids[:place]
+        ):
+            leads.append(place)
+        place += cycle.num_tokens
+    for place in leads[1:4]:
+        cut = run(replace(GREEDY, stop_token_ids=(whole.token_ids[place],)))
+        assert cut.token_ids == whole.token_ids[: place + 1] and cut.finish_reason == "stop"
+        assert sum(cycle.num_tokens for cycle in cut.cycles) == place
+        assert cut.stats is not None and cut.stats.cycles == len(cut.cycles)
+    assert len(leads) > 3

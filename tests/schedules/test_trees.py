@@ -94,6 +94,19 @@ def test_a_tree_commits_more_tokens_per_cycle_than_one_continuation(checkpoint: 
         assert tree.stats.tokens_per_cycle > 1.1 * chain.stats.tokens_per_cycle, temperature
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_k": 2}, {"top_p": 0.3}, {"min_p": 1.0}], ids=str)
+def test_filters_that_leave_fewer_tokens_than_a_tree_has_ranks_stop_nothing(
+    checkpoint: Path, filters: dict[str, Any]
+) -> None:
+    """With penalties, each row of a tree counts the tokens on its path."""
+    params = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=24, repetition_penalty=1.2, **filters)
+        for i in range(len(PROMPTS))
+    ]
+    plain, tree = engine(checkpoint, schedule="ar"), engine(checkpoint, draft_tree=24)
+    assert texts(tree.generate(PROMPTS, params)) == texts(plain.generate(PROMPTS, params))
+
+
 def test_cancelling_while_a_tree_is_computed_frees_its_pages(checkpoint: Path) -> None:
     ours = engine(checkpoint, draft_tree=24, page_size=8)
     ours.submit(Request("a", PROMPTS[3], PARAMS[0]))

@@ -128,6 +128,13 @@ CASES: dict[str, tuple[Sequence[Sequence[int]], SamplingParams, FinishReason, st
         "ab",
         [0, 1, 2],
     ),
+    "a stop token that stays": (
+        [[97, 98], [99]],
+        SamplingParams(include_stop_str_in_output=True),
+        "stop",
+        "abc",
+        [0, 1, 2],
+    ),
     "nothing": ([[97], [PADDING, 98]], SamplingParams(), "length", "ab", [0, 1, 1]),
 }
 
