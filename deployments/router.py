@@ -30,10 +30,15 @@ _ANSWER_SECONDS = 0.5
 
 
 class PrefixRouter(RequestRouter):
-    """Routes requests by a `PrefixBalancer`. `request_router_kwargs` in a config are the arguments of `initialize_state`."""
+    """Routes requests by a `PrefixBalancer`. `request_router_kwargs` in a config are the arguments of `check_settings`."""
 
-    def initialize_state(self, load_bound: float = 1.25, affinity_floor: float = 0.1) -> None:
-        self._balancer = PrefixBalancer(load_bound, affinity_floor)
+    @staticmethod
+    def check_settings(load_bound: float = 1.25, affinity_floor: float = 0.1) -> PrefixBalancer:
+        """A balancer with these settings. Raises ValueError, naming the setting, for one out of range, and TypeError."""
+        return PrefixBalancer(load_bound, affinity_floor)
+
+    def initialize_state(self, **settings: float) -> None:
+        self._balancer = self.check_settings(**settings)
         # By request id: the future that gives each waiting request its replica.
         self._grants: dict[str, asyncio.Future[ReplicaID]] = {}
         self._asking: asyncio.Task[None] | None = None
