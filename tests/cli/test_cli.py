@@ -17,8 +17,12 @@ from orthrus.cli import main
 from orthrus.cli.terminal import stream_text
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
+from orthrus.errors import ConfigError
 from orthrus.measure.bench import BenchOptions, bench
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.families import load_config
 from orthrus.requests.request import SamplingParams
+from orthrus.text.tokenizer import load_tokenizer
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,6 +183,17 @@ def test_ctrl_c_stops_an_answer_and_leaves_the_engine_free(model: Path) -> None:
     assert answer.text == "".join(shown)
     assert not engine.has_work
     assert engine.stats.running == 0
+
+
+def test_an_answer_that_the_engine_broke_off_is_an_error(model: Path) -> None:
+    """Scores that are NaN say nothing of the next token."""
+    weights = load_weights(model, load_config(model), "cpu")
+    weights["model.norm.weight"].fill_(float("nan"))
+    settings = EngineConfig(model=str(model), device="cpu", schedule="ar")
+    engine = Engine(settings, load_config(model), weights, load_tokenizer(model))
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        stream_text(engine, [1, 2, 3], SamplingParams(temperature=0, max_tokens=4), lambda piece: None)
+    assert not engine.has_work
 
 
 @pytest.mark.parametrize(
