@@ -206,6 +206,11 @@ class PrefixBalancer:
         """How many requests wait."""
         return len(self._queue)
 
+    @property
+    def must_hear(self) -> bool:
+        """Whether requests wait for what a replica may say, or one counts as full until it says something."""
+        return bool(self._queue) or any(state.refused for state in self._replicas.values())
+
     def use(self, replica: Replica) -> float:
         """The share of a replica's capacity that is used (`Load.use`), as far as this router knows."""
         return self._replicas[replica].use
