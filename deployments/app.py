@@ -23,7 +23,7 @@ ROUTER = {"request_router_class": OUR_ROUTER, "request_routing_stats_period_s": 
 HEALTH_CHECK_SECONDS = 2.0
 """Period of Serve's health checks: how soon it notices a lost replica and starts another one."""
 DRAIN_SECONDS = 300.0
-"""How long a replica that is being removed may finish its running requests. It gets no new ones."""
+"""How long a replica or an ingress that is being removed may finish its running requests. It gets no new ones."""
 MAX_QUEUED = 512
 """Most requests that wait in one ingress for a replica, or in one proxy for an ingress. Further ones are refused."""
 BUSY = {"status_code": 429, "retry_after_s": 1}
@@ -75,6 +75,7 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         max_ongoing_requests=1024,
         max_surge_percent=100,  # An update starts new ones before old ones end.
         health_check_period_s=HEALTH_CHECK_SECONDS,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,  # A stream goes through it as long as the replica answers.
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
     ).bind(replica, engine, checked.api, limiter, responses)
