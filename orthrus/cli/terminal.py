@@ -103,6 +103,10 @@ def run_chat(engine: Engine, params: SamplingParams, *, system: str | None = Non
     while True:
         try:
             message = input("> ").strip()
+            message.encode()  # See `orthrus generate`.
+        except UnicodeError:
+            print("that is not UTF-8 text", file=sys.stderr)
+            continue
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return

@@ -135,6 +135,22 @@ def test_generate_reads_stdin(model: Path, capsys: Output, monkeypatch: pytest.M
     assert capsys.readouterr().out == expected
 
 
+def test_bytes_that_are_no_text_are_refused(
+    model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stdin(errors: str) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8", errors=errors)
+
+    # As Python reads in a UTF-8 locale, and in the C locale.
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", stdin(errors))
+        assert main(generate_by_ar(model)) == 2
+        assert capsys.readouterr().err == "orthrus: the prompt is not UTF-8 text\n"
+    type_lines(monkeypatch, "a\udcff", "/exit")
+    assert main(["chat", "--model", str(model), "--device", "cpu"]) == 0
+    assert "that is not UTF-8 text" in capsys.readouterr().err
+
+
 def test_chat_keeps_the_conversation(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["chat", "--model", str(model), "--device", "cpu", "--max-tokens", "6", "--ignore-eos"]
     type_lines(monkeypatch, "hello", "again", "/reset", "hello", "/help", "/exit", "unread")
@@ -203,6 +219,7 @@ def test_an_answer_that_the_engine_broke_off_is_an_error(model: Path) -> None:
         (["--temperature", "-1"], "temperature must be between 0 and 100, got -1.0"),
         (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--prompt", ""], "the prompt must have at least one token"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
