@@ -51,20 +51,23 @@ def _check_app(title: str, args: AppArgs, cluster: ClusterConfig, cluster_path: 
     demand = replica_demand(args.replica)
     on_gpu = "GPU" in demand
     nodes = cluster.placements(demand) if on_gpu else []
-    if on_gpu and not nodes:
+    if on_gpu and not nodes and not cluster.undescribed:
         raise ConfigError(
             f"args.replica.ray_actor_options: no node type of {cluster_path} has {describe_resources(demand)}: ask for less, or "
             "add a node type"
         )
     least, most = _replicas(args.replica)
     yield f"  replicas  {least if least == most else f'{least} to {most}'}, each {describe_resources(demand)}"
-    if on_gpu:
-        yield from _check_room(nodes, demand, least, most, cluster_path)
+    if nodes:
+        yield from _check_room(cluster, demand, least, most, cluster_path)
+    elif on_gpu:
+        names = " or ".join(node.name for node in cluster.undescribed)
+        yield f"            on nodes of type {names}, if they have that: {cluster_path} does not say"
     else:
         yield "            on any node with room, this machine included"
     if model is not None:
         medusa = find_medusa(engine, model)
-        for kind in sorted({_gpu_kind(node) for node in nodes}) if on_gpu else [None]:
+        for kind in _gpu_kinds(nodes, demand) if on_gpu else [None]:
             yield f"  memory    {describe_memory(engine, model, kind, medusa)}"
         yield f"  drafts    {_drafts(engine, model)}"
     least, most = _replicas(args.ingress)
@@ -96,14 +99,23 @@ def _replicas(options: DeploymentOptions) -> tuple[int, int]:
 
 
 def _check_room(
-    nodes: list[NodeType], demand: Mapping[str, float], least: int, most: int, cluster_path: Path
+    cluster: ClusterConfig, demand: Mapping[str, float], least: int, most: int, cluster_path: Path
 ) -> Iterator[str]:
     """Which nodes take how many replicas. Raises ConfigError when the cluster never has room for the fewest."""
-    room = 0
-    for node in nodes:
-        each = min(math.floor(node.resources[name] / amount) for name, amount in demand.items() if amount)
-        room += each * node.max_workers
-        yield f"            {each} on a node of type {node.name}, of which there are up to {node.max_workers}"
+    room, workers = 0, cluster.max_workers
+    sized = [
+        (min(math.floor(node.resources[name] / amount) for name, amount in demand.items() if amount), node)
+        for node in cluster.placements(demand)
+    ]
+    for each, node in sized:
+        is_head = node is cluster.head  # It comes on top of the workers.
+        count = min(node.max_workers, cluster.max_workers) + is_head
+        yield f"            {each} on a node of type {node.name}, of which there are up to {count}"
+        room += each * is_head
+    # At most, if all workers are of the kinds that take most.
+    for each, node in sorted(sized, key=lambda one: one[0], reverse=True):
+        count = min(node.max_workers, workers)
+        room, workers = room + each * count, workers - count
     if least > room:
         raise ConfigError(
             f"args.replica: {least} replicas at least, and {cluster_path} has room for {room}: lower "
@@ -113,12 +125,25 @@ def _check_room(
         yield f"            of at most {most} replicas, {room} find room: max_workers of {cluster_path} is the limit"
 
 
+def _gpu_kinds(nodes: list[NodeType], demand: Mapping[str, float]) -> list[str]:
+    """The kinds of GPUs that replicas may run on. nodes: that take them; if none is known, what the replicas ask for counts."""
+    if nodes:
+        return sorted({_gpu_kind(node) for node in nodes})
+    kind = _known_kind(demand)
+    return [] if kind is None else [kind]
+
+
+def _known_kind(resources: Mapping[str, float]) -> str | None:
+    """The kind of GPU among `resources`, a key of `GPU_GIB`."""
+    kinds = (name.removeprefix("accelerator_type:") for name in resources if ":" in name)
+    return next((kind for kind in kinds if kind in GPU_GIB), None)
+
+
 def _gpu_kind(node: NodeType) -> str:
     """The kind of the node's GPUs, a key of `GPU_GIB`. Raises ConfigError for a kind without a known size."""
-    for name in node.resources:
-        kind = name.removeprefix("accelerator_type:")
-        if kind in GPU_GIB and kind != name:
-            return kind
+    kind = _known_kind(node.resources)
+    if kind is not None:
+        return kind
     raise ConfigError(
         f"node type {node.name}: its resources name no accelerator of known memory: add one of "
         + ", ".join(f"accelerator_type:{kind}" for kind in sorted(GPU_GIB))

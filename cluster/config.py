@@ -50,6 +50,11 @@ class ClusterConfig:
         workers = tuple(node for name, node in types.items() if name != head and node.max_workers)
         return cls(config["cluster_name"], types[head], workers, config["max_workers"])
 
+    @property
+    def undescribed(self) -> list[NodeType]:
+        """The kinds of nodes whose resources the file does not say: Ray finds them when such a node starts."""
+        return [node for node in (self.head, *self.workers) if not node.resources]
+
     def placements(self, demand: Mapping[str, float]) -> list[NodeType]:
         """The kinds of nodes that an actor with this demand can run on; empty if it would wait forever."""
         return [node for node in (self.head, *self.workers) if fits(demand, node.resources)]

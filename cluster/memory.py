@@ -112,7 +112,9 @@ def describe_memory(
     size = GPU_GIB[kind]
     free = size * engine.gpu_memory_utilization * GIB - plan.total
     room = max(0, int(free / plan.token))
-    context = engine.max_model_len or model.max_position_embeddings
+    positions = model.max_position_embeddings
+    # Where no setting says how long a context is, the engine lowers it to a cache that is set smaller.
+    context = engine.max_model_len or min(positions, engine.kv_cache_tokens or positions)
     tokens = engine.kv_cache_tokens or min(room, context * engine.max_num_seqs)
     if tokens > room or tokens < context:
         needed = max(tokens, context)

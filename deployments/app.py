@@ -8,7 +8,7 @@ import ray
 from ray.serve import Application, Deployment, deployment
 
 from orthrus.deployments.access.rate_limits import RateLimiter
-from orthrus.deployments.config.app_args import parse_args
+from orthrus.deployments.config.app_args import OUR_ROUTER, parse_args
 from orthrus.deployments.config.model_check import check_model, locate
 from orthrus.deployments.config.placement import check_placement
 from orthrus.deployments.ingress.ingress import Ingress
@@ -18,15 +18,12 @@ from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
 from orthrus.models.hub import HubUnreachable
 
-ROUTER = {
-    "request_router_class": "orthrus.deployments.router.PrefixRouter",
-    "request_routing_stats_period_s": 1.0,
-}
-"""The replicas' request router where the config names none."""
+ROUTER = {"request_router_class": OUR_ROUTER, "request_routing_stats_period_s": 1.0}
+"""The replicas' request router, as far as the config says nothing else of it."""
 HEALTH_CHECK_SECONDS = 2.0
 """Period of Serve's health checks: how soon it notices a lost replica and starts another one."""
 DRAIN_SECONDS = 300.0
-"""How long a replica that is being removed may finish its running requests. It gets no new ones."""
+"""How long a replica or an ingress that is being removed may finish its running requests. It gets no new ones."""
 MAX_QUEUED = 512
 """Most requests that wait in one ingress for a replica, or in one proxy for an ingress. Further ones are refused."""
 BUSY = {"status_code": 429, "retry_after_s": 1}
@@ -50,12 +47,14 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
     engine = locate(checked.engine)
     with suppress(HubUnreachable):  # Not from this node; the replicas find out.
         check_model(engine)
+    options = dict(args.get("replica", {}))
+    # The config may give a setting of the router, and no class.
+    options["request_router_config"] = ROUTER | options.get("request_router_config", {})
     replica = _deployment(
         OrthrusReplica,
-        args.get("replica", {}),
+        options,
         # Serve's default of 5 concurrent requests would starve the engine's batch.
         max_ongoing_requests=engine.max_num_seqs,
-        request_router_config=ROUTER,
         health_check_period_s=HEALTH_CHECK_SECONDS,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         max_queued_requests=MAX_QUEUED,
@@ -76,6 +75,7 @@ def make_application(args: dict[str, Any], load: Callable[[EngineConfig], Engine
         max_ongoing_requests=1024,
         max_surge_percent=100,  # An update starts new ones before old ones end.
         health_check_period_s=HEALTH_CHECK_SECONDS,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,  # A stream goes through it as long as the replica answers.
         max_queued_requests=MAX_QUEUED,
         backpressure_config=BUSY,
     ).bind(replica, engine, checked.api, limiter, responses)

@@ -7,8 +7,8 @@ prefers the same replica for it. Replicas publish their `Capacity` once, and eve
 `RoutingReport` of their load and their cached prefixes.
 
 The queue is served as soon as this router learns of room: when one of its requests ends, with a report, and with a new replica.
-It does not learn when another router's request ends. So while requests wait, and only then, it polls the replicas for their
-number of requests.
+It does not learn when another router's request ends. So while requests wait, it polls the replicas for their number of requests.
+It also does after a replica could not be reached, until that one answers: an idle replica has nothing new to report.
 """
 
 import asyncio
@@ -30,10 +30,15 @@ _ANSWER_SECONDS = 0.5
 
 
 class PrefixRouter(RequestRouter):
-    """Routes requests by a `PrefixBalancer`. `request_router_kwargs` in a config are the arguments of `initialize_state`."""
+    """Routes requests by a `PrefixBalancer`. `request_router_kwargs` in a config are the arguments of `check_settings`."""
 
-    def initialize_state(self, load_bound: float = 1.25, affinity_floor: float = 0.1) -> None:
-        self._balancer = PrefixBalancer(load_bound, affinity_floor)
+    @staticmethod
+    def check_settings(load_bound: float = 1.25, affinity_floor: float = 0.1) -> PrefixBalancer:
+        """A balancer with these settings. Raises ValueError, naming the setting, for one out of range, and TypeError."""
+        return PrefixBalancer(load_bound, affinity_floor)
+
+    def initialize_state(self, **settings: float) -> None:
+        self._balancer = self.check_settings(**settings)
         # By request id: the future that gives each waiting request its replica.
         self._grants: dict[str, asyncio.Future[ReplicaID]] = {}
         self._asking: asyncio.Task[None] | None = None
@@ -80,8 +85,7 @@ class PrefixRouter(RequestRouter):
         grant = self._grants[request.request_id] = self._event_loop.create_future()
         try:
             self._dispatch()
-            if not grant.done() and (self._asking is None or self._asking.done()):
-                self._asking = self._event_loop.create_task(self._ask())
+            self._keep_asking()
             return await grant
         except asyncio.CancelledError:
             self._end(request.request_id)
@@ -97,9 +101,13 @@ class PrefixRouter(RequestRouter):
             else:
                 grant.set_result(replica_id)
 
+    def _keep_asking(self) -> None:
+        if self._balancer.must_hear and (self._asking is None or self._asking.done()):
+            self._asking = self._event_loop.create_task(self._ask())
+
     async def _ask(self) -> None:
-        """Poll all replicas until no request waits."""
-        while self._balancer.waiting:
+        """Poll all replicas until no request waits and no replica counts as full after a refusal."""
+        while self._balancer.must_hear:
             await asyncio.sleep(_ASK_SECONDS)
             await asyncio.gather(*(self._hear(replica) for replica in self._replicas_list))
 
@@ -126,6 +134,7 @@ class PrefixRouter(RequestRouter):
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_unavailable(replica_id)
         self._balancer.refuse(replica_id)
+        self._keep_asking()
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         request = _request(pending_request)

@@ -1,6 +1,6 @@
 """The typed `args` of a Serve config. For a setting that can't work, the error says where it is and what to change."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,6 +13,9 @@ from orthrus.deployments.config.faults import describe_faults
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
 from orthrus.yaml_file import Keys, YamlFile
+
+OUR_ROUTER = "orthrus.deployments.router.PrefixRouter"
+"""The replicas' request router where the config names none."""
 
 
 class _Policy(AutoscalingPolicy):
@@ -50,6 +53,20 @@ class _Router(RequestRouterConfig):
         return values
 
 
+class _ReplicaRouter(_Router):
+    request_router_class: str | Callable[..., Any] = OUR_ROUTER
+
+    @model_validator(mode="after")
+    def _takes_its_settings(self) -> "_ReplicaRouter":
+        """Check the settings of our router here: if it can't be made, every request waits for ever."""
+        if self.request_router_class == OUR_ROUTER and self.request_router_kwargs:
+            try:
+                _import(OUR_ROUTER).check_settings(**self.request_router_kwargs)
+            except TypeError as error:
+                raise ValueError(f"request_router_kwargs: {str(error).rpartition('() ')[2]}") from error
+        return self
+
+
 class _ActorOptions(RayActorOptionsSchema):
     model_config = ConfigDict(extra="forbid")
 
@@ -70,13 +87,19 @@ class DeploymentOptions(DeploymentSchema):
         raise ValueError("the application names its deployments itself: remove it")
 
 
+class ReplicaOptions(DeploymentOptions):
+    """The same of the replicas' deployment."""
+
+    request_router_config: _ReplicaRouter = Field(default_factory=_ReplicaRouter)
+
+
 class AppArgs(BaseModel):
     """An application: one model, its replicas and the ingress in front of them. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
     engine: EngineConfig
-    replica: DeploymentOptions = Field(default_factory=DeploymentOptions)
+    replica: ReplicaOptions = Field(default_factory=ReplicaOptions)
     ingress: DeploymentOptions = Field(default_factory=DeploymentOptions)
     api: ApiConfig = Field(default_factory=ApiConfig)
 

@@ -8,7 +8,7 @@ from typing import Any
 from orthrus.deployments.failures.errors import ModelNotFound
 from orthrus.engine.config import EngineConfig
 from orthrus.models.families import load_config
-from orthrus.models.hub import resolve
+from orthrus.models.hub import TEXT_FILES, resolve
 from orthrus.text.tokenizer import load_tokenizer
 
 
@@ -32,7 +32,7 @@ class ServedModel:
     @classmethod
     def load(cls, config: EngineConfig) -> "ServedModel":
         """The model of an engine's config. Raises ConfigError."""
-        path = resolve(config.model)
+        path = resolve(config.model, TEXT_FILES)
         model = load_config(path)
         trained = model.max_position_embeddings
         return cls(

@@ -29,7 +29,12 @@ class ModelStatus:
     async def fault(self) -> str | None:
         """Why no replica can answer. None if one runs, or if all were scaled away: the next request then starts one."""
         replica = await self.deployment_status()
-        starting = replica.replica_states and not replica.replica_states.get("RUNNING")
+        there = dict(replica.replica_states)
+        if replica.status == "DOWNSCALING":
+            there.pop(
+                "STOPPING", None
+            )  # They finish their streams. Nothing waits for the place that they leave.
+        starting = there and not there.get("RUNNING")
         if starting or replica.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return str(replica.message)
         return None

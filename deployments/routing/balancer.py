@@ -206,6 +206,11 @@ class PrefixBalancer:
         """How many requests wait."""
         return len(self._queue)
 
+    @property
+    def must_hear(self) -> bool:
+        """Whether requests wait for what a replica may say, or one counts as full until it says something."""
+        return bool(self._queue) or any(state.refused for state in self._replicas.values())
+
     def use(self, replica: Replica) -> float:
         """The share of a replica's capacity that is used (`Load.use`), as far as this router knows."""
         return self._replicas[replica].use
@@ -291,7 +296,9 @@ class PrefixBalancer:
     def _make_waiting(self, request: Request, session: str) -> _Waiting:
         page_size = next(iter(self._replicas.values())).capacity.page_size
         # The last token is always computed, so a page that it completes is never taken from the cache.
-        hashes = page_hashes(request.prompt[:-1], page_size, salt=request.cache_salt)
+        # A prompt that is scored takes no page from there.
+        reused = request.prompt[:-1] if request.params.prompt_logprobs is None else ()
+        hashes = page_hashes(reused, page_size, salt=request.cache_salt)
         names = [page_hash[:NAME_BYTES] for page_hash in hashes]
         self._arrivals += 1
         return _Waiting(self._arrivals, request, session, names)

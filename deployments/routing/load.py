@@ -10,6 +10,7 @@ _TYPICAL_OUTPUT_TOKENS = 256
 def request_load(request: Request, capacity: Capacity, cached_pages: int = 0) -> Load:
     """What a request will take of a replica that holds `cached_pages` of its prompt."""
     params, prompt = request.params, len(request.prompt)
-    output = min(params.max_tokens or _TYPICAL_OUTPUT_TOKENS, _TYPICAL_OUTPUT_TOKENS)
+    most = _TYPICAL_OUTPUT_TOKENS if params.max_tokens is None else params.max_tokens
+    output = min(most, _TYPICAL_OUTPUT_TOKENS)
     pages = (prompt + params.n * output) / capacity.page_size - cached_pages
     return Load(params.n, (prompt - cached_pages * capacity.page_size) / capacity.prefill_chunk, pages)

@@ -12,6 +12,7 @@ from orthrus.cli.options import (
     sampling_params,
 )
 from orthrus.cli.output import progress, write
+from orthrus.errors import RequestError
 
 
 def add_parser(commands: Commands) -> None:
@@ -29,7 +30,11 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Stream the completion to stdout."""
     params = sampling_params(arguments)
-    prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+    try:
+        prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+        prompt.encode()  # Bytes that are no UTF-8 may have become lone surrogates, which no tokenizer takes.
+    except UnicodeError as error:
+        raise RequestError("the prompt is not UTF-8 text", "prompt") from error
     engine = load_engine(arguments)
     from orthrus.cli.terminal import describe, stream_text, tokenizer_of
 

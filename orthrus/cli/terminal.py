@@ -46,12 +46,14 @@ def stream_text(
 ) -> Answer:
     """Complete `prompt` (token ids) on an otherwise idle engine. `write` gets each piece of the text as soon as it is final.
 
-    Ctrl-C cancels the request, and the answer so far is returned. Raises RequestError.
+    Ctrl-C cancels the request, and the answer so far is returned. Raises RequestError, and ConfigError if the model can't
+    go on.
     """
     request = Request(f"terminal-{next(_request_numbers)}", prompt, params)
     text = TextStream(tokenizer_of(engine), params.stop)
     pieces: list[str] = []
     stats: RequestStats | None = None
+    error: str | None = None
 
     def show(piece: str) -> None:
         if piece:
@@ -67,10 +69,12 @@ def stream_text(
                 first = first or time.perf_counter() - started
                 for token in chunk.token_ids:
                     show(text.push(token))
-                stats = chunk.stats or stats
+                stats, error = chunk.stats or stats, chunk.error
     except KeyboardInterrupt:
         engine.cancel(request.request_id)
     show(text.finish())
+    if error is not None:
+        raise ConfigError(error)
     return Answer("".join(pieces), stats, params.greedy, time.perf_counter() - started, first)
 
 
@@ -99,6 +103,10 @@ def run_chat(engine: Engine, params: SamplingParams, *, system: str | None = Non
     while True:
         try:
             message = input("> ").strip()
+            message.encode()  # See `orthrus generate`.
+        except UnicodeError:
+            print("that is not UTF-8 text", file=sys.stderr)
+            continue
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return

@@ -108,6 +108,11 @@ def _from_module(
 ) -> AcceleratedModel:
     name = module.name_or_path or type(module).__name__
     config = _engine_config(name, schedule, device or module.device, dtype or module.dtype, settings)
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size {config.tensor_parallel_size} takes a checkpoint, of which each GPU reads its part, and not a "
+            "model that is loaded: pass the directory or hub id"
+        )
     check_as_written(module)
     tensors = module.state_dict()
     fields = module.config.to_dict()

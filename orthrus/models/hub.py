@@ -28,7 +28,9 @@ class HubUnreachable(CheckpointError):
 
 
 # Files in subfolders are left out: they hold the same weights in other formats.
-_ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
+TEXT_FILES = ("*.json", "*.txt", "*.jinja")
+"""What says what a model is and how it reads and writes text: all but its weights."""
+_ALL_FILES = (*TEXT_FILES, "*.safetensors")
 CONFIG_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE)
 
 

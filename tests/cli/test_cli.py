@@ -17,8 +17,12 @@ from orthrus.cli import main
 from orthrus.cli.terminal import stream_text
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
+from orthrus.errors import ConfigError
 from orthrus.measure.bench import BenchOptions, bench
+from orthrus.models.checkpoint import load_weights
+from orthrus.models.families import load_config
 from orthrus.requests.request import SamplingParams
+from orthrus.text.tokenizer import load_tokenizer
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +135,22 @@ def test_generate_reads_stdin(model: Path, capsys: Output, monkeypatch: pytest.M
     assert capsys.readouterr().out == expected
 
 
+def test_bytes_that_are_no_text_are_refused(
+    model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stdin(errors: str) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8", errors=errors)
+
+    # As Python reads in a UTF-8 locale, and in the C locale.
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", stdin(errors))
+        assert main(generate_by_ar(model)) == 2
+        assert capsys.readouterr().err == "orthrus: the prompt is not UTF-8 text\n"
+    type_lines(monkeypatch, "a\udcff", "/exit")
+    assert main(["chat", "--model", str(model), "--device", "cpu"]) == 0
+    assert "that is not UTF-8 text" in capsys.readouterr().err
+
+
 def test_chat_keeps_the_conversation(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["chat", "--model", str(model), "--device", "cpu", "--max-tokens", "6", "--ignore-eos"]
     type_lines(monkeypatch, "hello", "again", "/reset", "hello", "/help", "/exit", "unread")
@@ -181,6 +201,17 @@ def test_ctrl_c_stops_an_answer_and_leaves_the_engine_free(model: Path) -> None:
     assert engine.stats.running == 0
 
 
+def test_an_answer_that_the_engine_broke_off_is_an_error(model: Path) -> None:
+    """Scores that are NaN say nothing of the next token."""
+    weights = load_weights(model, load_config(model), "cpu")
+    weights["model.norm.weight"].fill_(float("nan"))
+    settings = EngineConfig(model=str(model), device="cpu", schedule="ar")
+    engine = Engine(settings, load_config(model), weights, load_tokenizer(model))
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        stream_text(engine, [1, 2, 3], SamplingParams(temperature=0, max_tokens=4), lambda piece: None)
+    assert not engine.has_work
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +219,7 @@ def test_ctrl_c_stops_an_answer_and_leaves_the_engine_free(model: Path) -> None:
         (["--temperature", "-1"], "temperature must be between 0 and 100, got -1.0"),
         (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--prompt", ""], "the prompt must have at least one token"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8 text"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(

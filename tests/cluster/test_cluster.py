@@ -81,6 +81,58 @@ def test_72b_on_four_h100s_leaves_room_for_64_sequences_of_4096_tokens() -> None
     assert room is not None and int(room[1]) >= 64 * 4096
 
 
+def test_a_context_without_a_setting_is_no_longer_than_the_cache(tmp_path: Path) -> None:
+    """The model has 40960 positions. As at a replica's start, the cache that is set lowers the context."""
+    config = yaml.safe_load((ROOT / "configs" / "qwen3-8b-h100.yaml").read_text())
+    engine = config["applications"][0]["args"]["engine"]
+    del engine["max_model_len"]
+    engine["kv_cache_tokens"] = 20_000
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert "for 20000 tokens (1.0 full contexts)" in "\n".join(check_config(file, CLUSTER_FILE))
+
+
+def check_8b_on(tmp_path: Path, cluster: dict[str, Any], fewest: int) -> str:
+    """What the check says of the 8B config with so many replicas at least, and 16 at most, on a cluster."""
+    config = yaml.safe_load((ROOT / "configs" / "qwen3-8b-h100.yaml").read_text())
+    replica = config["applications"][0]["args"]["replica"]
+    replica["autoscaling_config"] |= {"min_replicas": fewest, "max_replicas": 16}
+    files = {"serve.yaml": config, "cluster.yaml": cluster}
+    for name, data in files.items():
+        (tmp_path / name).write_text(yaml.safe_dump(data))
+    return "\n".join(check_config(*(tmp_path / name for name in files)))
+
+
+def test_all_workers_together_are_no_more_than_the_cluster_has(tmp_path: Path) -> None:
+    cluster = yaml.safe_load(CLUSTER_FILE.read_text()) | {"max_workers": 1}
+    said = check_8b_on(tmp_path, cluster, 8)
+    assert "8 on a node of type h100, of which there are up to 1\n" in said
+    assert "of at most 16 replicas, 8 find room" in said
+    with pytest.raises(ConfigError, match=r"9 replicas at least, and .* has room for 8"):
+        check_8b_on(tmp_path, cluster, 9)
+    # A second kind fits too, and takes fewer. Both kinds share what the cluster has.
+    h100 = cluster["available_node_types"]["h100"]
+    half = h100 | {"resources": {"CPU": 96, "GPU": 4, "accelerator_type:H100": 1}}
+    cluster["available_node_types"] = {"half": half, **cluster["available_node_types"]}
+    assert "of at most 16 replicas, 8 find room" in check_8b_on(tmp_path, cluster, 8)
+
+
+def test_a_head_with_gpus_takes_replicas_too(tmp_path: Path) -> None:
+    cluster = yaml.safe_load(CLUSTER_FILE.read_text())
+    resources = {"CPU": 32, "GPU": 2, "accelerator_type:H100": 1}
+    head = cluster["available_node_types"]["head"] | {"resources": resources}
+    cluster |= {"available_node_types": {"head": head}, "max_workers": 0}
+    assert "2 on a node of type head, of which there are up to 1\n" in check_8b_on(tmp_path, cluster, 2)
+    with pytest.raises(ConfigError, match=r"3 replicas at least, and .* has room for 2"):
+        check_8b_on(tmp_path, cluster, 3)
+
+
+def test_hosts_whose_resources_nobody_says_are_not_refused() -> None:
+    said = "\n".join(check_config(ROOT / "configs" / "qwen3-8b-h100.yaml", ROOT / "cluster" / "local.yaml"))
+    assert "on nodes of type local.cluster.node, if they have that: " in said
+    assert "of 79 GiB on one H100" in said
+
+
 def test_resources_that_actors_demand() -> None:
     assert actor_demand({}) == actor_demand({"num_cpus": None}) == {"CPU": 1}
     options = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"rack": 1}}

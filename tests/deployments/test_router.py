@@ -181,6 +181,24 @@ def test_a_replica_that_could_not_be_reached_gets_nothing_until_it_answers() -> 
     run(main)
 
 
+def test_an_idle_replica_that_could_not_be_reached_is_asked_though_nothing_waits() -> None:
+    """It has nothing new to report, and others may have room for all requests."""
+
+    async def main() -> None:
+        caller = Caller("a", "b")
+        await settle()
+        replicas = caller.replicas.values()
+        for replica in replicas:
+            caller.router.on_replica_actor_unavailable(replica.replica_id)
+            replica.asked = 0
+        while caller.router._asking is not None and not caller.router._asking.done():
+            await asyncio.sleep(0.05)
+        assert [replica.asked for replica in replicas] == [1, 1]
+        assert await caller.ask(0) != await caller.ask(1), "both have room again"
+
+    run(main)
+
+
 def test_other_calls_go_anywhere() -> None:
     async def main() -> None:
         caller = Caller("a")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
@@ -105,6 +106,15 @@ def test_what_cannot_be_accelerated(checkpoint: Path, module: Qwen3ForCausalLM) 
     adapted.model.layers[0].self_attn.q_proj.add_module("lora_A", torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="lora_A"):
         accelerated(adapted)
+
+
+def test_gpus_share_checkpoints_only() -> None:
+    """One process has the module. The setting would be left out without a word."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 1}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128}
+    module = Qwen3ForCausalLM(Qwen3Config(**shape, **sizes))
+    with pytest.raises(ConfigError, match="tensor_parallel_size 2 takes a checkpoint"):
+        accelerated(module, tensor_parallel_size=2)
 
 
 def test_a_head_untied_by_hand_counts(tmp_path: Path) -> None:

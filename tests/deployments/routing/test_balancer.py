@@ -8,6 +8,7 @@ import pytest
 
 from orthrus.cache.page_hash import page_hashes
 from orthrus.deployments.routing.balancer import PrefixBalancer
+from orthrus.deployments.routing.load import request_load
 from orthrus.requests.request import Request, SamplingParams
 from tests.deployments.routing.simulated import CAPACITY, Cluster, place, report, shared_prefix_traffic
 
@@ -137,6 +138,21 @@ def test_what_a_replica_holds_of_a_prompt_needs_no_pages() -> None:
     balancer.update({"a": (CAPACITY, held)})
     for number in range(4):
         assert place(balancer, Request(f"{number}", [*prompt, number], SamplingParams(max_tokens=16))) == "a"
+
+
+def test_a_prompt_that_is_scored_takes_nothing_from_the_cache() -> None:
+    balancer = PrefixBalancer()
+    prompt = list(range(800))
+    prefixes = page_hashes(prompt, CAPACITY.page_size)
+    balancer.update({"a": (CAPACITY, report(["theirs"], pages=490, prefixes=prefixes))})
+    scored = Request("scored", prompt, SamplingParams(max_tokens=0, prompt_logprobs=0))
+    balancer.add(scored)
+    assert balancer.dispatch() == [], "it needs 50 pages, and 22 are free"
+    balancer.update({"a": (CAPACITY, report(prefixes=prefixes))})
+    assert balancer.dispatch() == [("scored", "a")]
+    assert balancer.confirm(scored, "a") == "load"
+    assert balancer.use("a") == pytest.approx((1 + 800 / 256) / 16)
+    assert request_load(scored, CAPACITY).pages == 50, "no page for an answer"
 
 
 def test_a_freed_slot_goes_to_a_cached_prefix_but_at_most_eight_pass() -> None:
