@@ -157,7 +157,7 @@ class EngineCore:
         """
         begin = time.perf_counter()
         chunks: list[Chunk] = []
-        if self._scheduler.may_preempt() and self._in_flight:
+        if not self._scheduler.promise_pages() and self._in_flight:
             # A preempted sequence is computed again from its committed tokens, so none of its tokens may be in flight.
             chunks += self._collect(keep=0)
         planned = self._scheduler.plan()

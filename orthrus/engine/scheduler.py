@@ -112,15 +112,15 @@ class Scheduler:
             self._rows_running = sum([sequence.rows_to_prefill for sequence in self.running])
         return self._rows_waiting + self._rows_running
 
-    def may_preempt(self) -> bool:
-        """Whether the next plan may run out of pages. Also sets `pool.promised` to the number that it may need."""
+    def promise_pages(self) -> bool:
+        """Keep free pages for all that the next plan may need (`pool.promised`). False if there are too few: it may preempt."""
         missing = 0
         for sequence in self.running:
             rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk
             end = min(sequence.num_computed + rows, sequence.max_length)
             missing += max(0, -(-end // self._page_size) - len(sequence.block_table))
         self.pool.promised = missing
-        return missing > self.pool.available
+        return missing <= self.pool.available
 
     def plan(self) -> list[PlannedTurn]:
         """The next pass, empty when there is nothing to do."""

@@ -152,7 +152,7 @@ def test_the_lowest_priority_number_begins_first_and_the_highest_is_preempted_fi
     # Each fills its second page; there is none for a third one of "soon".
     for _ in range(4):
         assert [name for name, *_ in run_pass(ours)] == ["soon", "next"]
-    assert ours.num_preempted == 0 and ours.may_preempt()
+    assert ours.num_preempted == 0 and not ours.promise_pages()
     assert [name for name, *_ in run_pass(ours)] == ["soon"]
     assert ours.num_preempted == 1
     assert [sequence.request_id for sequence in ours.waiting] == ["next", "late"]
@@ -193,13 +193,13 @@ def test_branches_of_a_sequence_are_given_back_with_it_and_leave_it_the_pages_th
     assert pool.used == 3
     # Up to 6 rows from position 6 on: the block table may lack a page, which is not to spare.
     taken = pool.allocate(pool.available - 2) or []
-    assert not ours.may_preempt()
+    assert ours.promise_pages()
     assert pool.spare == 1
     taken += pool.allocate(1) or []
-    assert not ours.may_preempt()
+    assert ours.promise_pages()
     assert pool.spare == 0
     more = pool.allocate(1) or []
-    assert ours.may_preempt()
+    assert not ours.promise_pages()
     pool.release(taken + more)
     ours._preempt(sequence)
     assert (pool.used, sequence.branches) == (0, [])
