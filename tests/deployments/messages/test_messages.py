@@ -116,6 +116,12 @@ def test_an_answer_may_be_begun_by_the_client() -> None:
     assert not messages(messages=asked).chat().continue_final_message
 
 
+@pytest.mark.parametrize("others", [[], [{"role": "user", "content": "hi"}]])
+def test_a_turn_may_be_empty(others: list[dict[str, Any]]) -> None:
+    chat = messages(messages=[*others, {"role": "user", "content": []}]).chat()
+    assert [message.content for message in chat.messages] == ["hi"] * len(others) + [""]
+
+
 def test_thinking_is_only_for_those_who_ask() -> None:
     assert messages().chat().thinking is False
     assert messages(thinking={"type": "disabled"}).chat().thinking is False
