@@ -62,8 +62,8 @@ class ChatBody(Body):
     def _choice_is_of_the_tools(self) -> "ChatBody":
         if not self.messages:
             raise RequestError("messages must have at least one message", "messages")
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
+        names = {tool.function.name for tool in self.tools or ()}
+        if len(names) < len(self.tools or ()):
             raise RequestError("each tool must have a name of its own", "tools")
         choice = self.tool_choice
         if not names and choice not in (None, "none", "auto"):
@@ -74,13 +74,13 @@ class ChatBody(Body):
         return self
 
     @property
-    def _chosen_names(self) -> list[str] | None:
-        """Names of the tools that tool_choice leaves, None if it leaves all."""
+    def _chosen_names(self) -> dict[str, None] | None:
+        """Names, in order, of the tools that tool_choice leaves, None if it leaves all."""
         match self.tool_choice:
             case NamedToolChoice() as named:
-                return [named.function.name]
+                return {named.function.name: None}
             case AllowedToolChoice() as some:
-                return [named.function.name for named in some.allowed_tools.tools]
+                return {named.function.name: None for named in some.allowed_tools.tools}
         return None
 
     @property

@@ -54,7 +54,8 @@ def _calls(body: ChatBody, tokenizer: Any, *, many: bool, only_strict: bool = Fa
 
     only_strict: arguments of tools that are not `strict` may be any object. Raises RequestError naming the parameters.
     """
-    tools = {i: tool for i, tool in enumerate(body.tools or ()) if tool in body.callable_tools}
+    callable_names = {tool.function.name for tool in body.callable_tools}
+    tools = {i: tool for i, tool in enumerate(body.tools or ()) if tool.function.name in callable_names}
     rules = {"calls": r'call ("\n" call)*' if many else "call"}
     rules["call"] = f"{_marker(tokenizer, TOOL_CALL)} (" + " | ".join(f"call_{i}" for i in tools) + ")"
     rules["call"] += f" {_marker(tokenizer, END_TOOL_CALL)}"
