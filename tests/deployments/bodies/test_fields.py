@@ -91,6 +91,7 @@ def test_what_is_not_served_is_refused_with_what_does_it_here(name: str) -> None
         ({"temprature": 1}, "temprature", "'temperature'"),
         ({"max_token": 1}, "max_token", "'max_tokens'"),
         ({"qwertz": 1}, "qwertz", "remove it"),
+        ({"Temperature": 1}, "Temperature", "'temperature'"),
         ({"tools": [{"type": "function", "function": {"name": "f", "paramters": {}}}]},
          "tools[0].function.paramters", "'parameters'"),
         ({"stream": True, "stream_options": {"includeusage": True}}, "stream_options.includeusage", "'include_usage'"),
