@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -187,6 +188,7 @@ def _arguments(text: str) -> dict[str, Any]:
     """A call's arguments. Those that the token limit has cut are what was there so far, as in a stream."""
     try:
         arguments = from_json(text, allow_partial=True) if text else {}
+        json.dumps(arguments, allow_nan=False)
     except ValueError:
         arguments = text
     # A model that calls freely may write what is no JSON object; it must not be lost.

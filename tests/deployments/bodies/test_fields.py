@@ -129,6 +129,8 @@ def test_the_patient_are_told_what_was_ignored() -> None:
     [
         (b'{"model": "m", "prompt": "p", "metadata": {"a": [NaN]}}', "metadata", "finite"),
         (b'{"model": "m", "prompt": "p", "temperature": -Infinity}', "temperature", "finite"),
+        (b'{"model": "m", "prompt": "p", "metadata": {"a": 1e400}}', "metadata", "finite"),
+        (b'{"model": "m", "prompt": "p", "metadata": {"a": -1%s.0}}' % (b"0" * 400), "metadata", "finite"),
         (b"[" * 100_000, None, "recursion limit"),
         (b'{"model": ' + b'{"a": ' * 1000, None, "not JSON"),
         (b'{"model": "m", "prompt": "\\ud800"}', None, "not JSON"),

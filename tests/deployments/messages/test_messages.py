@@ -262,6 +262,15 @@ def test_a_call_that_was_cut_is_what_there_is_of_it() -> None:
         assert message.stop_reason == "max_tokens"
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400"])
+def test_numbers_that_json_lacks_reach_the_client_as_they_were_written(number: str) -> None:
+    """A message that has them as numbers can't be sent."""
+    written = f'{{"a": {number}}}'
+    items = chunks([f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'])
+    [call] = MessageFormat("m", 50, 40).whole(Choice(items))["content"]
+    assert json.dumps(call["input"], allow_nan=False) == json.dumps({"arguments": written})
+
+
 def test_failures_are_anthropics() -> None:
     for error, status, kind in [
         (RequestError("no", "messages"), 400, "invalid_request_error"),
