@@ -100,6 +100,19 @@ def test_many_tools() -> None:
     assert grammar is not None and "call_1999" in grammar
 
 
+def test_many_tools_with_any_arguments() -> None:
+    """The grammar of one is forty times as long as the tool."""
+    tools = [
+        {"type": "function", "function": {"name": f"f{i}", "parameters": {"additionalProperties": True}}}
+        for i in range(8_000)
+    ]
+    body = ChatBody.model_validate({"model": "m", "messages": HI, "tools": tools, "tool_choice": "required"})
+    template = ChatTemplate(load_tokenizer(ROOT / "models" / "orthrus-tiny"))
+    with pytest.raises(RequestError, match="offer fewer") as caught, bounded():
+        template.apply(body)
+    assert caught.value.param == "tools"
+
+
 def test_many_lists_of_tools() -> None:
     lists = [
         {"type": "additional_tools", "tools": [{"type": "function", "name": f"f{i}"}]} for i in range(10_000)
