@@ -61,6 +61,7 @@ CHATS: dict[str, Any] = {
     "add_special_tokens": False, "documents": None, "chat_template": None, "chat_template_kwargs": {}, "verbosity": "medium",
     "include_reasoning": True, "separate_reasoning": True, "stream_reasoning": True, "thinking_token_budget": None,
     "reasoning": {"effort": "low"}, "functions": [], "safety_settings": [],
+    "top_logprobs": 0,
 }  # fmt: skip
 
 
