@@ -89,7 +89,8 @@ class EngineLoadPolicy:
         for name, target in self._targets.items():
             # Replicas of another version may not report this signal. Then it is ignored.
             if values := list(signals.get(name, {}).values()):
-                use, needed = sum(values) / len(values), sum(values) / target
+                # 21 / 0.7 is a little over 30 in floating point, and would call for a 31st replica.
+                use, needed = sum(values) / len(values), round(sum(values) / target, 8)
                 # Rounded up, like the number of replicas: 1.004 calls for two, and "1.00" would not explain that.
                 shown = math.ceil(round(100 * needed, 6)) / 100
                 reason = f"{_WORDS[name]} {use:.1%}, target {target:.0%}: needs {shown:.2f} replicas"

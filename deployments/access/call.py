@@ -1,5 +1,6 @@
 """One call of the API, over HTTP or gRPC: what it has used, for limits, log, metrics and traces."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -17,6 +18,16 @@ from orthrus.deployments.bodies.body import Body
 from orthrus.requests.request import Chunk, RequestStats
 
 logger = logging.getLogger("ray.serve")
+
+_LONGEST_SESSION = 256
+"""Characters. The name goes to a replica with each of the call's prompts, and is hashed for each replica."""
+
+
+def session_name(given: str) -> str:
+    """What a session is called here: the client's name for it, or the digest of a longer one."""
+    if len(given) <= _LONGEST_SESSION:
+        return given
+    return hashlib.blake2b(given.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -65,7 +76,7 @@ class Call:
 
     def read(self, body: Body) -> None:
         """Take session, priority, cache salt and field names from the body. Names that are in `sent_as` already stay."""
-        self.session = self.session or body.prompt_cache_key or ""
+        self.session = self.session or session_name(body.prompt_cache_key or "")
         self.priority, self.cache_salt = body.priority or 0, body.cache_salt or ""
         self.sent_as = {**body.sent_as, **self.sent_as}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from orthrus.deployments.access.call import Call
+from orthrus.deployments.access.call import Call, session_name
 from orthrus.deployments.access.keys import ApiKey, KeyRing
 from orthrus.deployments.access.rate_limits import Limits, Quotas
 from orthrus.deployments.access.request_metrics import RequestMetrics
@@ -69,7 +69,7 @@ class Gate:
         if call.endpoint not in _WITHOUT_TOKENS:
             call.metrics = self._metrics
         call.key = key = self.identify(metadata)
-        call.session = metadata.get(_SESSION, "")
+        call.session = session_name(metadata.get(_SESSION, ""))
         if self._config.log_prompts:
             call.prompts = []
         if key is None or self._quotas is None:

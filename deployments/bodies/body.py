@@ -7,9 +7,9 @@ that is silently ignored costs its user more than an error does.
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from orthrus.deployments.bodies.answer_format import (
     CONSTRAINT_FIELDS,
@@ -50,6 +50,14 @@ class AnswerOptions:
     request_id: str | None = None
 
 
+def _first_bias_is_told(biases: Any) -> Any:
+    """Refuse biases that are no numbers by the first of them: pydantic would report each one, and there may be very many."""
+    for token, bias in biases.items() if isinstance(biases, dict) else ():
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise ValueError(f"the bias of token {token!r} must be a number")
+    return biases
+
+
 class Body(ModelBody):
     """What the endpoints that generate share."""
 
@@ -62,7 +70,7 @@ class Body(ModelBody):
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
     repetition_penalty: float | None = 1.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_first_bias_is_told)] = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False

@@ -13,6 +13,8 @@ from orthrus.errors import RequestError
 
 # pydantic's paths name the branch of a union ("str", "list[ContentPart]", "NamedToolChoice"), which is no field of the body.
 _BRANCH = re.compile(r".*\[|(str|int|float|bool|dict|none)$|[A-Z]")
+_LONGEST_NAME = 64
+"""Characters of an unknown name that are compared with the known ones. The client may send millions."""
 
 
 def describe(error: ValidationError, body: type[BaseModel] | None = None) -> RequestError:
@@ -22,10 +24,10 @@ def describe(error: ValidationError, body: type[BaseModel] | None = None) -> Req
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
         return cause
+    if first["type"] == "extra_forbidden":
+        return _unknown(_unknown_path(first["loc"]), str(first["loc"][-1]), body)
     path = field_path(first["loc"])
     match first["type"]:
-        case "extra_forbidden":
-            return _unknown(path, str(first["loc"][-1]), body)
         case "model_type" | "dict_type" if not path:
             return RequestError("the body must be a JSON object")
         case "union_tag_invalid":
@@ -52,7 +54,13 @@ def unknown_fields(error: ValidationError) -> list[str] | None:
     complaints = error.errors(include_url=False, include_context=False, include_input=False)
     if any(complaint["type"] != "extra_forbidden" for complaint in complaints):
         return None
-    return [field_path(complaint["loc"]) for complaint in complaints]
+    return [_unknown_path(complaint["loc"]) for complaint in complaints]
+
+
+def _unknown_path(loc: Sequence[int | str]) -> str:
+    """Where an unknown field is. Its own name is the client's, and may look like that of a branch."""
+    *above, name = loc
+    return f"{field_path(above)}.{name}".removeprefix(".")
 
 
 def _unknown(path: str, name: str, body: type[BaseModel] | None) -> RequestError:
@@ -60,7 +68,7 @@ def _unknown(path: str, name: str, body: type[BaseModel] | None) -> RequestError
         return RequestError(f"{path} is not supported: {advice}", path)
     known = _names(body) if body is not None else ((), ())
     top, nested = known
-    close = difflib.get_close_matches(name, top if path == name else nested, 1, cutoff=0.7)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], top if path == name else nested, 1, cutoff=0.7)
     meant = f"did you mean {close[0]!r}?" if close else "remove it or correct its name"
     return RequestError(f"unknown field {path!r}: {meant}", path)
 

@@ -62,8 +62,8 @@ class ChatBody(Body):
     def _choice_is_of_the_tools(self) -> "ChatBody":
         if not self.messages:
             raise RequestError("messages must have at least one message", "messages")
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
+        names = {tool.function.name for tool in self.tools or ()}
+        if len(names) < len(self.tools or ()):
             raise RequestError("each tool must have a name of its own", "tools")
         choice = self.tool_choice
         if not names and choice not in (None, "none", "auto"):
@@ -74,13 +74,13 @@ class ChatBody(Body):
         return self
 
     @property
-    def _chosen_names(self) -> list[str] | None:
-        """Names of the tools that tool_choice allows, None if it allows all."""
+    def _chosen_names(self) -> dict[str, None] | None:
+        """Names of the tools that tool_choice allows, in order; None if it allows all."""
         match self.tool_choice:
             case NamedToolChoice() as named:
-                return [named.function.name]
+                return {named.function.name: None}
             case AllowedToolChoice() as some:
-                return [named.function.name for named in some.allowed_tools.tools]
+                return {named.function.name: None for named in some.allowed_tools.tools}
         return None
 
     @property
@@ -137,7 +137,7 @@ class ChatBody(Body):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling(self) -> SamplingParams:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         return self.sampling_with(self.new_tokens, self.alternatives, self.prompt_logprobs)
 

@@ -26,12 +26,16 @@ _FIRST = re.compile(rf"{_BLANKS}(\S?)")
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """The next piece of tool call number `index`. `id` and `name` come with the first piece only."""
+    """The next piece of tool call number `index`. `id` and `name` come with the first piece only.
+
+    at: how many characters of the text that comes with it stand before it.
+    """
 
     index: int
     arguments: str
     id: str | None = None
     name: str | None = None
+    at: int = 0
 
 
 class TrimmedText:
@@ -244,7 +248,8 @@ class CallSplitter:
         self.calls += 1
         index = self.calls - 1
         if not (self._one_call and index):
-            self._pieces[index] = ToolCallDelta(index, "", f"call_{uuid.uuid4().hex[:24]}", name)
+            at = sum(map(len, self._out))
+            self._pieces[index] = ToolCallDelta(index, "", f"call_{uuid.uuid4().hex[:24]}", name, at)
 
     def _add(self, arguments: str) -> None:
         """More of the last call's arguments."""

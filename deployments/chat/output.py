@@ -38,11 +38,15 @@ def joined(deltas: Iterable[ChatDelta]) -> ChatDelta:
     content, reasoning = "", ""
     calls: dict[int, ToolCallDelta] = {}
     for delta in deltas:
-        content += delta.content
-        reasoning += delta.reasoning
         for call in delta.tool_calls:
             whole = calls.get(call.index)
-            calls[call.index] = replace(whole, arguments=whole.arguments + call.arguments) if whole else call
+            calls[call.index] = (
+                replace(whole, arguments=whole.arguments + call.arguments)
+                if whole
+                else replace(call, at=call.at + len(content))
+            )
+        content += delta.content
+        reasoning += delta.reasoning
     return ChatDelta(content, reasoning, tuple(calls.values()))
 
 

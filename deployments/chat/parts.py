@@ -39,16 +39,16 @@ class PartStream:
 
     def push(self, delta: ChatDelta) -> Iterator[tuple[Step, Part, str]]:
         """Add a delta. Yields what happens, to which part, and for "more" the text that is added to it."""
-        calls = list(delta.tool_calls)
-        if calls and calls[0].index == self._call:
-            # More of the call that is open. Text in the same delta comes after it.
-            yield from self._add_call(calls.pop(0))
         if delta.reasoning:
             yield from self._add("reasoning", delta.reasoning)
-        if delta.content:
-            yield from self._add("text", delta.content)
-        for call in calls:
+        told = 0
+        for call in delta.tool_calls:
+            if text := delta.content[told : call.at]:
+                yield from self._add("text", text)
+            told = call.at
             yield from self._add_call(call)
+        if text := delta.content[told:]:
+            yield from self._add("text", text)
 
     def push_empty_text(self) -> Iterator[tuple[Step, Part, str]]:
         """Begin an empty text. Yields as `push` does."""

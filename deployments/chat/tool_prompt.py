@@ -1,6 +1,7 @@
 """Tools for a model whose chat template knows none: the system message describes them, and calls and results are plain text."""
 
 import json
+from itertools import groupby
 from typing import Any
 
 from orthrus.deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL
@@ -31,16 +32,11 @@ def spelled_out(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> 
             described = f"{messages[0]['content']}\n\n{described}"
             messages = messages[1:]
         spelled.append({"role": "system", "content": described})
-    after_result = False
-    for message in messages:
-        is_result = message["role"] == "tool"
-        if is_result and after_result:
-            spelled[-1]["content"] += f"\n{_result(message)}"
-        elif is_result:
-            spelled.append({"role": "user", "content": _result(message)})
+    for is_result, run in groupby(messages, lambda message: message["role"] == "tool"):
+        if is_result:
+            spelled.append({"role": "user", "content": "\n".join(map(_result, run))})
         else:
-            spelled.append(_with_calls(message))
-        after_result = is_result
+            spelled += map(_with_calls, run)
     return spelled
 
 

@@ -38,9 +38,6 @@ def request_params(sampling: pb.SamplingParams) -> SamplingParams:
 def chat_body(request: pb.ChatRequest) -> ChatBody:
     """The conversation as the HTTP API has it, without its sampling parameters. Raises RequestError."""
     choice = request.tool_choice
-    schema = _json("json_schema", request.json_schema)
-    if request.json_schema and not isinstance(schema, dict | bool):
-        raise RequestError("json_schema must be a JSON Schema: an object, true or false", "json_schema")
     named = {"type": "function", "function": {"name": choice}}
     try:
         return ChatBody.model_validate(
@@ -51,9 +48,7 @@ def chat_body(request: pb.ChatRequest) -> ChatBody:
                 "tool_choice": choice or None if choice in ("", "auto", "none", "required") else named,
                 "enable_thinking": _optional(request, "enable_thinking"),
                 "parallel_tool_calls": _optional(request, "parallel_tool_calls"),
-                "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}
-                if request.json_schema
-                else None,
+                "json_schema": request.json_schema or None,
                 # So that truncate_prompt_tokens leaves room for the answer.
                 "max_tokens": request.sampling.max_tokens
                 if request.sampling.HasField("max_tokens")

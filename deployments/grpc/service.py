@@ -116,8 +116,8 @@ class OrthrusService:
         """Raises RequestError, ModelNotFound, BodyTooLarge."""
         self._check(request)
         params, body = request_params(request.sampling), completion_body(request)
-        call.read(body)
-        # In a thread: a grammar may take long to make.
+        # In threads: a grammar may take long to make.
+        await asyncio.to_thread(call.read, body)
         params = await asyncio.to_thread(body.constrained, params)
         answer = await self._handler.complete(call, body, params)
         return _Messages(answer, generate_chunk, answer.prompts[0] if body.return_token_ids else ())
@@ -126,7 +126,7 @@ class OrthrusService:
         """Raises as `_generate` does."""
         self._check(request)
         params, body = request_params(request.sampling), chat_body(request)
-        call.read(body)
+        await asyncio.to_thread(call.read, body)
         answer = await self._handler.chat(call, body, params)
         build = partial(chat_chunk, include_reasoning=body.options.include_reasoning)
         return _Messages(answer, build, answer.prompts[0] if body.return_token_ids else ())

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -21,6 +22,8 @@ from orthrus.errors import RequestError
 Body = TypeVar("Body", bound=ModelBody)
 _IGNORED = "x-orthrus-ignored-fields"
 _MOST_IGNORED, _LONGEST_IGNORED = 20, 64
+# Numbers of 200 digits or a three-digit exponent: others are finite as a double.
+_MAY_OVERFLOW = re.compile(rb"[0-9][eE]\+?[0-9]{3}|[0-9]{200}")
 _READ_TO_THE_END = 16
 """Times the limit. A body over the limit is read to here and dropped: a client that is still sending may miss the error."""
 
@@ -86,17 +89,26 @@ def _json(raw: bytes) -> Any:
     """The value of JSON text. If a key comes twice, the last value counts. Raises RequestError."""
     try:
         # Not pydantic's parser: it accepts NaN, which is not JSON and would get into schemas and templates.
-        return from_json(raw, allow_inf_nan=False)
+        data = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         fault = RequestError(f"the body is not JSON: {error}")
+    else:
+        if _MAY_OVERFLOW.search(raw):
+            _check_finite(data)
+        return data
     try:
         data = from_json(raw)
     except ValueError:
         raise fault from None
+    _check_finite(data)
+    raise fault
+
+
+def _check_finite(data: Any) -> None:
+    """Raise RequestError for a number that is infinite or none. It names the field."""
     for name, value in data.items() if isinstance(data, dict) else ():
         if not _is_finite(value):
             raise RequestError(f"{name}: NaN and Infinity are no JSON numbers: send a finite one", name)
-    raise fault
 
 
 def _is_finite(value: Any) -> bool:

@@ -82,7 +82,10 @@ class Turn(StrictModel):
             return [{"role": self.role, "content": self.content}]
         if self.role == "assistant":
             return [_assistant(self.content)]
+        if not self.content:
+            return [{"role": self.role, "content": ""}]
         messages: list[dict[str, Any]] = []
+        texts: list[str] = []
         for block in self.content:
             match block:
                 case ToolResultBlock():
@@ -93,16 +96,20 @@ class Turn(StrictModel):
                     }
                     # Some chat templates pass it on to the model.
                     messages.append({**result, "is_error": True} if block.is_error else result)
-                case TextBlock() if messages and messages[-1]["role"] == self.role:
-                    messages[-1]["content"] += f"\n{block.text}"
+                case TextBlock() if texts and messages[-1]["role"] == self.role:
+                    texts.append(block.text)
                 case TextBlock():
-                    messages.append({"role": self.role, "content": block.text})
+                    texts = [block.text]
+                    messages.append({"role": self.role, "content": texts})
                 case _:
                     raise RequestError(
                         f"messages: a block of type {block.type} belongs to the assistant, not to the {self.role}",
                         "messages",
                     )
-        return messages
+        return [
+            {**message, "content": "\n".join(message["content"])} if message["role"] == self.role else message
+            for message in messages
+        ]
 
 
 def _assistant(blocks: list[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -187,6 +188,7 @@ def _arguments(text: str) -> dict[str, Any]:
     """A call's arguments. If the token limit has cut them, they are what had come until then, as in a stream."""
     try:
         arguments = from_json(text, allow_partial=True) if text else {}
+        json.dumps(arguments, allow_nan=False)
     except ValueError:
         arguments = text
     # In a call that was not forced, the model may write something else than a JSON object. It must not be lost.

@@ -16,6 +16,7 @@ from orthrus.deployments.http.depends import HandlerDep, Identified, admitted
 from orthrus.deployments.openai.format import CompletionFormat
 from orthrus.deployments.openai.logprobs import Echo
 from orthrus.deployments.openai.respond import respond
+from orthrus.requests.request import SamplingParams
 
 router = APIRouter()
 
@@ -25,9 +26,7 @@ async def completions(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("completions")]
 ) -> Response:
     body = await read_body(request, CompletionBody, handler)
-    call.read(body)
-    # In a thread: a grammar may take long to make.
-    params = await asyncio.to_thread(body.sampling)
+    params = await asyncio.to_thread(_read, call, body)
     answer = await handler.complete(call, body, params)
     out = CompletionFormat(
         False,
@@ -44,6 +43,15 @@ async def completions(
     if body.echo:
         out.echo = await _echoes(handler, body, answer)
     return await respond(call, answer, out, stream=bool(body.stream))
+
+
+def _read(call: Call, body: CompletionBody | ChatBody) -> SamplingParams:
+    """Note what the body says of the call, and return its sampling parameters. Raises RequestError.
+
+    Call it in a thread: a grammar may take long to make.
+    """
+    call.read(body)
+    return body.sampling()
 
 
 async def _echoes(handler: Handler, body: CompletionBody, answer: Answer) -> Sequence[Echo]:
@@ -66,8 +74,7 @@ async def chat_completions(
     request: Request, handler: HandlerDep, call: Annotated[Call, admitted("chat.completions")]
 ) -> Response:
     body = await read_body(request, ChatBody, handler)
-    call.read(body)
-    params = body.sampling()
+    params = await asyncio.to_thread(_read, call, body)
     answer = await handler.chat(call, body, params)
     out = CompletionFormat(
         True,

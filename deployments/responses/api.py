@@ -1,5 +1,6 @@
 """What the endpoints of OpenAI's Responses API do, from a body to an answer."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class ResponsesApi:
         call.sent_as = body.field_names(before)
         chat = body.chat(before)
         params = chat.sampling()
-        call.read(chat)
+        # In a thread: a grammar may take long to make.
+        await asyncio.to_thread(call.read, chat)
         answer = await self.handler.chat(call, chat, params)
         store = self._store if body.store is not False else None
         out = ResponsesFormat(body, self.handler.model.tokenizer, stored=store is not None, before=before)

@@ -145,12 +145,14 @@ class ResponsesBody(Body):
 
         A tool replaces one of the same name in an earlier list.
         """
-        offered: list[OfferedTool] = []
+        offered: dict[str, list[OfferedTool]] = {}
         for path, tools in [*_tools_in(before, "previous_response_id"), *self._tools]:
             later = offered_tools(tools, path)
-            names = {tool.function["name"] for tool in later}
-            offered = [tool for tool in offered if tool.function["name"] not in names] + later
-        return offered
+            for tool in later:
+                offered.pop(tool.function["name"], None)
+            for tool in later:
+                offered.setdefault(tool.function["name"], []).append(tool)
+        return [tool for tools_of_name in offered.values() for tool in tools_of_name]
 
     @property
     def _tools(self) -> list[tuple[str, Sequence[ResponsesTool]]]:

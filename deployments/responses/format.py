@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from orthrus.deployments.chat.call_text import TOOL_CALL
 from orthrus.deployments.chat.parts import Part, PartStream, Step
 from orthrus.deployments.failures.failure import Failure
 from orthrus.deployments.generation.choices import Choice
@@ -15,6 +16,7 @@ from orthrus.deployments.responses.body import ENCRYPTED_REASONING, ResponsesBod
 from orthrus.deployments.responses.items import Item, seal
 from orthrus.deployments.responses.tools import FunctionTool, HostedTool, custom_input
 from orthrus.requests.request import RequestStats
+from orthrus.text.stream import token_bytes
 
 Event = dict[str, Any]
 _PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc", "custom": "ctc"}
@@ -50,9 +52,12 @@ class ResponsesFormat:
         self._next_event = 0
         # The part of the open call's input that events have had, if the call is of a custom tool.
         self._input = ""
-        # Log-probabilities of the text's tokens, and how many of them events have had.
+        # Log-probabilities of the tokens before any call, and how many of them events have had.
         self._logprobs: list[dict[str, Any]] = []
         self._sent = 0
+        # The text of these tokens, if the model may call, and whether a call has begun.
+        self._scored = b"" if self._tools and body.tool_choice != "none" else None
+        self._scored_all = False
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The unstreamed response."""
@@ -96,14 +101,24 @@ class ResponsesFormat:
         return {"type": kind, "sequence_number": self._next_event - 1, **fields}
 
     def _count(self, item: TextChunk) -> None:
-        """Count the chunk's reasoning, and keep the log-probabilities of the tokens that are text."""
+        """Count the chunk's reasoning, and keep the log-probabilities of the tokens of the text before any call."""
         self._reasoning_tokens += len(item.reasoning)
-        if item.chunk.logprobs is None or any(part.kind == "call" for part in self._parts.parts):
+        if item.chunk.logprobs is None or self._scored_all:
             return
         if item.reasoning:
             self._logprobs.clear()  # Tokens before the reasoning are its opening marker.
+            self._scored = self._scored and b""
         of_text = item.chunk.logprobs[item.reasoning.stop :]
         self._logprobs += chat_logprobs(self._tokenizer, of_text)["content"]
+        if self._scored is None:
+            return
+        spelt = token_bytes(self._tokenizer)
+        self._scored += b"".join(spelt[scored.token_id] for scored in of_text)
+        if (begun := self._scored.find(TOOL_CALL.encode())) >= 0:
+            self._scored_all = True
+            end = len(self._scored)
+            while self._logprobs and (end := end - len(self._logprobs[-1]["bytes"])) >= begun:
+                self._logprobs.pop()
 
     def _end_parts(self, last: TextChunk) -> Iterator[tuple[Step, Part, str]]:
         # An answer that is not cut has at least one text, if only an empty one.
@@ -130,7 +145,7 @@ class ResponsesFormat:
                     if not text:
                         return
                 name, place = self._place(part)
-                extra = {"logprobs": self._new_logprobs()} if part.kind == "text" else {}
+                extra = {"logprobs": self._new_logprobs(part)} if part.kind == "text" else {}
                 yield self._event(f"response.{name}.delta", **at, **place, delta=text, **extra)
             case "end":
                 name, place = self._place(part)
@@ -163,7 +178,7 @@ class ResponsesFormat:
             case "custom":
                 return {"input": custom_input(part.text)}
             case "text":
-                return {"text": part.text, "logprobs": self._logprobs}
+                return {"text": part.text, "logprobs": self._logprobs_of(part)}
             case _:
                 return {"text": part.text}
 
@@ -181,7 +196,7 @@ class ResponsesFormat:
             "type": "output_text",
             "text": text,
             "annotations": [],
-            "logprobs": self._logprobs if text else [],
+            "logprobs": self._logprobs_of(part) if text else [],
         }
 
     def _item(self, part: Part, status: str) -> dict[str, Any]:
@@ -217,10 +232,15 @@ class ResponsesFormat:
             return {"name": part.name}  # The model has made the name up.
         return {"name": tool.name, **({"namespace": tool.namespace} if tool.namespace else {})}
 
-    def _new_logprobs(self) -> list[dict[str, Any]]:
-        """Log-probabilities of the text's tokens that no event has had yet."""
+    def _logprobs_of(self, part: Part) -> list[dict[str, Any]]:
+        """Log-probabilities of a text's tokens: none of a text that follows a call."""
+        follows = any(before.kind == "call" for before in self._parts.parts[: part.index])
+        return [] if follows else self._logprobs
+
+    def _new_logprobs(self, part: Part) -> list[dict[str, Any]]:
+        """Log-probabilities of a text's tokens that no event has had yet."""
         sent, self._sent = self._sent, len(self._logprobs)
-        return self._logprobs[sent:]
+        return self._logprobs_of(part)[sent:]
 
     def _finish(self, last: TextChunk) -> dict[str, Any]:
         stats = last.chunk.stats

@@ -75,6 +75,7 @@ class _CallOutput(_Item):
     call_id: str
     output: str | list[Part]
     name: str | None = None
+    namespace: str | None = None
     caller: dict[str, Any] | None = None
 
 

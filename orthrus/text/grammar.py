@@ -5,16 +5,21 @@ that only writes grammars imports no torch.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from llguidance import regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from orthrus.errors import RequestError
 from orthrus.text.json_schema.bounds import bounded
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18
+_MOST_GBNF_RULES = 2000
+"""The time to convert a grammar grows with the square of the number of its rules."""
+# As llguidance tells the notations apart. Its own pattern takes minutes where many lines are blank.
+_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:)", re.MULTILINE)
 # Allows JSON on one line or indented, but not an answer full of blanks.
 _WHITESPACE = r" ?|\r?\n( {0,40}|\t{0,10})"
 
@@ -62,8 +67,12 @@ def lark_grammar(text: str, param: str) -> str:
     param: the request's field, for errors. Raises RequestError. Mistakes in a Lark grammar show when it is compiled.
     """
     check_size(text, param)
+    if _LARK.search(text):
+        return text
+    if (rules := text.count("::=")) > _MOST_GBNF_RULES:
+        raise RequestError(f"{param} may have {_MOST_GBNF_RULES} rules in GBNF, and has {rules}", param)
     try:
-        return any_to_lark(text)
+        return gbnf_to_lark(text)
     except Exception as error:
         raise RequestError(
             f"{param} is neither a Lark grammar (with a rule named start) nor GBNF (with one named root): {error}",

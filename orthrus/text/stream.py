@@ -1,6 +1,7 @@
 """Turns tokens into text one by one: incremental detokenisation with stop strings."""
 
 import codecs
+from collections import deque
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
@@ -50,24 +51,44 @@ token_bytes = lru_cache(maxsize=8)(TokenBytes)
 
 
 class _Node:
-    """A node of the trie of stop strings. end: the stop string that ends here."""
+    """A state of Aho and Corasick's automaton: the longest beginning of a stop string that the text ends with."""
 
-    __slots__ = ("children", "end")
+    __slots__ = ("children", "depth", "end", "shorter")
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 0) -> None:
         self.children: dict[str, _Node] = {}
+        self.depth = depth
+        """The length of that beginning."""
         self.end: str | None = None
+        """The longest stop string that the text ends with."""
+        self.shorter: _Node | None = None
+        """The next shorter beginning that the text ends with; None for the state without one."""
 
 
-@lru_cache(maxsize=256)
-def _stop_trie(stop: tuple[str, ...]) -> _Node:
+# Few, since a set of long stop strings takes 20 MB.
+@lru_cache(maxsize=16)
+def _stop_automaton(stop: tuple[str, ...]) -> _Node:
     root = _Node()
     for string in stop:
         node = root
-        for character in string:
-            node = node.children.setdefault(character, _Node())
+        for depth, character in enumerate(string, 1):
+            node = node.children.setdefault(character, _Node(depth))
         node.end = string
+    waiting = deque([root])
+    while waiting:
+        node = waiting.popleft()
+        for character, child in node.children.items():
+            child.shorter = root if node.shorter is None else _next(node.shorter, character, root)
+            child.end = child.end or child.shorter.end
+            waiting.append(child)
     return root
+
+
+def _next(node: _Node, character: str, root: _Node) -> _Node:
+    """The state after one more character."""
+    while character not in node.children and node.shorter is not None:
+        node = node.shorter
+    return node.children.get(character, root)
 
 
 class TextStream:
@@ -97,10 +118,10 @@ class TextStream:
         if kept:
             self._skip -= {tokenizer.backend_tokenizer.token_to_id(token) for token in kept}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._root = _stop_trie(tuple(stop)) if stop else None
+        self._root = _stop_automaton(tuple(stop)) if stop else None
+        # What stop string may have begun in `_held`.
+        self._begun = self._root
         self._held = ""
-        # The stop strings that may have begun in `_held`, oldest first: where each begins, and its node in the trie.
-        self._begun: list[tuple[int, _Node]] = []
 
     def push(self, token_id: int) -> str:
         """Text that is certain after one more token. A stop string that is found is put in `stopped`; no text follows it."""
@@ -122,21 +143,16 @@ class TextStream:
 
         free: stop strings that are complete in it don't count.
         """
-        assert self._root is not None
+        assert self._root is not None and self._begun is not None
         checked = len(self._held)
         self._held += text
+        begun = self._begun
         for position in range(checked, len(self._held)):
-            character = self._held[position]
-            self._begun = [
-                (start, node.children[character])
-                for start, node in (*self._begun, (position, self._root))
-                if character in node.children
-            ]
-            for start, node in self._begun:
-                if node.end is not None and not free:
-                    self.stopped = node.end
-                    return self._held[:start]
-        cut = self._begun[0][0] if self._begun else len(self._held)
+            begun = _next(begun, self._held[position], self._root)
+            if begun.end is not None and not free:
+                self.stopped = begun.end
+                return self._held[: position + 1 - len(begun.end)]
+        self._begun = begun
+        cut = len(self._held) - begun.depth
         certain, self._held = self._held[:cut], self._held[cut:]
-        self._begun = [(start - cut, node) for start, node in self._begun]
         return certain

@@ -24,6 +24,7 @@ from orthrus.runner.sampler import PickRows
 from orthrus.text.grammar import choice_grammar, json_grammar, lark_grammar, regex_grammar
 from orthrus.text.grammar_mask import GrammarMasks
 from tests.checkpoints import edit_json
+from tests.hostile import bounded
 
 MODEL = str(Path(__file__).resolve().parents[2] / "models" / "orthrus-tiny")
 PERSON = {
@@ -271,10 +272,12 @@ def test_grammars_of_other_kinds(
         (partial(lark_grammar, "a: b"), "Lark"),
         (partial(lark_grammar, "root ::= " + "(" * 5000), "GBNF"),
         (partial(lark_grammar, "start: \ud800"), "surrogate"),
+        (partial(lark_grammar, " \n" * 120_000 + "a"), "GBNF"),
+        (partial(lark_grammar, "".join(f"r{i} ::= r{i + 1}\n" for i in range(2001))), "2000 rules"),
     ],
 )
 def test_grammars_that_cannot_be_written_name_their_field(make: Callable[[str], str], said: str) -> None:
-    with pytest.raises(RequestError, match=said) as caught:
+    with pytest.raises(RequestError, match=said) as caught, bounded():
         make("structured_outputs")
     assert caught.value.param == "structured_outputs"
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from orthrus.errors import ConfigError
 from orthrus.text.stream import TextStream, token_bytes
 from orthrus.text.tokenizer import load_tokenizer
+from tests.hostile import bounded
 
 SAMPLES = [
     "Plain words, and a second sentence.",
@@ -124,6 +125,14 @@ def test_many_stop_strings_are_cheap(tokenizer: Any) -> None:
     assert stopped is None
     assert text == tokenizer.decode(ids)
     assert seconds < 1e-3 * len(ids), f"{seconds / len(ids) * 1e6:.0f} us per token"
+
+
+def test_a_stop_string_that_begins_again_with_each_character_is_cheap(tokenizer: Any) -> None:
+    """Within the answer it may have begun at each of the characters that are held back."""
+    ids = [tokenizer.convert_tokens_to_ids("a")] * 20_000
+    with bounded():
+        text, stopped = stream(tokenizer, ids, ("a" * 60_000, "ab"))
+    assert (text, stopped) == ("a" * 20_000, None)
 
 
 def test_token_bytes_cover_every_byte(tokenizer: Any) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from orthrus.cli import main
+from orthrus.deployments.access.call import Call
 from orthrus.deployments.access.keys import KeyRing, new_key, parse_keys
 from orthrus.deployments.access.rate_limits import Limits, RateLimiter, Standing, duration
+from orthrus.deployments.bodies.completion_body import CompletionBody
 from orthrus.deployments.config.api import ApiConfig
 from orthrus.deployments.operations.recent import Recent
 from orthrus.errors import ConfigError
@@ -174,6 +176,18 @@ def test_a_refused_request_takes_nothing_and_a_new_limit_counts_at_once() -> Non
     assert admit(limiter, limits).quotas["requests"].remaining == 1
     larger = admit(limiter, Limits(requests_per_minute=10))
     assert larger.quotas["requests"].remaining == 9 and "tokens" not in larger.quotas
+
+
+def test_a_session_of_any_length_has_a_short_name_of_its_own() -> None:
+    """The name goes to a replica with each of a call's prompts."""
+    given = ["", "s", "😀" * 64, "a" * (1 << 22), "a" * ((1 << 22) - 1) + "b"]
+    names = []
+    for session in given:
+        call = Call("completions")
+        call.read(CompletionBody(model="m", prompt="p", prompt_cache_key=session))
+        names.append(call.session)
+    assert names[:3] == given[:3] and len(set(names)) == len(given)
+    assert max(map(len, names)) <= 256
 
 
 def test_headers_are_openais() -> None:

@@ -61,6 +61,7 @@ CHATS: dict[str, Any] = {
     "add_special_tokens": False, "documents": None, "chat_template": None, "chat_template_kwargs": {}, "verbosity": "medium",
     "include_reasoning": True, "separate_reasoning": True, "stream_reasoning": True, "thinking_token_budget": None,
     "reasoning": {"effort": "low"}, "functions": [], "safety_settings": [],
+    "top_logprobs": 0,
 }  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def test_unsupported_fields_are_refused_with_what_to_send_instead(name: str) -> 
         ({"temprature": 1}, "temprature", "'temperature'"),
         ({"max_token": 1}, "max_token", "'max_tokens'"),
         ({"qwertz": 1}, "qwertz", "remove it"),
+        ({"Temperature": 1}, "Temperature", "'temperature'"),
         ({"tools": [{"type": "function", "function": {"name": "f", "paramters": {}}}]},
          "tools[0].function.paramters", "'parameters'"),
         ({"stream": True, "stream_options": {"includeusage": True}}, "stream_options.includeusage", "'include_usage'"),
@@ -128,6 +130,8 @@ def test_ignored_fields_are_named() -> None:
     [
         (b'{"model": "m", "prompt": "p", "metadata": {"a": [NaN]}}', "metadata", "finite"),
         (b'{"model": "m", "prompt": "p", "temperature": -Infinity}', "temperature", "finite"),
+        (b'{"model": "m", "prompt": "p", "metadata": {"a": 1e400}}', "metadata", "finite"),
+        (b'{"model": "m", "prompt": "p", "metadata": {"a": -1%s.0}}' % (b"0" * 400), "metadata", "finite"),
         (b"[" * 100_000, None, "recursion limit"),
         (b'{"model": ' + b'{"a": ' * 1000, None, "not JSON"),
         (b'{"model": "m", "prompt": "\\ud800"}', None, "not JSON"),

@@ -122,7 +122,10 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda a: a.update(api={"keys_file": "x", "keys_env": "X"}),
         "args.api: keys_file and keys_env are two places for the same keys: remove one",
     ),
-    "name": (lambda a: a["replica"].update(name="mine"), "args.replica.name: the application names its deployments"),
+    "name": (
+        lambda a: a["replica"].update(name="mine"),
+        "args.replica.name: the application names its deployments",
+    ),
 }
 
 

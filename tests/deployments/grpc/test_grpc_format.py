@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 
+import pytest
 from grpc_tools import protoc
 
 from orthrus.deployments.chat.output import ChatDelta
 from orthrus.deployments.generation.text_chunk import TextChunk
-from orthrus.deployments.grpc.format import chat_chunk, generate_chunk, request_params
+from orthrus.deployments.grpc.format import chat_body, chat_chunk, generate_chunk, request_params
 from orthrus.deployments.proto import orthrus_pb2 as pb
+from orthrus.errors import RequestError
 from orthrus.requests.request import SamplingParams
 from tests.conftest import ROOT
 from tests.deployments.examples import chunk, prompt_scores
@@ -63,3 +66,12 @@ def test_grpc_answers() -> None:
             (1, -0.25),
             (67, -2.0),
         ]
+
+
+@pytest.mark.parametrize("schema", ["5", "{", "[" * 10**5, '{"not": {}}', '{"maximum": 1e400}', "false"])
+def test_a_schema_that_cannot_be_used_is_named_as_the_client_does(schema: str) -> None:
+    message = pb.ChatMessage(role="user", content="hi")
+    body = chat_body(pb.ChatRequest(model="m", messages=[message], json_schema=schema))
+    with pytest.raises(RequestError, match="json_schema") as caught:
+        attrgetter("constraint.rule")(body)
+    assert caught.value.param == "json_schema"

@@ -116,6 +116,12 @@ def test_an_answer_may_be_begun_by_the_client() -> None:
     assert not messages(messages=asked).chat().continue_final_message
 
 
+@pytest.mark.parametrize("others", [[], [{"role": "user", "content": "hi"}]])
+def test_a_turn_may_be_empty(others: list[dict[str, Any]]) -> None:
+    chat = messages(messages=[*others, {"role": "user", "content": []}]).chat()
+    assert [message.content for message in chat.messages] == ["hi"] * len(others) + [""]
+
+
 def test_the_model_thinks_only_if_the_request_asks_for_it() -> None:
     assert messages().chat().thinking is False
     assert messages(thinking={"type": "disabled"}).chat().thinking is False
@@ -254,6 +260,15 @@ def test_a_call_that_was_cut_has_the_arguments_that_had_come() -> None:
         [call] = message.content
         assert call.type == "tool_use" and call.input == {"a": [1, 2]}
         assert message.stop_reason == "max_tokens"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400"])
+def test_numbers_that_json_lacks_reach_the_client_as_they_were_written(number: str) -> None:
+    """A message that has them as numbers can't be sent."""
+    written = f'{{"a": {number}}}'
+    items = chunks([f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'])
+    [call] = MessageFormat("m", 50, 40).whole(Choice(items))["content"]
+    assert json.dumps(call["input"], allow_nan=False) == json.dumps({"arguments": written})
 
 
 def test_failures_are_anthropics() -> None:

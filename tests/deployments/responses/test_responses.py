@@ -251,6 +251,24 @@ def test_logprobs_are_those_of_the_text(tokenizer: Any) -> None:
         assert [s.token for event in deltas for s in event.logprobs] == [score["token"] for score in scores]
 
 
+def test_logprobs_end_where_a_call_begins(tokenizer: Any) -> None:
+    """Whatever comes in one chunk, in a stream and in the whole response."""
+    text = 'ab<tool_call>{"name": "f", "arguments": {}}</tool_call>cd'
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+    asked = body(**LOGPROBS, tools=[{**TOOL, "name": "f"}])
+    scored = set()
+    for size in range(1, len(pieces) + 1):
+        sizes = [min(size, len(pieces) - begin) for begin in range(0, len(pieces), size)]
+        items = chunks(pieces, "stop", tokenizer=tokenizer, sizes=sizes)
+        _, response = streamed(items, asked, tokenizer)
+        assert without_ids(response) == without_ids(whole(items, asked, tokenizer))
+        before, _, after = response["output"]
+        assert (before["content"][0]["text"], after["content"][0]["text"]) == ("ab", "cd")
+        assert after["content"][0]["logprobs"] == []
+        scored.add("".join(score["token"] for score in before["content"][0]["logprobs"]))
+    assert scored == {"ab"}
+
+
 def test_a_response_repeats_the_fields_of_its_request() -> None:
     asked = body(**CODEX, metadata={"k": "v"}, max_output_tokens=9)
     response = whole(chunks(["a"]), asked)

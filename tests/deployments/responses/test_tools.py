@@ -150,7 +150,14 @@ def test_calls_are_read_back() -> None:
     """Codex' history: earlier answers, the outputs of calls, and null for absent fields."""
     answered = whole(chunks(cut(ANSWER, 3)), body(tools=CODEX))["output"]
     outputs = [
-        {"type": "function_call_output", "id": "fco_1", "call_id": answered[1]["call_id"], "output": "done"},
+        {
+            "type": "function_call_output",
+            "id": "fco_1",
+            "call_id": answered[1]["call_id"],
+            "output": "done",
+            "name": "close_agent",
+            "namespace": "multi_agent_v1",
+        },
         {
             "type": "custom_tool_call_output",
             "id": "ctco_1",
