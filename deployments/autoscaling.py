@@ -88,8 +88,7 @@ class EngineLoadPolicy:
         for name, target in self._targets.items():
             # Replicas of another version may not report a signal. Then nothing follows from it.
             if values := list(signals.get(name, {}).values()):
-                # What a sum is over by for its last bit calls for no further replica: 7 / 0.7 is over 10.
-                use, needed = sum(values) / len(values), round(sum(values) / target, 8)
+                use, needed = sum(values) / len(values), sum(values) / target
                 # Rounded up, as the number of replicas is: 1.004 calls for two, and "1.00" would not say why.
                 shown = math.ceil(round(100 * needed, 6)) / 100
                 reason = f"{_WORDS[name]} {use:.1%}, target {target:.0%}: needs {shown:.2f} replicas"

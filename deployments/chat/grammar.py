@@ -7,7 +7,8 @@ from orthrus.deployments.chat.body import ChatBody
 from orthrus.deployments.chat.call_text import END_TOOL_CALL, TOOL_CALL
 from orthrus.deployments.chat.output import END_THINK, THINK
 from orthrus.deployments.chat.tools import NamedToolChoice, Tool
-from orthrus.text.grammar import json_rule
+from orthrus.errors import RequestError
+from orthrus.text.grammar import MAX_GRAMMAR_CHARACTERS, json_rule
 
 # Keywords by which a schema says more of an object's properties than `properties` does.
 _OTHER_PROPERTIES = {
@@ -59,6 +60,7 @@ def _calls(body: ChatBody, tokenizer: Any, *, many: bool, only_strict: bool = Fa
     rules = {"calls": r'call ("\n" call)*' if many else "call"}
     rules["call"] = f"{_marker(tokenizer, TOOL_CALL)} (" + " | ".join(f"call_{i}" for i in tools) + ")"
     rules["call"] += f" {_marker(tokenizer, END_TOOL_CALL)}"
+    size = 0
     for i, tool in tools.items():
         head = json.dumps(f'\n{{"name": "{tool.function.name}", "arguments": ')
         rules[f"call_{i}"] = f'{head} arguments_{i} "}}\\n"'
@@ -66,6 +68,12 @@ def _calls(body: ChatBody, tokenizer: Any, *, many: bool, only_strict: bool = Fa
         schema = {"type": "object"} if free else _arguments_schema(tool)
         param = f"tools[{i}].function.parameters"
         rules[f"arguments_{i}"] = '"{}"' if schema is None else json_rule(schema, param)
+        size += len(rules[f"arguments_{i}"])
+        if size > MAX_GRAMMAR_CHARACTERS:
+            raise RequestError(
+                f"the parameters of the tools make a grammar of over {MAX_GRAMMAR_CHARACTERS} characters: offer fewer of them",
+                "tools",
+            )
     return rules
 
 
