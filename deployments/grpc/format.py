@@ -38,6 +38,9 @@ def request_params(sampling: pb.SamplingParams) -> SamplingParams:
 def chat_body(request: pb.ChatRequest) -> ChatBody:
     """The conversation as the HTTP API has it, without its sampling parameters. Raises RequestError."""
     choice = request.tool_choice
+    schema = _json("json_schema", request.json_schema)
+    if request.json_schema and not isinstance(schema, dict | bool):
+        raise RequestError("json_schema must be a JSON Schema: an object, true or false", "json_schema")
     named = {"type": "function", "function": {"name": choice}}
     try:
         return ChatBody.model_validate(

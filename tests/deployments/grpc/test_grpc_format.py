@@ -68,7 +68,7 @@ def test_grpc_answers() -> None:
         ]
 
 
-@pytest.mark.parametrize("schema", ["5", "{", "[" * 10**5, '{"not": {}}', '{"maximum": 1e400}', "false"])
+@pytest.mark.parametrize("schema", ['{"not": {}}', '{"maximum": 1e400}', "false"])
 def test_a_schema_that_cannot_be_used_is_named_as_the_client_does(schema: str) -> None:
     message = pb.ChatMessage(role="user", content="hi")
     body = chat_body(pb.ChatRequest(model="m", messages=[message], json_schema=schema))
