@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 1024
+MAX_STOP_LENGTH = 1024
+"""Characters of a stop string. At each character of a text, it may have begun at as many places."""
 MAX_BAD_WORDS = 1024
 MAX_PRIORITY = 1 << 31
 MAX_SALT_CHARACTERS = 1024
@@ -113,8 +115,8 @@ class SamplingParams:
             raise RequestError(
                 f"at most {MAX_STOP_STRINGS} stop strings are allowed, got {len(self.stop)}", "stop"
             )
-        if any(not s for s in self.stop):
-            raise RequestError("a stop string must not be empty", "stop")
+        if any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+            raise RequestError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters", "stop")
         if len(self.bad_words) > MAX_BAD_WORDS or sum(map(len, self.bad_words)) > MAX_BAD_CHARACTERS:
             raise RequestError(
                 f"at most {MAX_BAD_WORDS} bad words with {MAX_BAD_CHARACTERS} characters in all are allowed",

@@ -59,7 +59,8 @@ class _Node:
         self.end: str | None = None
 
 
-@lru_cache(maxsize=256)
+# Few are kept: the largest takes 15 MB.
+@lru_cache(maxsize=8)
 def _stop_trie(stop: tuple[str, ...]) -> _Node:
     root = _Node()
     for string in stop:

@@ -50,6 +50,7 @@ def test_requests_that_cannot_be_served_say_why(
         ("logprobs", 21),
         ("n", 0),
         ("stop", ("",)),
+        ("stop", ("a" * 1025,)),
         ("logit_bias", {1: 101.0}),
     ],
 )

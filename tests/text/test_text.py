@@ -3,6 +3,7 @@
 import json
 import random
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_many_stop_strings_are_cheap(tokenizer: Any) -> None:
     assert stopped is None
     assert text == tokenizer.decode(ids)
     assert seconds < 1e-3 * len(ids), f"{seconds / len(ids) * 1e6:.0f} us per token"
+
+
+def test_stop_strings_of_many_requests_do_not_stay_in_memory(tokenizer: Any) -> None:
+    rng = random.Random(2)
+    tracemalloc.start()
+    try:
+        for _ in range(40):
+            TextStream(tokenizer, tuple("".join(rng.choices("abcd", k=64)) for _ in range(20)))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 4 << 20
 
 
 def test_token_bytes_cover_every_byte(tokenizer: Any) -> None:
