@@ -13,6 +13,8 @@ from orthrus.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+LEAST_TEMPERATURE = 1e-3
+"""Of sampled tokens: a smaller temperature over 0 counts as this one."""
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 1024
 MAX_BAD_WORDS = 1024
@@ -34,7 +36,7 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy. Between 0 and `LEAST_TEMPERATURE` it is that one."""
     top_p: float = 1.0
     """0 keeps the best token."""
     top_k: int = 0
@@ -90,10 +92,9 @@ class SamplingParams:
             value = getattr(self, name)
             if not math.isfinite(value) or not low <= value <= high:
                 raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value}", name)
-        if 0 < self.temperature < 1e-3:
-            raise RequestError(
-                f"temperature must be 0 (greedy) or at least 0.001, got {self.temperature}", "temperature"
-            )
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            # Logits over a smaller one might not be finite. Clients that send one want the likeliest tokens.
+            object.__setattr__(self, "temperature", LEAST_TEMPERATURE)
         if self.top_k < 0:
             raise RequestError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}", "top_k")
         if self.seed is not None and not 0 <= self.seed < 1 << SEED_BITS:

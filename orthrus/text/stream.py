@@ -66,7 +66,7 @@ class _Node:
 
 
 # Few, since a set of long stop strings takes 20 MB.
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _stop_automaton(stop: tuple[str, ...]) -> _Node:
     root = _Node()
     for string in stop:

@@ -72,3 +72,14 @@ def test_settings_that_cannot_work_say_what_to_change(tiny_orthrus: Path, tmp_pa
     for path, settings, said in cases:
         with pytest.raises(ValueError, match=said):
             engine(path, **settings)
+
+
+@pytest.mark.parametrize("schedule", ["ar", "orthrus"])
+def test_a_tiny_temperature_picks_the_likeliest_tokens(tiny_orthrus: Path, schedule: str) -> None:
+    """Logits over it stay finite."""
+    ours = engine(tiny_orthrus, schedule)
+    greedy, tiny = (
+        ours.generate([[1, 2, 3]], SamplingParams(temperature=temperature, seed=1, max_tokens=12))
+        for temperature in (0.0, 1e-30)
+    )
+    assert tiny[0][0].token_ids == greedy[0][0].token_ids

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,18 @@ def test_a_stop_string_that_begins_again_with_each_character_is_cheap(tokenizer:
     with bounded():
         text, stopped = stream(tokenizer, ids, ("a" * 60_000, "ab"))
     assert (text, stopped) == ("a" * 20_000, None)
+
+
+def test_stop_strings_of_many_requests_do_not_stay_in_memory(tokenizer: Any) -> None:
+    rng = random.Random(2)
+    tracemalloc.start()
+    try:
+        for _ in range(40):
+            TextStream(tokenizer, tuple("".join(rng.choices("abcd", k=64)) for _ in range(20)))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 16 << 20  # Of all 40 sets it would be over 32 MiB.
 
 
 def test_token_bytes_cover_every_byte(tokenizer: Any) -> None:
