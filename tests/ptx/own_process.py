@@ -1,9 +1,9 @@
 """Runs tests in a process of their own, whose Triton compiles kernels and does not interpret them.
 
 Triton decides that when it is imported, and other tests of the same pytest process need its interpreter.
+So these tests import kernels in their bodies, and not at the top of their files.
 """
 
-import atexit
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -22,8 +22,6 @@ _LONGEST_SECONDS = 220
 
 def _begin() -> None:
     """Before the process imports Triton. One thread: the tensors are small."""
-    # At the end of a process, Triton's nanobind complains of each of its objects that is left.
-    atexit.register(os._exit, 0)
     os.environ["TRITON_INTERPRET"] = "0"
     import torch
 
