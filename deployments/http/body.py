@@ -51,7 +51,8 @@ async def read_body(request: Request, body: type[Body], handler: Handler) -> Bod
                 elif size > most * _READ_TO_THE_END:
                     break
     except TimeoutError:
-        raise BodyTooSlow(f"the request body did not come within {config.body_timeout_s:g} s") from None
+        if size <= most:
+            raise BodyTooSlow(f"the request body did not come within {config.body_timeout_s:g} s") from None
     if size > most:
         raise BodyTooLarge(f"the request body is over {most} bytes: send a shorter prompt")
     checked, ignored = parse_body(bytes(raw), body, ignore_unknown=config.unknown_fields == "ignore")

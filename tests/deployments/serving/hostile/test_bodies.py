@@ -48,7 +48,6 @@ REFUSED: dict[str, tuple[bytes, str | None, int]] = {
     "infinity": (with_raw('"top_p": Infinity'), "top_p", 400),
     "overflow": (with_raw('"presence_penalty": -1e999'), "presence_penalty", 400),
     "nan in a map": (with_raw('"logit_bias": {"1": NaN}'), "logit_bias", 400),
-    "almost greedy": (completion(temperature=1e-30), "temperature", 400),
     "penalty that overflows": (completion(repetition_penalty=1e-300), "repetition_penalty", 400),
     "true for a number": (completion(max_tokens=True), "max_tokens", 400),
     "float for an integer": (completion(n=1.0), "n", 400),
