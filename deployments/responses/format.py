@@ -55,7 +55,7 @@ class ResponsesFormat:
         # Log-probabilities of the tokens before any call, and how many of them events have had.
         self._logprobs: list[dict[str, Any]] = []
         self._sent = 0
-        # The text of these tokens, if the model may call, and whether a call has begun.
+        # The end of these tokens' text, if the model may call, and whether a call has begun.
         self._scored = b"" if self._tools and body.tool_choice != "none" else None
         self._scored_all = False
 
@@ -119,6 +119,8 @@ class ResponsesFormat:
             end = len(self._scored)
             while self._logprobs and (end := end - len(self._logprobs[-1]["bytes"])) >= begun:
                 self._logprobs.pop()
+        # A call's marker may have begun in no more than this.
+        self._scored = self._scored[1 - len(TOOL_CALL) :]
 
     def _end_parts(self, last: TextChunk) -> Iterator[tuple[Step, Part, str]]:
         # An answer that is not cut has at least one text, if only an empty one.

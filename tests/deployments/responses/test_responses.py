@@ -269,6 +269,14 @@ def test_logprobs_end_where_a_call_begins(tokenizer: Any) -> None:
     assert scored == {"ab"}
 
 
+def test_of_a_long_text_that_has_log_probabilities_only_the_end_is_searched_again(tokenizer: Any) -> None:
+    """A call's marker may begin at the end of a chunk. All text before that has been searched."""
+    out = ResponsesFormat(body(**LOGPROBS, tools=[TOOL]), tokenizer, stored=False)
+    for item in chunks(["a"] * 50, "stop", tokenizer=tokenizer):
+        out.events(item)
+    assert out._scored == b"a" * 10
+
+
 def test_a_response_repeats_the_fields_of_its_request() -> None:
     asked = body(**CODEX, metadata={"k": "v"}, max_output_tokens=9)
     response = whole(chunks(["a"]), asked)
