@@ -151,6 +151,8 @@ def test_bytes_that_are_no_text_are_refused(
     type_lines(monkeypatch, "a\udcff", "/exit")
     assert main(["chat", "--model", str(model), "--device", "cpu"]) == 0
     assert "that is not UTF-8 text" in capsys.readouterr().err
+    assert main(["chat", "--model", str(model), "--device", "cpu", "--system", "a\udcff"]) == 2
+    assert capsys.readouterr().err == "orthrus: the system message is not UTF-8 text\n"
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
