@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -22,8 +21,7 @@ from orthrus.errors import RequestError
 Body = TypeVar("Body", bound=ModelBody)
 _IGNORED = "x-orthrus-ignored-fields"
 _MOST_IGNORED, _LONGEST_IGNORED = 20, 64
-# Numbers of 200 digits or a three-digit exponent: others are finite as a double.
-_MAY_OVERFLOW = re.compile(rb"[0-9][eE]\+?[0-9]{3}|[0-9]{200}")
+_DIGITS_AS_0 = bytes.maketrans(b"123456789E", b"000000000e")
 _READ_TO_THE_END = 16
 """Times the limit. A body over the limit is read to here and dropped: a client that is still sending may miss the error."""
 
@@ -94,7 +92,7 @@ def _json(raw: bytes) -> Any:
     except ValueError as error:
         fault = RequestError(f"the body is not JSON: {error}")
     else:
-        if _MAY_OVERFLOW.search(raw):
+        if _may_overflow(raw):
             _check_finite(data)
         return data
     try:
@@ -103,6 +101,13 @@ def _json(raw: bytes) -> Any:
         raise fault from None
     _check_finite(data)
     raise fault
+
+
+def _may_overflow(raw: bytes) -> bool:
+    """Whether JSON text may have a number of 200 digits or a three-digit exponent: others are finite as a double."""
+    # A regular expression would take a second for 4 MiB of digits.
+    same = raw.translate(_DIGITS_AS_0, b"+")
+    return b"0e000" in same or b"0" * 200 in same
 
 
 def _check_finite(data: Any) -> None:

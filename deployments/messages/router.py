@@ -1,5 +1,6 @@
 """Anthropic's Messages API."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Request
@@ -22,7 +23,8 @@ async def messages(
     body = await read_body(request, MessagesBody, handler)
     chat = body.chat()
     params = chat.sampling()
-    call.read(chat)
+    # In a thread: the grammar of a schema may take long to make.
+    await asyncio.to_thread(call.read, chat)
     answer = await handler.chat(call, chat, params)
     [prompt] = answer.prompts
     out = MessageFormat(body.model, len(prompt), body.max_tokens)

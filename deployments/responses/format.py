@@ -1,5 +1,6 @@
 """A chat's chunks in the shapes of OpenAI's Responses API: the response, its items, and the events of a stream."""
 
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -55,9 +56,9 @@ class ResponsesFormat:
         # Log-probabilities of the tokens before any call, and how many of them events have had.
         self._logprobs: list[dict[str, Any]] = []
         self._sent = 0
-        # The text of these tokens, if the model may call, and whether a call has begun.
+        # If the model may call: the end of these tokens' text, and how many of them come before each marker of a call in it.
         self._scored = b"" if self._tools and body.tool_choice != "none" else None
-        self._scored_all = False
+        self._marks: list[int] = []
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The unstreamed response."""
@@ -103,22 +104,32 @@ class ResponsesFormat:
     def _count(self, item: TextChunk) -> None:
         """Count the chunk's reasoning, and keep the log-probabilities of the tokens of the text before any call."""
         self._reasoning_tokens += len(item.reasoning)
-        if item.chunk.logprobs is None or self._scored_all:
+        if item.chunk.logprobs is None or any(part.kind == "call" for part in self._parts.parts):
             return
         if item.reasoning:
             self._logprobs.clear()  # Tokens before the reasoning are its opening marker.
             self._scored = self._scored and b""
+            self._marks.clear()
         of_text = item.chunk.logprobs[item.reasoning.stop :]
         self._logprobs += chat_logprobs(self._tokenizer, of_text)["content"]
-        if self._scored is None:
-            return
-        spelt = token_bytes(self._tokenizer)
-        self._scored += b"".join(spelt[scored.token_id] for scored in of_text)
-        if (begun := self._scored.find(TOOL_CALL.encode())) >= 0:
-            self._scored_all = True
-            end = len(self._scored)
-            while self._logprobs and (end := end - len(self._logprobs[-1]["bytes"])) >= begun:
-                self._logprobs.pop()
+        if self._scored is not None:
+            spelt = token_bytes(self._tokenizer)
+            self._find_marks(b"".join(spelt[scored.token_id] for scored in of_text))
+
+    def _find_marks(self, text: bytes) -> None:
+        """Find the markers of calls that end in the text of the newest tokens."""
+        assert self._scored is not None
+        self._scored += text
+        place, begin = len(self._logprobs), len(self._scored)
+        marks = []
+        for found in reversed(list(re.finditer(TOOL_CALL.encode(), self._scored))):
+            while place and begin - len(self._logprobs[place - 1]["bytes"]) >= found.start():
+                place -= 1
+                begin -= len(self._logprobs[place]["bytes"])
+            marks.append(place)
+        self._marks += reversed(marks)
+        # A marker may have begun in no more than this.
+        self._scored = self._scored[1 - len(TOOL_CALL) :]
 
     def _end_parts(self, last: TextChunk) -> Iterator[tuple[Step, Part, str]]:
         # An answer that is not cut has at least one text, if only an empty one.
@@ -234,13 +245,17 @@ class ResponsesFormat:
 
     def _logprobs_of(self, part: Part) -> list[dict[str, Any]]:
         """Log-probabilities of a text's tokens: none of a text that follows a call."""
-        follows = any(before.kind == "call" for before in self._parts.parts[: part.index])
-        return [] if follows else self._logprobs
+        if any(before.kind == "call" for before in self._parts.parts[: part.index]):
+            return []
+        # Markers that are in the text began no call. The next one ends the text.
+        in_text = part.text.count(TOOL_CALL) if self._marks else 0
+        return self._logprobs[: self._marks[in_text]] if in_text < len(self._marks) else self._logprobs
 
     def _new_logprobs(self, part: Part) -> list[dict[str, Any]]:
         """Log-probabilities of a text's tokens that no event has had yet."""
-        sent, self._sent = self._sent, len(self._logprobs)
-        return self._logprobs_of(part)[sent:]
+        logprobs = self._logprobs_of(part)
+        sent, self._sent = self._sent, max(self._sent, len(logprobs))
+        return logprobs[sent:]
 
     def _finish(self, last: TextChunk) -> dict[str, Any]:
         stats = last.chunk.stats

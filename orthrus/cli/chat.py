@@ -10,6 +10,7 @@ from orthrus.cli.options import (
     load_engine,
     sampling_params,
 )
+from orthrus.errors import RequestError
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,6 +26,10 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Converse until the user ends it."""
     params = sampling_params(arguments)
+    try:
+        (arguments.system or "").encode()  # See `orthrus generate`.
+    except UnicodeError as error:
+        raise RequestError("the system message is not UTF-8 text", "system") from error
     engine = load_engine(arguments)
     from orthrus.cli.terminal import run_chat
 

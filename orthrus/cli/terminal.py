@@ -1,6 +1,7 @@
 """Text in the terminal: a streamed completion, and a conversation."""
 
 import contextlib
+import io
 import itertools
 import sys
 import time
@@ -97,6 +98,9 @@ def run_chat(engine: Engine, params: SamplingParams, *, system: str | None = Non
         raise ConfigError(f"{engine.config.model} has no chat template: use `orthrus generate`")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # Gives input() line editing and history, where there is one.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A strict decoder would report an unfinished character at the end of the input again and again.
+        sys.stdin.reconfigure(errors="surrogateescape")
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     print(HELP, file=sys.stderr)

@@ -1,8 +1,10 @@
 """The command line: what it prints, where, and with which exit status."""
 
 import io
+import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,25 @@ def test_bytes_that_are_no_text_are_refused(
     type_lines(monkeypatch, "a\udcff", "/exit")
     assert main(["chat", "--model", str(model), "--device", "cpu"]) == 0
     assert "that is not UTF-8 text" in capsys.readouterr().err
+    assert main(["chat", "--model", str(model), "--device", "cpu", "--system", "a\udcff"]) == 2
+    assert capsys.readouterr().err == "orthrus: the system message is not UTF-8 text\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_chat_ends_with_its_input_though_that_ends_inside_a_character(
+    model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"/help\na\xe2"), encoding="utf-8", errors=errors)
+    reads = itertools.count()
+
+    def read(prompt: str, read: Callable[[str], str] = input) -> str:
+        assert next(reads) < 5
+        return read(prompt)
+
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", "--model", str(model), "--device", "cpu"]) == 0
+    assert capsys.readouterr().err.count("that is not UTF-8 text") == 1
 
 
 def test_chat_keeps_the_conversation(model: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,12 @@ def test_a_reason_shows_why_the_number_is_rounded_up(use: float, needed: str) ->
     assert decision.reason == f"rows used 35.0%, target 70%: needs {needed} replicas"
 
 
+def test_work_for_just_30_replicas_does_not_call_for_31() -> None:
+    """28 replicas have a use of 21 in all, and 21 / 0.7 is a little over 30 in floating point."""
+    decision = EngineLoadPolicy(target_row_use=0.7).decide(context(*[{"row_use": 0.75}] * 28))
+    assert decision.replicas == 30
+
+
 def test_signals_are_rates_of_the_engines_counters() -> None:
     names = [field.name for field in fields(EngineStats)]
     zero = EngineStats(**{**dict.fromkeys(names, 0), "kv_pages_total": 50})

@@ -58,6 +58,14 @@ def test_a_body_full_of_faults_is_refused_by_one_of_them(case: str, ignore: bool
     assert said in caught.value.message
 
 
+def test_long_runs_of_digits_are_cheap() -> None:
+    """No number of 199 digits overflows, but each digit could begin one that does."""
+    raw = f'{MODEL}"prompt": "{("1" * 199 + " ") * (SIZE // 200)}"}}'.encode()
+    with bounded():
+        for _ in range(4):
+            parse_body(raw, CompletionBody)
+
+
 def test_an_unknown_name_is_compared_with_the_known_ones_up_to_its_64th_character() -> None:
     raw = f'{COMPLETION}"{"a" * SIZE}": 0}}'.encode()
     with bounded(), pytest.raises(RequestError, match="unknown field"):

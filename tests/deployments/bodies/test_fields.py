@@ -132,6 +132,7 @@ def test_ignored_fields_are_named() -> None:
         (b'{"model": "m", "prompt": "p", "temperature": -Infinity}', "temperature", "finite"),
         (b'{"model": "m", "prompt": "p", "metadata": {"a": 1e400}}', "metadata", "finite"),
         (b'{"model": "m", "prompt": "p", "metadata": {"a": -1%s.0}}' % (b"0" * 400), "metadata", "finite"),
+        (b'{"model": "m", "prompt": "p", "metadata": {"a": 1E+0400}}', "metadata", "finite"),
         (b"[" * 100_000, None, "recursion limit"),
         (b'{"model": ' + b'{"a": ' * 1000, None, "not JSON"),
         (b'{"model": "m", "prompt": "\\ud800"}', None, "not JSON"),

@@ -1,7 +1,10 @@
 """Anthropic's Messages API without a server: bodies become chats, chunks become messages and events of Anthropic's types."""
 
+import asyncio
 import json
 import re
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from orthrus.deployments.failures.errors import GenerationFailed, ModelUnavailab
 from orthrus.deployments.failures.failure import describe_failure
 from orthrus.deployments.generation.choices import Choice
 from orthrus.deployments.generation.text_chunk import TextChunk
+from orthrus.deployments.messages import router as messages_router
 from orthrus.deployments.messages.body import CountTokensBody, MessagesBody
 from orthrus.deployments.messages.format import MessageFormat, error_body, error_status
 from orthrus.errors import RequestError
@@ -283,3 +287,24 @@ def test_failures_are_anthropics() -> None:
         assert error_status(failure) == status
         assert error_body(failure) == {"type": "error", "error": {"type": kind, "message": "no"}}
         assert MessageFormat("m", 1, 1).failed(failure) == [error_body(failure)]
+
+
+def test_a_grammar_is_made_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take long, and all other requests of the ingress wait for its event loop."""
+    threads: list[int] = []
+
+    async def read_body(*_: Any) -> MessagesBody:
+        return messages()
+
+    class Ended(Exception):
+        pass
+
+    async def chat(*_: Any) -> None:
+        raise Ended
+
+    monkeypatch.setattr(messages_router, "read_body", read_body)
+    call = SimpleNamespace(read=lambda _: threads.append(threading.get_ident()))
+    answer: Any = messages_router.messages
+    with pytest.raises(Ended):
+        asyncio.run(answer(None, SimpleNamespace(chat=chat), call))
+    assert len(threads) == 1 and threads[0] != threading.get_ident()

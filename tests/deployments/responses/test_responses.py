@@ -269,6 +269,30 @@ def test_logprobs_end_where_a_call_begins(tokenizer: Any) -> None:
     assert scored == {"ab"}
 
 
+def test_logprobs_go_on_after_a_marker_that_begins_no_call(tokenizer: Any) -> None:
+    text = 'ab<tool_call>cd <tool_call>{"x": 1}ef<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+    asked = body(**LOGPROBS, tools=[{**TOOL, "name": "f"}])
+    scored = set()
+    for size in range(1, len(pieces) + 1):
+        sizes = [min(size, len(pieces) - begin) for begin in range(0, len(pieces), size)]
+        items = chunks(pieces, "stop", tokenizer=tokenizer, sizes=sizes)
+        _, response = streamed(items, asked, tokenizer)
+        assert without_ids(response) == without_ids(whole(items, asked, tokenizer))
+        [content] = response["output"][0]["content"]
+        scored.add((content["text"], "".join(score["token"] for score in content["logprobs"])))
+    said = 'ab<tool_call>cd <tool_call>{"x": 1}ef'
+    assert scored == {(said, said)}
+
+
+def test_of_a_long_text_that_has_log_probabilities_only_the_end_is_searched_again(tokenizer: Any) -> None:
+    """A call's marker may begin at the end of a chunk. All text before that has been searched."""
+    out = ResponsesFormat(body(**LOGPROBS, tools=[TOOL]), tokenizer, stored=False)
+    for item in chunks(["a"] * 50, "stop", tokenizer=tokenizer):
+        out.events(item)
+    assert out._scored == b"a" * 10
+
+
 def test_a_response_repeats_the_fields_of_its_request() -> None:
     asked = body(**CODEX, metadata={"k": "v"}, max_output_tokens=9)
     response = whole(chunks(["a"]), asked)
