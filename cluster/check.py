@@ -116,6 +116,10 @@ def _check_room(
     for each, node in sorted(sized, key=lambda one: one[0], reverse=True):
         count = min(node.max_workers, workers)
         room, workers = room + each * count, workers - count
+    if cluster.undescribed:
+        names = " or ".join(node.name for node in cluster.undescribed)
+        yield f"            more on nodes of type {names}, if they have that: {cluster_path} does not say"
+        return
     if least > room:
         raise ConfigError(
             f"args.replica: {least} replicas at least, and {cluster_path} has room for {room}: lower "

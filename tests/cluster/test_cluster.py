@@ -133,6 +133,16 @@ def test_hosts_whose_resources_nobody_says_are_not_refused() -> None:
     assert "of 79 GiB on one H100" in said
 
 
+def test_nodes_whose_resources_nobody_says_may_take_what_others_can_not(tmp_path: Path) -> None:
+    cluster = yaml.safe_load(CLUSTER_FILE.read_text())
+    types = cluster["available_node_types"]
+    types["h100"]["max_workers"] = 1
+    types["found"] = types["h200"] | {"resources": {}}
+    said = check_8b_on(tmp_path, cluster, 9)
+    assert "8 on a node of type h100, of which there are up to 1\n" in said
+    assert "more on nodes of type found, if they have that: " in said
+
+
 def test_resources_that_actors_demand() -> None:
     assert actor_demand({}) == actor_demand({"num_cpus": None}) == {"CPU": 1}
     options = {"num_cpus": 2, "num_gpus": 1, "accelerator_type": "H100", "resources": {"rack": 1}}
