@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -251,38 +252,36 @@ def test_logprobs_are_those_of_the_text(tokenizer: Any) -> None:
         assert [s.token for event in deltas for s in event.logprobs] == [score["token"] for score in scores]
 
 
-def test_logprobs_end_where_a_call_begins(tokenizer: Any) -> None:
-    """Whatever comes in one chunk, in a stream and in the whole response."""
-    text = 'ab<tool_call>{"name": "f", "arguments": {}}</tool_call>cd'
+def in_chunks_of_any_size(text: str, tokenizer: Any) -> Iterator[list[dict[str, Any]]]:
+    """The output of the response to `text`, which is the same in a stream and in the whole, for each size of chunks."""
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
     asked = body(**LOGPROBS, tools=[{**TOOL, "name": "f"}])
-    scored = set()
     for size in range(1, len(pieces) + 1):
         sizes = [min(size, len(pieces) - begin) for begin in range(0, len(pieces), size)]
         items = chunks(pieces, "stop", tokenizer=tokenizer, sizes=sizes)
         _, response = streamed(items, asked, tokenizer)
         assert without_ids(response) == without_ids(whole(items, asked, tokenizer))
-        before, _, after = response["output"]
+        yield response["output"]
+
+
+def scored(content: dict[str, Any]) -> str:
+    """The tokens that have log-probabilities."""
+    return "".join(score["token"] for score in content["logprobs"])
+
+
+def test_logprobs_end_where_a_call_begins(tokenizer: Any) -> None:
+    text = 'ab<tool_call>{"name": "f", "arguments": {}}</tool_call>cd'
+    for before, _, after in in_chunks_of_any_size(text, tokenizer):
         assert (before["content"][0]["text"], after["content"][0]["text"]) == ("ab", "cd")
-        assert after["content"][0]["logprobs"] == []
-        scored.add("".join(score["token"] for score in before["content"][0]["logprobs"]))
-    assert scored == {"ab"}
+        assert (scored(before["content"][0]), scored(after["content"][0])) == ("ab", "")
 
 
 def test_logprobs_go_on_after_a_marker_that_begins_no_call(tokenizer: Any) -> None:
-    text = 'ab<tool_call>cd <tool_call>{"x": 1}ef<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
-    asked = body(**LOGPROBS, tools=[{**TOOL, "name": "f"}])
-    scored = set()
-    for size in range(1, len(pieces) + 1):
-        sizes = [min(size, len(pieces) - begin) for begin in range(0, len(pieces), size)]
-        items = chunks(pieces, "stop", tokenizer=tokenizer, sizes=sizes)
-        _, response = streamed(items, asked, tokenizer)
-        assert without_ids(response) == without_ids(whole(items, asked, tokenizer))
-        [content] = response["output"][0]["content"]
-        scored.add((content["text"], "".join(score["token"] for score in content["logprobs"])))
     said = 'ab<tool_call>cd <tool_call>{"x": 1}ef'
-    assert scored == {(said, said)}
+    text = said + '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    for spoken, _ in in_chunks_of_any_size(text, tokenizer):
+        [content] = spoken["content"]
+        assert (content["text"], scored(content)) == (said, said)
 
 
 def test_of_a_long_text_that_has_log_probabilities_only_the_end_is_searched_again(tokenizer: Any) -> None:
