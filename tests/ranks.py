@@ -1,6 +1,8 @@
-"""Engines whose ranks exchange through a library."""
+"""Engines of several ranks, and the processes of their ranks."""
 
+import multiprocessing
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from orthrus.engine import Engine, EngineConfig
@@ -23,3 +25,8 @@ def engine_over(config: EngineConfig, backend: Backend | None) -> Engine:
         shard = Shard(model, 0, config.tensor_parallel_size)
         weights = read(rank_device(config.device, 0), config.dtype, shard=shard, check=ranks.check)
         return Engine(config, model, weights, ranks=ranks)
+
+
+def running_ranks() -> list[BaseProcess]:
+    """The processes of ranks that this process has started. Other tests may have processes of their own."""
+    return [child for child in multiprocessing.active_children() if child.name.startswith("orthrus-rank-")]

@@ -21,7 +21,7 @@ from orthrus.kernels.ranks.shared_memory import SharedBoxes
 from orthrus.kernels.rows.types import NO_TOKEN
 from orthrus.requests.request import Request, SamplingParams
 from tests.checkpoints import make_checkpoint
-from tests.ranks import engine_over
+from tests.ranks import engine_over, running_ranks
 
 PROMPTS = [[5, 9, 2, 40, 7], [101, 3], list(range(30, 130))]
 PARAMS = [
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nothing_stays() -> Iterator[None]:
     yield
     gc.collect()
-    assert not multiprocessing.active_children()
+    assert not running_ranks()
 
 
 def load(checkpoint: Path, size: int) -> Engine:
@@ -84,7 +84,7 @@ def test_a_rank_that_ends_or_stops_ends_the_engine(checkpoint: Path, sign: signa
     params = SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True)
     engine.submit(Request("long", [1, 2, 3], params))
     engine.step()
-    [process] = multiprocessing.active_children()
+    [process] = running_ranks()
     assert process.pid is not None
     os.kill(process.pid, sign)
     begin = time.monotonic()

@@ -36,6 +36,7 @@ from orthrus.runner import registry
 from orthrus.runner.eager import EagerRunner
 from orthrus.runner.registry import RUNNERS, RunnerEntry
 from tests.checkpoints import make_checkpoint
+from tests.ranks import running_ranks
 
 NOT_WAITED = 60
 """More seconds than any of these starts may take."""
@@ -187,7 +188,7 @@ def test_a_rank_that_fails_while_passes_are_captured_ends_the_start(
         start(checkpoint, partial(use_stuck_runner, fail))
     assert time.monotonic() - StuckRunner.begun < NOTICED
     # The thread that still waits is left behind, and holds the ranks. But their processes have ended.
-    assert not multiprocessing.active_children()
+    assert not running_ranks()
     assert torch.get_num_threads() == threads
 
 

@@ -22,6 +22,7 @@ from orthrus.kernels.ranks import RankError
 from orthrus.requests.request import Request, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.imports import ROOT
+from tests.ranks import running_ranks
 
 PROMPTS = [[5, 9, 2, 40, 7], [101, 3], list(range(30, 130))]
 PARAMS = [
@@ -134,7 +135,7 @@ def test_a_rank_that_ends_or_stops_ends_the_engine(checkpoint: Path, sign: signa
         Request("long", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=500, ignore_eos=True))
     )
     engine.step()
-    [process] = multiprocessing.active_children()
+    [process] = running_ranks()
     assert process.pid is not None
     os.kill(process.pid, sign)
     begin = time.monotonic()
