@@ -58,24 +58,29 @@ def round_to_codes(weight: Tensor) -> Codes:
 
 def _round(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The codes of float32 groups [outs, groups, 128], and their scales [outs, groups]."""
-    levels = torch.tensor(LEVELS, device=weight.device)
-    middles = (levels[1:] + levels[:-1]) / 2
     sizes = weight.abs()
     largest = sizes.amax(2)
-    best = least = chosen = None
-    for share in _SHARES:
-        # Scales are kept in float16, so weights are divided by the rounded scale. A group of zeros has the smallest scale.
-        scales = (largest * (share / LEVELS[-1])).clamp(min=2.0**-24).half()
-        indices = torch.bucketize(sizes / scales.float()[:, :, None], middles, out_int32=True)
-        error = (levels[indices] * scales.float()[:, :, None] - sizes).square_().sum(2)
-        if best is None or least is None or chosen is None:
-            best, least, chosen = scales, error, indices
-            continue
-        better = error < least
-        best, least = torch.where(better, scales, best), torch.where(better, error, least)
-        chosen = torch.where(better[:, :, None], indices, chosen)
-    assert best is not None and chosen is not None
-    return chosen + 8 * (weight < 0), best
+    tried = (_round_sizes(sizes, largest * (share / LEVELS[-1])) for share in _SHARES)
+    indices, scales, error = next(tried)
+    for other_indices, other_scales, other_error in tried:
+        better = other_error < error
+        indices = torch.where(better[:, :, None], other_indices, indices)
+        scales = torch.where(better, other_scales, scales)
+        error = torch.where(better, other_error, error)
+    return indices + 8 * (weight < 0), scales
+
+
+def _round_sizes(sizes: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round the magnitudes of float32 groups [outs, groups, 128] with scales near `wanted` [outs, groups].
+
+    Returns indices in `LEVELS`, the scales, and the squared error of each group.
+    """
+    levels = torch.tensor(LEVELS, device=sizes.device)
+    # Scales are kept in float16, so weights are divided by the rounded scale. A group of zeros has the smallest scale.
+    scales = wanted.clamp(min=2.0**-24).half()
+    spread = scales.float()[:, :, None]
+    indices = torch.bucketize(sizes / spread, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    return indices, scales, (levels[indices] * spread - sizes).square_().sum(2)
 
 
 def pack_codes(codes: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
-from orthrus.kernels.linear.plain import PlainFormat, alternate, join_views
+from orthrus.kernels.linear.plain import alternate, join_views
+from orthrus.kernels.linear.rounded import pack_rounded
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.types import DenseLayer
-from orthrus.kernels.linear.weight import Parameters, Views, Weight, weight_format
+from orthrus.kernels.linear.weight import Views, Weight, weight_format
 
 LARGEST = 448.0
 """The largest number of e4m3."""
@@ -28,10 +29,7 @@ class Fp8Format:
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`."""
-        if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
-            return _pack_for_gpu(views, gated, None)
-        rounded = [[_rounded(projection) for projection in view] for view in views]
-        return RoundedWeight(PlainFormat.pack(rounded, gated=gated, head=head))
+        return _pack(views, None, gated, head)
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
@@ -39,10 +37,13 @@ class Fp8Format:
 
         So drafts may differ with the number of ranks. The text does not differ, since another pass verifies drafts.
         """
-        if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
-            return _pack_for_gpu(views, gated, split)
-        rounded = [[_rounded(projection) for projection in view] for view in views]
-        return RoundedWeight(PlainFormat.pack_split(rounded, split, gated=gated, head=head))
+        return _pack(views, split, gated, head)
+
+
+def _pack(views: Views, split: Split | None, gated: bool, head: bool) -> Weight:
+    if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
+        return _pack_for_gpu(views, gated, split)
+    return pack_rounded(views, _round_weight, round_rows, split, gated=gated, head=head)
 
 
 def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
@@ -50,27 +51,6 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
 
     layer = quantise_layer(views, gated)
     return TritonWeight(layer.weights, layer.bias, layer.interleaved, layer.scales, split)
-
-
-class RoundedWeight(Weight):
-    """The reference: weights and inputs are rounded to FP8, but multiplied in the model's dtype. For devices without FP8.
-
-    It computes what the FP8 kernels compute, but needs the memory of the unrounded weights.
-    """
-
-    def __init__(self, weight: Weight) -> None:
-        """weight: the layer with its weights rounded."""
-        self._weight = weight
-
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes
-
-    def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        return self._weight.linear(round_rows(x), num_ar, out)
-
-    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
-        return self._weight.linear_silu_mul(round_rows(x), num_ar)
 
 
 def quantise_layer(views: Views, gated: bool) -> DenseLayer:
@@ -93,11 +73,9 @@ def quantise_layer(views: Views, gated: bool) -> DenseLayer:
     )
 
 
-def _rounded(projection: Parameters) -> Parameters:
-    """Remove the tensors of a projection, and return them with the weight rounded to FP8 numbers, in its dtype."""
-    weight = projection.pop("weight")
-    rounded = {"weight": torch.cat([round_rows(part) for part in weight.split(_CHUNK)])}
-    return rounded | ({"bias": projection.pop("bias")} if "bias" in projection else {})
+def _round_weight(weight: Tensor) -> Tensor:
+    """weight [outs, ins] with its numbers rounded to e4m3 with a scale for each output."""
+    return torch.cat([round_rows(part) for part in weight.split(_CHUNK)])
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
 from orthrus.kernels.linear.codes import round_to_codes
-from orthrus.kernels.linear.dequantised import DequantisedWeight
 from orthrus.kernels.linear.fp8 import Fp8Format
 from orthrus.kernels.linear.fp8_block import round_blocks
-from orthrus.kernels.linear.plain import PlainFormat
+from orthrus.kernels.linear.rounded import pack_rounded
 from orthrus.kernels.linear.split import Split
-from orthrus.kernels.linear.weight import Parameters, SplitViews, Views, Weight, weight_format
+from orthrus.kernels.linear.weight import SplitViews, Views, Weight, weight_format
 
 
 @weight_format("int4")
@@ -25,28 +24,20 @@ class Int4Format:
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
         """See `WeightFormat`. Raises ValueError for layers whose inputs are not a multiple of 128."""
-        if head:
-            return Fp8Format.pack(views, gated=gated, head=head)
-        if _has_kernel(views):
-            return _pack_for_gpu(views, gated, None)
-        dtype = views[0][0]["weight"].dtype
-        layer = PlainFormat.pack(_rounded(views), gated=gated, head=head)
-        return DequantisedWeight(layer, dtype, round_blocks)
+        return Fp8Format.pack(views, gated=gated, head=head) if head else _pack(views, None, gated)
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
         """See `SplitFormat`. Each rank rounds its own part of a layer. Raises ValueError as `pack` does."""
-        if head:
-            return Fp8Format.pack_split(views, split, gated=gated, head=head)
-        if _has_kernel(views):
-            return _pack_for_gpu(views, gated, split)
-        dtype = views[0][0]["weight"].dtype
-        layer = PlainFormat.pack_split(_rounded(views), split, gated=gated, head=head)
-        return DequantisedWeight(layer, dtype, round_blocks)
+        return (
+            Fp8Format.pack_split(views, split, gated=gated, head=head) if head else _pack(views, split, gated)
+        )
 
 
-def _has_kernel(views: Views) -> bool:
-    return runs_triton(views[0][0]["weight"]) and has_fp8_mma()
+def _pack(views: Views, split: Split | None, gated: bool) -> Weight:
+    if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
+        return _pack_for_gpu(views, gated, split)
+    return pack_rounded(views, _round_weight, round_blocks, split, gated=gated, head=False)
 
 
 def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
@@ -60,12 +51,5 @@ def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
     return SplitViews.join(layers)
 
 
-def _rounded(views: Views) -> list[list[Parameters]]:
-    """Remove the tensors of the projections from `views`, and return them with the weights rounded as the format does."""
-    return [[_rounded_projection(parameters) for parameters in view] for view in views]
-
-
-def _rounded_projection(parameters: Parameters) -> Parameters:
-    weight = parameters.pop("weight")
-    rounded: Tensor = round_to_codes(weight).dequantised().to(weight.dtype)
-    return {"weight": rounded} | ({"bias": parameters.pop("bias")} if "bias" in parameters else {})
+def _round_weight(weight: Tensor) -> Tensor:
+    return round_to_codes(weight).dequantised().to(weight.dtype)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
-from orthrus.kernels.linear.fp8 import RoundedWeight
+from orthrus.kernels.linear.fp8 import round_rows
 from orthrus.kernels.linear.lossless import NotPacked, first_plane, pack_lossless
 from orthrus.kernels.linear.lossless_stored import is_stored, join_stored
 from orthrus.kernels.linear.plain import PlainFormat, interleave, stack_views
+from orthrus.kernels.linear.rounded import pack_rounded
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.stored import dense
 from orthrus.kernels.linear.types import DenseLayer, LosslessLayer
@@ -54,26 +55,18 @@ class PlaneFormat:
         """See `WeightFormat`."""
         if _on_gpu(views) and has_fp8_mma():
             return LosslessFormat.pack(views, gated=gated, head=head).rough()
-        rounded = [[_first_plane(projection) for projection in view] for view in views]
-        return RoundedWeight(PlainFormat.pack(rounded, gated=gated, head=head))
+        return pack_rounded(views, _first_plane, round_rows, None, gated=gated, head=head)
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
         """See `SplitFormat`."""
         if _on_gpu(views) and has_fp8_mma():
             return LosslessFormat.pack_split(views, split, gated=gated, head=head).rough()
-        rounded = [[_first_plane(projection) for projection in view] for view in views]
-        return RoundedWeight(PlainFormat.pack_split(rounded, split, gated=gated, head=head))
+        return pack_rounded(views, _first_plane, round_rows, split, gated=gated, head=head)
 
 
-def _first_plane(projection: Parameters) -> Parameters:
-    """Remove the tensors of a projection and return them, with the weight rounded to its first plane if it can be packed."""
-    weight = projection.pop("weight")
-    others = {"bias": projection.pop("bias")} if "bias" in projection else {}
-    return {"weight": _rounded(weight)} | others
-
-
-def _rounded(weight: Tensor) -> Tensor:
+def _first_plane(weight: Tensor) -> Tensor:
+    """weight [outs, ins] rounded to its first plane if it can be packed, else as it is."""
     packed = weight.bfloat16()
     try:
         if not torch.equal(packed.to(weight.dtype), weight):
