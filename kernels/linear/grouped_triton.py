@@ -70,11 +70,12 @@ def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows
 def _products(w, x, zero, k, out_at, row_at,
               OUTS: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """The sum over one step, before it is scaled: float32 [OUTS, ROWS]."""
+    # One chain of branches, since Triton compiles what follows a `return` in a branch, even where the branch is always taken.
     if BITS == 0:
-        return tl.dot(w.load([out_at, k]), x.load([row_at, k]).T)
-    if tl.float8e4nv == DTYPE:
-        return tl.dot(_widen(w.load([out_at, k // 8]), OUTS, DEPTH), x.load([row_at, k]).T)
-    if BITS == 4:
+        numbers = w.load([out_at, k])
+    elif tl.float8e4nv == DTYPE:
+        numbers = _widen(w.load([out_at, k // 8]), OUTS, DEPTH)
+    elif BITS == 4:
         base = 128.0 if tl.bfloat16 == DTYPE else 1024.0 if tl.float16 == DTYPE else 0.0
         numbers = _unpack(w.load([out_at, k // 8]), OUTS, DEPTH, DTYPE) - (zero + base).to(DTYPE)[:, None]
     else:
