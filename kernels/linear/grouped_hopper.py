@@ -38,8 +38,17 @@ _STEP = 2 * _DEPTH
 """Inputs of a step."""
 _OUTS = 64
 """Outputs of a tile: M of one instruction of the tensor cores."""
-_BITS = (0, 4)
-"""Bits of the weights that the kernel takes; 0 for FP8."""
+_CONSUMERS = {0: 1, 4: 2}
+"""Number of consumers for the bits of a weight; 0 stands for FP8. A consumer always has the same stages, so a part must have a
+multiple of this number of steps."""
+_REGISTERS = 168
+"""Registers per thread when a program with two consumers begins, see `stream.REGISTERS`. Such programs have more threads."""
+_CONSUMER_REGISTERS = gl.constexpr(232)
+"""Registers per thread of the second consumer."""
+_TWO_PRODUCTS_ROWS = gl.constexpr(64)
+"""The most rows of a tile for which the sums of two groups fit into the registers."""
+_SUMS = gl.SwizzledSharedLayout(2, 1, 8, [1, 0])
+"""The layout of the sums that the second consumer leaves in shared memory. A thread stores two neighbours at a time."""
 
 
 @gluon.jit
@@ -168,6 +177,8 @@ def _multiply(
     bias,
     out,
     work,
+    NUMBER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     OUTS: gl.constexpr,
     WORDS: gl.constexpr,
     BITS: gl.constexpr,
@@ -175,7 +186,7 @@ def _multiply(
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Run the consumer: sum the units of a program, and store the sums."""
+    """Run a consumer: sum every `CONSUMERS`-th step of a program's units, from step `NUMBER` on. Consumer 0 stores the sums of both."""
     ROWS: gl.constexpr = ring.rows.shape[1]
     STAGES: gl.constexpr = ring.full.shape[0]
     ROUNDED: gl.constexpr = ring.rows.dtype == gl.float8e4nv
@@ -183,19 +194,33 @@ def _multiply(
         [3, 0], [gl.num_warps(), 1], [16, ROWS, 256 // ring.rows.dtype.primitive_bitwidth]
     )
     grid = make_grid(work, OUTS, ROWS, False)
-    stage, phase = 0, 0
+    stage, phase, sums_phase = NUMBER, 0, 0
     nothing = gl.zeros((OUTS, ROWS), gl.float32, layout)
     for number in range(gl.program_id(0), grid.units, grid.programs):
         acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
-        for _ in range(num_steps(number % grid.work.parts, grid)):
+        for _ in range(NUMBER, num_steps(number % grid.work.parts, grid), CONSUMERS):
             mbarrier.wait(ring.full.index(stage), phase)
             first = _start(ring, stage, nothing, 0, WORDS, BITS)
-            second = _start(ring, stage, nothing, 1, WORDS, BITS)
-            acc = _add(acc, first, 1, ROUNDED)
+            if ROWS <= _TWO_PRODUCTS_ROWS:
+                second = _start(ring, stage, nothing, 1, WORDS, BITS)
+                acc = _add(acc, first, 1, ROUNDED)
+            else:
+                acc = _add(acc, first, 0, ROUNDED)
+                second = _start(ring, stage, nothing, 1, WORDS, BITS)
             acc = _add(acc, second, 0, ROUNDED)
             mbarrier.arrive(ring.empty.index(stage), count=1)
-            stage, phase = next_stage(stage, phase, STAGES)
-        finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
+            stage, phase = next_stage(stage, phase, STAGES, CONSUMERS)
+        if NUMBER == 1:
+            mbarrier.wait(ring.sums_empty.index(0), sums_phase ^ 1)
+            ring.sums.store(acc)
+            mbarrier.arrive(ring.sums_full.index(0), count=1)
+        else:
+            if CONSUMERS == 2:
+                mbarrier.wait(ring.sums_full.index(0), sums_phase)
+                acc += ring.sums.load(layout)
+                mbarrier.arrive(ring.sums_empty.index(0), count=1)
+            finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
+        sums_phase ^= 1
 
 
 @gluon.jit(do_not_specialize=["num_rows", "parts", "steps"])
@@ -216,9 +241,11 @@ def _grouped_stream_kernel(
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     GROUP_DEPTHS: gl.constexpr,
     BITS: gl.constexpr,
     WORDS: gl.constexpr,
+    SUMS: gl.constexpr,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -228,13 +255,25 @@ def _grouped_stream_kernel(
     ROUNDED: gl.constexpr = x.dtype == gl.float8e4nv
     other = x_scales if ROUNDED else zeros
     TILES: gl.constexpr = 1 if BITS > 0 else 2
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # A single consumer uses none of these three.
+    sums, sums_full, sums_empty = full, full, full
+    if CONSUMERS == 2:
+        sums = gl.allocate_shared_memory(gl.float32, [OUTS, ROWS], SUMS)
+        sums_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        sums_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(sums_full.index(0), count=1)
+        mbarrier.init(sums_empty.index(0), count=1)
     ring = GroupedRing(
         gl.allocate_shared_memory(w.dtype, [TILES * STAGES, OUTS, w.block_type.shape[1]], w.layout),
         gl.allocate_shared_memory(x.dtype, [2 * STAGES, ROWS, DEPTH], x.layout),
         gl.allocate_shared_memory(scales.dtype, [2 * STAGES, OUTS], scales.layout),
         gl.allocate_shared_memory(other.dtype, [2 * STAGES, other.block_type.shape[0]], other.layout),
+        full,
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        sums,
+        sums_full,
+        sums_empty,
     )
     for i in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(i), count=2)
@@ -244,15 +283,27 @@ def _grouped_stream_kernel(
     # Each part is one leaf of the tree that `add_rms_norm` sums.
     one, none = gl.to_tensor(1), gl.to_tensor(0)
     work = Work(num_rows, num_rows, num_outs, parts, one, steps, parts, none)
-    gl.warp_specialize(
-        [
-            (_multiply, (ring, bias, out, work, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
-            (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS, ROUNDED)),
-            (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
-        ],
-        [1, 1],
-        [24, 24],
-    )
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (ring, bias, out, work, 0, 1, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
+                (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS, ROUNDED)),
+                (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
+            ],
+            [1, 1],
+            [24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (ring, bias, out, work, 0, 2, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
+                (_multiply, (ring, bias, out, work, 1, 2, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
+                (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS, ROUNDED)),
+                (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
+            ],
+            [4, 1, 1],
+            [_CONSUMER_REGISTERS, 24, 24],
+        )
 
 
 @cache
@@ -268,16 +319,13 @@ def _words_layout(warps: int) -> gl.DistributedLinearLayout:
 
 
 def streams(x: Tensor, layer: GroupedLayer, parts: int) -> bool:
-    """Whether `launch` takes these rows x [rows, ins], with the sum in `parts` parts.
-
-    With weights in 4 bits it takes any number of rows, because `grouped_triton` widens such weights slowly.
-    """
+    """Whether `launch` takes these rows x [rows, ins], with the sum in `parts` parts."""
     return (
         (layer.bits == 4 or x.shape[0] <= MOST_ROWS)
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
-        and layer.bits in _BITS
+        and layer.bits in _CONSUMERS
         and layer.depth == _DEPTH
-        and x.shape[1] % (_STEP * parts) == 0
+        and x.shape[1] % (_CONSUMERS[layer.bits] * _STEP * parts) == 0
         and has_warpgroup_mma()
     )
 
@@ -286,15 +334,19 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
     """Write the result of `layer` to out. The arguments are those of `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
-    row_tile = rows_of_tile(rows, 8, 16, 32, 64)
+    consumers = _CONSUMERS[layer.bits]
+    row_tiles = (8, 16, 32, 64, 128) if integers and x_scales is not None else (8, 16, 32, 64)
+    row_tile = rows_of_tile(rows, *row_tiles)
     scales = layer.scales.view(-1)
     scales_tile = tiles_of(scales, _OUTS)
     # TMA writes to multiples of 128 bytes.
     zeros_tile = tiles_of(layer.zeros.view(-1), 128) if layer.zeros is not None else scales_tile
     row_scales_tile = scales_tile if x_scales is None else tiles_of(x_scales.view(-1), max(32, row_tile))
     step_bytes = _OUTS * _STEP * (0.5 if integers else 1) + 2 * (
-        row_tile * _DEPTH * x.itemsize + _OUTS * scales.itemsize + 256
+        row_tile * _DEPTH * x.itemsize + _OUTS * scales.itemsize + max(256, 4 * row_tile)
     )
+    sums_bytes = (consumers - 1) * _OUTS * row_tile * 4
+    stages = min(12, int((RING_BYTES - sums_bytes) // step_bytes))
     bias = layer.bias if out.dim() == 2 else None
     _grouped_stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.numbers, _OUTS, _STEP // 8 if integers else _DEPTH),
@@ -312,14 +364,16 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=_DEPTH,
-        STAGES=min(12, int(RING_BYTES // step_bytes)),
+        STAGES=stages // consumers * consumers,
+        CONSUMERS=consumers,
         GROUP_DEPTHS=layer.group_size // _DEPTH,
         BITS=layer.bits,
         WORDS=_words_layout(4),
+        SUMS=_SUMS,
         GATED=layer.interleaved,
         SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        maxnreg=REGISTERS,
+        maxnreg=REGISTERS if consumers == 1 else _REGISTERS,
         **chaining(),
     )

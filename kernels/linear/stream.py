@@ -139,10 +139,10 @@ def next_step(step, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.cons
 
 
 @gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The next stage of a ring, and the phase of its mbarriers."""
-    wraps = stage == STAGES - 1
-    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+def next_stage(stage, phase, STAGES: gl.constexpr, CONSUMERS: gl.constexpr = 1):
+    """The next stage of a ring whose stages `CONSUMERS` warpgroups take in turn, and the phase of its mbarriers."""
+    wraps = stage >= STAGES - CONSUMERS
+    return gl.where(wraps, stage + CONSUMERS - STAGES, stage + CONSUMERS), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit

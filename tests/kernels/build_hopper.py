@@ -124,16 +124,18 @@ def build_grouped(
             "OUTS": 64,
             "ROWS": rows,
             "DEPTH": 128,
-            "STAGES": 6,
+            "STAGES": 4,
+            "CONSUMERS": 2 if bits else 1,
             "GROUP_DEPTHS": 1,
             "BITS": bits,
             "WORDS": grouped._words_layout(4),
+            "SUMS": grouped._SUMS,
             "GATED": gated,
             "SPLIT": split,
             "HAS_BIAS": False,
             "CHAINED": True,
         },
-        REGISTERS,
+        grouped._REGISTERS if bits else REGISTERS,
     )
 
 
@@ -228,6 +230,7 @@ if __name__ == "__main__":
     build_linear("fp8e4nv", 32, part_leaves=2)
     build_grouped(4, 8, gated=True)
     build_grouped(4, 32, codes=True, gated=True)
+    build_grouped(4, 128, codes=True)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)
