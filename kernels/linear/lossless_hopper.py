@@ -45,7 +45,8 @@ from orthrus.kernels.linear.types import LosslessLayer
 from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS
 
 _MOST_ROWS = 128
-"""Rows that take no longer here, in tiles of 64 that each widen the weights, than to write the layer out in full first."""
+"""Rows of the largest tile. Weights would be widened for each of several tiles, so for more rows the layer is written out in full
+first."""
 _RING_BYTES = 227_000
 """Bytes of both rings."""
 _WIDENERS = gl.constexpr(3)
@@ -345,7 +346,7 @@ def launch(
     """Write the result of `layer` to out. The arguments are those of `hopper.launch`."""
     rows, ins = x.shape
     outs, views = layer.outs, layer.scales.shape[0]
-    row_tile = rows_of_tile(rows, 8, 16, 32, 64)
+    row_tile = rows_of_tile(rows, 8, 16, 32, 64, 128)
     inputs = inputs or Leaves.whole(ins, TILE_INS, 1)
     assert inputs.unit == TILE_INS and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None

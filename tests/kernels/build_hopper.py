@@ -235,4 +235,5 @@ if __name__ == "__main__":
     build_grouped(0, 64)
     build_lossless(8, picks=True)
     build_lossless(64, gated=True, part_leaves=8)
+    build_lossless(128, part_leaves=2)
     build_attention()

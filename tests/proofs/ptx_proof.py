@@ -107,7 +107,15 @@ def test_grouped_parts(parts: int, kind: str, way: Way) -> None:
 @all_ways
 @pytest.mark.parametrize(
     ("rows", "views", "ins", "exceptions"),
-    [(8, 1, 512, 0), (8, 1, 512, 5), (16, 2, 640, 9), (33, 1, 2048, 3), (64, 2, 384, 20), (100, 1, 640, 5)],
+    [
+        (8, 1, 512, 0),
+        (8, 1, 512, 5),
+        (16, 2, 640, 9),
+        (33, 1, 2048, 3),
+        (64, 2, 384, 20),
+        (100, 1, 640, 5),
+        (128, 2, 384, 9),
+    ],
 )
 @emulated
 def test_lossless(rows: int, views: int, ins: int, exceptions: int, way: Way) -> None:

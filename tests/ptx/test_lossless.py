@@ -19,19 +19,21 @@ def test_layers(rows: int, views: int, exceptions: int, way: Way) -> None:
 
 
 @two_ways
+@pytest.mark.parametrize(("rows", "views"), [(100, 1), (128, 2)])
 @emulated
-def test_two_tiles_of_rows(way: Way) -> None:
+def test_more_rows(rows: int, views: int, way: Way) -> None:
     from tests.ptx import lossless
 
-    lossless.check_layer(way, 100, 1, 384, 3)
+    lossless.check_layer(way, rows, views, 384, 3)
 
 
 @two_ways
+@pytest.mark.parametrize("rows", [16, 128])
 @emulated
-def test_bits_are_those_of_bfloat16_weights(way: Way) -> None:
+def test_bits_are_those_of_bfloat16_weights(rows: int, way: Way) -> None:
     from tests.ptx import lossless
 
-    lossless.check_bits(way, 16)
+    lossless.check_bits(way, rows)
 
 
 @two_ways
