@@ -18,7 +18,10 @@ _SEQUENCES, _SEQUENCE_ROWS = 8, 4
 _CONTEXT = 256
 """Position, in tokens, up to which the rows of timed passes reach."""
 _SECONDS = 0.5
-"""Seconds for the measurements of each kind of pass. One round of the smaller passes is measured even if it takes longer."""
+"""Seconds for the measurements of each kind of pass. The first round is measured even if it takes longer."""
+_FIRST_ROUND_SECONDS = 2.0
+"""If the passes of the first round take longer than this together, the largest of them are left out, but at most half of all.
+A larger pass than any that was measured is assumed to cost in proportion to the largest one. That is mostly far too much."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class PassTimer:
 def _best_times(
     time_pass: Callable[[_Size], float], sizes: Sequence[_Size], budget: float
 ) -> dict[_Size, float]:
-    """The best time of each size, in seconds. The largest sizes are left out if measuring all of them once takes too long.
+    """The best time of each size, in seconds. The largest sizes are left out if one pass of each takes too long.
 
     The best time counts, because other work of the machine can only add time. The sizes take turns, so that a disturbance does
     not affect one size alone. The next pass is always of the size with the least total time so far: so short passes, whose times
@@ -150,7 +153,7 @@ def _best_times(
     began = time.perf_counter()
     time_pass(sizes[0])
     for size in sizes:
-        if len(times) >= len(sizes) // 2 and time.perf_counter() - began > budget / 2:
+        if len(times) >= len(sizes) // 2 and sum(map(sum, times.values())) > _FIRST_ROUND_SECONDS:
             break
         times[size] = [time_pass(size)]
     while time.perf_counter() - began < budget:

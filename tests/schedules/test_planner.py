@@ -8,6 +8,7 @@ from statistics import harmonic_mean, mean, median
 import pytest
 
 from orthrus.plan import RowGroup, View
+from orthrus.schedules import pass_cost
 from orthrus.schedules.decode_cost import DecodeCost
 from orthrus.schedules.pass_cost import PassCost, PassTimer
 from orthrus.schedules.planner import BlockPlan, Draft, DraftPlanner
@@ -178,6 +179,25 @@ def test_measuring_covers_every_kind_of_pass_and_stays_within_the_cache(trees: b
     assert cost.draft.sizes == cost.verify.sizes == cost.lead.sizes == (2, 4, 8, 16, 32, 64, 128)
     assert list(cost.draft.seconds) == sorted(cost.draft.seconds)
     assert cost.verify(128) == pytest.approx(0.128) and cost.step(4) == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(("seconds", "largest"), [(0.02, 128), (0.5, 8)])
+def test_large_passes_are_measured_unless_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, largest: int
+) -> None:
+    """0.02 s is a pass of a 72B model on two H200s, whose number of rows hardly matters."""
+    monkeypatch.setattr(pass_cost, "_SECONDS", 0.0)  # One round.
+    timer = PassTimer(
+        lambda groups, temperature, ahead: seconds,
+        context=512,
+        page_size=8,
+        num_pages=300,
+        max_batch=4,
+        max_rows=128,
+        filled_to=(),
+    )
+    cost = DecodeCost.measured(timer, mask_token_id=9, leads=False, trees=False)
+    assert cost.verify.sizes[-1] == cost.draft.sizes[-1] == largest
 
 
 def cpu_cost() -> DecodeCost:
