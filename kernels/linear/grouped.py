@@ -51,7 +51,7 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         tiles: LinearTiles | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, outs = residual.shape
-        parts = num_parts(outs, x.shape[1])
+        parts = num_parts(outs, x.shape[1], grouped_hopper.STEP)
         ranks, peers = self._collective, self._peers
         if parts > 1 or peers is not None or ranks is not None:
             out = empty((parts, rows, outs), torch.float32, x.device)

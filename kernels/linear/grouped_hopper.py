@@ -1,15 +1,22 @@
 """The layers of `grouped_triton` on Hopper: FP8 weights for few rows, and weights in 4 bits for any number of rows.
 
 The kernel is persistent and warp-specialized. One producer warp loads weights into a ring buffer in shared memory, and another
-loads input rows. A consumer warpgroup multiplies them. A stage of the ring holds a step, which is two groups of 128 inputs. While
-the tensor cores multiply one group, the numbers of the other are prepared. 4-bit numbers are loaded to the registers from which
-the tensor cores read them (see `integers.pack_words` and `codes.pack_codes`), and widened there. The sums are those of
-`grouped_triton`, by the same instructions in the same order. So a row has the same bits in both.
+loads input rows. Consumer warpgroups multiply them. A stage of the ring holds a step, which is two groups of 128 inputs. While
+the tensor cores multiply one group, the numbers of the other are prepared.
+
+FP8 weights have one consumer. The sums are those of `grouped_triton`, by the same instructions in the same order. So a row has
+the same bits in both.
+
+4-bit numbers are loaded to the registers from which the tensor cores read them (see `integers.pack_words` and
+`codes.pack_codes`), and widened there. One consumer alone takes longer for this than the memory takes to send the numbers. So
+two take turns at the steps, and their sums are added at the end of a unit. This is another order than that of `grouped_triton`,
+so any number of rows runs here.
 
 Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
 
 from functools import cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -34,19 +41,16 @@ from orthrus.kernels.linear.types import GroupedLayer
 
 _DEPTH = 128
 """Inputs whose products the tensor cores sum, before the sum is multiplied by scales: here called a group."""
-_STEP = 2 * _DEPTH
+STEP = 2 * _DEPTH
 """Inputs of a step."""
 _OUTS = 64
 """Outputs of a tile: M of one instruction of the tensor cores."""
-_CONSUMERS = {0: 1, 4: 2}
-"""Number of consumers for the bits of a weight; 0 stands for FP8. A consumer always has the same stages, so a part must have a
-multiple of this number of steps."""
+_BITS = (0, 4)
+"""Bits of the weights that the kernel takes; 0 for FP8."""
 _REGISTERS = 168
 """Registers per thread when a program with two consumers begins, see `stream.REGISTERS`. Such programs have more threads."""
 _CONSUMER_REGISTERS = gl.constexpr(232)
 """Registers per thread of the second consumer."""
-_TWO_PRODUCTS_ROWS = gl.constexpr(64)
-"""The most rows of a tile for which the sums of two groups fit into the registers."""
 _SUMS = gl.SwizzledSharedLayout(2, 1, 8, [1, 0])
 """The layout of the sums that the second consumer leaves in shared memory. A thread stores two neighbours at a time."""
 
@@ -186,7 +190,10 @@ def _multiply(
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Run a consumer: sum every `CONSUMERS`-th step of a program's units, from step `NUMBER` on. Consumer 0 stores the sums of both."""
+    """Run a consumer: sum every `CONSUMERS`-th step of a program's units, from step `NUMBER` on.
+
+    Consumer 0 adds the sums of both, and stores them.
+    """
     ROWS: gl.constexpr = ring.rows.shape[1]
     STAGES: gl.constexpr = ring.full.shape[0]
     ROUNDED: gl.constexpr = ring.rows.dtype == gl.float8e4nv
@@ -201,12 +208,8 @@ def _multiply(
         for _ in range(NUMBER, num_steps(number % grid.work.parts, grid), CONSUMERS):
             mbarrier.wait(ring.full.index(stage), phase)
             first = _start(ring, stage, nothing, 0, WORDS, BITS)
-            if ROWS <= _TWO_PRODUCTS_ROWS:
-                second = _start(ring, stage, nothing, 1, WORDS, BITS)
-                acc = _add(acc, first, 1, ROUNDED)
-            else:
-                acc = _add(acc, first, 0, ROUNDED)
-                second = _start(ring, stage, nothing, 1, WORDS, BITS)
+            second = _start(ring, stage, nothing, 1, WORDS, BITS)
+            acc = _add(acc, first, 1, ROUNDED)
             acc = _add(acc, second, 0, ROUNDED)
             mbarrier.arrive(ring.empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES, CONSUMERS)
@@ -323,9 +326,9 @@ def streams(x: Tensor, layer: GroupedLayer, parts: int) -> bool:
     return (
         (layer.bits == 4 or x.shape[0] <= MOST_ROWS)
         and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
-        and layer.bits in _CONSUMERS
+        and layer.bits in _BITS
         and layer.depth == _DEPTH
-        and x.shape[1] % (_CONSUMERS[layer.bits] * _STEP * parts) == 0
+        and x.shape[1] % (STEP * parts) == 0
         and has_warpgroup_mma()
     )
 
@@ -334,22 +337,23 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
     """Write the result of `layer` to out. The arguments are those of `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
-    consumers = _CONSUMERS[layer.bits]
-    row_tiles = (8, 16, 32, 64, 128) if integers and x_scales is not None else (8, 16, 32, 64)
-    row_tile = rows_of_tile(rows, *row_tiles)
+    # The number of consumers divides the steps of a part, so each consumer always has the same stages. Else one could wait for the
+    # next round of a stage while the other has not taken the round before, and the bit of an mbarrier's phase would not tell.
+    consumers = gcd(2, ins // (STEP * parts)) if integers else 1
+    row_tile = rows_of_tile(rows, 8, 16, 32, 64)
     scales = layer.scales.view(-1)
     scales_tile = tiles_of(scales, _OUTS)
     # TMA writes to multiples of 128 bytes.
     zeros_tile = tiles_of(layer.zeros.view(-1), 128) if layer.zeros is not None else scales_tile
     row_scales_tile = scales_tile if x_scales is None else tiles_of(x_scales.view(-1), max(32, row_tile))
-    step_bytes = _OUTS * _STEP * (0.5 if integers else 1) + 2 * (
-        row_tile * _DEPTH * x.itemsize + _OUTS * scales.itemsize + max(256, 4 * row_tile)
+    step_bytes = _OUTS * STEP * (0.5 if integers else 1) + 2 * (
+        row_tile * _DEPTH * x.itemsize + _OUTS * scales.itemsize + 256
     )
     sums_bytes = (consumers - 1) * _OUTS * row_tile * 4
     stages = min(12, int((RING_BYTES - sums_bytes) // step_bytes))
     bias = layer.bias if out.dim() == 2 else None
     _grouped_stream_kernel[(num_sms(x.device),)](
-        tiles_of(layer.numbers, _OUTS, _STEP // 8 if integers else _DEPTH),
+        tiles_of(layer.numbers, _OUTS, STEP // 8 if integers else _DEPTH),
         tiles_of(x, row_tile, _DEPTH),
         scales_tile,
         zeros_tile,
@@ -359,7 +363,7 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
         rows,
         layer.outs,
         0 if x_scales is None else x_scales.stride(0),
-        ins // _STEP,
+        ins // STEP,
         parts,
         OUTS=_OUTS,
         ROWS=row_tile,

@@ -14,13 +14,17 @@ _FULL_GRID = 128
 
 
 @cache
-def num_parts(out_features: int, in_features: int) -> int:
-    """Split-K parts of a layer whose result goes into the residual stream: enough to fill a GPU when there is one row."""
+def num_parts(out_features: int, in_features: int, unit: int = 1) -> int:
+    """Split-K parts of a layer whose result goes into the residual stream: enough to fill a GPU when there is one row.
+
+    unit: each of several parts has a multiple of this number of inputs.
+    """
     parts = 1
     while (
         parts < MOST_PARTS
         and parts * -(-out_features // 64) < _FULL_GRID
         and in_features // (2 * parts) >= _SHORTEST_PART
+        and in_features % (2 * parts * unit) == 0
     ):
         parts *= 2
     return parts

@@ -230,7 +230,7 @@ if __name__ == "__main__":
     build_linear("fp8e4nv", 32, part_leaves=2)
     build_grouped(4, 8, gated=True)
     build_grouped(4, 32, codes=True, gated=True)
-    build_grouped(4, 128, codes=True)
+    build_grouped(4, 64, codes=True)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)

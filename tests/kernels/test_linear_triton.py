@@ -91,6 +91,7 @@ def test_linear_add_rms_norm_has_one_tree(
 def test_parts_fill_the_gpu() -> None:
     shapes = [(4096, 4096), (4096, 12288), (1024, 2048), (5120, 25600), (8192, 29568)]
     assert [num_parts(*shape) for shape in shapes] == [2, 2, 2, 2, 1]
+    assert [num_parts(2560, ins, unit=256) for ins in (9728, 9728 + 256, 10240)] == [2, 1, 4]
 
 
 def test_linear_refuses_rows_that_tma_cannot_load() -> None:

@@ -12,7 +12,13 @@ two_ways = pytest.mark.parametrize("way", FEW_WAYS[:2], ids=str)
 @few_ways
 @pytest.mark.parametrize(
     ("kind", "rows", "ins", "group"),
-    [("fp8", 8, 512, 128), ("integers", 8, 512, 128), ("integers", 33, 1024, 512), ("codes", 8, 512, 128)],
+    [
+        ("fp8", 8, 512, 128),
+        ("integers", 8, 512, 128),
+        ("integers", 33, 1024, 512),
+        ("codes", 8, 512, 128),
+        ("codes", 17, 768, 128),
+    ],
 )
 @emulated
 def test_layers(kind: str, rows: int, ins: int, group: int, way: Way) -> None:
