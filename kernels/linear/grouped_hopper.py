@@ -337,8 +337,8 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
     """Write the result of `layer` to out. The arguments are those of `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
-    # The number of consumers divides the steps of a part, so each consumer always has the same stages. Else one could wait for the
-    # next round of a stage while the other has not taken the round before, and the bit of an mbarrier's phase would not tell.
+    # The number of consumers divides the steps of a part, so each consumer always has the same stages. Else one could wait for
+    # the next round of a stage while the other has not taken the round before. The bit of an mbarrier's phase does not tell.
     consumers = gcd(2, ins // (STEP * parts)) if integers else 1
     row_tile = rows_of_tile(rows, 8, 16, 32, 64)
     scales = layer.scales.view(-1)

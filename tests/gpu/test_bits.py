@@ -3,9 +3,10 @@
 The reference is AR decoding in batches of 1 to 64 requests. AR decoding with another prefill chunk and another order of requests
 is compared with it. So is Orthrus with replayed drafts in other batches. Drafts have weights of their own or share those of the
 AR rows. They are chains or trees. The cache is too small for all requests, and prefixes are found in it. For weights in 12 bits,
-the reference has weights in 16 bits.
+the reference has weights in 16 bits. For a model that several GPUs share, the reference runs on one GPU.
 """
 
+import gc
 import itertools
 import random
 import time
@@ -48,6 +49,8 @@ class Format:
     """The setting `weights` of the runs that are compared with the reference."""
     stored: dict[str, Any] | None = None
     """The `quantization_config` of a model that is stored quantised, for the reference too."""
+    gpus: int = 1
+    """How many GPUs share the model in the runs that are compared with the reference."""
     with_logprobs: int = 30_000
     """Number of tokens to compare with their logprobs."""
     launched_ahead: int = 170_000
@@ -75,6 +78,10 @@ FORMATS = {
     "lossless12": Format((("auto", 0), ("auto", 24)), {"auto": "lossless8"}, "lossless12"),
     "fp8": published(FP8),
     "gptq": published(GPTQ),
+} | {
+    f"{gpus} GPUs": Format((("auto", 0), ("auto", 24)), {"auto": "fp8"}, gpus=gpus)
+    for gpus in (2, 4, 8)
+    if gpus <= torch.cuda.device_count()
 }
 
 
@@ -112,7 +119,15 @@ def engine(schedule: str, format: Format = FORMATS["bf16"], **settings: Any) -> 
     if schedule == "ar":
         model = replace(model, block_size=None, mask_token_id=None)
     fixed = {"max_num_seqs": 64, "max_model_len": LONGEST, "kv_cache_tokens": 64 * LONGEST}
+    if format.gpus > 1:
+        fixed["sum_leaves"] = format.gpus
     return shape_engine(model, schedule, DEVICE, DTYPE, **(fixed | settings))
+
+
+def free_memory() -> None:
+    """End the ranks of engines that are no longer used, and free the memory of the GPUs."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def same_text(
@@ -137,7 +152,7 @@ def same_text(
 @pytest.mark.parametrize("ahead", [False, True], ids=["with logprobs", "launched ahead"])
 @pytest.mark.parametrize("kept", FORMATS)
 def test_no_bit_differs(kept: str, ahead: bool) -> None:
-    if kept in ("fp8", "lossless12") and not has_fp8_mma():
+    if (kept in ("fp8", "lossless12") or FORMATS[kept].gpus > 1) and not has_fp8_mma():
         pytest.skip("this GPU does not multiply FP8")
     format = FORMATS[kept]
     reference = engine("ar", format, prefill_chunk=2048)
@@ -153,13 +168,20 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
         len(result.logprobs) == (0 if ahead else len(result.token_ids)) for result in expected.values()
     )
     del reference
-    torch.cuda.empty_cache()
+    free_memory()
 
     name = f"{kept}, {'launched ahead' if ahead else 'with logprobs'}"
-    other = engine("ar", format, weights=format.weights, prefill_chunk=128, kv_cache_tokens=4 * LONGEST)
+    other = engine(
+        "ar",
+        format,
+        weights=format.weights,
+        tensor_parallel_size=format.gpus,
+        prefill_chunk=128,
+        kv_cache_tokens=4 * LONGEST,
+    )
     same_text(f"{name}, ar", other, random.Random(1).sample(asked, len(asked)), 1, expected)
     del other
-    torch.cuda.empty_cache()
+    free_memory()
 
     # The right token is often the second best draft, so that trees are useful.
     ranks = AcceptanceProfile(((0.7, 0.15, 0.05),), "constant").scaled(4.0, 32)
@@ -168,6 +190,7 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
             "orthrus",
             format,
             weights=format.weights,
+            tensor_parallel_size=format.gpus,
             prefill_chunk=512,
             kv_cache_tokens=8 * LONGEST,
             draft_weights=drafts,
@@ -181,4 +204,4 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
         label = f"{name}, orthrus, {drafts} drafts, {f'trees of {tree}' if tree else 'chains'}"
         assert same_text(label, orthrus, order, 2, expected) > 2.5
         del orthrus, schedule
-        torch.cuda.empty_cache()
+        free_memory()
