@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+# Ray's processes would be nice by 15: beside other work, an answer of a server could take a minute.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 import pytest
 import torch
 
@@ -25,19 +28,38 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-_SERVERS = ("tests/deployments/serving/", "tests/deployments/launch/", "tests/cli/")
-"""Folders of tests that start Ray."""
+_SERVERS = "tests/deployments/serving/"
+"""The folder of tests that start Ray."""
+
+_LONG = (
+    "tests/training/test_training_run.py",
+    "tests/engine/test_ranks.py",
+    "tests/engine/test_rank_start.py",
+    "tests/measure/test_verify.py",
+    "tests/measure/test_compare.py",
+    "tests/engine/test_lossless.py",
+)
+"""Files of few tests that take long."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes, a file's tests share one, and so do all tests that start Ray, which needs the cores."""
+    """With several processes, a file's tests share one, and so do all tests that start Ray, which needs the cores.
+
+    Long ones come first: at the end, one process would work while the others have nothing left to do.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "servers" if file.startswith(_SERVERS) else file
+            return _SERVERS if file.startswith(_SERVERS) else file
+
+        def _assign_work_unit(self, node: Any) -> None:
+            for scope in reversed((_SERVERS, *_LONG)):
+                if scope in self.workqueue:
+                    self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     return ByFile(config, log)
 

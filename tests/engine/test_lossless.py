@@ -43,7 +43,7 @@ def test_drafts_from_8_bits_are_as_good_as_drafts_by_the_same_weights() -> None:
         prompts = [ours.tokenizer.encode(text) for text in beginnings]
         texts = []
         for temperature in (0.0, 0.7):
-            params = SamplingParams(temperature=temperature, max_tokens=64, seed=1, ignore_eos=True)
+            params = SamplingParams(temperature=temperature, max_tokens=32, seed=1, ignore_eos=True)
             texts += [[one.token_ids for one in each] for each in ours.generate(prompts, params)]
         found.append(texts)
         per_cycle.append(ours.stats.tokens_per_cycle)

@@ -49,7 +49,7 @@ EVERYTHING = SamplingParams(
     frequency_penalty=0.1,
     logit_bias={7: 1.0},
     seed=1,
-    max_tokens=8,
+    max_tokens=6,
     ignore_eos=True,
 )
 

@@ -1,7 +1,6 @@
 """Tensor parallelism on a CPU: several processes share a model, and give the bits of one."""
 
 import gc
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orthrus.engine import Engine, EngineConfig, rank_worker
+from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.rank_processes import HANG_SECONDS
 from orthrus.errors import CheckpointError, ConfigError
 from orthrus.kernels.ranks import RankError
@@ -30,6 +29,9 @@ PARAMS = [
     SamplingParams(temperature=1.0, seed=3, max_tokens=24, logprobs=0, ignore_eos=True),
     SamplingParams(temperature=1.0, seed=4, top_p=0.9, max_tokens=16, logprobs=1, ignore_eos=True),
 ]
+
+THREADS = 2
+"""Of this process before an engine starts. More than there are cores would wait for each other."""
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +70,11 @@ def load(checkpoint: Path, size: int, **settings: object) -> Engine:
 def threads_as_before() -> Iterator[None]:
     """An engine of several ranks shares the threads among them, and gives them back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(4)
+    torch.set_num_threads(THREADS)
     yield
     gc.collect()
     end = time.monotonic() + 10  # Another thread may be collecting garbage.
-    while torch.get_num_threads() != 4:
+    while torch.get_num_threads() != THREADS:
         assert time.monotonic() < end, "the threads of an engine that has ended are not given back"
         time.sleep(0.01)
     torch.set_num_threads(before)
@@ -85,15 +87,31 @@ def results(engine: Engine) -> tuple[list[object], float]:
     return [(c.token_ids, c.logprobs) for c in completions], stats.committed / stats.cycles
 
 
+def results_alone(checkpoint: Path, **settings: object) -> tuple[list[object], float]:
+    """`results` of one rank. By one thread, which is the quickest for so small a model; the bits are the same by any number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = results(load(checkpoint, 1, **settings))
+    torch.set_num_threads(before)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(checkpoint: Path) -> tuple[list[object], float]:
+    return results_alone(checkpoint)
+
+
 def run_to_the_end(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
 
 
 @pytest.mark.parametrize("settings", [{}, {"draft_tree": 8}, {"draft_weights": "fp8"}], ids=str)
-def test_two_ranks_give_the_bits_of_one(checkpoint: Path, settings: dict[str, object]) -> None:
+def test_two_ranks_give_the_bits_of_one(
+    checkpoint: Path, of_one_rank: tuple[list[object], float], settings: dict[str, object]
+) -> None:
     """Chains, trees whose pages are copied on all ranks, and drafts with weights of their own."""
-    alone, expected = results(load(checkpoint, 1, **settings))
+    alone, expected = results_alone(checkpoint, **settings) if settings else of_one_rank
     shared, tokens_per_cycle = results(load(checkpoint, 2, **settings))
     assert shared == alone
     assert tokens_per_cycle > 1.5
@@ -114,14 +132,16 @@ def test_two_ranks_round_drafts_to_4_bits_as_one_does(tmp_path: Path) -> None:
         bias=True,
         noise=0.02,
     )
-    alone, expected = results(load(path, 1, draft_weights="int4", sum_leaves=2))
+    alone, expected = results_alone(path, draft_weights="int4", sum_leaves=2)
     assert results(load(path, 2, draft_weights="int4", sum_leaves=2)) == (alone, expected)
     assert expected > 1.3
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_more_ranks_give_the_bits_of_one(checkpoint: Path, size: int) -> None:
-    alone, expected = results(load(checkpoint, 1))
+def test_more_ranks_give_the_bits_of_one(
+    checkpoint: Path, of_one_rank: tuple[list[object], float], size: int
+) -> None:
+    alone, expected = of_one_rank
     assert results(load(checkpoint, size)) == (alone, expected)
     assert expected > 1.5
 
@@ -156,25 +176,6 @@ def test_an_error_that_only_another_rank_finds_keeps_its_class_and_names_the_ran
         load(tmp_path / "broken", 2)
 
 
-def look_for_rank_0(path: str) -> None:
-    """What a rank does while it waits for others."""
-    Path(path, "begun").touch()
-    try:
-        while True:
-            rank_worker._Rank0().check()
-            time.sleep(0.05)
-    except RankError as error:
-        Path(path, "told").write_text(str(error))
-
-
-def start_looking(path: str) -> None:
-    """As rank 0 starts another one, and then waits to be killed."""
-    multiprocessing.get_context("forkserver").Process(
-        target=look_for_rank_0, args=(path,), daemon=True
-    ).start()
-    time.sleep(60)
-
-
 def wait_for_file(file: Path, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not file.exists():
@@ -183,7 +184,7 @@ def wait_for_file(file: Path, seconds: float) -> None:
 
 
 def test_a_rank_notices_that_rank_0_has_been_killed(tmp_path: Path) -> None:
-    command = f"from tests.engine.test_ranks import start_looking; start_looking({str(tmp_path)!r})"
+    command = f"from tests.engine.lone_rank import start_looking; start_looking({str(tmp_path)!r})"
     rank_0 = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT)
     try:
         wait_for_file(tmp_path / "begun", 60)

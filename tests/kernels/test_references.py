@@ -59,6 +59,7 @@ def test_linear_is_batch_invariant(outputs: int, inputs: int, bias: bool, saved:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="FBGEMM's choice of instructions is of x86-64")
+@pytest.mark.parametrize("_threads", [1], ids=["1 and 2 threads"], indirect=True)
 def test_linear_is_batch_invariant_without_avx512() -> None:
     """FBGEMM chooses its instructions once in a process. With AVX2 it has different kernels for each number of rows up to six."""
     code = """
@@ -68,8 +69,10 @@ weight, x = torch.randn(640, 384).bfloat16().float(), torch.randn(130, 384)
 layer = pack_weight([[{"weight": weight.clone()}]])
 full = layer.linear(x)
 torch.testing.assert_close(full, x @ weight.T, rtol=1e-4, atol=1e-3)
-for rows in (1, 2, 7, 14, 31, 32, 67, 121):
-    assert torch.equal(layer.linear(x[:rows]), full[:rows]), rows
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for rows in (1, 2, 7, 14, 31, 32, 67, 121):
+        assert torch.equal(layer.linear(x[:rows]), full[:rows]), (threads, rows)
 """
     environment = os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

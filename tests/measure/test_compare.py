@@ -18,7 +18,7 @@ from tests.quantised import FP8, make_quantised
 
 TINY = str(ROOT / "models" / "orthrus-tiny")
 TEXT = Path(starlette.websockets.__file__)
-"""Source that the model has not been trained on: a row to read, and some to calibrate on."""
+"""Source that the model has not been trained on: half a row to read, and some rows to calibrate on."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def report() -> CompareReport:
             new_tokens=12,
             rounds=1,
             text=TEXT,
-            text_tokens=512,
+            text_tokens=256,
             answers=6,
             answer_tokens=8,
         )

@@ -97,14 +97,14 @@ def test_neighbours_and_preemption_change_nothing(ar: Engine) -> None:
     """Free and constrained requests in the same passes, with a cache too small for them all."""
     prompts = [ar.tokenizer.encode(t) for t in ("def f(x):\n", "# JSON\n", "import ", "data = ")]
     params = [
-        SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True),
-        constrained(PARAMS["sampled"], PERSON, 120),
-        SamplingParams(temperature=1.0, seed=8, max_tokens=100, ignore_eos=True),
-        constrained(PARAMS["greedy"], PERSON, 120),
+        SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True),
+        constrained(PARAMS["sampled"], PERSON, 60),
+        SamplingParams(temperature=1.0, seed=8, max_tokens=60, ignore_eos=True),
+        constrained(PARAMS["greedy"], PERSON, 60),
     ]
     alone = [ar.generate([p], one)[0][0].token_ids for p, one in zip(prompts, params, strict=True)]
     for schedule, tokens_per_cycle in (("orthrus", 1.3), ("ngram", 1.02)):
-        tight = make_engine(schedule, page_size=8, max_model_len=144, kv_cache_tokens=144)
+        tight = make_engine(schedule, page_size=8, max_model_len=96, kv_cache_tokens=96)
         together = [choices[0].token_ids for choices in tight.generate(prompts, params)]
         assert together == alone
         assert tight.stats.preemptions > 0 and tight.stats.tokens_per_cycle > tokens_per_cycle

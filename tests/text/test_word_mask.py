@@ -16,8 +16,8 @@ from orthrus.text.grammar import json_grammar
 from orthrus.text.word_mask import JointMask, WordMask, WordRules
 
 MODEL = str(Path(__file__).resolve().parents[2] / "models" / "orthrus-tiny")
-GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.9, seed=11, top_p=0.95, max_tokens=60, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, seed=11, top_p=0.95, max_tokens=32, ignore_eos=True)
 PROMPT = "def parse(self, line):\n"
 
 
@@ -134,7 +134,7 @@ def test_only_allowed_tokens_come_under_both_schedules(ar: Engine, orthrus: Engi
     for one, other in zip(expected, got, strict=True):
         assert one.token_ids == other.token_ids and set(one.token_ids) <= set(allowed)
         # No end is among them.
-        assert (one.finish_reason, len(one.token_ids)) == ("length", 60)
+        assert (one.finish_reason, len(one.token_ids)) == ("length", 32)
 
 
 def test_a_grammar_and_bad_words_hold_together(ar: Engine, orthrus: Engine) -> None:

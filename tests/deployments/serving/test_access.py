@@ -98,7 +98,7 @@ def access(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Acces
     try:
         yield Access(f"{url}/{APP}", {name: key for name, (key, _) in made.items()}, file, folder / "logs")
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)
 
 
 def metadata(access: Access, name: str, *more: tuple[str, str]) -> list[tuple[str, str]]:

@@ -49,17 +49,17 @@ def app(url: str) -> Iterator[App]:
     try:
         yield app
     finally:
-        serve.delete("ops")
+        serve.delete("ops", _blocking=False)
 
 
 def test_a_load_step_adds_a_replica_and_a_kill_fails_only_begun_streams(app: App, ar: Engine) -> None:
     """1 client, then 12: a second replica. One of the two is killed under 16 more. Then no client, and one replica."""
-    params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     text = plain(ar, PROMPT, params)
-    streams = [Stream(PROMPT, 150) for _ in range(16)]
+    streams = [Stream(PROMPT, 100) for _ in range(16)]
 
     async def main() -> tuple[Clients, Clients]:
-        lone, many = Clients(app.completions, PROMPT, 150), Clients(app.completions, PROMPT, 150)
+        lone, many = Clients(app.completions, PROMPT, 100), Clients(app.completions, PROMPT, 100)
         lone.start(1)
         await until(lambda: lone.done, 60, "one answer")
         assert len(app.running()) == 1

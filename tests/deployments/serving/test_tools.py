@@ -60,7 +60,7 @@ def tools(url: str, qwen3_tokenizer: Any, tmp_path_factory: pytest.TempPathFacto
     try:
         yield f"{url}/{APP}"
     finally:
-        serve.delete(APP)
+        serve.delete(APP, _blocking=False)
 
 
 @pytest.fixture(scope="module")
