@@ -11,7 +11,9 @@ from orthrus.kernels.attention.types import AttentionWork
 from orthrus.kernels.device import chaining
 
 _HEADS = 4
-"""Heads of a program. Each has a warp."""
+"""Heads of a program if there are many rows. Each has a warp. If there are few, a program has one head and so one warp."""
+_FEW_ROWS = 32
+"""Up to so many rows, the latency of loading records is the limit, and not the registers."""
 
 
 @triton.jit
@@ -82,16 +84,18 @@ def merge_records(
     records: accs [records, dim], tops [records] and norms [records], as in `Records`. programs: the most to launch.
     """
     rows, heads = out.shape[0], out.shape[1] // dim
-    _merge_kernel[(min(programs, rows * triton.cdiv(heads, _HEADS)),)](
+    few = rows <= _FEW_ROWS
+    each = 1 if few else _HEADS
+    _merge_kernel[(min(programs, rows * triton.cdiv(heads, each)),)](
         work.numbers,
         out,
         *records,
         heads,
         DIM=dim,
         WIDTH=width,
-        HEADS=_HEADS,
-        # A warp merges all records of a head. With few rows, the latency of their loads is the limit, and not the registers.
-        BATCH=16 if rows <= 16 else 8,
-        num_warps=_HEADS,
+        HEADS=each,
+        # A warp merges all records of a head. The loads of so many are in flight together.
+        BATCH=16 if few else 8,
+        num_warps=each,
         **chaining(),
     )
