@@ -3,7 +3,7 @@
 Each part runs in a process of its own, so that the memory of the GPUs is free when it starts:
 
 - the exchange of partial sums, with residual and norm, in a CUDA graph;
-- an AR step of the 8B and the 32B shape, on one GPU and on SIZE GPUs;
+- an AR step of the 8B and the 32B shape, on one GPU and on SIZE GPUs, with SIZE leaves of sums and with twice as many;
 - `orthrus bench shape` of the 72B shape on SIZE GPUs, and of the 8B shape on one GPU. The ratio of the first should reach that of
   the second.
 """
@@ -76,22 +76,25 @@ def step_milliseconds(
 
 
 def speed_up(
-    model: ModelConfig, size: int, device: torch.device, dtype: torch.dtype
+    model: ModelConfig, size: int, leaves: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float, float]:
     """Milliseconds of an AR step on one rank and on `size`, with the same bits, and how many times faster the latter is."""
-    alone, shared = (step_milliseconds(model, ranks, size, device, dtype) for ranks in (1, size))
+    alone, shared = (step_milliseconds(model, ranks, leaves, device, dtype) for ranks in (1, size))
     return alone, shared, alone / shared
 
 
 def _steps(shape: str, size: int, bar: float, reach: float) -> list[Figure]:
-    alone, shared, ratio = speed_up(
-        shape_config(shape, diffusion=False), size, torch.device("cuda"), torch.bfloat16
-    )
-    return [
-        Figure(f"{shape}: AR step, one GPU", alone, "ms"),
-        Figure(f"{shape}: AR step, {size} GPUs", shared, "ms"),
-        Figure(f"{shape}: {size} GPUs over one", ratio, "x", *_only_for_two(size, bar, reach)),
-    ]
+    """A rank with one leaf has a program for each 64 outputs of a layer. With more leaves, more SMs of its GPU have work."""
+    model, found = shape_config(shape, diffusion=False), []
+    for leaves in sorted({size, min(2 * size, 8)}):
+        alone, shared, ratio = speed_up(model, size, leaves, torch.device("cuda"), torch.bfloat16)
+        name = f"{shape}, {leaves} leaves"
+        found += [
+            Figure(f"{name}: AR step, one GPU", alone, "ms"),
+            Figure(f"{name}: AR step, {size} GPUs", shared, "ms"),
+            Figure(f"{name}: {size} GPUs over one", ratio, "x", *_only_for_two(size, bar, reach)),
+        ]
+    return found
 
 
 def _shape(shape: str, size: int, bars: bool) -> list[Figure]:

@@ -25,7 +25,7 @@ SMALL = replace(
 
 
 def test_a_step_is_timed_on_one_rank_and_on_two() -> None:
-    alone, shared, ratio = speed_up(SMALL, 2, torch.device("cpu"), torch.float32)
+    alone, shared, ratio = speed_up(SMALL, 2, 2, torch.device("cpu"), torch.float32)
     assert alone > 0 and shared > 0 and ratio == alone / shared
 
 
