@@ -46,7 +46,7 @@ _LONG = (
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several processes, a file's tests share one, and so do all tests that start Ray, which needs the cores.
 
-    Long ones come first: at the end, one process would work while the others have nothing left to do.
+    Long ones come first. Otherwise one process would still work on them at the end, while the others have nothing left to do.
     """
     from xdist.scheduler import LoadScopeScheduling
 

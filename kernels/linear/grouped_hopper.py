@@ -9,8 +9,8 @@ the same bits in both.
 
 4-bit numbers are loaded to the registers from which the tensor cores read them (see `integers.pack_words` and
 `codes.pack_codes`), and widened there. One consumer alone takes longer for this than the memory takes to send the numbers. So
-two take turns at the steps, and their sums are added at the end of a unit. This is another order than that of `grouped_triton`,
-so any number of rows runs here.
+two take turns at the steps, and their sums are added at the end of a unit; a sum with an odd number of steps has one. With two,
+the order is not that of `grouped_triton`. So that a row has the same bits in every pass, all numbers of rows run here.
 
 Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
@@ -47,9 +47,9 @@ _OUTS = 64
 """Outputs of a tile: M of one instruction of the tensor cores."""
 _BITS = (0, 4)
 """Bits of the weights that the kernel takes; 0 for FP8."""
-_REGISTERS = 168
+_TWO_CONSUMER_REGISTERS = 168
 """Registers per thread when a program with two consumers begins, see `stream.REGISTERS`. Such programs have more threads."""
-_CONSUMER_REGISTERS = gl.constexpr(232)
+_SECOND_REGISTERS = gl.constexpr(232)
 """Registers per thread of the second consumer."""
 _SUMS = gl.SwizzledSharedLayout(2, 1, 8, [1, 0])
 """The layout of the sums that the second consumer leaves in shared memory. A thread stores two neighbours at a time."""
@@ -305,7 +305,7 @@ def _grouped_stream_kernel(
                 (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
             ],
             [4, 1, 1],
-            [_CONSUMER_REGISTERS, 24, 24],
+            [_SECOND_REGISTERS, 24, 24],
         )
 
 
@@ -337,8 +337,9 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
     """Write the result of `layer` to out. The arguments are those of `grouped_triton.launch`."""
     rows, ins = x.shape
     integers = layer.bits > 0
-    # The number of consumers divides the steps of a part, so each consumer always has the same stages. Else one could wait for
-    # the next round of a stage while the other has not taken the round before. The bit of an mbarrier's phase does not tell.
+    # The number of consumers divides the steps of a part, so each consumer always has the same stages. Otherwise a consumer could
+    # wait for the next round of a stage before the other one has taken the current round, and the single phase bit of an mbarrier
+    # can't tell these apart.
     consumers = gcd(2, ins // (STEP * parts)) if integers else 1
     row_tile = rows_of_tile(rows, 8, 16, 32, 64)
     scales = layer.scales.view(-1)
@@ -378,6 +379,6 @@ def launch(x: Tensor, layer: GroupedLayer, out: Tensor, parts: int, x_scales: Te
         SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        maxnreg=REGISTERS if consumers == 1 else _REGISTERS,
+        maxnreg=REGISTERS if consumers == 1 else _TWO_CONSUMER_REGISTERS,
         **chaining(),
     )

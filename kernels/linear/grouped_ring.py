@@ -25,9 +25,8 @@ class GroupedRing(NamedTuple):
     others: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor  # An mbarrier per stage: the tiles of both producer warps have arrived.
     empty: gl.shared_memory_descriptor  # An mbarrier per stage: its tiles have been multiplied.
-    sums: (
-        gl.shared_memory_descriptor
-    )  # [outs, rows]: the second consumer's sums of a unit. Not used with one consumer.
+    # [outs, rows]: the second consumer's sums of a unit. Not used with one consumer.
+    sums: gl.shared_memory_descriptor
     sums_full: gl.shared_memory_descriptor  # An mbarrier: `sums` has been written.
     sums_empty: gl.shared_memory_descriptor  # An mbarrier: `sums` has been read.
 

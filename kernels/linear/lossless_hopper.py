@@ -45,8 +45,7 @@ from orthrus.kernels.linear.types import LosslessLayer
 from orthrus.kernels.lossless_sizes import ENTRIES, TILE_INS, TILE_OUTS
 
 _MOST_ROWS = 128
-"""Rows of the largest tile. Weights would be widened for each of several tiles, so for more rows the layer is written out in full
-first."""
+"""Rows of the largest tile. For more rows weights would be widened several times, so the layer is written out in full first."""
 _RING_BYTES = 227_000
 """Bytes of both rings."""
 _WIDENERS = gl.constexpr(3)
@@ -130,13 +129,6 @@ def _put(tile, entry):
 
 
 @gluon.jit
-def _next_own_stage(stage, phase, STAGES: gl.constexpr):
-    """The stage of a widener's next step in either ring, and the phase of its mbarriers."""
-    wraps = stage >= STAGES - _WIDENERS
-    return gl.where(wraps, stage + _WIDENERS - STAGES, stage + _WIDENERS), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
 def _widen_steps(
     rings, work, FIRST: gl.constexpr, HIGH: gl.constexpr, LOW: gl.constexpr, TWO_VIEWS: gl.constexpr
 ):
@@ -162,8 +154,8 @@ def _widen_steps(
         fence_async_shared()
         mbarrier.arrive(rings.packed_empty.index(packed_stage), count=1)
         mbarrier.arrive(rings.wide_full.index(wide_stage), count=1)
-        packed_stage, packed_phase = _next_own_stage(packed_stage, packed_phase, PACKED_STAGES)
-        wide_stage, wide_phase = _next_own_stage(wide_stage, wide_phase, WIDE_STAGES)
+        packed_stage, packed_phase = next_stage(packed_stage, packed_phase, PACKED_STAGES, _WIDENERS)
+        wide_stage, wide_phase = next_stage(wide_stage, wide_phase, WIDE_STAGES, _WIDENERS)
 
 
 @gluon.jit
@@ -346,7 +338,9 @@ def launch(
     """Write the result of `layer` to out. The arguments are those of `hopper.launch`."""
     rows, ins = x.shape
     outs, views = layer.outs, layer.scales.shape[0]
-    row_tile = rows_of_tile(rows, 8, 16, 32, 64, 128)
+    # With picks or many leaves in a part, the registers do not hold a tile of 128 rows.
+    most_rows = 128 if not picking and (inputs is None or inputs.count <= 2 * parts) else 64
+    row_tile = min(most_rows, rows_of_tile(rows, 8, 16, 32, 64, 128))
     inputs = inputs or Leaves.whole(ins, TILE_INS, 1)
     assert inputs.unit == TILE_INS and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None

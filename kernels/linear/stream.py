@@ -139,10 +139,10 @@ def next_step(step, grid, OUTS: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.cons
 
 
 @gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr, CONSUMERS: gl.constexpr = 1):
-    """The next stage of a ring whose stages `CONSUMERS` warpgroups take in turn, and the phase of its mbarriers."""
-    wraps = stage >= STAGES - CONSUMERS
-    return gl.where(wraps, stage + CONSUMERS - STAGES, stage + CONSUMERS), gl.where(wraps, phase ^ 1, phase)
+def next_stage(stage, phase, STAGES: gl.constexpr, TURNS: gl.constexpr = 1):
+    """The next stage of a ring whose stages `TURNS` warpgroups take in turn, and the phase of its mbarriers."""
+    wraps = stage >= STAGES - TURNS
+    return gl.where(wraps, stage + TURNS - STAGES, stage + TURNS), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit

@@ -21,7 +21,8 @@ _SECONDS = 0.5
 """Seconds for the measurements of each kind of pass. The first round is measured even if it takes longer."""
 _FIRST_ROUND_SECONDS = 2.0
 """If the passes of the first round take longer than this together, the largest of them are left out, but at most half of all.
-A larger pass than any that was measured is assumed to cost in proportion to the largest one. That is mostly far too much."""
+On a GPU, three passes run for each that counts. A larger pass than any that was measured is assumed to cost in proportion to the
+largest one. That is mostly far too much."""
 
 
 @dataclass(frozen=True)

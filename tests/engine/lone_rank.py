@@ -1,4 +1,4 @@
-"""What a rank does whose rank 0 is killed. A file of its own, because the processes that import it start sooner so."""
+"""What a rank does whose rank 0 is killed. In a file of its own, so that its processes import little and start sooner."""
 
 import multiprocessing
 import time

@@ -138,10 +138,12 @@ def test_rough_drafts_are_nearly_as_good_as_drafts_by_the_same_weights() -> None
     beginnings = (
         "def main():\n",
         "import os\n\ndef load_config(path):\n",
+        "class Stack:\n    def __init__(self):\n",
         "import argparse\n\n",
+        "@dataclass\nclass Point:\n",
         "with open(path) as f:\n",
     )
-    params = [SamplingParams(temperature=t, max_tokens=32, seed=1, ignore_eos=True) for t in (0.0, 0.7)]
+    params = [SamplingParams(temperature=t, max_tokens=64, seed=1, ignore_eos=True) for t in (0.0, 0.7)]
     overall, by_temperature = [], []
     for drafts in ("same", "fp8", "int4"):
         ours = engine(path, draft_weights=drafts, device="cpu", kv_cache_tokens=4096)

@@ -91,9 +91,10 @@ def results_alone(checkpoint: Path, **settings: object) -> tuple[list[object], f
     """`results` of one rank. By one thread, which is the quickest for so small a model; the bits are the same by any number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = results(load(checkpoint, 1, **settings))
-    torch.set_num_threads(before)
-    return found
+    try:
+        return results(load(checkpoint, 1, **settings))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

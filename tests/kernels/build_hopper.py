@@ -135,7 +135,7 @@ def build_grouped(
             "HAS_BIAS": False,
             "CHAINED": True,
         },
-        grouped._REGISTERS if bits else REGISTERS,
+        grouped._TWO_CONSUMER_REGISTERS if bits else REGISTERS,
     )
 
 

@@ -87,13 +87,13 @@ def test_attention_matches_its_reference_however_the_work_is_divided(
 
 
 def test_attention_is_batch_invariant() -> None:
-    """Rows alone, on both sides of a segment's end within a group, and together with other groups."""
-    qkv, keys, values, plan = attention_case([(12, 250, False), (12, 300, False)], 4, torch.float16)
+    """Rows alone, on both sides of a segment's end within a group, and together with so many that heads are merged together."""
+    qkv, keys, values, plan = attention_case([(20, 250, False), (20, 300, False)], 4, torch.float16)
     full = attention_gpu.paged_attention(qkv, keys, values, with_work(plan, 4, 4), 0.25)
-    for g, row in ((0, 0), (0, 5), (0, 6), (0, 11), (1, 3)):
+    for g, row in ((0, 0), (0, 5), (0, 6), (0, 19), (1, 3), (1, 18)):
         group = plan.groups[g]
         alone = replace(plan, groups=(replace(group, first_row=0, num_rows=1, start=group.start + row),))
-        at = 12 * g + row
+        at = 20 * g + row
         out = attention_gpu.paged_attention(qkv[at : at + 1], keys, values, with_work(alone, 4, 4), 0.25)
         assert torch.equal(out[0], full[at]), (g, row)
 

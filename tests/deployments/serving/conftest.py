@@ -1,6 +1,5 @@
 """One running Serve application for all tests of this folder: its start takes long. It ends with the folder's last test."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,14 +63,15 @@ def ports(
         args[part]["logging_config"] = {"logs_dir": str(serve_logs), "encoding": "JSON"}
     path = tmp_path_factory.mktemp("serve") / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    # No test waits for an ingress to drain, only the ends of applications do.
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-    try:
-        serve_config(path, tell=told.append)
-        yield web, rpc
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    # No test looks at how an ingress drains, but the end of each application waits for it.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+        try:
+            serve_config(path, tell=told.append)
+            yield web, rpc
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 @pytest.fixture(scope="package")
