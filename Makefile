@@ -11,7 +11,7 @@ help:
 	@echo 'make serve   serve the model in models/ on this machine (OpenAI HTTP on :8000, gRPC on :9000)'
 	@echo 'make test    run the test suite'
 	@echo 'make test-clients  openai, LangChain, LlamaIndex, lm-eval, Open WebUI, Codex and others, unchanged, against a server (Node, npm; 10 GB)'
-	@echo 'make test-structured  2,000 structured answers under 45 JSON Schemas, by both schedules: minutes'
+	@echo 'make test-structured  2,025 structured answers under 45 JSON Schemas, by both schedules: minutes'
 	@echo 'make test-serving  load steps, shared prefixes, killed processes, misbehaving clients, a rolling update: minutes'
 	@echo 'make test-ranks  replicas of several processes, of which one is killed or stopped; where Ray places them: minutes'
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (needs root, iproute2, openssh-server, rsync)'

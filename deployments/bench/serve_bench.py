@@ -108,7 +108,7 @@ class ServeBenchReport:
             "" if self.pass_ms is None else f", every pass a wait of {self.pass_ms:g} ms in the model's place"
         )
         lines = [
-            f"{self.model}, {self.hardware}{passes}: medians of {self.rounds} rounds",
+            f"{self.model}, {self.hardware}{passes}: medians of {self.rounds} round{'s' if self.rounds > 1 else ''}",
             "",
             f"time to first token, 1 stream:   {self.serve_ms:8.1f} ms through Serve, {self.bare_ms:.1f} ms bare Serve "
             f"+ {self.engine_ms:.1f} ms engine: {self.first_token}",

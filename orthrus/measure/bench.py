@@ -92,7 +92,7 @@ class BenchReport:
     def to_text(self) -> str:
         lines = [
             f"{self.model}, {self.dtype}, {self.hardware}, torch {self.torch}: greedy, {self.new_tokens} new tokens, "
-            f"medians of {self.rounds} rounds",
+            f"medians of {self.rounds} round{'s' if self.rounds > 1 else ''}",
             "",
             f"{'batch':>5}  {'':<14}{'tok/s':>9}{'over Hugging Face':>20}{'over ar':>20}"
             f"{'tok/cycle':>11}{'tok/pass':>10}{'agrees':>8}",
