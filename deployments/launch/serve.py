@@ -146,8 +146,9 @@ def _print_endpoints(config: ServeDeploySchema, apps: dict[str, AppArgs]) -> Non
             continue
         engine = locate(apps[app.name].engine)
         name = engine.served_model_name or engine.model
-        url = f"http://localhost:{port}{(app.route_prefix or '').rstrip('/')}/v1"
-        print(f"""Ready. {name}: OpenAI API at {url}{rpc}
+        root = f"http://localhost:{port}{(app.route_prefix or '').rstrip('/')}"
+        url, page = f"{root}/v1", f"   page: {root}/" if apps[app.name].api.page else ""
+        print(f"""Ready. {name}: OpenAI API at {url}{rpc}{page}
 Try:
   curl -N {url}/completions -H 'Content-Type: application/json' -d '{{"model": "{name}",
     "prompt": "def load_config(path):\\n", "max_tokens": 64, "temperature": 0, "stream": true}}'
