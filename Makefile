@@ -17,7 +17,7 @@ help:
 	@echo 'make test-cluster  ray up, traffic, a lost host, ray down, on hosts in network namespaces (needs root, iproute2, openssh-server, rsync)'
 	@echo 'make test-page  the web page in Chromium, driven by Playwright (says if one is missing): minutes; makes the screenshots in docs/'
 	@echo 'make test-install  installs beside other packages named kernels, cluster and deployments: minutes; needs a package index'
-	@echo 'make test-ptx  the kernels for Hopper, compiled and run by an emulator on the CPU, in many sizes and orders (needs g++ or clang++): much longer than make test'
+	@echo 'make test-ptx  the kernels for Hopper, compiled and run by an emulator on the CPU, in many sizes and orders (needs g++ or clang++): about 8 minutes'
 	@echo 'make bench-ranks SIZE=2  how much faster 2, 4 or 8 GPUs of this host are than one, compared with the aims'
 	@echo 'make proto   make the gRPC stubs from deployments/proto/orthrus.proto; a test fails when they are stale'
 	@echo 'make diagram  draw docs/rooms.svg from docs/rooms.yaml; a test fails when it is stale'

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# Ray's processes would be nice by 15: beside other work, an answer of a server could take a minute.
+# Ray would start its workers at niceness 15. Beside other work, an answer could then take a minute.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest

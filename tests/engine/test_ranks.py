@@ -88,7 +88,7 @@ def results(engine: Engine) -> tuple[list[object], float]:
 
 
 def results_alone(checkpoint: Path, **settings: object) -> tuple[list[object], float]:
-    """`results` of one rank. By one thread, which is the quickest for so small a model; the bits are the same by any number."""
+    """`results` of one rank and one thread, which is the quickest for so small a model. The number of threads changes no bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -170,15 +170,9 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
     del reference
     free_memory()
 
+    compared = {"weights": format.weights, "tensor_parallel_size": format.gpus}
     name = f"{kept}, {'launched ahead' if ahead else 'with logprobs'}"
-    other = engine(
-        "ar",
-        format,
-        weights=format.weights,
-        tensor_parallel_size=format.gpus,
-        prefill_chunk=128,
-        kv_cache_tokens=4 * LONGEST,
-    )
+    other = engine("ar", format, **compared, prefill_chunk=128, kv_cache_tokens=4 * LONGEST)
     same_text(f"{name}, ar", other, random.Random(1).sample(asked, len(asked)), 1, expected)
     del other
     free_memory()
@@ -189,8 +183,7 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
         orthrus = engine(
             "orthrus",
             format,
-            weights=format.weights,
-            tensor_parallel_size=format.gpus,
+            **compared,
             prefill_chunk=512,
             kv_cache_tokens=8 * LONGEST,
             draft_weights=drafts,
