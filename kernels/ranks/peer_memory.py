@@ -17,6 +17,7 @@ from torch import Tensor
 
 from orthrus.kernels.peer_sizes import PeerSizes
 from orthrus.kernels.ranks.ranks import START_SECONDS
+from orthrus.kernels.ranks.rendezvous_store import RendezvousStore
 
 _FIRST_WAIT, _WAIT = 120_000_000_000, 3_000_000_000
 """Timeouts of a wait for another rank, in nanoseconds: until all kernels have been compiled, and after that."""
@@ -59,9 +60,9 @@ class PeerMemory:
         torch.cuda.set_device(device)
         # PyTorch finds the group by its name, but holds no reference to it. The name is the path, which differs between engines.
         group: Any = store_file
-        store = c10d.FileStore(store_file, size)
-        store.set_timeout(timedelta(seconds=START_SECONDS))
-        self._group = c10d.ProcessGroup(store, rank, size)
+        # Kept, because C++ calls its methods.
+        self._store = RendezvousStore(store_file, size, timedelta(seconds=START_SECONDS))
+        self._group = c10d.ProcessGroup(self._store, rank, size)
         c10d._register_process_group(group, self._group)
         self._memory = c10d._SymmetricMemory.empty_strided_p2p((end,), (1,), torch.uint8, device, group)
         self._memory.zero_()
