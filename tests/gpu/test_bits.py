@@ -51,7 +51,7 @@ class Format:
     """The `quantization_config` of a model that is stored quantised, for the reference too."""
     gpus: int = 1
     """How many GPUs share the model in the runs that are compared with the reference."""
-    with_logprobs: int = 30_000
+    with_logprobs: int = 25_000
     """Number of tokens to compare with their logprobs."""
     launched_ahead: int = 170_000
     """Number of tokens to compare without logprobs. Then a pass is launched before the picks of the previous one are read."""
