@@ -9,7 +9,7 @@ from orthrus.engine import Engine, EngineConfig
 from orthrus.engine.rank_processes import start_ranks
 from orthrus.engine.rank_worker import rank_device
 from orthrus.kernels.ranks.collective import Backend
-from orthrus.models.checkpoint import load_weights
+from orthrus.models.checkpoint import open_weights
 from orthrus.models.families import load_config
 from orthrus.models.shard import Shard
 
@@ -20,7 +20,7 @@ def engine_over(config: EngineConfig, backend: Backend | None) -> Engine:
         return Engine.from_pretrained(config)
     path = Path(config.model)
     model = config.with_settings(load_config(path))
-    read = partial(load_weights, path, model)
+    read = partial(open_weights, path, model)
     with start_ranks(config, model, read, backend) as ranks:
         shard = Shard(model, 0, config.tensor_parallel_size)
         weights = read(rank_device(config.device, 0), config.dtype, shard=shard, check=ranks.check)

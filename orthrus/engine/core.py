@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -61,13 +61,13 @@ class EngineCore:
         self,
         config: EngineConfig,
         model_config: ModelConfig,
-        weights: dict[str, Tensor],
+        weights: MutableMapping[str, Tensor],
         tokenizer: Any = None,
         grammar_masks: Callable[[str], TokenMask] | None = None,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """weights: a checkpoint's tensors by Hugging Face name, on the device; the dict is emptied. ranks: those that share the
-        model, if there are several. This process is then rank 0, and `weights` is its part of the tensors (`load_weights`).
+        """weights: a checkpoint's tensors by Hugging Face name, on the device; all are taken out. ranks: those that share the
+        model, if there are several. This process is then rank 0, and `weights` is its part of the tensors (`open_weights`).
 
         tokenizer: a Hugging Face one, needed for stop strings and bad words only. grammar_masks: makes the token mask of a
         sequence from `SamplingParams.grammar`, or raises RequestError. Raises ConfigError for settings that do not fit the model

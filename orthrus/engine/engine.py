@@ -17,7 +17,7 @@ from orthrus.engine.rank_worker import check_devices, rank_device
 from orthrus.engine.sizing import check_memory, choose_device
 from orthrus.errors import RequestError
 from orthrus.loading import stages
-from orthrus.models.checkpoint import compute_dtype, load_weights
+from orthrus.models.checkpoint import compute_dtype, open_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
@@ -47,14 +47,14 @@ class Engine(EngineCore):
         heads_in = config.medusa_folder(path)
         medusa = None if heads_in is None else read_medusa(heads_in, model_config)
         check_memory(config, shard, device, dtype, medusa)
-        load = partial(load_weights, path, model_config)
+        load = partial(open_weights, path, model_config)
         tokenizer, grammar_masks = _load_tokenizer(path, model_config)
         with start_ranks(config, model_config, load) as ranks:
             stages.info("loading the weights of %s", model_config.name)
             # `check` ends the loading as soon as another rank has failed.
             weights = load(device, config.dtype, shard=shard, check=ranks.check)
             if heads_in is not None:
-                weights |= load_medusa(heads_in, model_config, device, dtype)
+                weights.update(load_medusa(heads_in, model_config, device, dtype))
             return cls(config, model_config, weights, tokenizer, grammar_masks, ranks)
 
     def generate(

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.forward import LayerParallelForward
 from orthrus.models.shard import Shard
+from orthrus.models.sizes import weight_bytes
 from orthrus.plan import MAX_RANKS, RowGroup
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.protocol import ModelRunner, RankRunner
@@ -50,9 +52,13 @@ class LoadedModel:
 
     @staticmethod
     def build(
-        config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks, max_groups: int
+        config: EngineConfig,
+        model: ModelConfig,
+        weights: MutableMapping[str, Tensor],
+        ranks: Ranks,
+        max_groups: int,
     ) -> "LoadedModel":
-        """model: the whole model. weights: this rank's part of them; the dict is emptied. max_groups: see `make_runner`.
+        """model: the whole model. weights: this rank's part of them; the mapping is emptied. max_groups: see `make_runner`.
 
         Raises ConfigError if there is no memory for a cache, or less than the settings ask for. Raises RankError as soon as
         another rank has failed. Otherwise its GPU would be waited for in the first passes, and while graphs are captured.
@@ -65,7 +71,11 @@ class LoadedModel:
 
     @staticmethod
     def _build(
-        config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks, max_groups: int
+        config: EngineConfig,
+        model: ModelConfig,
+        weights: MutableMapping[str, Tensor],
+        ranks: Ranks,
+        max_groups: int,
     ) -> "LoadedModel":
         forward = make_forward(config, model, weights, ranks)
         if forward.device.type == "cuda":
@@ -95,13 +105,15 @@ def _share_memory(config: EngineConfig, forward: LayerParallelForward) -> None:
 
 
 def make_forward(
-    config: EngineConfig, model: ModelConfig, weights: dict[str, Tensor], ranks: Ranks = ONE_RANK
+    config: EngineConfig, model: ModelConfig, weights: MutableMapping[str, Tensor], ranks: Ranks = ONE_RANK
 ) -> LayerParallelForward:
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
     embedding = weights[family_of(model).embedding]
     part = Shard(model, ranks.rank, ranks.size)
     kept = choose_weight_format(config, model, embedding.device, embedding.dtype)
-    copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept)
+    # The embedding has just been loaded. Of `LazyTensors`, the others have not.
+    unread = 0 if isinstance(weights, dict) else weight_bytes(part, embedding.itemsize) - embedding.nbytes
+    copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept, unread)
     if not ranks.all_agree(copies is not None):
         copies = None  # Some GPU has no room for them.
     forward = LayerParallelForward(model, weights, kept, copies, ranks)

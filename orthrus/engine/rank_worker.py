@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -38,8 +38,8 @@ class LoadWeights(Protocol):
 
     def __call__(
         self, device: torch.device, dtype: str, *, shard: Shard, check: Callable[[], None]
-    ) -> dict[str, Tensor]:
-        """As `orthrus.models.checkpoint.load_weights`."""
+    ) -> MutableMapping[str, Tensor]:
+        """As `orthrus.models.checkpoint.open_weights`."""
         ...
 
 

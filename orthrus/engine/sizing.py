@@ -100,12 +100,17 @@ def choose_weight_format(
 
 
 def choose_draft_format(
-    config: EngineConfig, shard: Shard, device: torch.device, dtype: torch.dtype, weights: str = "plain"
+    config: EngineConfig,
+    shard: Shard,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: str = "plain",
+    unread: int = 0,
 ) -> str | None:
     """The weight format of the drafts' own weights; None if they share those of the AR rows.
 
-    Call it when the weights are loaded but not yet packed, because it reads how much memory is free. shard: the part of the model
-    on `device`. weights: the format of the AR rows' weights.
+    Call it before the weights are packed, because it reads how much memory is free. shard: the part of the model on `device`.
+    weights: the format of the AR rows' weights. unread: bytes of the weights that will still be loaded, in `dtype`.
     """
     model = shard.config
     if device.type == "cuda" and (shared := shared_format(config, model)) is not None:
@@ -120,7 +125,7 @@ def choose_draft_format(
         return ONE_PLANE
     free, size = torch.cuda.mem_get_info(device)
     passes = PassMemory.of(shard, pass_room(config, model), dtype.itemsize).total
-    memory = size * config.gpu_memory_utilization - (size - free) - passes
+    memory = size * config.gpu_memory_utilization - (size - free) - unread - passes
     return draft_format(config, model) or auto_draft_format(config, shard, dtype.itemsize, memory)
 
 
@@ -137,15 +142,16 @@ def check_memory(
     """
     check_draft_weights(config, shard, multiplies_fp8=device.type != "cuda" or has_fp8_mma())
     model = shard.config
-    wanted, name = weight_bytes(shard, dtype.itemsize), str(dtype).removeprefix("torch.")
+    name, size_each = str(dtype).removeprefix("torch."), None
+    lossless = config.keeps_12_bits(model) and device.type == "cuda"
+    if lossless:
+        name += " in 12 bits"
     if (copies := draft_format(config, model)) is not None:
         # On a CPU, copies have the dtype of the weights.
         full = CopyBytes(dtype.itemsize, dtype.itemsize)
         size_each = full if device.type == "cpu" else COPY_BYTES.get(copies)
-        wanted = max(
-            wanted, weight_bytes(shard, dtype.itemsize, size_each, lossless=config.keeps_12_bits(model))
-        )
         name += f" with {copies} copies for drafts"
+    wanted = weight_bytes(shard, dtype.itemsize, size_each, lossless=lossless)
     if medusa is not None:
         wanted += medusa.num_weights * dtype.itemsize
         name += f" with {medusa.medusa_num_heads} Medusa heads"

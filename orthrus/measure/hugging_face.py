@@ -44,7 +44,7 @@ def hugging_face_model(model: ModelConfig, device: torch.device, dtype: torch.dt
     plain = replace(model, block_size=None, mask_token_id=None)
     with torch.device("meta"):
         theirs = classes.model(classes.config(**family.write_config(plain)))
-    weights = random_weights(plain, device, dtype)
+    weights = dict(random_weights(plain, device, dtype))
     if model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, assign=True)

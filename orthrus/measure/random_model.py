@@ -15,6 +15,7 @@ from orthrus.engine.rank_worker import check_devices, rank_device
 from orthrus.errors import ConfigError
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
+from orthrus.models.lazy_tensors import LazyTensors
 from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
@@ -33,12 +34,13 @@ def shape_config(shape: str, diffusion: bool = True) -> ModelConfig:
 
 def random_weights(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, *, shard: Shard | None = None
-) -> dict[str, Tensor]:
+) -> LazyTensors:
     """Random weights that keep activations at about size 1. Each is a function of its name alone. shard: the part to make."""
 
     family = family_of(model)
 
-    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(name: str) -> Tensor:
+        shape = parts[name].shape
         seed = random.Random(name).getrandbits(40)
         generator = torch.Generator(device).manual_seed(seed)
         if name in quantised:
@@ -79,7 +81,7 @@ def random_weights(
     parts = family.stored_parts(model)
     quantised = {name for name, part in parts.items() if not part.in_full}
     group = 0 if model.quantization is None else model.quantization.group_size
-    return {name: tensor(name, part.shape) for name, part in parts.items()}
+    return LazyTensors(parts, tensor)
 
 
 def shape_engine(
@@ -103,10 +105,12 @@ def shape_engine(
     with start_ranks(config, model, partial(_random_weights, model, str(dtype))) as ranks:
         weights = random_weights(model, device, dtype, shard=Shard(model, 0, size))
         if medusa is not None:
-            weights |= {
-                name: torch.randn(shape, device=device, dtype=dtype) * shape[1] ** -0.5
-                for name, shape in medusa.tensor_shapes().items()
-            }
+            weights.update(
+                {
+                    name: torch.randn(shape, device=device, dtype=dtype) * shape[1] ** -0.5
+                    for name, shape in medusa.tensor_shapes().items()
+                }
+            )
         return Engine(config, model, weights, ranks=ranks)
 
 
@@ -118,7 +122,7 @@ def _random_weights(
     *,
     shard: Shard,
     check: Callable[[], None],
-) -> dict[str, Tensor]:
+) -> LazyTensors:
     """See `LoadWeights`. name: the name of the dtype; `dtype`, the setting, is not used."""
     check()
     return random_weights(model, device, getattr(torch, name.removeprefix("torch.")), shard=shard)

@@ -22,6 +22,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import CONFIG_FILE, GENERATION_CONFIG_FILE, family_of
 from orthrus.models.family import Family
 from orthrus.models.files import check_stored, raise_if
+from orthrus.models.lazy_tensors import LazyTensors
 from orthrus.models.quantization import StoredPart
 from orthrus.models.shard import Shard
 from orthrus.models.sizes import dtype_name
@@ -47,60 +48,97 @@ def load_weights(
     device: str | torch.device,
     dtype: str | torch.dtype = "auto",
     shard: Shard | None = None,
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Load every tensor that the config's family expects (`Family.tensor_shapes`), to `device` in `dtype` (see `compute_dtype`).
+    """Load all tensors at once: see `open_weights`, which raises the same errors."""
+    return dict(open_weights(path, config, device, dtype, shard))
 
+
+def open_weights(
+    path: str | Path,
+    config: ModelConfig,
+    device: str | torch.device,
+    dtype: str | torch.dtype = "auto",
+    shard: Shard | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> LazyTensors:
+    """Every tensor that the config's family expects (`Family.tensor_shapes`), on `device` in `dtype` (see `compute_dtype`).
+
+    A tensor is read from its file when it is used. The host never holds a second copy of the model.
     shard: the part of the model to load; None for all of it. Of a divided tensor, only this part is read. check: called before
     each tensor is read; an error that it raises ends the loading.
     The tensors of quantised weights keep the dtypes in which they are stored. Only scales are widened, if `dtype` has more than
-    16 bits. Loads tensor by tensor, so the host never holds a second copy of the model. A tied lm_head is left out, unless the
-    files hold one that differs from the embedding (see `with_own_head`).
-    Raises CheckpointError for a tensor that is missing, has another shape, or holds NaN or infinite values. The message names
-    the file, the tensor, and what was expected and found.
+    16 bits. A tied lm_head is left out, unless the files hold one that differs from the embedding (see `with_own_head`).
+    Raises CheckpointError for a tensor that is missing or has another shape. Reading a tensor that holds NaN or infinite values
+    raises it too. The message names the file, the tensor, and what was expected and found.
     """
-    # Hugging Face's progress bar: users know how to switch it off.
-    from transformers.utils import logging as progress
-
-    target = compute_dtype(dtype, config, device)
     stored = stored_tensors(Path(path))
     check_stored(Path(path), stored, config)
-    by_file: dict[Path, list[str]] = {}
     family = family_of(config)
     parts = family.stored_parts(config)
     own_head = config.tie_word_embeddings and _has_own_head(stored, family)
-    for name in [*parts, family.head] if own_head else parts:
-        by_file.setdefault(stored[name].file, []).append(name)
-    weights: dict[str, Tensor] = {}
-    bar = progress.tqdm(
-        total=sum(map(len, by_file.values())),
-        desc=f"loading {config.name}",
-        unit="tensor",
-        # The ranks load at the same time, and one bar is enough.
-        disable=shard is not None and shard.rank > 0,
+    names = [*parts, family.head] if own_head else [*parts]
+    reader = _Reader(
+        config, torch.device(device), compute_dtype(dtype, config, device), shard, stored, len(names)
     )
-    for file, names in by_file.items():
+
+    def load(name: str) -> Tensor:
+        check()
+        return reader.read(name)
+
+    return LazyTensors(names, load)
+
+
+class _Reader:
+    """Reads the tensors of a checkpoint, and shows how many have been read."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        shard: Shard | None,
+        stored: Mapping[str, StoredTensor],
+        count: int,
+    ) -> None:
+        """The arguments are those of `open_weights`. count: how many tensors will be read."""
+        # Hugging Face's progress bar: users know how to switch it off.
+        from transformers.utils import logging as progress
+
+        self._device, self._dtype, self._shard, self._stored = device, dtype, shard, stored
+        self._family = family_of(config)
+        self._parts = self._family.stored_parts(config)
+        self._files: dict[Path, Any] = {}
+        self._bar = progress.tqdm(
+            total=count,
+            desc=f"loading {config.name}",
+            unit="tensor",
+            # The ranks load at the same time, and one bar is enough.
+            disable=shard is not None and shard.rank > 0,
+        )
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, straight to the device."""
+        file = self._stored[name].file
+        where = f"{file}: tensor {name}"
         try:
-            # Straight to the device: the host holds one tensor at a time.
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in names:
-                    check()
-                    # On a CPU always copy: the tensor is a view of the file, and the file may change.
-                    on_cpu = torch.device(device).type == "cpu"
-                    part = None if shard is None else shard.part(family.division(name))
-                    read = _read_part(tensors, name, part)
-                    in_full = name not in parts or parts[name].in_full
-                    kind = target if in_full else _kept_dtype(read.dtype, target)
-                    weights[name] = read.to(kind, copy=on_cpu)
-                    check_finite(weights[name], f"{file}: tensor {name}", read)
-                    if name.endswith(".g_idx"):
-                        groups = parts[f"{name.removesuffix('g_idx')}scales"].shape[0]
-                        _check_groups(weights[name], f"{file}: tensor {name}", groups)
-                    bar.update()
+            if file not in self._files:
+                self._files[file] = safe_open(file, framework="pt", device=str(self._device))
+            part = None if self._shard is None else self._shard.part(self._family.division(name))
+            found = _read_part(self._files[file], name, part)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
-    bar.close()
-    return weights
+        in_full = name not in self._parts or self._parts[name].in_full
+        kind = self._dtype if in_full else _kept_dtype(found.dtype, self._dtype)
+        # On a CPU always copy: the tensor is a view of the file, and the file may change.
+        tensor = found.to(kind, copy=self._device.type == "cpu")
+        check_finite(tensor, where, found)
+        if name.endswith(".g_idx"):
+            groups = self._parts[f"{name.removesuffix('g_idx')}scales"].shape[0]
+            _check_groups(tensor, where, groups)
+        self._bar.update()
+        if self._bar.n == self._bar.total:
+            self._bar.close()
+        return tensor
 
 
 def _read_part(tensors: Any, name: str, part: tuple[int, int, int] | None) -> Tensor:

@@ -4,7 +4,7 @@ A new architecture is a subclass of `Family` in a file of its own and an entry i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -248,7 +248,7 @@ class Family(ABC):
     def layer(
         self,
         config: ModelConfig,
-        tensors: dict[str, "Tensor"],
+        tensors: MutableMapping[str, "Tensor"],
         index: int,
         weight_format: str,
         views: Sequence[str],
@@ -264,8 +264,6 @@ class Family(ABC):
         from orthrus.models.layer import DecoderLayer
 
         prefix = f"{self.layer_prefix}.{index}"
-        last = index + 1 == config.num_hidden_layers
-        following = self.last_norm if last else self.norm_before(index + 1)
         return DecoderLayer.pack(
             config,
             tensors,
@@ -275,12 +273,17 @@ class Family(ABC):
             split,
             shared,
             qk_norm=self.qk_norm,
-            after_norm=following,
+            after_norm=self.norm_behind(config, index),
         )
 
     def norm_before(self, index: int) -> str:
         """Name of the norm before the attention of layer `index`."""
         return f"{self.layer_prefix}.{index}.{self.first_norm}"
+
+    def norm_behind(self, config: ModelConfig, index: int) -> str:
+        """Name of the norm behind layer `index`."""
+        last = index + 1 == config.num_hidden_layers
+        return self.last_norm if last else self.norm_before(index + 1)
 
     def rotary(self, config: ModelConfig) -> tuple["Tensor", float]:
         """Rotary frequencies, float32 [head_dim / 2] on the CPU, and the factor on cos and sin.

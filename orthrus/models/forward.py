@@ -8,6 +8,8 @@ Drafts may have weights of their own: rounded copies of all weights of a draft p
 formulas of the views are in the Orthrus paper (arXiv 2605.12825, section 3). `orthrus.models.layer` has the layers.
 """
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 
@@ -47,13 +49,13 @@ class LayerParallelForward:
     def __init__(
         self,
         config: ModelConfig,
-        tensors: dict[str, Tensor],
+        tensors: MutableMapping[str, Tensor],
         weight_format: str = "plain",
         draft_format: str | None = None,
         ranks: Ranks = ONE_RANK,
     ) -> None:
         """tensors: a checkpoint's, by their Hugging Face names, and those of Medusa heads if it has any (`load_medusa`), on one
-        device in one dtype. The dict is emptied. If several ranks share the model, `config` is that of the whole model, and the
+        device in one dtype. All are taken out. If several ranks share the model, `config` is that of the whole model, and the
         tensors are this rank's (`Shard.part`).
 
         weight_format: how the linear layers keep their weights, by a name that `pack_weight` (kernels/linear) knows.

@@ -1,6 +1,6 @@
 """A decoder layer over paged keys and values, for rows of one view, or of both over one read of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +64,7 @@ class DecoderLayer:
     def pack(
         cls,
         config: ModelConfig,
-        tensors: dict[str, Tensor],
+        tensors: MutableMapping[str, Tensor],
         prefix: str,
         weight_format: str,
         views: Sequence[str],
@@ -145,7 +145,7 @@ class DecoderLayer:
         return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps, plan.num_ar)
 
 
-def _take_qk_norms(config: ModelConfig, tensors: dict[str, Tensor], prefix: str) -> Tensor:
+def _take_qk_norms(config: ModelConfig, tensors: MutableMapping[str, Tensor], prefix: str) -> Tensor:
     """See `DecoderLayer.qk_norm`. In `tensors`, a view has one norm for its queries and one for its keys; they are taken out."""
     heads = (("q", config.num_attention_heads), ("k", config.num_key_value_heads))
     views = [

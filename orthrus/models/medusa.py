@@ -13,7 +13,7 @@ The heads of a model are stored as two files in one folder, which may be the mod
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from orthrus.models.medusa_config import (
 WEIGHTS_FILE = "medusa.safetensors"
 
 
-def _stack(names: list[str], tensors: dict[str, Tensor]) -> Tensor:
+def _stack(names: list[str], tensors: MutableMapping[str, Tensor]) -> Tensor:
     """Stack tensors by name. They are taken out of `tensors` one by one, so that only one of them is in memory twice."""
     first = tensors[names[0]]
     stacked = first.new_empty(len(names), *first.shape)
@@ -66,7 +66,7 @@ class MedusaHeads:
         return self.linears.numel() + (0 if self.projections is None else self.projections.numel())
 
     @staticmethod
-    def take(tensors: dict[str, Tensor]) -> "MedusaHeads | None":
+    def take(tensors: MutableMapping[str, Tensor]) -> "MedusaHeads | None":
         """Take the heads' tensors out of `tensors`, and return the heads; None if there are none."""
         count = 0
         while linear_name(count) in tensors:

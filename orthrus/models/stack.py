@@ -1,5 +1,6 @@
 """`LayerStack`: the layers and the LM head of one view or of both, in one weight format."""
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -26,7 +27,11 @@ class LayerStack:
 
     @staticmethod
     def pack(
-        config: ModelConfig, tensors: dict[str, Tensor], weight_format: str, split: LayerSplit, tokens: slice
+        config: ModelConfig,
+        tensors: MutableMapping[str, Tensor],
+        weight_format: str,
+        split: LayerSplit,
+        tokens: slice,
     ) -> "LayerStack":
         """One stack for both views. tensors: a checkpoint's, by their Hugging Face names.
 
@@ -44,7 +49,7 @@ class LayerStack:
     @staticmethod
     def pack_apart(
         config: ModelConfig,
-        tensors: dict[str, Tensor],
+        tensors: MutableMapping[str, Tensor],
         weight_format: str,
         draft_format: str,
         split: LayerSplit,
@@ -60,33 +65,34 @@ class LayerStack:
         formats = (weight_format,) if share else (weight_format, draft_format)
         heads = _pack_heads(config, tensors, split, tokens, *formats)
         ar, diffusion = config.view_suffixes
-        exact: list[DecoderLayer] = []
-        drafts: list[DecoderLayer] = []
-        for index in range(config.num_hidden_layers):
+
+        def pack(index: int) -> tuple[DecoderLayer, DecoderLayer]:
             # A dictionary for the drafts, because packing takes tensors out of it.
-            own = dict(tensors) if share else _layer_in_full(config, tensors, index)
-            exact.append(family.layer(config, tensors, index, weight_format, (ar,), split))
-            shared = exact[-1].rough() if share else None
-            drafts.append(family.layer(config, own, index, draft_format, (diffusion,), split, shared))
+            own = _layer(config, tensors, index)
+            if not share and config.quantization is not None:
+                own = dequantised(own, tensors[family.embedding].dtype)
+            exact = family.layer(config, tensors, index, weight_format, (ar,), split)
+            shared = exact.rough() if share else None
+            draft = family.layer(config, own, index, draft_format, (diffusion,), split, shared)
             for name in [name for name in tensors if name.startswith(f"{family.layer_prefix}.{index}.")]:
                 del tensors[name]  # The diffusion view's, which are left.
+            return exact, draft
+
+        exact, drafts = zip(*map(pack, range(config.num_hidden_layers)), strict=True)
         draft_head = heads[0].rough() if share else heads[-1]
-        return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), draft_head)
+        return LayerStack(exact, heads[0]), LayerStack(drafts, draft_head)
 
 
-def _layer_in_full(config: ModelConfig, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """`tensors` with the quantised weights of layer `index` dequantised, to make copies of them."""
-    if config.quantization is None:
-        return dict(tensors)
+def _layer(config: ModelConfig, tensors: MutableMapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The tensors of layer `index`, and the norm behind it. They stay in `tensors` too."""
     family = family_of(config)
     prefix = f"{family.layer_prefix}.{index}."
-    layer = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    others = {name: tensor for name, tensor in tensors.items() if name not in layer}
-    return others | dequantised(layer, tensors[family.embedding].dtype)
+    own = [name for name in tensors if name.startswith(prefix)]
+    return {name: tensors[name] for name in (*own, family.norm_behind(config, index))}
 
 
 def _pack_heads(
-    config: ModelConfig, tensors: dict[str, Tensor], split: LayerSplit, tokens: slice, *formats: str
+    config: ModelConfig, tensors: MutableMapping[str, Tensor], split: LayerSplit, tokens: slice, *formats: str
 ) -> list[Weight]:
     """The LM head in each of `formats`. It is tied to the embedding where the checkpoint has no other."""
     family = family_of(config)

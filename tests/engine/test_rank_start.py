@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +27,7 @@ from orthrus.engine.rank_processes import HANG_SECONDS, start_ranks
 from orthrus.engine.rank_worker import LoadWeights, SignsOfLife
 from orthrus.kernels.ranks import RankError, Ranks
 from orthrus.kernels.ranks.ranks import run_watched
-from orthrus.models.checkpoint import load_weights
+from orthrus.models.checkpoint import open_weights
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.forward import LayerParallelForward
@@ -65,7 +65,7 @@ class LoadWith:
 
     def __call__(
         self, device: torch.device, dtype: str, *, shard: Shard, check: Callable[[], None]
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         self.first()
         return self.load(device, dtype, shard=shard, check=check)
 
@@ -101,13 +101,13 @@ def started(
         model=str(checkpoint), device="cpu", tensor_parallel_size=2, sum_leaves=2, kv_cache_tokens=512
     )
     model = config.with_settings(load_config(checkpoint))
-    with start_ranks(config, model, LoadWith(first, partial(load_weights, checkpoint, model))) as ranks:
+    with start_ranks(config, model, LoadWith(first, partial(open_weights, checkpoint, model))) as ranks:
         yield config, model, ranks
 
 
 def start(checkpoint: Path, first: Callable[[], object]) -> Engine:
     with started(checkpoint, first) as (config, model, ranks):
-        weights = load_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+        weights = open_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
         return Engine(config, model, weights, ranks=ranks)
 
 
@@ -136,7 +136,7 @@ def test_a_rank_that_fails_while_it_loads_ends_the_start(
         with pytest.raises(RankError, match=said):
             ranks.least(0)
         with pytest.raises(RankError, match=said):
-            load_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+            dict(open_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check))
 
 
 class StuckRunner(EagerRunner):

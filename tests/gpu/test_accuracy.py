@@ -73,7 +73,7 @@ def error(states: Tensor, exact: Tensor) -> float:
 
 
 def test_hidden_states_are_as_near_float64_as_hugging_faces() -> None:
-    prompts, weights = [prompt(0)], random_weights(MODEL, DEVICE, torch.bfloat16)
+    prompts, weights = [prompt(0)], dict(random_weights(MODEL, DEVICE, torch.bfloat16))
     exact = exact_states(MODEL, {name: weight.double() for name, weight in weights.items()}, prompts)
     limit = error(their_states(hugging_face_model(MODEL, DEVICE, torch.bfloat16).model, prompts), exact)
     ours = error(our_states(MODEL, weights, prompts), exact)
