@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 from orthrus.engine import Engine
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.measure.acceptance import AcceptanceProfile
-from orthrus.measure.drift import Result, find_drifts, summarize
+from orthrus.measure.drift import Check, Result, find_drifts, summarize
 from orthrus.measure.random_model import shape_config, shape_engine
 from orthrus.measure.replay import replaying
 from orthrus.measure.verify import run
@@ -132,8 +132,8 @@ def free_memory() -> None:
 
 def same_text(
     name: str, tested: Engine, order: list[Request], seed: int, expected: dict[str, Result]
-) -> float:
-    """Run the requests in this order, compare their results bit for bit, and print the counts. Returns tokens per cycle."""
+) -> Check:
+    """Run the requests in this order, compare their results bit for bit, and print the counts."""
     started = time.perf_counter()
     got = run(tested, order, limits(seed))
     check = summarize(name, tested, got, expected, time.perf_counter() - started)
@@ -145,8 +145,8 @@ def same_text(
     )
     drifts = find_drifts(name, got, expected)
     assert not drifts, drifts[:5]
-    assert check.preemptions > 0 and check.prefix_hit_tokens > 0
-    return check.tokens_per_cycle
+    assert check.prefix_hit_tokens > 0
+    return check
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["with logprobs", "launched ahead"])
@@ -173,12 +173,16 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
     compared = {"weights": format.weights, "tensor_parallel_size": format.gpus}
     name = f"{kept}, {'launched ahead' if ahead else 'with logprobs'}"
     other = engine("ar", format, **compared, prefill_chunk=128, kv_cache_tokens=4 * LONGEST)
-    same_text(f"{name}, ar", other, random.Random(1).sample(asked, len(asked)), 1, expected)
+    found = same_text(f"{name}, ar", other, random.Random(1).sample(asked, len(asked)), 1, expected)
+    assert found.preemptions > 0
     del other
     free_memory()
 
     # The right token is often the second best draft, so that trees are useful.
     ranks = AcceptanceProfile(((0.7, 0.15, 0.05),), "constant").scaled(4.0, 32)
+    preemptions = (
+        0  # Trees alone might have none: sequences that draft end sooner, and so need pages for less time.
+    )
     for drafts, tree in format.drafts:
         orthrus = engine(
             "orthrus",
@@ -195,6 +199,9 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
             schedule.learn(request.prompt, request.params, expected[request.request_id].token_ids)
         order = random.Random(2).sample(asked, len(asked))
         label = f"{name}, orthrus, {drafts} drafts, {f'trees of {tree}' if tree else 'chains'}"
-        assert same_text(label, orthrus, order, 2, expected) > 2.5
+        found = same_text(label, orthrus, order, 2, expected)
+        assert found.tokens_per_cycle > 2.5
+        preemptions += found.preemptions
         del orthrus, schedule
         free_memory()
+    assert preemptions > 0
