@@ -103,6 +103,8 @@ class CompareOptions:
     """Greedy answers to compare."""
     answer_tokens: int = 48
     """Tokens of each."""
+    adaptive_draft: bool = True
+    """See `EngineConfig`. If false, tokens per cycle are the same in every run, because they do not depend on measured times."""
 
 
 def compare(options: CompareOptions, progress: Progress = lambda line: None) -> CompareReport:
@@ -219,6 +221,7 @@ def _entry(
         "device": options.device,
         "dtype": options.dtype,
         "schedule": method.schedule,
+        "adaptive_draft": options.adaptive_draft,
         # With the prefix cache, a prompt would cost nothing from the second round on.
         "prefix_caching": False,
         "max_num_seqs": batch,

@@ -13,6 +13,11 @@ from orthrus.engine.config import EngineConfig
 from orthrus.engine.observer import PassRecord
 from orthrus.requests.request import Chunk, Completion, Request, SamplingParams, joined_chunks
 from orthrus.runner.sampler import PickRows
+from orthrus.schedules.decode_cost import DecodeCost
+from orthrus.schedules.ngram import OrthrusNgramSchedule
+from orthrus.schedules.ngram_cost import NgramCost
+from orthrus.schedules.orthrus import OrthrusSchedule
+from orthrus.schedules.pass_cost import PassCost
 from tests.checkpoints import make_checkpoint
 from tests.engine.limited_runner import LimitedRunner
 from tests.reference import reference_decode
@@ -191,6 +196,15 @@ def crowd_alone(ar: Engine) -> list[Completion]:
     return [ar.generate([text], params)[0][0] for text, params in crowd()[0]]
 
 
+def told_costs(engine: Engine) -> OrthrusNgramSchedule:
+    """The engine's adaptive schedule, planned with costs at which drafts pay, whatever passes take."""
+    context = engine.schedule_context()
+    step = PassCost((1, 64, 512), (1.0, 1.1, 2.0))
+    draft = PassCost((1, 64, 512), (0.5, 0.55, 1.0))
+    blocks = OrthrusSchedule.with_cost(context, DecodeCost(step, draft, verify=step))
+    return OrthrusNgramSchedule(NgramCost(step, step), range(2, 5), 32, context.max_pass_rows, blocks)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -210,6 +224,9 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
     """With tokens that the host does not know yet, ends that it learns of late, cancellations and evictions."""
     asked, rng = crowd()
     ahead = engine(checkpoint, **settings)
+    if settings.get("adaptive_draft"):
+        # On a busy machine, measured costs might say that drafts do not pay.
+        ahead.use_schedule(told_costs(ahead))
     ahead.use_runner(LimitedRunner(ahead))
     collected: dict[str, list[Chunk]] = {str(i): [] for i in range(len(asked))}
     waiting = [Request(str(i), text, params) for i, (text, params) in enumerate(asked)]
@@ -236,8 +253,7 @@ def test_passes_launched_before_the_last_is_read_change_nothing(
         for got, expected in zip(whole.logprobs or (), alone.logprobs or (), strict=True):
             assert got.logprob == pytest.approx(expected.logprob, abs=1e-5)
     if ahead.schedule_name == "orthrus":
-        # A planner drafts if measured costs say that it pays, which may be seldom on a busy machine.
-        least = 1.7 if "draft_lead" in settings else 1.02 if "adaptive_draft" in settings else 1.2
+        least = 1.7 if "draft_lead" in settings else 1.2
         assert ahead.stats.tokens_per_cycle > least
 
 
