@@ -55,6 +55,11 @@ def add_parser(commands: Commands) -> None:
         help="lengths of fresh prompts whose first token is timed (default: 2048 8192)",
     )
     parser.add_argument(
+        "--quantised",
+        choices=("fp8", "int8", "int4"),
+        help="measure a checkpoint in this format, beside its own AR decoding (default: in bfloat16)",
+    )
+    parser.add_argument(
         "--weights", choices=("auto", "bf16", "lossless12"), default="auto", help="as the engine's setting"
     )
     drafts = ("auto", "same", "fp8", "int4")
@@ -93,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         tokens_per_cycle=tuple(arguments.tokens_per_cycle),
         profile=arguments.profile,
         mixed_batch=arguments.mixed_batch,
+        quantised=arguments.quantised,
         weights=arguments.weights,
         draft_weights=arguments.draft_weights,
         draft_tree=arguments.draft_tree,

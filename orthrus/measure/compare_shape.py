@@ -7,7 +7,6 @@ trained checkpoint is needed: `orthrus compare MODEL`.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,25 +18,18 @@ from orthrus.errors import ConfigError
 from orthrus.measure.acceptance import chain_profile
 from orthrus.measure.contest import Contestant, Progress, engine_contestant, hardware, verdict
 from orthrus.measure.plots import load_pyplot
-from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
+from orthrus.measure.random_model import BLOCK_SIZE, QUANTISED, shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule, replaying
 from orthrus.measure.shape_bench import ShapeBenchOptions, engine_settings, random_prompts
 from orthrus.measure.shape_race import race, recorded, scheduled
 from orthrus.measure.shape_report import Speed
 from orthrus.models.medusa_config import MedusaConfig
-from orthrus.models.quantization import Quantization
 from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.medusa import MedusaSchedule
 from orthrus.schedules.registry import AR
 
-_FORMATS: Mapping[str, Quantization] = {
-    "fp8": Quantization("fp8", 8, 128),
-    "int8": Quantization("gptq", 8, 128),
-    "int4": Quantization("awq", 4, 128),
-}
-"""The quantised formats, as Qwen publishes them."""
 _SPARSE = "2:4 is not timed: there is no kernel for it here, so pruned weights run dense, at the speed of ar"
 
 
@@ -128,10 +120,10 @@ def compare_shape(options: ShapeCompareOptions, progress: Progress = lambda line
     contestants, methods = _drafting(engine, medusa, options)
     lossless = [contestant.name for contestant in contestants]
     left_out = [_SPARSE]
-    for name, quantization in _FORMATS.items():
+    for name in QUANTISED:
         progress(f"loading: {name}")
         try:
-            own = _quantised(options, quantization, device, dtype)
+            own = _quantised(options, name, device, dtype)
         except (ConfigError, torch.OutOfMemoryError) as error:
             left_out.append(f"{name}: {error}")
             continue
@@ -209,11 +201,9 @@ def _drafting(
     return contestants, methods
 
 
-def _quantised(
-    options: ShapeCompareOptions, quantization: Quantization, device: torch.device, dtype: torch.dtype
-) -> Engine:
+def _quantised(options: ShapeCompareOptions, format: str, device: torch.device, dtype: torch.dtype) -> Engine:
     """An engine of random weights in a format with fewer bits."""
-    model = replace(shape_config(options.shape, diffusion=False), quantization=quantization)
+    model = shape_config(options.shape, diffusion=False, quantised=format)
     settings = engine_settings(_bench(options)) | {"draft_weights": "auto"}
     return shape_engine(model, AR, device, dtype, **settings)
 

@@ -1,7 +1,7 @@
 """Models of published shapes with random weights. The time of a pass does not depend on the values of the weights."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,17 +17,28 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.lazy_tensors import LazyTensors
 from orthrus.models.medusa_config import MedusaConfig
+from orthrus.models.quantization import Quantization
 from orthrus.models.shapes import QWEN3_SHAPES
 from orthrus.models.shard import Shard
 
 BLOCK_SIZE = 32
+QUANTISED: Mapping[str, Quantization] = {
+    "fp8": Quantization("fp8", 8, 128),
+    "int8": Quantization("gptq", 8, 128),
+    "int4": Quantization("awq", 4, 128),
+}
+"""The formats in which Qwen publishes quantised checkpoints."""
 
 
-def shape_config(shape: str, diffusion: bool = True) -> ModelConfig:
-    """The shape as a model, with a diffusion view or without. Raises ConfigError for an unknown one."""
+def shape_config(shape: str, diffusion: bool = True, quantised: str | None = None) -> ModelConfig:
+    """The shape as a model, with a diffusion view or without. Raises ConfigError for an unknown one.
+
+    quantised: the format of the AR view's linear layers, a key of `QUANTISED`; None: they are in full.
+    """
     if shape not in QWEN3_SHAPES:
         raise ConfigError(f"shape {shape!r} is not known: use one of {', '.join(QWEN3_SHAPES)}")
-    model = replace(QWEN3_SHAPES[shape], name=f"Qwen3-{shape}")
+    how = None if quantised is None else QUANTISED[quantised]
+    model = replace(QWEN3_SHAPES[shape], name=f"Qwen3-{shape}", quantization=how)
     mask = min(151669, model.vocab_size - 1)
     return replace(model, block_size=BLOCK_SIZE, mask_token_id=mask) if diffusion else model
 

@@ -19,7 +19,6 @@ from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine import Engine
 from orthrus.engine.draft_weights import COPY_BYTES, ONE_PLANE
 from orthrus.errors import ConfigError
-from orthrus.kernels.lossless_sizes import LOSSLESS_BYTES
 from orthrus.measure.acceptance import AcceptanceProfile, chain_profile
 from orthrus.measure.contest import Contestant, Progress, hardware
 from orthrus.measure.hugging_face import hugging_face_contestants
@@ -27,6 +26,7 @@ from orthrus.measure.prompt_time import matmul_rate, prompt_times
 from orthrus.measure.random_model import BLOCK_SIZE, shape_config, shape_engine
 from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
+from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
 from orthrus.models.sizes import CopyBytes, weight_bytes
 from orthrus.plan import RowGroup, View
@@ -60,6 +60,8 @@ class ShapeBenchOptions:
     """Sequences of the mixed batch; 0 for none."""
     prompts: tuple[int, ...] = (2048, 8192)
     """Lengths of fresh prompts, in tokens, whose first token is timed."""
+    quantised: str | None = None
+    """The format of the AR view's linear layers, a key of `QUANTISED`; None: they are in full. The diffusion view is in full."""
     weights: str = "auto"
     """As in `EngineConfig`."""
     draft_weights: str = "auto"
@@ -80,7 +82,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     from orthrus.kernels.bench import bandwidths
 
     device, dtype = torch.device("cuda"), torch.bfloat16
-    model = shape_config(options.shape)
+    model = shape_config(options.shape, quantised=options.quantised)
     _, read = bandwidths()
     read *= options.tensor_parallel
     rate = matmul_rate(device, dtype) * options.tensor_parallel
@@ -101,7 +103,7 @@ def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: No
     held = weights + engine.cache.nbytes
     over = (torch.cuda.max_memory_allocated() - before) / held - 1
     others: list[Contestant] = []
-    if options.hugging_face and options.tensor_parallel == 1:
+    if options.hugging_face and options.tensor_parallel == 1 and options.quantised is None:
         progress("Hugging Face")
         others = hugging_face_contestants(model, device, dtype)
     speeds, exact = all_races(engine, options, acceptance, others, progress)
@@ -229,14 +231,14 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
     """AR steps at every batch size, and the two passes of a cycle at batch 1, at the given context. read: GB/s."""
     model, found = engine.model_config, []
     lossless = _is_lossless(engine)
-    item_bytes = LOSSLESS_BYTES if lossless else torch.bfloat16.itemsize
-    views = weight_bytes(
-        Shard(replace(model, block_size=None, mask_token_id=None)), torch.bfloat16.itemsize, lossless=lossless
-    )
+    item_bytes = torch.bfloat16.itemsize
+    plain = replace(model, block_size=None, mask_token_id=None)
+    views = weight_bytes(Shard(plain), item_bytes, lossless=lossless)
     # A pass reads only a few rows of the embedding. But a tied embedding is the LM head too, which is read whole, unless the head
     # is kept in 12 bits.
     looked_up = lossless or not model.tie_word_embeddings
-    lookup = 2 * model.vocab_size * model.hidden_size if looked_up else 0
+    head = model.vocab_size * model.hidden_size
+    lookup = item_bytes * head if looked_up else 0
     for name, view, rows, batch in (
         *((f"ar step, batch {batch}", View.AR, 1, batch) for batch in options.batches),
         (f"verify {BLOCK_SIZE} rows", View.AR, BLOCK_SIZE, 1),
@@ -245,12 +247,25 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
         seconds = time_passes(engine, view, rows, batch, options.context, PASSES)
         linear = views - lookup
         if view is View.DIFFUSION and (draft_bytes := _draft_bytes(engine)) is not None:
-            head = model.vocab_size * model.hidden_size
-            linear = round((linear / item_bytes - head) * draft_bytes.layers + head * draft_bytes.head)
+            layers = weight_bytes(Shard(replace(plain, quantization=None)), item_bytes) / item_bytes - head
+            layers -= 0 if model.tie_word_embeddings else head
+            linear = round(layers * draft_bytes.layers + head * draft_bytes.head)
+        elif view is View.DIFFUSION:
+            linear += _more_for_drafts(model)
         size = linear + batch * options.context * kv_bytes_per_token(model, torch.bfloat16.itemsize)
         milliseconds = statistics.median(seconds) * 1e3
         found.append(PassTime(name, milliseconds, size / read / 1e6 / milliseconds))
     return found
+
+
+def _more_for_drafts(model: ModelConfig) -> int:
+    """Bytes that a draft pass without copies reads more than an AR pass: of a quantised model, its projections are in full."""
+    how, item_bytes = model.quantization, torch.bfloat16.itemsize
+    if how is None or how.lossless:
+        return 0
+    plain = replace(model, block_size=None, mask_token_id=None)
+    projections = weight_bytes(Shard(model), item_bytes) - weight_bytes(Shard(plain), item_bytes)
+    return round(projections * (1 - how.number_bytes / item_bytes))
 
 
 def time_passes(engine: Engine, view: View, rows: int, batch: int, context: int, count: int) -> list[float]:

@@ -13,7 +13,7 @@ from orthrus.errors import ConfigError
 from orthrus.measure.acceptance import AcceptanceProfile, chain_profile
 from orthrus.measure.contest import Ratio
 from orthrus.measure.prompt_time import prompt_operations, prompt_times
-from orthrus.measure.random_model import shape_config, shape_engine
+from orthrus.measure.random_model import QUANTISED, shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule, replaying
 from orthrus.measure.shape_bench import (
     ShapeBenchOptions,
@@ -166,6 +166,26 @@ def test_a_draft_pass_is_compared_with_the_bytes_of_its_own_weights() -> None:
     _, verify, draft = pass_times(engine, ShapeBenchOptions(batches=(1,), context=64), read=1.0)
     read = [each.share_of_read * each.milliseconds for each in (verify, draft)]
     assert 0.5 < read[1] / read[0] < 0.9, "half the bytes of the weights, and all of the cache's"
+
+
+@pytest.mark.parametrize(("quantised", "more"), [(None, 0.0), ("fp8", 0.5), ("int4", 0.75)])
+def test_a_quantised_models_draft_pass_reads_projections_in_full(quantised: str | None, more: float) -> None:
+    """more: the share of their 16 bits that the AR view's projections save."""
+    model = replace(
+        SMALL,
+        vocab_size=128,
+        mask_token_id=127,
+        hidden_size=256,
+        intermediate_size=512,
+        head_dim=64,
+        quantization=None if quantised is None else QUANTISED[quantised],
+    )
+    engine = shape_engine(model, "orthrus", CPU, torch.float32, **SETTINGS)
+    _, verify, draft = pass_times(engine, ShapeBenchOptions(batches=(1,), context=64), read=1.0)
+    read = [each.share_of_read * each.milliseconds * 1e6 for each in (verify, draft)]
+    # Queries and the output: 4 heads of 64. Keys and values: 2 heads.
+    projections = model.num_hidden_layers * 256 * (4 + 4 + 2 + 2) * 64
+    assert read[1] - read[0] == pytest.approx(2 * projections * more, rel=0.05, abs=1)
 
 
 def test_prompts_are_timed_beside_their_arithmetic() -> None:
