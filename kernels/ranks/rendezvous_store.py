@@ -23,16 +23,15 @@ class RendezvousStore(c10d.Store):
         self._file = c10d.FileStore(path, size)
         self._file.set_timeout(timeout)
         self.set_timeout(timeout)
-        self._first: int | None = None
+        self._numbers: dict[int, int] = {}
 
     def _key(self, key: str) -> str:
         found = _NUMBER.search(key)
         if found is None:
             return key
-        number = int(found.group())
-        if self._first is None:
-            self._first = number
-        return f"{key[: found.start()]}{number - self._first}{key[found.end() :]}"
+        # Not all numbers need to be this store's: two engines may start at the same time.
+        number = self._numbers.setdefault(int(found.group()), len(self._numbers))
+        return f"{key[: found.start()]}{number}{key[found.end() :]}"
 
     def set(self, key: str, value: str) -> None:
         self._file.set(self._key(key), value)

@@ -108,11 +108,15 @@ def make_forward(
     config: EngineConfig, model: ModelConfig, weights: MutableMapping[str, Tensor], ranks: Ranks = ONE_RANK
 ) -> LayerParallelForward:
     """The model, with copies of its weights for drafts where `config.draft_weights` asks for them. `weights` is emptied."""
-    embedding = weights[family_of(model).embedding]
+    family = family_of(model)
+    embedding = weights[family.embedding]
     part = Shard(model, ranks.rank, ranks.size)
     kept = choose_weight_format(config, model, embedding.device, embedding.dtype)
-    # The embedding has just been loaded. Of `LazyTensors`, the others have not.
-    unread = 0 if isinstance(weights, dict) else weight_bytes(part, embedding.itemsize) - embedding.nbytes
+    unread = 0
+    if not isinstance(weights, dict):
+        # Of `LazyTensors`, these two are loaded now, and the layers later.
+        read = [weights[name] for name in (family.embedding, family.head) if name in weights]
+        unread = weight_bytes(part, embedding.itemsize) - sum(tensor.nbytes for tensor in read)
     copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept, unread)
     if not ranks.all_agree(copies is not None):
         copies = None  # Some GPU has no room for them.

@@ -169,7 +169,8 @@ class _Watch:
     def __init__(self, ranks: Sequence[_Rank], signs: SignsOfLife, folder: Path) -> None:
         self._ranks, self._signs, self.folder = ranks, signs, folder
         self._last = {rank.number: _LastSign(0, 0) for rank in ranks}
-        self._lock = threading.Lock()
+        # Reentrant, because `stop` may be called by a garbage collection in any line.
+        self._lock = threading.RLock()
         self._error: RankError | ConfigError | None = None
         self.on_failure: Callable[[RankError], None] | None = None
         self.stopped = threading.Event()
@@ -180,6 +181,8 @@ class _Watch:
             try:
                 self.check()
             except (RankError, ConfigError) as error:
+                if self.stopped.is_set():
+                    return
                 for rank in self._ranks:
                     rank.process.kill()
                 # `_end_ranks` may never run: a process whose engine has failed may end at once.
@@ -187,6 +190,15 @@ class _Watch:
                 if self.on_failure is not None:
                     self.on_failure(_as_rank_error(error))
                 return
+
+    def stop(self) -> None:
+        """Stop checking, because the processes are ended. From now on `check` raises RankError.
+
+        So a thread that a start has left behind, as when it is interrupted, does not go on loading and waiting for them.
+        """
+        self.stopped.set()
+        with self._lock:
+            self._error = self._error or RankError("the ranks of the model have been ended")
 
     def check(self) -> None:
         """Raise RankError if a rank has failed, or ConfigError if it can't be made with these settings.
@@ -273,7 +285,7 @@ def _reason(rank: _Rank) -> str | ConfigError:
 
 def _end_ranks(ranks: Sequence[_Rank], watch: _Watch, threads: int | None) -> None:
     """End the processes. A rank ends by itself when its pipe is closed; else it is killed. threads: see `RankProcesses`."""
-    watch.stopped.set()
+    watch.stop()
     for rank in ranks:
         rank.pipe.close()
     for rank in ranks:

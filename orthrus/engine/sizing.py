@@ -143,14 +143,15 @@ def check_memory(
     check_draft_weights(config, shard, multiplies_fp8=device.type != "cuda" or has_fp8_mma())
     model = shard.config
     name, size_each = str(dtype).removeprefix("torch."), None
-    lossless = config.keeps_12_bits(model) and device.type == "cuda"
+    lossless = config.keeps_12_bits(model) and device.type == "cuda" and dtype == torch.bfloat16
     if lossless:
         name += " in 12 bits"
     if (copies := draft_format(config, model)) is not None:
         # On a CPU, copies have the dtype of the weights.
         full = CopyBytes(dtype.itemsize, dtype.itemsize)
         size_each = full if device.type == "cpu" else COPY_BYTES.get(copies)
-        name += f" with {copies} copies for drafts"
+        if size_each is not None:
+            name += f" with {copies} copies for drafts"
     wanted = weight_bytes(shard, dtype.itemsize, size_each, lossless=lossless)
     if medusa is not None:
         wanted += medusa.num_weights * dtype.itemsize

@@ -101,30 +101,23 @@ class _Reader:
         count: int,
     ) -> None:
         """The arguments are those of `open_weights`. count: how many tensors will be read."""
-        # Hugging Face's progress bar: users know how to switch it off.
-        from transformers.utils import logging as progress
-
         self._device, self._dtype, self._shard, self._stored = device, dtype, shard, stored
         self._family = family_of(config)
         self._parts = self._family.stored_parts(config)
-        self._files: dict[Path, Any] = {}
-        self._bar = progress.tqdm(
-            total=count,
-            desc=f"loading {config.name}",
-            unit="tensor",
-            # The ranks load at the same time, and one bar is enough.
-            disable=shard is not None and shard.rank > 0,
-        )
+        self._name, self._count, self._done = config.name, count, 0
+        # The file that was read last. Neighbouring tensors are usually in one file.
+        self._open: tuple[Path, Any] | None = None
+        self._bar: Any = None
 
     def read(self, name: str) -> Tensor:
         """A tensor, straight to the device."""
         file = self._stored[name].file
         where = f"{file}: tensor {name}"
         try:
-            if file not in self._files:
-                self._files[file] = safe_open(file, framework="pt", device=str(self._device))
+            if self._open is None or self._open[0] != file:
+                self._open = file, safe_open(file, framework="pt", device=str(self._device))
             part = None if self._shard is None else self._shard.part(self._family.division(name))
-            found = _read_part(self._files[file], name, part)
+            found = _read_part(self._open[1], name, part)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
         in_full = name not in self._parts or self._parts[name].in_full
@@ -135,10 +128,29 @@ class _Reader:
         if name.endswith(".g_idx"):
             groups = self._parts[f"{name.removesuffix('g_idx')}scales"].shape[0]
             _check_groups(tensor, where, groups)
-        self._bar.update()
-        if self._bar.n == self._bar.total:
-            self._bar.close()
+        self._show(name)
         return tensor
+
+    def _show(self, name: str) -> None:
+        """Show that a tensor has been read."""
+        # Hugging Face's progress bar: users know how to switch it off.
+        from transformers.utils import logging as progress
+
+        # Not before the first layer: what is logged until then, about formats and memory, has lines of its own.
+        if self._bar is None and name.startswith(self._family.layer_prefix):
+            self._bar = progress.tqdm(
+                total=self._count,
+                initial=self._done,
+                desc=f"loading {self._name}",
+                unit="tensor",
+                # The ranks load at the same time, and one bar is enough.
+                disable=self._shard is not None and self._shard.rank > 0,
+            )
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+            if self._done == self._count:
+                self._bar.close()
 
 
 def _read_part(tensors: Any, name: str, part: tuple[int, int, int] | None) -> Tensor:

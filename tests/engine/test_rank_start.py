@@ -139,6 +139,17 @@ def test_a_rank_that_fails_while_it_loads_ends_the_start(
             dict(open_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check))
 
 
+def test_nothing_waits_for_ranks_that_have_been_ended(checkpoint: Path) -> None:
+    """An interrupted start leaves a thread behind that loads or waits for the others. Its next check ends it."""
+    with pytest.raises(KeyboardInterrupt), started(checkpoint, int) as (_, model, ranks):
+        raise KeyboardInterrupt
+    with pytest.raises(RankError, match="have been ended"):
+        wait_in_vain(ranks)
+    weights = open_weights(checkpoint, model, "cpu", shard=Shard(model, 0, 2), check=ranks.check)
+    with pytest.raises(RankError, match="have been ended"):
+        dict(weights)
+
+
 class StuckRunner(EagerRunner):
     """Fails or waits as it is built, where a runner of GPUs runs the first passes and captures graphs.
 
