@@ -54,6 +54,16 @@ def add_parser(commands: Commands) -> None:
         default=[2048, 8192],
         help="lengths of fresh prompts whose first token is timed (default: 2048 8192)",
     )
+    _add_weight_options(parser)
+    add_tensor_parallel_option(parser)
+    parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
+    parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
+    parser.set_defaults(run=run)
+
+
+def _add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the weights, and of what is drafted with them."""
     parser.add_argument(
         "--quantised",
         choices=("fp8", "int8", "int4"),
@@ -71,11 +81,6 @@ def add_parser(commands: Commands) -> None:
         metavar="ROWS",
         help='as the engine\'s setting: a number of rows, or "auto"; trees need --profile (default: %(default)s)',
     )
-    add_tensor_parallel_option(parser)
-    parser.add_argument("--no-hugging-face", action="store_true", help="measure our schedules alone")
-    parser.add_argument("--json", type=Path, help="write the report to this file too")
-    parser.add_argument("--plot", type=Path, help="draw the report into this file, such as bench.svg")
-    parser.set_defaults(run=run)
 
 
 def _tree_rows(text: str) -> int | str:
