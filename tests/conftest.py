@@ -36,10 +36,10 @@ _LONG = (
     "tests/engine/test_ranks.py",
     "tests/engine/test_rank_start.py",
     "tests/measure/test_verify.py",
+    "tests/measure/test_compare.py",
     "tests/engine/test_lossless.py",
 )
-"""Files of few tests that take long. Not test_compare.py: its planner measures times, and beside servers that start
-it may find that drafts don't pay."""
+"""Files of few tests that take long."""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -252,7 +252,7 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
             linear = round(layers * draft_bytes.layers + head * draft_bytes.head)
         elif view is View.DIFFUSION:
             linear += _more_for_drafts(model)
-        size = linear + batch * options.context * kv_bytes_per_token(model, torch.bfloat16.itemsize)
+        size = linear + batch * options.context * kv_bytes_per_token(model, item_bytes)
         milliseconds = statistics.median(seconds) * 1e3
         found.append(PassTime(name, milliseconds, size / read / 1e6 / milliseconds))
     return found

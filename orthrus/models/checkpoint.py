@@ -78,7 +78,7 @@ def open_weights(
     own_head = config.tie_word_embeddings and _has_own_head(stored, family)
     names = [*parts, family.head] if own_head else [*parts]
     reader = _Reader(
-        config, torch.device(device), compute_dtype(dtype, config, device), shard, stored, len(names)
+        config, torch.device(device), compute_dtype(dtype, config, device), shard, stored, parts, len(names)
     )
 
     def load(name: str) -> Tensor:
@@ -98,12 +98,13 @@ class _Reader:
         dtype: torch.dtype,
         shard: Shard | None,
         stored: Mapping[str, StoredTensor],
+        parts: Mapping[str, StoredPart],
         count: int,
     ) -> None:
-        """The arguments are those of `open_weights`. count: how many tensors will be read."""
+        """parts: from `Family.stored_parts`. count: how many tensors will be read. The others are those of `open_weights`."""
         self._device, self._dtype, self._shard, self._stored = device, dtype, shard, stored
         self._family = family_of(config)
-        self._parts = self._family.stored_parts(config)
+        self._parts = parts
         self._name, self._count, self._done = config.name, count, 0
         # The file that was read last. Neighbouring tensors are usually in one file.
         self._open: tuple[Path, Any] | None = None
@@ -133,11 +134,11 @@ class _Reader:
 
     def _show(self, name: str) -> None:
         """Show that a tensor has been read."""
-        # Hugging Face's progress bar: users know how to switch it off.
-        from transformers.utils import logging as progress
-
         # Not before the first layer: what is logged until then, about formats and memory, has lines of its own.
         if self._bar is None and name.startswith(self._family.layer_prefix):
+            # Hugging Face's progress bar: users know how to switch it off.
+            from transformers.utils import logging as progress
+
             self._bar = progress.tqdm(
                 total=self._count,
                 initial=self._done,
@@ -198,8 +199,9 @@ def _read_tensor(file: Path, name: str) -> Tensor:
 def with_own_head(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
     """`config`, untied if the tensors hold a head that differs from the embedding. Hugging Face uses such a head too."""
     family = family_of(config)
-    head = tensors.get(family.head)
-    if not config.tie_word_embeddings or head is None or torch.equal(head, tensors[family.embedding]):
+    if not config.tie_word_embeddings or family.head not in tensors:
+        return config
+    if torch.equal(tensors[family.head], tensors[family.embedding]):
         return config
     logger.warning(
         "%s: %s differs from the embedding, although tie_word_embeddings is true: it is used",

@@ -1,6 +1,7 @@
 """Dequantises the tensors of a checkpoint, for copies of weights in other formats and for training."""
 
 from collections import defaultdict
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from orthrus.kernels.linear import dense
 
 
-def dequantised(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def dequantised(tensors: MutableMapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """`tensors`, by their Hugging Face names, with quantised weights dequantised to `dtype`. Other tensors stay as they are.
 
     All tensors are taken out of `tensors`, layer by layer, so that only one linear layer is in memory twice.

@@ -16,7 +16,7 @@ from orthrus.kernels.linear.gptq import quantise_gptq
 from orthrus.kernels.linear.lossless import NotPacked
 from orthrus.kernels.linear.lossless_stored import store
 from orthrus.kernels.lossless_sizes import can_pack
-from orthrus.models.checkpoint import compute_dtype, load_weights
+from orthrus.models.checkpoint import compute_dtype, open_weights
 from orthrus.models.copies import check_folder, make_folder, write_copy
 from orthrus.models.dense import dequantised
 from orthrus.models.families import family_of, load_config
@@ -76,7 +76,7 @@ def quantise_checkpoint(path: Path, out: Path, format: str) -> None:
     except ConfigError as error:
         raise ConfigError(f"{path} can't be stored as {format}; try --format fp8 ({error})") from error
     make_folder(out)
-    tensors = load_weights(path, config, "cpu", config.dtype)
+    tensors = open_weights(path, config, "cpu", config.dtype)
     stored: dict[str, Tensor] = {}
     for name in shapes:
         if how.covers(name):
@@ -89,7 +89,7 @@ def quantise_checkpoint(path: Path, out: Path, format: str) -> None:
                 del tensors[name]
     if how.in_full:
         how = replace(how, settings={**how.settings, "modules_to_not_convert": list(how.in_full)})
-    write_copy(path, out, replace(config, quantization=how), tensors | stored)
+    write_copy(path, out, replace(config, quantization=how), {**tensors, **stored})
 
 
 def restore_checkpoint(path: Path, out: Path) -> None:
@@ -103,7 +103,7 @@ def restore_checkpoint(path: Path, out: Path) -> None:
     check_folder(path, out)
     make_folder(out)
     dtype = compute_dtype(config.dtype, config, "cpu")
-    tensors = dequantised(load_weights(path, config, "cpu", dtype), dtype)
+    tensors = dequantised(open_weights(path, config, "cpu", dtype), dtype)
     write_copy(path, out, replace(config, quantization=None), tensors)
 
 

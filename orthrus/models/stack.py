@@ -74,7 +74,7 @@ class LayerStack:
             exact = family.layer(config, tensors, index, weight_format, (ar,), split)
             shared = exact.rough() if share else None
             draft = family.layer(config, own, index, draft_format, (diffusion,), split, shared)
-            for name in [name for name in tensors if name.startswith(f"{family.layer_prefix}.{index}.")]:
+            for name in _names(config, tensors, index):
                 del tensors[name]  # The diffusion view's, which are left.
             return exact, draft
 
@@ -85,10 +85,14 @@ class LayerStack:
 
 def _layer(config: ModelConfig, tensors: MutableMapping[str, Tensor], index: int) -> dict[str, Tensor]:
     """The tensors of layer `index`, and the norm behind it. They stay in `tensors` too."""
-    family = family_of(config)
-    prefix = f"{family.layer_prefix}.{index}."
-    own = [name for name in tensors if name.startswith(prefix)]
-    return {name: tensors[name] for name in (*own, family.norm_behind(config, index))}
+    behind = family_of(config).norm_behind(config, index)
+    return {name: tensors[name] for name in (*_names(config, tensors, index), behind)}
+
+
+def _names(config: ModelConfig, tensors: MutableMapping[str, Tensor], index: int) -> list[str]:
+    """The names of the tensors of layer `index` that are left."""
+    prefix = f"{family_of(config).layer_prefix}.{index}."
+    return [name for name in tensors if name.startswith(prefix)]
 
 
 def _pack_heads(

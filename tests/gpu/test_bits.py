@@ -180,9 +180,8 @@ def test_no_bit_differs(kept: str, ahead: bool) -> None:
 
     # The right token is often the second best draft, so that trees are useful.
     ranks = AcceptanceProfile(((0.7, 0.15, 0.05),), "constant").scaled(4.0, 32)
-    preemptions = (
-        0  # Trees alone might have none: sequences that draft end sooner, and so need pages for less time.
-    )
+    # Of all runs together: trees alone may have none, because sequences that draft end sooner.
+    preemptions = 0
     for drafts, tree in format.drafts:
         orthrus = engine(
             "orthrus",
