@@ -159,6 +159,9 @@ static u64 convert(const Instruction& i, u64 a, u64 b) {
     if (to == Type::BF16X2 && from == Type::F32) {
         return to_bfloat16(as_float(a)) << 16 | to_bfloat16(as_float(b));
     }
+    if (to == Type::E4M3X2 && from == Type::F32) {
+        return to_e4m3(as_float(a)) << 8 | to_e4m3(as_float(b));
+    }
     s64 integer = is_signed(from) ? sign_extended(a, size_of(from)) : static_cast<s64>(a & mask_of(from));
     if (!is_float(to) && !is_float(from)) {
         return static_cast<u64>(integer) & mask_of(to);
@@ -292,14 +295,17 @@ static void shift_or_extract(Arithmetic& lanes, const Instruction& i) {
         lanes.signed_bits([=](s64 x, s64 by, s64) { return x >> (by < 0 ? most : std::min(by, most)); });
     } else if (i.op == Op::ShiftRight) {
         lanes.bits([=](u64 x, u64 by, u64) { return (by & 0xffffffff) >= width ? 0 : x >> by; });
-    } else if (has_sign) {
-        throw Fault("bfe of signed numbers is not emulated");
     } else {
         lanes.bits([=](u64 x, u64 first, u64 count) {
             first &= 255;
             count &= 255;
+            if (has_sign && first + count > width) {
+                throw Fault("bfe of signed numbers beyond their bits is not emulated");
+            }
             u64 mask = count >= 64 ? ~0ull : (1ull << count) - 1;
-            return first >= width ? 0 : x >> first & mask;
+            u64 found = first >= width ? 0 : x >> first & mask;
+            bool negative = has_sign && count > 0 && found >> (count - 1) & 1;
+            return negative ? found | ~mask : found;
         });
     }
 }

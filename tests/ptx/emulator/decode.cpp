@@ -166,9 +166,10 @@ bool Parser::decode_simple(const std::string& name) {
     if (instruction_.op == Op::Convert && operands_.size() == 3) {
         count = 2;  // cvt.bf16x2.f32 makes two numbers of two.
     }
+    bool saturates = has("satfinite") && instruction_.type != Type::E4M3X2;  // Conversions to e4m3 always do.
     if (instruction_.op == Op::Lop3) {
         instruction_.number = static_cast<int>(strtoul(text_of(4).c_str(), nullptr, 0));
-    } else if (operands_.size() != count + 1 || has("sat") || has("satfinite") || has("NaN") || has("relu")) {
+    } else if (operands_.size() != count + 1 || has("sat") || saturates || has("NaN") || has("relu")) {
         refuse("not emulated: " + instruction_.text);
     }
     instruction_.d = operand(text_of(0));

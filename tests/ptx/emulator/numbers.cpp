@@ -1,6 +1,7 @@
 // The names of types, and the conversion of small floats by tables.
 #include "numbers.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
 
@@ -12,7 +13,7 @@ Type type_named(const std::string& modifier) {
         {"u8", Type::U8},     {"u16", Type::U16},   {"u32", Type::U32},         {"u64", Type::U64},
         {"s8", Type::S8},     {"s16", Type::S16},   {"s32", Type::S32},         {"s64", Type::S64},
         {"f16", Type::F16},   {"bf16", Type::BF16}, {"bf16x2", Type::BF16X2},   {"f32", Type::F32},
-        {"e4m3", Type::E4M3}, {"pred", Type::Predicate},
+        {"e4m3", Type::E4M3}, {"e4m3x2", Type::E4M3X2}, {"pred", Type::Predicate},
     };
     auto found = names.find(modifier);
     return found == names.end() ? Type::None : found->second;
@@ -50,6 +51,20 @@ static std::array<float, 256> e4m3_values() {
 float from_e4m3(u64 value) {
     static const std::array<float, 256> values = e4m3_values();
     return values[value & 255];
+}
+
+u64 to_e4m3(float number) {
+    constexpr float largest = 448.0f;
+    if (std::isnan(number)) {
+        return 0x7f;
+    }
+    u64 sign = std::signbit(number) ? 0x80 : 0;
+    float size = std::min(std::fabs(number), largest);
+    // Numbers below 2^-6 have the exponent of that. An eighth of 2^exponent is the last place.
+    int exponent = std::max(size > 0 ? std::ilogb(size) : -6, -6);
+    u64 eighths = static_cast<u64>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+    // If rounding gives 16 eighths, the sum below carries into the exponent.
+    return sign | (static_cast<u64>(exponent + 6) * 8 + eighths);
 }
 
 }  // namespace ptx

@@ -18,7 +18,8 @@ using s32 = int32_t;
 using s64 = int64_t;
 
 enum class Type : u8 {
-    None, B8, B16, B32, B64, U8, U16, U32, U64, S8, S16, S32, S64, F16, BF16, F32, BF16X2, E4M3, Predicate
+    None, B8, B16, B32, B64, U8, U16, U32, U64, S8, S16, S32, S64, F16, BF16, F32, BF16X2, E4M3,
+    E4M3X2, Predicate
 };
 
 // The type that a modifier of an instruction names; None if it names none.
@@ -37,6 +38,7 @@ constexpr int size_of(Type type) {
         case Type::S16:
         case Type::F16:
         case Type::BF16:
+        case Type::E4M3X2:
             return 2;
         case Type::B64:
         case Type::U64:
@@ -101,6 +103,9 @@ inline float flushed(float number) {
 float from_float16(u64 value);
 
 float from_e4m3(u64 value);
+
+// Rounded to the nearest, ties to even. What is too large becomes the largest number.
+u64 to_e4m3(float number);
 
 // Number `index` of an array of bfloat16, float16 or e4m3.
 inline float element(const u8* array, int index, Type type) {
