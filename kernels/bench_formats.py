@@ -23,11 +23,12 @@ from orthrus.kernels.bench import (
     randn,
 )
 from orthrus.kernels.linear import Parameters, Weight, pack_weight
+from orthrus.kernels.linear.fp8 import UNSCALED
 from orthrus.kernels.linear.fp8_block import quantise_blocks
-from orthrus.kernels.linear.fp8_triton import RoundedRows, quantise_rows
 from orthrus.kernels.linear.gptq import quantise_gptq
 from orthrus.kernels.linear.hopper import MOST_ROWS
 from orthrus.kernels.linear.weight import Views
+from orthrus.kernels.rounding_triton import rounded
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
 FORMATS = ("plain", "lossless12", "fp8", "int4", "fp8 blocks", "gptq 8", "gptq 4")
@@ -73,9 +74,13 @@ class Model:
                 start_layer()
                 qkv, out, gate_up, down = self.layers[i % _DISTINCT]
                 attended = qkv.linear(normed)[:, :HIDDEN]
-                hidden, normed = out.linear_add_rms_norm(attended, hidden, self.norm, 1e-6)
-                gated = gate_up.linear_silu_mul(normed)
-                hidden, normed = down.linear_add_rms_norm(gated, hidden, self.norm, 1e-6)
+                hidden, normed = out.linear_add_rms_norm(
+                    attended, hidden, self.norm, 1e-6, rounding=gate_up.rounding
+                )
+                gated = gate_up.linear_silu_mul(normed, rounding=down.rounding)
+                hidden, normed = down.linear_add_rms_norm(
+                    gated, hidden, self.norm, 1e-6, rounding=qkv.rounding if i + 1 < LAYERS else None
+                )
             self.head.linear_gumbel_argmax(normed, logits, none, temperatures, keys, picks, none)
             return picks
 
@@ -86,16 +91,20 @@ class Model:
         """Microseconds of each part of a layer, for so many rows. The inputs of FP8 layers are rounded before."""
         x, inner, residual = randn(rows, HIDDEN), randn(rows, INNER), randn(rows, HIDDEN)
         times = {}
-        if self.format == "fp8":
-            times["round rows"] = part_time(lambda i: quantise_rows(x))
-            times["round inner rows"] = part_time(lambda i: quantise_rows(inner))
-            x, inner = (RoundedRows.of(wide, *quantise_rows(wide)) for wide in (x, inner))
         layers = self.layers
+        if self.format == "fp8":
+            times["round rows"] = part_time(lambda i: rounded(x, UNSCALED))
+            x, inner = (rounded(wide, UNSCALED) for wide in (x, inner))
+        _, _, gate_up, down = layers[0]
         parts: dict[str, Callable[[int], object]] = {
             "qkv": lambda i: layers[i][0].linear(x),
-            "o, norm": lambda i: layers[i][1].linear_add_rms_norm(x, residual, self.norm, 1e-6),
-            "gate, up": lambda i: layers[i][2].linear_silu_mul(x),
-            "down, norm": lambda i: layers[i][3].linear_add_rms_norm(inner, residual, self.norm, 1e-6),
+            "o, norm": lambda i: layers[i][1].linear_add_rms_norm(
+                x, residual, self.norm, 1e-6, rounding=gate_up.rounding
+            ),
+            "gate, up": lambda i: layers[i][2].linear_silu_mul(x, rounding=down.rounding),
+            "down, norm": lambda i: layers[i][3].linear_add_rms_norm(
+                inner, residual, self.norm, 1e-6, rounding=layers[i][0].rounding
+            ),
         }
         return times | {name: part_time(part) for name, part in parts.items()}
 

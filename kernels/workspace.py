@@ -45,7 +45,8 @@ def results_in(memory: Tensor) -> Iterator[None]:
 def start_layer() -> None:
     """Begin a layer, whose results overwrite those of the previous layer.
 
-    Every layer makes the same results in the same order. So a result is valid until the next layer makes the same one.
+    Every layer makes the same results in the same order. The first may have one more before them, its rounded inputs. So a result
+    is valid until the next layer makes the same one.
     """
     if _active is not None:
         _active.used = 0

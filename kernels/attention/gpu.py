@@ -9,13 +9,19 @@ from orthrus.kernels.attention import triton as portable
 from orthrus.kernels.attention.merge import merge_records
 from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import has_warpgroup_mma, num_sms
+from orthrus.kernels.rounding import Rounding, is_fixed
 from orthrus.kernels.workspace import empty
 
 _LOG2_E = 1.4426950408889634
 
 
 def paged_attention(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """`paged_attention` (kernels/attention/__init__.py) for contiguous tensors in float16, bfloat16 or float32.
 
@@ -33,7 +39,9 @@ def paged_attention(
     queries = _queries(qkv.dtype)
     width = max(16, triton.next_power_of_2(dim))
     programs = attention_programs(qkv.device)
-    out = empty((rows, heads * dim), qkv.dtype, qkv.device)
+    if rounding is not None and rounding.words and dim % 16:
+        rounding = None  # A word has inputs of one head alone only if 16 divides its width.
+    out = empty((rows, heads * dim), torch.float8_e4m3fn if is_fixed(rounding) else qkv.dtype, qkv.device)
     # Records of divided tiles, then scratch records of each program, one for each of its queries.
     spare = work.capacity * heads
     num_records = spare + programs * queries
@@ -46,9 +54,20 @@ def paged_attention(
         launch, programs_launched = hopper.launch, programs // 2
     else:
         launch, programs_launched = portable.launch, programs
-    launch(qkv, k_cache, v_cache, plan, scale * _LOG2_E, out, records, programs=programs_launched, **shape)
+    launch(
+        qkv,
+        k_cache,
+        v_cache,
+        plan,
+        scale * _LOG2_E,
+        out,
+        records,
+        rounding,
+        programs=programs_launched,
+        **shape,
+    )
     if work.capacity:
-        merge_records(work, out, records, dim=dim, width=width, programs=4 * programs)
+        merge_records(work, out, records, rounding, dim=dim, width=width, programs=4 * programs)
     return out
 
 

@@ -26,6 +26,7 @@ from orthrus.kernels.attention.hopper_consume import consume
 from orthrus.kernels.attention.hopper_produce import produce
 from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import chaining
+from orthrus.kernels.rounding import Rounding, stored_as
 
 _SHARED_BYTES = 227 * 1024
 """Shared memory of an SM that a program can use."""
@@ -51,6 +52,7 @@ def _attention_kernel(
     num_slots,
     scale,
     spare,
+    factor,
     PER_KV: gl.constexpr,
     KV_HEADS: gl.constexpr,
     PAGE: gl.constexpr,
@@ -62,6 +64,7 @@ def _attention_kernel(
     PROGRAMS: gl.constexpr,
     QUERY_TILE: gl.constexpr,
     TRIMS_END: gl.constexpr,
+    IN_WORDS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     query_tiles = gl.allocate_shared_memory(k_pages.dtype, [2, QUERIES, WIDTH], QUERY_TILE)
@@ -77,12 +80,12 @@ def _attention_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                qkv, work, out, accs, tops, norms, scale, spare, query_tiles.index(0), ring, full, empty,
-                0, PER_KV, KV_HEADS, DIM, PROGRAMS, CHAINED,
+                qkv, work, out, accs, tops, norms, scale, spare, factor, query_tiles.index(0), ring, full, empty,
+                0, PER_KV, KV_HEADS, DIM, PROGRAMS, IN_WORDS, CHAINED,
             )),
             (consume, (
-                qkv, work, out, accs, tops, norms, scale, spare, query_tiles.index(1), ring, full, empty,
-                1, PER_KV, KV_HEADS, DIM, PROGRAMS, CHAINED,
+                qkv, work, out, accs, tops, norms, scale, spare, factor, query_tiles.index(1), ring, full, empty,
+                1, PER_KV, KV_HEADS, DIM, PROGRAMS, IN_WORDS, CHAINED,
             )),
             (produce, (
                 k_pages, v_pages, k_pieces, v_pieces, rows_desc, work, num_slots, ring, full, empty,
@@ -106,6 +109,7 @@ def launch(
     scale: float,
     out: Tensor,
     records: tuple[Tensor, Tensor, Tensor],
+    rounding: Rounding | None,
     *,
     spare: int,
     queries: int,
@@ -118,6 +122,7 @@ def launch(
     assert work is not None
     kv_heads, pages, page_size, dim = k_cache.shape
     all_heads = qkv.shape[1]
+    factor, in_words = stored_as(rounding)
     dtype = gl.bfloat16 if qkv.dtype == torch.bfloat16 else gl.float16
     room = _SHARED_BYTES - _OTHER_BYTES - 2 * queries * width * 2
 
@@ -140,6 +145,7 @@ def launch(
         pages * page_size,
         scale,
         spare,
+        factor,
         PER_KV=plan.heads_per_kv,
         KV_HEADS=kv_heads,
         PAGE=page_size,
@@ -154,6 +160,7 @@ def launch(
         # Whether to load only the existing keys of a last step. With many sequences no row is divided, and the missing keys would
         # cost bandwidth. The programs of a divided row take as long as its last step: there the instructions would cost more.
         TRIMS_END=work.capacity == 0,
+        IN_WORDS=in_words,
         num_warps=4,
         **chaining(),
     )

@@ -32,6 +32,7 @@ from orthrus.kernels.attention.items import (
     take_step,
 )
 from orthrus.kernels.attention.softmax import Records, Softmax
+from orthrus.kernels.rounding_triton import place_in_words
 
 
 @gluon.jit
@@ -43,16 +44,27 @@ def _exp2(x):
 
 
 @gluon.jit
-def _pointers(base, first, inside, DIM: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+def _pointers(
+    base,
+    first,
+    inside,
+    DIM: gl.constexpr,
+    WIDTH: gl.constexpr,
+    layout: gl.constexpr,
+    IN_WORDS: gl.constexpr = False,
+):
     """Pointers to the WIDTH numbers from base[first] on of each query, and their mask: both [queries, WIDTH / 8, 8] in `layout`.
 
     The last dimension is 8, so that the addresses of a thread differ by constants, which are encoded in its instructions.
+    IN_WORDS: whether the numbers are in the order of words, see `Rounding`.
     """
     of_query: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
     eights = 8 * gl.arange(0, WIDTH // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     ones = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    pointers = (base + gl.convert_layout(first, of_query))[:, None, None] + ones[None, None, :]
     mask = gl.convert_layout(inside, of_query)[:, None, None] & (eights < DIM)[None, :, None]
+    if IN_WORDS:
+        eights, ones = eights // 16 * 16 + 1 - eights % 16 // 8, place_in_words(ones) - 1
+    pointers = (base + gl.convert_layout(first, of_query))[:, None, None] + ones[None, None, :]
     return pointers + eights[None, :, None], mask
 
 
@@ -168,9 +180,9 @@ def _load_partial(records, at, acc_at, inside, mask, acc):
 
 @gluon.jit
 def consume(
-    qkv, work, out, accs, tops, norms, scale, spare, query_tile, tiles, full, empty,
+    qkv, work, out, accs, tops, norms, scale, spare, factor, query_tile, tiles, full, empty,
     LANE: gl.constexpr, PER_KV: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, PROGRAMS: gl.constexpr,
-    CHAINED: gl.constexpr,
+    IN_WORDS: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     """Run a lane's consumer: its half of the rows of each shared item, then all rows of its own items."""
     QUERIES: gl.constexpr = query_tile.shape[0]
@@ -261,8 +273,10 @@ def consume(
                 walk = next_segment(walk, keys, step)
         if divided == 0:
             result = span.acc * gl.convert_layout(1.0 / gl.where(inside, span.norm, 1.0), wide)[:, None]
+            if out.dtype.element_ty == gl.float8e4nv:
+                result *= factor
             goal = ((item.first_row + row) * HEADS + head).to(gl.int64) * DIM
-            out_at, mask = _pointers(out, goal, inside, DIM, WIDTH, eights_layout)
+            out_at, mask = _pointers(out, goal, inside, DIM, WIDTH, eights_layout, IN_WORDS)
             gl.store(out_at, result.to(out.dtype.element_ty).reshape((QUERIES, WIDTH // 8, 8)), mask=mask)
     if CHAINED:
         gdc_wait()  # Programs without an item wait too: this launch must not finish before the previous one.

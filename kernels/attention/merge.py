@@ -9,6 +9,8 @@ from orthrus.kernels.attention.items import DIVIDED_AT, NUM_DIVIDED, load_divide
 from orthrus.kernels.attention.softmax import Records, initial, load, merge, result
 from orthrus.kernels.attention.types import AttentionWork
 from orthrus.kernels.device import chaining
+from orthrus.kernels.rounding import Rounding, stored_as
+from orthrus.kernels.rounding_triton import place_in_words
 
 _HEADS = 4
 """Heads of a program if there are many rows. Each has a warp. If there are few, a program has one head and so one warp."""
@@ -31,10 +33,12 @@ def _merge_kernel(
     tops,
     norms,
     heads,
+    factor,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     BATCH: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Merge the records of divided rows, HEADS heads of a row at a time: those of each span in order, then the spans."""
@@ -44,6 +48,7 @@ def _merge_kernel(
     records = Records(accs, tops, norms)
     groups = tl.cdiv(heads, HEADS)
     dims = tl.arange(0, WIDTH)
+    place = place_in_words(dims) if IN_WORDS else dims
     for unit in range(tl.program_id(0), num_divided * groups, tl.num_programs(0)):
         divided = load_divided_row(work + rows_at, unit // groups)
         span_ends = work + divided.span_ends_at
@@ -62,9 +67,9 @@ def _merge_kernel(
                 if (ends >> i) & 1:
                     total = merge(total, span)
                     span = initial(HEADS, WIDTH)
-        goal = (out + (divided.row * heads + head).to(tl.int64) * DIM)[:, None] + dims[None, :]
+        goal = (out + (divided.row * heads + head).to(tl.int64) * DIM)[:, None] + place[None, :]
         inside = head < heads
-        value = result(total, inside, out.dtype.element_ty)
+        value = result(total, inside, factor, out.dtype.element_ty)
         tl.store(goal, value, mask=inside[:, None] & (dims < DIM)[None, :])
     if CHAINED:
         gdc_wait()  # Programs without a row wait too: this launch must not finish before the previous one.
@@ -74,6 +79,7 @@ def merge_records(
     work: AttentionWork,
     out: Tensor,
     records: tuple[Tensor, Tensor, Tensor],
+    rounding: Rounding | None,
     *,
     dim: int,
     width: int,
@@ -81,19 +87,23 @@ def merge_records(
 ) -> None:
     """Merge the records of divided rows, and write the results to out [rows, heads * dim].
 
-    records: accs [records, dim], tops [records] and norms [records], as in `Records`. programs: the most to launch.
+    records: accs [records, dim], tops [records] and norms [records], as in `Records`. rounding: how `out` stores the results if
+    it is e4m3. programs: the most to launch.
     """
     rows, heads = out.shape[0], out.shape[1] // dim
     few = rows <= _FEW_ROWS
+    factor, in_words = stored_as(rounding)
     each = 1 if few else _HEADS
     _merge_kernel[(min(programs, rows * triton.cdiv(heads, each)),)](
         work.numbers,
         out,
         *records,
         heads,
+        factor,
         DIM=dim,
         WIDTH=width,
         HEADS=each,
+        IN_WORDS=in_words,
         # A warp merges all records of a head. The loads of so many are in flight together.
         BATCH=16 if few else 8,
         num_warps=each,

@@ -59,9 +59,15 @@ def merge(first, second):
 
 
 @triton.jit
-def result(soft, inside, dtype: tl.constexpr):
-    """The weighted mean of the values, acc / norm [queries, width]. Where not `inside`, it is any finite number."""
-    return (soft.acc * (1.0 / tl.where(inside, soft.norm, 1.0))[:, None]).to(dtype)
+def result(soft, inside, factor, dtype: tl.constexpr):
+    """The weighted mean of the values, acc / norm [queries, width]. Where not `inside`, it is any finite number.
+
+    factor: what it is multiplied by if `dtype` is e4m3, see `Rounding`.
+    """
+    mean = soft.acc * (1.0 / tl.where(inside, soft.norm, 1.0))[:, None]
+    if dtype == tl.float8e4nv:
+        mean *= factor
+    return mean.to(dtype)
 
 
 @triton.jit

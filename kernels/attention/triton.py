@@ -27,6 +27,8 @@ from orthrus.kernels.attention.items import (
 from orthrus.kernels.attention.softmax import Records, initial, load, merge, result, store, update
 from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import chaining
+from orthrus.kernels.rounding import Rounding, stored_as
+from orthrus.kernels.rounding_triton import place_in_words
 
 
 @triton.jit
@@ -77,6 +79,7 @@ def _attention_kernel(
     num_slots,
     scale,
     spare,
+    factor,
     PER_KV: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -84,11 +87,12 @@ def _attention_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """num_slots: cache slots of a KV head (see `KVWrites`), pages * page_size.
 
-    spare: index of the first scratch record of the programs.
+    spare: index of the first scratch record of the programs. factor, IN_WORDS: how `out` stores results if it is e4m3.
     """
     if CHAINED:
         gdc_launch_dependents()
@@ -149,8 +153,9 @@ def _attention_kernel(
                 walk = next_segment(walk, keys, step)
         if divided == 0:
             goal = ((item.first_row + row) * heads + head).to(tl.int64) * DIM
-            value = result(span, inside, out.dtype.element_ty)
-            tl.store(out + goal[:, None] + dims[None, :], value, mask=mask)
+            value = result(span, inside, factor, out.dtype.element_ty)
+            place = place_in_words(dims) if IN_WORDS else dims
+            tl.store(out + goal[:, None] + place[None, :], value, mask=mask)
     if CHAINED:
         gdc_wait()  # Programs without an item wait too: this launch must not finish before the previous one.
 
@@ -163,6 +168,7 @@ def launch(
     scale: float,
     out: Tensor,
     records: tuple[Tensor, Tensor, Tensor],
+    rounding: Rounding | None,
     *,
     spare: int,
     queries: int,
@@ -172,12 +178,13 @@ def launch(
 ) -> None:
     """Write the results of whole tiles to out [rows, heads * dim], and the partial results of divided tiles to `records`.
 
-    scale: of the scores to base 2. records: as `merge_records` takes them. spare: see the kernel. queries, keys: of a tile.
-    width: head dimensions, padded to a power of two.
+    scale: of the scores to base 2. records, rounding: as `merge_records` takes them. spare: see the kernel. queries, keys: of a
+    tile. width: head dimensions, padded to a power of two.
     """
     work = plan.work
     assert work is not None
     kv_heads, pages, page_size, dim = k_cache.shape
+    factor, in_words = stored_as(rounding)
     _attention_kernel[(programs,)](
         qkv,
         k_cache,
@@ -190,6 +197,7 @@ def launch(
         pages * page_size,
         scale,
         spare,
+        factor,
         PER_KV=plan.heads_per_kv,
         PAGE=page_size,
         DIM=dim,
@@ -197,6 +205,7 @@ def launch(
         QUERIES=queries,
         KEYS=keys,
         PROGRAMS=programs,
+        IN_WORDS=in_words,
         num_warps=4,
         num_stages=2,
         **chaining(),

@@ -17,6 +17,7 @@ from orthrus.kernels.linear import (  # noqa: F401
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.stored import dense
 from orthrus.kernels.linear.weight import (
+    FIXED_FORMATS,
     ROUGH_FORMATS,
     OneViewWeight,
     Parameters,
@@ -28,6 +29,7 @@ from orthrus.kernels.linear.weight import (
 )
 
 __all__ = [
+    "FIXED_FORMATS",
     "ROUGH_FORMATS",
     "OneViewWeight",
     "Parameters",

@@ -1,7 +1,6 @@
 """The kernel after a layer whose result goes into the residual stream: sum of split-K parts and ranks, residual, RMS norm."""
 
-from typing import Literal
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,9 +8,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
 from orthrus.kernels.linear.blocks_triton import RoundedGroups, empty_groups, round_groups
-from orthrus.kernels.linear.fp8_triton import RoundedRows, empty_rounded, round_row
 from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import exchange_row
+from orthrus.kernels.rounding import Rounding, is_fixed, stored_as
+from orthrus.kernels.rounding_triton import place_in_words
 from orthrus.kernels.workspace import empty
 
 
@@ -35,6 +35,7 @@ def _add_rms_norm_kernel(
     width,
     plane,
     scale_stride,
+    factor,
     eps,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -42,6 +43,7 @@ def _add_rms_norm_kernel(
     HAS_BIAS: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
     ROUNDED: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     GROUPED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -87,11 +89,13 @@ def _add_rms_norm_kernel(
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     # Rounded before the product with the weight, as in Qwen3's own code.
     value = value.to(dtype) * scale
-    tl.store(normed + row * width + column, value, mask=inside)
     if ROUNDED:
-        number, row_scale = round_row(value.to(tl.float32))
-        tl.store(numbers + row * width + column, number, mask=inside)
-        tl.store(scales + row, row_scale)
+        place = column
+        if IN_WORDS:
+            place = place_in_words(column)
+        tl.store(normed + row * width + place, (value.to(tl.float32) * factor).to(tl.float8e4nv), mask=inside)
+    else:
+        tl.store(normed + row * width + column, value, mask=inside)
     if GROUPED:
         groups = value.to(tl.float32).reshape((WIDTH // 128, 128))
         number, group_scales = round_groups(groups)
@@ -107,14 +111,13 @@ def add_rms_norm(
     eps: float,
     bias: Tensor | None = None,
     num_ar: Tensor | None = None,
-    rounded: Literal["rows", "groups"] | None = None,
+    rounding: Rounding | None = None,
     peers: PeerMemory | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hidden = residual + x + bias, and its RMS norm: both [rows, width].
+    """hidden = residual + x + bias, and its RMS norm, stored as `rounding` says: both [rows, width].
 
     x [rows, width], or float32 [parts, rows, width]: one, two or four nodes of a tree of sums.
     bias [views, width]. num_ar: see `Weight.linear`, for a bias of two views.
-    rounded: return the norm as `RoundedRows` ("rows") or `RoundedGroups` ("groups").
     peers: the memory of the ranks that have the rest of the sum; x is float32 then. None if the sum is complete.
     """
     parts = x.shape[0] if x.dim() == 3 else 1
@@ -123,12 +126,12 @@ def add_rms_norm(
         (x,) * 4 if peers is None else (peers.sums.boxes, peers.sums.flags, peers.sums.counts, peers.status)
     )
     rows, width = residual.shape
-    hidden, normed = (empty((rows, width), residual.dtype, residual.device) for _ in range(2))
-    numbers, scales = normed, normed
-    if rounded == "rows":
-        numbers, scales = empty_rounded(rows, width, residual.device)
-    elif rounded == "groups":
-        numbers, scales = empty_groups(rows, width, residual.device)
+    factor, in_words = stored_as(rounding)
+    grouped = rounding is not None and rounding.factor is None
+    hidden = empty((rows, width), residual.dtype, residual.device)
+    dtype = torch.float8_e4m3fn if is_fixed(rounding) else residual.dtype
+    normed = empty((rows, width), dtype, residual.device)
+    numbers, scales = empty_groups(rows, width, residual.device) if grouped else (normed, normed)
     _add_rms_norm_kernel[(rows,)](
         x,
         x if bias is None else bias,
@@ -145,21 +148,20 @@ def add_rms_norm(
         width,
         rows * width,
         scales.stride(0),
+        factor,
         eps,
         WIDTH=triton.next_power_of_2(width),
         PARTS=parts,
         RANKS=1 if peers is None else peers.size,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
-        ROUNDED=rounded == "rows",
-        GROUPED=rounded == "groups",
+        ROUNDED=is_fixed(rounding),
+        IN_WORDS=in_words,
+        GROUPED=grouped,
         # With so many warps, all loads of a thread are in flight at once. With more loads per thread, the compiler would save
         # registers and wait for one after the other. The number depends on the width alone, because it decides the order of the
         # norm's sum.
         num_warps=min(32, max(4, triton.next_power_of_2(width) // 128)),
         **chaining(),
     )
-    if rounded is None:
-        return hidden, normed
-    kind = RoundedRows if rounded == "rows" else RoundedGroups
-    return hidden, kind.of(normed, numbers, scales)
+    return hidden, RoundedGroups.of(normed, numbers, scales) if grouped else normed

@@ -1,5 +1,7 @@
 """Inputs of fine-grained FP8 layers on a GPU: e4m3 numbers with a scale for each 128 inputs, those of `fp8_block`."""
 
+from typing import Self
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from orthrus.kernels.device import chaining
-from orthrus.kernels.linear.fp8_triton import RoundedRows
 from orthrus.kernels.workspace import empty
 
 _GROUPS = 16
@@ -39,8 +40,25 @@ def _quantise_kernel(
     tl.store(scales + group * stride + row, scale, mask=group < groups)
 
 
-class RoundedGroups(RoundedRows):
-    """As `RoundedRows`, with a scale for each 128 inputs of a row: see `quantise_inputs`."""
+class RoundedGroups(Tensor):
+    """Rows [rows, ins], and the same rows in FP8 as `quantise_inputs` returns them, which the same kernel has made.
+
+    To other operations they are plain rows.
+    """
+
+    numbers: Tensor
+    """e4m3 [rows, ins]."""
+    scales: Tensor
+    """float32 [ins / 128, at least rows]."""
+
+    # Results of operations on such rows are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, rows: Tensor, numbers: Tensor, scales: Tensor) -> Self:
+        result = rows.as_subclass(cls)
+        result.numbers, result.scales = numbers, scales
+        return result
 
 
 def empty_groups(rows: int, ins: int, device: torch.device) -> tuple[Tensor, Tensor]:

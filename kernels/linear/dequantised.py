@@ -8,6 +8,7 @@ from torch import Tensor
 from orthrus.kernels.linear.plain import PlainFormat
 from orthrus.kernels.linear.stored import dense, float_type
 from orthrus.kernels.linear.weight import Views, Weight
+from orthrus.kernels.rounding import Rounding, rounded
 
 Prepare = Callable[[Tensor], Tensor]
 """What a format does to the inputs [rows, in_features] of a layer first, such as rounding them."""
@@ -37,8 +38,10 @@ class DequantisedWeight(Weight):
         result = self._weight.linear(self._inputs(x), num_ar).to(x.dtype)
         return result if out is None else out.copy_(result)
 
-    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
-        return self._weight.linear_silu_mul(self._inputs(x), num_ar).to(x.dtype)
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, rounding: Rounding | None = None
+    ) -> Tensor:
+        return rounded(self._weight.linear_silu_mul(self._inputs(x), num_ar).to(x.dtype), rounding)
 
     def _inputs(self, x: Tensor) -> Tensor:
         return self._prepare(x).to(self._dtype)

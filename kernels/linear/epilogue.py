@@ -3,15 +3,18 @@
 import triton
 import triton.language as tl
 
+from orthrus.kernels.rounding_triton import place_in_words
+
 
 @triton.jit
 def store_tile(
-    total, out, row_at, row_end, out_at, num_rows, num_outs,
-    OUTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr,
+    total, out, row_at, row_end, out_at, num_rows, num_outs, factor,
+    OUTS: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, IN_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Write the sums total [OUTS, ROWS], which begin at output out_at and row row_at, to out [rows, outs].
 
     GATED: store silu(gate) * up, which has half as many outputs. SPLIT: out is [parts, rows, outs]; program_id(1) is the part.
+    factor, IN_WORDS: how they are stored if `out` is e4m3, see `Rounding`.
     """
     width = num_outs
     if GATED:
@@ -22,7 +25,12 @@ def store_tile(
     row_index = row_at + tl.arange(0, ROWS)
     out_index = out_at + tl.arange(0, total.shape[0])
     inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
-    offset = row_index[None, :].to(tl.int64) * width + out_index[:, None]
+    place = out_index
+    if IN_WORDS:
+        place = place_in_words(out_index)
+    offset = row_index[None, :].to(tl.int64) * width + place[:, None]
     if SPLIT:
         offset += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
+    if out.dtype.element_ty == tl.float8e4nv:
+        total *= factor
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)

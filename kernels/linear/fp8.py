@@ -1,9 +1,9 @@
 """The format "fp8": weights and inputs as 8-bit floating-point numbers (e4m3) with float32 scales, half the bytes of bfloat16.
 
-It rounds, so only drafts use it, which another pass verifies. Each output of a weight has a scale, and so has each row of inputs.
-Serving engines know this format as FP8 with a scale per channel and per token. Scales of blocks of 128 x 128 weights would be
-finer, but then sums must leave the tensor cores every 128 inputs to be scaled. A row's result has the same bits whatever other
-rows are in the pass.
+It rounds, so only drafts use it, which another pass verifies. Each output of a weight has a scale, and the inputs of a layer have
+a fixed factor (see `rounding`). Scales of blocks of 128 x 128 weights would be finer, but then sums must leave the tensor cores
+every 128 inputs to be scaled. The tensor cores add FP8 products with fewer bits than float32 has, which is exact enough for
+drafts. A row's result has the same bits whatever other rows are in the pass.
 """
 
 import torch
@@ -15,9 +15,10 @@ from orthrus.kernels.linear.rounded import pack_rounded
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.types import DenseLayer
 from orthrus.kernels.linear.weight import Views, Weight, weight_format
+from orthrus.kernels.rounding import LARGEST, Rounding
 
-LARGEST = 448.0
-"""The largest number of e4m3."""
+UNSCALED = Rounding(1.0)
+"""The rounding of a layer's inputs until it is given another factor: see `Weight.with_factor`."""
 _CHUNK = 4096
 """Outputs of a weight that are rounded at once: float32 copies of more would need much memory."""
 
@@ -43,14 +44,23 @@ class Fp8Format:
 def _pack(views: Views, split: Split | None, gated: bool, head: bool) -> Weight:
     if runs_triton(views[0][0]["weight"]) and has_fp8_mma():
         return _pack_for_gpu(views, gated, split)
-    return pack_rounded(views, _round_weight, round_rows, split, gated=gated, head=head)
+    return pack_rounded(views, _round_weight, UNSCALED, split, gated=gated, head=head)
 
 
 def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
     from orthrus.kernels.linear.gpu import TritonWeight
 
+    dtype = views[0][0]["weight"].dtype
     layer = quantise_layer(views, gated)
-    return TritonWeight(layer.weights, layer.bias, layer.interleaved, layer.scales, split)
+    return TritonWeight(
+        layer.weights,
+        layer.bias,
+        layer.interleaved,
+        layer.scales,
+        split,
+        rounding=UNSCALED,
+        result_dtype=dtype,
+    )
 
 
 def quantise_layer(views: Views, gated: bool) -> DenseLayer:
@@ -79,7 +89,7 @@ def _round_weight(weight: Tensor) -> Tensor:
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, ins] as e4m3 numbers [rows, ins] and float32 scales [rows]: x is about the numbers times the scales.
+    """Weights x [rows, ins] as e4m3 numbers [rows, ins] and float32 scales [rows]: x is about the numbers times the scales.
 
     The largest number of a row, in magnitude, is `LARGEST`. A row of zeros has scale 1.
     """
@@ -94,6 +104,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """x [rows, ins] with its numbers rounded as `quantise_rows` does, in x's dtype."""
+    """Weights x [rows, ins] rounded as `quantise_rows` does, in x's dtype."""
     numbers, scales = quantise_rows(x)
     return (numbers.float() * scales[:, None]).to(x.dtype)

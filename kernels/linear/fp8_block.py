@@ -13,9 +13,10 @@ from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
 from orthrus.kernels.linear.dequantised import pack_dequantised
-from orthrus.kernels.linear.fp8 import LARGEST, quantise_rows
+from orthrus.kernels.linear.fp8 import quantise_rows
 from orthrus.kernels.linear.stored import float_type, stored_format
 from orthrus.kernels.linear.weight import Parameters, SplitViews, Views, Weight, join_projections
+from orthrus.kernels.rounding import LARGEST
 
 BLOCK = 128
 """Outputs and inputs of a block."""

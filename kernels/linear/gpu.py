@@ -1,7 +1,7 @@
 """Linear layers on a GPU: which kernels run, and where their results go."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,13 +9,14 @@ from torch import Tensor
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import hopper, triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
-from orthrus.kernels.linear.fp8_triton import quantise_rows
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, num_parts
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
 from orthrus.kernels.ranks import add_pairwise, collective
 from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
+from orthrus.kernels.rounding import Rounding, is_fixed
+from orthrus.kernels.rounding_triton import rounded
 from orthrus.kernels.rows.sampling_triton import (
     FURTHER_COLUMNS,
     PICK_COLUMNS,
@@ -58,8 +59,9 @@ class GpuWeight(KernelWeight):
         parts: int,
         picking: tuple[Tensor, ...],
         inputs: Leaves | None,
+        rounding: Rounding | None,
     ) -> None:
-        """Run the layer in the kernel for few rows; for the arguments see `hopper.launch`."""
+        """Run the layer in the kernel for few rows; for the arguments see `hopper.launch`. rounding: only for `TritonWeight`."""
 
     @abstractmethod
     def _tile(
@@ -70,13 +72,12 @@ class GpuWeight(KernelWeight):
         parts: int,
         tiles: LinearTiles | None,
         inputs: Leaves | None,
+        rounding: Rounding | None,
     ) -> None:
-        """Run the layer in the kernel for any rows; for the arguments see `triton.launch`. tiles: None for the usual ones."""
+        """Run the layer in the kernel for any rows; for the arguments see `triton.launch`. tiles: None for the usual ones.
 
-    @property
-    def _rounds_next(self) -> bool:
-        """Whether the kernel that adds the residual and norms also rounds the normed rows to FP8, for the next layer."""
-        return self.dtype == torch.float8_e4m3fn
+        rounding: only for `TritonWeight`.
+        """
 
     def _choose_tiles(self, rows: int, leaves: int) -> LinearTiles:
         """The usual tiles of a layer whose sum has this number of leaves."""
@@ -89,6 +90,7 @@ class GpuWeight(KernelWeight):
         norm_weight: Tensor,
         eps: float,
         num_ar: Tensor | None = None,
+        rounding: Rounding | None = None,
         *,
         tiles: LinearTiles | None = None,
         leaves: int | None = None,
@@ -108,7 +110,7 @@ class GpuWeight(KernelWeight):
         if parts > 1 or peers is not None or ranks is not None:
             out = empty((parts, rows, outs), torch.float32, x.device)
         else:
-            out = empty((rows, outs), x.dtype, x.device)
+            out = empty((rows, outs), residual.dtype, x.device)
         self._run(x, out, num_ar, tiles, parts, inputs)
         if ranks is not None:
             out = ranks.add(add_pairwise(out.unbind()))[None]
@@ -119,7 +121,7 @@ class GpuWeight(KernelWeight):
             eps,
             self.bias if out.dim() == 3 else None,
             self._kernel_num_ar(num_ar),
-            rounded="rows" if self._rounds_next else None,
+            rounding=rounding,
             peers=peers,
         )
 
@@ -188,7 +190,7 @@ class GpuWeight(KernelWeight):
         values = torch.empty(shape, device=x.device, dtype=torch.float32)
         indices = torch.empty(shape, device=x.device, dtype=torch.int32)
         picking = temperatures, keys, wanted, values, indices
-        self._stream(x, logits, self._kernel_num_ar(num_ar), 1, picking, None)
+        self._stream(x, logits, self._kernel_num_ar(num_ar), 1, picking, None, None)
         return values, indices
 
     def _run(
@@ -199,8 +201,12 @@ class GpuWeight(KernelWeight):
         tiles: LinearTiles | None,
         parts: int = 1,
         inputs: Leaves | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
-        """Write the layer's result to out: [rows, outs], or nodes of its tree [parts, rows, outs] without the bias."""
+        """Write the layer's result to out: [rows, outs], or nodes of its tree [parts, rows, outs] without the bias.
+
+        rounding: how `out` stores the result.
+        """
         if x.shape[1] * self.dtype.itemsize % 16:
             raise ValueError(
                 f"a linear layer with {x.shape[1]} inputs of {self.dtype} can't run on a GPU: "
@@ -208,9 +214,9 @@ class GpuWeight(KernelWeight):
             )
         num_ar = self._kernel_num_ar(num_ar)
         if tiles is None and self._streams(x):
-            self._stream(x, out, num_ar, parts, (), inputs)
+            self._stream(x, out, num_ar, parts, (), inputs, rounding)
         else:
-            self._tile(x, out, num_ar, parts, tiles, inputs)
+            self._tile(x, out, num_ar, parts, tiles, inputs, rounding)
 
     def _kernel_num_ar(self, num_ar: Tensor | None) -> Tensor | None:
         """The argument num_ar of the kernels: None for a layer of one view, whose kernels never read it."""
@@ -221,10 +227,13 @@ class GpuWeight(KernelWeight):
 class TritonWeight(DenseLayer, GpuWeight):
     """Weights as plain tensors, for the kernels of `triton` and `hopper`: float16, bfloat16, float32, and FP8 with scales.
 
-    The inputs of FP8 weights are rounded to FP8 first.
+    The inputs of FP8 weights are rounded to FP8 first, unless they have been stored so. Such a layer has a `rounding` and a
+    `result_dtype`, the model's dtype. Its scales take the factor of the inputs into account.
     """
 
     split: Split | None = None
+    rounding: Rounding | None = None
+    result_dtype: torch.dtype | None = None
 
     @property
     def views(self) -> int:
@@ -233,6 +242,31 @@ class TritonWeight(DenseLayer, GpuWeight):
     @property
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
+
+    def with_factor(self, factor: float) -> "TritonWeight":
+        if self.rounding is None:
+            return self
+        assert self.scales is not None and self.rounding.factor is not None
+        scales = self.scales * (self.rounding.factor / factor)
+        return replace(self, scales=scales, rounding=replace(self.rounding, factor=factor))
+
+    def linear_silu_mul(
+        self,
+        x: Tensor,
+        num_ar: Tensor | None = None,
+        rounding: Rounding | None = None,
+        *,
+        tiles: LinearTiles | None = None,
+    ) -> Tensor:
+        """See `Weight`. Gate and up are not rounded before they are multiplied."""
+        if not is_fixed(rounding):
+            return super().linear_silu_mul(x, num_ar, tiles=tiles)
+        out = empty((x.shape[0], self.outs // 2), torch.float8_e4m3fn, x.device)
+        self._run(x, out, num_ar, tiles, rounding=rounding)
+        return out
+
+    def _result_dtype(self, x: Tensor) -> torch.dtype:
+        return self.result_dtype or x.dtype
 
     def _streams(self, x: Tensor) -> bool:
         return hopper.streams(x)
@@ -245,9 +279,9 @@ class TritonWeight(DenseLayer, GpuWeight):
         parts: int,
         picking: tuple[Tensor, ...],
         inputs: Leaves | None,
+        rounding: Rounding | None,
     ) -> None:
-        x, x_scales = self._inputs(x)
-        hopper.launch(x, self, out, num_ar, parts, picking, x_scales, inputs, self._first_token)
+        hopper.launch(self._inputs(x), self, out, num_ar, parts, picking, inputs, rounding, self._first_token)
 
     def _tile(
         self,
@@ -257,11 +291,11 @@ class TritonWeight(DenseLayer, GpuWeight):
         parts: int,
         tiles: LinearTiles | None,
         inputs: Leaves | None,
+        rounding: Rounding | None,
     ) -> None:
-        x, x_scales = self._inputs(x)
         tiles = tiles or self._choose_tiles(x.shape[0], 1)
-        triton.launch(x, self, out, num_ar, parts, tiles, x_scales, inputs)
+        triton.launch(self._inputs(x), self, out, num_ar, parts, tiles, inputs, rounding)
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inputs x [rows, in_features] as the kernels take them, and their scales if they are in FP8."""
-        return (x, None) if self.scales is None else quantise_rows(x)
+    def _inputs(self, x: Tensor) -> Tensor:
+        """The inputs x [rows, in_features] as the kernels take them."""
+        return x if self.rounding is None else rounded(x, self.rounding)

@@ -7,7 +7,6 @@ A layer has one view. The two views of a model are two layers (see `SplitViews`)
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import num_parts
 from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
 from orthrus.kernels.ranks import add_pairwise
+from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.workspace import empty
 
 _CHUNK = 1024
@@ -40,6 +40,10 @@ class GroupedWeight(GroupedLayer, KernelWeight):
 
     split: Split | None = None
 
+    @property
+    def rounding(self) -> Rounding | None:
+        return Rounding(None) if self.rounds_inputs else None
+
     def linear_add_rms_norm(
         self,
         x: Tensor,
@@ -47,6 +51,7 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         norm_weight: Tensor,
         eps: float,
         num_ar: Tensor | None = None,
+        rounding: Rounding | None = None,
         *,
         tiles: LinearTiles | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -61,8 +66,7 @@ class GroupedWeight(GroupedLayer, KernelWeight):
         if ranks is not None:
             out = ranks.add(add_pairwise(out.unbind()))[None]
         bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
-        rounded: Literal["groups"] | None = "groups" if self.rounds_inputs else None
-        return add_rms_norm(out, residual, norm_weight, eps, bias, rounded=rounded, peers=peers)
+        return add_rms_norm(out, residual, norm_weight, eps, bias, rounding=rounding, peers=peers)
 
     def _run(
         self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, parts: int = 1

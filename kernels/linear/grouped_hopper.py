@@ -222,7 +222,7 @@ def _multiply(
                 mbarrier.wait(ring.sums_full.index(0), sums_phase)
                 acc += ring.sums.load(layout)
                 mbarrier.arrive(ring.sums_empty.index(0), count=1)
-            finish(acc, number, grid, bias, out, None, GATED, SPLIT, HAS_BIAS, False)
+            finish(acc, number, grid, bias, out, None, 1.0, GATED, SPLIT, HAS_BIAS, False, False)
         sums_phase ^= 1
 
 

@@ -143,7 +143,7 @@ def _grouped_kernel(
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
         total += tl.load(bias + index, mask=index < num_outs, other=0.0).to(tl.float32)[:, None]
-    store_tile(total, out, row_at, num_rows, out_at, num_rows, num_outs, OUTS, ROWS, GATED, SPLIT)
+    store_tile(total, out, row_at, num_rows, out_at, num_rows, num_outs, 1.0, OUTS, ROWS, GATED, SPLIT, False)
 
 
 _DTYPES = {

@@ -36,6 +36,7 @@ from orthrus.kernels.linear.stream import (
 from orthrus.kernels.linear.stream_finish import Picking, finish, join_leaf, output_scales
 from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import DenseLayer
+from orthrus.kernels.rounding import Rounding, stored_as
 
 MOST_ROWS = 64
 _OUTS = 64
@@ -49,7 +50,6 @@ def _stream_kernel(
     w,
     x,
     w_scales,
-    x_scales,
     bias,
     out,
     num_ar,
@@ -65,6 +65,7 @@ def _stream_kernel(
     all_leaves,
     first_leaf,
     first_token,
+    factor,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -77,6 +78,7 @@ def _stream_kernel(
     WHOLE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PICKS: gl.constexpr,
+    IN_WORDS: gl.constexpr,
     CHAINED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -110,22 +112,15 @@ def _stream_kernel(
         one, two, four = acc, acc, acc
         if SCALED:
             unit = unit_of(number, grid, OUTS, ROWS)
-            row = unit.row_at + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
             scale = output_scales(w_scales, unit, num_outs, OUTS, layout)
-            row_scale = gl.load(x_scales + row, mask=row < unit.row_end, other=0.0)
         for leaf in range(PART_LEAVES):
             acc = gl.zeros((OUTS, ROWS), gl.float32, layout)
             for _ in range(leaf_begin(first + leaf + 1, grid) - leaf_begin(first + leaf, grid)):
                 mbarrier.wait(full.index(stage), phase)
                 weights, rows = w_ring.index(stage), x_ring.index(stage).permute((1, 0))
-                if SCALED:
-                    # The tensor cores sum FP8 products with few bits. So the sum of each step is added to acc outside of them.
-                    product = warpgroup_mma(weights, rows, acc, use_acc=False, is_async=True)
-                    acc += warpgroup_mma_wait(0, deps=(product,))
-                else:
-                    acc = warpgroup_mma(weights, rows, acc, is_async=True)
-                    # Now the product of the previous step is complete, and its stage is empty.
-                    acc = warpgroup_mma_wait(1, deps=(acc,))
+                acc = warpgroup_mma(weights, rows, acc, is_async=True)
+                # Now the product of the previous step is complete, and its stage is empty.
+                acc = warpgroup_mma_wait(1, deps=(acc,))
                 if (done > 0) & (done + STAGES - 1 < total):
                     fetch_weights(w, ring, empty, ahead, True)
                     fetch_rows(x, ring, empty, ahead, True)
@@ -140,8 +135,7 @@ def _stream_kernel(
             acc, one, two, four = join_leaf(acc, leaf, one, two, four, PART_LEAVES)
         if SCALED:
             acc *= scale[:, None]
-            acc *= row_scale[None, :]
-        finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
+        finish(acc, number, grid, bias, out, picking, factor, GATED, SPLIT, HAS_BIAS, PICKS, IN_WORDS)
 
 
 def num_tiles(outs: int) -> int:
@@ -161,8 +155,8 @@ def launch(
     num_ar: Tensor | None,
     parts: int,
     picking: tuple[Tensor, ...] = (),
-    x_scales: Tensor | None = None,
     inputs: Leaves | None = None,
+    rounding: Rounding | None = None,
     first_token: int = 0,
 ) -> None:
     """Write the result of `layer` to out: [rows, outs], or nodes of the tree [parts, rows, outs] without bias if parts > 1.
@@ -170,8 +164,8 @@ def launch(
     picking: empty, or five tensors for picking from the outputs. The temperatures, the noise keys, and whether `out` is wanted
     are those of `Weight.linear_gumbel_argmax`. The best score of each tile (float32) and its token (int32) are written to the
     other two, both [rows, num_tiles].
-    x_scales: the scales of FP8 rows, from `quantise_rows`. inputs: the leaves of the inputs, whose unit is this kernel's step;
-    None for one leaf. first_token: the token of the first output, if tokens are picked.
+    inputs: the leaves of the inputs, whose unit is this kernel's step; None for one leaf. rounding: how `out` stores the result
+    if it is e4m3. first_token: the token of the first output, if tokens are picked.
     """
     rows, ins = x.shape
     outs, views = layer.weights[0].shape[0], len(layer.weights)
@@ -181,11 +175,11 @@ def launch(
     assert inputs.unit == depth and inputs.count % parts == 0, (inputs, parts)
     bias = layer.bias if out.dim() == 2 else None
     scales = layer.scales
+    factor, in_words = stored_as(rounding)
     _stream_kernel[(num_sms(x.device),)](
         tiles_of(layer.weights[0], _OUTS, depth, rows=views * outs),
         tiles_of(x, row_tile, depth),
         out if scales is None else scales,
-        out if x_scales is None else x_scales,
         out if bias is None else bias,
         out,
         out if num_ar is None else num_ar,
@@ -197,6 +191,7 @@ def launch(
         inputs.total,
         inputs.first,
         first_token,
+        factor,
         OUTS=_OUTS,
         ROWS=row_tile,
         DEPTH=depth,
@@ -209,6 +204,7 @@ def launch(
         WHOLE=parts == 1 and inputs.count == inputs.total,
         HAS_BIAS=bias is not None,
         PICKS=bool(picking),
+        IN_WORDS=in_words,
         num_warps=4,
         **chaining(),
     )

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from orthrus.kernels.linear.split import Split
@@ -9,6 +10,7 @@ from orthrus.kernels.linear.types import LinearTiles
 from orthrus.kernels.linear.weight import Weight
 from orthrus.kernels.ranks import Ranks
 from orthrus.kernels.ranks.peer_memory import PeerMemory
+from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.workspace import empty
 
 
@@ -31,6 +33,10 @@ class KernelWeight(Weight):
     @abstractmethod
     def _run(self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None) -> None:
         """Compute the layer into out: [rows, outs], or half as many outputs if it is gated."""
+
+    def _result_dtype(self, x: Tensor) -> torch.dtype:
+        """The model's dtype. x: the layer's inputs."""
+        return x.dtype
 
     @property
     def _peers(self) -> PeerMemory | None:
@@ -55,14 +61,19 @@ class KernelWeight(Weight):
         tiles: LinearTiles | None = None,
     ) -> Tensor:
         if out is None:
-            out = empty((x.shape[0], self.outs), x.dtype, x.device)
+            out = empty((x.shape[0], self.outs), self._result_dtype(x), x.device)
         self._run(x, out, num_ar, tiles)
         return out
 
     def linear_silu_mul(
-        self, x: Tensor, num_ar: Tensor | None = None, *, tiles: LinearTiles | None = None
+        self,
+        x: Tensor,
+        num_ar: Tensor | None = None,
+        rounding: Rounding | None = None,
+        *,
+        tiles: LinearTiles | None = None,
     ) -> Tensor:
-        """See `Weight`. Gate and up are not rounded before they are multiplied."""
-        out = empty((x.shape[0], self.outs // 2), x.dtype, x.device)
+        """See `Weight`. Gate and up are not rounded before they are multiplied. The result is stored as it is."""
+        out = empty((x.shape[0], self.outs // 2), self._result_dtype(x), x.device)
         self._run(x, out, num_ar, tiles)
         return out

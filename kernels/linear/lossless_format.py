@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.device import has_fp8_mma, runs_triton
-from orthrus.kernels.linear.fp8 import round_rows
+from orthrus.kernels.linear.fp8 import UNSCALED
 from orthrus.kernels.linear.lossless import NotPacked, first_plane, pack_lossless
 from orthrus.kernels.linear.lossless_stored import is_stored, join_stored
 from orthrus.kernels.linear.plain import PlainFormat, interleave, stack_views
@@ -55,14 +55,14 @@ class PlaneFormat:
         """See `WeightFormat`."""
         if _on_gpu(views) and has_fp8_mma():
             return LosslessFormat.pack(views, gated=gated, head=head).rough()
-        return pack_rounded(views, _first_plane, round_rows, None, gated=gated, head=head)
+        return pack_rounded(views, _first_plane, UNSCALED, None, gated=gated, head=head)
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
         """See `SplitFormat`."""
         if _on_gpu(views) and has_fp8_mma():
             return LosslessFormat.pack_split(views, split, gated=gated, head=head).rough()
-        return pack_rounded(views, _first_plane, round_rows, split, gated=gated, head=head)
+        return pack_rounded(views, _first_plane, UNSCALED, split, gated=gated, head=head)
 
 
 def _first_plane(weight: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from torch import Tensor
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import lossless_hopper, triton
-from orthrus.kernels.linear.fp8_triton import quantise_rows
 from orthrus.kernels.linear.gpu import GpuWeight, TritonWeight
 from orthrus.kernels.linear.lossless import PLANE_SCALE
 from orthrus.kernels.linear.lossless_triton import lossless_tiles, widen_layer
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import choose_tiles
 from orthrus.kernels.linear.types import LinearTiles, LosslessLayer
+from orthrus.kernels.rounding import Rounding
 
 MOST_PACKED_ROWS = 64
 """The most rows for which `lossless_triton` widens the weights itself. For more rows that takes longer than writing the layer out
@@ -52,6 +52,7 @@ class LosslessWeight(LosslessLayer, GpuWeight):
         parts: int,
         picking: tuple[Tensor, ...],
         inputs: Leaves | None,
+        rounding: Rounding | None,
     ) -> None:
         lossless_hopper.launch(x, self, out, num_ar, parts, picking, inputs, self._first_token)
 
@@ -63,6 +64,7 @@ class LosslessWeight(LosslessLayer, GpuWeight):
         parts: int,
         tiles: LinearTiles | None,
         inputs: Leaves | None,
+        rounding: Rounding | None,
     ) -> None:
         tiles = tiles or self._choose_tiles(x.shape[0], 1)
         layer = widen_layer(self) if self._is_widened(x.shape[0]) else self
@@ -73,27 +75,22 @@ class LosslessWeight(LosslessLayer, GpuWeight):
             return choose_tiles(rows, self.outs, leaves, self.dtype)
         return lossless_tiles(rows, leaves)
 
-    def rough(self) -> "LosslessWeight | PlaneWeight":
-        """The first plane alone, where the GPU multiplies FP8."""
+    def rough(self) -> "LosslessWeight | TritonWeight":
+        """The first plane alone, whose numbers are FP8, where the GPU multiplies these."""
         if not has_fp8_mma():
             return self
         outs, ins = self.outs, self.high.shape[1] * 4
         numbers = self.high.view(torch.float8_e4m3fn).view(self.views, outs, ins)
-        return PlaneWeight(
-            numbers.unbind(), self.bias, self.interleaved, self.scales * PLANE_SCALE, self.split
+        return TritonWeight(
+            numbers.unbind(),
+            self.bias,
+            self.interleaved,
+            self.scales * PLANE_SCALE,
+            self.split,
+            rounding=Rounding(1.0, words=True),
+            result_dtype=torch.bfloat16,
         )
 
     def _is_widened(self, rows: int) -> bool:
         """Whether the layer is written out in bfloat16 for this number of rows."""
         return rows > MOST_PACKED_ROWS and not self.head
-
-
-class PlaneWeight(TritonWeight):
-    """The first plane of weights in 12 bits, whose numbers are FP8. Its inputs are put into the order of the plane's words."""
-
-    @property
-    def _rounds_next(self) -> bool:
-        return False  # That kernel would not write the order of words, which the next layer needs too.
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return quantise_rows(x, in_words=True)

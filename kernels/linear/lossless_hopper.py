@@ -202,7 +202,7 @@ def _multiply(
             mbarrier.arrive(rings.wide_empty.index(last), count=1, pred=steps > 0)
             acc, one, two, four = join_leaf(acc, leaf, one, two, four, PART_LEAVES)
         acc *= scale[:, None]
-        finish(acc, number, grid, bias, out, picking, GATED, SPLIT, HAS_BIAS, PICKS)
+        finish(acc, number, grid, bias, out, picking, 1.0, GATED, SPLIT, HAS_BIAS, PICKS, False)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps", "all_leaves", "first_leaf", "first_token"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from orthrus.kernels.linear.types import GATE_BLOCK, DenseLayer
 from orthrus.kernels.linear.weight import Weight, apply_views
+from orthrus.kernels.rounding import Rounding, rounded
 from orthrus.kernels.rows.activation import silu_mul
 
 _ROW_TILE = 16
@@ -31,11 +32,13 @@ class DenseWeight(DenseLayer, Weight):
         out = product(x, self.weights[view])
         return out if self.bias is None else out.add_(self.bias[view])
 
-    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, rounding: Rounding | None = None
+    ) -> Tensor:
         gate_up = self.linear(x, num_ar)
         if self.interleaved:
             gate_up = gate_up.unflatten(1, (-1, 2, GATE_BLOCK)).transpose(1, 2).flatten(1)
-        return silu_mul(gate_up)
+        return rounded(silu_mul(gate_up), rounding)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from orthrus.kernels.linear.stream import silu_mul, unit_of
+from orthrus.kernels.rounding_triton import place_in_words
 from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
 
@@ -81,12 +82,17 @@ def finish(
     bias,
     out,
     picking,
+    factor,
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PICKS: gl.constexpr,
+    IN_WORDS: gl.constexpr,
 ):
-    """Store the sums of a unit, [outs, rows], or pick from them. picking: `Picking` if PICKS, else not used."""
+    """Store the sums of a unit, [outs, rows], or pick from them. picking: `Picking` if PICKS, else not used.
+
+    factor, IN_WORDS: how they are stored if `out` is e4m3, see `Rounding`.
+    """
     OUTS: gl.constexpr = acc.shape[0]
     ROWS: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = acc.type.layout
@@ -116,7 +122,12 @@ def finish(
         gl.store(picking.best + tile, best, mask=live)
         gl.store(picking.best_tokens + tile, token, mask=live)
     if stored:
-        goal = row_index[None, :].to(gl.int64) * width + index[:, None]
+        place = index
+        if IN_WORDS:
+            place = place_in_words(index)
+        goal = row_index[None, :].to(gl.int64) * width + place[:, None]
         if SPLIT:
             goal += unit.part * grid.work.num_rows.to(gl.int64) * num_outs
+        if out.dtype.element_ty == gl.float8e4nv:
+            result *= factor
         gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""The tiles of the linear layers on a GPU. Only `leaf_unit`, with the leaves of a layer, and `_fp8_tiles` decide bits."""
+"""The tiles of the linear layers on a GPU. Only `leaf_unit`, with the leaves of a layer, decides bits, and in FP8 `split` too."""
 
 from functools import cache
 
@@ -67,12 +67,12 @@ def choose_tiles(rows: int, out_features: int, leaves: int, dtype: torch.dtype) 
 
 
 def _fp8_tiles(rows: int, few: bool) -> LinearTiles:
-    """Tiles for FP8. All have the depth of `hopper`'s steps, and a part for each leaf: both decide bits."""
-    if rows <= 64:
-        return LinearTiles(64, rows_of_tile(rows, 16, 32, 64), 256, few, 4, 4)
+    """Tiles for FP8. All have a part for each leaf, because each part is multiplied by the scales before the parts are added."""
     if rows <= 128:
-        return LinearTiles(64, 128, 256, few, 4, 4)
-    return LinearTiles(128, 128, 256, few, 8, 3)
+        return LinearTiles(64, rows_of_tile(rows, 16, 32, 64, 128), 256, few, 4, 4)
+    if rows <= 256:
+        return LinearTiles(64, 256, 128, few, 4, 5)
+    return LinearTiles(128, 256, 128, few, 8, 4)
 
 
 def leaf_unit(dtype: torch.dtype) -> int:

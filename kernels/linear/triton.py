@@ -23,6 +23,7 @@ from orthrus.kernels.linear.epilogue import store_tile
 from orthrus.kernels.linear.lossless_triton import sum_lossless
 from orthrus.kernels.linear.tiles import leaf_unit
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles, LosslessLayer
+from orthrus.kernels.rounding import Rounding, stored_as
 
 
 @triton.jit
@@ -36,18 +37,13 @@ def _sum(
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
-    SCALED: tl.constexpr,
 ):
     """Sum over inputs begin .. end: float32 [OUTS, ROWS]. Reading past the weight's inputs, outputs or rows gives zeros."""
     total = tl.zeros((OUTS, ROWS), tl.float32)
     for k in range(begin, end, DEPTH):
         weights = w.load([out_at, k])
         rows = x.load([row_at, k])
-        if SCALED:
-            # The tensor cores sum FP8 products with few bits. So the sum of each step is added to the total outside of them.
-            total += tl.dot(weights, rows.T)
-        else:
-            total = tl.dot(weights, rows.T, total, input_precision="ieee")
+        total = tl.dot(weights, rows.T, total, input_precision="ieee")
     return total
 
 
@@ -64,7 +60,6 @@ def _linear_kernel(
     exceptions,
     x,
     w_scales,
-    x_scales,
     bias,
     out,
     scratch,
@@ -75,6 +70,7 @@ def _linear_kernel(
     all_units,
     all_leaves,
     first_leaf,
+    factor,
     OUTS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -86,9 +82,10 @@ def _linear_kernel(
     PART_LEAVES: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """SCALED: whether weights and rows are FP8 numbers with scales. LOSSLESS: whether the weights are in 12 bits. Then `w` has
+    """SCALED: whether the weights are FP8 numbers with scales. LOSSLESS: whether the weights are in 12 bits. Then `w` has
     their first plane, and `w_low` the second."""
     # Neighbouring programs share a weight tile, over a band of row tiles. Both stay in the L2 cache.
     BAND: tl.constexpr = 16
@@ -131,7 +128,7 @@ def _linear_kernel(
                 w, w_low, exceptions, x, weight_at, row_at, begin, end, steps, OUTS, ROWS, DEPTH
             )
         else:
-            total = _sum(w, x, weight_at, row_at, begin, end, OUTS, ROWS, DEPTH, SCALED)
+            total = _sum(w, x, weight_at, row_at, begin, end, OUTS, ROWS, DEPTH)
         if PART_LEAVES > 1:
             if leaf % 2 == 0:
                 one = total
@@ -151,14 +148,13 @@ def _linear_kernel(
     if SCALED or LOSSLESS:
         index = out_at + tl.arange(0, OUTS)
         total *= tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
-    if SCALED:
-        row = row_at + tl.arange(0, ROWS)
-        total *= tl.load(x_scales + row, mask=row < row_end, other=0.0)[None, :]
     if HAS_BIAS:
         index = out_at + tl.arange(0, OUTS)
         offset = tl.load(bias + view * num_outs + index, mask=index < num_outs, other=0.0)
         total += offset.to(tl.float32)[:, None]
-    store_tile(total, out, row_at, row_end, out_at, num_rows, num_outs, OUTS, ROWS, GATED, SPLIT)
+    store_tile(
+        total, out, row_at, row_end, out_at, num_rows, num_outs, factor, OUTS, ROWS, GATED, SPLIT, IN_WORDS
+    )
 
 
 def launch(
@@ -168,15 +164,16 @@ def launch(
     num_ar: Tensor | None,
     parts: int,
     tiles: LinearTiles,
-    x_scales: Tensor | None = None,
     inputs: Leaves | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Write the result of `layer` to out: [rows, outs], or nodes of the tree [parts, rows, outs] without the bias.
 
-    x_scales: the scales of FP8 rows, from `quantise_rows`. inputs: the leaves of the inputs; None for one leaf.
+    inputs: the leaves of the inputs; None for one leaf. rounding: how `out` stores the result if it is e4m3.
     """
     rows, ins = x.shape
     outs, scales = layer.outs, layer.scales
+    factor, in_words = stored_as(rounding)
     lossless = isinstance(layer, LosslessLayer)
     views = layer.high.shape[0] // outs if isinstance(layer, LosslessLayer) else len(layer.weights)
     # The views' weights are contiguous in memory. A tile may read into the next view's weight, but does not store that.
@@ -204,7 +201,6 @@ def launch(
         exceptions,
         TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [tiles.rows, tiles.depth]),
         out if scales is None else scales,
-        out if x_scales is None else x_scales,
         out if bias is None else bias,
         out,
         scratch,
@@ -215,17 +211,19 @@ def launch(
         inputs.units,
         inputs.total,
         inputs.first,
+        factor,
         OUTS=tiles.outs,
         ROWS=tiles.rows,
         DEPTH=tiles.depth,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
-        SCALED=x_scales is not None,
+        SCALED=not lossless and scales is not None,
         LOSSLESS=lossless,
         UNIT=inputs.unit,
         PART_LEAVES=part_leaves,
         SPLIT=split,
         HAS_BIAS=bias is not None,
+        IN_WORDS=in_words,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **chaining(),

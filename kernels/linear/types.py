@@ -111,8 +111,7 @@ class LosslessLayer:
 class LinearTiles:
     """How a launch is cut into tiles. This changes no bit of the result, except with FP8 weights of one scale per output (`fp8`).
 
-    There `depth` decides bits, because the sum of each step is added to the total outside the tensor cores. So does `split`,
-    because the sum of each part is multiplied by the scales before the parts are added.
+    There `split` decides bits, because the sum of each part is multiplied by the scales before the parts are added.
     """
 
     # Outputs of a tile.

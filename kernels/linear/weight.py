@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.linear.split import Split
+from orthrus.kernels.rounding import Rounding, rounded
 from orthrus.kernels.rows.activation import silu_mul
 from orthrus.kernels.rows.rms_norm import rms_norm
 from orthrus.kernels.rows.sampling import best_tokens, gumbel_argmax
@@ -30,11 +31,23 @@ ROUGH_FORMATS = {"lossless12": "lossless8"}
 """For each format whose memory another format can read at lower precision (see `Weight.rough`): the name of that format."""
 
 
+FIXED_FORMATS = ("fp8", "lossless8")
+"""The formats whose inputs are rounded with a fixed factor: see `Weight.with_factor`."""
+
+
 class Weight(ABC):
     """The weight of a linear layer, one for each of its views, and the layer's bias.
 
     A format must define `nbytes` and `linear`. It may override the other operations with fused kernels.
+
+    The inputs of every operation may be stored as the property `rounding` says. Where an operation has an argument `rounding`, it
+    is that of the layer that takes the result. The result may then be stored so, or as it is.
     """
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """How the kernel before may store the layer's inputs. None: as they are."""
+        return None
 
     @property
     @abstractmethod
@@ -43,22 +56,33 @@ class Weight(ABC):
 
     @abstractmethod
     def linear(self, x: Tensor, num_ar: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x [rows, in_features] times the weight, plus the bias: [rows, out_features] in x's dtype.
+        """x [rows, in_features] times the weight, plus the bias: [rows, out_features] in the model's dtype.
 
         num_ar: int32 [1], required by every operation if the layer has two views, and ignored if it has one. The first num_ar
         rows use the AR view's weight, the others the diffusion view's. out: a tensor for the result, of any floating dtype.
         """
 
-    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, rounding: Rounding | None = None
+    ) -> Tensor:
         """silu(gate) * up of a layer that was packed as `gated`: x [rows, in_features] -> [rows, out_features / 2]."""
-        return silu_mul(self.linear(x, num_ar))
+        return rounded(silu_mul(self.linear(x, num_ar)), rounding)
 
     def linear_add_rms_norm(
-        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, num_ar: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        num_ar: Tensor | None = None,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """hidden = residual + linear(x), and hidden's RMS norm: both [rows, out_features]."""
+        """hidden = residual + linear(x), and hidden's RMS norm: both [rows, out_features].
+
+        The norm may be stored as `rounding` says.
+        """
         hidden = residual + self.linear(x, num_ar)
-        return hidden, rms_norm(hidden, norm_weight, eps)
+        return hidden, rounded(rms_norm(hidden, norm_weight, eps), rounding)
 
     def linear_gumbel_argmax(
         self,
@@ -86,6 +110,10 @@ class Weight(ABC):
 
     def rough(self) -> "Weight":
         """The weight for draft passes, whose results may be rough. If the format allows it, less of the same memory is read."""
+        return self
+
+    def with_factor(self, factor: float) -> "Weight":
+        """The same weight, whose inputs are rounded with this factor if the format has a fixed one: see `Rounding`."""
         return self
 
 
@@ -138,8 +166,10 @@ class SplitViews(Weight):
         result = apply_views([weight.linear for weight in self._views], x, num_ar)
         return result if out is None else out.copy_(result)
 
-    def linear_silu_mul(self, x: Tensor, num_ar: Tensor | None = None) -> Tensor:
-        return apply_views([weight.linear_silu_mul for weight in self._views], x, num_ar)
+    def linear_silu_mul(
+        self, x: Tensor, num_ar: Tensor | None = None, rounding: Rounding | None = None
+    ) -> Tensor:
+        return rounded(apply_views([weight.linear_silu_mul for weight in self._views], x, num_ar), rounding)
 
 
 def apply_views(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, num_ar: Tensor | None) -> Tensor:

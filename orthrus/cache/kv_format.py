@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orthrus.kernels.attention import AttentionPlan
+    from orthrus.kernels.rounding import Rounding
     from orthrus.kernels.rows.types import KVWrites
     from orthrus.models.config import ModelConfig
 
@@ -44,10 +45,15 @@ class KVLayer(Protocol):
         """
         ...
 
-    def attend(self, qkv: "Tensor", attention: "AttentionPlan", scale: float) -> "Tensor":
-        """Attention of all rows to what `attention` says they see: [rows, heads * head_dim] in the dtype of `qkv`.
+    def attend(
+        self, qkv: "Tensor", attention: "AttentionPlan", scale: float, rounding: "Rounding | None" = None
+    ) -> "Tensor":
+        """Attention of all rows to what `attention` says they see: [rows, heads * head_dim].
 
-        qkv: as `write` left it. scale: the factor on the products of queries and keys.
+        It is in the dtype of `qkv`, or stored as `rounding` says.
+
+        qkv: as `write` left it. scale: the factor on the products of queries and keys. rounding: that of the layer that takes the
+        result.
         """
         ...
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from orthrus.kernels.attention import AttentionPlan, paged_attention
+from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.rows.qk_norm_rope import qk_norm_rope
 from orthrus.kernels.rows.types import KVWrites
 
@@ -44,5 +45,7 @@ class PlainLayer:
     ) -> None:
         qk_norm_rope(qkv, qk_norm, cos, sin, eps, num_ar, writes, *self.slots)
 
-    def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
-        return paged_attention(qkv, self.keys, self.values, attention, scale)
+    def attend(
+        self, qkv: Tensor, attention: AttentionPlan, scale: float, rounding: Rounding | None = None
+    ) -> Tensor:
+        return paged_attention(qkv, self.keys, self.values, attention, scale, rounding)

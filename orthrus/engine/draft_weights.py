@@ -34,7 +34,7 @@ def check_draft_weights(config: EngineConfig, shard: Shard, *, multiplies_fp8: b
     multiplies_fp8: whether the device is a GPU with FP8 tensor cores, or a CPU, where copies are for tests.
     """
     copies = draft_format(config, shard.model)
-    if copies in COPY_BYTES and not multiplies_fp8:
+    if copies is not None and not multiplies_fp8:
         raise ConfigError(
             f"draft_weights {copies!r} needs a GPU with FP8 tensor cores, which those of compute capability 8.9 and later have: "
             "set draft_weights to auto or same"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     # Only for annotations. Reading a configuration must not import torch, which takes seconds.
     from torch import Tensor
 
+    from orthrus.models.factors import Factors
     from orthrus.models.layer import DecoderLayer, LayerSplit
 
 _OPTIONAL = (
@@ -275,6 +276,17 @@ class Family(ABC):
             qk_norm=self.qk_norm,
             after_norm=self.norm_behind(config, index),
         )
+
+    def factors(
+        self, config: ModelConfig, tensors: Mapping[str, "Tensor"], index: int, norm: "Tensor"
+    ) -> "Factors":
+        """The factors for drafts in FP8 of layer `index`, to which its `with_factors` is applied.
+
+        tensors: the layer's, by their names. norm: the weight of the norm before the layer.
+        """
+        from orthrus.models.factors import Factors
+
+        return Factors.of(tensors, f"{self.layer_prefix}.{index}", norm, config.view_suffixes)
 
     def norm_before(self, index: int) -> str:
         """Name of the norm before the attention of layer `index`."""

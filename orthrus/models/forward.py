@@ -73,7 +73,7 @@ class LayerParallelForward:
                 self.exact = LayerStack.pack(config, tensors, weight_format, split, tokens)
             else:
                 self.exact, self.draft = LayerStack.pack_apart(
-                    config, tensors, weight_format, draft_format, split, tokens
+                    config, tensors, weight_format, draft_format, split, tokens, self._first_norm
                 )
         except ConfigError:
             raise
@@ -138,9 +138,11 @@ class LayerParallelForward:
             plan.tokens, plan.positions, picks, self._embedding, self._first_norm, eps, self._cos, self._sin
         )
         hidden, normed = start.hidden, start.normed
-        for layer, kv in zip((stack or self.exact).layers, cache.layers, strict=True):
+        layers = (stack or self.exact).layers
+        behind = [*(layer.rounding for layer in layers[1:]), None]
+        for layer, kv, rounding in zip(layers, cache.layers, behind, strict=True):
             start_layer()
-            hidden, normed = layer(hidden, normed, start.cos, start.sin, plan, kv)
+            hidden, normed = layer(hidden, normed, start.cos, start.sin, plan, kv, rounding)
         return normed
 
     @torch.inference_mode()

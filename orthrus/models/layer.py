@@ -9,7 +9,9 @@ from torch import Tensor
 from orthrus.cache.kv_format import KVLayer
 from orthrus.kernels.linear import Parameters, Split, Weight, pack_weight
 from orthrus.kernels.ranks import Ranks
+from orthrus.kernels.rounding import Rounding
 from orthrus.models.config import ModelConfig
+from orthrus.models.factors import Factors
 from orthrus.models.shard import Shard
 from orthrus.plan import PassPlan
 
@@ -52,9 +54,24 @@ class DecoderLayer:
     eps: float
 
     @property
+    def rounding(self) -> Rounding | None:
+        """How the norm before the layer may store the layer's inputs."""
+        return self.qkv.rounding
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights of the layer's linear layers."""
         return self.qkv.nbytes + self.out.nbytes + self.gate_up.nbytes + self.down.nbytes
+
+    def with_factors(self, factors: Factors) -> "DecoderLayer":
+        """The layer, whose inputs of linear layers are rounded with these factors, if their format has fixed ones."""
+        return replace(
+            self,
+            qkv=self.qkv.with_factor(factors.normed),
+            out=self.out.with_factor(factors.attended),
+            gate_up=self.gate_up.with_factor(factors.mlp_normed),
+            down=self.down.with_factor(factors.gated),
+        )
 
     def rough(self) -> "DecoderLayer":
         """The layer for drafts, with `Weight.rough` of the weights that both views share."""
@@ -130,19 +147,22 @@ class DecoderLayer:
         sin: Tensor,
         plan: PassPlan,
         kv: KVLayer,
+        rounding: Rounding | None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer on all rows of a pass. Writes the AR rows' keys and values to the cache.
 
         hidden, normed [rows, hidden_size]: the residual stream, and the same after the layer's first norm. cos, sin
-        [rows, 1, head_dim]: the rows' rotary angles. kv: this layer's part of the cache.
+        [rows, 1, head_dim]: the rows' rotary angles. kv: this layer's part of the cache. rounding: that of the next layer.
         Returns the residual stream behind the layer, and the same after `after_norm`.
         """
         qkv = self.qkv.linear(normed, plan.num_ar).unflatten(1, (-1, self.head_dim))
         kv.write(qkv, self.qk_norm, cos, sin, self.eps, plan.num_ar, plan.writes)
-        attended = kv.attend(qkv, plan.attention, self.head_dim**-0.5)
-        hidden, normed = self.out.linear_add_rms_norm(attended, hidden, self.mlp_norm, self.eps, plan.num_ar)
-        gated = self.gate_up.linear_silu_mul(normed, plan.num_ar)
-        return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps, plan.num_ar)
+        attended = kv.attend(qkv, plan.attention, self.head_dim**-0.5, self.out.rounding)
+        hidden, normed = self.out.linear_add_rms_norm(
+            attended, hidden, self.mlp_norm, self.eps, plan.num_ar, self.gate_up.rounding
+        )
+        gated = self.gate_up.linear_silu_mul(normed, plan.num_ar, self.down.rounding)
+        return self.down.linear_add_rms_norm(gated, hidden, self.after_norm, self.eps, plan.num_ar, rounding)
 
 
 def _take_qk_norms(config: ModelConfig, tensors: MutableMapping[str, Tensor], prefix: str) -> Tensor:

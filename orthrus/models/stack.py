@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from orthrus.kernels.linear import ROUGH_FORMATS, Weight, pack_weight
+from orthrus.kernels.linear import FIXED_FORMATS, ROUGH_FORMATS, Weight, pack_weight
 from orthrus.models.config import ModelConfig
 from orthrus.models.dense import dequantised
+from orthrus.models.factors import norm_factor
 from orthrus.models.families import family_of
 from orthrus.models.layer import DecoderLayer, LayerSplit
 
@@ -54,11 +55,13 @@ class LayerStack:
         draft_format: str,
         split: LayerSplit,
         tokens: slice,
+        first_norm: Tensor,
     ) -> "tuple[LayerStack, LayerStack]":
         """A stack of the AR view, and one of the diffusion view in `draft_format`, which has copies of what the views share.
 
         If both formats can use the same memory, the stacks share it, and there are no copies. Copies are made layer by layer, so
-        that the memory of what they replace is freed at once. The parameters are those of `pack`.
+        that the memory of what they replace is freed at once. The parameters are those of `pack`. first_norm: the weight of the
+        norm before the first layer.
         """
         family = family_of(config)
         share = draft_format in (weight_format, ROUGH_FORMATS.get(weight_format))
@@ -66,9 +69,12 @@ class LayerStack:
         heads = _pack_heads(config, tensors, split, tokens, *formats)
         ar, diffusion = config.view_suffixes
 
-        def pack(index: int) -> tuple[DecoderLayer, DecoderLayer]:
+        def pack(index: int, norm: Tensor) -> tuple[DecoderLayer, DecoderLayer, Tensor]:
+            """The layers of both stacks, and the norm behind them. norm: the one before them."""
             # A dictionary for the drafts, because packing takes tensors out of it.
             own = _layer(config, tensors, index)
+            behind = own[family.norm_behind(config, index)]
+            factors = family.factors(config, own, index, norm) if draft_format in FIXED_FORMATS else None
             if not share and config.quantization is not None:
                 own = dequantised(own, tensors[family.embedding].dtype)
             exact = family.layer(config, tensors, index, weight_format, (ar,), split)
@@ -76,11 +82,18 @@ class LayerStack:
             draft = family.layer(config, own, index, draft_format, (diffusion,), split, shared)
             for name in _names(config, tensors, index):
                 del tensors[name]  # The diffusion view's, which are left.
-            return exact, draft
+            return exact, draft if factors is None else draft.with_factors(factors), behind
 
-        exact, drafts = zip(*map(pack, range(config.num_hidden_layers)), strict=True)
+        exact: list[DecoderLayer] = []
+        drafts: list[DecoderLayer] = []
+        norm = first_norm
+        for index in range(config.num_hidden_layers):
+            exact_layer, draft_layer, norm = pack(index, norm)
+            exact.append(exact_layer)
+            drafts.append(draft_layer)
         draft_head = heads[0].rough() if share else heads[-1]
-        return LayerStack(exact, heads[0]), LayerStack(drafts, draft_head)
+        draft_head = draft_head.with_factor(norm_factor(norm))
+        return LayerStack(tuple(exact), heads[0]), LayerStack(tuple(drafts), draft_head)
 
 
 def _layer(config: ModelConfig, tensors: MutableMapping[str, Tensor], index: int) -> dict[str, Tensor]:

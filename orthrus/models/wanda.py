@@ -16,6 +16,7 @@ from orthrus.cache.kv_format import KVLayer
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.kernels.linear import Weight
 from orthrus.kernels.ranks import ONE_RANK
+from orthrus.kernels.rounding import Rounding
 from orthrus.models.config import ModelConfig
 from orthrus.models.families import family_of
 from orthrus.models.forward import LayerParallelForward
@@ -54,6 +55,9 @@ class _Recorded(Weight):
 class _PruningLayer:
     """A layer that prunes its weights when it is called, and then runs with the pruned weights."""
 
+    rounding: Rounding | None = None
+    """Pruned layers take their inputs as they are."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -71,7 +75,14 @@ class _PruningLayer:
         return family.layer(self._config, dict(self._tensors), self._index, "plain", views, self._split)
 
     def __call__(
-        self, hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, plan: PassPlan, kv: KVLayer
+        self,
+        hidden: Tensor,
+        normed: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: PassPlan,
+        kv: KVLayer,
+        rounding: Rounding | None,
     ) -> tuple[Tensor, Tensor]:
         layer = self._pack()
         recorded = {field: _Recorded(getattr(layer, field)) for field in set(_INPUTS.values())}
@@ -82,7 +93,7 @@ class _PruningLayer:
             gate_up=recorded["gate_up"],
             down=recorded["down"],
         )
-        recording(hidden, normed, cos, sin, plan, kv)
+        recording(hidden, normed, cos, sin, plan, kv, rounding)
         prefix = f"{family_of(self._config).layer_prefix}.{self._index}."
         for name in [name for name in self._tensors if name.startswith(prefix)]:
             field = _INPUTS.get(name.split(".")[-2])
@@ -91,7 +102,7 @@ class _PruningLayer:
             norms = recorded[field].norms
             assert norms is not None, "the layer has run"
             self._tensors[name] = self._prune(self._tensors[name], norms)
-        return self._pack()(hidden, normed, cos, sin, plan, kv)
+        return self._pack()(hidden, normed, cos, sin, plan, kv, rounding)
 
 
 def prune_by_inputs(

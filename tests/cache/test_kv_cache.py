@@ -12,6 +12,7 @@ from orthrus.cache.kv_formats import KV_FORMATS, kv_bytes_per_token
 from orthrus.cache.plain import PlainKVFormat
 from orthrus.cache.plain_layer import PlainLayer
 from orthrus.kernels.attention import AttentionPlan
+from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.rows.types import KVWrites
 from orthrus.models.checkpoint import load_weights
 from orthrus.models.config import ModelConfig
@@ -45,8 +46,10 @@ class NegatedLayer(PlainLayer):
         written = torch.cat([writes.slots[: int(num_ar)], writes.more_slots[:further]])
         self.slots[1][:, written] *= -1
 
-    def attend(self, qkv: Tensor, attention: AttentionPlan, scale: float) -> Tensor:
-        return PlainLayer(self.keys, -self.values).attend(qkv, attention, scale)
+    def attend(
+        self, qkv: Tensor, attention: AttentionPlan, scale: float, rounding: Rounding | None = None
+    ) -> Tensor:
+        return PlainLayer(self.keys, -self.values).attend(qkv, attention, scale, rounding)
 
 
 class NegatedFormat(PlainKVFormat):

@@ -10,7 +10,7 @@ import torch
 
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import auto_draft_format, copies_bytes, reads_one_plane
+from orthrus.engine.draft_weights import auto_draft_format, check_draft_weights, copies_bytes, reads_one_plane
 from orthrus.engine.sizing import choose_weight_format
 from orthrus.errors import ConfigError
 from orthrus.models.families import load_config
@@ -90,6 +90,17 @@ def test_the_memory_of_12_bits_is_counted(shape: str, least: float, most: float)
         weight_bytes(Shard(model), 2, lossless=True) - 2 * head
     )
     assert 1.9 * head < extra < 2.1 * head, "the embedding in full beside the head in 12 bits"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"draft_weights": "fp8"}, {"draft_weights": "lossless8", "weights": "lossless12"}]
+)
+def test_drafts_in_fp8_need_a_gpu_that_multiplies_it(settings: dict[str, Any]) -> None:
+    model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
+    config = EngineConfig.model_validate({"model": "m"} | settings)
+    check_draft_weights(config, Shard(model), multiplies_fp8=True)
+    with pytest.raises(ConfigError, match="needs a GPU with FP8 tensor cores"):
+        check_draft_weights(config, Shard(model), multiplies_fp8=False)
 
 
 def test_auto_drafts_read_8_bits_and_take_no_copies() -> None:

@@ -8,12 +8,13 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
+from orthrus.kernels import rounding_triton
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.kernels.linear import fp8
-from orthrus.kernels.linear.fp8_triton import RoundedRows, quantise_rows
 from orthrus.kernels.linear.gpu import TritonWeight
 from orthrus.kernels.linear.reference import DenseWeight
 from orthrus.kernels.linear.weight import Parameters, pack_weight
+from orthrus.kernels.rounding import Rounding, rounded
 from orthrus.kernels.rows.sampling import gumbel_argmax, noise_keys
 from tests.gpu.test_kernels import DEVICE, ROWS, error, int32, randn
 
@@ -44,22 +45,53 @@ def layer_of(
 
 
 def rows_of(rows: int, ins: int) -> Tensor:
-    return randn(rows, ins, seed=1) * torch.rand(rows, 1, device=DEVICE).mul_(6).exp2_().bfloat16()
+    # Not a seed of the weights: sums of products with one sign lose several percent, since the tensor cores keep few bits.
+    return randn(rows, ins, seed=99) * torch.rand(rows, 1, device=DEVICE).mul_(6).exp2_().bfloat16()
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    return torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
 def exact_rows(x: Tensor) -> Tensor:
     """The inputs as the kernels multiply them: rounded, in float64."""
-    return fp8.round_rows(x.double())
+    return rounded(x.float(), fp8.UNSCALED).double()
 
 
 @pytest.mark.parametrize("ins", [4096, 12288, 304])
-def test_rows_are_rounded_to_the_numbers_of_the_reference(ins: int) -> None:
+@pytest.mark.parametrize("rounding", [Rounding(0.25), Rounding(64.0, words=True)])
+def test_rows_are_rounded_to_the_numbers_of_the_reference(ins: int, rounding: Rounding) -> None:
+    """Some are too large: they become the largest number of e4m3."""
     x = rows_of(70, ins)
-    x[3] = 0
     for part in (x, x[:, 16:]):
-        got, expected = quantise_rows(part), fp8.quantise_rows(part)
-        assert torch.equal(got[1], expected[1])
-        assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
+        assert same(rounding_triton.rounded(part, rounding), rounded(part.float(), rounding))
+
+
+@pytest.mark.parametrize("rows", [1, 33, 100, 300, 600])
+@pytest.mark.parametrize("rounding", [Rounding(0.25), Rounding(64.0, words=True)])
+def test_results_are_stored_for_the_next_layer(rows: int, rounding: Rounding) -> None:
+    layer, _ = layer_of(4096, ins=4096)
+    gated, _ = layer_of(208, 208, ins=4096, gated=True)
+    x, residual, norm = rows_of(rows, 4096), randn(rows, 4096, seed=2), randn(4096, seed=3)
+    hidden, normed = layer.linear_add_rms_norm(x, residual, norm, 1e-6, rounding=rounding)
+    plain = layer.linear_add_rms_norm(x, residual, norm, 1e-6)
+    assert torch.equal(hidden, plain[0]) and same(normed, rounded(plain[1].float(), rounding))
+    # Not rounded to bfloat16 before.
+    wide = gated.linear_silu_mul(x)
+    got = gated.linear_silu_mul(x, rounding=rounding).view(torch.uint8).view(torch.float8_e4m3fn)
+    torch.testing.assert_close(got.float(), rounded(wide.float(), rounding).float(), rtol=0.13, atol=2**-8)
+
+
+@pytest.mark.parametrize("rounding", [Rounding(0.25), Rounding(64.0, words=True)])
+@pytest.mark.parametrize("sequences", [1, 20])
+def test_attention_is_stored_for_the_next_layer(rounding: Rounding, sequences: int) -> None:
+    """One sequence is divided among programs, and of 20 some are not."""
+    from orthrus.kernels.attention import paged_attention
+    from orthrus.kernels.bench import AttentionCase
+
+    case = AttentionCase(sequences, 8, 1000, diffusion=True)
+    plain, got = (paged_attention(case.qkv, *case.cache, case.plans[0], 0.1, how) for how in (None, rounding))
+    torch.testing.assert_close(got.float(), rounded(plain.float(), rounding).float(), rtol=0.13, atol=2**-8)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +124,7 @@ def test_linear_is_near_the_reference_and_batch_invariant(
 @pytest.mark.parametrize("width", [12288, 200])
 def test_gated_linear_is_near_the_reference_and_batch_invariant(width: int) -> None:
     layer, exact = layer_of(width, width, ins=4096, gated=True)
-    x = randn(600, 4096, seed=1)
+    x = randn(600, 4096, seed=99)
     full = layer.linear_silu_mul(x)
     assert error(full[:100], exact.linear_silu_mul(exact_rows(x[:100]))) < 1e-2
     for rows in ROWS:
@@ -114,11 +146,6 @@ def test_residual_linear_is_near_the_reference_and_batch_invariant(outs: int, in
             got = layer.linear_add_rms_norm(x[part], residual[part], norm, 1e-6)
             assert torch.equal(got[0], full[0][part]), (rows, start)
             assert torch.equal(got[1], full[1][part]), (rows, start)
-            assert isinstance(got[1], RoundedRows)
-            for rounded, expected in zip(
-                quantise_rows(got[1]), fp8.quantise_rows(full[1][part]), strict=True
-            ):
-                assert torch.equal(rounded.float(), expected.float())
 
 
 @pytest.mark.parametrize("rows", [1, 33, 64, 100])

@@ -125,7 +125,11 @@ def test_a_norm_rounds_groups_as_the_next_layer_would() -> None:
     layer, _, _ = layer_of("fp8", 4096, ins=4096)
     for rows in (1, 33):
         _, normed = layer.linear_add_rms_norm(
-            randn(rows, 4096, seed=1), randn(rows, 4096, seed=2), randn(4096, seed=3), 1e-6
+            randn(rows, 4096, seed=1),
+            randn(rows, 4096, seed=2),
+            randn(4096, seed=3),
+            1e-6,
+            rounding=layer.rounding,
         )
         assert isinstance(normed, RoundedGroups)
         made, alone = quantise_inputs(normed), quantise_inputs(normed[:])

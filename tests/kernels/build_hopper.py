@@ -58,14 +58,20 @@ def build(
 
 
 def build_linear(
-    dtype: str, rows: int, *, gated: bool = False, part_leaves: int = 1, picks: bool = False
+    dtype: str,
+    rows: int,
+    *,
+    gated: bool = False,
+    part_leaves: int = 1,
+    picks: bool = False,
+    stored: str = "bf16",
 ) -> None:
+    """stored: the dtype of the results; those in e4m3 are in the order of words."""
     depth = 256 if dtype == "fp8e4nv" else 128
     pointers = {
         "w_scales": "*fp32",
-        "x_scales": "*fp32",
         "bias": "*bf16",
-        "out": "*bf16",
+        "out": f"*{stored}",
         "num_ar": "*i32",
         "temperatures": "*fp32",
         "keys": "*i32",
@@ -79,7 +85,8 @@ def build_linear(
         linear._stream_kernel,
         {"w": tile(dtype, 64, depth), "x": tile(dtype, rows, depth)}
         | pointers
-        | dict.fromkeys(numbers, "i32"),
+        | dict.fromkeys(numbers, "i32")
+        | {"factor": "fp32"},
         {
             "OUTS": 64,
             "ROWS": rows,
@@ -93,6 +100,7 @@ def build_linear(
             "WHOLE": part_leaves == 1,
             "HAS_BIAS": False,
             "PICKS": picks,
+            "IN_WORDS": stored == "fp8e4nv",
             "CHAINED": True,
             "num_warps": 4,
         },
@@ -192,13 +200,14 @@ def build_lossless(rows: int, *, gated: bool = False, part_leaves: int = 1, pick
     )
 
 
-def build_attention() -> None:
+def build_attention(words: bool = False) -> None:
+    """words: whether results are stored as e4m3 in the order of words."""
     whole, piece = tile("bf16", 64, 128), tile("bf16", 16, 64)
     tiles = {"k_pages": whole, "v_pages": whole, "k_pieces": piece, "v_pieces": piece, "rows_desc": whole}
     pointers = {
         "qkv": "*bf16",
         "work": "*i32",
-        "out": "*bf16",
+        "out": "*fp8e4nv" if words else "*bf16",
         "accs": "*fp32",
         "tops": "*fp32",
         "norms": "*fp32",
@@ -206,7 +215,7 @@ def build_attention() -> None:
     build(
         "attention",
         attention._attention_kernel,
-        tiles | pointers | {"num_slots": "i32", "scale": "fp32", "spare": "i32"},
+        tiles | pointers | {"num_slots": "i32", "scale": "fp32", "spare": "i32", "factor": "fp32"},
         {
             "PER_KV": 4,
             "KV_HEADS": 8,
@@ -219,6 +228,7 @@ def build_attention() -> None:
             "PROGRAMS": 132,
             "QUERY_TILE": gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16),
             "TRIMS_END": True,
+            "IN_WORDS": words,
             "CHAINED": True,
         },
     )
@@ -228,6 +238,7 @@ if __name__ == "__main__":
     build_linear("bf16", 16, picks=True)
     build_linear("bf16", 32, gated=True)
     build_linear("fp8e4nv", 32, part_leaves=2)
+    build_linear("fp8e4nv", 32, gated=True, stored="fp8e4nv")
     build_grouped(4, 8, gated=True)
     build_grouped(4, 32, codes=True, gated=True)
     build_grouped(4, 64, codes=True)
@@ -237,3 +248,4 @@ if __name__ == "__main__":
     build_lossless(64, gated=True, part_leaves=8)
     build_lossless(128, part_leaves=2)
     build_attention()
+    build_attention(words=True)

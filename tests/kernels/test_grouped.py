@@ -82,10 +82,11 @@ def test_a_norm_rounds_groups_as_the_next_layer_would() -> None:
     """Only scales are compared to the bit: the interpreter loses carries when it rounds numbers. tests/gpu compares numbers."""
     from orthrus.kernels.linear.add_rms_norm import add_rms_norm
     from orthrus.kernels.linear.blocks_triton import RoundedGroups, quantise_inputs
+    from orthrus.kernels.rounding import Rounding
 
     draw = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(5, 304, generator=draw) for _ in range(2))
-    _, normed = add_rms_norm(x, residual, torch.randn(304, generator=draw), 1e-6, rounded="groups")
+    _, normed = add_rms_norm(x, residual, torch.randn(304, generator=draw), 1e-6, rounding=Rounding(None))
     assert isinstance(normed, RoundedGroups)
     made = quantise_inputs(normed)
     assert made == (normed.numbers, normed.scales), "nothing is left to do"

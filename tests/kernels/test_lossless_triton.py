@@ -6,14 +6,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from orthrus.kernels import rounding_triton
 from orthrus.kernels.leaves import Leaves
 from orthrus.kernels.linear import triton
-from orthrus.kernels.linear.fp8_triton import quantise_rows
+from orthrus.kernels.linear.gpu import TritonWeight
 from orthrus.kernels.linear.lossless import PLANE_SCALE, first_plane, high_bytes, pack_lossless
-from orthrus.kernels.linear.lossless_gpu import LosslessWeight, PlaneWeight
+from orthrus.kernels.linear.lossless_gpu import LosslessWeight
 from orthrus.kernels.linear.lossless_triton import widen_layer
 from orthrus.kernels.linear.reference import DenseWeight
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
+from orthrus.kernels.rounding import Rounding, rounded
 from tests.kernels.interpreted import assert_near, int32, interpreted, randn
 
 pytestmark = interpreted
@@ -97,12 +99,18 @@ def test_operations_match_the_reference(rows: int) -> None:
 def test_the_first_plane_multiplies_rows_in_the_order_of_its_words() -> None:
     x, layer = randn(20, 384, seed=2), layer_of(128, 384, exceptions=3)
     packed = pack_lossless(layer)
-    numbers, scales = quantise_rows(x, in_words=True)
-    in_order, same = quantise_rows(x)
-    assert torch.equal(scales, same)
-    assert torch.equal(high_bytes(numbers.view(torch.int32)), in_order.view(torch.uint8))
-    weights = packed.high.view(torch.float8_e4m3fn)
-    plane = PlaneWeight((weights,), packed.bias, False, packed.scales * PLANE_SCALE)
-    rounded = in_order.double() * scales.double()[:, None]
-    exact = rounded @ first_plane(packed)[0].double().T + _bias(layer)
+    rounding = Rounding(8.0, words=True)
+    numbers = rounding_triton.rounded(x, rounding)
+    assert torch.equal(
+        high_bytes(numbers.view(torch.int32)), rounding_triton.rounded(x, Rounding(8.0)).view(torch.uint8)
+    )
+    assert torch.equal(
+        high_bytes(rounded(x, rounding).view(torch.int32)), rounded(x, Rounding(8.0)).view(torch.uint8)
+    )
+    weights, scales = packed.high.view(torch.float8_e4m3fn), packed.scales * PLANE_SCALE / 8.0
+    plane = TritonWeight(
+        (weights,), packed.bias, False, scales, rounding=rounding, result_dtype=torch.float32
+    )
+    in_order = high_bytes(numbers.view(torch.int32)).view(torch.float8_e4m3fn).double() / 8.0
+    exact = in_order @ first_plane(packed)[0].double().T + _bias(layer)
     assert_near(plane.linear(x, tiles=LinearTiles(64, 16, 128)), exact)

@@ -17,10 +17,11 @@ from orthrus.kernels.attention import (
 from orthrus.kernels.attention.moving_blocks import MovingBlock, block_list
 from orthrus.kernels.attention.place_blocks import place_blocks
 from orthrus.kernels.attention.work_list import plan_work
+from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.rows.sampling import noise_keys
 from tests.ptx.launches import Edit, emulating
 from tests.ptx.machine import Way
-from tests.ptx.tensors import check, int32, randn, unset
+from tests.ptx.tensors import check, check_stored, int32, randn, unset
 
 PAGE, KV_HEADS, QUERIES, KEYS = 64, 2, 64, 64
 CAPACITY = 1000
@@ -78,13 +79,15 @@ class Pass:
         work = AttentionWork(torch.from_numpy(numbers), CAPACITY if divide else 0)
         self.plan = AttentionPlan(groups, PAGE, per_kv, CPU, work)
 
-    def run(self, way: Way, programs: int, edit: Edit | None = None) -> Tensor:
+    def run(
+        self, way: Way, programs: int, edit: Edit | None = None, rounding: Rounding | None = None
+    ) -> Tensor:
         work = self.plan.work
         assert work is not None
         rows, all_heads, dim = self.qkv.shape
         heads = all_heads - 2 * KV_HEADS
         width = max(16, 1 << (dim - 1).bit_length())
-        out = unset(rows, heads * dim)
+        out = unset(rows, heads * dim, dtype=torch.float8_e4m3fn if rounding else torch.bfloat16)
         # Each of a program's two lanes has records beside those of divided rows.
         spare = work.capacity * heads
         places = spare + 2 * programs * QUERIES
@@ -93,12 +96,12 @@ class Pass:
         records = accs, tops, norms
         with emulating(hopper, way, chained=(self.qkv, out, *records), edit=edit):
             hopper.launch(
-                self.qkv, self.keys, self.values, self.plan, self.scale * LOG2_E, out, records,
+                self.qkv, self.keys, self.values, self.plan, self.scale * LOG2_E, out, records, rounding,
                 spare=spare, queries=QUERIES, keys=KEYS, width=width, programs=programs,
             )  # fmt: skip
         if work.capacity:
             with emulating(merge, way, chained=(out, *records)):
-                merge.merge_records(work, out, records, dim=dim, width=width, programs=4)
+                merge.merge_records(work, out, records, rounding, dim=dim, width=width, programs=4)
         return out
 
     def exact(self, groups: tuple[AttentionGroup, ...]) -> Tensor:
@@ -113,6 +116,13 @@ def check_groups(
 ) -> None:  # fmt: skip
     made = Pass(groups, per_kv, dim, divide, shared=True)
     check(made.run(way, programs, edit), made.exact(groups), 6e-3)
+
+
+def check_results_in_e4m3(way: Way, divide: int, rounding: Rounding) -> None:
+    """Rows of both views, stored for the next layer."""
+    groups = groups_of([(20, 200, False), (3, 129, True)])
+    made = Pass(groups, 4, 128, divide, shared=True)
+    check_stored(made.run(way, 2, rounding=rounding), made.exact(groups), rounding)
 
 
 def check_shapes(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from orthrus.kernels.rounding import Rounding, rounded
+
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -15,6 +17,11 @@ def int32(*values: int) -> Tensor:
 def unset(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """NaN everywhere, so that `check` sees what was not written."""
     return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def check_stored(got: Tensor, exact: Tensor, rounding: Rounding) -> None:
+    """got: e4m3 numbers, NaN where nothing was written. A number that is almost halfway between two may become either of them."""
+    check(got.float(), rounded(exact, rounding).float(), 0.02)
 
 
 def check(got: Tensor, exact: Tensor, tolerance: float = 4e-3) -> None:

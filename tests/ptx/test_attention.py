@@ -17,6 +17,16 @@ def test_causal_rows_and_a_diffusion_block(divide: int, way: Way) -> None:
     attention.check_shapes(way, [(20, 200, False), (3, 129, True)], 4, 128, divide)
 
 
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("divide", [0, 8], ids=["whole", "divided"])
+@emulated
+def test_results_in_e4m3(divide: int, words: bool) -> None:
+    from orthrus.kernels.rounding import Rounding
+    from tests.ptx import attention
+
+    attention.check_results_in_e4m3(FEW_WAYS[0], divide, Rounding(64.0, words))
+
+
 @pytest.mark.parametrize("divide", [0, 8], ids=["whole", "divided"])
 @emulated
 def test_tree_of_drafts(divide: int) -> None:

@@ -128,6 +128,6 @@ def test_write_beyond_a_tensor_is_found() -> None:
     from tests.ptx.tensors import unset
 
     layer, _ = linear.make_layer(1, 192, 512, fp8=False)
-    x, _, _ = linear.make_inputs(16, 512, fp8=False)
+    x, _ = linear.make_inputs(16, 512, fp8=False)
     with pytest.raises(EmulationError, match="out of bounds"):
         linear.launch(WAYS[0], x, layer, unset(16, 191), None, 1)

@@ -27,6 +27,16 @@ def test_fp8(way: Way) -> None:
 
 
 @two_ways
+@pytest.mark.parametrize("words", [False, True])
+@emulated
+def test_results_in_e4m3(words: bool, way: Way) -> None:
+    from orthrus.kernels.rounding import Rounding
+    from tests.ptx import linear
+
+    linear.check_results_in_e4m3(way, 20, Rounding(256.0, words))
+
+
+@two_ways
 @pytest.mark.parametrize("warm", [False, True])
 @emulated
 def test_picks(warm: bool, way: Way) -> None:
