@@ -9,8 +9,8 @@ range. No calibration with text is needed. Three of the four tensors of a layer 
   |w * g| is the 2-norm of the weights times g. Attention returns means of values.
 
 Usual numbers are about sqrt(n) smaller than these bounds, which is far inside of the range. What gate and up give is a product of
-two such numbers, and would be about n times smaller than its bound. That is too small. So the factor brings the largest
-|gate * g| * |up * g| of a neuron to 1 at most. A number that is more than 448 times as large becomes 448.
+two such numbers, and would be about n times smaller than its bound. That is too small. So the factor brings the median of
+|gate * g| * |up * g| over all neurons to 1 at most. A number that is more than 448 times as large becomes 448.
 """
 
 import math
@@ -67,11 +67,10 @@ class Factors:
             bound = max(bound, float(largest))
         mlp_norm = found[f"{mlp}.weight"]
         gated = _sizes(found[f"{gate}.weight"], mlp_norm) * _sizes(found[f"{up}.weight"], mlp_norm)
+        used = gated[gated > 0]
+        median = float(used.median()) if len(used) else 0.0
         return Factors(
-            norm_factor(norm),
-            _factor(bound, LARGEST),
-            norm_factor(mlp_norm),
-            _factor(float(gated.max()), 1.0),
+            norm_factor(norm), _factor(bound, LARGEST), norm_factor(mlp_norm), _factor(median, 1.0)
         )
 
 

@@ -84,6 +84,12 @@ def test_the_numbers_of_the_mlp_are_far_inside_of_the_range(size: float) -> None
     gate, up = (x @ tensors[f"l.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
     gated = torch.nn.functional.silu(gate) * up * factors.gated
     assert is_power_of_two(factors.gated)
+    # One neuron with large weights changes nothing for the others, and half of them may be zeros.
+    for name in ("gate", "up"):
+        tensors[f"l.mlp.{name}_proj.weight"][0] *= 1000
+        tensors[f"l.mlp.{name}_proj.weight"][INNER // 2 :] = 0
+    changed = Factors.of(tensors, "l", randn(WIDTH, seed=0), VIEWS).gated
+    assert factors.gated / 2 <= changed <= 2 * factors.gated
     assert float(gated.square().mean().sqrt()) > 0.02 and float(gated.abs().max()) < LARGEST / 8
 
 
