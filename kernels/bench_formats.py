@@ -95,7 +95,7 @@ class Model:
         if self.format == "fp8":
             times["round rows"] = part_time(lambda i: rounded(x, UNSCALED))
             x, inner = (rounded(wide, UNSCALED) for wide in (x, inner))
-        _, _, gate_up, down = layers[0]
+        qkv, _, gate_up, down = layers[0]
         parts: dict[str, Callable[[int], object]] = {
             "qkv": lambda i: layers[i][0].linear(x),
             "o, norm": lambda i: layers[i][1].linear_add_rms_norm(
@@ -103,7 +103,7 @@ class Model:
             ),
             "gate, up": lambda i: layers[i][2].linear_silu_mul(x, rounding=down.rounding),
             "down, norm": lambda i: layers[i][3].linear_add_rms_norm(
-                inner, residual, self.norm, 1e-6, rounding=layers[i][0].rounding
+                inner, residual, self.norm, 1e-6, rounding=qkv.rounding
             ),
         }
         return times | {name: part_time(part) for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""Rounding inputs on a GPU: for layers whose inputs come from a kernel that has not done so, and the order of words."""
+"""How kernels store numbers as `Rounding` says, and a kernel for inputs that come from one which has not done so."""
 
 import torch
 import triton
@@ -15,9 +15,20 @@ _COLUMNS = 1024
 
 
 @triton.jit
-def place_in_words(index):
-    """The place of an input of a row in the order of words: the opposite of `rounding.word_order`."""
-    return index // 16 * 16 + index % 8 // 2 * 4 + index % 2 * 2 + 1 - index % 16 // 8
+def stored_place(index, IN_WORDS: tl.constexpr):
+    """Where a row stores its number `index`: in the order of words (the opposite of `rounding.word_order`), or there."""
+    place = index
+    if IN_WORDS:
+        place = index // 16 * 16 + index % 8 // 2 * 4 + index % 2 * 2 + 1 - index % 16 // 8
+    return place
+
+
+@triton.jit
+def stored_value(value, factor, dtype: tl.constexpr):
+    """A value as a tensor of this dtype stores it: times the factor if it is e4m3. Too large numbers become the largest."""
+    if dtype == tl.float8e4nv:
+        value = value.to(tl.float32) * factor
+    return value.to(dtype)
 
 
 @triton.jit
@@ -30,11 +41,9 @@ def _round_kernel(
     if CHAINED:
         gdc_launch_dependents()
         gdc_wait()
-    value = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    place = column
-    if IN_WORDS:
-        place = place_in_words(column)
-    tl.store(numbers + row * width + place, (value * factor).to(tl.float8e4nv), mask=inside)
+    value = tl.load(x + row * stride + column, mask=inside, other=0.0)
+    goal = numbers + row * width + stored_place(column, IN_WORDS)
+    tl.store(goal, stored_value(value, factor, numbers.dtype.element_ty), mask=inside)
 
 
 def rounded(x: Tensor, rounding: Rounding) -> Tensor:

@@ -32,7 +32,7 @@ from orthrus.kernels.attention.items import (
     take_step,
 )
 from orthrus.kernels.attention.softmax import Records, Softmax
-from orthrus.kernels.rounding_triton import place_in_words
+from orthrus.kernels.rounding_triton import stored_place, stored_value
 
 
 @gluon.jit
@@ -63,7 +63,7 @@ def _pointers(
     ones = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     mask = gl.convert_layout(inside, of_query)[:, None, None] & (eights < DIM)[None, :, None]
     if IN_WORDS:
-        eights, ones = eights // 16 * 16 + 1 - eights % 16 // 8, place_in_words(ones) - 1
+        eights, ones = eights // 16 * 16 + 1 - eights % 16 // 8, stored_place(ones, True) - 1
     pointers = (base + gl.convert_layout(first, of_query))[:, None, None] + ones[None, None, :]
     return pointers + eights[None, :, None], mask
 
@@ -273,10 +273,12 @@ def consume(
                 walk = next_segment(walk, keys, step)
         if divided == 0:
             result = span.acc * gl.convert_layout(1.0 / gl.where(inside, span.norm, 1.0), wide)[:, None]
-            if out.dtype.element_ty == gl.float8e4nv:
-                result *= factor
             goal = ((item.first_row + row) * HEADS + head).to(gl.int64) * DIM
             out_at, mask = _pointers(out, goal, inside, DIM, WIDTH, eights_layout, IN_WORDS)
-            gl.store(out_at, result.to(out.dtype.element_ty).reshape((QUERIES, WIDTH // 8, 8)), mask=mask)
+            gl.store(
+                out_at,
+                stored_value(result, factor, out.dtype.element_ty).reshape((QUERIES, WIDTH // 8, 8)),
+                mask=mask,
+            )
     if CHAINED:
         gdc_wait()  # Programs without an item wait too: this launch must not finish before the previous one.

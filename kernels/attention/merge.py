@@ -10,7 +10,7 @@ from orthrus.kernels.attention.softmax import Records, initial, load, merge, res
 from orthrus.kernels.attention.types import AttentionWork
 from orthrus.kernels.device import chaining
 from orthrus.kernels.rounding import Rounding, stored_as
-from orthrus.kernels.rounding_triton import place_in_words
+from orthrus.kernels.rounding_triton import stored_place
 
 _HEADS = 4
 """Heads of a program if there are many rows. Each has a warp. If there are few, a program has one head and so one warp."""
@@ -48,7 +48,7 @@ def _merge_kernel(
     records = Records(accs, tops, norms)
     groups = tl.cdiv(heads, HEADS)
     dims = tl.arange(0, WIDTH)
-    place = place_in_words(dims) if IN_WORDS else dims
+    place = stored_place(dims, IN_WORDS)
     for unit in range(tl.program_id(0), num_divided * groups, tl.num_programs(0)):
         divided = load_divided_row(work + rows_at, unit // groups)
         span_ends = work + divided.span_ends_at

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from orthrus.kernels.rounding_triton import stored_value
+
 
 class Softmax(NamedTuple):
     """The state of an online softmax over the keys so far, for some queries."""
@@ -64,10 +66,7 @@ def result(soft, inside, factor, dtype: tl.constexpr):
 
     factor: what it is multiplied by if `dtype` is e4m3, see `Rounding`.
     """
-    mean = soft.acc * (1.0 / tl.where(inside, soft.norm, 1.0))[:, None]
-    if dtype == tl.float8e4nv:
-        mean *= factor
-    return mean.to(dtype)
+    return stored_value(soft.acc * (1.0 / tl.where(inside, soft.norm, 1.0))[:, None], factor, dtype)
 
 
 @triton.jit

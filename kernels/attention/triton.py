@@ -28,7 +28,7 @@ from orthrus.kernels.attention.softmax import Records, initial, load, merge, res
 from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import chaining
 from orthrus.kernels.rounding import Rounding, stored_as
-from orthrus.kernels.rounding_triton import place_in_words
+from orthrus.kernels.rounding_triton import stored_place
 
 
 @triton.jit
@@ -154,8 +154,7 @@ def _attention_kernel(
         if divided == 0:
             goal = ((item.first_row + row) * heads + head).to(tl.int64) * DIM
             value = result(span, inside, factor, out.dtype.element_ty)
-            place = place_in_words(dims) if IN_WORDS else dims
-            tl.store(out + goal[:, None] + place[None, :], value, mask=mask)
+            tl.store(out + goal[:, None] + stored_place(dims, IN_WORDS)[None, :], value, mask=mask)
     if CHAINED:
         gdc_wait()  # Programs without an item wait too: this launch must not finish before the previous one.
 

@@ -11,7 +11,7 @@ from orthrus.kernels.linear.blocks_triton import RoundedGroups, empty_groups, ro
 from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import exchange_row
 from orthrus.kernels.rounding import Rounding, is_fixed, stored_as
-from orthrus.kernels.rounding_triton import place_in_words
+from orthrus.kernels.rounding_triton import stored_place, stored_value
 from orthrus.kernels.workspace import empty
 
 
@@ -42,7 +42,6 @@ def _add_rms_norm_kernel(
     RANKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TWO_VIEWS: tl.constexpr,
-    ROUNDED: tl.constexpr,
     IN_WORDS: tl.constexpr,
     GROUPED: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -89,13 +88,8 @@ def _add_rms_norm_kernel(
     value *= tl.rsqrt(tl.sum(value * value) / width + eps)
     # Rounded before the product with the weight, as in Qwen3's own code.
     value = value.to(dtype) * scale
-    if ROUNDED:
-        place = column
-        if IN_WORDS:
-            place = place_in_words(column)
-        tl.store(normed + row * width + place, (value.to(tl.float32) * factor).to(tl.float8e4nv), mask=inside)
-    else:
-        tl.store(normed + row * width + column, value, mask=inside)
+    goal = normed + row * width + stored_place(column, IN_WORDS)
+    tl.store(goal, stored_value(value, factor, normed.dtype.element_ty), mask=inside)
     if GROUPED:
         groups = value.to(tl.float32).reshape((WIDTH // 128, 128))
         number, group_scales = round_groups(groups)
@@ -155,7 +149,6 @@ def add_rms_norm(
         RANKS=1 if peers is None else peers.size,
         HAS_BIAS=bias is not None,
         TWO_VIEWS=bias is not None and bias.shape[0] > 1,
-        ROUNDED=is_fixed(rounding),
         IN_WORDS=in_words,
         GROUPED=grouped,
         # With so many warps, all loads of a thread are in flight at once. With more loads per thread, the compiler would save

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from orthrus.kernels.rounding_triton import place_in_words
+from orthrus.kernels.rounding_triton import stored_place, stored_value
 
 
 @triton.jit
@@ -25,12 +25,7 @@ def store_tile(
     row_index = row_at + tl.arange(0, ROWS)
     out_index = out_at + tl.arange(0, total.shape[0])
     inside = (row_index < row_end)[None, :] & (out_index < width)[:, None]
-    place = out_index
-    if IN_WORDS:
-        place = place_in_words(out_index)
-    offset = row_index[None, :].to(tl.int64) * width + place[:, None]
+    offset = row_index[None, :].to(tl.int64) * width + stored_place(out_index, IN_WORDS)[:, None]
     if SPLIT:
         offset += tl.program_id(1) * num_rows.to(tl.int64) * num_outs
-    if out.dtype.element_ty == tl.float8e4nv:
-        total *= factor
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offset, stored_value(total, factor, out.dtype.element_ty), mask=inside)

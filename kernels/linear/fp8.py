@@ -89,7 +89,7 @@ def _round_weight(weight: Tensor) -> Tensor:
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights x [rows, ins] as e4m3 numbers [rows, ins] and float32 scales [rows]: x is about the numbers times the scales.
+    """x [rows, ins] as e4m3 numbers [rows, ins] and float32 scales [rows]: x is about the numbers times the scales.
 
     The largest number of a row, in magnitude, is `LARGEST`. A row of zeros has scale 1.
     """

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from orthrus.kernels.linear.stream import silu_mul, unit_of
-from orthrus.kernels.rounding_triton import place_in_words
+from orthrus.kernels.rounding_triton import stored_place, stored_value
 from orthrus.kernels.rows.sampling_triton import nan_to_inf, perturb
 
 
@@ -122,12 +122,7 @@ def finish(
         gl.store(picking.best + tile, best, mask=live)
         gl.store(picking.best_tokens + tile, token, mask=live)
     if stored:
-        place = index
-        if IN_WORDS:
-            place = place_in_words(index)
-        goal = row_index[None, :].to(gl.int64) * width + place[:, None]
+        goal = row_index[None, :].to(gl.int64) * width + stored_place(index, IN_WORDS)[:, None]
         if SPLIT:
             goal += unit.part * grid.work.num_rows.to(gl.int64) * num_outs
-        if out.dtype.element_ty == gl.float8e4nv:
-            result *= factor
-        gl.store(out + goal, result.to(out.dtype.element_ty), mask=inside)
+        gl.store(out + goal, stored_value(result, factor, out.dtype.element_ty), mask=inside)

@@ -85,7 +85,7 @@ def _linear_kernel(
     IN_WORDS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """SCALED: whether the weights are FP8 numbers with scales. LOSSLESS: whether the weights are in 12 bits. Then `w` has
+    """SCALED: whether the sums of outputs are multiplied by scales. LOSSLESS: whether the weights are in 12 bits. Then `w` has
     their first plane, and `w_low` the second."""
     # Neighbouring programs share a weight tile, over a band of row tiles. Both stay in the L2 cache.
     BAND: tl.constexpr = 16
@@ -145,7 +145,7 @@ def _linear_kernel(
                                 tl.debug_barrier()
                             else:
                                 total = tl.load(scratch + held) + total
-    if SCALED or LOSSLESS:
+    if SCALED:
         index = out_at + tl.arange(0, OUTS)
         total *= tl.load(w_scales + view * num_outs + index, mask=index < num_outs, other=0.0)[:, None]
     if HAS_BIAS:
@@ -217,7 +217,7 @@ def launch(
         DEPTH=tiles.depth,
         TWO_VIEWS=views > 1,
         GATED=layer.interleaved,
-        SCALED=not lossless and scales is not None,
+        SCALED=scales is not None,
         LOSSLESS=lossless,
         UNIT=inputs.unit,
         PART_LEAVES=part_leaves,

@@ -8,7 +8,7 @@ range. No calibration with text is needed. Three of the four tensors of a layer 
 - A value is v = w x + b, where x is such a row. By the inequality of Cauchy and Schwarz, |v| <= sqrt(n) * |w * g| + |b|, where
   |w * g| is the 2-norm of the weights times g. Attention returns means of values.
 
-Usual numbers are about sqrt(n) smaller than these bounds, which is far inside of the range. What gate and up give is a product of
+Usual numbers are about sqrt(n) smaller than these bounds, which is well inside the range. What gate and up give is a product of
 two such numbers, and would be about n times smaller than its bound. That is too small. So the factor brings the median of
 |gate * g| * |up * g| over all neurons to 1 at most. A number that is more than 448 times as large becomes 448.
 """

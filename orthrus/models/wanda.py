@@ -6,13 +6,12 @@ pruned one after the other, as in the paper: each is calibrated on what the prun
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
-from orthrus.cache.kv_format import KVLayer
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.kernels.linear import Weight
 from orthrus.kernels.ranks import ONE_RANK
@@ -74,16 +73,8 @@ class _PruningLayer:
         family, views = family_of(self._config), self._config.view_suffixes
         return family.layer(self._config, dict(self._tensors), self._index, "plain", views, self._split)
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        normed: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        plan: PassPlan,
-        kv: KVLayer,
-        rounding: Rounding | None,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run the layer. inputs: those of `DecoderLayer`."""
         layer = self._pack()
         recorded = {field: _Recorded(getattr(layer, field)) for field in set(_INPUTS.values())}
         recording = replace(
@@ -93,7 +84,7 @@ class _PruningLayer:
             gate_up=recorded["gate_up"],
             down=recorded["down"],
         )
-        recording(hidden, normed, cos, sin, plan, kv, rounding)
+        recording(*inputs)
         prefix = f"{family_of(self._config).layer_prefix}.{self._index}."
         for name in [name for name in self._tensors if name.startswith(prefix)]:
             field = _INPUTS.get(name.split(".")[-2])
@@ -102,7 +93,7 @@ class _PruningLayer:
             norms = recorded[field].norms
             assert norms is not None, "the layer has run"
             self._tensors[name] = self._prune(self._tensors[name], norms)
-        return self._pack()(hidden, normed, cos, sin, plan, kv, rounding)
+        return self._pack()(*inputs)
 
 
 def prune_by_inputs(
