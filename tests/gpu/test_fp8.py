@@ -76,9 +76,8 @@ def test_results_are_stored_for_the_next_layer(rows: int, rounding: Rounding) ->
     hidden, normed = layer.linear_add_rms_norm(x, residual, norm, 1e-6, rounding=rounding)
     plain = layer.linear_add_rms_norm(x, residual, norm, 1e-6)
     assert torch.equal(hidden, plain[0]) and same(normed, rounded(plain[1].float(), rounding))
-    # Not rounded to bfloat16 before.
-    wide = gated.linear_silu_mul(x)
-    got = gated.linear_silu_mul(x, rounding=rounding).view(torch.uint8).view(torch.float8_e4m3fn)
+    # This kernel does not round to bfloat16 first, so the last place may differ.
+    wide, got = gated.linear_silu_mul(x), gated.linear_silu_mul(x, rounding=rounding)
     torch.testing.assert_close(got.float(), rounded(wide.float(), rounding).float(), rtol=0.13, atol=2**-8)
 
 

@@ -76,7 +76,7 @@ def test_values_of_both_views_never_exceed_the_largest_number(size: float, bias:
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
-def test_the_numbers_of_the_mlp_are_far_inside_of_the_range(size: float) -> None:
+def test_the_numbers_of_the_mlp_are_well_inside_the_range(size: float) -> None:
     tensors = layer(size)
     factors = Factors.of(tensors, "l", randn(WIDTH, seed=0), VIEWS)
     mlp_norm = tensors["l.post_attention_layernorm.weight"]

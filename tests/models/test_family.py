@@ -151,15 +151,15 @@ def test_a_family_may_rename_tensors(checkpoint: Path) -> None:
     assert torch.equal(engine(checkpoint).score(PROMPTS[0]), expected)
 
 
-@pytest.mark.parametrize("weights", ["same", "fp8"])
+@pytest.mark.parametrize(("weights", "least"), [("same", 1.25), ("fp8", 1.2)])
 def test_drafts_of_its_diffusion_view_are_accepted(
-    model: LlamaForCausalLM, checkpoint: Path, weights: str
+    model: LlamaForCausalLM, checkpoint: Path, weights: str, least: float
 ) -> None:
     ours = engine(with_diffusion(checkpoint), schedule="orthrus", adaptive_draft=False, draft_weights=weights)
     for prompt, completions in zip(PROMPTS, ours.generate(PROMPTS, GREEDY), strict=True):
         assert list(completions[0].token_ids) == greedy(model, prompt)
     # Drafts of a view that read the wrong weights would be right once in 96 times.
-    assert ours.stats.tokens_per_cycle > 1.2
+    assert ours.stats.tokens_per_cycle > least
 
 
 def test_its_checkpoint_is_written_as_hugging_faces(checkpoint: Path, tmp_path: Path) -> None:
