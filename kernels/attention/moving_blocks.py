@@ -41,7 +41,7 @@ def last_right(drafts: Sequence[int], parents: Sequence[int] | None, picks: Sequ
     return last, right
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MovingBlock:
     """A draft block whose position depends on the picks of the previous pass."""
 

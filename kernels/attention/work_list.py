@@ -152,9 +152,9 @@ def plan_work(
         items += tree.items(runs, used)
         divided += tree.divided_rows(runs, used, span_ends)
         used += records
+    shares = [max(_SHORTEST, -(-keys * lanes // programs)) for lanes in (1, 2)]
     for tile in tiles:
-        share = max(_SHORTEST, -(-keys * (1 + (tile.num_rows > tile_rows)) // programs))
-        parts = _divide(tile, share)
+        parts = _divide(tile, shares[tile.num_rows > tile_rows])
         bits = [bit for part in parts for bit in part.span_ends]
         if not parts or used + tile.num_rows * len(bits) > capacity:
             items.append(tile)
@@ -281,7 +281,9 @@ def _tiles(groups: Sequence[AttentionGroup], most_rows: int) -> tuple[list[Item]
     branches = {i for i, group in enumerate(groups) if group.shared >= segment_start(1)}
     first = 0
     while first < len(groups):
-        end = next(i for i in range(first + 1, len(groups) + 1) if i not in branches)
+        end = first + 1
+        while end in branches:
+            end += 1
         own: list[Item] = []
         for group in groups[first:end]:
             own += _tiles_of(group, len(tables), most_rows)
@@ -341,6 +343,8 @@ def _trunk(tiles: Sequence[Item], shared: int, most_rows: int) -> list[Item]:
 
 def _divide(tile: Item, share: int) -> list[_Part]:
     """The tile in parts of about `share` keys; none if it is not worth dividing."""
+    if tile.num_keys < share:
+        return []  # With many sequences that is every tile, so it is checked first.
     runs = _runs(tile.num_keys, share)
     if len(runs) < 2:
         return []

@@ -217,7 +217,7 @@ class EngineCore:
                 if part.num_scoring:
                     score_prompt(part, done.launched.logits[first:scored])
                 if part.num_logits > part.num_scoring:
-                    chunk = self._commit(part, picked, done.launched.logits[scored:row], records)
+                    chunk = self._commit(part, picked, done.launched.logits, scored, records)
                     if chunk is not None:
                         chunks.append(chunk)
             self._tell(done, records)
@@ -228,11 +228,13 @@ class EngineCore:
         part: PlannedTurn,
         picks: list[list[int]],
         logits: Tensor,
+        first_row: int,
         records: list[TurnRecord] | None,
     ) -> Chunk | None:
         """Turn a part's picks into tokens, and append these to the sequence. Returns their chunk, or None if there is none.
 
-        picks: one list for each group. logits: [rows with picks, vocab_size]. records: gets the record of the turn.
+        picks: one list for each group. logits: [rows, vocab_size] of the pass. first_row: where the part's rows with picks begin
+        in it. records: gets the record of the turn.
         """
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])
@@ -271,7 +273,7 @@ class EngineCore:
             self._scheduler.name_pages(sequence)
         if sequence.finish_reason is not None:
             self._finish(sequence)
-        return tokens_chunk(sequence, turn, commit, taken, logits, first, error)
+        return tokens_chunk(sequence, turn, commit, taken, logits, first_row, first, error)
 
     def _fail(self, sequence: SequenceState, error: str, param: str | None = None) -> Chunk:
         """End a sequence that cannot go on, with an error chunk. param: the request's field that is at fault, if any."""

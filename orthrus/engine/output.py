@@ -97,21 +97,23 @@ def tokens_chunk(
     commit: Commit,
     tokens: list[int],
     logits: Tensor,
+    first_row: int,
     first: bool,
     error: str | None,
 ) -> Chunk:
-    """The chunk of a turn. logits [at least len(tokens), vocab_size]: of the turn's rows that have them.
+    """The chunk of a turn. logits: [rows, vocab_size] of the pass. first_row: where the turn's rows begin in it.
 
     tokens: those of `commit` that were appended. first: whether it is the sequence's first chunk.
     """
-    top = sequence.params.logprobs
-    if top is not None and commit.rows is not None:
-        logits = logits[list(commit.rows)]
+    top, logprobs = sequence.params.logprobs, None
+    if top is not None:
+        own = logits[first_row:] if commit.rows is None else logits[[first_row + row for row in commit.rows]]
+        logprobs = token_logprobs(own[: len(tokens)], tokens, top)
     return Chunk(
         request_id=sequence.request_id,
         index=sequence.index,
         token_ids=tuple(tokens),
-        logprobs=None if top is None else token_logprobs(logits[: len(tokens)], tokens, top),
+        logprobs=logprobs,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         stats=None if sequence.finish_reason is None else sequence.stats(),

@@ -64,5 +64,5 @@ def decoding_part(sequence: SequenceState, turn: Turn, budget: RowBudget) -> Pla
 
 
 def is_draft(turn: Turn) -> bool:
-    """Whether all rows of the turn are of the diffusion view."""
-    return all(group.view is View.DIFFUSION for group in turn.groups)
+    """Whether the turn's rows are of the diffusion view. The turn has rows of one view, since passes don't mix views."""
+    return turn.groups[0].view is View.DIFFUSION

@@ -2,8 +2,10 @@
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from orthrus.engine import Engine
@@ -21,6 +23,17 @@ _Block = tuple[RowGroup, list[int], list[int]]
 """A block, the right tokens after its rows, as far as they are known, and the rank that each is to have: 0 is the likeliest."""
 
 
+class _Text(NamedTuple):
+    """A text that drafts are replayed from."""
+
+    profile: AcceptanceProfile
+    tokens: list[int]
+    """The prompt's and the completion's."""
+    falling: list[float]
+    """Minus the chance that the first 1, 2, ... drafts of a block are all right: ascending, for `bisect`."""
+    first_draw: float
+
+
 class ReplaySchedule:
     """Another schedule, with its draft picks replaced: passes run in full, and their drafts come from known texts.
 
@@ -36,7 +49,9 @@ class ReplaySchedule:
         self._schedule = schedule
         self._vocab_size, self._seed = vocab_size, seed
         self._profiles = profiles
-        self._texts: dict[tuple[tuple[int, ...], int], tuple[AcceptanceProfile, list[int]]] = {}
+        self._texts: dict[tuple[tuple[int, ...], int], _Text] = {}
+        # The text of each sequence, found once: the time of replaying should be no part of what is measured.
+        self._found: WeakKeyDictionary[SequenceState, _Text] = WeakKeyDictionary()
         # The last block of each sequence: a turn that advances is also committed, with the same drafts.
         self._blocks: WeakKeyDictionary[SequenceState, _Block] = WeakKeyDictionary()
 
@@ -44,8 +59,11 @@ class ReplaySchedule:
         """Remember that AR decoding continues `prompt` with `tokens`."""
         key = _key(prompt, params)
         known = self._texts.get(key)
-        profile = known[0] if known else self._profiles[len(self._texts) % len(self._profiles)]
-        self._texts[key] = profile, [*prompt, *tokens]
+        profile = known.profile if known else self._profiles[len(self._texts) % len(self._profiles)]
+        text = [*prompt, *tokens]
+        falling = [-chance for chance in profile.reached(self.max_rows)]
+        first_draw = random.Random(hash((self._seed, *text[-4:]))).random()
+        self._texts[key] = _Text(profile, text, falling, first_draw)
 
     def plan(self, sequence: SequenceState, batch: int) -> Turn:
         return self._schedule.plan(sequence, batch)
@@ -72,44 +90,53 @@ class ReplaySchedule:
         rows = picks[: group.num_logits]
         # The row behind the last right draft has picked the next token itself.
         start = group.start + num_right(group.tokens[1:], rows) + 2
-        right, ranks = self._draw(sequence, start, group.heads)
+        right, ranks = self._draw(sequence, start, group.heads, 1)
         drafts = [(token + (rank != 0)) % self._vocab_size for token, rank in zip(right, ranks, strict=True)]
         return [*rows, *drafts, *[0] * (group.heads - len(drafts))]
 
     def _replay(self, sequence: SequenceState, block: RowGroup, count: int) -> list[int]:
         """`count` picks of a block: the likeliest token of every row, then the second likeliest of every row, and so on."""
+        num_ranks = count // max(1, block.num_logits)
         last = self._blocks.get(sequence)
         if last is None or last[0] is not block:
             # Not `block.start`: a block behind a verify turn in flight is planned for the furthest position.
             start = sequence.newest_position + 1
-            last = self._blocks[sequence] = block, *self._draw(sequence, start, block.num_logits)
+            last = self._blocks[sequence] = block, *self._draw(sequence, start, block.num_logits, num_ranks)
         _, right, ranks = last
         picks: list[int] = []
-        for rank in range(count // max(1, block.num_logits)):
+        for rank in range(num_ranks):
             # The right token at its rank, and a different wrong token at each other rank.
             picks += [
-                (token + (own != rank) * (1 + rank)) % self._vocab_size
+                token if own == rank else (token + 1 + rank) % self._vocab_size
                 for token, own in zip(right, ranks, strict=True)
             ]
             picks += [0] * (block.num_logits - len(right))
         return picks
 
-    def _draw(self, sequence: SequenceState, start: int, count: int) -> tuple[list[int], list[int]]:
-        """The right tokens at `count` positions from `start` on, as far as the text goes, and the rank that each is to have."""
-        prompt = sequence.tokens[: sequence.num_prompt]
-        profile, text = self._texts[_key(prompt, sequence.params)]
-        right = text[start : start + count]
+    def _draw(
+        self, sequence: SequenceState, start: int, count: int, num_ranks: int
+    ) -> tuple[list[int], list[int]]:
+        """The right tokens at `count` positions from `start` on, as far as the text goes, and the rank that each is to have.
+
+        num_ranks: how many ranks are drafted. If it is 1, all drafts after the first wrong one are wrong: nothing reads them.
+        """
+        text = self._found.get(sequence)
+        if text is None:
+            prompt = sequence.tokens[: sequence.num_prompt]
+            text = self._found[sequence] = self._texts[_key(prompt, sequence.params)]
+        right = text.tokens[start : start + count]
         # Low-discrepancy draws over a sequence's cycles: a few cycles come close to the average of many.
-        rng = random.Random(hash((self._seed, *text[-4:], sequence.cycles)))
-        first = random.Random(hash((self._seed, *text[-4:]))).random()
-        draw = 1.0 - (first + sequence.cycles * _GOLDEN) % 1.0
-        num_right = sum(reached >= draw for reached in profile.reached(len(right)))
+        draw = 1.0 - (text.first_draw + sequence.cycles * _GOLDEN) % 1.0
+        num_right = bisect_right(text.falling, -draw, hi=len(right))
         ranks = [0] * num_right
+        if num_ranks == 1:
+            return right, ranks + [-1] * (len(right) - num_right)
+        rng = random.Random(hash((self._seed, *text.tokens[-4:], sequence.cycles)))
         for depth in range(num_right, len(right)):
-            likeliest, *others = profile.at(depth)
+            likeliest, *others = text.profile.at(depth)
             # The chain's first wrong draft can't be right. The drafts after it matter to trees only.
             likeliest *= 0.0 if depth == num_right else _OFF_CHAIN
-            unknown = 1.0 - profile.at(depth)[0] if depth == num_right else 1.0 - likeliest
+            unknown = 1.0 - text.profile.at(depth)[0] if depth == num_right else 1.0 - likeliest
             weights = [likeliest, *others, max(0.0, unknown - sum(others)) + 1e-9]
             ranks += rng.choices([*range(len(weights) - 1), -1], weights)
         return right, ranks

@@ -276,7 +276,8 @@ class CycleReport(NamedTuple):
     """How many of the drafts, from the front, agreed with the AR view's picks. If the text ends within them, it has fewer."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: a pass makes one for every sequence, and making frozen ones takes four times as long.
+@dataclass(slots=True)
 class Chunk:
     """The tokens that one pass committed for one choice of a request. The last chunk of a choice may hold none."""
 

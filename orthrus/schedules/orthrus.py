@@ -18,7 +18,6 @@ A verify turn may have a *tree* of drafts: several continuations, made of the be
 is one group of rows. A run that branches off from another one has pages of its own from there on.
 """
 
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ _MOST_TREE_ROWS = 64
 """Most rows of a tree with `draft_tree: auto`."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Choice:
     """The block that the planner chose for a sequence. It is kept as long as the turn waits for a pass."""
 
@@ -53,7 +52,7 @@ class _Choice:
     block: BlockPlan
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _InFlight:
     """A draft in a verify turn that has been launched."""
 
@@ -147,7 +146,7 @@ class OrthrusSchedule:
                 return self._ar.plan(sequence, batch)
             groups: tuple[RowGroup, ...] = ar_rows(tokens, n, block_table)
             if draft.tree is None and self._trees is not None:
-                draft = sequence.schedule_state = replace(draft, tree=self._trees.open(sequence, draft))
+                draft.tree = self._trees.open(sequence, draft)
             if draft.tree is not None:
                 groups = draft.tree.groups(draft.candidates, sequence.newest_token, n)
             return Turn(
@@ -186,7 +185,7 @@ class OrthrusSchedule:
             if not self._planner.pays(greedy, batch):
                 return False
             block = self._next_block(sequence, batch)
-            sequence.schedule_state = replace(draft, following=block)
+            draft.following = block
         furthest = sequence.newest_position + len(draft.tokens) + 1
         return block.rows > 1 and not block.lead and furthest + block.rows <= self._max_model_len
 
@@ -199,8 +198,8 @@ class OrthrusSchedule:
         if (tree := verifying.tree) is not None:
             table = table[: tree.first_page] + list(tree.pages[0])
         [group] = draft_rows(0, block.rows, furthest, table, self._mask, lead=False)
-        ranks = _ranks(sequence, block)
-        return Turn(DRAFT, (replace(group, behind=verifying),), (True,), ranks, ends_cycle=False)
+        group.behind = verifying
+        return Turn(DRAFT, (group,), (True,), _ranks(sequence, block), ends_cycle=False)
 
     def _choose(self, sequence: SequenceState, batch: int) -> BlockPlan:
         """The next block. It is kept in the state, since the planner counts its answers and must be asked once for each block."""
@@ -250,11 +249,9 @@ class OrthrusSchedule:
     def _commit_draft(self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Commit:
         """Keep what a draft turn drafted. Only a lead's pick is committed."""
         planned, draft = sequence.schedule_state, _draft(sequence, turn, picks)
-        draft = replace(draft, tokens=_tokens(draft.tokens))
+        draft.tokens = _tokens(draft.tokens)
         if isinstance(planned, Draft):  # The verify turn may have been planned already.
-            draft = replace(
-                draft, tree=planned.tree, tree_rows=planned.tree_rows, following=planned.following
-            )
+            draft.tree, draft.tree_rows, draft.following = planned.tree, planned.tree_rows, planned.following
         sequence.schedule_state = draft
         return Commit(picks[0] if turn.kind == LEAD_DRAFT else [])
 
@@ -304,7 +301,7 @@ class OrthrusSchedule:
 
 def _tokens(picks: list[int]) -> list[int]:
     """The picks before the first NO_TOKEN: nothing can be drafted on top of that."""
-    return list(itertools.takewhile(lambda token: token != NO_TOKEN, picks))
+    return picks[: picks.index(NO_TOKEN)] if NO_TOKEN in picks else picks
 
 
 def _draft(sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]) -> Draft:
