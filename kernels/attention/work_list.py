@@ -143,16 +143,15 @@ def plan_work(
     divided: list[tuple[int, int, int, int]] = []  # By the fields of `DividedRow`.
     span_ends: list[int] = []
     used = 0
+    shares = [max(_SHORTEST, -(-keys * lanes // programs)) for lanes in (1, 2)]
     for tree in trees:
-        share = max(_SHORTEST, -(-keys * (1 + (tree.trunk[0].num_rows > tile_rows)) // programs))
-        runs = _runs(tree.trunk[0].num_keys, share)
+        runs = _runs(tree.trunk[0].num_keys, shares[tree.trunk[0].num_rows > tile_rows])
         if (records := tree.num_records(runs)) > capacity - used:
             tiles += tree.tiles
             continue
         items += tree.items(runs, used)
         divided += tree.divided_rows(runs, used, span_ends)
         used += records
-    shares = [max(_SHORTEST, -(-keys * lanes // programs)) for lanes in (1, 2)]
     for tile in tiles:
         parts = _divide(tile, shares[tile.num_rows > tile_rows])
         bits = [bit for part in parts for bit in part.span_ends]
@@ -343,10 +342,7 @@ def _trunk(tiles: Sequence[Item], shared: int, most_rows: int) -> list[Item]:
 
 def _divide(tile: Item, share: int) -> list[_Part]:
     """The tile in parts of about `share` keys; none if it is not worth dividing."""
-    if tile.num_keys < share:
-        return []  # With many sequences that is every tile, so it is checked first.
-    runs = _runs(tile.num_keys, share)
-    if len(runs) < 2:
+    if tile.num_keys < share or len(runs := _runs(tile.num_keys, share)) < 2:
         return []
     parts = [_Part(*run, 0, _span_ends(tile.num_keys, *run)) for run in runs]
     if not tile.block_rows:

@@ -233,8 +233,7 @@ class EngineCore:
     ) -> Chunk | None:
         """Turn a part's picks into tokens, and append these to the sequence. Returns their chunk, or None if there is none.
 
-        picks: one list for each group. logits: [rows, vocab_size] of the pass. first_row: where the part's rows with picks begin
-        in it. records: gets the record of the turn.
+        picks: a list for each group. logits: [rows, vocab_size]; the part's begin at `first_row`. records: gets the turn's.
         """
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])
