@@ -346,7 +346,8 @@ def test_a_block_reads_the_keys_that_rows_of_its_own_pass_write(start: int) -> N
     behind = AttentionGroup(rows, block, start + rows, pages, True, writes_from=start)
     plan = AttentionPlan((group, behind), PAGE, per_kv, DEVICE)
     weight = torch.ones(2, heads + KV_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
-    cos, sin = (randn(rows + block, 1, HEAD_DIM, seed=seed) for seed in (6, 7))
+    cos, sin = (randn(rows + block, 1, HEAD_DIM // 2, seed=seed) for seed in (6, 7))
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     slots = int32(*(pages[p // PAGE] * PAGE + p % PAGE for p in range(start, start + rows)), *[0] * block)
     num_ar, work = int32(rows), device_plan(plan)
     cache = [keys.clone(), values.clone()]

@@ -50,7 +50,8 @@ def test_qk_norm_rope_matches_its_reference_and_writes_the_cache(
     weights = randn(2, heads + kv_heads, dim, seed=1, dtype=dtype)
     weights[views:] = float("nan")  # The memory behind the weights must not be read.
     weight = weights[:views] if views else None
-    cos, sin = randn(rows, 1, dim, seed=2, dtype=dtype), randn(rows, 1, dim, seed=3, dtype=dtype)
+    cos, sin = randn(rows, 1, dim // 2, seed=2, dtype=dtype), randn(rows, 1, dim // 2, seed=3, dtype=dtype)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
     # The second row writes to three slots.
     writes = KVWrites(int32(7, 0, 33), int32(0, 2, 2), int32(8, 39))
     caches = [torch.zeros(kv_heads, 40, dim, dtype=dtype) for _ in range(2)]

@@ -2,6 +2,7 @@
 //
 // Functions such as exp2 are those of the C library, so their last bits may differ from a GPU's.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "machine.h"
@@ -141,6 +142,9 @@ static bool compare(const Instruction& i, u64 a, u64 b) {
         float x = i.flushes ? flushed(as_float(a)) : as_float(a);
         float y = i.flushes ? flushed(as_float(b)) : as_float(b);
         return holds(i.comparison, i.or_unordered, x, y);
+    }
+    if (i.type == Type::BF16 || i.type == Type::BF16X2) {
+        return holds(i.comparison, i.or_unordered, from_bfloat16(a), from_bfloat16(b));
     }
     if (is_float(i.type)) {
         throw Fault("a comparison of this float type is not emulated");
@@ -320,6 +324,10 @@ void Machine::arithmetic(Warp& warp, const Instruction& i, u32 active) {
             return lanes.numbers([](auto x, auto y, auto) { return x - y; });
         case Op::Neg:
             return lanes.numbers([](auto x, auto, auto) { return -x; });
+        case Op::Abs:
+            return lanes.floats([](float x, float, float) { return std::fabs(x); });
+        case Op::InverseRoot:
+            return lanes.floats([](float x, float, float) { return 1.0f / std::sqrt(x); });
         case Op::Min:
             return lanes.numbers([](auto x, auto y, auto) { return lesser(x, y); });
         case Op::Max:
@@ -356,6 +364,10 @@ void Machine::arithmetic(Warp& warp, const Instruction& i, u32 active) {
         case Op::Convert:
             return lanes.bits_as_they_are([&](u64 x, u64 y, u64) { return convert(i, x, y); });
         case Op::Compare:
+            if (i.second_d != NO_REGISTER) {  // Of two numbers in a register, this is for the upper one.
+                u64 *upper = warp.lanes_of(i.second_d), *x = warp.lanes_of(i.a), *y = warp.lanes_of(i.b);
+                for_each_lane(active, [&](int lane) { upper[lane] = compare(i, x[lane] >> 16, y[lane] >> 16); });
+            }
             return lanes.bits_as_they_are([&](u64 x, u64 y, u64) { return compare(i, x, y); });
         case Op::Lop3:
             return lanes.bits_as_they_are([&](u64 x, u64 y, u64 z) { return lop3(i.number, x, y, z); });

@@ -152,6 +152,7 @@ bool Parser::decode_simple(const std::string& name) {
         {"cvt", {Op::Convert, 1}},     {"lop3", {Op::Lop3, 3}},        {"prmt", {Op::Permute, 3}},
         {"bfe", {Op::ExtractBits, 3}}, {"ex2", {Op::Exp2, 1}},         {"cvta", {Op::ToGeneric, 1}},
         {"cvta.to", {Op::FromGeneric, 1}}, {"selp", {Op::Select, 3}},  {"mad.wide", {Op::MadWide, 3}},
+        {"abs", {Op::Abs, 1}},         {"rsqrt", {Op::InverseRoot, 1}},
     };
     std::string key = name;
     for (const char* variant : {"hi", "wide", "to"}) {
@@ -243,7 +244,11 @@ void Parser::decode_compare() {
         refuse("not emulated: " + instruction_.text);
     }
     instruction_.comparison = found->second;
-    instruction_.d = operand(text_of(0));
+    std::vector<std::string> results = split(text_of(0), '|');
+    instruction_.d = operand(results[0]);
+    if (results.size() > 1) {
+        instruction_.second_d = operand(results[1]);
+    }
     instruction_.a = operand(text_of(1), instruction_.type);
     instruction_.b = operand(text_of(2), instruction_.type);
 }

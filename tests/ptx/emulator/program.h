@@ -27,8 +27,8 @@ constexpr u64 WINDOW_BYTES = 1ull << 32;
 
 enum class Op : u8 {
     // Arithmetic: each lane by itself, from registers a, b and c to register d.
-    Add, Sub, Mul, MulHigh, MulWide, Mad, MadWide, Div, Rem, Fma, Neg, Min, Max, And, Or, Xor, Not, ShiftLeft, ShiftRight,
-    Move, Select, Convert, Lop3, Permute, ExtractBits, Exp2, ToGeneric, FromGeneric, Compare, Pack, Unpack,
+    Add, Sub, Mul, MulHigh, MulWide, Mad, MadWide, Div, Rem, Fma, Neg, Abs, InverseRoot, Min, Max, And, Or, Xor, Not,
+    ShiftLeft, ShiftRight, Move, Select, Convert, Lop3, Permute, ExtractBits, Exp2, ToGeneric, FromGeneric, Compare, Pack, Unpack,
     Load, Store,
     Branch, BranchIndexed, Return, Nop,
     // What lanes of a warp do together.
