@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from orthrus.kernels.attention import work_list
+from orthrus.kernels.attention import segments
 from orthrus.kernels.attention.work_list import DIVIDED_ROW, HEADER, ITEM, DividedRow, Item, offset
 
 
@@ -27,7 +27,7 @@ class Walk(NamedTuple):
     segment_end: tl.tensor  # Where that segment ends; 0 for a block, which is one segment.
 
 
-SPAN = tl.constexpr(work_list.SPAN)
+SPAN = tl.constexpr(segments.SPAN)
 _HEADER_SIZE = tl.constexpr(HEADER.itemsize // 4)
 _ITEM_SIZE = tl.constexpr(ITEM.itemsize // 4)
 NUM_ITEMS = tl.constexpr(offset(HEADER, "num_items"))
@@ -89,7 +89,7 @@ def load_divided_row(rows, index):
 
 @triton.jit
 def segment_start(index):
-    """`work_list.segment_start`."""
+    """`segments.segment_start`."""
     near, middle = index * 128, 1024 + (index - 8) * 512
     far, farther = 8192 + (index - 22) * 1024, 32768 + (index - 46) * 2048
     return tl.where(index < 22, tl.where(index < 8, near, middle), tl.where(index < 46, far, farther))

@@ -23,14 +23,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from orthrus.kernels.attention.segments import (
+    ends_spans,
+    nearest_segment,
+    num_segments,
+    segment_start,
+    spans_from,
+)
 from orthrus.kernels.attention.types import AttentionGroup
 
-SPAN = 2048
-"""Keys of a span."""
 _SHORTEST = 128
 """The fewest keys of an item: those of the shortest segment."""
 _LONG_SHARE = 1024
 """If a tile's items have this many keys or more, the last one also takes its diffusion block. Else the block is an item."""
+_MANY_ROWS = 16
+"""With so many rows, records cost more than idle programs: then items are for every other program. Measured for shared tiles."""
 
 
 class Header(NamedTuple):
@@ -104,20 +111,6 @@ def header_of(numbers: np.ndarray) -> np.void:
     return header
 
 
-def segment_start(index: int) -> int:
-    """First key of a segment: 8 of 128 keys, 14 of 512 (from 1,024), 24 of 1,024 (from 8,192), then 2,048 each."""
-    if index < 22:
-        return index * 128 if index < 8 else 1024 + (index - 8) * 512
-    return 8192 + (index - 22) * 1024 if index < 46 else 32768 + (index - 46) * 2048
-
-
-def num_segments(keys: int) -> int:
-    """How many segments hold the first `keys` keys."""
-    if keys <= 8192:
-        return -(-keys // 128) if keys <= 1024 else 8 + -(-(keys - 1024) // 512)
-    return 22 + -(-(keys - 8192) // 1024) if keys <= 32768 else 46 + -(-(keys - 32768) // 2048)
-
-
 class _Part(NamedTuple):
     """An item of a divided tile."""
 
@@ -134,7 +127,7 @@ def plan_work(
 
     tile_rows: most rows of a tile that is not shared.
     shared: whether to make shared tiles, each for two programs.
-    programs: number of programs for each KV head. Work is divided so that each gets about the same number of keys.
+    programs: for each KV head. Work is divided so that each gets about the same number of keys, or every other one of them.
     capacity: the most records. A tile that would need more than are left is not divided.
     """
     tiles, trees, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
@@ -143,7 +136,8 @@ def plan_work(
     divided: list[tuple[int, int, int, int]] = []  # By the fields of `DividedRow`.
     span_ends: list[int] = []
     used = 0
-    shares = [max(_SHORTEST, -(-keys * lanes // programs)) for lanes in (1, 2)]
+    many = shared and sum(group.num_rows for group in groups) >= _MANY_ROWS
+    shares = [max(_SHORTEST, -(-keys * lanes // programs)) for lanes in (2 if many else 1, 2)]
     for tree in trees:
         runs = _runs(tree.trunk[0].num_keys, shares[tree.trunk[0].num_rows > tile_rows])
         if (records := tree.num_records(runs)) > capacity - used:
@@ -231,7 +225,7 @@ class _Tree(NamedTuple):
     def _span_ends(self, tile: Item, runs: Sequence[tuple[int, int]]) -> list[bool]:
         """For each record of a row of `tile`: whether it is the last of its span. runs: runs of the trunk's segments."""
         behind = self.trunk[0].end_segment, tile.end_segment
-        return [end for run in (*runs, behind) for end in _span_ends(tile.num_keys, *run)]
+        return [end for run in (*runs, behind) for end in ends_spans(tile.num_keys, *run)]
 
     def _stride(self, runs: Sequence[tuple[int, int]]) -> int:
         """How many records are kept for each row: the most that a row of the tree needs."""
@@ -251,7 +245,7 @@ class _Tree(NamedTuple):
         for begin, end in runs:
             for tile in self.trunk:
                 add(tile, begin, end)
-            record += len(_span_ends(self.tiles[0].num_keys, begin, end))
+            record += len(ends_spans(self.tiles[0].num_keys, begin, end))
         for tile in self.tiles:
             add(tile, self.trunk[0].end_segment, tile.end_segment)
         return items
@@ -344,14 +338,14 @@ def _divide(tile: Item, share: int) -> list[_Part]:
     """The tile in parts of about `share` keys; none if it is not worth dividing."""
     if tile.num_keys < share or len(runs := _runs(tile.num_keys, share)) < 2:
         return []
-    parts = [_Part(*run, 0, _span_ends(tile.num_keys, *run)) for run in runs]
+    parts = [_Part(*run, 0, ends_spans(tile.num_keys, *run)) for run in runs]
     if not tile.block_rows:
         return parts
     last = parts.pop()
     begin, end, ends = last.begin, last.end, last.span_ends
     if share < _LONG_SHARE:  # The block is an item of its own, so it runs in parallel.
         return [*parts, _Part(begin, end, 0, [*ends[:-1], False]), _Part(end, end, tile.block_rows, [True])]
-    if segment_start(end) <= _spans_from(begin):
+    if segment_start(end) <= spans_from(begin):
         # The last segment has a record of its own, and so has the block.
         ends = [*ends[:-1], False, True]
     return [*parts, _Part(begin, end, tile.block_rows, ends)]
@@ -369,32 +363,5 @@ def _runs(keys: int, share: int) -> list[tuple[int, int]]:
     if share == _SHORTEST and parts > 1:
         # There are enough programs for an item per segment. An item of two segments would take twice as long.
         return list(pairwise(range(segments + 1)))
-    cuts = [_nearest_segment(keys * part // parts) for part in range(1, parts)]
+    cuts = [nearest_segment(keys * part // parts) for part in range(1, parts)]
     return [(begin, end) for begin, end in pairwise([0, *cuts, segments]) if end > begin]
-
-
-def _nearest_segment(keys: int) -> int:
-    """The segment whose start is nearest to `keys`."""
-    segment = num_segments(keys)
-    if segment > 0 and keys - segment_start(segment - 1) < segment_start(segment) - keys:
-        segment -= 1
-    return segment
-
-
-def _spans_from(begin: int) -> int:
-    """The first key from which on an item whose first segment is `begin` writes one record per span: where a span begins."""
-    return -(-segment_start(begin) // SPAN) * SPAN
-
-
-def _span_ends(keys: int, begin: int, end: int) -> list[bool]:
-    """For each record that segments begin .. end - 1 of `keys` keys write: whether it is the last of its span.
-
-    There is one record per segment up to the first key at which a span begins, and one per span from there on.
-    """
-    ends: list[bool] = []
-    for behind in range(begin + 1, end + 1):
-        at = segment_start(behind)
-        ends_span = at % SPAN == 0 or behind == num_segments(keys)
-        if ends_span or behind == end or at <= _spans_from(begin):
-            ends.append(ends_span)
-    return ends

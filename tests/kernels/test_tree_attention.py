@@ -19,7 +19,8 @@ from orthrus.kernels.attention import (
 from orthrus.kernels.attention import gpu as attention_gpu
 from orthrus.kernels.attention.moving_blocks import MovingBlock, VerifiedTree, block_list
 from orthrus.kernels.attention.place_blocks import place_blocks
-from orthrus.kernels.attention.work_list import Item, plan_work, segment_start, work_size
+from orthrus.kernels.attention.segments import segment_start
+from orthrus.kernels.attention.work_list import Item, plan_work, work_size
 from orthrus.kernels.rows import copy_pages_triton
 from orthrus.kernels.rows.copy_pages import addresses_of, copy_pages
 from orthrus.kernels.rows.sampling import noise_keys

@@ -5,23 +5,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from orthrus.kernels.attention import AttentionGroup, work_list
-from orthrus.kernels.attention.work_list import (
-    SPAN,
-    Item,
-    header_of,
-    plan_work,
-    segment_start,
-    work_size,
-)
+from orthrus.kernels.attention import AttentionGroup
+from orthrus.kernels.attention.segments import SPAN, num_segments, segment_start
+from orthrus.kernels.attention.work_list import Item, header_of, plan_work, work_size
 from tests.kernels.work_lists import divided_rows_of, items_of
 
 
 def test_segments_tile_the_positions() -> None:
     edges = [0, *range(128, 1025, 128), *range(1536, 8193, 512), *range(9216, 32769, 1024), 34816, 36864]
     for index, (begin, end) in enumerate(pairwise(edges)):
-        assert work_list.segment_start(index) == begin
-        assert work_list.num_segments(begin + 1) == work_list.num_segments(end) == index + 1
+        assert segment_start(index) == begin
+        assert num_segments(begin + 1) == num_segments(end) == index + 1
 
 
 WORK_GROUPS = [
@@ -94,9 +88,9 @@ def test_work_is_divided_evenly_and_a_whole_span_has_one_record() -> None:
 def test_a_short_context_has_an_item_for_each_segment(keys: int) -> None:
     group = AttentionGroup(0, 1, keys - 1, range(40), False)
     work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
-    segments = work_list.num_segments(keys)
+    count = num_segments(keys)
     runs = items_of(work)[["first_segment", "end_segment"]].tolist()
-    assert sorted(runs) == [(i, i + 1) for i in range(segments)]
+    assert sorted(runs) == [(i, i + 1) for i in range(count)]
 
 
 def test_a_block_is_an_item_of_its_own_where_items_are_short() -> None:
@@ -104,3 +98,11 @@ def test_a_block_is_an_item_of_its_own_where_items_are_short() -> None:
         group = AttentionGroup(0, 32, start, range(512), True)
         work = plan_work([group], tile_rows=16, shared=True, programs=33, capacity=1000)
         assert sorted(items_of(work)["block_rows"].tolist()) == blocks
+
+
+@pytest.mark.parametrize(("sequences", "rows", "parts"), [(1, 1, 8), (4, 1, 8), (4, 16, 4), (16, 16, 1)])
+def test_many_rows_are_divided_less(sequences: int, rows: int, parts: int) -> None:
+    """Each part of a row has a record. With many rows, records cost more than programs without work."""
+    groups = [AttentionGroup(i * rows, rows, 1024 - rows, range(16), False) for i in range(sequences)]
+    work = plan_work(groups, tile_rows=16, shared=True, programs=33, capacity=4096)
+    assert len(items_of(work)) == sequences * parts
