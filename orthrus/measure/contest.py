@@ -1,8 +1,10 @@
 """Contestants that decode the same prompts, and the ratio of their speeds. All benchmarks use them."""
 
+import itertools
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,19 @@ from pathlib import Path
 import torch
 
 from orthrus.engine import Engine
-from orthrus.requests.request import SamplingParams
+from orthrus.requests.request import Request, RequestStats, SamplingParams
 
 Progress = Callable[[str], None]
 """Called with a line of text on how far a measurement is."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """The part of a run in which all texts are decoded: from when each has its first new token, until one of them ends."""
+
+    tokens: int
+    """Tokens of all texts."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,8 @@ class Output:
     token_ids: list[list[int]]
     cycles: int
     passes: int
+    together: Together | None = None
+    """None if the contestant does not tell, or if some text ends before all have begun."""
 
     @property
     def tokens_per_cycle(self) -> float:
@@ -69,14 +82,34 @@ def engine_contestant(engine: Engine) -> Contestant:
 
     def run(prompts: list[list[int]], new_tokens: int) -> Output:
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-        completions = [choices[0] for choices in engine.generate(prompts, params)]
+        texts: dict[str, list[int]] = {}
+        for prompt in prompts:
+            request = Request(f"contest-{next(_request_numbers)}", prompt, params)
+            engine.submit(request)
+            texts[request.request_id] = []
+        ends: list[RequestStats] = []
+        begin = end = None
+        while len(ends) < len(prompts):
+            for chunk in engine.step():
+                if chunk.error is not None:
+                    raise RuntimeError(f"{engine.schedule_name}: {chunk.error}")
+                texts[chunk.request_id] += chunk.token_ids
+                if chunk.stats is not None:
+                    ends.append(chunk.stats)
+            if end is None and (ends or (begin is None and all(texts.values()))):
+                now = sum(map(len, texts.values())), time.perf_counter()
+                begin, end = (begin, now) if ends else (now, None)
         return Output(
-            [list(c.token_ids) for c in completions],
-            cycles=sum(c.stats.cycles for c in completions),
-            passes=sum(c.stats.passes for c in completions),
+            list(texts.values()),
+            cycles=sum(stats.cycles for stats in ends),
+            passes=sum(stats.passes for stats in ends),
+            together=Together(end[0] - begin[0], end[1] - begin[1]) if begin and end else None,
         )
 
     return Contestant(engine.schedule_name, run)
+
+
+_request_numbers = itertools.count()
 
 
 def hardware(device: torch.device) -> str:

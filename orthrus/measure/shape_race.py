@@ -42,7 +42,7 @@ def race(
 ) -> tuple[list[Speed], bool]:
     """The speed of each contestant, and whether all of `ours` gave the tokens of `ar`, the first contestant.
 
-    Only decoding is timed: the time of the prompts is measured too, and subtracted.
+    Only decoding is timed, and only while all texts are decoded: how fast the last ones are is the speed of smaller batches.
     """
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
     outputs: dict[str, Output] = {}
@@ -52,16 +52,15 @@ def race(
     gc.freeze()  # As a replica does. Here this also covers what Hugging Face's compiler has left.
     for number in range(rounds):
         for contestant in contestants:
-            prefill = _timed(contestant, prompts, 1)[0]
-            whole, outputs[contestant.name] = _timed(contestant, prompts, new_tokens)
-            seconds[contestant.name].append(whole - prefill)
+            own, outputs[contestant.name] = _seconds_per_token(contestant, prompts, new_tokens)
+            seconds[contestant.name].append(own)
         progress(f"batch {len(prompts)}: round {number + 1} of {rounds}")
     decoded = len(prompts) * (new_tokens - 1)
     speeds = [
         Speed(
             contestant=name,
             batch=len(prompts),
-            tokens_per_second=decoded / statistics.median(own),
+            tokens_per_second=1 / statistics.median(own),
             over_ar=ratio(own, seconds["ar"]),
             over_compiled=ratio(own, seconds[COMPILED]) if COMPILED in seconds else None,
             tokens_per_cycle=decoded / max(1, outputs[name].cycles),
@@ -99,8 +98,20 @@ def recorded(contestant: Contestant, schedules: Sequence[ReplaySchedule]) -> Con
     return Contestant(contestant.name, run)
 
 
-def _timed(contestant: Contestant, prompts: list[list[int]], new_tokens: int) -> tuple[float, Output]:
-    """Seconds and output. Contestants return token ids as Python numbers, so the GPU has finished by then."""
+def _seconds_per_token(
+    contestant: Contestant, prompts: list[list[int]], new_tokens: int
+) -> tuple[float, Output]:
+    """Seconds of decoding for each token of all texts, and the output.
+
+    Of contestants that don't tell when texts are decoded together, whole runs are timed, and the time of the prompts is
+    subtracted. They return token ids as Python numbers, so the GPU has finished by then.
+    """
     begin = time.perf_counter()
     output = contestant.run(prompts, new_tokens)
-    return time.perf_counter() - begin, output
+    whole = time.perf_counter() - begin
+    if (together := output.together) is not None:
+        return together.seconds / together.tokens, output
+    begin = time.perf_counter()
+    contestant.run(prompts, 1)
+    prompt_seconds = time.perf_counter() - begin
+    return (whole - prompt_seconds) / (len(prompts) * (new_tokens - 1)), output

@@ -11,7 +11,7 @@ import torch
 
 from orthrus.errors import ConfigError
 from orthrus.measure.acceptance import AcceptanceProfile, chain_profile
-from orthrus.measure.contest import Ratio
+from orthrus.measure.contest import Ratio, engine_contestant
 from orthrus.measure.prompt_time import prompt_operations, prompt_times
 from orthrus.measure.random_model import QUANTISED, shape_config, shape_engine
 from orthrus.measure.replay import ReplaySchedule, replaying
@@ -22,10 +22,12 @@ from orthrus.measure.shape_bench import (
     pass_times,
     shape_bench,
 )
+from orthrus.measure.shape_race import recorded, scheduled
 from orthrus.measure.shape_report import PassTime, PromptTime, ShapeReport, Speed, plot
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.ar import ARSchedule
 from orthrus.schedules.protocol import Commit, Turn
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -229,3 +231,23 @@ def test_unknown_shapes_and_machines_without_a_gpu_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="GPU"):
             shape_bench(ShapeBenchOptions())
+
+
+def test_tokens_are_counted_while_all_texts_are_decoded() -> None:
+    """Of AR decoding those are all. With drafts some texts end sooner, and the rest of the others does not count."""
+    easy, hard = chain_profile(6.0, 8), chain_profile(1.5, 8)
+    engine = shape_engine(SMALL, "orthrus", CPU, torch.float32, **SETTINGS)
+    replayed = replaying(engine, easy, hard, block_rows=8)
+    contestants = [
+        recorded(scheduled("ar", engine, ARSchedule()), [replayed]),
+        scheduled("orthrus", engine, replayed),
+    ]
+    prompts = [[*range(100, 130), i + 1] for i in range(4)]
+    ar, orthrus = (contestant.run(prompts, 60) for contestant in contestants)
+    assert orthrus.token_ids == ar.token_ids
+    assert ar.together is not None and ar.together.tokens == 4 * 59
+    assert orthrus.together is not None
+    # The texts that draft well have all their tokens by then, the others about a quarter.
+    assert 2 * 59 < orthrus.together.tokens < 3 * 59
+    assert orthrus.together.seconds > 0
+    assert engine_contestant(engine).run(prompts, 1).together is None, "they end with their first token"
