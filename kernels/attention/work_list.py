@@ -296,21 +296,23 @@ def _tiles_of(group: AttentionGroup, table_at: int, most_rows: int) -> list[Item
     for at in range(0, group.num_rows, most_rows):
         rows = min(most_rows, group.num_rows - at)
         keys = group.start if group.diffusion else group.start + at + rows
-        tile = Item(
-            first_row=group.first_row + at,
-            num_rows=rows,
-            table_at=table_at,
-            first_segment=0,
-            end_segment=num_segments(keys),
-            num_keys=keys,
-            writes_from=writes_from,
-            block_row=group.first_row,
-            block_rows=group.num_rows if group.diffusion else 0,
-            causal=int(not group.diffusion),
-            record=-1,
-            num_records=0,
+        tiles.append(
+            # By place, which takes a third of the time: there are hundreds in a pass.
+            Item(
+                group.first_row + at,
+                rows,
+                table_at,
+                0,  # first_segment
+                num_segments(keys),
+                keys,
+                writes_from,
+                group.first_row,
+                group.num_rows if group.diffusion else 0,
+                int(not group.diffusion),
+                -1,  # record
+                0,  # num_records
+            )
         )
-        tiles.append(tile)
     return tiles
 
 

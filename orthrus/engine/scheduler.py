@@ -316,7 +316,7 @@ class Scheduler:
                 continue
             table = group.block_table
             lacks = -(-group.end // self._page_size) - len(table)
-            if lacks > missing.get(id(table), (table, 0))[1]:
+            if lacks > 0 and lacks > missing.get(id(table), (table, 0))[1]:
                 missing[id(table)] = table, lacks
         return list(missing.values())
 
