@@ -297,7 +297,8 @@ class LayerStack:
         self.attention = AttentionCase(groups, rows // groups, start, diffusion)
         self.plan = self.attention.plans[0]
         self.hidden, self.norm = randn(rows, HIDDEN), randn(HIDDEN)
-        self.cos, self.sin = randn(rows, 1, HEAD_DIM), randn(rows, 1, HEAD_DIM)
+        cos, sin = randn(rows, 1, HEAD_DIM // 2), randn(rows, 1, HEAD_DIM // 2)
+        self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         self.num_ar = torch.tensor([0 if diffusion else rows], dtype=torch.int32, device="cuda")
         self.writes = KVWrites.single(torch.arange(rows, dtype=torch.int32, device="cuda"))
         self.slot_cache = [cache.flatten(1, 2) for cache in self.attention.cache]

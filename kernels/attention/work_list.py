@@ -37,7 +37,7 @@ _SHORTEST = 128
 _LONG_SHARE = 1024
 """If a tile's items have this many keys or more, the last one also takes its diffusion block. Else the block is an item."""
 _MANY_ROWS = 16
-"""With so many rows, records cost more than idle programs: then items are for every other program. Measured for shared tiles."""
+"""Rows of a pass from which on records cost more than programs without work. Measured with contexts of 1,024 and 4,096 tokens."""
 
 
 class Header(NamedTuple):
@@ -127,7 +127,7 @@ def plan_work(
 
     tile_rows: most rows of a tile that is not shared.
     shared: whether to make shared tiles, each for two programs.
-    programs: for each KV head. Work is divided so that each gets about the same number of keys, or every other one of them.
+    programs: for each KV head. Work is divided so that each gets about the same number of keys.
     capacity: the most records. A tile that would need more than are left is not divided.
     """
     tiles, trees, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
@@ -136,8 +136,10 @@ def plan_work(
     divided: list[tuple[int, int, int, int]] = []  # By the fields of `DividedRow`.
     span_ends: list[int] = []
     used = 0
+    # Keys of an item, for tiles that are not shared and for shared ones. A shared tile is for two programs. With many rows, other
+    # tiles get as many keys, so that every other program has none.
     many = shared and sum(group.num_rows for group in groups) >= _MANY_ROWS
-    shares = [max(_SHORTEST, -(-keys * lanes // programs)) for lanes in (2 if many else 1, 2)]
+    shares = [max(_SHORTEST, -(-keys * count // programs)) for count in (2 if many else 1, 2)]
     for tree in trees:
         runs = _runs(tree.trunk[0].num_keys, shares[tree.trunk[0].num_rows > tile_rows])
         if (records := tree.num_records(runs)) > capacity - used:

@@ -233,7 +233,7 @@ class EngineCore:
     ) -> Chunk | None:
         """Turn a part's picks into tokens, and append these to the sequence. Returns their chunk, or None if there is none.
 
-        picks: a list for each group. logits: [rows, vocab_size]; the part's begin at `first_row`. records: gets the turn's.
+        picks: a list for each group. logits, first_row: see `tokens_chunk`. records: gets the record of the turn.
         """
         sequence, turn = part.sequence, part.turn
         commit = Commit(picks[0])

@@ -1,6 +1,7 @@
 """`Engine`: an `EngineCore` that is loaded from a checkpoint, with calls that wait for their result."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -64,8 +65,7 @@ class Engine(EngineCore):
     ) -> list[list[Completion]]:
         """Complete prompts (token ids), wait, and return each prompt's `n` completions.
 
-        params: one for all or one per prompt; defaults to greedy. Other requests go on meanwhile, but their chunks are lost.
-        Raises RequestError before anything runs.
+        params: one for all or one per prompt; defaults to greedy. For other requests and errors see `stream`.
         """
         if not isinstance(params, Sequence):
             params = [params or SamplingParams(temperature=0.0)] * len(prompts)
@@ -73,22 +73,32 @@ class Engine(EngineCore):
             Request(f"generate-{next(_request_numbers)}", prompt, own)
             for prompt, own in zip(prompts, params, strict=True)
         ]
+        collected: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
+        for chunks in self.stream(requests):
+            for chunk in chunks:
+                collected[chunk.request_id, chunk.index].append(chunk)
+        return [[_completion(collected[r.request_id, i]) for i in range(r.params.n)] for r in requests]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[Chunk]]:
+        """Submit requests, and yield their chunks after every step, until all of them have ended.
+
+        Other requests go on meanwhile, but their chunks are lost. Raises RequestError before anything runs. Requests that have
+        not ended when the caller stops are cancelled.
+        """
         for request in requests:
             self.check(request)
-        collected: dict[tuple[str, int], list[Chunk]] = {
-            (r.request_id, i): [] for r in requests for i in range(r.params.n)
-        }
-        for request in requests:
-            self.submit(request)
-        open_choices = set(collected)
-        while open_choices:
-            for chunk in self.step():
-                key = (chunk.request_id, chunk.index)
-                if key in collected:
-                    collected[key].append(chunk)
-                    if chunk.finish_reason is not None:
-                        open_choices.discard(key)
-        return [[_completion(collected[r.request_id, i]) for i in range(r.params.n)] for r in requests]
+        open_choices = {(r.request_id, i) for r in requests for i in range(r.params.n)}
+        own = {request.request_id for request in requests}
+        try:
+            for request in requests:
+                self.submit(request)
+            while open_choices:
+                chunks = [chunk for chunk in self.step() if chunk.request_id in own]
+                open_choices -= {(c.request_id, c.index) for c in chunks if c.finish_reason is not None}
+                yield chunks
+        finally:
+            for request in requests:
+                self.cancel(request.request_id)
 
     def score(self, tokens: Sequence[int]) -> Tensor:
         """The AR view's logits after every prefix of `tokens`: [len(tokens), vocab_size].

@@ -101,7 +101,8 @@ def tokens_chunk(
     first: bool,
     error: str | None,
 ) -> Chunk:
-    """The chunk of a turn. logits: [rows, vocab_size] of the pass. first_row: where the turn's rows begin in it.
+    """The chunk of a turn. logits [rows, vocab_size]: of all rows of the pass that have them. first_row: the first that picks for
+    the turn.
 
     tokens: those of `commit` that were appended. first: whether it is the sequence's first chunk.
     """

@@ -14,6 +14,8 @@ import torch
 from orthrus.engine import Engine
 from orthrus.requests.request import Request, RequestStats, SamplingParams
 
+_request_numbers = itertools.count()
+
 Progress = Callable[[str], None]
 """Called with a line of text on how far a measurement is."""
 
@@ -23,7 +25,7 @@ class Together:
     """The part of a run in which all texts are decoded: from when each has its first new token, until one of them ends."""
 
     tokens: int
-    """Tokens of all texts."""
+    """Tokens that all texts got in this part."""
     seconds: float
 
 
@@ -82,15 +84,12 @@ def engine_contestant(engine: Engine) -> Contestant:
 
     def run(prompts: list[list[int]], new_tokens: int) -> Output:
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-        texts: dict[str, list[int]] = {}
-        for prompt in prompts:
-            request = Request(f"contest-{next(_request_numbers)}", prompt, params)
-            engine.submit(request)
-            texts[request.request_id] = []
+        requests = [Request(f"contest-{next(_request_numbers)}", prompt, params) for prompt in prompts]
+        texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
         ends: list[RequestStats] = []
         begin = end = None
-        while len(ends) < len(prompts):
-            for chunk in engine.step():
+        for chunks in engine.stream(requests):
+            for chunk in chunks:
                 if chunk.error is not None:
                     raise RuntimeError(f"{engine.schedule_name}: {chunk.error}")
                 texts[chunk.request_id] += chunk.token_ids
@@ -107,9 +106,6 @@ def engine_contestant(engine: Engine) -> Contestant:
         )
 
     return Contestant(engine.schedule_name, run)
-
-
-_request_numbers = itertools.count()
 
 
 def hardware(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from orthrus.measure.acceptance import AcceptanceProfile
 from orthrus.plan import RowGroup, num_right
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.blocks import LEAD_DRAFT
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.schedules.protocol import Commit, Schedule, Turn
 
@@ -56,9 +57,11 @@ class ReplaySchedule:
         self._blocks: WeakKeyDictionary[SequenceState, _Block] = WeakKeyDictionary()
 
     def learn(self, prompt: Sequence[int], params: SamplingParams, tokens: Sequence[int]) -> None:
-        """Remember that AR decoding continues `prompt` with `tokens`."""
+        """Remember that AR decoding continues `prompt` with `tokens`, if no longer text is known."""
         key = _key(prompt, params)
         known = self._texts.get(key)
+        if known is not None and len(known.tokens) > len(prompt) + len(tokens):
+            return
         profile = known.profile if known else self._profiles[len(self._texts) % len(self._profiles)]
         text = [*prompt, *tokens]
         falling = [-chance for chance in profile.reached(self.max_rows)]
@@ -79,7 +82,9 @@ class ReplaySchedule:
     ) -> list[list[int]]:
         """`picks`, in which all drafts are replaced."""
         return [
-            self._replay(sequence, group, len(own)) if drafts else self._replay_heads(sequence, group, own)
+            self._replay(sequence, turn, group, len(own))
+            if drafts
+            else self._replay_heads(sequence, group, own)
             for own, group, drafts in zip(picks, turn.groups, turn.drafting, strict=True)
         ]
 
@@ -90,18 +95,20 @@ class ReplaySchedule:
         rows = picks[: group.num_logits]
         # The row behind the last right draft has picked the next token itself.
         start = group.start + num_right(group.tokens[1:], rows) + 2
-        right, ranks = self._draw(sequence, start, group.heads, 1)
+        right, ranks = self._draw(sequence, start, group.heads, chain=True)
         drafts = [(token + (rank != 0)) % self._vocab_size for token, rank in zip(right, ranks, strict=True)]
         return [*rows, *drafts, *[0] * (group.heads - len(drafts))]
 
-    def _replay(self, sequence: SequenceState, block: RowGroup, count: int) -> list[int]:
+    def _replay(self, sequence: SequenceState, turn: Turn, block: RowGroup, count: int) -> list[int]:
         """`count` picks of a block: the likeliest token of every row, then the second likeliest of every row, and so on."""
         num_ranks = count // max(1, block.num_logits)
         last = self._blocks.get(sequence)
         if last is None or last[0] is not block:
             # Not `block.start`: a block behind a verify turn in flight is planned for the furthest position.
             start = sequence.newest_position + 1
-            last = self._blocks[sequence] = block, *self._draw(sequence, start, block.num_logits, num_ranks)
+            # Behind a lead, drafts are verified even if the block's first pick was wrong.
+            chain = num_ranks == 1 and turn.kind != LEAD_DRAFT
+            last = self._blocks[sequence] = block, *self._draw(sequence, start, block.num_logits, chain)
         _, right, ranks = last
         picks: list[int] = []
         for rank in range(num_ranks):
@@ -114,11 +121,11 @@ class ReplaySchedule:
         return picks
 
     def _draw(
-        self, sequence: SequenceState, start: int, count: int, num_ranks: int
+        self, sequence: SequenceState, start: int, count: int, chain: bool
     ) -> tuple[list[int], list[int]]:
         """The right tokens at `count` positions from `start` on, as far as the text goes, and the rank that each is to have.
 
-        num_ranks: how many ranks are drafted. If it is 1, all drafts after the first wrong one are wrong: nothing reads them.
+        chain: whether nothing reads the drafts after the first wrong one. Then these are all wrong, which takes no time to draw.
         """
         text = self._found.get(sequence)
         if text is None:
@@ -127,14 +134,14 @@ class ReplaySchedule:
         right = text.tokens[start : start + count]
         # Low-discrepancy draws over a sequence's cycles: a few cycles come close to the average of many.
         draw = 1.0 - (text.first_draw + sequence.cycles * _GOLDEN) % 1.0
-        num_right = bisect_right(text.falling, -draw, hi=len(right))
+        num_right = bisect_right(text.falling, -draw, hi=min(len(right), len(text.falling)))
         ranks = [0] * num_right
-        if num_ranks == 1:
+        if chain:
             return right, ranks + [-1] * (len(right) - num_right)
         rng = random.Random(hash((self._seed, *text.tokens[-4:], sequence.cycles)))
         for depth in range(num_right, len(right)):
             likeliest, *others = text.profile.at(depth)
-            # The chain's first wrong draft can't be right. The drafts after it matter to trees only.
+            # The chain's first wrong draft can't be right. The drafts after it matter to trees, and behind a lead.
             likeliest *= 0.0 if depth == num_right else _OFF_CHAIN
             unknown = 1.0 - text.profile.at(depth)[0] if depth == num_right else 1.0 - likeliest
             weights = [likeliest, *others, max(0.0, unknown - sum(others)) + 1e-9]

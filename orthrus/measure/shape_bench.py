@@ -73,6 +73,12 @@ class ShapeBenchOptions:
     tensor_parallel: int = 1
     """GPUs that share the model. The bytes of a pass are compared with what all of them together can read."""
 
+    def __post_init__(self) -> None:
+        if self.new_tokens < 2:
+            raise ConfigError(
+                f"decoding can't be timed with {self.new_tokens} new token, which comes from the prompt: give at least 2"
+            )
+
 
 def shape_bench(options: ShapeBenchOptions, progress: Progress = lambda line: None) -> ShapeReport:
     """Run the benchmark. Raises ConfigError for an unknown shape or a wrong profile, and if there is no GPU."""

@@ -42,7 +42,8 @@ def race(
 ) -> tuple[list[Speed], bool]:
     """The speed of each contestant, and whether all of `ours` gave the tokens of `ar`, the first contestant.
 
-    Only decoding is timed, and only while all texts are decoded: how fast the last ones are is the speed of smaller batches.
+    Only decoding is timed, and only while all texts are decoded: the last ones are a smaller batch. Tokens per cycle are those of
+    whole texts. new_tokens: at least 2, since the first one comes from the prompt.
     """
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
     outputs: dict[str, Output] = {}

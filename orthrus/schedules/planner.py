@@ -51,7 +51,7 @@ _MOST_GAINED = 8.0
 """Cap on saved-up gain: at most this many AR steps per sequence may be lost before probing stops."""
 
 
-# Not frozen: a pass makes one for every sequence, and making frozen ones takes four times as long.
+# Not frozen: `OrthrusSchedule` fills it in bit by bit. Making frozen ones would also take four times as long.
 @dataclass(slots=True)
 class Draft:
     """Drafted tokens that wait to be verified."""

@@ -100,9 +100,19 @@ def test_a_block_is_an_item_of_its_own_where_items_are_short() -> None:
         assert sorted(items_of(work)["block_rows"].tolist()) == blocks
 
 
-@pytest.mark.parametrize(("sequences", "rows", "parts"), [(1, 1, 8), (4, 1, 8), (4, 16, 4), (16, 16, 1)])
-def test_many_rows_are_divided_less(sequences: int, rows: int, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("sequences", "rows", "keys", "parts"),
+    [
+        (1, 1, 1024, 8),
+        (4, 1, 1024, 8),
+        (4, 16, 1024, 4),
+        (16, 16, 1024, 1),
+        (1, 1, 32768, 32),
+        (1, 16, 32768, 16),
+    ],
+)
+def test_many_rows_are_divided_less(sequences: int, rows: int, keys: int, parts: int) -> None:
     """Each part of a row has a record. With many rows, records cost more than programs without work."""
-    groups = [AttentionGroup(i * rows, rows, 1024 - rows, range(16), False) for i in range(sequences)]
+    groups = [AttentionGroup(i * rows, rows, keys - rows, range(512), False) for i in range(sequences)]
     work = plan_work(groups, tile_rows=16, shared=True, programs=33, capacity=4096)
     assert len(items_of(work)) == sequences * parts

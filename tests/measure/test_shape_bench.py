@@ -251,3 +251,30 @@ def test_tokens_are_counted_while_all_texts_are_decoded() -> None:
     assert 2 * 59 < orthrus.together.tokens < 3 * 59
     assert orthrus.together.seconds > 0
     assert engine_contestant(engine).run(prompts, 1).together is None, "they end with their first token"
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_replayed_drafts_are_as_good_behind_a_lead(lead: bool) -> None:
+    """A lead commits a token more in each cycle. It also rescues the drafts of a block whose first pick is wrong."""
+    engine = shape_engine(SMALL, "orthrus", CPU, torch.float32, draft_lead=lead, **SETTINGS)
+    replayed = replaying(engine, chain_profile(2.0, 8), block_rows=8)
+    prompts = [[*range(100, 130), i + 1] for i in range(6)]
+    ar = recorded(scheduled("ar", engine, ARSchedule()), [replayed]).run(prompts, 200)
+    output = scheduled("orthrus", engine, replayed).run(prompts, 200)
+    assert output.token_ids == ar.token_ids
+    assert output.tokens_per_cycle == pytest.approx(2.7 if lead else 2.0, rel=0.04)
+
+
+def test_a_shorter_text_does_not_replace_a_longer_one() -> None:
+    engine = shape_engine(SMALL, "orthrus", CPU, torch.float32, **SETTINGS)
+    replayed = replaying(engine, chain_profile(4.0, 8), block_rows=8)
+    ar = recorded(scheduled("ar", engine, ARSchedule()), [replayed])
+    prompts = [[*range(100, 130), 1]]
+    for new_tokens in (60, 1):
+        ar.run(prompts, new_tokens)
+    assert scheduled("orthrus", engine, replayed).run(prompts, 60).tokens_per_cycle > 3
+
+
+def test_one_new_token_is_too_few() -> None:
+    with pytest.raises(ConfigError, match="at least 2"):
+        ShapeBenchOptions(new_tokens=1)

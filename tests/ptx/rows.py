@@ -10,9 +10,9 @@ from tests.ptx.machine import Way
 from tests.ptx.tensors import check, int32, randn
 
 
-def check_qk_norm_rope(way: Way, views: int, num_ar: int) -> None:
+def check_qk_norm_rope(way: Way, views: int, num_ar: int, dim: int) -> None:
     """Five rows, of which the second writes to three slots."""
-    rows, heads, kv_heads, dim = 5, 8, 2, 128
+    rows, heads, kv_heads = 5, 8, 2
     qkv = randn(rows, heads + 2 * kv_heads, dim)
     weight = randn(views, heads + kv_heads, dim, seed=1) if views else None
     cos, sin = randn(rows, 1, dim // 2, seed=2), randn(rows, 1, dim // 2, seed=3)

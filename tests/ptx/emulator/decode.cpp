@@ -247,6 +247,9 @@ void Parser::decode_compare() {
     std::vector<std::string> results = split(text_of(0), '|');
     instruction_.d = operand(results[0]);
     if (results.size() > 1) {
+        if (instruction_.type != Type::BF16X2) {  // For one number, the second result is the opposite of the first.
+            refuse("not emulated: " + instruction_.text);
+        }
         instruction_.second_d = operand(results[1]);
     }
     instruction_.a = operand(text_of(1), instruction_.type);
