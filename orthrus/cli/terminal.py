@@ -86,8 +86,12 @@ def describe(answer: Answer) -> str:
     tokens = stats.completion_tokens
     line = (
         f"{tokens} tokens in {answer.seconds:.2f} s ({tokens / answer.seconds:.0f} tok/s), "
-        f"first after {answer.first_token_seconds:.2f} s, {stats.tokens_per_cycle:.2f} tokens per cycle"
+        f"first after {answer.first_token_seconds:.2f} s"
     )
+    if stats.cycles:
+        line += f", {stats.tokens_per_cycle:.2f} tokens per cycle"
+    if not answer.text and tokens <= 1:
+        line += ", no text: the model ended it at once"
     return line if answer.greedy else f"{line}, seed {stats.seed}"
 
 

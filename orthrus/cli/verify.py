@@ -19,7 +19,10 @@ def add_parser(commands: Commands) -> None:
     )
     add_model_options(parser, positional=True)
     parser.add_argument(
-        "--tokens", type=positive, default=20_000, help="tokens to compare (default: %(default)s)"
+        "--tokens",
+        type=positive,
+        default=20_000,
+        help="tokens to compare, in all checks together (default: %(default)s)",
     )
     parser.add_argument(
         "--max-tokens", type=positive, default=192, help="most tokens of one request (default: %(default)s)"

@@ -34,7 +34,8 @@ class Report:
         width = max([18, *(len(check.name) + 1 for check in self.checks)])
         lines = [
             f"{self.model} on {self.device}, {self.dtype}, torch {self.torch}: "
-            f"{self.requests} requests, {self.compared_tokens} tokens compared with {self.reference_tokens} of the reference",
+            f"{self.requests} request{'s' * (self.requests != 1)}, {self.compared_tokens} tokens compared with "
+            f"{self.reference_tokens} of the reference",
             "",
             f"{'check':<{width}}{'drifted':>9}{'logprobs':>10}{'tok/cycle':>11}{'tok/pass':>10}{'tok/s':>8}{'preempted':>11}",
         ]

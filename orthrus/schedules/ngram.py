@@ -134,7 +134,7 @@ class NgramSchedule:
         config = context.config
         cost = None
         if config.adaptive_draft and context.max_model_len > 2:  # Else no draft fits.
-            stages.info("measuring what passes cost")
+            stages.info("measuring what n-gram drafts cost")
             cost = NgramCost.measured(context.timer, step)
             logger.info("n-gram cost: %s", cost)
         lengths = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
