@@ -85,7 +85,7 @@ def describe(answer: Answer) -> str:
         return "stopped"
     tokens = stats.completion_tokens
     line = (
-        f"{tokens} tokens in {answer.seconds:.2f} s ({tokens / answer.seconds:.0f} tok/s), "
+        f"{tokens} token{'s' * (tokens != 1)} in {answer.seconds:.2f} s ({tokens / answer.seconds:.0f} tok/s), "
         f"first after {answer.first_token_seconds:.2f} s"
     )
     if stats.cycles:
