@@ -82,8 +82,9 @@ def _qk_norm_rope_kernel(
         scale = tl.rsqrt(tl.sum(low * low + high * high, 1) / DIM + eps)[:, None]
         low, high = (low * scale).to(dtype) * low_weight, (high * scale).to(dtype) * high_weight
     low, high = low.to(tl.float32), high.to(tl.float32)
-    new_low = _finite(tl.where(turned, low * cosine - high * sine, raw_low.to(tl.float32)), dtype)
-    new_high = _finite(tl.where(turned, high * cosine + low * sine, raw_high.to(tl.float32)), dtype)
+    rotates = (head < normed)[:, None]
+    new_low = _finite(tl.where(rotates, low * cosine - high * sine, raw_low.to(tl.float32)), dtype)
+    new_high = _finite(tl.where(rotates, high * cosine + low * sine, raw_high.to(tl.float32)), dtype)
     tl.store(source, new_low, mask=inside)
     tl.store(source + HALF, new_high, mask=inside)
     is_key = (writes & (head >= heads) & (head < normed))[:, None] & inside
