@@ -127,7 +127,8 @@ def plan_work(
 
     tile_rows: most rows of a tile that is not shared.
     shared: whether to make shared tiles, each for two programs.
-    programs: for each KV head. Work is divided so that each gets about the same number of keys.
+    programs: number of programs for each KV head. Work is divided so that each gets about the same number of keys, or with many
+    rows every other one.
     capacity: the most records. A tile that would need more than are left is not divided.
     """
     tiles, trees, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)

@@ -88,6 +88,11 @@ def engine_contestant(engine: Engine) -> Contestant:
         texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
         ends: list[RequestStats] = []
         begin = end = None
+
+        def reached() -> tuple[int, float]:
+            """The tokens of all texts so far, and the time."""
+            return sum(map(len, texts.values())), time.perf_counter()
+
         for chunks in engine.stream(requests):
             for chunk in chunks:
                 if chunk.error is not None:
@@ -95,9 +100,10 @@ def engine_contestant(engine: Engine) -> Contestant:
                 texts[chunk.request_id] += chunk.token_ids
                 if chunk.stats is not None:
                     ends.append(chunk.stats)
-            if end is None and (ends or (begin is None and all(texts.values()))):
-                now = sum(map(len, texts.values())), time.perf_counter()
-                begin, end = (begin, now) if ends else (now, None)
+            if ends:
+                end = end or reached()
+            elif begin is None and all(texts.values()):
+                begin = reached()
         return Output(
             list(texts.values()),
             cycles=sum(stats.cycles for stats in ends),

@@ -56,7 +56,6 @@ def race(
             own, outputs[contestant.name] = _seconds_per_token(contestant, prompts, new_tokens)
             seconds[contestant.name].append(own)
         progress(f"batch {len(prompts)}: round {number + 1} of {rounds}")
-    decoded = len(prompts) * (new_tokens - 1)
     speeds = [
         Speed(
             contestant=name,
@@ -64,7 +63,7 @@ def race(
             tokens_per_second=1 / statistics.median(own),
             over_ar=ratio(own, seconds["ar"]),
             over_compiled=ratio(own, seconds[COMPILED]) if COMPILED in seconds else None,
-            tokens_per_cycle=decoded / max(1, outputs[name].cycles),
+            tokens_per_cycle=outputs[name].tokens_per_cycle,
         )
         for name, own in seconds.items()
     ]
