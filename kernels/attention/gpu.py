@@ -10,7 +10,7 @@ from orthrus.kernels.attention.merge import merge_records
 from orthrus.kernels.attention.types import AttentionPlan
 from orthrus.kernels.device import has_warpgroup_mma, num_sms
 from orthrus.kernels.rounding import Rounding, is_fixed
-from orthrus.kernels.workspace import empty
+from orthrus.kernels.workspace import empty, scratch
 
 _LOG2_E = 1.4426950408889634
 
@@ -42,10 +42,9 @@ def paged_attention(
     if rounding is not None and rounding.words and dim % 16:
         rounding = None  # A word has inputs of one head alone only if 16 divides its width.
     out = empty((rows, heads * dim), torch.float8_e4m3fn if is_fixed(rounding) else qkv.dtype, qkv.device)
-    # Records of divided tiles, then scratch records of each program, one for each of its queries.
     spare = work.capacity * heads
-    num_records = spare + programs * queries
-    accs = torch.empty(num_records, dim, device=qkv.device, dtype=torch.float32)
+    num_records = _num_records(work.capacity, heads, qkv.dtype, qkv.device)
+    accs = scratch((num_records, dim), torch.float32, qkv.device)
     tops, norms = torch.empty(2, num_records, device=qkv.device, dtype=torch.float32)
     records = accs, tops, norms
     # The softmax is to base 2, because exp2 is one instruction.
@@ -69,6 +68,16 @@ def paged_attention(
     if work.capacity:
         merge_records(work, out, records, rounding, dim=dim, width=width, programs=4 * programs)
     return out
+
+
+def _num_records(capacity: int, heads: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Records of divided tiles, and then scratch records of each program, one for each of its queries."""
+    return capacity * heads + attention_programs(device) * _queries(dtype)
+
+
+def scratch_bytes(capacity: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of `scratch` memory that `paged_attention` takes for `AttentionWork.capacity` records of each head."""
+    return _num_records(capacity, heads, dtype, device) * dim * torch.float32.itemsize
 
 
 def _queries(dtype: torch.dtype) -> int:

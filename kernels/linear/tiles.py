@@ -9,6 +9,8 @@ from orthrus.kernels.linear.types import LinearTiles
 MOST_PARTS = 4
 """The most split-K parts of a layer. `add_rms_norm`, which adds the parts, takes no more."""
 _SHORTEST_PART = 1024
+_SMS = 132
+"""Of an H100 or H200."""
 _FULL_GRID = 128
 """Programs that keep the memory of a GPU with 132 SMs busy."""
 
@@ -63,7 +65,15 @@ def choose_tiles(rows: int, out_features: int, leaves: int, dtype: torch.dtype) 
         return LinearTiles(128, 128, 64, warps=8, stages=4)
     if out_features > 65536:
         return LinearTiles(256, 128, 64, warps=8, stages=4)
+    # A tile of 256 rows takes about as long as two of 128. But all SMs may be done sooner with small ones.
+    if _rounds(rows, out_features, 128) < 2 * _rounds(rows, out_features, 256):
+        return LinearTiles(128, 128, 64, warps=8, stages=4)
     return LinearTiles(128, 256, 64, warps=8, stages=3)
+
+
+def _rounds(rows: int, out_features: int, tile_rows: int) -> int:
+    """The most tiles of 128 outputs and `tile_rows` rows that an SM computes, one after the other."""
+    return -(-(-(-out_features // 128) * -(-rows // tile_rows)) // _SMS)
 
 
 def _fp8_tiles(rows: int, few: bool) -> LinearTiles:

@@ -28,9 +28,9 @@ from orthrus.plan import MAX_RANKS, PassPlan, RowGroup, flatten
 from orthrus.runner.graph_sizes import graph_sizes
 from orthrus.runner.head_picks import head_picks
 from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
-from orthrus.runner.pass_graphs import RECORDS, PassGraphs
+from orthrus.runner.pass_graphs import PassGraphs
 from orthrus.runner.pass_memory import PassMemory, PassRoom
-from orthrus.runner.pass_tensors import PassTensors
+from orthrus.runner.pass_tensors import RECORDS, PassTensors
 from orthrus.runner.protocol import LaunchedPass
 from orthrus.runner.sampler import PickRows, adjust, runs
 
@@ -111,11 +111,12 @@ class CudaGraphRunner:
         max_rows: int,
         max_logits: int,
         max_pages: int,
+        wants_ranks: bool,
     ) -> None:
         """Capture all graphs, which takes some seconds.
 
         max_rows, max_logits: of a pass; both are rounded up to a number that graphs are captured for. max_pages: of all block
-        tables of a pass together.
+        tables of a pass together. wants_ranks: see `RunnerFactory.build`.
         """
         device, dtype, config = forward.device, forward.dtype, forward.config
         self._page_size = cache.page_size
@@ -139,7 +140,7 @@ class CudaGraphRunner:
         self._ranks, self._peers = forward.ranks, forward.ranks.peers
         # Picking several tokens for a row is cheap on one GPU only: several GPUs would have to exchange logits.
         self._shared = forward.ranks.size > 1
-        self.picks_ranks = not self._shared
+        self.picks_ranks = wants_ranks and not self._shared
         self._host_status = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         # On ranks other than 0: done when each host buffer has been copied to the device.
         self._uploaded = [torch.cuda.Event() for _ in range(2)]
@@ -150,6 +151,7 @@ class CudaGraphRunner:
             logit_sizes=logit_sizes,
             draft_sizes=[size for size in self.row_sizes if size in logit_sizes],
             buffer_size=size,
+            picks_ranks=self.picks_ranks,
         )
         self._forward, self._tensors = forward, self.graphs.tensors
         # The fields whose place does not depend on the number of rows. Making them for each pass would take time.
@@ -157,19 +159,36 @@ class CudaGraphRunner:
         # Compiles the kernels that pick from adjusted logits: the graphs may have none of them.
         self._pick_from(self._tensors.logits[:1], slice(0, 1), 0)
         if self._shared:
-            self._exchange_picks(0, 1)  # Compiles the kernels that exchange picks.
-            torch.cuda.synchronize(device)
-            self._ranks.least(0)  # Wait for the others.
+            self._meet_ranks()
+
+    def _meet_ranks(self) -> None:
+        """Compile the kernels that exchange picks, and wait for the other ranks."""
+        self._exchange_picks(0, 1)
+        torch.cuda.synchronize(self._forward.device)
+        self._ranks.least(0)
         if self._peers is not None:
             self._peers.start()
 
     @staticmethod
     def build(
-        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        max_rows: int,
+        max_logits: int,
+        max_pages: int,
+        wants_ranks: bool,
     ) -> "CudaGraphRunner":
         """See `RunnerFactory`."""
         stages.info("capturing CUDA graphs")
-        return CudaGraphRunner(forward, cache, max_rows=max_rows, max_logits=max_logits, max_pages=max_pages)
+        return CudaGraphRunner(
+            forward,
+            cache,
+            max_rows=max_rows,
+            max_logits=max_logits,
+            max_pages=max_pages,
+            wants_ranks=wants_ranks,
+        )
 
     @staticmethod
     def pass_memory(
@@ -208,8 +227,8 @@ class CudaGraphRunner:
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self._side ^= 1
         first_pick = self._side * self._max_picks
-        # On one GPU, further tokens of a row are picked without stored logits, unless these are adjusted.
-        wants_logits = any(group.reads_logits or (group.ranks > 1 and self._shared) for group in rows)
+        # Where `picks_ranks`, further tokens of a row are picked without stored logits, unless these are adjusted.
+        wants_logits = any(group.reads_logits or (group.ranks > 1 and not self.picks_ranks) for group in rows)
         count = self._start(groups, rows, first_pick, wants_logits)
         num_picks = count + self._pick_further_ranks(rows, first_pick + count)
         adjusted = wants_logits and not all(group.unadjusted for group in rows)
@@ -316,7 +335,7 @@ class CudaGraphRunner:
     def _further_ranks(self, rows: slice, run: list[PickRows]) -> Tensor:
         """The picks of ranks 1 and up at the rows of `run`: int32 [rows, ranks - 1]."""
         ranks = run[0].ranks
-        if run[0].unadjusted and not self._shared:
+        if run[0].unadjusted and self.picks_ranks:
             return self._tensors.further[rows, : ranks - 1]
         return best_tokens(
             adjust(self._tensors.logits[rows], run),

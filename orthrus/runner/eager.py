@@ -60,7 +60,13 @@ class EagerRunner:
 
     @staticmethod
     def build(
-        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        max_rows: int,
+        max_logits: int,
+        max_pages: int,
+        wants_ranks: bool,
     ) -> "EagerRunner":
         """See `RunnerFactory`. It runs passes of any size."""
         keep_freed_memory()

@@ -29,10 +29,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.models.stack import LayerStack
 from orthrus.plan import PassPlan
 from orthrus.runner.pass_buffer import PassFields
-from orthrus.runner.pass_tensors import PassTensors
-
-RECORDS = 4096
-"""Room for so many partial results of attention (rows x records of each). A tile that would need more is not divided."""
+from orthrus.runner.pass_tensors import RECORDS, PassTensors
 
 
 class PassGraphs:
@@ -50,15 +47,17 @@ class PassGraphs:
         logit_sizes: list[int],
         draft_sizes: list[int],
         buffer_size: int,
+        picks_ranks: bool,
     ) -> None:
         """row_sizes, logit_sizes: the numbers of rows, and of rows that need logits, to capture graphs for, in rising order.
 
-        draft_sizes: the numbers of rows of passes that run on the drafts' own weights; ignored if there are none.
+        draft_sizes: the numbers of rows of passes that run on the drafts' own weights; ignored if there are none. picks_ranks:
+        whether passes with rows of drafts write `PassTensors.further`.
         """
         self._forward, self._cache = forward, cache
         self._row_sizes, self._logit_sizes = row_sizes, logit_sizes
         self._draft_sizes = draft_sizes if forward.draft is not None else []
-        self._max_logits = logit_sizes[-1]
+        self._max_logits, self._picks_ranks = logit_sizes[-1], picks_ranks
         self.tensors = PassTensors.allocate(forward, self._max_logits, buffer_size)
         # How many tokens of the vocabulary each rank has, if logits are gathered by a library. Else empty.
         self._widths = forward.shard.vocabulary_widths if forward.ranks.collective else []
@@ -205,7 +204,7 @@ class PassGraphs:
         rows = hidden.shape[0]
         fields = self.fields()
         drafts = stack is self._forward.draft or self._forward.draft is None
-        further = self.tensors.further[:rows] if drafts and self._forward.ranks.size == 1 else None
+        further = self.tensors.further[:rows] if drafts and self._picks_ranks else None
         stack.head.linear_gumbel_argmax(
             hidden,
             self.tensors.own_logits[:rows],

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels import workspace
+from orthrus.kernels.attention.gpu import scratch_bytes
 from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import MAX_RANKS
+
+RECORDS = 4096
+"""Room for so many partial results of attention (rows x records of each). A tile that would need more is not divided."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,9 @@ class PassTensors:
     `PassFields.first_pick`: the token of each row that needs logits, and then the picks of further ranks."""
     further: Tensor
     """int32 [max_logits, MAX_RANKS - 1]: for each row that needs logits, the second best token and so on, or `NO_TOKEN`. Passes
-    with rows of drafts write it on one GPU. They apply temperature and noise, and no other adjustment."""
+    with rows of drafts write it if the runner `picks_ranks`. They apply temperature and noise, and no other adjustment."""
     results: Tensor
-    """uint8: a layer's results, see `kernels/workspace.py`."""
+    """uint8: a layer's results, and behind them partial results of attention: see `kernels/workspace.py`."""
     hidden: Tensor
     """[max_logits, hidden_size]: final hidden states of the rows that need logits. Passes of the drafts' own weights write it,
     passes that run layers and head as two graphs, and all passes of a model with Medusa heads."""
@@ -45,6 +49,8 @@ class PassTensors:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        heads = config.num_attention_heads
+        records = scratch_bytes(RECORDS, heads, config.head_dim, forward.dtype, forward.device)
         own = zeros(max_logits, forward.shard.vocabulary_widths[ranks.rank], dtype=torch.float32)
         logits = own if ranks.peers is None else ranks.peers.logits
         if ranks.collective:
@@ -53,7 +59,7 @@ class PassTensors:
             buffer=zeros(buffer_size, dtype=torch.int32),
             picks=zeros(2 * MAX_RANKS * max_logits, dtype=torch.int32),
             further=zeros(max_logits, MAX_RANKS - 1, dtype=torch.int32),
-            results=zeros(workspace.BYTES, dtype=torch.uint8),
+            results=zeros(workspace.BYTES + records, dtype=torch.uint8),
             hidden=zeros(max_logits, config.hidden_size, dtype=forward.dtype),
             own_logits=own,
             logits=logits,

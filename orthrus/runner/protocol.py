@@ -43,7 +43,7 @@ class ModelRunner(Protocol):
     feeds_tokens: bool
     """Whether a pass may be launched before the host knows the picks of the one before it."""
     picks_ranks: bool
-    """Whether a row of drafts can pick several tokens at almost no cost."""
+    """Whether a row of drafts picks several tokens at almost no cost."""
     max_logits: int
     """Most rows of a pass that need logits."""
     row_sizes: tuple[int, ...]
@@ -84,11 +84,12 @@ class RunnerFactory(Protocol):
         max_rows: int,
         max_logits: int,
         max_pages: int,
+        wants_ranks: bool,
     ) -> RankRunner:
         """The runner of one model over one cache.
 
         max_rows, max_logits: most rows of a pass, and most that need logits. max_pages: most pages of all block tables of a
-        pass together.
+        pass together. wants_ranks: whether a pass may ask for several tokens of a row, `RowGroup.ranks`.
         """
         ...
 

@@ -162,7 +162,13 @@ class StuckRunner(EagerRunner):
 
     @staticmethod
     def build(
-        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        max_rows: int,
+        max_logits: int,
+        max_pages: int,
+        wants_ranks: bool,
     ) -> "StuckRunner":
         if forward.ranks.rank:
             StuckRunner.fail()

@@ -54,7 +54,9 @@ def our_states(model: ModelConfig, weights: dict[str, Tensor], prompts: list[lis
     forward = LayerParallelForward(model, weights)
     forward.use_context(LENGTH)
     memory = cache(torch.bfloat16)
-    runner = CudaGraphRunner(forward, memory, max_rows=LENGTH, max_logits=LENGTH, max_pages=64)
+    runner = CudaGraphRunner(
+        forward, memory, max_rows=LENGTH, max_logits=LENGTH, max_pages=64, wants_ranks=False
+    )
     states = []
     for tokens in prompts:
         runner.logits([group(tokens)])

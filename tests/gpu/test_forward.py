@@ -62,7 +62,12 @@ class Model:
             self._runner = EagerRunner(forward, self.cache)
         else:
             self._runner = CudaGraphRunner(
-                forward, self.cache, max_rows=LENGTH, max_logits=LENGTH, max_pages=64 * PAGES
+                forward,
+                self.cache,
+                max_rows=LENGTH,
+                max_logits=LENGTH,
+                max_pages=64 * PAGES,
+                wants_ranks=False,
             )
 
     def run(self, *groups: RowGroup) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from orthrus.kernels.linear.gpu import TritonWeight
-from orthrus.kernels.workspace import empty, results_in, start_layer
+from orthrus.kernels.workspace import BYTES, empty, results_in, scratch, start_layer
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton compiles here: tests/gpu checks the kernels"
@@ -35,6 +35,17 @@ def test_every_layer_allocates_its_results_in_order_from_the_start() -> None:
         assert empty((3, 50), torch.float32, CPU).data_ptr() == first.data_ptr()
     start_layer()
     assert not inside(empty((3,), torch.float32, CPU), memory)
+
+
+def test_scratch_memory_is_the_same_for_every_call_and_lies_behind_the_results() -> None:
+    memory = torch.empty(BYTES + 4096, dtype=torch.uint8)
+    with results_in(memory):
+        result = empty((BYTES - 256,), torch.uint8, CPU)
+        first, second = (scratch((8, 16), torch.float32, CPU) for _ in range(2))
+        assert first.data_ptr() == second.data_ptr() == memory.data_ptr() + BYTES
+        assert inside(result, memory) and not inside(empty((512,), torch.uint8, CPU), memory)
+        assert not inside(scratch((8, 129), torch.float32, CPU), memory), "too large"
+    assert not inside(scratch((8, 16), torch.float32, CPU), memory)
 
 
 @pytest.mark.parametrize("bytes", [16, 1500, 1 << 16])

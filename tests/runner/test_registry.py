@@ -31,7 +31,13 @@ class CountingRunner(EagerRunner):
 
     @staticmethod
     def build(
-        forward: LayerParallelForward, cache: KVCache, *, max_rows: int, max_logits: int, max_pages: int
+        forward: LayerParallelForward,
+        cache: KVCache,
+        *,
+        max_rows: int,
+        max_logits: int,
+        max_pages: int,
+        wants_ranks: bool,
     ) -> "CountingRunner":
         return CountingRunner(forward, cache, (max_rows, max_logits, max_pages))
 
