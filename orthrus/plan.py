@@ -184,7 +184,8 @@ def flatten(groups: Sequence[RowGroup], page_size: int) -> FlatRows:
     slots: list[int] = []
     written: dict[int, int] = {}
     more: dict[int, list[int]] = {}
-    order = sorted(range(len(groups)), key=lambda index: groups[index].view is not View.AR)
+    order = [index for index, group in enumerate(groups) if group.view is View.AR]
+    order += [index for index, group in enumerate(groups) if group.view is not View.AR]
     first_rows = [0] * len(groups)
     for index in order:
         group = groups[index]
@@ -238,17 +239,16 @@ def _append_slots(slots: list[int], written: dict[int, int], group: RowGroup, pa
 
     written: for each page that the pass writes to, the first position in it that is written.
     """
-    start, num_rows = group.start, len(group.tokens)
-    while num_rows > 0:
+    start, end = group.start, group.end
+    while start < end:
         index, offset = divmod(start, page_size)
         page = group.block_table[index]
         if written.get(page, start) >= start:
             written[page] = start
-        count = min(page_size - offset, num_rows)
+        count = min(page_size - offset, end - start)
         slot = page * page_size + offset
         slots.extend(range(slot, slot + count))
         start += count
-        num_rows -= count
 
 
 def _trunks(groups: Sequence[RowGroup]) -> dict[int, RowGroup]:

@@ -18,7 +18,7 @@ the last of its span), and the block tables. Indices in it count int32 numbers.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -132,14 +132,14 @@ def plan_work(
     capacity: the most records. A tile that would need more than are left is not divided.
     """
     tiles, trees, tables = _tiles(groups, 2 * tile_rows if shared else tile_rows)
-    keys = sum(tile.num_keys for tile in tiles) + sum(tree.num_keys for tree in trees)
+    keys = sum([tile.num_keys for tile in tiles]) + sum([tree.num_keys for tree in trees])
     items: list[Item] = []
     divided: list[tuple[int, int, int, int]] = []  # By the fields of `DividedRow`.
     span_ends: list[int] = []
     used = 0
     # Keys of an item, for tiles that are not shared and for shared ones. A shared tile is for two programs. With many rows, other
     # tiles get as many keys, so that every other program has none.
-    many = shared and sum(group.num_rows for group in groups) >= _MANY_ROWS
+    many = shared and sum([group.num_rows for group in groups]) >= _MANY_ROWS
     shares = [max(_SHORTEST, -(-keys * count // programs)) for count in (2 if many else 1, 2)]
     for tree in trees:
         runs = _runs(tree.trunk[0].num_keys, shares[tree.trunk[0].num_rows > tile_rows])
@@ -150,7 +150,8 @@ def plan_work(
         divided += tree.divided_rows(runs, used, span_ends)
         used += records
     for tile in tiles:
-        parts = _divide(tile, shares[tile.num_rows > tile_rows])
+        share = shares[tile.num_rows > tile_rows]
+        parts = _divide(tile, share) if tile.num_keys >= share else []
         bits = [bit for part in parts for bit in part.span_ends]
         if not parts or used + tile.num_rows * len(bits) > capacity:
             items.append(tile)
@@ -165,7 +166,7 @@ def plan_work(
         span_ends += _as_numbers(bits)
     # Shared items first. Within both kinds the longest come first: what runs last should be short.
     items.sort(key=lambda item: (item.num_rows <= tile_rows, -_length(item)))
-    num_shared = sum(item.num_rows > tile_rows for item in items)
+    num_shared = sum([item.num_rows > tile_rows for item in items])
     return _as_list(items, num_shared, divided, span_ends, tables)
 
 
@@ -209,7 +210,10 @@ def _fill(
     """
     if rows:
         table = numbers.reshape(len(rows), record.itemsize // 4)
-        table[:, : len(rows[0])] = rows
+        width = len(rows[0])
+        table[:, :width] = np.fromiter(chain.from_iterable(rows), np.int32, len(rows) * width).reshape(
+            -1, width
+        )
         table[:, offset(record, place)] += start
 
 
@@ -341,7 +345,7 @@ def _trunk(tiles: Sequence[Item], shared: int, most_rows: int) -> list[Item]:
 
 def _divide(tile: Item, share: int) -> list[_Part]:
     """The tile in parts of about `share` keys; none if it is not worth dividing."""
-    if tile.num_keys < share or len(runs := _runs(tile.num_keys, share)) < 2:
+    if len(runs := _runs(tile.num_keys, share)) < 2:
         return []
     parts = [_Part(*run, 0, ends_spans(tile.num_keys, *run)) for run in runs]
     if not tile.block_rows:

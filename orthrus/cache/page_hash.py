@@ -11,16 +11,22 @@ PageHash = bytes
 
 
 def page_hashes(
-    tokens: Sequence[int], page_size: int, known: Sequence[PageHash] = (), *, salt: str = ""
+    tokens: Sequence[int],
+    page_size: int,
+    known: Sequence[PageHash] = (),
+    *,
+    end: int | None = None,
+    salt: str = "",
 ) -> list[PageHash]:
     """The hashes of the full pages of `tokens`. known: those of its first pages, which are not computed again.
 
-    salt: prefixes with different salts have no hash in common.
+    end: how many of the tokens count; None for all. salt: prefixes with different salts have no hash in common.
     """
     hashes = list(known)
     root = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest() if salt else b""
-    for end in range((len(hashes) + 1) * page_size, len(tokens) + 1, page_size):
+    end = len(tokens) if end is None else end
+    for behind in range((len(hashes) + 1) * page_size, end + 1, page_size):
         digest = hashlib.blake2b(hashes[-1] if hashes else root, digest_size=16)
-        digest.update(array("q", tokens[end - page_size : end]).tobytes())
+        digest.update(array("q", tokens[behind - page_size : behind]).tobytes())
         hashes.append(digest.digest())
     return hashes

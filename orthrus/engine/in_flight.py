@@ -62,12 +62,16 @@ def placeholders_of(planned: Sequence[PlannedTurn], first_pick: int) -> Iterator
     first_pick: `LaunchedPass.first_pick`. The picks of rank 0 of all groups come first, and then those of further ranks.
     """
     place = -1 - first_pick
-    further = place - sum(part.num_logits for part in planned)
+    further = place - sum([part.num_logits for part in planned])
     for part in planned:
         groups: list[list[int]] = []
         for group, drafting in zip(part.turn.groups, part.turn.drafting, strict=True):
             end = place - group.num_logits
-            further_end = further - (part.turn.ranks - 1) * group.num_logits if drafting else further
-            groups.append([*range(place, end, -1), *range(further, further_end, -1)])
-            place, further = end, further_end
+            own = [*range(place, end, -1)]
+            if drafting and part.turn.ranks > 1:
+                further_end = further - (part.turn.ranks - 1) * group.num_logits
+                own += range(further, further_end, -1)
+                further = further_end
+            groups.append(own)
+            place = end
         yield groups

@@ -27,26 +27,29 @@ def pick_rows(part: PlannedTurn) -> list[PickRows]:
     generated = sequence.tokens[sequence.num_prompt :] if penalised else []
     rows: list[PickRows] = []
     for group, drafting in zip(part.turn.groups, part.turn.drafting, strict=True):
-        position = group.start + group.logits_from + 1
+        first = group.logits_from
         if scoring:
-            rows.append(PickRows(SCORED, seed=0, position=position, count=scoring))
-        if group.num_logits == scoring:
+            rows.append(PickRows(SCORED, seed=0, position=group.start + first + 1, count=scoring))
+            first += scoring
+        count = group.logits_to - first
+        if not count:
             continue
         rows.append(
+            # By place, since there are hundreds in a pass.
             PickRows(
-                params=params,
-                seed=sequence.seed,
-                position=position + scoring,
-                count=group.num_logits - scoring,
-                prompt=sequence.prompt_ids if penalised else (),
-                generated=generated + _path(group) if penalised else (),
-                draft_tokens=() if drafting else group.tokens[group.logits_from + scoring + 1 :],
-                mask=sequence.mask,
-                drafting=drafting,
-                ranks=part.turn.ranks if drafting else 1,
-                heads=group.heads,
-                end_token_ids=sequence.withheld_stop_ids,
-                min_length=sequence.num_prompt + params.min_tokens,
+                params,
+                sequence.seed,
+                group.start + first + 1,  # position
+                count,
+                sequence.prompt_ids if penalised else (),
+                generated + _path(group) if penalised else (),
+                () if drafting or count == 1 else group.tokens[first + 1 :],  # draft_tokens
+                sequence.mask,
+                drafting,
+                part.turn.ranks if drafting else 1,
+                group.heads,
+                sequence.withheld_stop_ids,
+                sequence.num_prompt + params.min_tokens,
             )
         )
     return rows
@@ -110,20 +113,21 @@ def tokens_chunk(
     if top is not None:
         own = logits[first_row:] if commit.rows is None else logits[[first_row + row for row in commit.rows]]
         logprobs = token_logprobs(own[: len(tokens)], tokens, top)
-    return Chunk(
-        request_id=sequence.request_id,
-        index=sequence.index,
-        token_ids=tuple(tokens),
-        logprobs=logprobs,
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        stats=None if sequence.finish_reason is None else sequence.stats(),
-        prompt_logprobs=_take_prompt_scores(sequence, logits.shape[-1]) if first else None,
-        error=error,
-        cycles=()
-        if first or not sequence.params.return_drafts
-        else _cycles(sequence, turn, commit, len(tokens)),
+    chunk = Chunk(
+        sequence.request_id,
+        sequence.index,
+        tuple(tokens),
+        logprobs,
+        sequence.finish_reason,
+        sequence.stop_reason,
+        None if sequence.finish_reason is None else sequence.stats(),
+        error,
     )
+    if first:
+        chunk.prompt_logprobs = _take_prompt_scores(sequence, logits.shape[-1])
+    elif sequence.params.return_drafts:
+        chunk.cycles = _cycles(sequence, turn, commit, len(tokens))
+    return chunk
 
 
 def _cycles(sequence: SequenceState, turn: Turn, commit: Commit, num_tokens: int) -> tuple[CycleReport, ...]:

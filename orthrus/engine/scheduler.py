@@ -118,17 +118,20 @@ class Scheduler:
         for sequence in self.running:
             rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk
             end = min(sequence.num_computed + rows, sequence.max_length)
-            missing += max(0, -(-end // self._page_size) - len(sequence.block_table))
+            lacks = end - len(sequence.block_table) * self._page_size
+            if lacks > 0:
+                missing += -(-lacks // self._page_size)
         self.pool.promised = missing
         return missing <= self.pool.available
 
     def plan(self) -> list[PlannedTurn]:
         """The next pass, empty when there is nothing to do."""
-        batch = sum(sequence.decoding for sequence in self.running)
+        decoding = [sequence for sequence in self.running if sequence.decoding]
+        batch = len(decoding)
         turns = {
             sequence: self.schedule_of(sequence).plan(sequence, batch)
-            for sequence in self.running
-            if sequence.decoding and not sequence.complete  # Else the passes in flight end it.
+            for sequence in decoding
+            if not sequence.complete  # Else the passes in flight end it.
         }
         self._drafted = drafts = self._plans_drafts(turns)
         budget = RowBudget(self._decode_rows, self._prefill_chunk, self._score_budget(batch))
@@ -147,11 +150,11 @@ class Scheduler:
         preempted = self.num_preempted
         self._rows_running = 0
         for sequence in list(self.running):
-            if sequence.complete:
+            turn, part = turns.get(sequence), None
+            if turn is None and sequence.complete:
                 continue
             if self.num_preempted > preempted and sequence not in self.running:
                 continue  # It was preempted for a sequence before it.
-            turn, part = turns.get(sequence), None
             if turn is None:
                 part = None if drafts else self._prefill(sequence, budget)
             elif drafts is None or drafts == is_draft(turn):  # Else it takes part in the next pass.
@@ -186,9 +189,10 @@ class Scheduler:
         if full > len(sequence.page_hashes):
             known = len(sequence.page_hashes)
             sequence.page_hashes = page_hashes(
-                sequence.tokens[: full * self._page_size],
+                sequence.tokens,
                 self._page_size,
                 sequence.page_hashes,
+                end=full * self._page_size,
                 salt=sequence.cache_salt,
             )
             for page, page_hash in zip(
@@ -232,7 +236,7 @@ class Scheduler:
         """Start a waiting sequence, if there are pages for its first chunk and one more for each running sequence."""
         # Rows that need logits are computed even if their pages are cached: the newest token's and those to be scored.
         known = sequence.unscored.start if sequence.unscored else sequence.newest_position
-        hashes = page_hashes(sequence.tokens[:known], self._page_size, salt=sequence.cache_salt)
+        hashes = page_hashes(sequence.tokens, self._page_size, end=known, salt=sequence.cache_salt)
         sequence.block_table = self.pool.match(hashes)
         sequence.num_computed = len(sequence.block_table) * self._page_size
         sequence.page_hashes = hashes[: len(sequence.block_table)]
@@ -312,11 +316,12 @@ class Scheduler:
         """Block tables that are too short for the AR rows of `groups`, each once, and how many pages each lacks."""
         missing: dict[int, tuple[list[int], int]] = {}
         for group in groups:
-            if group.view is not View.AR:
-                continue
             table = group.block_table
-            lacks = -(-group.end // self._page_size) - len(table)
-            if lacks > 0 and lacks > missing.get(id(table), (table, 0))[1]:
+            lacking = group.end - len(table) * self._page_size
+            if lacking <= 0 or group.view is not View.AR:
+                continue
+            lacks = -(-lacking // self._page_size)
+            if lacks > missing.get(id(table), (table, 0))[1]:
                 missing[id(table)] = table, lacks
         return list(missing.values())
 

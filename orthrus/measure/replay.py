@@ -13,6 +13,7 @@ from orthrus.measure.acceptance import AcceptanceProfile
 from orthrus.plan import RowGroup, num_right
 from orthrus.requests.request import SamplingParams
 from orthrus.requests.sequence import SequenceState
+from orthrus.schedules.ar import STEP
 from orthrus.schedules.blocks import LEAD_DRAFT
 from orthrus.schedules.orthrus import OrthrusSchedule
 from orthrus.schedules.protocol import Commit, Schedule, Turn
@@ -79,8 +80,10 @@ class ReplaySchedule:
 
     def _with_replayed(
         self, sequence: SequenceState, turn: Turn, picks: Sequence[list[int]]
-    ) -> list[list[int]]:
+    ) -> Sequence[list[int]]:
         """`picks`, in which all drafts are replaced."""
+        if turn.kind == STEP:
+            return picks
         return [
             self._replay(sequence, turn, group, len(own))
             if drafts

@@ -148,7 +148,7 @@ class SamplingParams:
             self.logit_bias.values(), np.float64, size
         )
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
@@ -157,10 +157,15 @@ class SamplingParams:
         """Whether some tokens are forbidden by name."""
         return bool(self.bad_words) or self.allowed_token_ids is not None
 
-    @property
+    @cached_property
     def has_penalties(self) -> bool:
         """Whether the distribution at a position depends on which tokens came before it, beyond the model's logits."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @cached_property
+    def filters(self) -> bool:
+        """Whether top_k, top_p or min_p filters tokens."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     def with_seed(self) -> "SamplingParams":
         """These parameters with a seed: the given one, or a fresh random one below 2**53."""

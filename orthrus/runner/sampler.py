@@ -76,14 +76,13 @@ class PickRows:
     def filters(self) -> tuple[bool, float, int, float, float]:
         """Whether any of top_k, top_p and min_p filters tokens; then temperature, top_k, top_p and min_p, which say how."""
         p = self.params
-        wanted = not p.greedy and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
-        return wanted, p.temperature, p.top_k, p.top_p, p.min_p
+        return p.filters, p.temperature, p.top_k, p.top_p, p.min_p
 
     @property
     def unadjusted(self) -> bool:
         """Whether `adjust` leaves the logits as they are. A draft's mask is applied after its picks: see `follow_masks`."""
         masked = self.mask is not None and not self.drafting
-        return not (masked or self.num_rows_without_end or self.has_penalties_or_bias or self.filters[0])
+        return not (masked or self.has_penalties_or_bias or self.params.filters or self.num_rows_without_end)
 
     @property
     def reads_logits(self) -> bool:
@@ -291,16 +290,19 @@ def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> lis
     In drafts, tokens that the mask forbids are replaced, and further ranks are left out. logits [rows, vocab] of the same rows
     are read for such drafts only.
     """
-    spans = _spans(groups)
-    lists, further = [], spans[-1].stop if spans else 0
-    of_heads = iter(picks[len(picks) - sum(group.heads for group in groups) :])
-    for group, span in zip(groups, spans, strict=True):
+    lists: list[list[int]] = []
+    begin, further = 0, sum([group.count for group in groups])
+    of_heads = iter(picks[len(picks) - sum([group.heads for group in groups]) :])
+    for group in groups:
+        end = begin + group.count
+        own = picks[begin:end]
         behind = further + (group.ranks - 1) * group.count
         if group.mask is not None and group.drafting:
-            lists.append(_follow_mask(logits[span], group, picks[span]))
-        else:
-            lists.append(picks[span] + picks[further:behind] + list(islice(of_heads, group.heads)))
-        further = behind
+            own = _follow_mask(logits[begin:end], group, own)
+        elif group.ranks > 1 or group.heads:
+            own += picks[further:behind] + list(islice(of_heads, group.heads))
+        lists.append(own)
+        begin, further = end, behind
     return lists
 
 

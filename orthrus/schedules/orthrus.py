@@ -160,7 +160,7 @@ class OrthrusSchedule:
             return self._plan_behind(sequence, state)
         # For the last token, a block would take two passes to draft and verify it. An AR step takes one.
         room = sequence.max_length - n
-        if room <= 2:
+        if room <= 2 or not self._planner.could_pay(sequence.params.greedy, batch):
             return self._ar.plan(sequence, batch)
         plan = self._choose(sequence, batch)
         # A cycle commits at most as many tokens as the block has rows, and one more with a lead.

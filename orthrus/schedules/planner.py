@@ -277,6 +277,10 @@ class DraftPlanner:
         """Whether drafts pay at present where `batch` sequences decode: then `plan` gives no AR steps."""
         return self._ranking(greedy, batch).pays
 
+    def could_pay(self, greedy: bool, batch: int) -> bool:
+        """Whether very good drafts would pay where `batch` sequences decode. If not, `plan` gives AR steps only."""
+        return bool(self._ranking(greedy, batch).blocks)
+
     def _ranking(self, greedy: bool, batch: int) -> _Ranking:
         if self._cost is not None and self._cost.version != self._cost_version:
             self._cost_version = self._cost.version
