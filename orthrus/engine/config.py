@@ -87,6 +87,11 @@ class EngineConfig(BaseModel):
     """Into how many parts some of the model's sums are cut. At most so many GPUs can share the model. Texts depend on this
     number, and never on the number of GPUs. More than 2 slows prompts down. None is 2, or 1 for models that can't be shared."""
 
+    @property
+    def wants_trees(self) -> bool:
+        """Whether drafts may be verified as trees, as far as the settings say."""
+        return self.adaptive_draft if self.draft_tree == "auto" else self.draft_tree > 1
+
     @field_validator("schedule")
     @classmethod
     def _known_schedule(cls, name: str) -> str:

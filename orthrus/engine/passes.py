@@ -143,7 +143,7 @@ def make_runner(
         max_rows=limits.max_rows,
         max_logits=limits.max_logits,
         max_pages=max_pages(config, max_groups, max_model_len, cache.page_size),
-        wants_ranks=config.draft_tree != 0,
+        wants_ranks=config.wants_trees,
     )
 
 

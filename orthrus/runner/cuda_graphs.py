@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_cache import KVCache
+from orthrus.kernels import workspace
 from orthrus.kernels.attention import AttentionPlan, AttentionWork
 from orthrus.kernels.attention.gpu import attention_programs, shares_tiles, tile_rows
 from orthrus.kernels.attention.work_list import plan_work, work_size
@@ -200,6 +201,10 @@ class CudaGraphRunner:
             graph_sizes(room.rows)[-1],
             graph_sizes(room.logit_rows)[-1],
         )
+        size = _buffer_size(forward, rows, logit_rows, max_pages)
+        tensors = PassTensors.allocate(forward, logit_rows, size, torch.device("meta"))
+        # As in a captured pass, so these are no part of what the layers take.
+        results = torch.empty_like(tensors.results, device=device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -209,11 +214,11 @@ class CudaGraphRunner:
         work = AttentionWork(zeros[0], RECORDS)
         attention = AttentionPlan((), page_size, forward.heads_per_kv, device, work)
         plan = PassPlan(zeros[0], zeros[1], KVWrites.single(zeros[2]), num_ar, attention, zeros[0])
-        forward.hidden_states(plan, cache, zeros[0])
+        with workspace.results_in(results):
+            forward.hidden_states(plan, cache, zeros[0])
         peak = torch.cuda.max_memory_allocated(device) - before
-        del cache, plan, attention, work, zeros
+        del cache, plan, attention, work, zeros, results
         torch.cuda.empty_cache()
-        size = _buffer_size(forward, rows, logit_rows, max_pages)
         return PassMemory.of(
             forward.shard,
             replace(room, rows=rows, logit_rows=logit_rows),
@@ -221,7 +226,7 @@ class CudaGraphRunner:
             medusa_heads=forward.num_medusa_heads,
             collective=forward.ranks.collective,
             layers=peak,
-            plans=PassTensors.allocate(forward, logit_rows, size, torch.device("meta")).plan_bytes,
+            plans=tensors.plan_bytes,
         )
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:

@@ -147,7 +147,8 @@ class PassGraphs:
     def _capture(self, run: Callable[[], None], bar: tqdm) -> torch.cuda.CUDAGraph:
         """Capture what `run` launches as a graph. It runs once before that, to compile its kernels. The buffer then holds zeros,
         which are rows of no group."""
-        run()
+        with workspace.results_in(self.tensors.results):
+            run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph(), which collects garbage before every capture.

@@ -50,7 +50,8 @@ class PassMemory:
     layers: int
     """Results of the layers in the largest pass."""
     plans: int = 0
-    """What describes a pass, and its picks: `PassTensors.plan_bytes`. 0 before that is known: `graphs` has room for it."""
+    """What describes a pass, its picks, results of a layer and partial results of attention: `PassTensors.plan_bytes`. 0 before
+    that is known: `graphs` and `layers` have room for it."""
     graphs: int = _GRAPH_BYTES
 
     @staticmethod

@@ -89,7 +89,8 @@ class RunnerFactory(Protocol):
         """The runner of one model over one cache.
 
         max_rows, max_logits: most rows of a pass, and most that need logits. max_pages: most pages of all block tables of a
-        pass together. wants_ranks: whether a pass may ask for several tokens of a row, `RowGroup.ranks`.
+        pass together. wants_ranks: whether passes are going to ask for several tokens of a row (`PickRows.ranks`). They may do
+        so in any case. Without it, that takes stored logits.
         """
         ...
 

@@ -158,7 +158,8 @@ class OrthrusSchedule:
             )
         if isinstance(state := sequence.schedule_state, _InFlight):
             return self._plan_behind(sequence, state)
-        # For the last token, a block would take two passes to draft and verify it. An AR step takes one.
+        # For the last token, a block would take two passes to draft and verify it. An AR step takes one. Where no block could
+        # pay, none is chosen, so that no choice has to be kept.
         room = sequence.max_length - n
         if room <= 2 or not self._planner.could_pay(sequence.params.greedy, batch):
             return self._ar.plan(sequence, batch)
@@ -326,7 +327,9 @@ def _ranks(sequence: SequenceState, block: BlockPlan) -> int:
 def _most_tree_rows(context: ScheduleContext) -> int:
     """Most rows of a tree; 0 if there are none."""
     config = context.config
+    if not config.wants_trees:
+        return 0
     if config.draft_tree != "auto":
         return config.draft_tree
     # A tree needs several picks for each row, and many rows. Both cost a CPU too much.
-    return _MOST_TREE_ROWS if context.picks_ranks and config.adaptive_draft else 0
+    return _MOST_TREE_ROWS if context.picks_ranks else 0

@@ -278,7 +278,7 @@ class DraftPlanner:
         return self._ranking(greedy, batch).pays
 
     def could_pay(self, greedy: bool, batch: int) -> bool:
-        """Whether very good drafts would pay where `batch` sequences decode. If not, `plan` gives AR steps only."""
+        """Whether `plan` can give blocks where `batch` sequences decode: one fits a pass, and very good drafts would pay."""
         return bool(self._ranking(greedy, batch).blocks)
 
     def _ranking(self, greedy: bool, batch: int) -> _Ranking:

@@ -92,7 +92,7 @@ class ScheduleContext:
     page_size: int
     """Positions of a page."""
     picks_ranks: bool
-    """Whether a row can pick several tokens (`Turn.ranks`) at almost no cost."""
+    """As in `ModelRunner`: whether rows of drafts pick several tokens (`Turn.ranks`) at almost no cost."""
     medusa_heads: int
     """How many Medusa heads the model has."""
     watch: Callable[[Callable[[PassTime], None]], None]

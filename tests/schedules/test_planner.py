@@ -75,6 +75,7 @@ def test_blocks_fit_the_rows_of_a_pass() -> None:
     assert DraftPlanner(16, None, 64).plan(True, 8) == BlockPlan(8)
     crowded = DraftPlanner(16, None, 64)
     assert crowded.plan(True, 33) == BlockPlan(1) and not crowded.pays(True, 33), "no block fits"
+    assert crowded.could_pay(True, 32) and not crowded.could_pay(True, 33)
     assert DraftPlanner(16, None, 64, lead=True).plan(True, 1) == BlockPlan(16, lead=True)
     assert DraftPlanner(16, None, 64, lead=True).plan(True, 8) == BlockPlan(7, lead=True)
 
@@ -126,7 +127,7 @@ def test_a_few_easy_sequences_do_not_make_a_crowded_batch_draft_and_many_do() ->
     for _ in range(30):
         one.observe(True, drafted(7), 7)
     assert one.plan(True, 1).rows == 8
-    assert one.plan(True, 8) == BlockPlan(1)
+    assert one.plan(True, 8) == BlockPlan(1) and one.could_pay(True, 8)
     for _ in range(1000):
         one.observe(True, drafted(7), 7)
     assert one.plan(True, 8).rows == 8
@@ -136,7 +137,7 @@ def test_drafts_that_would_not_pay_even_if_nearly_always_right_are_never_tried()
     hopeless = crowded(0.5)
     for _ in range(200):
         hopeless.observe(True, drafted(7), 7)
-    assert looks(hopeless, 8, 5000) == []
+    assert looks(hopeless, 8, 5000) == [] and not hopeless.could_pay(True, 8)
 
 
 def test_greedy_and_sampled_text_are_counted_apart_and_sampling_has_its_cost() -> None:
