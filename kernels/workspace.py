@@ -89,9 +89,9 @@ def kept_in_l2(memory: Tensor, stream: torch.cuda.Stream) -> Iterator[None]:
     """
     from cuda.bindings import driver  # Comes with torch for CUDA.
 
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_PERSISTING_L2_CACHE_SIZE
-    _, most = driver.cuDeviceGetAttribute(attribute, memory.device.index)
-    size = min(memory.nbytes, BYTES + _KEPT_SCRATCH, most)
+    limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_PERSISTING_L2_CACHE_SIZE
+    _, most = driver.cuDeviceGetAttribute(limit, memory.device.index)
+    size = min(memory.nbytes, BYTES + _KEPT_SCRATCH, most or 0)
 
     def window(size: int, kept: driver.CUaccessProperty) -> driver.CUresult:
         value = driver.CUstreamAttrValue()

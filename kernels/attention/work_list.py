@@ -150,8 +150,7 @@ def plan_work(
         divided += tree.divided_rows(runs, used, span_ends)
         used += records
     for tile in tiles:
-        share = shares[tile.num_rows > tile_rows]
-        parts = _divide(tile, share) if tile.num_keys >= share else []
+        parts = _divide(tile, shares[tile.num_rows > tile_rows])
         bits = [bit for part in parts for bit in part.span_ends]
         if not parts or used + tile.num_rows * len(bits) > capacity:
             items.append(tile)
@@ -345,7 +344,7 @@ def _trunk(tiles: Sequence[Item], shared: int, most_rows: int) -> list[Item]:
 
 def _divide(tile: Item, share: int) -> list[_Part]:
     """The tile in parts of about `share` keys; none if it is not worth dividing."""
-    if len(runs := _runs(tile.num_keys, share)) < 2:
+    if tile.num_keys < share or len(runs := _runs(tile.num_keys, share)) < 2:
         return []
     parts = [_Part(*run, 0, ends_spans(tile.num_keys, *run)) for run in runs]
     if not tile.block_rows:

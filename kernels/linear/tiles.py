@@ -10,7 +10,7 @@ MOST_PARTS = 4
 """The most split-K parts of a layer. `add_rms_norm`, which adds the parts, takes no more."""
 _SHORTEST_PART = 1024
 _SMS = 132
-"""Of an H100 or H200."""
+"""SMs of an H100 or H200."""
 _FULL_GRID = 128
 """Programs that keep the memory of a GPU with 132 SMs busy."""
 

@@ -43,7 +43,7 @@ def pick_rows(part: PlannedTurn) -> list[PickRows]:
                 count,
                 sequence.prompt_ids if penalised else (),
                 generated + _path(group) if penalised else (),
-                () if drafting or count == 1 else group.tokens[first + 1 :],  # draft_tokens
+                () if drafting else group.tokens[first + 1 :],  # draft_tokens
                 sequence.mask,
                 drafting,
                 part.turn.ranks if drafting else 1,

@@ -28,7 +28,7 @@ from orthrus.models.shard import Shard
 from orthrus.models.sizes import weight_bytes
 from orthrus.plan import MAX_RANKS, RowGroup
 from orthrus.requests.request import SamplingParams
-from orthrus.runner.protocol import ModelRunner, RankRunner
+from orthrus.runner.protocol import ModelRunner, RankRunner, RunnerLimits
 from orthrus.runner.registry import load_runner
 from orthrus.runner.sampler import PickRows
 
@@ -136,15 +136,14 @@ def make_runner(
 
     max_model_len: the context limit in tokens. max_groups: most groups of a sequence in a pass.
     """
-    limits = PassLimits.of(config)
-    return load_runner(forward.device, forward.dtype).build(
-        forward,
-        cache,
-        max_rows=limits.max_rows,
-        max_logits=limits.max_logits,
-        max_pages=max_pages(config, max_groups, max_model_len, cache.page_size),
+    passes = PassLimits.of(config)
+    limits = RunnerLimits(
+        passes.max_rows,
+        passes.max_logits,
+        max_pages(config, max_groups, max_model_len, cache.page_size),
         wants_ranks=config.wants_trees,
     )
+    return load_runner(forward.device, forward.dtype).build(forward, cache, limits)
 
 
 def time_pass(runner: ModelRunner, groups: list[RowGroup], temperature: float, ahead: bool) -> float:

@@ -59,7 +59,7 @@ def decoding_part(sequence: SequenceState, turn: Turn, budget: RowBudget) -> Pla
     num_rows = num_logits = 0
     for group in turn.groups:  # Nearly always one, for which this is faster than sums.
         num_rows += len(group.tokens)
-        num_logits += group.logits_to - group.logits_from
+        num_logits += group.num_logits
     if num_rows > budget.decode_rows:
         return None
     return PlannedTurn(sequence, turn, num_rows, num_logits, decoding=True)

@@ -118,9 +118,7 @@ class Scheduler:
         for sequence in self.running:
             rows = self.schedule_of(sequence).max_rows if sequence.decoding else self._prefill_chunk
             end = min(sequence.num_computed + rows, sequence.max_length)
-            lacks = end - len(sequence.block_table) * self._page_size
-            if lacks > 0:
-                missing += -(-lacks // self._page_size)
+            missing += max(0, -(-end // self._page_size) - len(sequence.block_table))
         self.pool.promised = missing
         return missing <= self.pool.available
 
@@ -316,12 +314,11 @@ class Scheduler:
         """Block tables that are too short for the AR rows of `groups`, each once, and how many pages each lacks."""
         missing: dict[int, tuple[list[int], int]] = {}
         for group in groups:
-            table = group.block_table
-            lacking = group.end - len(table) * self._page_size
-            if lacking <= 0 or group.view is not View.AR:
+            if group.view is not View.AR:
                 continue
-            lacks = -(-lacking // self._page_size)
-            if lacks > missing.get(id(table), (table, 0))[1]:
+            table = group.block_table
+            lacks = -(-group.end // self._page_size) - len(table)
+            if lacks > 0 and lacks > missing.get(id(table), (table, 0))[1]:
                 missing[id(table)] = table, lacks
         return list(missing.values())
 

@@ -90,7 +90,7 @@ class ShapeCompareReport:
         lines = [
             f"Qwen3-{self.shape} shape, random weights, {self.dtype}, {self.hardware}, torch {self.torch}",
             f"{self.new_tokens} new tokens around a context of {self.context}; drafts are planned as a server plans them",
-            "only the time in which all texts are decoded counts",
+            "time counts until the first text ends",
             "",
             f"{'batch':>5}  {'':<10}{'tok/s':>10}{'over ar':>20}{'tok/cycle':>11}",
         ]

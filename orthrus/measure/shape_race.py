@@ -42,7 +42,7 @@ def race(
 ) -> tuple[list[Speed], bool]:
     """The speed of each contestant, and whether all of `ours` gave the tokens of `ar`, the first contestant.
 
-    Only decoding is timed, and only while all texts are decoded: the last ones are a smaller batch. Tokens per cycle are those of
+    Only decoding is timed, and only until the first text ends: after that the batch is smaller. Tokens per cycle are those of
     whole texts. new_tokens: at least 2, since the first one comes from the prompt.
     """
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}

@@ -67,7 +67,7 @@ class ShapeReport:
         lines = [
             f"Qwen3-{self.shape} shape, random weights, bfloat16, {self.hardware}, torch {self.torch}",
             f"{self.new_tokens} new tokens around a context of {self.context}; blocks are planned as a server plans them",
-            "only the time in which all texts are decoded counts; tokens per cycle are those of whole texts",
+            "time counts until the first text ends; tokens per cycle are those of whole texts",
             *(f"drafts are replayed from the AR text: {replayed}" for replayed in self.replayed),
             f"read bandwidth {self.read_gbps:.0f} GB/s, weights {self.weights_gib:.1f} GiB, peak memory "
             f"{self.memory_over:.1%} over weights and KV cache",

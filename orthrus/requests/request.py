@@ -163,7 +163,7 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     @cached_property
-    def filters(self) -> bool:
+    def has_filters(self) -> bool:
         """Whether top_k, top_p or min_p filters tokens."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 

@@ -32,7 +32,7 @@ from orthrus.runner.pass_buffer import PassBuffer, PassFields, buffer_size
 from orthrus.runner.pass_graphs import PassGraphs
 from orthrus.runner.pass_memory import PassMemory, PassRoom
 from orthrus.runner.pass_tensors import RECORDS, PassTensors
-from orthrus.runner.protocol import LaunchedPass
+from orthrus.runner.protocol import LaunchedPass, RunnerLimits
 from orthrus.runner.sampler import PickRows, adjust, runs
 
 _POLL_SECONDS = 50e-6
@@ -99,35 +99,25 @@ def _buffer_size(forward: LayerParallelForward, max_rows: int, max_logits: int, 
 
 
 class CudaGraphRunner:
-    """See `ModelRunner`. Runs passes of up to `max_rows` rows, of which up to `max_logits` need logits."""
+    """See `ModelRunner`."""
 
     graphs: PassGraphs
     feeds_tokens = True
 
-    def __init__(
-        self,
-        forward: LayerParallelForward,
-        cache: KVCache,
-        *,
-        max_rows: int,
-        max_logits: int,
-        max_pages: int,
-        wants_ranks: bool,
-    ) -> None:
+    def __init__(self, forward: LayerParallelForward, cache: KVCache, limits: RunnerLimits) -> None:
         """Capture all graphs, which takes some seconds.
 
-        max_rows, max_logits: of a pass; both are rounded up to a number that graphs are captured for. max_pages: of all block
-        tables of a pass together. wants_ranks: see `RunnerFactory.build`.
+        limits: numbers of rows are rounded up to those that graphs are captured for.
         """
         device, dtype, config = forward.device, forward.dtype, forward.config
         self._page_size = cache.page_size
         self._tile_rows = tile_rows(forward.heads_per_kv, dtype)
         self._shares_tiles = shares_tiles(dtype, config.head_dim)
         self._programs = _programs(forward)
-        self.row_sizes, logit_sizes = tuple(graph_sizes(max_rows)), graph_sizes(max_logits)
+        self.row_sizes, logit_sizes = tuple(graph_sizes(limits.max_rows)), graph_sizes(limits.max_logits)
         self.max_logits = logit_sizes[-1]
         self._max_picks = MAX_RANKS * self.max_logits
-        size = _buffer_size(forward, self.row_sizes[-1], self.max_logits, max_pages)
+        size = _buffer_size(forward, self.row_sizes[-1], self.max_logits, limits.max_pages)
         # For two passes: the one that runs, and the one that is written meanwhile.
         self._host_buffers = [PassBuffer(size, self.max_logits, pinned=True) for _ in range(2)]
         self._host_picks = [
@@ -141,7 +131,7 @@ class CudaGraphRunner:
         self._ranks, self._peers = forward.ranks, forward.ranks.peers
         # Picking several tokens for a row is cheap on one GPU only: several GPUs would have to exchange logits.
         self._shared = forward.ranks.size > 1
-        self.picks_ranks = wants_ranks and not self._shared
+        self.picks_ranks = limits.wants_ranks and not self._shared
         self._host_status = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         # On ranks other than 0: done when each host buffer has been copied to the device.
         self._uploaded = [torch.cuda.Event() for _ in range(2)]
@@ -171,25 +161,10 @@ class CudaGraphRunner:
             self._peers.start()
 
     @staticmethod
-    def build(
-        forward: LayerParallelForward,
-        cache: KVCache,
-        *,
-        max_rows: int,
-        max_logits: int,
-        max_pages: int,
-        wants_ranks: bool,
-    ) -> "CudaGraphRunner":
+    def build(forward: LayerParallelForward, cache: KVCache, limits: RunnerLimits) -> "CudaGraphRunner":
         """See `RunnerFactory`."""
         stages.info("capturing CUDA graphs")
-        return CudaGraphRunner(
-            forward,
-            cache,
-            max_rows=max_rows,
-            max_logits=max_logits,
-            max_pages=max_pages,
-            wants_ranks=wants_ranks,
-        )
+        return CudaGraphRunner(forward, cache, limits)
 
     @staticmethod
     def pass_memory(
@@ -203,7 +178,7 @@ class CudaGraphRunner:
         )
         size = _buffer_size(forward, rows, logit_rows, max_pages)
         tensors = PassTensors.allocate(forward, logit_rows, size, torch.device("meta"))
-        # As in a captured pass, so these are no part of what the layers take.
+        # Results go here, as in a captured pass. They are a part of `plans`, so `layers` must not count them.
         results = torch.empty_like(tensors.results, device=device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)

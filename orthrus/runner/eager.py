@@ -15,7 +15,7 @@ from orthrus.models.stack import LayerStack
 from orthrus.plan import FlatRows, PassPlan, RowGroup, flatten
 from orthrus.runner.head_picks import head_picks
 from orthrus.runner.pass_memory import PassMemory, PassRoom
-from orthrus.runner.protocol import LaunchedPass
+from orthrus.runner.protocol import LaunchedPass, RunnerLimits
 from orthrus.runner.sampler import PickRows, pick
 
 _ROOM = 1 << 16
@@ -59,15 +59,7 @@ class EagerRunner:
         self._first_pick = 0
 
     @staticmethod
-    def build(
-        forward: LayerParallelForward,
-        cache: KVCache,
-        *,
-        max_rows: int,
-        max_logits: int,
-        max_pages: int,
-        wants_ranks: bool,
-    ) -> "EagerRunner":
+    def build(forward: LayerParallelForward, cache: KVCache, limits: RunnerLimits) -> "EagerRunner":
         """See `RunnerFactory`. It runs passes of any size."""
         keep_freed_memory()
         return EagerRunner(forward, cache)

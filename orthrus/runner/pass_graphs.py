@@ -57,7 +57,8 @@ class PassGraphs:
         self._forward, self._cache = forward, cache
         self._row_sizes, self._logit_sizes = row_sizes, logit_sizes
         self._draft_sizes = draft_sizes if forward.draft is not None else []
-        self._max_logits, self._picks_ranks = logit_sizes[-1], picks_ranks
+        self._max_logits = logit_sizes[-1]
+        self._picks_ranks = picks_ranks
         self.tensors = PassTensors.allocate(forward, self._max_logits, buffer_size)
         # How many tokens of the vocabulary each rank has, if logits are gathered by a library. Else empty.
         self._widths = forward.shard.vocabulary_widths if forward.ranks.collective else []

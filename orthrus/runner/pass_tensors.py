@@ -49,8 +49,9 @@ class PassTensors:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        heads = config.num_attention_heads
-        records = scratch_bytes(RECORDS, heads, config.head_dim, forward.dtype, forward.device)
+        records = scratch_bytes(
+            RECORDS, config.num_attention_heads, config.head_dim, forward.dtype, forward.device
+        )
         own = zeros(max_logits, forward.shard.vocabulary_widths[ranks.rank], dtype=torch.float32)
         logits = own if ranks.peers is None else ranks.peers.logits
         if ranks.collective:

@@ -1,6 +1,7 @@
 """The interface of runners: row groups in, logits and picks out. The engine decides what runs, and the runner decides how."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -73,25 +74,26 @@ class RankRunner(ModelRunner, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RunnerLimits:
+    """What the passes of a runner may need."""
+
+    max_rows: int
+    """Most rows of a pass."""
+    max_logits: int
+    """Most rows of a pass that need logits."""
+    max_pages: int
+    """Most pages of all block tables of a pass together."""
+    wants_ranks: bool = False
+    """Whether passes are going to ask for several tokens of a row (`PickRows.ranks`). If not, they may still ask, but then logits
+    are stored for it."""
+
+
 class RunnerFactory(Protocol):
     """What the registry names: the runner's class, with these as static methods."""
 
-    def build(
-        self,
-        forward: LayerParallelForward,
-        cache: KVCache,
-        *,
-        max_rows: int,
-        max_logits: int,
-        max_pages: int,
-        wants_ranks: bool,
-    ) -> RankRunner:
-        """The runner of one model over one cache.
-
-        max_rows, max_logits: most rows of a pass, and most that need logits. max_pages: most pages of all block tables of a
-        pass together. wants_ranks: whether passes are going to ask for several tokens of a row (`PickRows.ranks`). They may do
-        so in any case. Without it, that takes stored logits.
-        """
+    def build(self, forward: LayerParallelForward, cache: KVCache, limits: RunnerLimits) -> RankRunner:
+        """The runner of one model over one cache."""
         ...
 
     def pass_memory(
@@ -100,6 +102,6 @@ class RunnerFactory(Protocol):
         """GPU memory that the runner needs besides weights and KV cache. May run passes to find out.
 
         kv_format: how the cache stores keys and values, by a name in `orthrus.cache.kv_formats`. room: the largest pass.
-        max_pages: see `build`.
+        max_pages: as in `RunnerLimits`.
         """
         ...

@@ -76,13 +76,15 @@ class PickRows:
     def filters(self) -> tuple[bool, float, int, float, float]:
         """Whether any of top_k, top_p and min_p filters tokens; then temperature, top_k, top_p and min_p, which say how."""
         p = self.params
-        return p.filters, p.temperature, p.top_k, p.top_p, p.min_p
+        return p.has_filters, p.temperature, p.top_k, p.top_p, p.min_p
 
     @property
     def unadjusted(self) -> bool:
         """Whether `adjust` leaves the logits as they are. A draft's mask is applied after its picks: see `follow_masks`."""
         masked = self.mask is not None and not self.drafting
-        return not (masked or self.has_penalties_or_bias or self.params.filters or self.num_rows_without_end)
+        return not (
+            masked or self.has_penalties_or_bias or self.params.has_filters or self.num_rows_without_end
+        )
 
     @property
     def reads_logits(self) -> bool:
@@ -290,19 +292,18 @@ def follow_masks(logits: Tensor, groups: Seq[PickRows], picks: list[int]) -> lis
     In drafts, tokens that the mask forbids are replaced, and further ranks are left out. logits [rows, vocab] of the same rows
     are read for such drafts only.
     """
-    lists: list[list[int]] = []
-    begin, further = 0, sum([group.count for group in groups])
+    spans = _spans(groups)
+    lists, further = [], spans[-1].stop if spans else 0
     of_heads = iter(picks[len(picks) - sum([group.heads for group in groups]) :])
-    for group in groups:
-        end = begin + group.count
-        own = picks[begin:end]
+    for group, span in zip(groups, spans, strict=True):
+        own = picks[span]
         behind = further + (group.ranks - 1) * group.count
         if group.mask is not None and group.drafting:
-            own = _follow_mask(logits[begin:end], group, own)
+            own = _follow_mask(logits[span], group, own)
         elif group.ranks > 1 or group.heads:
             own += picks[further:behind] + list(islice(of_heads, group.heads))
         lists.append(own)
-        begin, further = end, behind
+        further = behind
     return lists
 
 

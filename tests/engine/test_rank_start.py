@@ -34,6 +34,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.models.shard import Shard
 from orthrus.runner import registry
 from orthrus.runner.eager import EagerRunner
+from orthrus.runner.protocol import RunnerLimits
 from orthrus.runner.registry import RUNNERS, RunnerEntry
 from tests.checkpoints import make_checkpoint
 from tests.ranks import running_ranks
@@ -161,15 +162,7 @@ class StuckRunner(EagerRunner):
     """When rank 0 began to wait."""
 
     @staticmethod
-    def build(
-        forward: LayerParallelForward,
-        cache: KVCache,
-        *,
-        max_rows: int,
-        max_logits: int,
-        max_pages: int,
-        wants_ranks: bool,
-    ) -> "StuckRunner":
+    def build(forward: LayerParallelForward, cache: KVCache, limits: RunnerLimits) -> "StuckRunner":
         if forward.ranks.rank:
             StuckRunner.fail()
         StuckRunner.begun = time.monotonic()

@@ -20,6 +20,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.models.quantization import read_quantization
 from orthrus.plan import PassPlan, RowGroup, View
 from orthrus.runner.cuda_graphs import CudaGraphRunner
+from orthrus.runner.protocol import RunnerLimits
 from tests.quantised import FP8
 
 DEVICE = torch.device("cuda")
@@ -54,9 +55,7 @@ def our_states(model: ModelConfig, weights: dict[str, Tensor], prompts: list[lis
     forward = LayerParallelForward(model, weights)
     forward.use_context(LENGTH)
     memory = cache(torch.bfloat16)
-    runner = CudaGraphRunner(
-        forward, memory, max_rows=LENGTH, max_logits=LENGTH, max_pages=64, wants_ranks=False
-    )
+    runner = CudaGraphRunner(forward, memory, RunnerLimits(LENGTH, LENGTH, max_pages=64))
     states = []
     for tokens in prompts:
         runner.logits([group(tokens)])

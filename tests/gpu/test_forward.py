@@ -18,7 +18,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup, View
 from orthrus.runner.cuda_graphs import CudaGraphRunner
 from orthrus.runner.eager import EagerRunner
-from orthrus.runner.protocol import ModelRunner
+from orthrus.runner.protocol import ModelRunner, RunnerLimits
 
 DEVICE = torch.device("cuda")
 CONFIG = ModelConfig(
@@ -61,14 +61,8 @@ class Model:
         if dtype == torch.float64:
             self._runner = EagerRunner(forward, self.cache)
         else:
-            self._runner = CudaGraphRunner(
-                forward,
-                self.cache,
-                max_rows=LENGTH,
-                max_logits=LENGTH,
-                max_pages=64 * PAGES,
-                wants_ranks=False,
-            )
+            limits = RunnerLimits(LENGTH, LENGTH, max_pages=64 * PAGES)
+            self._runner = CudaGraphRunner(forward, self.cache, limits)
 
     def run(self, *groups: RowGroup) -> Tensor:
         """Logits of all rows, in the order of the groups."""

@@ -14,7 +14,7 @@ from orthrus.models.forward import LayerParallelForward
 from orthrus.plan import RowGroup
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.eager import EagerRunner
-from orthrus.runner.protocol import LaunchedPass
+from orthrus.runner.protocol import LaunchedPass, RunnerLimits
 from orthrus.runner.registry import RUNNERS, RunnerEntry, load_runner
 from orthrus.runner.sampler import PickRows
 from tests.checkpoints import make_checkpoint
@@ -30,16 +30,8 @@ class CountingRunner(EagerRunner):
         self.room = room
 
     @staticmethod
-    def build(
-        forward: LayerParallelForward,
-        cache: KVCache,
-        *,
-        max_rows: int,
-        max_logits: int,
-        max_pages: int,
-        wants_ranks: bool,
-    ) -> "CountingRunner":
-        return CountingRunner(forward, cache, (max_rows, max_logits, max_pages))
+    def build(forward: LayerParallelForward, cache: KVCache, limits: RunnerLimits) -> "CountingRunner":
+        return CountingRunner(forward, cache, (limits.max_rows, limits.max_logits, limits.max_pages))
 
     def launch(self, groups: Sequence[RowGroup], rows: Sequence[PickRows]) -> LaunchedPass:
         self.passes += 1
