@@ -16,6 +16,7 @@ from orthrus.engine.draft_weights import (
 )
 from orthrus.engine.pass_limits import exchange_sizes, pass_room
 from orthrus.errors import ConfigError
+from orthrus.kernels.capabilities import Capability, multiplies_fp8
 from orthrus.models.config import DTYPE_SIZES, ModelConfig
 from orthrus.models.medusa_config import MedusaConfig
 from orthrus.models.shard import Shard
@@ -34,8 +35,17 @@ GPU_GIB = {
     "L40S": 44,
 }
 """Memory that a process finds free, by Ray's accelerator type."""
-_FP8_GPUS = {"B200", "H100", "H200", "L4", "L40S"}
-"""Those with FP8 tensor cores."""
+_CAPABILITIES: dict[str, Capability] = {
+    "A100": (8, 0),
+    "A100-80G": (8, 0),
+    "A10G": (8, 6),
+    "B200": (10, 0),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "L4": (8, 9),
+    "L40S": (8, 9),
+}
+"""Their compute capabilities."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class MemoryPlan:
         """whole: the model that all ranks share. kind: of the GPU, a key of `GPU_GIB`; None for a CPU. medusa: the heads."""
         ranks = engine.tensor_parallel_size
         shard = Shard(engine.with_settings(whole), ranks - 1, ranks)
-        check_draft_weights(engine, shard, multiplies_fp8=kind is None or kind in _FP8_GPUS)
+        gpu = None if kind is None else _CAPABILITIES[kind]
+        check_draft_weights(engine, shard, gpu)
         model = shard.config
         dtype = dtype_name(engine.dtype, model, "cpu" if kind is None else "cuda")
         item_bytes = DTYPE_SIZES[dtype]
@@ -81,9 +92,15 @@ class MemoryPlan:
             num_heads = 0 if medusa is None else medusa.medusa_num_heads
             passes = PassMemory.of(shard, room, item_bytes, medusa_heads=num_heads, widens=lossless).total
         copies = draft_format(engine, model)
-        if copies is None and kind in _FP8_GPUS and item_bytes == 2:
+        if (
+            copies is None
+            and kind is not None
+            and gpu is not None
+            and multiplies_fp8(gpu)
+            and item_bytes == 2
+        ):
             free = GPU_GIB[kind] * engine.gpu_memory_utilization * GIB - passes - exchange - weights
-            copies = auto_draft_format(engine, shard, item_bytes, free)
+            copies = auto_draft_format(engine, shard, item_bytes, free, gpu)
         if copies in COPY_BYTES:
             views += f", {copies} copies for drafts"
             weights += copies_bytes(shard, item_bytes, copies, lossless=lossless)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthrus.kernels.capabilities import has_wgmma, multiplies_fp8
+
 
 def runs_triton(x: Tensor) -> bool:
     """Whether the Triton kernels take x. They take all tensors on a GPU except float64 ones."""
@@ -34,14 +36,14 @@ def chaining() -> dict[str, Any]:
 
 @cache
 def has_warpgroup_mma() -> bool:
-    """Whether the GPU has Hopper's warpgroup MMA (wgmma). Later GPUs have other instructions instead."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    """Whether the GPU has Hopper's warpgroup MMA (wgmma)."""
+    return torch.cuda.is_available() and has_wgmma(torch.cuda.get_device_capability())
 
 
 @cache
 def has_fp8_mma() -> bool:
     """Whether the GPU's tensor cores multiply FP8 numbers (e4m3)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    return torch.cuda.is_available() and multiplies_fp8(torch.cuda.get_device_capability())
 
 
 @cache

@@ -6,6 +6,7 @@ its file is imported, so this package imports them all. Formats of quantised che
 
 from orthrus.kernels.linear import (  # noqa: F401
     awq,
+    by_rows,
     fp8,
     fp8_block,
     gptq,
@@ -18,6 +19,7 @@ from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.stored import dense
 from orthrus.kernels.linear.weight import (
     FIXED_FORMATS,
+    OUTSIDE_MLP,
     ROUGH_FORMATS,
     OneViewWeight,
     Parameters,
@@ -30,6 +32,7 @@ from orthrus.kernels.linear.weight import (
 
 __all__ = [
     "FIXED_FORMATS",
+    "OUTSIDE_MLP",
     "ROUGH_FORMATS",
     "OneViewWeight",
     "Parameters",

@@ -20,6 +20,9 @@ def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
     """The shared memory layout of a tile that TMA writes and the tensor cores can read."""
     if len(block) == 1:
         return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=dtype.itemsize * 8, rank=1)
+    if dtype == torch.int32 and block[1] > 32:
+        # Such rows have been packed in the order in which threads read them, so they are not swizzled.
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 

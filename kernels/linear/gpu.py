@@ -61,7 +61,10 @@ class GpuWeight(KernelWeight):
         inputs: Leaves | None,
         rounding: Rounding | None,
     ) -> None:
-        """Run the layer in the kernel for few rows; for the arguments see `hopper.launch`. rounding: only for `TritonWeight`."""
+        """Run the layer in the kernel for few rows; for the arguments see `hopper.launch`.
+
+        rounding: only for a `FixedInputsWeight`.
+        """
 
     @abstractmethod
     def _tile(
@@ -76,7 +79,7 @@ class GpuWeight(KernelWeight):
     ) -> None:
         """Run the layer in the kernel for any rows; for the arguments see `triton.launch`. tiles: None for the usual ones.
 
-        rounding: only for `TritonWeight`.
+        rounding: only for a `FixedInputsWeight`.
         """
 
     def _choose_tiles(self, rows: int, leaves: int) -> LinearTiles:
@@ -223,32 +226,17 @@ class GpuWeight(KernelWeight):
         return num_ar if self.views > 1 else None
 
 
-@dataclass(frozen=True)
-class TritonWeight(DenseLayer, GpuWeight):
-    """Weights as plain tensors, for the kernels of `triton` and `hopper`: float16, bfloat16, float32, and FP8 with scales.
+@dataclass(frozen=True, kw_only=True)
+class FixedInputsWeight(GpuWeight):
+    """The base class of weights that may take their inputs in FP8, with a fixed factor, and store results so for another layer.
 
-    The inputs of FP8 weights are rounded to FP8 first, unless they have been stored so. Such a layer has a `rounding` and a
-    `result_dtype`, the model's dtype. Its scales take the factor of the inputs into account.
+    Inputs that have not been stored in FP8 are rounded first. The weights' scales take the factor into account.
     """
 
-    split: Split | None = None
     rounding: Rounding | None = None
+    """None for weights that take their inputs as they are."""
     result_dtype: torch.dtype | None = None
-
-    @property
-    def views(self) -> int:
-        return len(self.weights)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights[0].dtype
-
-    def with_factor(self, factor: float) -> "TritonWeight":
-        if self.rounding is None:
-            return self
-        assert self.scales is not None and self.rounding.factor is not None
-        scales = self.scales * (self.rounding.factor / factor)
-        return replace(self, scales=scales, rounding=replace(self.rounding, factor=factor))
+    """The model's dtype. None: that of the inputs."""
 
     def linear_silu_mul(
         self,
@@ -267,6 +255,35 @@ class TritonWeight(DenseLayer, GpuWeight):
 
     def _result_dtype(self, x: Tensor) -> torch.dtype:
         return self.result_dtype or x.dtype
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """The inputs x [rows, in_features] as the kernels take them."""
+        return x if self.rounding is None else rounded(x, self.rounding)
+
+
+@dataclass(frozen=True)
+class TritonWeight(DenseLayer, FixedInputsWeight):
+    """Weights as plain tensors, for the kernels of `triton` and `hopper`: float16, bfloat16, float32, and FP8 with scales.
+
+    FP8 weights have a `rounding` and a `result_dtype`.
+    """
+
+    split: Split | None = None
+
+    @property
+    def views(self) -> int:
+        return len(self.weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    def with_factor(self, factor: float) -> "TritonWeight":
+        if self.rounding is None:
+            return self
+        assert self.scales is not None and self.rounding.factor is not None
+        scales = self.scales * (self.rounding.factor / factor)
+        return replace(self, scales=scales, rounding=replace(self.rounding, factor=factor))
 
     def _streams(self, x: Tensor) -> bool:
         return hopper.streams(x)
@@ -295,7 +312,3 @@ class TritonWeight(DenseLayer, GpuWeight):
     ) -> None:
         tiles = tiles or self._choose_tiles(x.shape[0], 1)
         triton.launch(self._inputs(x), self, out, num_ar, parts, tiles, inputs, rounding)
-
-    def _inputs(self, x: Tensor) -> Tensor:
-        """The inputs x [rows, in_features] as the kernels take them."""
-        return x if self.rounding is None else rounded(x, self.rounding)

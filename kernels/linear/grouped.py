@@ -1,6 +1,6 @@
 """Layers on a GPU whose weights have scales for groups of inputs, in the kernels of `grouped_triton` and `grouped_hopper`.
 
-The weights are those of quantised checkpoints (fine-grained FP8, GPTQ and AWQ), or 4-bit codes for drafts.
+The weights are those of quantised checkpoints (fine-grained FP8, GPTQ and AWQ).
 
 A layer has one view. The two views of a model are two layers (see `SplitViews`), and one of them may have another format.
 """
@@ -11,11 +11,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from orthrus.kernels.int4_sizes import GROUP
 from orthrus.kernels.linear import grouped_hopper, grouped_triton
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.linear.blocks_triton import quantise_inputs
-from orthrus.kernels.linear.codes import Codes, pack_codes
 from orthrus.kernels.linear.integers import Integers, pack_words
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
@@ -99,23 +97,6 @@ def fp8_layer(numbers: Tensor, scales: Tensor, bias: Tensor | None, gated: bool)
         scales = alternate(scales.T).T
         bias = None if bias is None else alternate(bias)
     return GroupedWeight(numbers.contiguous(), scales.contiguous(), None, bias, 128, 128, 0, gated)
-
-
-def code_layer(
-    projections: list[Codes], bias: Tensor | None, gated: bool, split: Split | None
-) -> GroupedWeight:
-    """A layer of the projections' codes, concatenated along the outputs. bias: [outs].
-
-    split: which part of a layer the projections are; None for a whole layer.
-    """
-    codes, scales = torch.cat([p.codes for p in projections]), torch.cat([p.scales for p in projections], 1)
-    if gated:
-        codes, scales = alternate(codes), alternate(scales.T).T
-        bias = None if bias is None else alternate(bias)
-    numbers = torch.cat([pack_codes(part) for part in codes.split(_CHUNK)])
-    return GroupedWeight(
-        numbers, scales.contiguous(), None, bias, GROUP, GROUP, 4, gated, order=None, split=split
-    )
 
 
 def integer_layer(projections: list[Integers], bias: Tensor | None, gated: bool) -> GroupedWeight:

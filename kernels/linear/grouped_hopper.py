@@ -7,10 +7,10 @@ the tensor cores multiply one group, the numbers of the other are prepared.
 FP8 weights have one consumer. The sums are those of `grouped_triton`, by the same instructions in the same order. So a row has
 the same bits in both.
 
-4-bit numbers are loaded to the registers from which the tensor cores read them (see `integers.pack_words` and
-`codes.pack_codes`), and widened there. One consumer alone takes longer for this than the memory takes to send the numbers. So
-two take turns at the steps, and their sums are added at the end of a unit; a sum with an odd number of steps has one. With two,
-the order is not that of `grouped_triton`. So that a row has the same bits in every pass, all numbers of rows run here.
+4-bit integers are loaded to the registers from which the tensor cores read them (see `integers.pack_words`), and widened there.
+One consumer alone takes longer for this than the memory takes to send the numbers. So two take turns at the steps, and their sums
+are added at the end of a unit; a sum with an odd number of steps has one. With two, the order is not that of `grouped_triton`. So
+that a row has the same bits in every pass, all numbers of rows run here.
 
 Written in Gluon, Triton's language for explicit shared memory and copies. Gluon has no interpreter.
 """
@@ -56,47 +56,6 @@ _SUMS = gl.SwizzledSharedLayout(2, 1, 8, [1, 0])
 
 
 @gluon.jit
-def _widen_codes(words):
-    """Words of 4-bit codes [outs, 16] -> the e4m3 numbers that they stand for [outs, 128]."""
-    OUTS: gl.constexpr = words.shape[0]
-    # The bytes of `codes.LEVELS` in e4m3 are a table of eight entries. prmt looks up four of them at a time.
-    n0, n1, n2, n3, n4, n5, n6, n7 = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, place, number;
-        mov.b32 low, 0x4A464033; mov.b32 high, 0x5552504D;
-        and.b32 place, $8, 0x77777777;
-        prmt.b32 number, low, high, place; lop3.b32 $0, $8, 0x80808080, number, 0xEA;
-        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
-        shl.b32 place, $8, 4; lop3.b32 $1, place, 0x80808080, number, 0xEA;
-        and.b32 place, $9, 0x77777777;
-        prmt.b32 number, low, high, place; lop3.b32 $2, $9, 0x80808080, number, 0xEA;
-        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
-        shl.b32 place, $9, 4; lop3.b32 $3, place, 0x80808080, number, 0xEA;
-        and.b32 place, $10, 0x77777777;
-        prmt.b32 number, low, high, place; lop3.b32 $4, $10, 0x80808080, number, 0xEA;
-        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
-        shl.b32 place, $10, 4; lop3.b32 $5, place, 0x80808080, number, 0xEA;
-        and.b32 place, $11, 0x77777777;
-        prmt.b32 number, low, high, place; lop3.b32 $6, $11, 0x80808080, number, 0xEA;
-        shr.u32 place, place, 16; prmt.b32 number, low, high, place;
-        shl.b32 place, $11, 4; lop3.b32 $7, place, 0x80808080, number, 0xEA;
-        }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
-        [words],
-        dtype=[gl.float8e4nv] * 8,
-        is_pure=True,
-        pack=4,
-    )
-    # A thread has four words of an output, of four runs of 32 inputs. Triton takes a result register to hold one number of each
-    # word. In fact it holds four neighbours of one word, and each word fills two registers in turn, one for each half.
-    low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
-    high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
-    # From [outs, neighbour, word, half, run's low bit, run's high bit] to the order of the inputs.
-    joined = gl.join(low, high).reshape((OUTS, 4, 4, 2, 2, 2))
-    return joined.permute((0, 5, 4, 3, 2, 1)).reshape((OUTS, 128))
-
-
-@gluon.jit
 def _widen(words, zeros):
     """Words of 4-bit numbers [outs, 16], and bfloat16 zero points [outs, 1] plus 128 -> the numbers less these [outs, 128]."""
     OUTS: gl.constexpr = words.shape[0]
@@ -131,7 +90,7 @@ class Product(NamedTuple):
     """The product of a group, which the tensor cores may still be computing."""
 
     sums: gl.tensor  # [outs, rows]
-    # Widened bfloat16 weights. Their registers must not be reused before the product is complete. Not used for other weights.
+    # Widened weights. Their registers must not be reused before the product is complete. Not used for FP8 weights.
     numbers: gl.tensor
     scale: gl.tensor  # [outs]
     row_scale: gl.tensor  # [rows]: the scales of FP8 rows. Not used for other rows.
@@ -153,15 +112,10 @@ def _start(ring, stage, nothing, HALF: gl.constexpr, WORDS: gl.constexpr, BITS: 
         sums = warpgroup_mma(ring.weights.index(tile), rows, nothing, use_acc=False, is_async=True)
     else:
         words = ring.weights.index(stage).slice(16 * HALF, 16, dim=1).load(WORDS)
-        if ROUNDED:
-            # Triton's wait takes no 8-bit numbers. ptxas does not reuse registers that a warpgroup MMA still reads.
-            widened = gl.convert_layout(_widen_codes(words), gl.DotOperandLayout(0, layout, 4))
-            sums = warpgroup_mma(widened, rows, nothing, use_acc=False, is_async=True)
-        else:
-            zero = others.slice(0, words.shape[0]).load(gl.SliceLayout(1, WORDS)).to(gl.float32)
-            numbers = _widen(words, (zero + 128.0).to(gl.bfloat16)[:, None])
-            numbers = gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2))
-            sums = warpgroup_mma(numbers, rows, nothing, use_acc=False, is_async=True)
+        zero = others.slice(0, words.shape[0]).load(gl.SliceLayout(1, WORDS)).to(gl.float32)
+        numbers = _widen(words, (zero + 128.0).to(gl.bfloat16)[:, None])
+        numbers = gl.convert_layout(numbers, gl.DotOperandLayout(0, layout, 2))
+        sums = warpgroup_mma(numbers, rows, nothing, use_acc=False, is_async=True)
     return Product(sums, numbers, scale, row_scale)
 
 

@@ -1,4 +1,4 @@
-"""The linear kernel for weights that have a scale for each output of a group of inputs: fine-grained FP8, GPTQ, AWQ and codes.
+"""The linear kernel for weights that have a scale for each output of a group of inputs: fine-grained FP8, GPTQ and AWQ.
 
 A step of the sum covers inputs of one group. The tensor cores sum its products. Then this sum is multiplied by the scales, and
 added to the float32 sum of the steps before it. The steps and their order depend on the weight alone, so a row has the same bits
@@ -38,19 +38,6 @@ def _unpack(words, OUTS: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def _widen(words, OUTS: tl.constexpr, DEPTH: tl.constexpr):
-    """Words of 4-bit codes (see `codes.pack_codes`) as the e4m3 numbers that they stand for."""
-    n = tl.arange(0, 8)[None, None, :]
-    level = (words[:, :, None] >> (4 * n)) & 7
-    sign = (words[:, :, None] >> tl.where(n < 4, 8 * n + 7, 8 * n - 29)) & 1
-    # The bytes of `codes.LEVELS` in e4m3.
-    byte = tl.where(level < 4, 0x4A464033 >> (8 * level), 0x5552504D >> (8 * (level - 4))) & 127
-    numbers = tl.reshape((byte | sign << 7).to(tl.uint8), (OUTS, DEPTH // 32, 4, 2, 4))
-    # From [outs, run of 32, word, half, number] to the order of the inputs.
-    return tl.reshape(tl.permute(numbers, (0, 1, 3, 2, 4)), (OUTS, DEPTH)).to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
 def _scales_of(scales, zeros, x_scales, step, out_at, row_at, num_outs, num_rows, x_stride, group_steps,
                OUTS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """The scales of a step's outputs; their zero points, if the weights are integers; and the scales of FP8 rows."""
@@ -73,8 +60,6 @@ def _products(w, x, zero, k, out_at, row_at,
     # One chain of branches, since Triton compiles what follows a `return` in a branch, even where the branch is always taken.
     if BITS == 0:
         numbers = w.load([out_at, k])
-    elif tl.float8e4nv == DTYPE:
-        numbers = _widen(w.load([out_at, k // 8]), OUTS, DEPTH)
     elif BITS == 4:
         base = 128.0 if tl.bfloat16 == DTYPE else 1024.0 if tl.float16 == DTYPE else 0.0
         numbers = _unpack(w.load([out_at, k // 8]), OUTS, DEPTH, DTYPE) - (zero + base).to(DTYPE)[:, None]
@@ -108,7 +93,7 @@ def _grouped_kernel(
     HAS_BIAS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """BITS: bits of the weight's integers or codes; 0 for FP8. DTYPE: the inputs' dtype, in which the weights are multiplied."""
+    """BITS: bits of the weight's integers; 0 for FP8. DTYPE: the inputs' dtype, in which the weights are multiplied."""
     # Neighbouring programs share a weight tile, over a band of row tiles. Both stay in the L2 cache.
     BAND: tl.constexpr = 16
     tile = tl.program_id(0)

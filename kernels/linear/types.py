@@ -38,12 +38,12 @@ class DenseLayer:
 class GroupedLayer:
     """A linear layer of one view whose weights have a scale for each output of a group of inputs (see `grouped_triton`)."""
 
-    # The weights. FP8 (e4m3) or 8-bit integers are [outs, ins]. 4-bit integers (`integers.pack_words`) and codes
-    # (`codes.pack_codes`) are packed in int32 [outs, ins / 8].
+    # The weights. FP8 (e4m3) or 8-bit integers are [outs, ins]. 4-bit integers are packed in int32 [outs, ins / 8], see
+    # `integers.pack_words`.
     numbers: Tensor
     # float [groups, outs].
     scales: Tensor
-    # The zero points of integers: uint8 or int16 [groups, outs]. None for FP8 and codes.
+    # The zero points of integers: uint8 or int16 [groups, outs]. None for FP8.
     zeros: Tensor | None
     # [outs], or None.
     bias: Tensor | None
@@ -51,7 +51,7 @@ class GroupedLayer:
     group_size: int
     # Inputs of a step of the sum.
     depth: int
-    # Bits of a weight: 4 or 8 for integers, 4 for codes, 0 for FP8.
+    # Bits of a weight: 4 or 8 for integers, 0 for FP8.
     bits: int
     # As in `DenseLayer`.
     interleaved: bool = False
@@ -64,13 +64,43 @@ class GroupedLayer:
 
     @property
     def rounds_inputs(self) -> bool:
-        """Whether the inputs are rounded to FP8, with a scale for each 128 of a row: for FP8 weights and codes."""
+        """Whether the inputs are rounded to FP8, with a scale for each 128 of a row: for FP8 weights."""
         return self.zeros is None
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         tensors = (self.numbers, self.scales, self.zeros, self.bias, self.order)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class CodeLayer:
+    """A linear layer of one view whose weights are 4-bit codes with a table for each output's group of inputs (see `codes`).
+
+    Outputs are padded to whole tiles of 64, and inputs to whole steps of 256.
+    """
+
+    # int32 [tiles * steps * 8, 256]: see `codes.pack_codes`.
+    codes: Tensor
+    # int32 [tiles * steps, 256]: see `codes.pack_tables`.
+    tables: Tensor
+    # What the sums of an output are multiplied by: float32 [1, outs].
+    scales: Tensor
+    # [views, outs], or None.
+    bias: Tensor | None = None
+    # As in `DenseLayer`.
+    interleaved: bool = False
+
+    @property
+    def outs(self) -> int:
+        """Outputs of the layer, without padding."""
+        return self.scales.shape[1]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.codes, self.tables, self.scales, self.bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

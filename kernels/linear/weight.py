@@ -31,8 +31,12 @@ ROUGH_FORMATS = {"lossless12": "lossless8"}
 """For each format whose memory another format can read at lower precision (see `Weight.rough`): the name of that format."""
 
 
-FIXED_FORMATS = ("fp8", "lossless8")
+FIXED_FORMATS = ("fp8", "fp8+int4", "int4", "lossless8")
 """The formats whose inputs are rounded with a fixed factor: see `Weight.with_factor`."""
+
+
+OUTSIDE_MLP = {"fp8+int4": "fp8", "int4": "fp8"}
+"""For each format that only the layers of an MLP have: the format of the model's other layers."""
 
 
 class Weight(ABC):

@@ -72,7 +72,7 @@ def _add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("auto", "bf16", "lossless12"), default="auto", help="as the engine's setting"
     )
-    drafts = ("auto", "same", "fp8", "int4")
+    drafts = ("auto", "same", "fp8", "fp8+int4", "int4")
     parser.add_argument("--draft-weights", choices=drafts, default="auto", help="as the engine's setting")
     parser.add_argument(
         "--draft-tree",

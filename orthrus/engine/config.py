@@ -53,14 +53,16 @@ class EngineConfig(BaseModel):
     draft_lead: bool | None = None
     """Whether a draft pass also computes the next token exactly, beside the block that drafts the tokens after it. None lets the
     cost model decide."""
-    draft_weights: Literal["auto", "same", "fp8", "int4", "lossless8"] = "auto"
+    draft_weights: Literal["auto", "same", "fp8", "fp8+int4", "int4", "lossless8"] = "auto"
     """The weights of draft passes: the "same" as those of AR rows, or copies. Copies in "fp8" take half the memory of 16-bit
-    weights, and those in "int4" little more than a quarter. With `weights` "lossless12", drafts may read "lossless8", the first
-    8 of the 12 bits, which takes no memory.
+    weights. In "int4" the MLPs take little more than a quarter, and the rest is in FP8. "fp8+int4" has MLPs in 4 bits for passes
+    of up to 128 rows, and in FP8 for larger ones. With `weights` "lossless12", drafts may read "lossless8", the first 8 of the 12
+    bits, which takes no memory.
 
     "auto" is "same" if the GPU has no FP8 tensor cores or `draft_lead` is true. Otherwise it is "lossless8" where weights are in
-    12 bits, and else "fp8". For "fp8" the checkpoint must also be in 16 bits and not quantised, and the KV cache must keep three
-    quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set. "auto" is never "int4"."""
+    12 bits. Else it is "fp8+int4" on a Hopper GPU, and "fp8" on others or if the KV cache would be too small. It must keep three
+    quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set. If FP8 copies are too large as
+    well, it is "same", and so it is for a checkpoint that is quantised or not in 16 bits."""
     draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0
     """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies. 0 turns trees off. "auto"
     is 0, but on one GPU up to 64, where the cost model says that this pays."""

@@ -1,22 +1,30 @@
 """Which weights draft passes multiply: those of the AR rows, or rounded copies of their own.
 
 Only verify passes have to be exact, so drafts may be rough. Where the weights of the AR rows are kept in 12 bits, drafts read 8
-of them and need no copies. Copies in FP8 halve what a draft pass reads, and those in 4 bits leave a little more than a quarter.
-They take memory from the KV cache. In all these cases no pass has rows of both views: it would read both sets of weights.
+of them and need no copies. Copies in FP8 halve what a draft pass reads, and 4 bits leave little more than a quarter of the MLPs.
+Copies take memory from the KV cache. In all these cases no pass has rows of both views: it would read both sets of weights.
 """
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
+from orthrus.kernels.capabilities import Capability, has_wgmma, multiplies_fp8
 from orthrus.kernels.int4_sizes import INT4_BYTES
 from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import CopyBytes, check_groups, weight_bytes
+from orthrus.models.sizes import CopyBytes, ungrouped, weight_bytes
 from orthrus.schedules.registry import SCHEDULES
 
-COPY_BYTES = {"fp8": CopyBytes(1.001, 1.001), "int4": CopyBytes(INT4_BYTES, 1.001)}
-"""The formats of copies, with the bytes of one number on a GPU. "fp8" also has a float32 scale for each output of a layer. The
-LM head of "int4" is in "fp8"."""
+COPY_BYTES = {
+    "fp8": CopyBytes(1.001, 1.001),
+    "fp8+int4": CopyBytes(1.002 + INT4_BYTES, 1.001),
+    "int4": CopyBytes(0.001 + INT4_BYTES, 1.001),
+}
+"""The formats of copies, with the bytes of one number on a GPU. All also have a float32 scale for each output of a layer. Only
+MLPs are in 4 bits. With "fp8+int4" they are in FP8 too, for passes of many rows."""
+_IN_4_BITS = ("fp8+int4", "int4")
+_AUTO = ("fp8+int4", "fp8")
+"""The copies that "auto" chooses from: the first ones that leave the KV cache enough memory."""
 ONE_PLANE = "lossless8"
 """The format of drafts that read 8 of the 12 bits of the AR rows' weights. It needs no memory."""
 _LEAST_CACHE = 0.75
@@ -28,19 +36,26 @@ def _may_have_copies(config: EngineConfig, model: ModelConfig) -> bool:
     return "draft_weights" in SCHEDULES[config.schedule_for(model)].settings
 
 
-def check_draft_weights(config: EngineConfig, shard: Shard, *, multiplies_fp8: bool) -> None:
+def check_draft_weights(config: EngineConfig, shard: Shard, gpu: Capability | None) -> None:
     """Raise ConfigError if `config` asks for copies that can't be made from the rank's weights, or gain nothing on its device.
 
-    multiplies_fp8: whether the device is a GPU with FP8 tensor cores, or a CPU, where copies are for tests.
+    gpu: its compute capability; None for a CPU, where copies are for tests.
     """
     copies = draft_format(config, shard.model)
-    if copies is not None and not multiplies_fp8:
+    if copies is not None and gpu is not None and not multiplies_fp8(gpu):
         raise ConfigError(
             f"draft_weights {copies!r} needs a GPU with FP8 tensor cores, which those of compute capability 8.9 and later have: "
             "set draft_weights to auto or same"
         )
-    if copies == "int4":
-        check_groups(shard)
+    if copies in _IN_4_BITS:
+        if gpu is not None and not has_wgmma(gpu):
+            raise ConfigError(
+                f"draft_weights {copies!r} needs a Hopper GPU, such as an H100 or H200: set draft_weights to auto or fp8"
+            )
+        if (layer := ungrouped(shard)) is not None:
+            raise ConfigError(
+                f"draft_weights {copies!r} rounds weights in groups of inputs, but {layer}: set draft_weights to fp8 or same"
+            )
 
 
 def draft_format(config: EngineConfig, model: ModelConfig) -> str | None:
@@ -66,11 +81,13 @@ def reads_one_plane(config: EngineConfig, model: ModelConfig) -> bool:
     return config.draft_weights == "auto" and not config.draft_lead and _may_have_copies(config, model)
 
 
-def auto_draft_format(config: EngineConfig, shard: Shard, item_bytes: int, memory: float) -> str | None:
+def auto_draft_format(
+    config: EngineConfig, shard: Shard, item_bytes: int, memory: float, gpu: Capability
+) -> str | None:
     """What `draft_weights: auto` chooses on a GPU with FP8 tensor cores. None: no copies, as for a quantised model.
 
     shard: the part of the model that one GPU has. item_bytes: bytes of one weight. memory: bytes that the copies and the KV
-    cache may take together, beside weights and passes.
+    cache may take together, beside weights and passes. gpu: its compute capability.
 
     Copies are made if the KV cache can still hold `kv_cache_tokens`. If these are not set, it must keep three quarters of its
     size, and room for a full context.
@@ -86,7 +103,13 @@ def auto_draft_format(config: EngineConfig, shard: Shard, item_bytes: int, memor
     else:
         context = (config.max_model_len or model.max_position_embeddings) * width
         cache = max(context, _LEAST_CACHE * min(context * config.max_num_seqs, memory))
-    return "fp8" if memory - copies_bytes(shard, item_bytes, "fp8") >= cache else None
+    in_4_bits = has_wgmma(gpu) and ungrouped(shard) is None
+    for copies in _AUTO:
+        if (in_4_bits or copies not in _IN_4_BITS) and memory - copies_bytes(
+            shard, item_bytes, copies
+        ) >= cache:
+            return copies
+    return None
 
 
 def copies_bytes(shard: Shard, item_bytes: int, format: str, *, lossless: bool = False) -> int:

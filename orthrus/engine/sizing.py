@@ -126,7 +126,8 @@ def choose_draft_format(
     free, size = torch.cuda.mem_get_info(device)
     passes = PassMemory.of(shard, pass_room(config, model), dtype.itemsize).total
     memory = size * config.gpu_memory_utilization - (size - free) - unread - passes
-    return draft_format(config, model) or auto_draft_format(config, shard, dtype.itemsize, memory)
+    gpu = torch.cuda.get_device_capability(device)
+    return draft_format(config, model) or auto_draft_format(config, shard, dtype.itemsize, memory, gpu)
 
 
 def check_memory(
@@ -140,15 +141,16 @@ def check_memory(
 
     shard: the part of the model on `device`. medusa: the Medusa heads that it gets.
     """
-    check_draft_weights(config, shard, multiplies_fp8=device.type != "cuda" or has_fp8_mma())
+    gpu = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    check_draft_weights(config, shard, gpu)
     model = shard.config
     name, size_each = str(dtype).removeprefix("torch."), None
     lossless = config.keeps_12_bits(model) and device.type == "cuda" and dtype == torch.bfloat16
     if lossless:
         name += " in 12 bits"
     if (copies := draft_format(config, model)) is not None:
-        # On a CPU, copies have the dtype of the weights.
-        full = CopyBytes(dtype.itemsize, dtype.itemsize)
+        # On a CPU, copies have the dtype of the weights. "fp8+int4" has two of each MLP.
+        full = CopyBytes(len(copies.split("+")) * dtype.itemsize, dtype.itemsize)
         size_each = full if device.type == "cpu" else COPY_BYTES.get(copies)
         if size_each is not None:
             name += f" with {copies} copies for drafts"

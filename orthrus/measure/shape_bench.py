@@ -28,7 +28,7 @@ from orthrus.measure.shape_race import our_contestants, race
 from orthrus.measure.shape_report import PassTime, ShapeReport, Speed
 from orthrus.models.config import ModelConfig
 from orthrus.models.shard import Shard
-from orthrus.models.sizes import CopyBytes, weight_bytes
+from orthrus.models.sizes import NO_BYTES, CopyBytes, weight_bytes
 from orthrus.plan import RowGroup, View
 from orthrus.requests.request import SamplingParams
 from orthrus.runner.sampler import PickRows
@@ -192,8 +192,10 @@ def _copy_bytes(engine: Engine) -> CopyBytes | None:
 
 
 def _draft_bytes(engine: Engine) -> CopyBytes | None:
-    """Bytes of a weight that a draft pass reads; None if it reads the same as other passes."""
-    return CopyBytes(1.0, 1.0) if engine.forward.draft_format == ONE_PLANE else _copy_bytes(engine)
+    """Bytes of a number that a draft pass of one block reads; None if it reads the same as other passes."""
+    if engine.forward.draft_format == ONE_PLANE:
+        return CopyBytes(1.0, 1.0)
+    return COPY_BYTES["int4"] if engine.forward.draft_format == "fp8+int4" else _copy_bytes(engine)
 
 
 def _is_lossless(engine: Engine) -> bool:
@@ -253,9 +255,8 @@ def pass_times(engine: Engine, options: ShapeBenchOptions, read: float) -> list[
         seconds = time_passes(engine, view, rows, batch, options.context, PASSES)
         linear = views - lookup
         if view is View.DIFFUSION and (draft_bytes := _draft_bytes(engine)) is not None:
-            layers = weight_bytes(Shard(replace(plain, quantization=None)), item_bytes) / item_bytes - head
-            layers -= 0 if model.tie_word_embeddings else head
-            linear = round(layers * draft_bytes.layers + head * draft_bytes.head)
+            shard = Shard(replace(model, quantization=None))
+            linear = weight_bytes(shard, item_bytes, draft_bytes) - weight_bytes(shard, item_bytes, NO_BYTES)
         elif view is View.DIFFUSION:
             linear += _more_for_drafts(model)
         size = linear + batch * options.context * kv_bytes_per_token(model, item_bytes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orthrus.cache.kv_format import KVLayer
-from orthrus.kernels.linear import Parameters, Split, Weight, pack_weight
+from orthrus.kernels.linear import OUTSIDE_MLP, Parameters, Split, Weight, pack_weight
 from orthrus.kernels.ranks import Ranks
 from orthrus.kernels.rounding import Rounding
 from orthrus.models.config import ModelConfig
@@ -116,7 +116,7 @@ class DecoderLayer:
             """The projections `names` as one layer, with every view's weights."""
             projections = [[projection(f"self_attn.{name}_proj{view}") for name in names] for view in views]
             part = split.out if names == ("o",) else split.outputs
-            return pack_weight(projections, weight_format, split=part)
+            return pack_weight(projections, OUTSIDE_MLP.get(weight_format, weight_format), split=part)
 
         return cls(
             qkv=attention("q", "k", "v"),

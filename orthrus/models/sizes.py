@@ -14,10 +14,13 @@ from orthrus.models.shard import Shard
 class CopyBytes(NamedTuple):
     """Bytes of one number in the drafts' own weights."""
 
-    layers: float
-    """In the projections and the MLP."""
-    head: float
-    """In the LM head."""
+    mlp: float
+    """In the layers of the MLPs."""
+    others: float
+    """In the projections of attention, and in the LM head."""
+
+
+NO_BYTES = CopyBytes(0.0, 0.0)
 
 
 def weight_bytes(
@@ -46,22 +49,25 @@ def weight_bytes(
     matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     replaced = [name for name in matrices if f"{suffix}." in name]
     of_ar_rows = {name.replace(f"{suffix}.", ".") for name in replaced} | {family.embedding, family.head}
-    copied = sum(count for name, count in matrices.items() if name not in of_ar_rows)
+    copied = {name: count for name, count in matrices.items() if name not in of_ar_rows}
+    in_mlp = sum(count for name, count in copied.items() if _in_mlp(name))
+    others = sum(copied.values()) - in_mlp + math.prod(_head_shape(shard))
     numbers -= sum(matrices[name] for name in replaced)
-    copied_bytes = copied * copies.layers + math.prod(_head_shape(shard)) * copies.head
-    return math.ceil(numbers * item_bytes - saved) + math.ceil(copied_bytes)
+    return math.ceil(numbers * item_bytes - saved) + math.ceil(in_mlp * copies.mlp + others * copies.others)
 
 
-def check_groups(shard: Shard) -> None:
-    """Raise ConfigError if the rank has a layer whose inputs can't be cut into the groups of the format "int4"."""
-    family = family_of(shard.model)
+def ungrouped(shard: Shard) -> str | None:
+    """An MLP of the rank whose inputs can't be cut into the groups of the format "int4", in words. None if there is none."""
     for name, shape in _shapes(shard).items():
-        if len(shape) == 2 and name not in (family.embedding, family.head) and shape[1] % GROUP:
+        if len(shape) == 2 and _in_mlp(name) and shape[1] % GROUP:
             ranks = "" if shard.size == 1 else f" on each of {shard.size} ranks"
-            raise ConfigError(
-                f"draft_weights 'int4' rounds weights in groups of {GROUP} inputs, and {name} of {shard.model.name} has "
-                f"{shape[1]} inputs{ranks}: set draft_weights to fp8 or same"
-            )
+            return f"{name} of {shard.model.name} has {shape[1]} inputs{ranks}, which is not a multiple of {GROUP}"
+    return None
+
+
+def _in_mlp(name: str) -> bool:
+    """Whether a tensor belongs to the MLP of a layer."""
+    return ".mlp." in name
 
 
 def _shapes(shard: Shard) -> dict[str, tuple[int, ...]]:

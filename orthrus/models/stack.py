@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from orthrus.kernels.linear import FIXED_FORMATS, ROUGH_FORMATS, Weight, pack_weight
+from orthrus.kernels.linear import FIXED_FORMATS, OUTSIDE_MLP, ROUGH_FORMATS, Weight, pack_weight
 from orthrus.models.config import ModelConfig
 from orthrus.models.dense import dequantised
 from orthrus.models.factors import norm_factor
@@ -116,4 +116,5 @@ def _pack_heads(
     tied = tensors[family.embedding][tokens]
     weight = tensors.pop(family.head, tied)
     part = replace(split.outputs, first_output=tokens.start)
-    return [pack_weight([[{"weight": weight}]], name, head=True, split=part) for name in formats]
+    names = [OUTSIDE_MLP.get(name, name) for name in formats]
+    return [pack_weight([[{"weight": weight}]], name, head=True, split=part) for name in names]

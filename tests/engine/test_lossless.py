@@ -98,15 +98,15 @@ def test_the_memory_of_12_bits_is_counted(shape: str, least: float, most: float)
 def test_drafts_in_fp8_need_a_gpu_that_multiplies_it(settings: dict[str, Any]) -> None:
     model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
     config = EngineConfig.model_validate({"model": "m"} | settings)
-    check_draft_weights(config, Shard(model), multiplies_fp8=True)
+    check_draft_weights(config, Shard(model), (8, 9))
     with pytest.raises(ConfigError, match="needs a GPU with FP8 tensor cores"):
-        check_draft_weights(config, Shard(model), multiplies_fp8=False)
+        check_draft_weights(config, Shard(model), (8, 0))
 
 
 def test_auto_drafts_read_8_bits_and_take_no_copies() -> None:
     model = replace(QWEN3_SHAPES["8B"], block_size=32, mask_token_id=151669)
     config = EngineConfig(model="m", max_model_len=4096, weights="lossless12")
-    assert reads_one_plane(config, model) and auto_draft_format(config, Shard(model), 2, 1e12) is None
+    assert reads_one_plane(config, model) and auto_draft_format(config, Shard(model), 2, 1e12, (9, 0)) is None
     for other in ({"draft_weights": "same"}, {"schedule": "ar"}, {"draft_lead": True}):
         assert not reads_one_plane(config.model_copy(update=other), model)
     assert load_config(TINY).has_diffusion

@@ -73,13 +73,14 @@ def published(settings: dict[str, Any]) -> Format:
 
 FORMATS = {
     "bf16": Format(
-        (("fp8", 0), ("same", 0), ("fp8", 24), ("int4", 0)), {"fp8": "fp8", "same": None, "int4": "int4"}
+        (("auto", 0), ("same", 0), ("auto", 24), ("fp8", 0), ("int4", 0)),
+        {"auto": "fp8+int4", "same": None, "fp8": "fp8", "int4": "int4"},
     ),
     "lossless12": Format((("auto", 0), ("auto", 24)), {"auto": "lossless8"}, "lossless12"),
     "fp8": published(FP8),
     "gptq": published(GPTQ),
 } | {
-    f"{gpus} GPUs": Format((("auto", 0), ("auto", 24)), {"auto": "fp8"}, gpus=gpus)
+    f"{gpus} GPUs": Format((("auto", 0), ("auto", 24)), {"auto": "fp8+int4"}, gpus=gpus)
     for gpus in (2, 4, 8)
     if gpus <= torch.cuda.device_count()
 }

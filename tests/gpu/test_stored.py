@@ -1,6 +1,6 @@
 """Layers with scales for groups of inputs on a GPU, at Qwen3-8B's shapes: near float64, and batch-invariant.
 
-Their formats are those of published checkpoints, and "codes": drafts in 4 bits.
+Their formats are those of published checkpoints.
 """
 
 from dataclasses import replace
@@ -17,7 +17,6 @@ from torch import Tensor
 from orthrus.kernels.device import has_fp8_mma
 from orthrus.kernels.linear import Weight, dense, fp8_block, pack_weight
 from orthrus.kernels.linear.blocks_triton import RoundedGroups, quantise_inputs
-from orthrus.kernels.linear.codes import round_to_codes
 from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.gptq import quantise_gptq
 from orthrus.kernels.linear.grouped import GroupedWeight
@@ -28,7 +27,7 @@ from orthrus.requests.request import SamplingParams
 from tests.gpu.test_kernels import DEVICE, ROWS, error, randn
 from tests.quantised import AWQ, FP8, GPTQ, GPTQ8
 
-FORMATS = ("fp8", "int8", "int4", "codes")
+FORMATS = ("fp8", "int8", "int4")
 pytestmark = pytest.mark.skipif(not has_fp8_mma(), reason="this GPU does not multiply FP8")
 
 
@@ -38,8 +37,6 @@ def projection(format: str, outs: int, ins: int, seed: int, bias: bool = False) 
     if format == "fp8":
         numbers, scales = quantise_blocks(weight)
         return {"weight": numbers, "weight_scale_inv": scales.bfloat16()} | extra
-    if format == "codes":
-        return {"weight": weight} | extra
     bits = 8 if format == "int8" else 4
     stored = quantise_gptq(weight, bits, 128)
     if format == "int4":  # Random zero points.
@@ -52,13 +49,8 @@ def layer_of(
 ) -> tuple[Weight, Tensor, Tensor]:
     """A layer, its weight in float64, and its biases."""
     parts = [projection(format, n, ins, seed, bias) for seed, n in enumerate(outs)]
-    if format == "codes":
-        full = [part | {"weight": round_to_codes(part["weight"]).dequantised()} for part in parts]
-    else:
-        full = [dense(dict(part)) for part in parts]
-    layer = pack_weight(
-        [[dict(part) for part in parts]], "int4" if format == "codes" else "plain", gated=gated
-    )
+    full = [dense(dict(part)) for part in parts]
+    layer = pack_weight([[dict(part) for part in parts]], gated=gated)
     assert isinstance(layer, GroupedWeight)
     biases = torch.cat([part.get("bias", torch.zeros(len(part["weight"]), device=DEVICE)) for part in full])
     return layer, torch.cat([part["weight"] for part in full]).double(), biases.double()
@@ -66,7 +58,7 @@ def layer_of(
 
 def exact_inputs(format: str, x: Tensor) -> Tensor:
     """The inputs as the kernels multiply them: rounded if the format rounds them, in float64."""
-    return fp8_block.round_blocks(x).double() if format in ("fp8", "codes") else x.double()
+    return fp8_block.round_blocks(x).double() if format == "fp8" else x.double()
 
 
 def test_inputs_are_rounded_to_the_numbers_of_the_reference() -> None:

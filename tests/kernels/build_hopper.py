@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from orthrus.kernels.attention import hopper as attention
+from orthrus.kernels.linear import codes_hopper as codes
 from orthrus.kernels.linear import grouped_hopper as grouped
 from orthrus.kernels.linear import hopper as linear
 from orthrus.kernels.linear import lossless_hopper as lossless
@@ -107,11 +108,42 @@ def build_linear(
     )
 
 
-def build_grouped(
-    bits: int, rows: int, *, codes: bool = False, gated: bool = False, split: bool = False
-) -> None:
-    """bits: 4, or 0 for FP8. codes: whether the 4 bits are codes."""
-    inputs = "fp8e4nv" if codes or not bits else "bf16"
+def build_codes(rows: int, consumers: int, *, gated: bool = False, picks: bool = False) -> None:
+    pointers = {
+        "scales": "*fp32",
+        "bias": "*bf16",
+        "out": "*fp8e4nv" if gated else "*bf16",
+        "temperatures": "*fp32",
+        "keys": "*i32",
+        "out_wanted": "*i32",
+        "values": "*fp32",
+        "indices": "*i32",
+    }
+    tiles = {"codes": tile("i32", 8, 256), "tables": tile("i32", 256), "x": tile("fp8e4nv", rows, 256)}
+    numbers = ("num_rows", "num_outs", "parts", "all_steps", "first_token")
+    build(
+        f"codes, {rows} rows, {consumers} consumers",
+        codes._codes_kernel,
+        tiles | pointers | dict.fromkeys(numbers, "i32") | {"factor": "fp32"},
+        {
+            "ROWS": rows,
+            "STAGES": 3,
+            "CONSUMERS": consumers,
+            "REGISTERS": codes._REGISTERS[rows],
+            "WORDS": codes.words_layout(),
+            "GATED": gated,
+            "SPLIT": False,
+            "HAS_BIAS": False,
+            "PICKS": picks,
+            "CHAINED": True,
+        },
+        codes.launch_registers(rows, consumers),
+    )
+
+
+def build_grouped(bits: int, rows: int, *, gated: bool = False, split: bool = False) -> None:
+    """bits: 4, or 0 for FP8."""
+    inputs = "bf16" if bits else "fp8e4nv"
     scales = "fp16" if bits else "fp32"
     groups = tile(scales, 64)
     types = {
@@ -125,7 +157,7 @@ def build_grouped(
     }
     numbers = ("num_rows", "num_outs", "x_stride", "steps", "parts")
     build(
-        f"grouped, {'codes' if codes else f'{bits} bits'}, {rows} rows",
+        f"grouped, {bits} bits, {rows} rows",
         grouped._grouped_stream_kernel,
         types | dict.fromkeys(numbers, "i32"),
         {
@@ -240,8 +272,10 @@ if __name__ == "__main__":
     build_linear("fp8e4nv", 32, part_leaves=2)
     build_linear("fp8e4nv", 32, gated=True, stored="fp8e4nv")
     build_grouped(4, 8, gated=True)
-    build_grouped(4, 32, codes=True, gated=True)
-    build_grouped(4, 64, codes=True)
+    build_codes(16, 1, picks=True)
+    build_codes(32, 3, gated=True)
+    build_codes(64, 3)
+    build_codes(128, 2)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)

@@ -130,9 +130,10 @@ def factor(weight: Weight) -> float:
     return weight.rounding.factor
 
 
-def test_the_layers_of_drafts_and_their_head_get_factors(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, layers=3)
-    plain, large = (drafts(path, "plain", "fp8", norms) for norms in (1.0, 256.0))
+@pytest.mark.parametrize("format", ["fp8", "int4", "fp8+int4"])
+def test_the_layers_of_drafts_and_their_head_get_factors(tmp_path: Path, format: str) -> None:
+    path = make_checkpoint(tmp_path, layers=3, hidden_size=128, intermediate_size=256, head_dim=32)
+    plain, large = (drafts(path, "plain", format, norms) for norms in (1.0, 256.0))
     for own, other in zip(plain.layers, large.layers, strict=True):
         for field in ("qkv", "out", "gate_up"):
             assert factor(getattr(other, field)) == factor(getattr(own, field)) / 256, field
@@ -140,22 +141,15 @@ def test_the_layers_of_drafts_and_their_head_get_factors(tmp_path: Path) -> None
     assert factor(large.head) == factor(plain.head) / 256
 
 
-@pytest.mark.parametrize(("weights", "draft"), [("plain", "int4"), ("lossless12", "lossless8")])
-def test_parts_of_other_formats_that_multiply_in_fp8_get_factors(
-    tmp_path: Path, weights: str, draft: str
-) -> None:
-    """The head of "int4" drafts, and the projections that "lossless8" packs for drafts alone. CPUs keep the rest in full."""
+def test_projections_of_lossless8_drafts_get_factors(tmp_path: Path) -> None:
+    """Those that are packed for drafts alone. CPUs keep the rest in full."""
     path = make_checkpoint(tmp_path, layers=2, hidden_size=128, intermediate_size=256, head_dim=32)
-    plain, large = (drafts(path, weights, draft, norms) for norms in (1.0, 256.0))
-    parts = [(plain.head, large.head)] if draft == "int4" else []
+    plain, large = (drafts(path, "lossless12", "lossless8", norms) for norms in (1.0, 256.0))
     for own, other in zip(plain.layers, large.layers, strict=True):
-        parts += [(own.qkv, other.qkv), (own.out, other.out)] if draft == "lossless8" else []
-    for weight, larger in parts:
-        assert factor(larger) == factor(weight) / 256
+        assert factor(other.qkv) == factor(own.qkv) / 256
+        assert factor(other.out) == factor(own.out) / 256
 
 
 def test_other_formats_have_no_factors() -> None:
-    weight = {"weight": randn(128, 256, seed=0)}
-    for name in ("plain", "int4"):
-        packed = pack_weight([[dict(weight)]], name)
-        assert packed.rounding is None and packed.with_factor(4.0) is packed
+    packed = pack_weight([[{"weight": randn(128, 256, seed=0)}]], "plain")
+    assert packed.rounding is None and packed.with_factor(4.0) is packed

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from orthrus.kernels.linear import grouped_hopper
-from orthrus.kernels.linear.codes import Codes, pack_codes
 from orthrus.kernels.linear.integers import pack_words
 from orthrus.kernels.linear.types import GroupedLayer
 from tests.ptx.launches import Edit, emulating
@@ -36,18 +35,9 @@ def fp8(outs: int, ins: int, group: int, gated: bool, bias: Tensor | None) -> Ma
     return layer, numbers.double() * scales.double().T.repeat_interleave(group, 1)
 
 
-def codes(outs: int, ins: int, group: int, gated: bool, bias: Tensor | None) -> Made:
-    generator = torch.Generator().manual_seed(4)
-    numbers = torch.randint(0, 16, (outs, ins), generator=generator, dtype=torch.uint8)
-    weight = Codes(numbers, (torch.rand(ins // group, outs, generator=generator) * 0.1).half())
-    layer = GroupedLayer(pack_codes(numbers), weight.scales, None, bias, group, 128, 4, gated)
-    return layer, weight.dequantised().double()
-
-
 FORMATS: dict[str, Callable[[int, int, int, bool, Tensor | None], Made]] = {
     "integers": integers,
     "fp8": fp8,
-    "codes": codes,
 }
 
 
