@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from orthrus.cluster.config import ClusterConfig, NodeType
-from orthrus.cluster.memory import GPU_GIB, describe_memory
+from orthrus.cluster.memory import GPUS, describe_memory
 from orthrus.deployments.access.keys import read_keys
 from orthrus.deployments.config.api import ApiConfig
 from orthrus.deployments.config.app_args import AppArgs, DeploymentOptions
@@ -138,19 +138,19 @@ def _gpu_kinds(nodes: list[NodeType], demand: Mapping[str, float]) -> list[str]:
 
 
 def _known_kind(resources: Mapping[str, float]) -> str | None:
-    """The kind of GPU among `resources`, a key of `GPU_GIB`."""
+    """The kind of GPU among `resources`, a key of `GPUS`."""
     kinds = (name.removeprefix("accelerator_type:") for name in resources if ":" in name)
-    return next((kind for kind in kinds if kind in GPU_GIB), None)
+    return next((kind for kind in kinds if kind in GPUS), None)
 
 
 def _gpu_kind(node: NodeType) -> str:
-    """The kind of the node's GPUs, a key of `GPU_GIB`. Raises ConfigError for a kind without a known size."""
+    """The kind of the node's GPUs, a key of `GPUS`. Raises ConfigError for a kind without a known size."""
     kind = _known_kind(node.resources)
     if kind is not None:
         return kind
     raise ConfigError(
         f"node type {node.name}: its resources name no accelerator of known memory: add one of "
-        + ", ".join(f"accelerator_type:{kind}" for kind in sorted(GPU_GIB))
+        + ", ".join(f"accelerator_type:{kind}" for kind in sorted(GPUS))
     )
 
 

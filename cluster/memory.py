@@ -4,6 +4,7 @@ The engine itself measures when it has loaded: `orthrus/engine/sizing.py`. Both 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
@@ -24,28 +25,27 @@ from orthrus.models.sizes import dtype_name, weight_bytes
 from orthrus.runner.pass_memory import PassMemory
 
 GIB = 1 << 30
-GPU_GIB = {
-    "A100": 39,
-    "A100-80G": 79,
-    "A10G": 22,
-    "B200": 178,
-    "H100": 79,
-    "H200": 139,
-    "L4": 22,
-    "L40S": 44,
+
+
+class Gpu(NamedTuple):
+    """A kind of GPU."""
+
+    gib: int
+    """Memory that a process finds free."""
+    capability: Capability
+
+
+GPUS = {
+    "A100": Gpu(39, (8, 0)),
+    "A100-80G": Gpu(79, (8, 0)),
+    "A10G": Gpu(22, (8, 6)),
+    "B200": Gpu(178, (10, 0)),
+    "H100": Gpu(79, (9, 0)),
+    "H200": Gpu(139, (9, 0)),
+    "L4": Gpu(22, (8, 9)),
+    "L40S": Gpu(44, (8, 9)),
 }
-"""Memory that a process finds free, by Ray's accelerator type."""
-_CAPABILITIES: dict[str, Capability] = {
-    "A100": (8, 0),
-    "A100-80G": (8, 0),
-    "A10G": (8, 6),
-    "B200": (10, 0),
-    "H100": (9, 0),
-    "H200": (9, 0),
-    "L4": (8, 9),
-    "L40S": (8, 9),
-}
-"""Their compute capabilities."""
+"""By Ray's accelerator type."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class MemoryPlan:
     def of(
         engine: EngineConfig, whole: ModelConfig, kind: str | None, medusa: MedusaConfig | None
     ) -> "MemoryPlan":
-        """whole: the model that all ranks share. kind: of the GPU, a key of `GPU_GIB`; None for a CPU. medusa: the heads."""
+        """whole: the model that all ranks share. kind: of the GPU, a key of `GPUS`; None for a CPU. medusa: the heads."""
         ranks = engine.tensor_parallel_size
         shard = Shard(engine.with_settings(whole), ranks - 1, ranks)
-        gpu = None if kind is None else _CAPABILITIES[kind]
-        check_draft_weights(engine, shard, gpu)
+        gpu = None if kind is None else GPUS[kind]
+        check_draft_weights(engine, shard, None if gpu is None else gpu.capability)
         model = shard.config
         dtype = dtype_name(engine.dtype, model, "cpu" if kind is None else "cuda")
         item_bytes = DTYPE_SIZES[dtype]
@@ -92,15 +92,9 @@ class MemoryPlan:
             num_heads = 0 if medusa is None else medusa.medusa_num_heads
             passes = PassMemory.of(shard, room, item_bytes, medusa_heads=num_heads, widens=lossless).total
         copies = draft_format(engine, model)
-        if (
-            copies is None
-            and kind is not None
-            and gpu is not None
-            and multiplies_fp8(gpu)
-            and item_bytes == 2
-        ):
-            free = GPU_GIB[kind] * engine.gpu_memory_utilization * GIB - passes - exchange - weights
-            copies = auto_draft_format(engine, shard, item_bytes, free, gpu)
+        if copies is None and gpu is not None and multiplies_fp8(gpu.capability) and item_bytes == 2:
+            free = gpu.gib * engine.gpu_memory_utilization * GIB - passes - exchange - weights
+            copies = auto_draft_format(engine, shard, item_bytes, free, gpu.capability)
         if copies in COPY_BYTES:
             views += f", {copies} copies for drafts"
             weights += copies_bytes(shard, item_bytes, copies, lossless=lossless)
@@ -126,7 +120,7 @@ def describe_memory(
         return said + (f", KV cache {_gib(cache * plan.token)} for {cache} tokens" if cache else "")
     said += f", {_gib(plan.passes)} for passes"
     said += f", {_gib(plan.exchange)} for what they exchange" if plan.exchange else ""
-    size = GPU_GIB[kind]
+    size = GPUS[kind].gib
     free = size * engine.gpu_memory_utilization * GIB - plan.total
     room = max(0, int(free / plan.token))
     positions = model.max_position_embeddings

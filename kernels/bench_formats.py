@@ -22,7 +22,7 @@ from orthrus.kernels.bench import (
     microseconds,
     randn,
 )
-from orthrus.kernels.linear import Parameters, Weight, pack_weight
+from orthrus.kernels.linear import FIXED_FORMATS, OUTSIDE_MLP, Parameters, Weight, pack_weight
 from orthrus.kernels.linear.fp8 import UNSCALED
 from orthrus.kernels.linear.fp8_block import quantise_blocks
 from orthrus.kernels.linear.gptq import quantise_gptq
@@ -31,8 +31,10 @@ from orthrus.kernels.linear.weight import Views
 from orthrus.kernels.rounding_triton import rounded
 from orthrus.kernels.workspace import BYTES, results_in, start_layer
 
-FORMATS = ("plain", "lossless12", "fp8", "int4", "fp8 blocks", "gptq 8", "gptq 4")
-"""Our formats for weights and drafts, then formats of published checkpoints, whose LM head is not quantised."""
+OUR_FORMATS = ("plain", "lossless12", "fp8", "fp8+int4", "int4")
+"""Our formats for weights and drafts."""
+FORMATS = (*OUR_FORMATS, "fp8 blocks", "gptq 8", "gptq 4")
+"""These, and formats of published checkpoints, whose LM head is not quantised."""
 ROWS = (1, 8, 32, 64, 128, 256, 512)
 LAYERS = 36
 CONTEXT = 1024
@@ -48,7 +50,9 @@ class Model:
         def pack(name: str, parts: int = 1, head: bool = False) -> Weight:
             outs, ins = SHAPES[name]
             views: Views = [[_parameters(format, outs // parts, ins, head) for _ in range(parts)]]
-            kept = format if format in ("fp8", "int4", "lossless12") else "plain"
+            kept = format if format in OUR_FORMATS else "plain"
+            if name not in ("gate_up", "down"):
+                kept = OUTSIDE_MLP.get(kept, kept)
             return pack_weight(views, kept, gated=parts > 1, head=head)
 
         names = ("qkv", 1), ("o", 1), ("gate_up", 2), ("down", 1)
@@ -88,11 +92,11 @@ class Model:
             return microseconds(run, 1)
 
     def part_times(self, rows: int) -> dict[str, float]:
-        """Microseconds of each part of a layer, for so many rows. The inputs of FP8 layers are rounded before."""
+        """Microseconds of each part of a layer, for so many rows. Inputs of layers that multiply in FP8 are rounded before."""
         x, inner, residual = randn(rows, HIDDEN), randn(rows, INNER), randn(rows, HIDDEN)
         times = {}
         layers = self.layers
-        if self.format == "fp8":
+        if self.format in FIXED_FORMATS:
             times["round rows"] = part_time(lambda i: rounded(x, UNSCALED))
             x, inner = (rounded(wide, UNSCALED) for wide in (x, inner))
         qkv, _, gate_up, down = layers[0]
@@ -130,7 +134,7 @@ def attention_time(rows: int) -> float:
 def _parameters(format: str, outs: int, ins: int, head: bool) -> Parameters:
     """The tensors of a projection with random weights."""
     weight = randn(outs, ins) * 0.02
-    if head or format in ("plain", "lossless12", "fp8", "int4"):
+    if head or format in OUR_FORMATS:
         return {"weight": weight}
     if format == "fp8 blocks":
         numbers, scales = quantise_blocks(weight)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from orthrus.kernels.int4_sizes import GROUP, TILE_INS, TILE_OUTS
 from orthrus.kernels.linear.integers import as_words
@@ -23,7 +24,7 @@ _SHARES = (1.0, 0.85)
 """At the start the largest magnitude is one of these shares of a group's largest weight. The better result is taken."""
 _ROUNDS = 6
 """How often magnitudes are replaced by means."""
-_CHUNK = 512
+_CHUNK = 2048
 """Outputs of a weight that are rounded at once: float32 copies of more would need much memory."""
 
 
@@ -79,23 +80,23 @@ def _lloyd(sizes: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Magnitudes [outs, groups, 8], the index of the nearest one for each size [outs, groups, 128], and each group's error."""
     start = torch.tensor(_START, device=sizes.device) * (share / _START[-1])
     tables = _e4m3(sizes.amax(2, keepdim=True) * start).float()
+    # Of sorted sizes, each magnitude has a run. So a round needs only the ends of the runs, and the sums up to there.
+    ordered = sizes.sort(2).values
+    sums = pad(ordered.cumsum(2), (1, 0))
     for _ in range(_ROUNDS):
-        indices = _nearest(sizes, tables)
-        means = []
-        for number in range(len(_START)):
-            chosen = indices == number
-            count = chosen.sum(2)
-            mean = (sizes * chosen).sum(2) / count.clamp(min=1)
-            means.append(torch.where(count > 0, mean, tables[:, :, number]))
-        # Means are in ascending order, because each is between the boundaries of its magnitude. Rounding keeps the order.
-        tables = _e4m3(torch.stack(means, 2)).float()
-    indices = _nearest(sizes, tables)
+        ends = pad(torch.searchsorted(ordered, _boundaries(tables)), (1, 0))
+        ends = pad(ends, (0, 1), value=GROUP)
+        counts = ends.diff(dim=2)
+        means = sums.gather(2, ends).diff(dim=2) / counts.clamp(min=1)
+        # Means are in ascending order, but for errors of the sums, because each is between the boundaries of its magnitude.
+        tables = _e4m3(torch.where(counts > 0, means, tables)).float().sort(2).values
+    indices = torch.searchsorted(_boundaries(tables), sizes)
     return tables, indices, (tables.gather(2, indices) - sizes).square().sum(2)
 
 
-def _nearest(sizes: Tensor, tables: Tensor) -> Tensor:
-    """The index of the magnitude next to each size: int64 [outs, groups, 128]."""
-    return torch.searchsorted((tables[:, :, 1:] + tables[:, :, :-1]) / 2, sizes)
+def _boundaries(tables: Tensor) -> Tensor:
+    """Halfway between neighbouring magnitudes: [outs, groups, 7]."""
+    return (tables[:, :, 1:] + tables[:, :, :-1]) / 2
 
 
 def _e4m3(x: Tensor) -> Tensor:
@@ -106,8 +107,12 @@ def pack_codes(codes: Tensor) -> Tensor:
     """Codes uint8 [outs, ins] as int32 [tiles * steps * 8, 256], in the order in which the threads of a consumer load them.
 
     outs is a multiple of 64, and ins one of 256. A tile of 64 outputs and 256 inputs is 2,048 words, and each word has eight
-    inputs of one output. Output 16 w + 8 h + r of a tile belongs to warp w. Of the inputs 128 g + 32 b + 16 f + 4 q + n, those
-    with one g, b and q are a word, which thread 4 r + q of the warp loads: its place in the tile is [g, h, w, r, q, b]. Widened,
+    inputs of one output. The places in a tile have these names:
+
+    - Output 16 w + 8 h + r: warp w, half h of its outputs, output r of the half.
+    - Input 128 g + 32 b + 16 f + 4 q + n: group g, run b of 32 inputs, half f of the run, quarter q of the half, input n of it.
+
+    A word has the inputs of one g, b and q. Thread 4 r + q of warp w loads it from place [g, h, w, r, q, b]. After the lookup,
     the four inputs n of each f are one register.
 
     Bits 16 f + 4 n to 16 f + 4 n + 2 of a word are the index of an input. The other bits are signs. Those of f = 0 are where the

@@ -53,7 +53,8 @@ class CodeWeight(CodeLayer, FixedInputsWeight):
         inputs: Leaves | None,
         rounding: Rounding | None,
     ) -> None:
-        codes_hopper.launch(self._inputs(x), self, out, parts, picking, rounding, self._first_token)
+        assert not picking, "an LM head has another format: see OUTSIDE_MLP"
+        codes_hopper.launch(self._inputs(x), self, out, parts, rounding)
 
     def _tile(
         self,
@@ -65,23 +66,21 @@ class CodeWeight(CodeLayer, FixedInputsWeight):
         inputs: Leaves | None,
         rounding: Rounding | None,
     ) -> None:
-        raise ValueError("the kernel for 4-bit codes chooses its tiles itself: leave out `tiles`")
+        raise AssertionError("the kernel for 4-bit codes chooses its tiles itself")
 
 
 def code_layer(
-    projections: list[Codes], bias: Tensor | None, gated: bool, split: Split | None, dtype: torch.dtype
+    weight: Codes, bias: Tensor | None, gated: bool, split: Split | None, dtype: torch.dtype
 ) -> CodeWeight:
-    """A layer of the projections' codes, concatenated along the outputs. bias: [1, outs].
+    """A layer of these codes. bias: [outs]. gated: whether the outputs are all of a gate and then all of up.
 
-    split: which part of a layer the projections are; None for a whole layer. dtype: the model's.
+    split: which part of a layer it is; None for a whole layer. dtype: the model's.
     """
-    codes = torch.cat([p.codes for p in projections])
     # As bytes, because some operations do not take FP8 tensors.
-    tables = torch.cat([p.tables.view(torch.uint8) for p in projections])
-    scales = torch.cat([p.scales for p in projections])
+    codes, tables, scales = weight.codes, weight.tables.view(torch.uint8), weight.scales
     if gated:
         codes, tables, scales = (alternate(part) for part in (codes, tables, scales))
-        bias = None if bias is None else alternate(bias[0])[None]
+        bias = None if bias is None else alternate(bias)
     outs, ins = codes.shape
     more_outs, more_ins = -outs % TILE_OUTS, -ins % TILE_INS
     codes = pad(codes, (0, more_ins, 0, more_outs))
@@ -91,7 +90,7 @@ def code_layer(
         torch.cat([pack_codes(part) for part in codes.split(_CHUNK)]),
         pack_tables(tables),
         scales[None],
-        bias,
+        None if bias is None else bias[None],
         gated,
         split,
         rounding=UNSCALED,

@@ -34,17 +34,18 @@ from orthrus.kernels.linear.stream import (
     num_steps,
     unit_of,
 )
-from orthrus.kernels.linear.stream_finish import Picking, finish, output_scales
+from orthrus.kernels.linear.stream_finish import finish, output_scales
 from orthrus.kernels.linear.tiles import rows_of_tile
 from orthrus.kernels.linear.types import CodeLayer
 from orthrus.kernels.rounding import Rounding, stored_as
 
 _OUTS, _INS, _GROUP = gl.constexpr(TILE_OUTS), gl.constexpr(TILE_INS), gl.constexpr(GROUP)
-_MOST_CONSUMERS = 3
+_STEP_CYCLES = (700, 1050, 1650)
+"""About how many clock cycles a step takes with one, two and three consumers (H200, 32 rows)."""
 _REGISTERS = {16: 96, 32: 104, 64: 112, 128: 152}
 """Registers per thread of a consumer, for each number of rows of a tile."""
 _LEAST_REGISTERS = 96
-"""Registers per thread with which the compiler can compile a tile of 128 rows."""
+"""The least registers per thread at launch with which the compiler can compile a tile of 128 rows."""
 _PRODUCER_REGISTERS = gl.constexpr(24)
 
 
@@ -54,7 +55,6 @@ class Result(NamedTuple):
     scales: gl.tensor
     bias: gl.tensor
     out: gl.tensor
-    picking: Picking
     factor: gl.tensor
 
 
@@ -129,7 +129,7 @@ def _multiply_group(numbers, rows, acc, GROUP: gl.constexpr):
 
 @gluon.jit
 def _tile_of(number, grid, NUMBER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """The number of the tile that consumer `NUMBER` has of a unit, if every unit were one tile."""
+    """The number of consumer `NUMBER`'s tile in a unit, counted as if units had one tile each, which is what `finish` takes."""
     parts = grid.work.parts
     tile = number // parts
     own = tile // grid.row_tiles * CONSUMERS + NUMBER
@@ -146,7 +146,6 @@ def _multiply(
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    PICKS: gl.constexpr,
 ):
     """Run consumer `NUMBER`: sum its tile in each of the program's units."""
     CONSUMERS: gl.constexpr = ring.codes.shape[0] // ring.full.shape[0]
@@ -184,12 +183,12 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(ring.empty.index(now), count=1)
         finish(
-            acc * scale[:, None], own, grid, result.bias, result.out, result.picking, result.factor,
-            GATED, SPLIT, HAS_BIAS, PICKS, False,
+            acc * scale[:, None], own, grid, result.bias, result.out, None, result.factor,
+            GATED, SPLIT, HAS_BIAS, False, False,
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps", "first_token"])
+@gluon.jit(do_not_specialize=["num_rows", "parts", "all_steps"])
 def _codes_kernel(
     codes,
     tables,
@@ -197,16 +196,10 @@ def _codes_kernel(
     scales,
     bias,
     out,
-    temperatures,
-    keys,
-    out_wanted,
-    values,
-    indices,
     num_rows,
     num_outs,
     parts,
     all_steps,
-    first_token,
     factor,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -216,7 +209,6 @@ def _codes_kernel(
     GATED: gl.constexpr,
     SPLIT: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    PICKS: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     ring = CodeRing(
@@ -234,12 +226,11 @@ def _codes_kernel(
     # Each part is one leaf of the tree that `add_rms_norm` sums.
     one, none = gl.to_tensor(1), gl.to_tensor(0)
     work = Work(num_rows, num_rows, num_outs, parts, one, all_steps, parts, none)
-    picking = Picking(temperatures, keys, out_wanted, values, indices, first_token)
-    result = Result(scales, bias, out, picking, factor)
+    result = Result(scales, bias, out, factor)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (ring, work, result, 0, WORDS, GATED, SPLIT, HAS_BIAS, PICKS)),
+                (_multiply, (ring, work, result, 0, WORDS, GATED, SPLIT, HAS_BIAS)),
                 (load_codes, (codes, tables, ring, work)),
                 (load_rows, (x, ring, work, CHAINED)),
             ],
@@ -249,8 +240,8 @@ def _codes_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (ring, work, result, 0, WORDS, GATED, SPLIT, HAS_BIAS, PICKS)),
-                (_multiply, (ring, work, result, 1, WORDS, GATED, SPLIT, HAS_BIAS, PICKS)),
+                (_multiply, (ring, work, result, 0, WORDS, GATED, SPLIT, HAS_BIAS)),
+                (_multiply, (ring, work, result, 1, WORDS, GATED, SPLIT, HAS_BIAS)),
                 (load_codes, (codes, tables, ring, work)),
                 (load_rows, (x, ring, work, CHAINED)),
             ],
@@ -260,9 +251,9 @@ def _codes_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (ring, work, result, 0, WORDS, GATED, SPLIT, HAS_BIAS, PICKS)),
-                (_multiply, (ring, work, result, 1, WORDS, GATED, SPLIT, HAS_BIAS, PICKS)),
-                (_multiply, (ring, work, result, 2, WORDS, GATED, SPLIT, HAS_BIAS, PICKS)),
+                (_multiply, (ring, work, result, 0, WORDS, GATED, SPLIT, HAS_BIAS)),
+                (_multiply, (ring, work, result, 1, WORDS, GATED, SPLIT, HAS_BIAS)),
+                (_multiply, (ring, work, result, 2, WORDS, GATED, SPLIT, HAS_BIAS)),
                 (load_codes, (codes, tables, ring, work)),
                 (load_rows, (x, ring, work, CHAINED)),
             ],
@@ -291,9 +282,11 @@ def launch_registers(row_tile: int, consumers: int) -> int:
 
 @cache
 def num_consumers(tiles: int, programs: int, row_tile: int) -> int:
-    """How many tiles a unit has: so many that a program has the fewest tiles, and then as few as possible."""
-    most = _MOST_CONSUMERS if row_tile <= 64 else 2
-    return min(range(1, most + 1), key=lambda count: ceil(ceil(tiles / count) / programs) * count)
+    """How many tiles a unit has, so that the program with the most units is done soonest. Registers hold two large tiles."""
+    most = 3 if row_tile <= 64 else 2
+    return min(
+        range(1, most + 1), key=lambda count: ceil(ceil(tiles / count) / programs) * _STEP_CYCLES[count - 1]
+    )
 
 
 def launch(
@@ -301,9 +294,7 @@ def launch(
     layer: CodeLayer,
     out: Tensor,
     parts: int,
-    picking: tuple[Tensor, ...] = (),
     rounding: Rounding | None = None,
-    first_token: int = 0,
     *,
     consumers: int | None = None,
 ) -> None:
@@ -319,29 +310,28 @@ def launch(
     bias = layer.bias if out.dim() == 2 else None
     factor, _ = stored_as(rounding)
     stage_bytes = consumers * (TILE_OUTS * TILE_INS // 2 + 16 * TILE_OUTS) + row_tile * TILE_INS
+    stages = RING_BYTES // stage_bytes
+    assert stages >= 2, "a consumer waits for the next stage before it gives one back"
     _codes_kernel[(programs,)](
-        tiles_of(layer.codes, 8, 256),
+        tiles_of(layer.codes, 8, 256, swizzled=False),
         tiles_of(layer.tables.view(-1), 256),
         tiles_of(x, row_tile, TILE_INS),
         layer.scales,
         out if bias is None else bias,
         out,
-        *(picking or 5 * (out,)),
         rows,
         layer.outs,
         parts,
         ceil(ins / TILE_INS),
-        first_token,
         factor,
         ROWS=row_tile,
-        STAGES=RING_BYTES // stage_bytes,
+        STAGES=stages,
         CONSUMERS=consumers,
         REGISTERS=_REGISTERS[row_tile],
         WORDS=words_layout(),
         GATED=layer.interleaved,
         SPLIT=parts > 1,
         HAS_BIAS=bias is not None,
-        PICKS=bool(picking),
         num_warps=4,
         maxnreg=launch_registers(row_tile, consumers),
         **chaining(),

@@ -16,19 +16,17 @@ _DTYPES = {
 
 
 @cache
-def tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """The shared memory layout of a tile that TMA writes and the tensor cores can read."""
-    if len(block) == 1:
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=dtype.itemsize * 8, rank=1)
-    if dtype == torch.int32 and block[1] > 32:
-        # Such rows have been packed in the order in which threads read them, so they are not swizzled.
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+def tile_layout(block: tuple[int, ...], dtype: torch.dtype, swizzled: bool = True) -> gl.NVMMASharedLayout:
+    """The shared memory layout of a tile that TMA writes. The tensor cores can read it if it is swizzled."""
+    if len(block) == 1 or not swizzled:
+        bits = dtype.itemsize * 8
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(block))
     return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 
-def tiles_of(tensor: Tensor, *block: int, rows: int | None = None) -> TensorDescriptor:
+def tiles_of(tensor: Tensor, *block: int, rows: int | None = None, swizzled: bool = True) -> TensorDescriptor:
     """The descriptor of a tensor [n] or [rows, n] with tiles of shape `block`. rows: with those that follow it in memory."""
-    layout = tile_layout(block, tensor.dtype)
+    layout = tile_layout(block, tensor.dtype, swizzled)
     if tensor.dim() == 1:
         return TensorDescriptor(tensor, list(tensor.shape), [1], list(block), layout)
     shape = [tensor.shape[0] if rows is None else rows, tensor.shape[1]]

@@ -13,7 +13,8 @@ from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import MOST_PARTS, choose_tiles, leaf_unit, num_parts
 from orthrus.kernels.linear.types import DenseLayer, LinearTiles
-from orthrus.kernels.ranks import add_pairwise, collective
+from orthrus.kernels.ranks import Ranks, add_pairwise, collective
+from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.ranks.peer_triton import pick_best_of_ranks, send_logits
 from orthrus.kernels.rounding import Rounding, is_fixed
 from orthrus.kernels.rounding_triton import rounded
@@ -35,6 +36,8 @@ class GpuWeight(KernelWeight):
 
     bias: Tensor | None
     """[views, outs], or None."""
+    split: Split | None
+    """Which part of a layer this is. None for a whole layer whose sum does not use the model's leaves."""
 
     @property
     @abstractmethod
@@ -45,6 +48,16 @@ class GpuWeight(KernelWeight):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype that the tensor cores multiply."""
+
+    @property
+    def _peers(self) -> PeerMemory | None:
+        """The GPU memory that the ranks share, if there are several and they can."""
+        return None if self.split is None else self.split.ranks.peers
+
+    @property
+    def _collective(self) -> Ranks | None:
+        """The ranks, if there are several and their GPUs can't reach each other's memory."""
+        return self.split.ranks if self.split is not None and self.split.ranks.collective else None
 
     @abstractmethod
     def _streams(self, x: Tensor) -> bool:

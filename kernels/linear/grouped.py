@@ -17,10 +17,8 @@ from orthrus.kernels.linear.blocks_triton import quantise_inputs
 from orthrus.kernels.linear.integers import Integers, pack_words
 from orthrus.kernels.linear.kernel_weight import KernelWeight
 from orthrus.kernels.linear.plain import alternate
-from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.tiles import num_parts
 from orthrus.kernels.linear.types import GroupedLayer, LinearTiles
-from orthrus.kernels.ranks import add_pairwise
 from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.workspace import empty
 
@@ -34,9 +32,7 @@ are 16 bytes, the least that TMA loads."""
 
 @dataclass(frozen=True)
 class GroupedWeight(GroupedLayer, KernelWeight):
-    """Weights with scales for groups of inputs."""
-
-    split: Split | None = None
+    """Weights with scales for groups of inputs. They are those of one GPU, which has the whole layer."""
 
     @property
     def rounding(self) -> Rounding | None:
@@ -55,16 +51,13 @@ class GroupedWeight(GroupedLayer, KernelWeight):
     ) -> tuple[Tensor, Tensor]:
         rows, outs = residual.shape
         parts = num_parts(outs, x.shape[1], grouped_hopper.STEP)
-        ranks, peers = self._collective, self._peers
-        if parts > 1 or peers is not None or ranks is not None:
+        if parts > 1:
             out = empty((parts, rows, outs), torch.float32, x.device)
         else:
             out = empty((rows, outs), x.dtype, x.device)
         self._run(x, out, num_ar, tiles, parts)
-        if ranks is not None:
-            out = ranks.add(add_pairwise(out.unbind()))[None]
         bias = self.bias[None] if self.bias is not None and out.dim() == 3 else None
-        return add_rms_norm(out, residual, norm_weight, eps, bias, rounding=rounding, peers=peers)
+        return add_rms_norm(out, residual, norm_weight, eps, bias, rounding=rounding)
 
     def _run(
         self, x: Tensor, out: Tensor, num_ar: Tensor | None, tiles: LinearTiles | None, parts: int = 1

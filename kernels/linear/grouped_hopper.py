@@ -244,8 +244,8 @@ def _grouped_stream_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (ring, bias, out, work, 0, 1, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
-                (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS, ROUNDED)),
-                (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
+                (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS)),
+                (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, CHAINED)),
             ],
             [1, 1],
             [24, 24],
@@ -255,8 +255,8 @@ def _grouped_stream_kernel(
             [
                 (_multiply, (ring, bias, out, work, 0, 2, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
                 (_multiply, (ring, bias, out, work, 1, 2, OUTS, WORDS, BITS, GATED, SPLIT, HAS_BIAS)),
-                (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS, ROUNDED)),
-                (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, ROUNDED, CHAINED)),
+                (load_weights, (w, scales, zeros, ring, work, GROUP_DEPTHS, OUTS, ROWS, BITS)),
+                (load_rows, (x, x_scales, ring, work, x_stride, OUTS, ROWS, CHAINED)),
             ],
             [4, 1, 1],
             [_SECOND_REGISTERS, 24, 24],

@@ -42,13 +42,12 @@ def load_weights(
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
     BITS: gl.constexpr,
-    ROUNDED: gl.constexpr,
 ):
     """Load the weights, their scales and their zero points. They depend on no kernel, so there is no `gdc_wait`."""
     WIDTH: gl.constexpr = w.block_type.shape[1]
     TILES: gl.constexpr = 1 if BITS > 0 else 2
     LOADED: gl.constexpr = TILES * w.block_type.nbytes + 2 * (
-        scales.block_type.nbytes + (0 if ROUNDED else zeros.block_type.nbytes)
+        scales.block_type.nbytes + (zeros.block_type.nbytes if BITS > 0 else 0)
     )
     grid = make_grid(work, OUTS, ROWS, False)
     stage, phase = 0, 1
@@ -65,7 +64,7 @@ def load_weights(
             for half in gl.static_range(2):
                 group = [(2 * step + half) // GROUP_DEPTHS * work.num_outs + unit.weight_at]
                 async_load(scales, group, full, ring.scales.index(2 * stage + half))
-                if not ROUNDED:
+                if BITS > 0:
                     async_load(zeros, group, full, ring.others.index(2 * stage + half))
             stage, phase = next_stage(stage, phase, ring.full.shape[0])
 
@@ -79,10 +78,10 @@ def load_rows(
     x_stride,
     OUTS: gl.constexpr,
     ROWS: gl.constexpr,
-    ROUNDED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """Load the input rows and their scales, once earlier kernels of the stream have finished."""
+    ROUNDED: gl.constexpr = x.dtype == gl.float8e4nv
     LOADED: gl.constexpr = 2 * (x.block_type.nbytes + (x_scales.block_type.nbytes if ROUNDED else 0))
     DEPTH: gl.constexpr = x.block_type.shape[1]
     grid = make_grid(work, OUTS, ROWS, False)

@@ -7,7 +7,6 @@ Only the layers of an MLP have this format, and the model's other layers are in 
 of a model, and drafts lose more by codes in attention.
 """
 
-import torch
 from torch import Tensor
 
 from orthrus.kernels.device import has_warpgroup_mma, runs_triton
@@ -15,7 +14,7 @@ from orthrus.kernels.linear.codes import round_to_codes
 from orthrus.kernels.linear.fp8 import UNSCALED
 from orthrus.kernels.linear.rounded import pack_rounded
 from orthrus.kernels.linear.split import Split
-from orthrus.kernels.linear.weight import SplitViews, Views, Weight, weight_format
+from orthrus.kernels.linear.weight import Views, Weight, join_projections, weight_format
 
 
 @weight_format("int4")
@@ -29,27 +28,22 @@ class Int4Format:
 
     @staticmethod
     def pack_split(views: Views, split: Split, *, gated: bool, head: bool) -> Weight:
-        """See `SplitFormat`. Each rank rounds its own part of a layer. Raises ValueError as `pack` does."""
+        """See `SplitFormat`. A rank scales outputs by its own part of a row, and not by the whole row.
+
+        So drafts may differ with the number of ranks, as in the format "fp8". The text does not differ. Raises ValueError as
+        `pack` does.
+        """
         return _pack(views, split, gated, head)
 
 
 def _pack(views: Views, split: Split | None, gated: bool, head: bool) -> Weight:
     if runs_triton(views[0][0]["weight"]) and has_warpgroup_mma():
-        return _pack_for_gpu(views, gated, split)
+        from orthrus.kernels.linear.codes_gpu import code_layer
+
+        [projections] = views  # An MLP has one view.
+        weight, bias = join_projections(projections)
+        return code_layer(round_to_codes(weight), bias, gated, split, weight.dtype)
     return pack_rounded(views, _round_weight, UNSCALED, split, gated=gated, head=head)
-
-
-def _pack_for_gpu(views: Views, gated: bool, split: Split | None) -> Weight:
-    from orthrus.kernels.linear.codes_gpu import code_layer
-
-    dtype = views[0][0]["weight"].dtype
-    layers: list[Weight] = []
-    for view in views:
-        projections = [round_to_codes(parameters.pop("weight")) for parameters in view]
-        biases = [parameters.pop("bias") for parameters in view if "bias" in parameters]
-        bias = torch.cat(biases)[None] if biases else None
-        layers.append(code_layer(projections, bias, gated, split, dtype))
-    return SplitViews.join(layers)
 
 
 def _round_weight(weight: Tensor) -> Tensor:

@@ -5,20 +5,14 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from orthrus.kernels.linear.split import Split
 from orthrus.kernels.linear.types import LinearTiles
 from orthrus.kernels.linear.weight import Weight
-from orthrus.kernels.ranks import Ranks
-from orthrus.kernels.ranks.peer_memory import PeerMemory
 from orthrus.kernels.rounding import Rounding
 from orthrus.kernels.workspace import empty
 
 
 class KernelWeight(Weight):
     """A weight whose kernels write to a given tensor. The argument `tiles` is for tests and measurements."""
-
-    split: Split | None
-    """Which part of a layer this is. None for a whole layer whose sum does not use the model's leaves."""
 
     @property
     @abstractmethod
@@ -37,16 +31,6 @@ class KernelWeight(Weight):
     def _result_dtype(self, x: Tensor) -> torch.dtype:
         """The model's dtype. x: the layer's inputs."""
         return x.dtype
-
-    @property
-    def _peers(self) -> PeerMemory | None:
-        """The GPU memory that the ranks share, if there are several and they can."""
-        return None if self.split is None else self.split.ranks.peers
-
-    @property
-    def _collective(self) -> Ranks | None:
-        """The ranks, if there are several and their GPUs can't reach each other's memory."""
-        return self.split.ranks if self.split is not None and self.split.ranks.collective else None
 
     @property
     def nbytes(self) -> int:

@@ -59,10 +59,10 @@ class EngineConfig(BaseModel):
     of up to 128 rows, and in FP8 for larger ones. With `weights` "lossless12", drafts may read "lossless8", the first 8 of the 12
     bits, which takes no memory.
 
-    "auto" is "same" if the GPU has no FP8 tensor cores or `draft_lead` is true. Otherwise it is "lossless8" where weights are in
-    12 bits. Else it is "fp8+int4" on a Hopper GPU, and "fp8" on others or if the KV cache would be too small. It must keep three
-    quarters of its size and room for a full context, or else the `kv_cache_tokens` that are set. If FP8 copies are too large as
-    well, it is "same", and so it is for a checkpoint that is quantised or not in 16 bits."""
+    "auto" is "same" if the GPU has no FP8 tensor cores, if `draft_lead` is true, or if the checkpoint is quantised or not in 16
+    bits. Where weights are in 12 bits it is "lossless8". Otherwise it is the first of "fp8+int4", "fp8" and "int4" that leaves
+    the KV cache enough memory, or "same" if none does. The cache must keep three quarters of its size and room for a full
+    context, or else the `kv_cache_tokens` that are set. Formats with 4 bits are for Hopper GPUs only."""
     draft_tree: Annotated[int, Field(ge=0, le=128)] | Literal["auto"] = 0
     """Most rows of a tree of drafts: several continuations of one sequence, which one pass verifies. 0 turns trees off. "auto"
     is 0, but on one GPU up to 64, where the cost model says that this pays."""

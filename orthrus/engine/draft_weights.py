@@ -5,6 +5,8 @@ of them and need no copies. Copies in FP8 halve what a draft pass reads, and 4 b
 Copies take memory from the KV cache. In all these cases no pass has rows of both views: it would read both sets of weights.
 """
 
+from collections.abc import Callable
+
 from orthrus.cache.kv_formats import kv_bytes_per_token
 from orthrus.engine.config import EngineConfig
 from orthrus.errors import ConfigError
@@ -21,10 +23,11 @@ COPY_BYTES = {
     "int4": CopyBytes(0.001 + INT4_BYTES, 1.001),
 }
 """The formats of copies, with the bytes of one number on a GPU. All also have a float32 scale for each output of a layer. Only
-MLPs are in 4 bits. With "fp8+int4" they are in FP8 too, for passes of many rows."""
+MLPs are in 4 bits. With "fp8+int4" they are in FP8 too, for passes of many rows. Inputs in 4 bits are padded to multiples of 256,
+which is not counted: it takes a few percent where large models are divided among 8 GPUs."""
 _IN_4_BITS = ("fp8+int4", "int4")
-_AUTO = ("fp8+int4", "fp8")
-"""The copies that "auto" chooses from: the first ones that leave the KV cache enough memory."""
+_AUTO = ("fp8+int4", "fp8", "int4")
+"""The copies that "auto" chooses from, the largest first. It takes the first ones that leave the KV cache enough memory."""
 ONE_PLANE = "lossless8"
 """The format of drafts that read 8 of the 12 bits of the AR rows' weights. It needs no memory."""
 _LEAST_CACHE = 0.75
@@ -103,13 +106,26 @@ def auto_draft_format(
     else:
         context = (config.max_model_len or model.max_position_embeddings) * width
         cache = max(context, _LEAST_CACHE * min(context * config.max_num_seqs, memory))
-    in_4_bits = has_wgmma(gpu) and ungrouped(shard) is None
+    in_4_bits = has_wgmma(gpu) and not any(
+        ungrouped(Shard(shard.model, rank, shard.size)) for rank in range(shard.size)
+    )
     for copies in _AUTO:
         if (in_4_bits or copies not in _IN_4_BITS) and memory - copies_bytes(
             shard, item_bytes, copies
         ) >= cache:
             return copies
     return None
+
+
+def smallest_copies(config: EngineConfig, copies: str | None, least: Callable[[int], int]) -> str | None:
+    """What all ranks take, if this one has chosen `copies`. With "auto" a GPU may have less room than another.
+
+    least: the smallest of all ranks' numbers, see `Ranks.least`.
+    """
+    if config.draft_weights != "auto" or not (copies is None or copies in COPY_BYTES):
+        return copies
+    choices = (*_AUTO, None)
+    return choices[-1 - least(len(choices) - 1 - choices.index(copies))]
 
 
 def copies_bytes(shard: Shard, item_bytes: int, format: str, *, lossless: bool = False) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from orthrus.cache.kv_cache import KVCache
 from orthrus.cache.kv_formats import DEFAULT_KV_FORMAT
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import COPY_BYTES
+from orthrus.engine.draft_weights import COPY_BYTES, smallest_copies
 from orthrus.engine.pass_limits import PassLimits, exchange_sizes, max_pages
 from orthrus.engine.sizing import (
     cache_pages,
@@ -118,8 +118,7 @@ def make_forward(
         read = [weights[name] for name in (family.embedding, family.head) if name in weights]
         unread = weight_bytes(part, embedding.itemsize) - sum(tensor.nbytes for tensor in read)
     copies = choose_draft_format(config, part, embedding.device, embedding.dtype, kept, unread)
-    if not ranks.all_agree(copies is not None):
-        copies = None  # Some GPU has no room for them.
+    copies = smallest_copies(config, copies, ranks.least)
     forward = LayerParallelForward(model, weights, kept, copies, ranks)
     if kept == "lossless12":
         logger.info("weights lossless12: linear layers of %.2f GiB", forward.exact.nbytes / (1 << 30))

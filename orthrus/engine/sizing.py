@@ -150,7 +150,7 @@ def check_memory(
         name += " in 12 bits"
     if (copies := draft_format(config, model)) is not None:
         # On a CPU, copies have the dtype of the weights. "fp8+int4" has two of each MLP.
-        full = CopyBytes(len(copies.split("+")) * dtype.itemsize, dtype.itemsize)
+        full = CopyBytes((2 if copies == "fp8+int4" else 1) * dtype.itemsize, dtype.itemsize)
         size_each = full if device.type == "cpu" else COPY_BYTES.get(copies)
         if size_each is not None:
             name += f" with {copies} copies for drafts"

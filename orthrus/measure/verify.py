@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from orthrus.engine import Engine, EngineConfig
+from orthrus.engine.draft_weights import check_draft_weights
 from orthrus.errors import ConfigError
 from orthrus.measure.contest import Progress
 from orthrus.measure.drift import Check, Drift, Result, find_drifts, summarize
@@ -34,7 +35,7 @@ from orthrus.models.config import ModelConfig
 from orthrus.models.families import load_config
 from orthrus.models.hub import resolve
 from orthrus.models.medusa_config import has_medusa
-from orthrus.models.shard import check_ranks
+from orthrus.models.shard import Shard, check_ranks
 from orthrus.requests.request import Request, SamplingParams, TokenLogprob
 from orthrus.runner.eager import EagerRunner
 from orthrus.schedules.registry import SCHEDULES
@@ -117,9 +118,15 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
             f"{model.max_position_embeddings}"
         )
     check_ranks(replace(model, sum_leaves=_sum_leaves(options)), options.tensor_parallel)
-    others = ways(model.has_diffusion, options.tensor_parallel, has_medusa(path))
     engine = _engine(path, options, REFERENCE, _longest(model, options))
     device, dtype = str(engine.device), str(engine.forward.dtype).removeprefix("torch.")
+    others = []
+    for way in ways(model.has_diffusion, options.tensor_parallel, has_medusa(path)):
+        try:
+            _check_drafts(engine, way)
+            others.append(way)
+        except ConfigError as error:
+            progress(f"left out: {way.name}: {error}")
     share = -(-options.tokens // len(others))
     progress(f"reference: {REFERENCE.name}, {share} tokens")
     started = time.perf_counter()
@@ -155,6 +162,16 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
         hugging_face=hugging_face,
         drifts=tuple(drifts[:SHOWN_DRIFTS]),
     )
+
+
+def _check_drafts(engine: Engine, way: Way) -> None:
+    """Raise ConfigError if the engine's GPU, or the shapes of its model, don't allow the drafts of `way`."""
+    config = EngineConfig.model_validate(
+        {"model": engine.model_config.name, "schedule": way.schedule, **way.settings}
+    )
+    shard = Shard(config.with_settings(engine.model_config), 0, config.tensor_parallel_size)
+    gpu = torch.cuda.get_device_capability(engine.device) if engine.device.type == "cuda" else None
+    check_draft_weights(config, shard, gpu)
 
 
 def _run_reference(

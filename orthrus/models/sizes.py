@@ -60,8 +60,8 @@ def ungrouped(shard: Shard) -> str | None:
     """An MLP of the rank whose inputs can't be cut into the groups of the format "int4", in words. None if there is none."""
     for name, shape in _shapes(shard).items():
         if len(shape) == 2 and _in_mlp(name) and shape[1] % GROUP:
-            ranks = "" if shard.size == 1 else f" on each of {shard.size} ranks"
-            return f"{name} of {shard.model.name} has {shape[1]} inputs{ranks}, which is not a multiple of {GROUP}"
+            where = "" if shard.size == 1 else f" on rank {shard.rank} of {shard.size}"
+            return f"{name} of {shard.model.name} has {shape[1]} inputs{where}, which is not a multiple of {GROUP}"
     return None
 
 

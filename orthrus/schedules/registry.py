@@ -71,6 +71,7 @@ SCHEDULES: dict[str, ScheduleEntry] = {
             Variant("adaptive", {"adaptive_draft": True}, logprobs=False),
             Variant("fp8 drafts", {"draft_weights": "fp8"}),
             Variant("fp8 drafts ahead", {"draft_weights": "fp8", "adaptive_draft": True}, logprobs=False),
+            Variant("int4 drafts", {"draft_weights": "int4"}),
         ),
     ),
     NGRAM: ScheduleEntry(

@@ -4,6 +4,7 @@ import random
 import re
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from orthrus.cache.page_pool import PagePool
 from orthrus.cluster.memory import MemoryPlan
 from orthrus.engine import Engine
 from orthrus.engine.config import EngineConfig
-from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, copies_bytes
+from orthrus.engine.draft_weights import COPY_BYTES, auto_draft_format, copies_bytes, smallest_copies
 from orthrus.engine.planned_turn import PREFILL
 from orthrus.engine.scheduler import Scheduler
 from orthrus.errors import ConfigError
@@ -263,7 +264,7 @@ def test_int4_copies_need_whole_groups_of_inputs_on_every_rank(checkpoint: Path)
         engine(checkpoint, draft_weights="int4")
     shared = replace(load_config(ROOT / "models" / "orthrus-tiny"), sum_leaves=2)
     config = EngineConfig(model="m", draft_weights="int4", tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match=r"inputs on each of 2 ranks, .*: set draft_weights"):
+    with pytest.raises(ConfigError, match=r"inputs on rank \d of 2, .*: set draft_weights"):
         MemoryPlan.of(config, shared, "H100", None)
     auto = config.model_copy(update={"draft_weights": "auto", "kv_cache_tokens": 2048})
     assert "fp8 copies" in MemoryPlan.of(auto, shared, "H100", None).kept_as
@@ -281,11 +282,23 @@ def test_auto_takes_copies_where_the_cache_keeps_three_quarters_of_its_size() ->
 
     assert choice(4.1 * both) == "fp8+int4"
     assert choice(4.1 * both, (8, 9)) == choice(3.9 * both) == choice(4.1 * extra) == "fp8"
-    assert choice(3.9 * extra) is None
-    assert choice(1.3 * extra, kv_cache_tokens=8192) == "fp8"
-    assert choice(1.1 * extra, kv_cache_tokens=8192) is None
+    assert choice(3.9 * extra) == "int4"
+    assert choice(3.9 * extra, (8, 9)) is choice(1.9 * extra) is None
+    assert choice(1.3 * extra, (8, 9), kv_cache_tokens=8192) == "fp8"
+    assert choice(1.1 * extra, (8, 9), kv_cache_tokens=8192) is None
     for other in ({"draft_weights": "same"}, {"schedule": "ar"}, {"draft_lead": True}):
         assert choice(100 * extra, **other) is None
+
+
+def test_all_ranks_take_the_copies_that_the_one_with_least_memory_takes() -> None:
+    auto = EngineConfig(model="m")
+    choices = [None, "int4", "fp8", "fp8+int4"]
+    for other, least in enumerate(choices):
+        taken = [smallest_copies(auto, own, partial(min, other)) for own in choices]
+        assert taken == [*choices[:other], *[least] * (len(choices) - other)]
+    fixed = EngineConfig(model="m", draft_weights="fp8")
+    assert smallest_copies(fixed, "fp8", partial(min, 0)) == "fp8"
+    assert smallest_copies(auto, "lossless8", partial(min, 0)) == "lossless8"
 
 
 def test_a_lead_needs_the_same_weights() -> None:

@@ -120,8 +120,8 @@ def test_two_ranks_give_the_bits_of_one(
         assert tokens_per_cycle == expected
 
 
-def test_two_ranks_round_drafts_to_4_bits_as_one_does(tmp_path: Path) -> None:
-    """The groups of a rank are those of the whole model, so even the drafts are the same."""
+def test_two_ranks_draft_in_4_bits(tmp_path: Path) -> None:
+    """A rank scales outputs by its own part of a row, so drafts differ a little. The text does not."""
     path = make_checkpoint(
         tmp_path,
         vocab_size=600,
@@ -134,8 +134,9 @@ def test_two_ranks_round_drafts_to_4_bits_as_one_does(tmp_path: Path) -> None:
         noise=0.02,
     )
     alone, expected = results_alone(path, draft_weights="int4", sum_leaves=2)
-    assert results(load(path, 2, draft_weights="int4", sum_leaves=2)) == (alone, expected)
-    assert expected > 1.3
+    shared, tokens_per_cycle = results(load(path, 2, draft_weights="int4", sum_leaves=2))
+    assert shared == alone
+    assert min(expected, tokens_per_cycle) > 1.3
 
 
 @pytest.mark.parametrize("size", [4, 8])

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from orthrus.engine import Engine
-from orthrus.kernels.device import has_fp8_mma
+from orthrus.kernels.device import has_fp8_mma, has_warpgroup_mma
 from orthrus.measure.acceptance import AcceptanceProfile
 from orthrus.measure.drift import Check, Result, find_drifts, summarize
 from orthrus.measure.random_model import shape_config, shape_engine
@@ -34,6 +34,8 @@ from tests.quantised import FP8, GPTQ
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODEL = replace(shape_config("8B"), num_hidden_layers=4)
 LONGEST = 1024
+AUTO, IN_4_BITS = ("fp8+int4", (("int4", 0),)) if has_warpgroup_mma() else ("fp8", ())
+"""What `draft_weights: auto` chooses on this GPU, and runs with drafts in 4 bits, which need a Hopper GPU."""
 SIZES = (1, 2, 5, 16, 40, 64)
 
 
@@ -73,14 +75,14 @@ def published(settings: dict[str, Any]) -> Format:
 
 FORMATS = {
     "bf16": Format(
-        (("auto", 0), ("same", 0), ("auto", 24), ("fp8", 0), ("int4", 0)),
-        {"auto": "fp8+int4", "same": None, "fp8": "fp8", "int4": "int4"},
+        (("auto", 0), ("same", 0), ("auto", 24), ("fp8", 0), *IN_4_BITS),
+        {"auto": AUTO, "same": None, "fp8": "fp8", "int4": "int4"},
     ),
     "lossless12": Format((("auto", 0), ("auto", 24)), {"auto": "lossless8"}, "lossless12"),
     "fp8": published(FP8),
     "gptq": published(GPTQ),
 } | {
-    f"{gpus} GPUs": Format((("auto", 0), ("auto", 24)), {"auto": "fp8+int4"}, gpus=gpus)
+    f"{gpus} GPUs": Format((("auto", 0), ("auto", 24)), {"auto": AUTO}, gpus=gpus)
     for gpus in (2, 4, 8)
     if gpus <= torch.cuda.device_count()
 }

@@ -15,6 +15,7 @@ if torch.cuda.device_count() < 2:
 from torch.multiprocessing.spawn import spawn
 
 from orthrus.engine import EngineConfig
+from orthrus.kernels.device import has_warpgroup_mma
 from orthrus.kernels.linear.add_rms_norm import add_rms_norm
 from orthrus.kernels.peer_sizes import PeerSizes
 from orthrus.kernels.ranks import add_pairwise
@@ -27,6 +28,8 @@ from tests.ranks import engine_over
 Result = tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]
 SIZES = [size for size in (2, 4, 8) if size <= torch.cuda.device_count()]
 WIDTH = 8192
+SETTINGS: list[dict[str, object]] = [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}]
+SETTINGS += [{"draft_weights": "int4"}] if has_warpgroup_mma() else []
 PROMPTS = [[(7 * i * j + 3) % 500 + 1 for j in range(5 + 11 * i)] for i in range(8)]
 PARAMS = [
     SamplingParams(
@@ -111,9 +114,7 @@ def small_model(tmp_path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}, {"draft_weights": "int4"}], ids=str
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, object]) -> None:
     fixed = small_model(tmp_path)
     alone, tokens_per_cycle = results(1, PROMPTS, PARAMS, fixed | settings)
@@ -124,9 +125,7 @@ def test_several_gpus_give_the_bits_of_one(tmp_path: Path, settings: dict[str, o
         assert tokens_per_cycle > 1.1
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"draft_tree": 16}, {"draft_weights": "fp8"}, {"draft_weights": "int4"}], ids=str
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gpus_that_exchange_over_nccl_give_the_bits_of_one(
     tmp_path: Path, settings: dict[str, object]
 ) -> None:

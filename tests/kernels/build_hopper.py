@@ -31,9 +31,9 @@ DTYPES = {
 }
 
 
-def tile(dtype: str, *block: int) -> str:
+def tile(dtype: str, *block: int, swizzled: bool = True) -> str:
     """The type of a tensor that TMA loads tile by tile."""
-    layout = tile_layout(block, DTYPES[dtype])
+    layout = tile_layout(block, DTYPES[dtype], swizzled)
     return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
 
@@ -108,19 +108,14 @@ def build_linear(
     )
 
 
-def build_codes(rows: int, consumers: int, *, gated: bool = False, picks: bool = False) -> None:
-    pointers = {
-        "scales": "*fp32",
-        "bias": "*bf16",
-        "out": "*fp8e4nv" if gated else "*bf16",
-        "temperatures": "*fp32",
-        "keys": "*i32",
-        "out_wanted": "*i32",
-        "values": "*fp32",
-        "indices": "*i32",
+def build_codes(rows: int, consumers: int, *, gated: bool = False) -> None:
+    pointers = {"scales": "*fp32", "bias": "*bf16", "out": "*fp8e4nv" if gated else "*bf16"}
+    tiles = {
+        "codes": tile("i32", 8, 256, swizzled=False),
+        "tables": tile("i32", 256),
+        "x": tile("fp8e4nv", rows, 256),
     }
-    tiles = {"codes": tile("i32", 8, 256), "tables": tile("i32", 256), "x": tile("fp8e4nv", rows, 256)}
-    numbers = ("num_rows", "num_outs", "parts", "all_steps", "first_token")
+    numbers = ("num_rows", "num_outs", "parts", "all_steps")
     build(
         f"codes, {rows} rows, {consumers} consumers",
         codes._codes_kernel,
@@ -134,7 +129,6 @@ def build_codes(rows: int, consumers: int, *, gated: bool = False, picks: bool =
             "GATED": gated,
             "SPLIT": False,
             "HAS_BIAS": False,
-            "PICKS": picks,
             "CHAINED": True,
         },
         codes.launch_registers(rows, consumers),
@@ -272,7 +266,7 @@ if __name__ == "__main__":
     build_linear("fp8e4nv", 32, part_leaves=2)
     build_linear("fp8e4nv", 32, gated=True, stored="fp8e4nv")
     build_grouped(4, 8, gated=True)
-    build_codes(16, 1, picks=True)
+    build_codes(16, 1)
     build_codes(32, 3, gated=True)
     build_codes(64, 3)
     build_codes(128, 2)

@@ -139,7 +139,16 @@ def test_few_rows_multiply_4_bits_and_many_fp8(split: Split | None) -> None:
 def test_a_packed_layer_has_the_bytes_of_the_memory_plan() -> None:
     from orthrus.kernels.linear.codes_gpu import code_layer
 
-    codes = [round_to_codes(projection(128, 512, seed)["weight"]) for seed in (1, 2)]
-    layer = code_layer(codes, None, True, None, torch.bfloat16)
+    layer = code_layer(round_to_codes(randn(256, 512)), None, True, None, torch.bfloat16)
     assert layer.nbytes == 256 * 512 * INT4_BYTES + 4 * 256
     assert layer.with_factor(8.0).scales.sum() == layer.scales.sum() / 8
+
+
+def test_a_program_has_as_many_consumers_as_make_it_soonest_done() -> None:
+    from orthrus.kernels.linear.codes_hopper import num_consumers
+
+    gate_up, down = 384, 128  # Tiles of Qwen3-8B.
+    assert num_consumers(gate_up, 132, 32) == 3, "128 units: each program has one"
+    assert num_consumers(down, 132, 32) == 1, "each program has a tile already"
+    assert num_consumers(160, 132, 32) == 2, "80 units instead of two tiles for some programs"
+    assert num_consumers(gate_up, 132, 128) == 1

@@ -27,10 +27,9 @@ def codes(outs: int, ins: int, seed: int) -> Codes:
     )
 
 
-def made(projections: list[Codes], bias: Tensor | None, gated: bool = False) -> tuple[CodeWeight, Tensor]:
+def made(weight: Codes, bias: Tensor | None, gated: bool = False) -> tuple[CodeWeight, Tensor]:
     """A layer, and its weight in float64."""
-    layer = code_layer(projections, None if bias is None else bias[None], gated, None, torch.bfloat16)
-    return layer, torch.cat([p.dequantised() for p in projections]).double()
+    return code_layer(weight, bias, gated, None, torch.bfloat16), weight.dequantised().double()
 
 
 def launch(
@@ -46,48 +45,30 @@ def check_layer(
     way: Way, rows: int, outs: int, ins: int, consumers: int | None = None, *, programs: int = 2, edit: Edit | None = None
 ) -> None:  # fmt: skip
     bias = randn(outs, seed=8)
-    layer, exact = made([codes(outs, ins, 3)], bias)
+    layer, exact = made(codes(outs, ins, 3), bias)
     x = randn(rows, ins, seed=7).to(torch.float8_e4m3fn)
     out = unset(rows, outs)
     launch(way, x, layer, out, programs=programs, edit=edit, consumers=consumers)
     check(out, x.double() @ exact.T + bias.double())
 
 
-def check_gated(way: Way) -> None:
+def check_gated(way: Way, consumers: int) -> None:
     rows, outs, ins = 12, 104, 2048
-    layer, exact = made([codes(outs, ins, seed) for seed in (3, 4)], None, gated=True)
+    layer, exact = made(codes(2 * outs, ins, 3), None, gated=True)
     x = randn(rows, ins, seed=7).to(torch.float8_e4m3fn)
     gate, up = (x.double() @ exact.T).chunk(2, 1)
     rounding = Rounding(2.0**-12)
     out = unset(rows, outs).to(torch.float8_e4m3fn)
-    launch(way, x, layer, out, programs=1, rounding=rounding)
+    launch(way, x, layer, out, programs=2, rounding=rounding, consumers=consumers)
     check_stored(out, silu(gate) * up, rounding)
 
 
-def check_parts(way: Way) -> None:
+def check_parts(way: Way, consumers: int) -> None:
     """The inputs are divided among programs, and each part of the sum goes to a tensor of its own. The parts differ in length."""
     rows, outs, ins, parts = 12, 192, 1280, 2
-    layer, exact = made([codes(outs, ins, 3)], None)
+    layer, exact = made(codes(outs, ins, 3), None)
     x = randn(rows, ins, seed=7).to(torch.float8_e4m3fn)
     out = unset(parts, rows, outs, dtype=torch.float32)
-    launch(way, x, layer, out, parts, programs=3)
+    launch(way, x, layer, out, parts, programs=3, consumers=consumers)
     for own, where in zip(out, (slice(0, 512), slice(512, 1280)), strict=True):
         check(own, x[:, where].double() @ exact[:, where].T, 1e-5)
-
-
-def check_picks(way: Way) -> None:
-    """As an LM head: the best token of each tile of outputs."""
-    rows, outs, ins = 5, 100, 256
-    layer, exact = made([codes(outs, ins, 3)], None)
-    x = randn(rows, ins, seed=7).to(torch.float8_e4m3fn)
-    logits = torch.empty(rows, outs)
-    best, tokens = torch.full((rows, 2), float("nan")), torch.full((rows, 2), -1, dtype=torch.int32)
-    none = torch.zeros(1, dtype=torch.int32)
-    picking = torch.zeros(rows), torch.zeros(rows, 2, dtype=torch.int32), none, best, tokens
-    with emulating(codes_hopper, way, programs=2, chained=(x, logits, best, tokens)):
-        codes_hopper.launch(x, layer, logits, 1, picking)
-    wanted = (x.double() @ exact.T).split(64, 1)
-    check(best, torch.stack([tile.amax(1) for tile in wanted], 1), 1e-5)
-    assert torch.equal(
-        tokens.long(), torch.stack([tile.argmax(1) + 64 * i for i, tile in enumerate(wanted)], 1)
-    )

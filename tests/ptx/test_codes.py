@@ -30,24 +30,18 @@ def test_many_rows(way: Way) -> None:
 
 
 @two_ways
+@pytest.mark.parametrize("consumers", [1, 3])
 @emulated
-def test_gated(way: Way) -> None:
+def test_gated(consumers: int, way: Way) -> None:
     from tests.ptx import codes
 
-    codes.check_gated(way)
+    codes.check_gated(way, consumers)
 
 
 @two_ways
+@pytest.mark.parametrize("consumers", [1, 2])
 @emulated
-def test_parts_of_the_sum(way: Way) -> None:
+def test_parts_of_the_sum(consumers: int, way: Way) -> None:
     from tests.ptx import codes
 
-    codes.check_parts(way)
-
-
-@two_ways
-@emulated
-def test_picks(way: Way) -> None:
-    from tests.ptx import codes
-
-    codes.check_picks(way)
+    codes.check_parts(way, consumers)

@@ -68,6 +68,21 @@ BROKEN = [
         "deadlock",
     ),
     Broken(
+        "waits for too few bytes", "codes",
+        r"(expect_tx\S* _, \[%r\d+\], )18432;", r"\g<1>18176;",
+        "",
+    ),
+    Broken(
+        "does not give memory back", "codes",
+        r"@%p\d+ mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", "",
+        "deadlock",
+    ),
+    Broken(
+        "gives memory back too soon", "codes",
+        r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;",
+        "race|unfinished wgmma", WAYS[0],
+    ),
+    Broken(
         "has no proxy fence", "lossless",
         r"fence\.proxy\.async\.shared::cta;", "",
         "no proxy fence",
@@ -96,12 +111,14 @@ BROKEN = [
 
 
 def check_with(kernel: str, way: Way, edit: Callable[[str], str]) -> None:
-    from tests.ptx import attention, grouped, linear, lossless
+    from tests.ptx import attention, codes, grouped, linear, lossless
 
     if kernel == "linear":
         linear.check_layer(way, 16, 1, fp8=False, ins=2048, edit=edit)
     elif kernel == "grouped":
         grouped.check_layer(way, "fp8", 16, 192, 2048, edit=edit)
+    elif kernel == "codes":
+        codes.check_layer(way, 16, 192, 4096, 2, edit=edit)
     elif kernel == "lossless":
         lossless.check_layer(way, 16, 1, 1536, 3, edit=edit)
     else:
