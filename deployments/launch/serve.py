@@ -15,6 +15,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Repli
 from orthrus.deployments.config.app_args import AppArgs
 from orthrus.deployments.config.config_file import load_config, serves_grpc
 from orthrus.deployments.config.model_check import check_model, locate
+from orthrus.deployments.launch.answers import wait_for_proxies
 from orthrus.deployments.launch.environment import set_environment
 from orthrus.deployments.launch.ports import check_ports
 from orthrus.deployments.replica.stages import read_stages
@@ -41,6 +42,8 @@ def serve_config(path: Path, *, address: str | None = None, tell: Tell = lambda 
     _start_ray(address, tell)
     try:
         _deploy(config, tell)
+        if address is None:
+            wait_for_proxies(config, {name: _model_name(args) for name, args in apps.items()})
     except BaseException:
         if address is None:
             serve.shutdown()
@@ -137,6 +140,12 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
+def _model_name(args: AppArgs) -> str:
+    """The name of an application's model in requests."""
+    engine = locate(args.engine)
+    return engine.served_model_name or engine.model
+
+
 def _print_endpoints(config: ServeDeploySchema, apps: dict[str, AppArgs]) -> None:
     """Where to send requests, and one to try."""
     port = config.http_options.port
@@ -144,8 +153,7 @@ def _print_endpoints(config: ServeDeploySchema, apps: dict[str, AppArgs]) -> Non
     for app in config.applications:
         if app.name not in apps:
             continue
-        engine = locate(apps[app.name].engine)
-        name = engine.served_model_name or engine.model
+        name = _model_name(apps[app.name])
         root = f"http://localhost:{port}{(app.route_prefix or '').rstrip('/')}"
         url, page = f"{root}/v1", f"   page: {root}/" if apps[app.name].api.page else ""
         print(f"""Ready. {name}: OpenAI API at {url}{rpc}{page}

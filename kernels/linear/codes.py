@@ -65,9 +65,12 @@ def _round(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = (weight.abs().amax(1) / LARGEST).clamp(min=2.0**-100)
     groups = (weight / scales[:, None]).unflatten(1, (-1, GROUP))
     sizes = groups.abs()
-    best_tables, best_indices, best_error = _lloyd(sizes, _SHARES[0])
+    # Of sorted sizes, each magnitude has a run. So a round needs only the ends of the runs, and the sums up to there.
+    ordered = sizes.sort(2).values
+    sums = pad(ordered.cumsum(2), (1, 0))
+    best_tables, best_indices, best_error = _lloyd(sizes, ordered, sums, _SHARES[0])
     for share in _SHARES[1:]:
-        tables, indices, error = _lloyd(sizes, share)
+        tables, indices, error = _lloyd(sizes, ordered, sums, share)
         better = (error < best_error)[:, :, None]
         best_tables = torch.where(better, tables, best_tables)
         best_indices = torch.where(better, indices, best_indices)
@@ -76,13 +79,13 @@ def _round(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes.flatten(1).to(torch.uint8), _e4m3(best_tables).view(torch.uint8), scales
 
 
-def _lloyd(sizes: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Magnitudes [outs, groups, 8], the index of the nearest one for each size [outs, groups, 128], and each group's error."""
+def _lloyd(sizes: Tensor, ordered: Tensor, sums: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitudes [outs, groups, 8], the index of the nearest one for each size [outs, groups, 128], and each group's error.
+
+    ordered: the sizes of each group, sorted. sums [outs, groups, 129]: those of the first 0 to 128 of them.
+    """
     start = torch.tensor(_START, device=sizes.device) * (share / _START[-1])
-    tables = _e4m3(sizes.amax(2, keepdim=True) * start).float()
-    # Of sorted sizes, each magnitude has a run. So a round needs only the ends of the runs, and the sums up to there.
-    ordered = sizes.sort(2).values
-    sums = pad(ordered.cumsum(2), (1, 0))
+    tables = _e4m3(ordered[:, :, -1:] * start).float()
     for _ in range(_ROUNDS):
         ends = pad(torch.searchsorted(ordered, _boundaries(tables)), (1, 0))
         ends = pad(ends, (0, 1), value=GROUP)
@@ -118,9 +121,8 @@ def pack_codes(codes: Tensor) -> Tensor:
     Bits 16 f + 4 n to 16 f + 4 n + 2 of a word are the index of an input. The other bits are signs. Those of f = 0 are where the
     bytes of a register have their signs; those of f = 1 are 4 bits lower.
     """
-    parts = codes.view(
-        -1, 4, 2, 8, codes.shape[1] // TILE_INS, 2, 4, 2, 4, 4
-    )  # [tile, w, h, r, step, g, b, f, q, n]
+    steps = codes.shape[1] // TILE_INS
+    parts = codes.view(-1, 4, 2, 8, steps, 2, 4, 2, 4, 4)  # [tile, w, h, r, step, g, b, f, q, n]
     parts = parts.permute(0, 4, 5, 2, 1, 3, 8, 6, 7, 9).long()  # [tile, step, g, h, w, r, q, b, f, n]
     shifts = 4 * torch.arange(8, device=codes.device).view(2, 4)
     signs = 8 * torch.arange(4, device=codes.device) + torch.tensor([[7], [3]], device=codes.device)
@@ -132,7 +134,6 @@ def pack_tables(tables: Tensor) -> Tensor:
 
     Both are in the order [g, h, w, r] of `pack_codes`.
     """
-    parts = tables.view(torch.uint8).view(
-        -1, 4, 2, 8, tables.shape[1] // 2, 2, 2, 4
-    )  # [tile, w, h, r, step, g, half, byte]
+    steps = tables.shape[1] // 2
+    parts = tables.view(torch.uint8).view(-1, 4, 2, 8, steps, 2, 2, 4)  # [tile, w, h, r, step, g, half, byte]
     return parts.permute(0, 4, 6, 5, 2, 1, 3, 7).contiguous().view(torch.int32).reshape(-1, 4 * TILE_OUTS)
