@@ -1,5 +1,6 @@
 """Waits until Serve's proxies pass requests on. They learn of an application a moment after it runs."""
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -14,25 +15,29 @@ from orthrus.deployments.proto.orthrus_pb2 import GenerateRequest
 from orthrus.deployments.proto.orthrus_pb2_grpc import OrthrusStub
 
 _LONGEST_SECONDS = 20.0
-"""After this time a proxy counts as ready. It may have TLS, which is not spoken here."""
+"""After this time a proxy counts as ready."""
 _PAUSE_SECONDS = 0.1
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens addresses of this machine, which `http_proxy` in the environment is not for."""
 
 
 def wait_for_proxies(config: ServeDeploySchema, models: Mapping[str, str]) -> None:
-    """Wait until HTTP and gRPC of this machine lead to every application, or for some seconds.
+    """Wait until HTTP and gRPC of this machine lead to the applications in `models`, or for some seconds.
 
-    models: the name of each application's model.
+    models: the name of each application's model. HTTPS is not waited for, nor applications without a route.
     """
     host = config.http_options.host
     host = "127.0.0.1" if host in (None, "0.0.0.0", "::") else host
     end = time.monotonic() + _LONGEST_SECONDS
     for app in config.applications:
-        root = f"http://{host}:{config.http_options.port}{(app.route_prefix or '').rstrip('/')}"
-        _wait(partial(_http_answers, root), end)
+        if app.name in models and app.route_prefix is not None and config.http_options.ssl_certfile is None:
+            root = f"http://{host}:{config.http_options.port}{app.route_prefix.rstrip('/')}"
+            _wait(partial(_http_answers, root), end)
     if serves_grpc(config):
-        with grpc.insecure_channel(f"{host}:{config.grpc_options.port}") as channel:
-            for app, model in models.items():
-                _wait(partial(_grpc_answers, OrthrusStub(channel), app, model), end)
+        address = f"{host}:{config.grpc_options.port}"
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            for name, model in models.items():
+                _wait(partial(_grpc_answers, OrthrusStub(channel), name, model), end)
 
 
 def _wait(answers: Callable[[], bool], end: float) -> None:
@@ -43,11 +48,11 @@ def _wait(answers: Callable[[], bool], end: float) -> None:
 def _http_answers(root: str) -> bool:
     """Whether an application answers, and not Serve in its place."""
     try:
-        with urllib.request.urlopen(f"{root}/v1/models", timeout=5.0):
+        with _DIRECTLY.open(f"{root}/v1/models", timeout=5.0):
             return True
     except urllib.error.HTTPError as error:
         return error.code not in (404, 502, 503)
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 

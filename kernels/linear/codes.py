@@ -24,7 +24,7 @@ _SHARES = (1.0, 0.85)
 """At the start the largest magnitude is one of these shares of a group's largest weight. The better result is taken."""
 _ROUNDS = 6
 """How often magnitudes are replaced by means."""
-_CHUNK = 2048
+_CHUNK = 1024
 """Outputs of a weight that are rounded at once: float32 copies of more would need much memory."""
 
 

@@ -53,7 +53,7 @@ class CodeWeight(CodeLayer, FixedInputsWeight):
         inputs: Leaves | None,
         rounding: Rounding | None,
     ) -> None:
-        assert not picking, "an LM head has another format: see OUTSIDE_MLP"
+        assert not picking, "an LM head has another format"
         codes_hopper.launch(self._inputs(x), self, out, parts, rounding)
 
     def _tile(

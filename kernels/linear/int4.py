@@ -23,7 +23,7 @@ class Int4Format:
 
     @staticmethod
     def pack(views: Views, *, gated: bool, head: bool) -> Weight:
-        """See `WeightFormat`. Raises ValueError for layers whose inputs are not a multiple of 128."""
+        """See `WeightFormat`. Raises ValueError for an LM head, and for layers whose inputs are not a multiple of 128."""
         return _pack(views, None, gated, head)
 
     @staticmethod
@@ -37,13 +37,15 @@ class Int4Format:
 
 
 def _pack(views: Views, split: Split | None, gated: bool, head: bool) -> Weight:
+    if head:
+        raise ValueError("an LM head can't be kept in 4 bits: keep it in the format that OUTSIDE_MLP names")
     if runs_triton(views[0][0]["weight"]) and has_warpgroup_mma():
         from orthrus.kernels.linear.codes_gpu import code_layer
 
         [projections] = views  # An MLP has one view.
         weight, bias = join_projections(projections)
         return code_layer(round_to_codes(weight), bias, gated, split, weight.dtype)
-    return pack_rounded(views, _round_weight, UNSCALED, split, gated=gated, head=head)
+    return pack_rounded(views, _round_weight, UNSCALED, split, gated=gated, head=False)
 
 
 def _round_weight(weight: Tensor) -> Tensor:

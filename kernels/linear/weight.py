@@ -3,8 +3,8 @@
 A format is one class in one file. It packs a checkpoint's tensors, knows how many bytes a pass reads of them, keeps its scales
 if it has any, and runs the layer. `weight_format` registers it under a name, and `pack_weight` finds it by that name.
 
-Every format must be batch-invariant: a row's result has the same bits whatever other rows are in the pass. Only drafts may have
-another one (`by_rows`).
+Every format must be batch-invariant: a row's result has the same bits whatever other rows are in the pass. Only formats for
+drafts may break this rule, as `by_rows` does.
 """
 
 from abc import ABC, abstractmethod

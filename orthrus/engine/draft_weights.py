@@ -24,7 +24,7 @@ COPY_BYTES = {
 }
 """The formats of copies, with the bytes of one number on a GPU. All also have a float32 scale for each output of a layer. Only
 MLPs are in 4 bits. With "fp8+int4" they are in FP8 too, for passes of many rows. Inputs in 4 bits are padded to multiples of 256,
-which is not counted: it takes a few percent where large models are divided among 8 GPUs."""
+which is not counted: copies are a few percent larger than counted where a large model is divided among 8 GPUs."""
 _IN_4_BITS = ("fp8+int4", "int4")
 _AUTO = ("fp8+int4", "fp8", "int4")
 """The copies that "auto" chooses from, the largest first. It takes the first ones that leave the KV cache enough memory."""
@@ -106,9 +106,7 @@ def auto_draft_format(
     else:
         context = (config.max_model_len or model.max_position_embeddings) * width
         cache = max(context, _LEAST_CACHE * min(context * config.max_num_seqs, memory))
-    in_4_bits = has_wgmma(gpu) and not any(
-        ungrouped(Shard(shard.model, rank, shard.size)) for rank in range(shard.size)
-    )
+    in_4_bits = has_wgmma(gpu) and ungrouped(shard) is None
     for copies in _AUTO:
         if (in_4_bits or copies not in _IN_4_BITS) and memory - copies_bytes(
             shard, item_bytes, copies

@@ -49,7 +49,7 @@ class MethodReport:
     setup: str
     """What has to be done before the first token."""
     weight_ratio: float
-    """Bytes of its weights on a GPU, over those of AR decoding in 16 bits; FP8 copies for drafts are not counted."""
+    """Bytes of its weights on a GPU, over those of AR decoding in 16 bits; copies for drafts are not counted."""
     speeds: tuple[Speed, ...]
     drift: Drift
 

@@ -59,7 +59,7 @@ class ShapeMethod:
 
     name: str
     weights_gib: float
-    """Its weights on a GPU, in 16 bits where they are not quantised. FP8 copies for drafts are not counted."""
+    """Its weights on a GPU, in 16 bits where they are not quantised. Copies for drafts are not counted."""
     drafts: str
     """Where its drafts come from, and how often they are right."""
 

@@ -120,13 +120,14 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
     check_ranks(replace(model, sum_leaves=_sum_leaves(options)), options.tensor_parallel)
     engine = _engine(path, options, REFERENCE, _longest(model, options))
     device, dtype = str(engine.device), str(engine.forward.dtype).removeprefix("torch.")
-    others = []
+    others: list[Way] = []
+    left_out: list[str] = []
     for way in ways(model.has_diffusion, options.tensor_parallel, has_medusa(path)):
         try:
             _check_drafts(engine, way)
             others.append(way)
         except ConfigError as error:
-            progress(f"left out: {way.name}: {error}")
+            left_out.append(f"{way.name}: {error}")
     share = -(-options.tokens // len(others))
     progress(f"reference: {REFERENCE.name}, {share} tokens")
     started = time.perf_counter()
@@ -161,6 +162,7 @@ def verify(options: VerifyOptions, progress: Progress = lambda line: None) -> Re
         checks=tuple(checks),
         hugging_face=hugging_face,
         drifts=tuple(drifts[:SHOWN_DRIFTS]),
+        left_out=tuple(left_out),
     )
 
 

@@ -21,6 +21,8 @@ class Report:
     checks: tuple[Check, ...]
     hugging_face: HuggingFaceCheck | None
     drifts: tuple[Drift, ...] = field(default=())
+    left_out: tuple[str, ...] = field(default=())
+    """Checks that this model or device can't run, and why."""
 
     @property
     def ok(self) -> bool:
@@ -52,6 +54,7 @@ class Report:
                 f"({limit}); logprobs within {hf.max_logprob_gap:.1e}; "
                 f"{hf.greedy_disagreements} greedy picks differ",
             ]
+        lines += [f"left out: {check}" for check in self.left_out]
         lines += [
             f"DRIFT {d.check} {d.request} at {d.position}: {d.expected} became {d.got}" for d in self.drifts
         ]

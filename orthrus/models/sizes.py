@@ -57,11 +57,12 @@ def weight_bytes(
 
 
 def ungrouped(shard: Shard) -> str | None:
-    """An MLP of the rank whose inputs can't be cut into the groups of the format "int4", in words. None if there is none."""
-    for name, shape in _shapes(shard).items():
-        if len(shape) == 2 and _in_mlp(name) and shape[1] % GROUP:
-            where = "" if shard.size == 1 else f" on rank {shard.rank} of {shard.size}"
-            return f"{name} of {shard.model.name} has {shape[1]} inputs{where}, which is not a multiple of {GROUP}"
+    """An MLP of any rank whose inputs can't be cut into the groups of the format "int4", in words. None if there is none."""
+    for rank in range(shard.size):
+        for name, shape in _shapes(Shard(shard.model, rank, shard.size)).items():
+            if len(shape) == 2 and _in_mlp(name) and shape[1] % GROUP:
+                where = "" if shard.size == 1 else f" on rank {rank} of {shard.size}"
+                return f"{name} of {shard.model.name} has {shape[1]} inputs{where}, which is not a multiple of {GROUP}"
     return None
 
 

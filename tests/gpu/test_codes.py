@@ -15,15 +15,12 @@ from orthrus.kernels.linear.codes import round_to_codes
 from orthrus.kernels.linear.fp8 import UNSCALED
 from orthrus.kernels.linear.weight import Parameters
 from orthrus.kernels.rounding import Rounding, rounded
-from orthrus.kernels.rows.sampling import gumbel_argmax, noise_keys
-from tests.gpu.test_kernels import DEVICE, ROWS, error, int32, randn
+from tests.gpu.test_kernels import DEVICE, ROWS, error, randn
 
 pytestmark = pytest.mark.skipif(not has_warpgroup_mma(), reason="this GPU is not a Hopper GPU")
 
 
-def layer_of(
-    *outs: int, ins: int, bias: bool = False, gated: bool = False, head: bool = False
-) -> tuple[Weight, Tensor, Tensor]:
+def layer_of(*outs: int, ins: int, bias: bool = False, gated: bool = False) -> tuple[Weight, Tensor, Tensor]:
     """A layer, its weight in float64, and its biases."""
     parts: list[Parameters] = [
         {"weight": randn(n, ins, seed=seed) * ins**-0.5}
@@ -32,7 +29,7 @@ def layer_of(
     ]
     full = torch.cat([round_to_codes(part["weight"]).dequantised() for part in parts]).double()
     biases = torch.cat([part.get("bias", torch.zeros(len(part["weight"]), device=DEVICE)) for part in parts])
-    layer = pack_weight([[dict(part) for part in parts]], "int4", gated=gated, head=head)
+    layer = pack_weight([[dict(part) for part in parts]], "int4", gated=gated)
     return layer, full, biases.double()
 
 
@@ -81,17 +78,3 @@ def test_residual_linear_is_batch_invariant(outs: int, ins: int) -> None:
         if rows <= 600:
             got = layer.linear_add_rms_norm(x[:rows], residual[:rows], norm, 1e-6)
             assert torch.equal(got[0], full[0][:rows]) and torch.equal(got[1], full[1][:rows]), rows
-
-
-@pytest.mark.parametrize("rows", [1, 40, 150])
-def test_picks_from_a_layer_are_those_from_its_outputs(rows: int) -> None:
-    layer, _, _ = layer_of(20_010, ins=1024, head=True)
-    x = randn(rows, 1024, seed=1)
-    logits = layer.linear(x, out=torch.empty(rows, 20_010, device=DEVICE))
-    temperatures = torch.arange(rows, device=DEVICE) % 3 * 0.7
-    keys = torch.from_numpy(noise_keys([7] * rows, range(rows))).to(DEVICE)
-    expected, got = (torch.zeros(rows + 2, device=DEVICE, dtype=torch.int32) for _ in range(2))
-    gumbel_argmax(logits, temperatures, keys, expected, int32(2))
-    out = torch.zeros_like(logits)
-    layer.linear_gumbel_argmax(x, out, int32(1), temperatures, keys, got, int32(2))
-    assert torch.equal(got, expected) and torch.equal(out, logits)

@@ -100,9 +100,11 @@ def test_a_gated_layer_gives_silu_of_the_gate_times_up() -> None:
     assert_near(pack([[dict(p) for p in both]], gated=True).linear_silu_mul(x), silu(gate) * up)
 
 
-def test_inputs_that_are_not_whole_groups_are_refused() -> None:
+def test_heads_and_inputs_that_are_not_whole_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"200 inputs .* multiple of 128"):
         pack([[projection(72, 200)]])
+    with pytest.raises(ValueError, match="an LM head can't be kept in 4 bits"):
+        pack([[projection(72, 256)]], head=True)
 
 
 def results(layers: list[Weight], x: Tensor) -> list[Tensor]:

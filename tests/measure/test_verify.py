@@ -65,6 +65,7 @@ def test_no_drift(checkpoint: Path) -> None:
     checks = {check.name: check for check in report.checks}
     expected = {"ar alone", *(way.name for way in ways(has_diffusion=True))}
     assert set(checks) == expected - {"orthrus int4 drafts"}, "an MLP of 64 inputs has no groups of 128"
+    assert "left out: orthrus int4 drafts: draft_weights 'int4' rounds" in report.to_text()
     for check in checks.values():
         assert (check.tokens, check.requests) == (report.reference_tokens, report.requests)
     # Equal text says nothing about the drafts: only tokens per cycle does.
