@@ -1,6 +1,6 @@
 """`CodeWeight`: a layer in 4-bit codes on a GPU."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,11 +34,6 @@ class CodeWeight(CodeLayer, FixedInputsWeight):
     @property
     def dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
-
-    def with_factor(self, factor: float) -> "CodeWeight":
-        assert self.rounding is not None and self.rounding.factor is not None
-        scales = self.scales * (self.rounding.factor / factor)
-        return replace(self, scales=scales, rounding=replace(self.rounding, factor=factor))
 
     def _streams(self, x: Tensor) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class GpuWeight(KernelWeight):
 
     bias: Tensor | None
     """[views, outs], or None."""
+    scales: Tensor | None
+    """[views, outs]: what the sums of an output are multiplied by. None for weights without scales."""
     split: Split | None
     """Which part of a layer this is. None for a whole layer whose sum does not use the model's leaves."""
 
@@ -251,6 +254,14 @@ class FixedInputsWeight(GpuWeight):
     result_dtype: torch.dtype | None = None
     """The model's dtype. None: that of the inputs."""
 
+    def with_factor(self, factor: float) -> Self:
+        if self.rounding is None:
+            return self
+        assert self.scales is not None and self.rounding.factor is not None
+        # `scales` is a field of the subclasses.
+        fields: dict[str, Any] = {"scales": self.scales * (self.rounding.factor / factor)}
+        return replace(self, rounding=replace(self.rounding, factor=factor), **fields)
+
     def linear_silu_mul(
         self,
         x: Tensor,
@@ -290,13 +301,6 @@ class TritonWeight(DenseLayer, FixedInputsWeight):
     @property
     def dtype(self) -> torch.dtype:
         return self.weights[0].dtype
-
-    def with_factor(self, factor: float) -> "TritonWeight":
-        if self.rounding is None:
-            return self
-        assert self.scales is not None and self.rounding.factor is not None
-        scales = self.scales * (self.rounding.factor / factor)
-        return replace(self, scales=scales, rounding=replace(self.rounding, factor=factor))
 
     def _streams(self, x: Tensor) -> bool:
         return hopper.streams(x)

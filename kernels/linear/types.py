@@ -9,6 +9,11 @@ GATE_BLOCK = 8
 in the same thread after an instruction of the tensor cores."""
 
 
+def _bytes_of(*tensors: Tensor | None) -> int:
+    """Bytes of those tensors that a layer has."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 @dataclass(frozen=True)
 class DenseLayer:
     """A linear layer as plain tensors. Its weights have the dtype of its inputs, or are FP8 numbers with scales (see `fp8`)."""
@@ -30,8 +35,7 @@ class DenseLayer:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of the weights, the bias and the scales."""
-        others = [tensor for tensor in (self.bias, self.scales) if tensor is not None]
-        return sum(tensor.nbytes for tensor in (*self.weights, *others))
+        return _bytes_of(*self.weights, self.bias, self.scales)
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,7 @@ class GroupedLayer:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.numbers, self.scales, self.zeros, self.bias, self.order)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return _bytes_of(self.numbers, self.scales, self.zeros, self.bias, self.order)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,7 @@ class CodeLayer:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.codes, self.tables, self.scales, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return _bytes_of(self.codes, self.tables, self.scales, self.bias)
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,7 @@ class LosslessLayer:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.high, self.low, self.exceptions, self.scales, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return _bytes_of(self.high, self.low, self.exceptions, self.scales, self.bias)
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,9 @@ def auto_draft_format(
         context = (config.max_model_len or model.max_position_embeddings) * width
         cache = max(context, _LEAST_CACHE * min(context * config.max_num_seqs, memory))
     in_4_bits = has_wgmma(gpu) and ungrouped(shard) is None
-    for copies in _AUTO:
-        if (in_4_bits or copies not in _IN_4_BITS) and memory - copies_bytes(
-            shard, item_bytes, copies
-        ) >= cache:
-            return copies
-    return None
+    possible = [copies for copies in _AUTO if in_4_bits or copies not in _IN_4_BITS]
+    room = memory - cache
+    return next((copies for copies in possible if copies_bytes(shard, item_bytes, copies) <= room), None)
 
 
 def smallest_copies(config: EngineConfig, copies: str | None, least: Callable[[int], int]) -> str | None:
@@ -122,8 +119,8 @@ def smallest_copies(config: EngineConfig, copies: str | None, least: Callable[[i
     """
     if config.draft_weights != "auto" or not (copies is None or copies in COPY_BYTES):
         return copies
-    choices = (*_AUTO, None)
-    return choices[-1 - least(len(choices) - 1 - choices.index(copies))]
+    choices = (None, *reversed(_AUTO))
+    return choices[least(choices.index(copies))]
 
 
 def copies_bytes(shard: Shard, item_bytes: int, format: str, *, lossless: bool = False) -> int:
