@@ -35,6 +35,9 @@ class CodeWeight(CodeLayer, FixedInputsWeight):
     def dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
 
+    def _num_parts(self, rows: int, outs: int, ins: int) -> int:
+        return codes_hopper.num_parts(rows, outs, ins)
+
     def _streams(self, x: Tensor) -> bool:
         return True
 

@@ -35,7 +35,7 @@ from orthrus.kernels.linear.stream import (
     unit_of,
 )
 from orthrus.kernels.linear.stream_finish import finish, output_scales
-from orthrus.kernels.linear.tiles import rows_of_tile
+from orthrus.kernels.linear.tiles import MOST_PARTS, SHORTEST_PART, SMS, rows_of_tile
 from orthrus.kernels.linear.types import CodeLayer
 from orthrus.kernels.rounding import Rounding, stored_as
 
@@ -280,12 +280,33 @@ def launch_registers(row_tile: int, consumers: int) -> int:
     return max(_LEAST_REGISTERS if row_tile == 128 else 0, 8 * ceil(wanted / 8))
 
 
+def _cycles(tiles: int, programs: int, consumers: int) -> int:
+    """About how many cycles each step of all tiles takes: those of the program that has the most units."""
+    return ceil(ceil(tiles / consumers) / programs) * _STEP_CYCLES[consumers - 1]
+
+
 @cache
 def num_consumers(tiles: int, programs: int, row_tile: int) -> int:
-    """How many tiles a unit has, so that the program with the most units is done soonest. Registers hold two large tiles."""
-    most = 3 if row_tile <= 64 else 2
+    """How many tiles a unit has, so that the program with the most units is done soonest.
+
+    With 128 rows, the tensor cores are busy with one tile, and more tiles take longer (H200).
+    """
+    most = 3 if row_tile <= 64 else 1
+    return min(range(1, most + 1), key=lambda count: _cycles(tiles, programs, count))
+
+
+@cache
+def num_parts(rows: int, outs: int, ins: int) -> int:
+    """Split-K parts of a layer whose result goes into the residual stream: so many that the GPU is done soonest."""
+    row_tile = rows_of_tile(rows, *_REGISTERS)
+
+    def cycles(parts: int) -> int:
+        tiles = ceil(outs / TILE_OUTS) * ceil(rows / row_tile) * parts
+        consumers = num_consumers(tiles, SMS, row_tile)
+        return _cycles(tiles, SMS, consumers) * ceil(ins / TILE_INS / parts)
+
     return min(
-        range(1, most + 1), key=lambda count: ceil(ceil(tiles / count) / programs) * _STEP_CYCLES[count - 1]
+        (parts for parts in (1, 2, MOST_PARTS) if parts == 1 or ins >= parts * SHORTEST_PART), key=cycles
     )
 
 

@@ -102,6 +102,10 @@ class GpuWeight(KernelWeight):
         """The usual tiles of a layer whose sum has this number of leaves."""
         return choose_tiles(rows, self.outs, leaves, self.dtype)
 
+    def _num_parts(self, rows: int, outs: int, ins: int) -> int:
+        """Split-K parts of the layer, if its result goes into the residual stream. Only those of drafts may depend on `rows`."""
+        return num_parts(outs, ins)
+
     def linear_add_rms_norm(
         self,
         x: Tensor,
@@ -116,12 +120,12 @@ class GpuWeight(KernelWeight):
     ) -> tuple[Tensor, Tensor]:
         """See `Weight`. leaves: number of leaves of the inputs, if the model does not give them."""
         rows, outs = residual.shape
-        inputs = self._leaves(outs, x.shape[1], leaves)
+        inputs = self._leaves(rows, outs, x.shape[1], leaves)
         if tiles is None and not self._streams(x):
             tiles = self._choose_tiles(rows, inputs.total)
         parts = 1
         if tiles is None:
-            parts = min(inputs.count, num_parts(outs, x.shape[1]))
+            parts = min(inputs.count, self._num_parts(rows, outs, x.shape[1]))
         elif tiles.split:
             parts = min(inputs.count, MOST_PARTS)
         peers = self._peers
@@ -144,7 +148,7 @@ class GpuWeight(KernelWeight):
             peers=peers,
         )
 
-    def _leaves(self, outs: int, ins: int, count: int | None) -> Leaves:
+    def _leaves(self, rows: int, outs: int, ins: int, count: int | None) -> Leaves:
         """The leaves of the inputs: those of the model, divided further if one row would leave the GPU idle.
 
         FP8 layers, which only drafts use, have leaves of their own. count: their number, or that of a layer without the model's
@@ -152,14 +156,14 @@ class GpuWeight(KernelWeight):
         """
         unit, split = leaf_unit(self.dtype), self.split
         if split is None or split.inputs is None or self.dtype == torch.float8_e4m3fn:
-            return Leaves.whole(ins, unit, count or num_parts(outs, ins))
+            return Leaves.whole(ins, unit, count or self._num_parts(rows, outs, ins))
         inputs = split.inputs
         if inputs.total > 1 and inputs.unit != unit:
             raise ValueError(
                 f"a sum of {inputs.width} inputs can't have {inputs.total} leaves on a GPU, where they must be multiples of "
                 f"{unit} inputs: set sum_leaves and tensor_parallel_size to 1"
             )
-        finer = max(1, num_parts(outs, inputs.width) // inputs.total)
+        finer = max(1, self._num_parts(rows, outs, inputs.width) // inputs.total)
         return Leaves(inputs.width, unit, inputs.total * finer, inputs.first * finer, inputs.count * finer)
 
     @property

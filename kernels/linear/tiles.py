@@ -8,8 +8,9 @@ from orthrus.kernels.linear.types import LinearTiles
 
 MOST_PARTS = 4
 """The most split-K parts of a layer. `add_rms_norm`, which adds the parts, takes no more."""
-_SHORTEST_PART = 1024
-_SMS = 132
+SHORTEST_PART = 1024
+"""The fewest inputs of a part."""
+SMS = 132
 """SMs of an H100 or H200."""
 _FULL_GRID = 128
 """Programs that keep the memory of a GPU with 132 SMs busy."""
@@ -25,7 +26,7 @@ def num_parts(out_features: int, in_features: int, unit: int = 1) -> int:
     while (
         parts < MOST_PARTS
         and parts * -(-out_features // 64) < _FULL_GRID
-        and in_features // (2 * parts) >= _SHORTEST_PART
+        and in_features // (2 * parts) >= SHORTEST_PART
         and in_features % (2 * parts * unit) == 0
     ):
         parts *= 2
@@ -73,7 +74,7 @@ def choose_tiles(rows: int, out_features: int, leaves: int, dtype: torch.dtype) 
 
 def _rounds(rows: int, out_features: int, tile_rows: int) -> int:
     """The most tiles of 128 outputs and `tile_rows` rows that an SM computes, one after the other."""
-    return -(-(-(-out_features // 128) * -(-rows // tile_rows)) // _SMS)
+    return -(-(-(-out_features // 128) * -(-rows // tile_rows)) // SMS)
 
 
 def _fp8_tiles(rows: int, few: bool) -> LinearTiles:

@@ -269,7 +269,7 @@ if __name__ == "__main__":
     build_codes(16, 1)
     build_codes(32, 3, gated=True)
     build_codes(64, 3)
-    build_codes(128, 2)
+    build_codes(128, 1)
     build_grouped(0, 16, split=True)
     build_grouped(0, 64)
     build_lossless(8, picks=True)
