@@ -40,14 +40,19 @@ class PassCost:
 
     def __call__(self, size: float, sequences: int = 1) -> float:
         """Seconds of a pass of this size with so many sequences. Interpolated; in proportion to the size beyond the last one."""
-        filled = next((filled for filled in self.filled_to if filled >= size), size)
-        size = max(size, min(filled, self.sizes[-1]))  # The last size was measured with its padding.
+        size = max(
+            size, min(self.padded(size), self.sizes[-1])
+        )  # The last size was measured with its padding.
         extra = self.seconds_per_sequence * (sequences - 1)
         if size >= self.sizes[-1] or len(self.sizes) == 1:
             return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra
         right = max(1, bisect_left(self.sizes, size))
         (r0, r1), (s0, s1) = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
         return s0 + (s1 - s0) * max(0, size - r0) / (r1 - r0) + extra
+
+    def padded(self, size: float) -> float:
+        """The size that the runner pads a pass of this size to."""
+        return next((filled for filled in self.filled_to if filled >= size), size)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,20 @@ For each sequence it counts how often a draft was right if all drafts before it 
 sequence gains p ** d tokens. Every draft is taken that gains at least a *least gain*, which is the same for all sequences of a
 pass. Several least gains are compared by expected tokens over the cost of the passes.
 
-To save the host's time, sequences with about the same chance make a class, and the result is used for several passes.
+To save the host's time, sequences with about the same chance make a class.
 """
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from functools import lru_cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 from orthrus.requests.sequence import SequenceState
-from orthrus.schedules.decode_cost import CycleCost
+from orthrus.schedules.decode_cost import DecodeCost
 
 _DECAY = 0.98
 """What a sequence's earlier counts are multiplied by at each of its blocks."""
@@ -23,11 +26,8 @@ _PRIOR_WEIGHT = 4.0
 _CLASSES = tuple(math.exp(-(0.02 * 1.4**step)) for step in range(14, -1, -1))
 """Chances of the classes, ascending: about 0.1 to 0.98."""
 _LEAST_GAINS = tuple(0.92**step for step in range(1, 40))
-_KEPT_FOR = 4
-"""Passes for which shares are used again."""
-_SPARE = 1.04
-"""Passes are planned as if they had so many times the rows, because a pass may have sequences of two divisions. Runners pad
-passes to certain sizes, so a few rows too many could cost as much as twice the rows."""
+_CHOICES = 64
+"""Choices of lengths that are kept, because passes often have sequences of the same classes."""
 _MARGIN = 1.03
 """Shares must promise this many times the speed of one length for all."""
 
@@ -41,33 +41,48 @@ class _Counts:
     right: float
 
 
+class _Lengths(NamedTuple):
+    """Lengths of blocks, by class."""
+
+    rows: list[int]
+    tokens: list[float]
+    """The expected tokens of a block of so many rows."""
+
+    @staticmethod
+    def of(rows: list[int]) -> "_Lengths":
+        tokens = [(1 - chance**own) / (1 - chance) for own, chance in zip(rows, _CLASSES, strict=True)]
+        return _Lengths(rows, tokens)
+
+
 @dataclass(slots=True)
 class _Shares:
-    """The division of rows at one batch size."""
+    """The division of rows at one batch size, for the next pass."""
 
     rows: WeakKeyDictionary[SequenceState, int] | None
-    """Rows of the sequences' blocks; None if one length for all is about as good. A sequence keeps its rows even if its class
-    changes meanwhile, so that the sum of all rows stays as it was chosen."""
+    """Rows of the sequences' blocks; None if one length for all is about as good."""
     of_others: int
     """Rows of sequences that have come since then."""
-    left: int
-    """Blocks until this is computed again."""
+    asked: WeakSet[SequenceState]
+    """Sequences that have a block of the next pass."""
 
 
 class RowShares:
     """The lengths of blocks, by sequence."""
 
-    def __init__(self, cost: CycleCost, max_rows: int, pass_rows: int) -> None:
+    def __init__(self, cost: DecodeCost, max_rows: int, pass_rows: int) -> None:
         """max_rows: most rows of a block. pass_rows: most rows of all sequences in a pass."""
         self._cost = cost
         self._max_rows = max_rows
         self._pass_rows = pass_rows
-        # For each least gain: the rows of blocks, by class.
-        self._by_gain = [[min(max_rows, _rows(chance, gain)) for chance in _CLASSES] for gain in _LEAST_GAINS]
+        self._by_gain = [
+            _Lengths.of([min(max_rows, _rows(chance, gain)) for chance in _CLASSES]) for gain in _LEAST_GAINS
+        ]
+        self._alike = [_Lengths.of([rows] * len(_CLASSES)) for rows in range(2, max_rows + 1)]
         self._counts: WeakKeyDictionary[SequenceState, _Counts] = WeakKeyDictionary()
         self._all = _Counts(_PRIOR_WEIGHT, 0.75 * _PRIOR_WEIGHT)
         # By (greedy, batch).
         self._shares: dict[tuple[bool, int], _Shares] = {}
+        self._choose = lru_cache(_CHOICES)(self._choose_lengths)
 
     def observe(self, sequence: SequenceState, drafted: int, accepted: int) -> None:
         """Note that the first `accepted` of a block's `drafted` tokens were right."""
@@ -80,12 +95,16 @@ class RowShares:
             own.right = own.right * _DECAY + accepted
 
     def rows(self, sequence: SequenceState, batch: int) -> int | None:
-        """Rows of the sequence's next block while `batch` sequences draft; None if all should have the same number."""
+        """Rows of the sequence's next block while `batch` sequences draft; None if all should have the same number.
+
+        A pass begins where a sequence asks again. All of its sequences have the same division, so that their rows fit it: runners
+        pad passes to certain sizes, and one row too many could cost as much as twice the rows.
+        """
         key = sequence.params.greedy, batch
         shares = self._shares.get(key)
-        if shares is None or not shares.left:
+        if shares is None or sequence in shares.asked:
             shares = self._shares[key] = self._divide(*key)
-        shares.left -= 1
+        shares.asked.add(sequence)
         return None if shares.rows is None else shares.rows.get(sequence, shares.of_others)
 
     def _class_of(self, counts: _Counts) -> int:
@@ -96,46 +115,56 @@ class RowShares:
         return place
 
     def _divide(self, greedy: bool, batch: int) -> _Shares:
-        """The shares of the sequences that decode, for the next passes."""
-        one_length = _Shares(None, 0, _KEPT_FOR * batch)
+        """The shares of the sequences that decode, for the next pass."""
         classes = {
             sequence: self._class_of(counts)
             for sequence, counts in self._counts.items()
             if sequence.params.greedy == greedy and sequence.finish_reason is None
         }
-        if batch < 2 or not classes:
-            return one_length
-        present = [0.0] * len(_CLASSES)
-        for own in classes.values():
-            present[own] += batch / len(classes)
-        most = min(self._max_rows, self._pass_rows // batch)
-        alike = [[rows] * len(_CLASSES) for rows in range(2, most + 1)]
+        counted = tuple(sorted(Counter(classes.values()).items()))
+        lengths = self._choose(counted, greedy, batch, self._cost.version)
+        if lengths is None:
+            return _Shares(None, 0, WeakSet())
+        rows = WeakKeyDictionary({sequence: lengths.rows[own] for sequence, own in classes.items()})
+        return _Shares(rows, lengths.rows[self._class_of(self._all)], WeakSet())
 
-        def rate(rows: Sequence[int], spare: float) -> float:
-            return self._rate(rows, present, spare, greedy, batch)
+    def _choose_lengths(
+        self, counted: Sequence[tuple[int, int]], greedy: bool, batch: int, version: int
+    ) -> _Lengths | None:
+        """The lengths that promise most, or None if one length for all is about as good.
 
-        best = max(self._by_gain, key=lambda rows: rate(rows, _SPARE))
-        if rate(best, _SPARE) < _MARGIN * max((rate(rows, 1.0) for rows in alike), default=0.0):
-            return one_length
-        rows = WeakKeyDictionary({sequence: best[own] for sequence, own in classes.items()})
-        return _Shares(rows, best[self._class_of(self._all)], _KEPT_FOR * batch)
-
-    def _rate(
-        self, rows: Sequence[int], present: Sequence[float], spare: float, greedy: bool, batch: int
-    ) -> float:
-        """Expected tokens per second; 0 if the rows, times `spare`, don't fit a pass.
-
-        rows: of a block, by class. present: how many sequences there are, by class.
+        counted: classes, each with the number of its sequences. version: of the costs; the result is kept for this version.
         """
-        total = spare * sum(count * own for count, own in zip(present, rows, strict=True))
-        if total > self._pass_rows:
-            return 0.0
-        tokens = sum(
-            count * (1 - chance**own) / (1 - chance)
-            for count, own, chance in zip(present, rows, _CLASSES, strict=True)
-            if count
-        )
-        return tokens / self._cost.cycle(total / batch, batch, greedy)
+        number = sum([count for _, count in counted])
+        if batch < 2 or not number:
+            return None
+        present = [(own, count * batch / number) for own, count in counted]
+        alike, _ = self._best(self._alike, present, greedy, batch)
+        rate, best = self._best(self._by_gain, present, greedy, batch)
+        return best if rate > _MARGIN * alike else None
+
+    def _best(
+        self, choices: Sequence[_Lengths], present: Sequence[tuple[int, float]], greedy: bool, batch: int
+    ) -> tuple[float, _Lengths | None]:
+        """The most expected tokens per second, and the lengths that give them; 0 and None if none of them fit a pass.
+
+        present: classes, each with how many sequences there are.
+        """
+        # Passes that are padded to the same size cost the same. So only the most tokens of each size count.
+        most: dict[float, tuple[float, float, _Lengths]] = {}
+        for lengths in choices:
+            total = sum([count * lengths.rows[own] for own, count in present])
+            if total <= self._pass_rows:
+                tokens = sum([count * lengths.tokens[own] for own, count in present])
+                padded = self._cost.padded(total)
+                if padded not in most or tokens > most[padded][0]:
+                    most[padded] = tokens, total, lengths
+        found: tuple[float, _Lengths | None] = 0.0, None
+        for tokens, total, lengths in most.values():
+            rate = tokens / self._cost.cycle(total / batch, batch, greedy)
+            if rate > found[0]:
+                found = rate, lengths
+        return found
 
 
 def _rows(chance: float, least_gain: float) -> int:

@@ -72,6 +72,37 @@ def test_a_pass_has_room_for_all_of_them() -> None:
     assert sum(rows) <= 512
 
 
+def test_all_sequences_of_a_pass_have_one_division() -> None:
+    """What is learned meanwhile counts from the next pass on."""
+    shares, sequences = taught([0.93] * 8 + [0.5] * 8)
+    rows = [shares.rows(own, 16) for own in sequences]
+    first = [shares.rows(own, 16) for own in sequences[:8]]
+    for own in sequences[8:]:
+        for _ in range(20):
+            shares.observe(own, 15, 15)
+    for own in sequences[:8]:
+        for _ in range(20):
+            shares.observe(own, 15, 0)
+    assert first + [shares.rows(own, 16) for own in sequences[8:]] == rows
+    after = [shares.rows(own, 16) or 0 for own in sequences]
+    assert max(after[:8]) < min(after[8:])
+
+
+def test_the_rows_of_a_pass_fill_a_size_that_it_is_padded_to() -> None:
+    sizes = (16, 32, 64, 128, 256, 512)
+    padded = PassCost((1, 64, 128, 256, 512), (1.0, 1.1, 1.25, 1.9, 3.0), filled_to=sizes)
+    rng = random.Random(0)
+    chances = [0.906] * 8 + [0.5] * 8
+    shares, sequences = RowShares(DecodeCost(padded, padded, padded), 32, 512), [sequence(i) for i in range(16)]
+    for number in range(60):
+        rows = [shares.rows(own, 16) or 8 for own in sequences]
+        for own, length, chance in zip(sequences, rows, chances, strict=True):
+            accepted = next((d for d in range(length - 1) if rng.random() > chance), length - 1)
+            shares.observe(own, length - 1, accepted)
+        if number >= 5:
+            assert 100 < sum(rows) <= 128 and sum(rows[:8]) > 2 * sum(rows[8:])
+
+
 def test_planning_takes_the_host_little_time() -> None:
     shares, sequences = taught([0.9] * 32 + [0.4] * 32)
     begin = time.process_time()
