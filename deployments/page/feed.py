@@ -12,8 +12,9 @@ from typing import Any
 from orthrus.deployments.http.sse import sse
 
 PERIOD_S = 1.0
-MAX_STREAM_S = 600.0
-"""A stream ends after this time, and the page opens another. So an open page does not hold up an update for long."""
+MAX_STREAM_S = 30.0
+"""A stream ends after this time, and the page opens another. An update lets requests finish, so an open page holds it up for this
+time at most."""
 
 Part = Callable[[], Awaitable[dict[str, Any]]]
 """Gives fields of an event. If it fails, the event lacks them."""
