@@ -3,8 +3,8 @@
 With few rows a layer takes as long as reading its weights, and 4 bits are read sooner. With many rows it takes as long as the
 tensor cores, and looking up what codes stand for comes on top, once for each tile of rows.
 
-So a row's result depends on the number of rows in the pass, unlike in all other formats. Only drafts may use this format. Another
-pass verifies them, so the text does not depend on it.
+So a row's result depends on the number of rows in the pass. Only drafts may use this format. Another pass verifies them, so the
+text does not depend on it.
 """
 
 from torch import Tensor

@@ -40,9 +40,8 @@ class PassCost:
 
     def __call__(self, size: float, sequences: int = 1) -> float:
         """Seconds of a pass of this size with so many sequences. Interpolated; in proportion to the size beyond the last one."""
-        size = max(
-            size, min(self.padded(size), self.sizes[-1])
-        )  # The last size was measured with its padding.
+        # The last size was measured with its padding.
+        size = max(size, min(self.padded(size), self.sizes[-1]))
         extra = self.seconds_per_sequence * (sequences - 1)
         if size >= self.sizes[-1] or len(self.sizes) == 1:
             return self.seconds[-1] * max(1.0, size / self.sizes[-1]) + extra

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from orthrus.requests.sequence import SequenceState
 from orthrus.schedules.decode_cost import DecodeCost
@@ -56,14 +56,14 @@ class _Lengths(NamedTuple):
 
 @dataclass(slots=True)
 class _Shares:
-    """The division of rows at one batch size, for the next pass."""
+    """The division of rows among a number of sequences."""
 
+    batch: int
+    """The number of sequences."""
     rows: WeakKeyDictionary[SequenceState, int] | None
     """Rows of the sequences' blocks; None if one length for all is about as good."""
     of_others: int
-    """Rows of sequences that have come since then."""
-    asked: WeakSet[SequenceState]
-    """Sequences that have a block of the next pass."""
+    """Rows of sequences of which nothing was counted yet."""
 
 
 class RowShares:
@@ -80,8 +80,7 @@ class RowShares:
         self._alike = [_Lengths.of([rows] * len(_CLASSES)) for rows in range(2, max_rows + 1)]
         self._counts: WeakKeyDictionary[SequenceState, _Counts] = WeakKeyDictionary()
         self._all = _Counts(_PRIOR_WEIGHT, 0.75 * _PRIOR_WEIGHT)
-        # By (greedy, batch).
-        self._shares: dict[tuple[bool, int], _Shares] = {}
+        self._shares: _Shares | None = None
         self._choose = lru_cache(_CHOICES)(self._choose_lengths)
 
     def observe(self, sequence: SequenceState, drafted: int, accepted: int) -> None:
@@ -93,18 +92,17 @@ class RowShares:
         for own in (counts, self._all):
             own.tried = own.tried * _DECAY + min(drafted, accepted + 1)
             own.right = own.right * _DECAY + accepted
+        self._shares = None
 
     def rows(self, sequence: SequenceState, batch: int) -> int | None:
         """Rows of the sequence's next block while `batch` sequences draft; None if all should have the same number.
 
-        A pass begins where a sequence asks again. All of its sequences have the same division, so that their rows fit it: runners
-        pad passes to certain sizes, and one row too many could cost as much as twice the rows.
+        A division counts until a pass has been verified. So the blocks that one pass drafts are of one division, and fill the
+        size that the pass is padded to. One row too many could cost as much as twice the rows.
         """
-        key = sequence.params.greedy, batch
-        shares = self._shares.get(key)
-        if shares is None or sequence in shares.asked:
-            shares = self._shares[key] = self._divide(*key)
-        shares.asked.add(sequence)
+        if self._shares is None or self._shares.batch != batch:
+            self._shares = self._divide(batch)
+        shares = self._shares
         return None if shares.rows is None else shares.rows.get(sequence, shares.of_others)
 
     def _class_of(self, counts: _Counts) -> int:
@@ -114,31 +112,33 @@ class RowShares:
             place -= 1
         return place
 
-    def _divide(self, greedy: bool, batch: int) -> _Shares:
-        """The shares of the sequences that decode, for the next pass."""
-        classes = {
-            sequence: self._class_of(counts)
-            for sequence, counts in self._counts.items()
-            if sequence.params.greedy == greedy and sequence.finish_reason is None
-        }
-        counted = tuple(sorted(Counter(classes.values()).items()))
-        lengths = self._choose(counted, greedy, batch, self._cost.version)
+    def _divide(self, batch: int) -> _Shares:
+        """The shares of `batch` sequences."""
+        own = [sequence for sequence in self._counts if sequence.finish_reason is None]
+        if batch < 2 or not own:
+            return _Shares(batch, None, 0)
+        classes = {sequence: self._class_of(self._counts[sequence]) for sequence in own}
+        average = self._class_of(self._all)
+        others = [average] * (batch - len(own))
+        counted = Counter([*classes.values(), *others])
+        greedy = all(sequence.params.greedy for sequence in own)
+        lengths = self._choose(tuple(sorted(counted.items())), greedy, batch, self._cost.version)
         if lengths is None:
-            return _Shares(None, 0, WeakSet())
-        rows = WeakKeyDictionary({sequence: lengths.rows[own] for sequence, own in classes.items()})
-        return _Shares(rows, lengths.rows[self._class_of(self._all)], WeakSet())
+            return _Shares(batch, None, 0)
+        rows = WeakKeyDictionary({sequence: lengths.rows[place] for sequence, place in classes.items()})
+        return _Shares(batch, rows, lengths.rows[average])
 
     def _choose_lengths(
         self, counted: Sequence[tuple[int, int]], greedy: bool, batch: int, version: int
     ) -> _Lengths | None:
         """The lengths that promise most, or None if one length for all is about as good.
 
-        counted: classes, each with the number of its sequences. version: of the costs; the result is kept for this version.
+        counted: classes, each with the number of its sequences; at least `batch` together. version: of the costs; the result is
+        kept for this version.
         """
-        number = sum([count for _, count in counted])
-        if batch < 2 or not number:
-            return None
-        present = [(own, count * batch / number) for own, count in counted]
+        # More than `batch` if some of them wait.
+        share = batch / sum([count for _, count in counted])
+        present = [(place, count * share) for place, count in counted]
         alike, _ = self._best(self._alike, present, greedy, batch)
         rate, best = self._best(self._by_gain, present, greedy, batch)
         return best if rate > _MARGIN * alike else None
@@ -150,7 +150,7 @@ class RowShares:
 
         present: classes, each with how many sequences there are.
         """
-        # Passes that are padded to the same size cost the same. So only the most tokens of each size count.
+        # Passes that are padded to the same size cost about the same. So only the most tokens of each size count.
         most: dict[float, tuple[float, float, _Lengths]] = {}
         for lengths in choices:
             total = sum([count * lengths.rows[own] for own, count in present])

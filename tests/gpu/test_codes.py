@@ -69,7 +69,7 @@ def test_gated_linear_is_batch_invariant(rounding: Rounding | None) -> None:
 
 
 @pytest.mark.parametrize(("outs", "ins"), [(4096, 4096), (4096, 12288)])
-def test_residual_linear_is_batch_invariant_with_so_many_parts(outs: int, ins: int) -> None:
+def test_residual_linear_is_batch_invariant_for_each_number_of_parts(outs: int, ins: int) -> None:
     layer, weight, _ = layer_of(outs, ins=ins)
     x, residual, norm = randn(600, ins, seed=9), randn(600, outs, seed=2), randn(outs, seed=3)
     # The number of rows decides how many parts the sum has.
@@ -80,3 +80,6 @@ def test_residual_linear_is_batch_invariant_with_so_many_parts(outs: int, ins: i
         for rows in numbers:
             got = layer.linear_add_rms_norm(x[:rows], residual[:rows], norm, 1e-6)
             assert torch.equal(got[0], full[0][:rows]) and torch.equal(got[1], full[1][:rows]), rows
+    for rows in (200, 300, 512):
+        hidden, _ = layer.linear_add_rms_norm(x[:rows], residual[:rows], norm, 1e-6)
+        assert error(hidden, exact_inputs(x[:rows]) @ weight.T + residual[:rows].double()) < 1e-2

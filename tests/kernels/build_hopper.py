@@ -108,8 +108,9 @@ def build_linear(
     )
 
 
-def build_codes(rows: int, consumers: int, *, gated: bool = False) -> None:
-    pointers = {"scales": "*fp32", "bias": "*bf16", "out": "*fp8e4nv" if gated else "*bf16"}
+def build_codes(rows: int, consumers: int, *, gated: bool = False, split: bool = False) -> None:
+    stored = "*fp8e4nv" if gated else "*fp32" if split else "*bf16"
+    pointers = {"scales": "*fp32", "bias": "*bf16", "out": stored}
     tiles = {
         "codes": tile("i32", 8, 256, swizzled=False),
         "tables": tile("i32", 256),
@@ -127,7 +128,7 @@ def build_codes(rows: int, consumers: int, *, gated: bool = False) -> None:
             "REGISTERS": codes._REGISTERS[rows],
             "WORDS": codes.words_layout(),
             "GATED": gated,
-            "SPLIT": False,
+            "SPLIT": split,
             "HAS_BIAS": False,
             "CHAINED": True,
         },
@@ -268,6 +269,7 @@ if __name__ == "__main__":
     build_grouped(4, 8, gated=True)
     build_codes(16, 1)
     build_codes(32, 3, gated=True)
+    build_codes(32, 2, split=True)
     build_codes(64, 3)
     build_codes(128, 1)
     build_grouped(0, 16, split=True)
