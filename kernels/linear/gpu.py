@@ -163,7 +163,7 @@ class GpuWeight(KernelWeight):
                 f"a sum of {inputs.width} inputs can't have {inputs.total} leaves on a GPU, where they must be multiples of "
                 f"{unit} inputs: set sum_leaves and tensor_parallel_size to 1"
             )
-        finer = max(1, self._num_parts(rows, outs, inputs.width) // inputs.total)
+        finer = max(1, num_parts(outs, inputs.width) // inputs.total)
         return Leaves(inputs.width, unit, inputs.total * finer, inputs.first * finer, inputs.count * finer)
 
     @property

@@ -149,10 +149,6 @@ class DecodeCost:
             sampled_row=timer.sampled_row(verify),
         )
 
-    def padded(self, rows: float) -> float:
-        """How many rows a pass of so many rows is padded to."""
-        return self.verify.padded(rows)
-
     def ar(self, batch: int, greedy: bool) -> float:
         """Seconds of an AR step of `batch` sequences: one token each."""
         return self.factors[STEP] * self.step(batch) + (0.0 if greedy else batch * self.sampled_row)

@@ -114,14 +114,17 @@ class RowShares:
 
     def _divide(self, batch: int) -> _Shares:
         """The shares of `batch` sequences."""
-        own = [sequence for sequence in self._counts if sequence.finish_reason is None]
-        if batch < 2 or not own:
+        classes = {
+            sequence: self._class_of(counts)
+            for sequence, counts in self._counts.items()
+            if sequence.finish_reason is None
+        }
+        if batch < 2 or not classes:
             return _Shares(batch, None, 0)
-        classes = {sequence: self._class_of(self._counts[sequence]) for sequence in own}
         average = self._class_of(self._all)
-        others = [average] * (batch - len(own))
+        others = [average] * (batch - len(classes))
         counted = Counter([*classes.values(), *others])
-        greedy = all(sequence.params.greedy for sequence in own)
+        greedy = all(sequence.params.greedy for sequence in classes)
         lengths = self._choose(tuple(sorted(counted.items())), greedy, batch, self._cost.version)
         if lengths is None:
             return _Shares(batch, None, 0)
@@ -133,10 +136,9 @@ class RowShares:
     ) -> _Lengths | None:
         """The lengths that promise most, or None if one length for all is about as good.
 
-        counted: classes, each with the number of its sequences; at least `batch` together. version: of the costs; the result is
-        kept for this version.
+        counted: classes, each with the number of its sequences. These are `batch` together, or more if some of them wait.
+        version: of the costs; the result is kept for this version.
         """
-        # More than `batch` if some of them wait.
         share = batch / sum([count for _, count in counted])
         present = [(place, count * share) for place, count in counted]
         alike, _ = self._best(self._alike, present, greedy, batch)
@@ -156,7 +158,7 @@ class RowShares:
             total = sum([count * lengths.rows[own] for own, count in present])
             if total <= self._pass_rows:
                 tokens = sum([count * lengths.tokens[own] for own, count in present])
-                padded = self._cost.padded(total)
+                padded = self._cost.verify.padded(total)
                 if padded not in most or tokens > most[padded][0]:
                     most[padded] = tokens, total, lengths
         found: tuple[float, _Lengths | None] = 0.0, None
